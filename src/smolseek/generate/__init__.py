@@ -1,0 +1,1 @@
+"""Writing with a model: tokens in, tokens out."""

@@ -1,0 +1,221 @@
+"""DeepSeekMoE (2401.06066; DeepSeek-V3 2412.19437, section 2.1.2): shared and routed experts, never dropping a token.
+
+Shapes: B batch, T tokens, N = B*T tokens, D hidden_size, E routed experts, K experts per token, F neurons of an
+expert, M = N*K pairs of token and expert, sorted by expert.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from smolseek.config import ModelConfig
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer (2002.05202): W_down (silu(W_gate x) * W_up x)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., D] to [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Routing(NamedTuple):
+    """What the router decided for N tokens."""
+
+    weights_NK: torch.Tensor
+    """Gate weights, float32."""
+    experts_NK: torch.Tensor
+    """Chosen experts."""
+    scores_NE: torch.Tensor
+    """Sigmoid affinities without the balancing bias, float32."""
+
+
+class Router(nn.Module):
+    """Sigmoid router with a balancing bias that decides who is chosen, never how much it counts (equations 12-16)."""
+
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.groups, self.top_groups = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.normalise, self.factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, x_ND: torch.Tensor) -> Routing:
+        """Choose K experts for each token, in float32 also under autocast."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
+        with torch.no_grad():
+            choice_NE = scores_NE + self.e_score_correction_bias
+            if self.groups > 1:
+                choice_NE = self._keep_best_groups(choice_NE)
+            experts_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
+        weights_NK = scores_NE.gather(1, experts_NK)
+        if self.normalise:
+            weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        return Routing(weights_NK * self.factor, experts_NK, scores_NE)
+
+    def _keep_best_groups(self, choice_NE: torch.Tensor) -> torch.Tensor:
+        """Shut out all but the best groups; a group counts by its two best experts (section 2.1.2)."""
+        choice_NGX = choice_NE.unflatten(1, (self.groups, -1))
+        group_NG = choice_NGX.topk(2, dim=-1).values.sum(dim=-1)
+        best = group_NG.topk(self.top_groups, dim=-1, sorted=False).indices
+        shut_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(1, best, False)
+        return choice_NGX.masked_fill(shut_NG[..., None], float("-inf")).flatten(1)
+
+
+class LocalDispatcher:
+    """Brings each token to its experts on this device and the results back, in a fixed order.
+
+    Expert parallelism puts another dispatcher with these two methods in its place.
+    """
+
+    def dispatch(
+        self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return x_MD sorted by expert, the tokens of each expert [E], and the order, for `combine`."""
+        order_M = experts_NK.flatten().argsort(stable=True)
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=n_experts)
+        return x_ND[order_M // experts_NK.shape[1]], counts_E, order_M
+
+    def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
+        N, K = weights_NK.shape
+        # A gather by the inverse order sums in the same order every time; a scatter with atomics would not.
+        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(N * K, device=order_M.device))
+        y_NKD = y_MD[back_M].view(N, K, -1)
+        return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
+
+
+# oneDNN's and MKL's float32 products take other kernels, which round otherwise, below this many rows.
+_FEW_ROWS = 12
+
+
+def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:
+    """Return x w^T + b, with rounding that does not depend on how many rows `x_XD` has.
+
+    An expert's tokens are those that chose it, so a later token changes the number of rows that an earlier one is
+    computed among. Padding small products keeps the earlier token's result the same to the last bit.
+    """
+    rows = x_XD.shape[0]
+    if rows < _FEW_ROWS:
+        return F.linear(F.pad(x_XD, (0, 0, 0, _FEW_ROWS - rows)), w_FD, b_F)[:rows]
+    return F.linear(x_XD, w_FD, b_F)
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked. SwiGLU: `gate_up_proj` holds the gate's rows first, then the up-projection's."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        E, D, size = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gated = config.mlp_gated
+        if self.gated:
+            self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * size, D))
+        else:
+            self.up_proj = nn.Parameter(torch.empty(E, size, D))
+        self.down_proj = nn.Parameter(torch.empty(E, D, size))
+        self.up_bias = nn.Parameter(torch.zeros(E, size)) if config.mlp_bias else None
+        self.down_bias = nn.Parameter(torch.zeros(E, D)) if config.mlp_bias else None
+
+    def forward(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D]."""
+        if x_MD.is_cuda and self.down_bias is None and torch.is_autocast_enabled("cuda"):
+            return self._grouped(x_MD.to(torch.get_autocast_dtype("cuda")), counts_E)
+        return self._looped(x_MD, counts_E)
+
+    def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """One product per expert. `unbind` once: indexing would add a full-size gradient per expert."""
+        linear = _linear if x_MD.shape[0] > _FEW_ROWS and not x_MD.is_cuda else F.linear
+        first = self.gate_up_proj if self.gated else self.up_proj
+        none = (None,) * first.shape[0]
+        b_up = none if self.up_bias is None else self.up_bias.unbind()
+        b_down = none if self.down_bias is None else self.down_bias.unbind()
+        parts = []
+        for x_XD, w_up, w_down, bu, bd in zip(
+            x_MD.split(counts_E.tolist()), first.unbind(), self.down_proj.unbind(), b_up, b_down, strict=True
+        ):
+            if x_XD.shape[0] == 0:
+                continue
+            parts.append(linear(self._activate(linear(x_XD, w_up, bu)), w_down, bd))
+        return torch.cat(parts)
+
+    def _grouped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        """All experts in one grouped product each way, without the host learning the counts."""
+        ends_E = counts_E.cumsum(0).to(torch.int32)
+        first = self.gate_up_proj if self.gated else self.up_proj
+        h = self._activate(F.grouped_mm(x_MD, first.to(x_MD.dtype).transpose(1, 2), offs=ends_E))
+        return F.grouped_mm(h, self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
+
+    def _activate(self, h: torch.Tensor) -> torch.Tensor:
+        if not self.gated:
+            return F.silu(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+class Load(NamedTuple):
+    """How the tokens of one forward pass spread over the experts of one layer."""
+
+    counts_E: torch.Tensor
+    """Pairs of token and expert, per expert."""
+    balance: torch.Tensor
+    """Sequence-wise balance loss without its weight alpha, a scalar (equations 17-20)."""
+
+
+class MoE(nn.Module):
+    """Routed experts weighted by the router, plus the shared experts."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts: MLP | None = None
+        if config.mlp_gated:
+            # Without shared experts the matrices are empty but there, as transformers has them.
+            self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self.n_shared_experts = config.n_shared_experts
+        self.dispatcher = LocalDispatcher()
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, Load]:
+        """Return the layer's output [B, T, D] and its load.
+
+        The load is returned rather than kept, so that recomputation in the backward pass and evaluation cannot
+        count a token twice.
+        """
+        B, T, _ = x_BTD.shape
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.gate(x_ND)
+        n_experts = routing.scores_NE.shape[1]
+        x_MD, counts_E, order_M = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
+        y_MD = self.experts(x_MD, counts_E)
+        y_BTD = self.dispatcher.combine(y_MD, order_M, routing.weights_NK).view(B, T, -1)
+        if self.n_shared_experts:
+            assert self.shared_experts is not None
+            y_BTD = y_BTD + self.shared_experts(x_BTD)
+        balance = sequence_balance(routing, B) if torch.is_grad_enabled() else routing.scores_NE.new_zeros(())
+        return y_BTD, Load(counts_E.detach(), balance)
+
+
+def sequence_balance(routing: Routing, batch: int) -> torch.Tensor:
+    """Return sum_i f_i P_i, averaged over the sequences (DeepSeek-V3, equations 17-20); 1 when balanced.
+
+    f_i = E / (K T) * tokens of expert i, P_i = mean over the sequence of the scores normalised to sum 1.
+    """
+    scores_BTE = routing.scores_NE.unflatten(0, (batch, -1))
+    experts_BX = routing.experts_NK.unflatten(0, (batch, -1)).flatten(1)
+    E = scores_BTE.shape[-1]
+    ones = torch.ones_like(experts_BX, dtype=scores_BTE.dtype)
+    f_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add(1, experts_BX, ones) * (E / experts_BX.shape[1])
+    p_BE = (scores_BTE / scores_BTE.sum(dim=-1, keepdim=True)).mean(dim=1)
+    return (f_BE * p_BE).sum(dim=-1).mean()

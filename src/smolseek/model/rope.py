@@ -1,0 +1,120 @@
+"""Rotary position embedding (RoFormer, 2104.09864) and its extensions to longer contexts.
+
+Shapes: T tokens, P = d/2 frequencies, d features that are turned.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from smolseek.config import RopeConfig
+
+
+def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Tensor:
+    """Return the angles per position [P] in float32, P = dim / 2.
+
+    Types: `default` theta^(-2i/dim); `linear` divides all by `factor` (2306.15595); `llama3` divides the low ones
+    and blends in between (Llama 3.1, 2407.21783); `yarn` blends along a ramp over the number of rotations
+    (2309.00071, section 3.2); `longrope` divides each by a factor of its own (2402.13753), `beyond` the original
+    context by another.
+    """
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    inverse = 1.0 / (rope.rope_theta**exponent)
+    if rope.rope_type == "default":
+        return inverse
+    if rope.rope_type == "longrope":
+        factors = rope.long_factor if beyond else rope.short_factor
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * rope.rope_theta**exponent)
+    assert rope.factor is not None
+    if rope.rope_type == "linear":
+        return inverse / rope.factor
+    assert rope.original_max_position_embeddings is not None
+    if rope.rope_type == "llama3":
+        assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
+        rotations = rope.original_max_position_embeddings * inverse / (2 * math.pi)
+        span = rope.high_freq_factor - rope.low_freq_factor
+        keep = ((rotations - rope.low_freq_factor) / span).clamp(0, 1)
+        return inverse * keep + inverse / rope.factor * (1 - keep)
+
+    def dimension(rotations: float) -> float:
+        # The (fractional) feature whose frequency makes so many turns within the original context.
+        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)  # type: ignore[operator]
+        return dim * math.log(turns) / (2 * math.log(rope.rope_theta))
+
+    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    if rope.truncate is None or rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
+    return inverse / rope.factor * ramp + inverse * (1 - ramp)
+
+
+def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
+    """Return the factor on cos and sin: 1 but for yarn (2309.00071, section 3.3) and longrope (2402.13753)."""
+    if rope.rope_type not in ("yarn", "longrope"):
+        return 1.0
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    assert rope.original_max_position_embeddings is not None
+    factor = rope.factor or max_position_embeddings / rope.original_max_position_embeddings
+    if rope.rope_type == "yarn":
+        if rope.mscale and rope.mscale_all_dim:
+            return _yarn_mscale(factor, rope.mscale) / _yarn_mscale(factor, rope.mscale_all_dim)
+        return _yarn_mscale(factor)
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(rope.original_max_position_embeddings))
+
+
+def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:
+    """Return the factor on MLA's scores: qk_head_dim^(-1/2), and DeepSeek's `mscale_all_dim` squared under yarn."""
+    scale = qk_head_dim**-0.5
+    if rope.rope_type != "default" and rope.mscale_all_dim and rope.factor:
+        scale *= _yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+    return scale
+
+
+class Rope(nn.Module):
+    """Cosines and sines for given positions."""
+
+    def __init__(self, rope: RopeConfig, dim: int, max_position_embeddings: int) -> None:
+        super().__init__()
+        self.rope, self.dim = rope, dim
+        self.scale = attention_factor(rope, max_position_embeddings)
+        self.limit = rope.original_max_position_embeddings if rope.rope_type == "longrope" else None
+        self.register_buffer("short_P", torch.empty(dim // 2), persistent=False)
+        self.register_buffer("long_P", torch.empty(dim // 2), persistent=False)
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Compute the frequencies; needed again after building on the meta device."""
+        if self.short_P.device.type != "meta":
+            self.short_P.copy_(frequencies(self.rope, self.dim))
+            self.long_P.copy_(frequencies(self.rope, self.dim, beyond=True))
+
+    def forward(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin [..., T, P] in float32 for `positions` [..., T].
+
+        `length` is the number of tokens seen so far, which picks longrope's list of factors.
+        """
+        inverse_P = self.long_P if self.limit is not None and length > self.limit else self.short_P
+        angles = positions[..., None].float() * inverse_P.float()
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleave: bool) -> torch.Tensor:
+    """Turn the features of `x` [..., d] by the angles of `cos`, `sin` (broadcast to [..., d/2]).
+
+    Frequency i turns features (2i, 2i+1) when `interleave`, else (i, i + d/2). The result is always laid out in
+    halves: queries and keys are permuted alike, so their products do not change.
+    """
+    if interleave:
+        a, b = x[..., 0::2], x[..., 1::2]
+    else:
+        a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,142 @@
+"""The decoder-only transformer. DeepSeek-V3, Llama and the seed experiment's model are cases of one class.
+
+Shapes: B batch, T new tokens, D hidden_size, V vocab_size, L layers with experts, E routed experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from smolseek.config import ModelConfig
+from smolseek.model.attention import GQA, MLA, CosSin
+from smolseek.model.cache import Cache
+from smolseek.model.moe import MLP, Load, MoE, Router
+from smolseek.model.norm import RMSNorm
+from smolseek.model.rope import Rope
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = MLA(config, layer) if config.is_mla else GQA(config, layer)
+        self.mlp = MoE(config) if config.is_moe_layer(layer) else MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None
+    ) -> tuple[torch.Tensor, Load | None]:
+        """Return the new residual stream [B, T, D] and, for a layer with experts, its load."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache)
+        h_BTD = self.post_attention_layernorm(x_BTD)
+        if isinstance(self.mlp, MoE):
+            y_BTD, load = self.mlp(h_BTD)
+            return x_BTD + y_BTD, load
+        return x_BTD + self.mlp(h_BTD), None
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm; its name in a checkpoint is `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = Rope(config.rope_parameters, config.rope_dim, config.max_position_embeddings)
+
+
+class Hidden(NamedTuple):
+    """What the decoder makes of a batch."""
+
+    hidden_BTD: torch.Tensor
+    """Normalised last hidden state."""
+    load_LE: torch.Tensor
+    """Pairs of token and expert for each layer with experts (int64); [0, 0] without such layers."""
+    balance: torch.Tensor
+    """Sequence-wise balance loss summed over the layers, without its weight alpha."""
+
+
+class CausalLM(nn.Module):
+    """A language model: token ids in, logits of the next token out.
+
+    Parameter names are Hugging Face's; the routed experts are stacked. `new_model` gives one with initial weights.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = False
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Share the embedding with the head where the configuration says so; needed again after assigning weights."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def reset_buffers(self) -> None:
+        """Compute what is not in a checkpoint (RoPE's frequencies); needed after building on the meta device."""
+        self.model.rope.reset_buffers()
+
+    @property
+    def routers(self) -> list[Router]:
+        """The routers of the layers with experts, in order."""
+        return [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
+
+    def hidden(self, ids_BT: torch.Tensor, cache: Cache | None = None) -> Hidden:
+        """Run the decoder over `ids_BT` (int64), which follow what `cache` holds."""
+        T = ids_BT.shape[1]
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + T, device=ids_BT.device)
+        cos_sin = self.model.rope(positions, start + T)
+        x_BTD = self.model.embed_tokens(ids_BT)
+        loads: list[Load] = []
+        for block in self.model.layers:
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x_BTD, load = checkpoint(block, x_BTD, cos_sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BTD, load = block(x_BTD, cos_sin, cache)
+            if load is not None:
+                loads.append(load)
+        if cache is not None:
+            cache.advance(T)
+        if loads:
+            load_LE = torch.stack([load.counts_E for load in loads])
+            balance = torch.stack([load.balance for load in loads]).sum()
+        else:
+            load_LE, balance = ids_BT.new_zeros((0, 0)), x_BTD.new_zeros(())
+        return Hidden(self.model.norm(x_BTD), load_LE, balance)
+
+    def forward(self, ids_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Return the logits [B, T, V] of the token after each one of `ids_BT` (int64)."""
+        return self.lm_head(self.hidden(ids_BT, cache).hidden_BTD)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Draw every matrix from N(0, initializer_range^2), norms 1 and biases 0 (DeepSeek-V3, section 4.2)."""
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.numel():
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+        for router in self.routers:
+            router.e_score_correction_bias.zero_()
+
+
+def new_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> CausalLM:
+    """Build a model with initial weights in float32; the same seed gives the same weights."""
+    with torch.device("meta"):
+        model = CausalLM(config)
+    model.to_empty(device=device)
+    model.tie_weights()
+    model.reset_buffers()
+    model.init_weights(torch.Generator(device).manual_seed(seed))
+    return model

@@ -1,0 +1,46 @@
+"""Loss-free balancing of the experts (2408.15664; DeepSeek-V3 2412.19437, section 2.1.2).
+
+Shapes: L layers with experts, E routed experts.
+"""
+
+import torch
+
+from smolseek.model.transformer import CausalLM
+
+
+def maxvio(load_LE: torch.Tensor) -> torch.Tensor:
+    """Return max_i load_i / mean load - 1 for each layer [L] (2408.15664, equation 4); 0 is a perfect balance."""
+    load = load_LE.double()
+    return load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-12) - 1
+
+
+class Balancer:
+    """Moves each expert's selection bias by gamma, after every optimizer step, towards an equal load.
+
+    b_i += gamma * sign(mean load - load_i), over all tokens of the step: every micro-batch is added once, by the
+    caller, from what the forward pass returned (recomputation and evaluation never reach it).
+    """
+
+    def __init__(self, model: CausalLM, gamma: float) -> None:
+        self.routers = model.routers
+        self.gamma = gamma
+        self.load_LE: torch.Tensor | None = None
+
+    def add(self, load_LE: torch.Tensor) -> None:
+        """Add the load of one micro-batch."""
+        self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
+
+    @torch.no_grad()
+    def step(self) -> list[float]:
+        """Move the biases by the load of the whole step and forget it. Returns its MaxVio for each layer."""
+        if not self.routers:
+            return []
+        assert self.load_LE is not None, "add() comes before step()"
+        load = self.load_LE.double()
+        if self.gamma:
+            direction_LE = torch.sign(load.mean(dim=1, keepdim=True) - load)
+            for router, direction_E in zip(self.routers, direction_LE, strict=True):
+                router.e_score_correction_bias += self.gamma * direction_E.to(torch.float32)
+        violation = maxvio(self.load_LE)
+        self.load_LE = None
+        return violation.tolist()

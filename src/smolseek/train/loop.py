@@ -1,0 +1,248 @@
+"""The training loop: config -> device -> data -> model -> resume -> steps."""
+
+import dataclasses
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from smolseek import console
+from smolseek.config import TrainConfig
+from smolseek.data.stream import TrainStream, open_corpus, validation_rows
+from smolseek.errors import SmolseekError
+from smolseek.model import summary
+from smolseek.model.transformer import CausalLM, new_model
+from smolseek.run_folder import RunFolder
+from smolseek.storage.checkpoint import load_state, load_weights, newest_valid, save_checkpoint
+from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_bytes
+from smolseek.train import metrics
+from smolseek.train.balance import Balancer, maxvio
+from smolseek.train.loss import losses
+from smolseek.train.optim import load_state_tensors, lr_factor, make_optimizer, state_tensors
+from smolseek.train.samples import write_samples
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands; everything here is in every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all resumes."""
+    interval: list[float] = dataclasses.field(default_factory=list)
+    """Losses since the last log line."""
+    loss: float = math.nan
+    """Mean training loss of the last logged interval."""
+    val_loss: float = math.nan
+    """Last validation loss."""
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device called `name`; auto is CUDA where there is one.
+
+    Raises:
+        SmolseekError: when CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SmolseekError("--device cuda: no CUDA device is visible here: use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
+    """Return the context of the forward pass: bfloat16 products over float32 weights, or plain float32.
+
+    auto is bfloat16 where the device multiplies in it; elsewhere its emulation would be slower than float32.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            able = torch.backends.cpu.get_cpu_capability()
+            native = able.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+        precision = "bfloat16" if native else "float32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model: CausalLM, rows: torch.Tensor, text_bytes: int, batch_size: int, context: object) -> dict:
+    """Return validation loss, perplexity, bits per byte and, with experts, global MaxVio over `rows` [N, T+1]."""
+    nats, load_LE = 0.0, None
+    with context:  # type: ignore[attr-defined]
+        for batch in rows.split(batch_size):
+            out = losses(model, batch.to(model.lm_head.weight.device))
+            nats += float(out.next_token) * batch[:, 1:].numel()
+            load_LE = out.load_LE if load_LE is None else load_LE + out.load_LE
+    loss = nats / rows[:, 1:].numel()
+    record = {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700)),
+        "val_bits_per_byte": nats / math.log(2) / text_bytes,
+        "val_tokens": rows[:, 1:].numel(),
+    }
+    if load_LE is not None and load_LE.numel():
+        per_layer = maxvio(load_LE)
+        record |= {"val_maxvio": float(per_layer.mean()), "val_maxvio_layers": per_layer.tolist()}
+        record["val_load"] = load_LE.tolist()
+    return record
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path:
+    """Train a model as `config` says and return its last checkpoint.
+
+    With `resume` the run continues from its newest valid checkpoint, with the same losses, bit for bit on a CPU, as
+    if it had never stopped.
+
+    Raises:
+        SmolseekError: for data, sizes or a run folder that do not fit; nothing has been written then.
+    """
+    device = choose_device(config.device)
+    context = autocast(config.precision, device)
+    run = RunFolder(Path(config.run))
+    run.check(config, resume)
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    if len(tokenizer) > config.model.vocab_size:
+        raise SmolseekError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size {config.model.vocab_size}: "
+            f"use --model.vocab-size {len(tokenizer)} or another --tokenizer"
+        )
+    if not config.model.eos_ids:
+        raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
+    eos_id = config.model.eos_ids[0]
+    tokenizer = for_training(tokenizer, eos_id)
+    encode = encoder(tokenizer)
+    corpus = open_corpus(config.data)
+    step_tokens = config.batch_size * config.grad_accum * config.seq_len
+    stream = TrainStream(corpus.train, encode, eos_id, config.seq_len, config.seed, min_tokens=step_tokens + 1)
+    val_rows, val_bytes = validation_rows(
+        corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens, token_bytes(tokenizer)
+    )
+
+    model = new_model(config.model, config.seed, device)
+    model.grad_checkpoint = config.grad_checkpoint
+    optimizer = make_optimizer(model, config.optim)
+    balancer = Balancer(model, config.balance.gamma)
+    at = Progress()
+    run.create(config, resume)
+    if resume:
+        _restore(run, model, optimizer, stream, at, device)
+    log = console.Log(run.log)
+    if at.step == 0:
+        for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
+            log.say(line)
+        log.say(
+            f"Data: {len(corpus.train):,} training and {len(corpus.validation):,} validation documents; "
+            f"{step_tokens:,} tokens a step on {device.type}"
+        )
+    elif at.step >= config.steps:
+        log.say(f"The run is complete: {at.step} of {config.steps} steps are done")
+        return run.checkpoint_path(at.step)
+
+    clock, timed = metrics.Clock(), 0
+    with console.progress(config.steps, "training") as bar:
+        bar.update(at.step)
+        while at.step < config.steps:
+            lr = config.optim.lr * lr_factor(at.step, config.steps, config.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            step_loss = torch.zeros((), device=device)
+            for _ in range(config.grad_accum):
+                rows = stream.next_batch(config.batch_size).to(device, non_blocking=True)
+                with context:
+                    out = losses(model, rows, alpha=config.balance.alpha)
+                (out.total / config.grad_accum).backward()
+                step_loss += out.next_token
+                balancer.add(out.load_LE)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            violation = balancer.step()
+            at.step += 1
+            at.tokens += step_tokens
+            at.interval.append(float(step_loss) / config.grad_accum)
+            timed += 1  # fewer than the interval's steps after a resume in its middle
+            seconds = clock.seconds()
+            rate = step_tokens * timed / max(seconds, 1e-9)
+            left = (config.steps - at.step) * step_tokens / rate
+            bar.update(at.step, f"loss {at.interval[-1]:.3f}, {rate:,.0f} tokens/s, {left / 60:.1f} min left")
+
+            if at.step % config.log_every == 0 or at.step == config.steps:
+                at.loss = sum(at.interval) / len(at.interval)
+                at.seconds += seconds
+                now, peak = metrics.memory(device)
+                record = {
+                    "step": at.step,
+                    "loss": at.loss,
+                    "lr": lr,
+                    "tokens": at.tokens,
+                    "tokens_per_second": rate,
+                    "grad_norm": float(norm),
+                    "memory": now,
+                    "peak_memory": peak,
+                }
+                if violation:
+                    record |= {"maxvio": sum(violation) / len(violation), "maxvio_layers": violation}
+                run.append_metrics(record)
+                log.say(metrics.train_line(record, config.steps, seconds, device))
+                at.interval.clear()
+                clock.restart()
+                timed = 0
+            with clock:
+                if at.step % config.eval_every == 0 or at.step == config.steps:
+                    record = evaluate(model, val_rows, val_bytes, config.batch_size, context)
+                    at.val_loss = record["val_loss"]
+                    run.append_metrics({"step": at.step, "tokens": at.tokens, **record})
+                    log.say(metrics.validation_line({"step": at.step, **record}))
+                if at.step % config.save_every == 0 or at.step == config.steps:
+                    state = {"progress": dataclasses.asdict(at), "data": stream.state_dict()}
+                    last = save_checkpoint(run, at.step, model, tokenizer, state_tensors(optimizer), state)
+    if config.sample_tokens:
+        write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
+    for line in _closing(config, at, run):
+        log.say(line)
+    return last
+
+
+def _restore(
+    run: RunFolder,
+    model: CausalLM,
+    optimizer: torch.optim.Optimizer,
+    stream: TrainStream,
+    at: Progress,
+    device: torch.device,
+) -> None:
+    """Put everything back to where the newest valid checkpoint stood, and drop what was logged after it."""
+    path, skipped = newest_valid(run)
+    for bad, reason in skipped:
+        console.warn(f"checkpoint {bad.name} is not used: {reason}" + (f"; using {path.name}" if path else ""))
+    if path is None:
+        if skipped:
+            raise SmolseekError(f"{run.path}: no valid checkpoint is left: start anew with another --run")
+        console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
+        run.truncate_metrics(0)
+        return
+    tensors, state = load_state(path)
+    load_weights(model, path)
+    load_state_tensors(optimizer, {name: value.to(device) for name, value in tensors.items()})
+    stream.load_state_dict(state["data"])
+    for name, value in state["progress"].items():
+        setattr(at, name, value)
+    run.truncate_metrics(at.step)
+    console.say(f"Resuming {run.path} from {path.name}")
+
+
+def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
+    """Return the training summary."""
+    lines = ["", "Training summary"]
+    lines += [f"  {line}" for line in summary.parameter_lines(config.model)]
+    lines += [f"  {line}" for line in summary.architecture(config.model)]
+    lines.append(f"  Steps: {at.step:,}, tokens: {at.tokens:,}")
+    if at.seconds:
+        lines.append(f"  Training time: {at.seconds:.1f}s, tokens/sec: {at.tokens / at.seconds:.2f}")
+    lines.append(f"  Final training loss: {at.loss:.4f}, final validation loss: {at.val_loss:.4f}")
+    lines.append(f"  Checkpoint: {run.checkpoint_path(at.step)}")
+    return lines

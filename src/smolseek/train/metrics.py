@@ -1,0 +1,64 @@
+"""What a run says: one record in metrics.jsonl and one line in the original experiment's form."""
+
+import resource
+import sys
+import time
+
+import torch
+
+
+def memory(device: torch.device) -> tuple[int, int]:
+    """Return current and peak memory in bytes: of the GPU, or of this process (resident)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    try:
+        with open("/proc/self/statm", encoding="ascii") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize(), peak
+    except OSError:
+        return peak, peak
+
+
+def train_line(record: dict, steps: int, seconds: float, device: torch.device) -> str:
+    """Return a training record as a line: the original's fields, then learning rate, gradient norm and MaxVio."""
+    name = "GPU Memory" if device.type == "cuda" else "Memory"
+    now, peak = record["memory"] // 2**20, record["peak_memory"] // 2**20
+    step = record["step"]
+    line = (
+        f"Step {step:5d}/{steps} ({100 * step / steps:.1f}%) | Loss: {record['loss']:.4f} | Time: {seconds:.1f}s | "
+        f"Tokens/sec: {record['tokens_per_second']:.2f} | Total Tokens: {record['tokens']:,} | "
+        f"{name}: {now}MB/{peak}MB | LR: {record['lr']:.2e} | Grad norm: {record['grad_norm']:.2f}"
+    )
+    return line + (f" | MaxVio: {record['maxvio']:.3f}" if "maxvio" in record else "")
+
+
+def validation_line(record: dict) -> str:
+    """Return an evaluation's record as a line."""
+    line = (
+        f"Validation at step {record['step']} | Loss: {record['val_loss']:.4f} | "
+        f"Perplexity: {record['val_perplexity']:.2f} | Bits/byte: {record['val_bits_per_byte']:.4f}"
+    )
+    return line + (f" | MaxVio (global): {record['val_maxvio']:.3f}" if "val_maxvio" in record else "")
+
+
+class Clock:
+    """Seconds spent in training, evaluation and saving left out."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.paused = 0.0
+
+    def seconds(self) -> float:
+        """Return the seconds since the last `restart`, less the pauses."""
+        return time.perf_counter() - self.started - self.paused
+
+    def restart(self) -> None:
+        """Begin a new interval."""
+        self.started, self.paused = time.perf_counter(), 0.0
+
+    def __enter__(self) -> None:
+        self._pause = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.paused += time.perf_counter() - self._pause

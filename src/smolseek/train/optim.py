@@ -1,0 +1,69 @@
+"""The optimizer's parameter groups and the learning rate over the steps."""
+
+import math
+
+import torch
+
+from smolseek.config import OptimConfig, ScheduleConfig
+from smolseek.model.transformer import CausalLM
+
+
+def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
+    """Split the parameters in two groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
+
+    A tied head counts as the embedding. Empty matrices (no shared experts) are left out.
+    """
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
+        is_matrix = parameter.ndim >= 2 and "embed_tokens" not in name and not name.endswith("_bias")
+        (decayed if is_matrix else plain).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over `parameter_groups`, with the fused kernel."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
+    """Return the learning rate of step `step` (from 0) of `steps`, as a share of the peak.
+
+    Linear warm-up, then a cosine to `final_factor`, or (wsd) the peak and a linear decay at the end (2404.06395).
+    """
+    warmup = min(config.warmup_steps, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.kind == "constant":
+        return 1.0
+    if config.kind == "cosine":
+        begin, length = warmup, steps - warmup
+    else:
+        length = max(1, round(config.decay_fraction * steps))
+        begin = max(warmup, steps - length)
+        length = steps - begin
+    done = min(1.0, max(0.0, (step - begin + 1) / max(1, length)))
+    share = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
+    return config.final_factor + (1 - config.final_factor) * share
+
+
+def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return the optimizer's state as flat tensors, named by the parameter's number, for a checkpoint."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{number}.{key}": torch.as_tensor(value)
+        for number, entries in state.items()
+        for key, value in entries.items()
+    }
+
+
+def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `state_tensors` gave."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            state.setdefault(int(number), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

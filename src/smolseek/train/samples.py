@@ -1,0 +1,33 @@
+"""What the model writes for the original experiment's five prompts."""
+
+from typing import Any
+
+from smolseek.console import Log
+from smolseek.generate.engine import generate
+from smolseek.generate.sampling import Sampling
+from smolseek.model.transformer import CausalLM
+from smolseek.run_folder import RunFolder
+
+PROMPTS = (
+    "The quantum mechanics of particles describes how",
+    "In computer science, neural networks can learn to",
+    "The theory of relativity fundamentally changed our understanding of",
+    "Machine learning algorithms have revolutionized",
+    "The structure of DNA contains information about",
+)
+
+
+def write_samples(
+    run: RunFolder, step: int, model: CausalLM, tokenizer: Any, max_tokens: int, seed: int, log: Log
+) -> None:
+    """Continue the five prompts by up to `max_tokens` tokens; append them to samples.md and show them."""
+    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=seed)
+    lines = [f"## Step {step}", "", "Temperature 0.8, top-k 50, top-p 0.95.", ""]
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        written = list(generate(model, ids, sampling, max_tokens, stop_ids=model.config.eos_ids))
+        text = tokenizer.decode(written).strip()
+        lines += [f"**{prompt}** {text}", ""]
+        log.say(f"> {prompt} ... {' '.join(text.split())}")
+    with run.samples.open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")

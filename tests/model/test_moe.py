@@ -1,0 +1,104 @@
+"""The experts against a plain loop in float64, and what the router must and must not do with its bias."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smolseek.model.moe import Experts, MoE, sequence_balance
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+
+CONFIG = replace(preset("tiny"), hidden_size=64, moe_intermediate_size=48, num_hidden_layers=1)
+
+
+def make(config=CONFIG) -> MoE:
+    return new_model(replace(config, vocab_size=32), seed=3).model.layers[0].mlp
+
+
+def plain(moe: MoE, x: torch.Tensor) -> torch.Tensor:
+    """The mixture written as its definition: every token, one after the other, in float64."""
+    moe, x = moe.double(), x.double()
+    out = torch.zeros_like(x)
+    for b in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            token = x[b, t]
+            scores = torch.sigmoid(moe.gate.weight @ token)
+            chosen = (scores + moe.gate.e_score_correction_bias).topk(moe.gate.top_k).indices
+            for e in chosen:
+                gate, up = (moe.experts.gate_up_proj[e] @ token).chunk(2)
+                y = moe.experts.down_proj[e] @ (F.silu(gate) * up)
+                out[b, t] += scores[e] / scores[chosen].sum() * y
+    return out + moe.shared_experts(x)
+
+
+def test_experts_equal_the_definition():
+    moe = make()
+    moe.gate.e_score_correction_bias.normal_(std=0.1)
+    x = torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y, load = moe(x)
+        expected = plain(moe, x)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    assert load.counts_E.sum() == 2 * 30 * 2
+
+
+def test_the_bias_chooses_but_does_not_weigh():
+    moe = make()
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = moe.gate(x)
+        moe.gate.e_score_correction_bias += 5.0  # the same for all: nothing may change, the weights least of all
+        after = moe.gate(x)
+        assert torch.equal(before.weights_NK, after.weights_NK)
+        moe.gate.e_score_correction_bias[3] += 10.0
+        assert (moe.gate(x).experts_NK == 3).any(dim=1).all()
+
+
+def test_all_tokens_to_one_expert_and_none_to_others():
+    moe = make()
+    moe.gate.e_score_correction_bias[:] = torch.tensor([9.0, 8.0, 0, 0, 0, 0, 0, 0])
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y, load = moe(x)
+        assert load.counts_E.tolist() == [40, 40, 0, 0, 0, 0, 0, 0]
+        torch.testing.assert_close(y.double(), plain(moe, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_grouped_product_equals_the_loop(gated):
+    config = replace(CONFIG, mlp_gated=gated)
+    experts = Experts(config).to(torch.bfloat16)
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    counts = torch.tensor([5, 0, 17, 3, 0, 30, 1, 8])
+    x = torch.randn(int(counts.sum()), 64).to(torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(experts._grouped(x, counts), experts._looped(x, counts), rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_reach_router_and_every_used_expert():
+    moe = make()
+    x = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0))
+    y, load = moe(x)
+    y.square().sum().backward()
+    assert moe.gate.weight.grad.abs().sum() > 0
+    used = load.counts_E > 0
+    norms = moe.experts.down_proj.grad.flatten(1).norm(dim=1)
+    assert ((norms > 0) == used).all()
+
+
+def test_sequence_balance_is_one_when_even_and_grows_with_the_imbalance():
+    moe = make()
+    x = torch.randn(4 * 32, 64, generator=torch.Generator().manual_seed(0))
+    routing = moe.gate(x)
+    even = routing._replace(
+        scores_NE=torch.full_like(routing.scores_NE, 0.5),
+        experts_NK=torch.arange(256).view(128, 2) % 8,
+    )
+    assert float(sequence_balance(even, 4)) == pytest.approx(1.0)
+    skewed = even._replace(
+        experts_NK=torch.zeros_like(even.experts_NK), scores_NE=F.one_hot(torch.zeros(128).long(), 8) + 1e-3
+    )
+    assert float(sequence_balance(skewed, 4)) > 7

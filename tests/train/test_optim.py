@@ -1,0 +1,65 @@
+"""Parameter groups, schedules and the optimizer's state on its way through a checkpoint."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.config import OptimConfig, ScheduleConfig
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+from smolseek.train.optim import load_state_tensors, lr_factor, make_optimizer, parameter_groups, state_tensors
+
+CONFIG = replace(preset("tiny"), num_hidden_layers=1, vocab_size=64)
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    model = new_model(CONFIG)
+    decayed, plain = parameter_groups(model, 0.1)
+    assert {id(p) for p in decayed["params"]}.isdisjoint(id(p) for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in plain["params"] if p.ndim >= 2} == {"embed_tokens"}
+    assert all("norm" in names[id(p)] for p in plain["params"] if p.ndim == 1)
+
+
+def test_the_biases_of_the_seeds_experts_do_not_decay():
+    model = new_model(replace(preset("seed_159m"), num_hidden_layers=1, vocab_size=64, moe_intermediate_size=8))
+    decayed, _ = parameter_groups(model, 0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert not [names[id(p)] for p in decayed["params"] if names[id(p)].endswith("bias")]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_schedules_warm_up_reach_the_peak_and_end_at_the_final_factor(kind):
+    schedule = ScheduleConfig(kind=kind, warmup_steps=10, final_factor=0.1)
+    factors = [lr_factor(step, 1000, schedule) for step in range(1000)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0)
+    assert max(factors) <= 1.0 and factors[-1] == pytest.approx(0.1)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    if kind == "wsd":
+        assert factors[799] == 1.0 and factors[900] < 0.6
+
+
+def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
+    assert lr_factor(1, 20, ScheduleConfig(warmup_steps=100)) == 1.0
+
+
+def test_state_goes_through_flat_tensors_unchanged():
+    def advance(model, optimizer):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p) * 0.01
+        optimizer.step()
+
+    model = new_model(CONFIG)
+    optimizer = make_optimizer(model, OptimConfig())
+    advance(model, optimizer)
+    tensors = {name: t.clone() for name, t in state_tensors(optimizer).items()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    advance(model, optimizer)
+    other = new_model(CONFIG, seed=9)
+    other.load_state_dict(weights, strict=False)
+    fresh = make_optimizer(other, OptimConfig())
+    load_state_tensors(fresh, tensors)
+    advance(other, fresh)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
