@@ -1,0 +1,32 @@
+# The habits of the house: make demo, make test, make check. `make PYTHON=python3.12 test` picks another Python.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/installed
+
+.PHONY: demo test check format clean
+.DEFAULT_GOAL := demo
+
+# Made once; again only when what is to be installed has changed.
+$(STAMP): pyproject.toml constraints.txt tools/install.py
+	@$(PYTHON) tools/install.py
+
+demo: $(STAMP)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo.sh
+
+test: $(STAMP)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+check: $(STAMP)
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: $(STAMP)
+	.venv/bin/ruff format
+	.venv/bin/ruff check --fix
+
+# Everything that can be made again, the environment included; runs/ is yours and stays.
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache src/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

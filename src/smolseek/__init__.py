@@ -1,0 +1,12 @@
+"""Small DeepSeek-style language models: train, convert, compare and run them."""
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Import `load` when it is asked for: the package itself stays quick to import."""
+    if name == "load":
+        from smolseek.api import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""The terminal: plain lines, warnings, and one live progress bar. The only room that prints. Imports no torch."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+# When something was last said. The terminal is one for the whole process, and so is this: a bar that is not drawn
+# speaks only after a silence.
+_last_said = time.monotonic()
+
+
+def say(line: str = "") -> None:
+    """Print a line to stdout at once; above the bar where one is drawn."""
+    global _last_said
+    print(line, flush=True)
+    _last_said = time.monotonic()
+
+
+def complain(line: str) -> None:
+    """Print a line to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print `warning: line` to stderr."""
+    complain(f"warning: {line}")
+
+
+def stream(piece: str) -> None:
+    """Print a piece of text to stdout at once, without a newline."""
+    print(piece, end="", flush=True)
+
+
+class Log:
+    """Says lines and keeps them in a file."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = path
+
+    def say(self, line: str = "") -> None:
+        """Print `line` and add it to the file, which is opened anew each time, so that a crash loses no line."""
+        say(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Bar(Protocol):
+    """What `progress` gives."""
+
+    def update(self, done: int, text: str = "") -> None:
+        """Show `done` of the total, and `text` beside it."""
+
+
+class _PlainBar:
+    """Speaks a line when nothing was said for `interval` seconds."""
+
+    def __init__(self, total: int, description: str, interval: float) -> None:
+        self.total, self.description, self.interval = total, description, interval
+
+    def update(self, done: int, text: str = "") -> None:
+        if time.monotonic() - _last_said >= self.interval:
+            say(f"{self.description} {done:,}/{self.total:,}" + (f"  {text}" if text else ""))
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str, interval: float = 10.0) -> Iterator[Bar]:
+    """Show how far long work of `total` steps is; `bar.update(done, text)` moves the bar.
+
+    On a terminal a live bar, removed at the end, with lines said meanwhile above it; elsewhere a plain line whenever
+    nothing else was said for `interval` seconds.
+    """
+    if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+        yield _PlainBar(total, description, interval)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    # rich reroutes stdout and stderr while the bar is live: what is printed appears above it.
+    with Progress(*columns, transient=True, refresh_per_second=5) as live:
+        task = live.add_task(description, total=total, text="")
+
+        class LiveBar:
+            def update(self, done: int, text: str = "") -> None:
+                live.update(task, completed=done, text=text)
+
+        yield LiveBar()

