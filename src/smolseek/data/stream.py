@@ -1,0 +1,262 @@
+"""Documents packed into rows of tokens: whole, unpadded, in a seeded order, from any position on.
+
+The training text is one endless sequence of tokens: all documents in a new order every epoch, each followed by EOS.
+Row n is its tokens nT to (n+1)T inclusive, so a row holds T inputs and T targets, and every token is predicted once.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from smolseek.config import DataConfig
+from smolseek.data.sources import read_documents
+from smolseek.errors import SmolseekError
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+CHUNK = 64
+"""Documents encoded at a time: enough to keep all cores busy."""
+CACHED_CHARACTERS = 64_000_000
+"""Corpora up to this size keep their tokens in memory, so that only the first epoch encodes."""
+
+
+@dataclass
+class Corpus:
+    """Distinct documents, in the order they were read."""
+
+    train: list[str]
+    """Documents to train on."""
+    validation: list[str]
+    """Documents never trained on."""
+    duplicates: int = 0
+    """Exact copies of an earlier document that were dropped."""
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Read the documents and split them; a document's side depends on its text alone.
+
+    Raises:
+        SmolseekError: for sources that cannot be read, or when one side of the split has no document.
+    """
+    corpus, seen = Corpus([], []), set()
+    for text in read_documents(config.sources, config.text_column):
+        digest = _digest(text)
+        if digest in seen:
+            corpus.duplicates += 1
+            continue
+        seen.add(digest)
+        (corpus.validation if is_validation(text, config.val_fraction) else corpus.train).append(text)
+    for side, way in ((corpus.validation, "raise"), (corpus.train, "lower")):
+        if not side:
+            name = "validation" if side is corpus.validation else "training"
+            raise SmolseekError(
+                f"no {name} document: none of the {len(seen)} documents falls on that side at data.val_fraction "
+                f"{config.val_fraction}: {way} --data.val-fraction or give more documents"
+            )
+    return corpus
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Return whether the document `text` is for validation: its hash, read as a number in [0, 1), is below `fraction`.
+
+    Other documents have no say in it, so adding files moves no document to the other side.
+    """
+    return int.from_bytes(_digest(text)[:8], "big") < fraction * 2.0**64
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
+
+
+class TrainStream:
+    """The endless sequence of training rows, at a position that can be saved and found again."""
+
+    def __init__(
+        self,
+        documents: Sequence[str],
+        encode: Encode,
+        eos_id: int,
+        seq_len: int,
+        seed: int,
+        min_tokens: int = 0,
+    ) -> None:
+        """Begin at the first epoch; `seq_len` is T, and one pass over the documents must give `min_tokens`.
+
+        Raises:
+            SmolseekError: when there are no documents or too few tokens.
+        """
+        if not documents:
+            raise SmolseekError("no training document: give more documents")
+        self._documents, self._encode, self._eos_id = documents, encode, eos_id
+        self._seq_len, self._seed = seq_len, seed
+        self._cache: dict[int, np.ndarray] | None = None
+        if sum(map(len, documents)) <= CACHED_CHARACTERS:
+            self._cache = {}
+        self._tokens = 0
+        self._known_fingerprint = ""
+        self._epoch: int
+        self._document: int
+        self._offset: int
+        self._seek(0, 0, 0)
+        self._require(min_tokens)
+
+    def next_batch(self, n: int) -> torch.Tensor:
+        """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next."""
+        ahead, missing, pieces = n * self._seq_len, n * self._seq_len + 1, []
+        skip, i = self._offset, 0
+        while missing:
+            if i == len(self._ahead):
+                self._encode_more()
+            piece = self._ahead[i][skip : skip + missing]
+            pieces.append(piece)
+            missing -= len(piece)
+            skip, i = 0, i + 1
+        rows = _cut_rows(np.concatenate(pieces), self._seq_len)
+        self._tokens += ahead
+        self._offset += ahead
+        while self._offset >= len(self._ahead[0]):
+            self._offset -= len(self._ahead.popleft())
+            self._document += 1
+            if self._document == len(self._documents):
+                self._epoch, self._document = self._epoch + 1, 0
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next row's first token, in JSON types.
+
+        `document` counts in the epoch's order, `offset` counts tokens in that document (EOS is its last), `tokens` is
+        how many have been handed out for prediction since the start.
+        """
+        return {
+            "epoch": self._epoch,
+            "document": self._document,
+            "offset": self._offset,
+            "tokens": self._tokens,
+            "seed": self._seed,
+            "fingerprint": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the rows that follow are those that would have followed, at any batch size.
+
+        Raises:
+            SmolseekError: when the documents, their order or the seed are others than when the state was saved, or
+                the tokenizer is another so that the position does not exist.
+        """
+        saved, here = state["fingerprint"], self._fingerprint()
+        if saved != here:
+            raise SmolseekError(
+                f"the training data is not what the checkpoint saw ({saved} then, {here} now): "
+                "resume with the same --data, or start anew with another --run"
+            )
+        if state["seed"] != self._seed:
+            raise SmolseekError(
+                f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"
+            )
+        self._seek(state["epoch"], state["document"], state["offset"])
+        self._tokens = state["tokens"]
+        self._encode_more()
+        if self._offset >= len(self._ahead[0]):
+            raise SmolseekError(
+                f"the checkpoint stands at token {self._offset} of a document that has {len(self._ahead[0])}: "
+                "resume with the same --tokenizer"
+            )
+
+    def _seek(self, epoch: int, document: int, offset: int) -> None:
+        # The position of the next row's first token, and the encoded documents from that one on.
+        self._epoch, self._document, self._offset = epoch, document, offset
+        self._ahead: deque[np.ndarray] = deque()
+        self._upcoming = self._visits(epoch, document)
+
+    def _visits(self, epoch: int, document: int) -> Iterator[list[int]]:
+        """Yield chunks of documents to visit, from a position on and for ever."""
+        while True:
+            # Raw PCG64 numbers never change between numpy releases, which Generator.permutation does not promise.
+            draw = np.random.PCG64(np.random.SeedSequence([self._seed % 2**64, epoch])).random_raw(len(self._documents))
+            order = np.argsort(draw, kind="stable")
+            for start in range(document, len(order), CHUNK):
+                yield order[start : start + CHUNK].tolist()
+            epoch, document = epoch + 1, 0
+
+    def _encode_more(self) -> None:
+        chunk, cache = next(self._upcoming), self._cache
+        new = [i for i in chunk if cache is None or i not in cache]
+        texts = [self._documents[i] for i in new]
+        encoded = dict(zip(new, _encode_documents(texts, self._encode, self._eos_id), strict=True))
+        if cache is not None:
+            cache.update(encoded)
+            encoded = cache
+        self._ahead.extend(encoded[i] for i in chunk)
+
+    def _require(self, min_tokens: int) -> None:
+        held = 0
+        while len(self._ahead) < len(self._documents) and held < min_tokens:
+            self._encode_more()
+            held = sum(map(len, self._ahead))
+        if held < min_tokens:
+            raise SmolseekError(
+                f"the training documents hold {held:,} tokens and one step takes {min_tokens:,}: "
+                "give more text, or lower --batch-size, --grad-accum or --seq-len"
+            )
+
+    def _fingerprint(self) -> str:
+        if not self._known_fingerprint:
+            whole = hashlib.blake2b(digest_size=16)
+            for text in self._documents:
+                whole.update(_digest(text))
+            self._known_fingerprint = f"{len(self._documents)} documents, {whole.hexdigest()}"
+        return self._known_fingerprint
+
+
+def validation_rows(
+    documents: Iterable[str],
+    encode: Encode,
+    eos_id: int,
+    seq_len: int,
+    max_tokens: int,
+    bytes_per_token: np.ndarray,
+) -> tuple[torch.Tensor, int]:
+    """Return rows of validation text, int64 [N, T+1], and the number of UTF-8 bytes that their targets stand for.
+
+    N is at most max_tokens / T. The documents come in the order of their hashes, so that further ones change the
+    rows little. `bytes_per_token` is `tokenizer.token_bytes`; the targets are all tokens but a row's first.
+
+    Raises:
+        SmolseekError: when `max_tokens` or the documents do not fill one row.
+    """
+    if max_tokens < seq_len:
+        raise SmolseekError(f"{max_tokens:,} validation tokens do not fill a row of {seq_len:,}: raise --eval-tokens")
+    limit = max_tokens // seq_len * seq_len + 1
+    ordered = sorted(documents, key=_digest)
+    pieces: list[np.ndarray] = []
+    held = 0
+    for start in range(0, len(ordered), CHUNK):
+        if held >= limit:
+            break
+        pieces += _encode_documents(ordered[start : start + CHUNK], encode, eos_id)
+        held = sum(map(len, pieces))
+    if held < seq_len + 1:
+        raise SmolseekError(
+            f"the validation documents hold {held:,} tokens and one row takes {seq_len + 1:,}: "
+            "raise --data.val-fraction, give more text or lower --seq-len"
+        )
+    rows = _cut_rows(np.concatenate(pieces)[:limit], seq_len)
+    return rows, int(bytes_per_token[rows[:, 1:].numpy()].sum())
+
+
+def _encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[np.ndarray]:
+    """Return each document's tokens with EOS behind them, uint32."""
+    if not documents:
+        return []
+    return [np.array([*ids, eos_id], dtype=np.uint32) for ids in encode(documents)]
+
+
+def _cut_rows(flat: np.ndarray, seq_len: int) -> torch.Tensor:
+    """Return all whole rows of a sequence, int64 [N, T+1], each beginning with the last token of the one before."""
+    starts = np.arange((len(flat) - 1) // seq_len) * seq_len
+    return torch.from_numpy(flat[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))

