@@ -1,0 +1,52 @@
+"""The source model's configuration: what of Hugging Face's `LlamaConfig` our transformer computes. Imports no torch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from smolseek.config import ModelConfig, from_dict
+from smolseek.errors import SmolseekError
+
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ROPE_TYPES = ("default", "linear", "llama3")
+
+# What LlamaConfig means by a key that its config.json leaves out.
+DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
+def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """Return the model that a Llama's `config.json` describes; `where` names the file in error messages.
+
+    `values` holds `rope_parameters` in the new style. Keys that change nothing at inference are ignored.
+
+    Raises:
+        SmolseekError: for a missing size, or a setting that our transformer does not compute.
+    """
+    for name in ("attention_bias", "mlp_bias", "sliding_window"):
+        if values.get(name):
+            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: a Llama has none")
+    if values.get("hidden_act", "silu") != "silu":
+        raise SmolseekError(f"{where}: hidden_act {values['hidden_act']!r} is not supported: a Llama uses 'silu'")
+    rope_type = values["rope_parameters"].get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise SmolseekError(
+            f"{where}: rope_type {rope_type!r} is not supported for a Llama: {', '.join(ROPE_TYPES)} are"
+        )
+    missing = [name for name in REQUIRED if values.get(name) is None]
+    if missing:
+        raise SmolseekError(f"{where}: {', '.join(missing)} missing: a Llama's config.json names them")
+    known = {name: values[name] for name in REQUIRED}
+    known |= {name: values.get(name, default) for name, default in DEFAULTS.items()}
+    known["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
+    # Stated or derived, the same head size gives the same ModelConfig.
+    head_dim, heads = values.get("head_dim"), values["num_attention_heads"]
+    known["head_dim"] = None if head_dim and head_dim * heads == values["hidden_size"] else head_dim
+    known["rope_parameters"] = values["rope_parameters"]
+    return from_dict(ModelConfig, {"model_type": "llama", **known}, where)

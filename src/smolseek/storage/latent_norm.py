@@ -1,0 +1,57 @@
+"""MLA without its latent norm, in files that have one: the norm is kept from doing anything by its epsilon.
+
+RMSNorm gives w c / sqrt(mean(c^2) + eps). With the latent c scaled down by S the mean is nothing beside eps, and the
+norm is the linear map w c / sqrt(eps); w = sqrt(eps) / S then undoes the scale. What is left is a relative error of
+S^2 mean(c^2) / (2 eps), 4.5e-13 mean(c^2) here: below the last bit of float32 for any latent that is not in the
+hundreds. The numbers are of the size 1e-11 and the norm's weights a million, which bfloat16 holds and float16 does not.
+
+A model in memory whose configuration says `latent_norm` false has the plain matrix and no norm, for numbers of that
+size would break an optimizer.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+EPS = 1e-6
+"""What transformers adds in the norm of the latent, whatever `rms_norm_eps` says."""
+MATRIX = "kv_a_proj_with_mqa.weight"
+NORM = "kv_a_layernorm.weight"
+_SCALE = 2.0**20
+
+
+def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the matrix as a file has it, its first `rank` rows scaled down, and the norm's weights [rank].
+
+    The square root of eps, 1e-3, has to stand somewhere. In the matrix the norm's weights are a power of two, which
+    every type holds; `reversible` puts it into the norm's weights, so that the matrix is scaled by a power of two and
+    `unfolded` gives it back to the last bit.
+    """
+    root = EPS**0.5
+    scale, norm = (1 / _SCALE, root * _SCALE) if reversible else (root / _SCALE, _SCALE)
+    stored = matrix.detach().clone()
+    stored[:rank] = (matrix.detach()[:rank].double() * scale).to(matrix.dtype)  # lest the scale be rounded first
+    return stored, matrix.new_full((rank,), norm)
+
+
+def unfolded(tensors: Iterable[tuple[str, torch.Tensor]], rank: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on a file's tensors, the matrices freed of their scale and without the norms' weights."""
+    waiting: dict[str, tuple[str, torch.Tensor]] = {}
+    for name, tensor in tensors:
+        if not name.endswith((MATRIX, NORM)):
+            yield name, tensor
+            continue
+        layer = name.removesuffix(MATRIX).removesuffix(NORM)
+        if layer not in waiting:
+            # Cloned: what waits must outlive the file that it is mapped from.
+            waiting[layer] = name, tensor.clone()
+            continue
+        pair = dict([waiting.pop(layer), (name, tensor)])
+        matrix, norm = pair[layer + MATRIX], pair[layer + NORM]
+        factor = norm.double() / EPS**0.5
+        # In float32 at least: the caller rounds to its own type once.
+        whole = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+        if norm.shape == (rank,):
+            whole[:rank] = (matrix[:rank].double() * factor[:, None]).to(whole.dtype)
+        yield layer + MATRIX, whole
+    # Half of a pair says nothing without the other: it is not passed on, and the caller misses the matrix.

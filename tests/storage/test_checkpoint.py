@@ -1,0 +1,232 @@
+"""Checkpoints: whole or not there, and every damaged byte is found."""
+
+import errno
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from smolseek.config import DataConfig, ModelConfig, TrainConfig
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import new_model
+from smolseek.run_folder import RunFolder
+from smolseek.storage import checkpoint, safetensors_file
+from smolseek.storage.checkpoint import load_state, load_weights, newest_valid, save_checkpoint, verify
+from smolseek.storage.hf_folder import load_model, read_config
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    kv_lora_rank=8,
+    qk_nope_head_dim=4,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    first_k_dense_replace=1,
+    max_position_embeddings=32,
+    initializer_range=0.1,
+)
+IDS = torch.arange(20)[None]
+TENSORS = {
+    "moment/a": torch.randn(3, 5),
+    "half": torch.randn(7).bfloat16(),
+    "rng": torch.get_rng_state(),
+    "step": torch.tensor(7.0),
+    "count": torch.tensor([2**40, -1]),
+    "empty": torch.zeros(0, 3),
+    "strided": torch.arange(10)[::2],
+    "transposed": torch.randn(3, 4).T,
+    "byte": torch.tensor(3, dtype=torch.uint8),
+}
+STATE = {"progress": {"step": 7, "loss": 1.5}, "data": {"epoch": 0, "at": [1, 2]}}
+
+
+class Tokenizer:
+    """Stands in for a tokenizer: one more file in the folder."""
+
+    def save_pretrained(self, path):
+        (path / "special_tokens_map.json").write_text("{}")
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(TrainConfig(model=MODEL, run=str(run.path), seq_len=16, data=DataConfig()), resume=False)
+    return run
+
+
+def save(run, step=7, seed=0):
+    return save_checkpoint(run, step, new_model(MODEL, seed), Tokenizer(), TENSORS, STATE)
+
+
+def test_what_is_saved_comes_back(run):
+    path = save(run)
+    assert path == run.checkpoint_path(7) and path.name == "step-000007"
+    assert verify(path) is None and newest_valid(run) == (path, [])
+    tensors, state = load_state(path)
+    assert state == STATE and set(tensors) == set(TENSORS)
+    for name, value in TENSORS.items():
+        assert tensors[name].dtype == value.dtype and torch.equal(tensors[name], value), name
+    other = new_model(MODEL, 1)
+    load_weights(other, path)
+    with torch.no_grad():
+        expected = new_model(MODEL, 0)(IDS)
+        assert torch.equal(other(IDS), expected)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path)(IDS).logits
+    assert (theirs - expected).abs().max() <= 2e-5
+
+
+def test_a_run_folder_stands_for_its_newest_whole_checkpoint(run):
+    with pytest.raises(SmolseekError, match="holds no checkpoint"):
+        load_model(run.path)
+    for step in (900_000, 2_000_000, 1_000_000):
+        save(run, step, seed=step)
+    assert load_model(run.path).path == run.checkpoint_path(2_000_000)
+    file = run.checkpoint_path(2_000_000) / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    assert load_model(run.path).path == run.checkpoint_path(1_000_000)
+    path, skipped = newest_valid(run)
+    assert path == run.checkpoint_path(1_000_000)
+    assert [(p.name, "model.safetensors is truncated" in why) for p, why in skipped] == [("step-2000000", True)]
+    with pytest.raises(SmolseekError, match=r"step-2000000 is damaged: model\.safetensors is truncated"):
+        load_model(run.checkpoint_path(2_000_000))
+    assert read_config(run.path) == MODEL
+
+
+def test_every_flipped_bit_is_found_and_named(run, tmp_path):
+    path = save(run)
+    files = sorted(p.name for p in path.iterdir())
+    assert len(files) == 7
+    generator = torch.Generator().manual_seed(0)
+    for name in files:
+        original = (path / name).read_bytes()
+        places = torch.randint(0, len(original), (12,), generator=generator).tolist()
+        for place in [0, len(original) - 1, *places]:
+            damaged = bytearray(original)
+            damaged[place] ^= 1 << (place % 8)
+            (path / name).write_bytes(damaged)
+            assert str(verify(path)).startswith(f"{name} "), (name, place)
+        (path / name).write_bytes(original + b" ")
+        assert str(verify(path)).startswith(f"{name} is altered")
+        (path / name).unlink()
+        assert verify(path) == f"{name} is missing"
+        (path / name).write_bytes(original)
+        assert verify(path) is None
+
+
+def test_truncated_files_are_named(run):
+    path = save(run)
+    for file in sorted(path.iterdir()):
+        original = file.read_bytes()
+        for size in (0, len(original) // 2, len(original) - 1):
+            file.write_bytes(original[:size])
+            assert str(verify(path)).startswith(f"{file.name} "), (file.name, size)
+        file.write_bytes(original)
+
+
+def test_for_inference_the_training_state_is_not_read(run):
+    path = save(run)
+    file = path / "training_state.safetensors"
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    assert verify(path, model_only=True) is None and "training_state" in str(verify(path))
+    load_model(path)
+    file.unlink()
+    assert verify(path, model_only=True) == "training_state.safetensors is missing"
+    with pytest.raises(SmolseekError, match=r"holds no training_state\.safetensors"):
+        load_state(path)
+
+
+def test_an_unfinished_checkpoint_is_none_and_is_cleared_away(run):
+    good = save(run, 5)
+    part = run.checkpoints / ".tmp-step-000009"
+    shutil.copytree(good, part)
+    assert newest_valid(run) == (good, [])
+    save(run, 6)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == ["step-000005", "step-000006"]
+
+
+def test_a_step_reached_again_replaces_the_damaged_checkpoint(run):
+    path = save(run, 5, seed=0)
+    (path / "config.json").write_text("{")
+    save(run, 5, seed=1)
+    assert verify(path) is None
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000005"]
+    with torch.no_grad():
+        assert torch.equal(load_model(path).model(IDS), new_model(MODEL, 1)(IDS))
+
+
+def test_a_full_disk_leaves_the_older_checkpoints(run, monkeypatch):
+    good = save(run, 5)
+
+    def full(path, entries):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors_file, "write", full)
+    with pytest.raises(SmolseekError, match=r"step 6 .*No space left on device.*--resume") as caught:
+        save(run, 6)
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000005"]
+    assert newest_valid(run) == (good, [])
+
+
+def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
+    """Cut the save off after each of its disk syncs: what is found is always a whole checkpoint."""
+    save(run, 5)
+    real, left = checkpoint._sync, [0]
+
+    class Crash(BaseException):
+        pass
+
+    def sync(path):
+        if left[0] == 0:
+            raise Crash
+        left[0] -= 1
+        real(path)
+
+    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans nothing up
+    survived = 0
+    for syncs in range(12):
+        left[0] = syncs
+        try:
+            save(run, 6)
+            survived += 1
+        except Crash:
+            pass
+        path, skipped = newest_valid(run)
+        assert path is not None and not skipped
+        monkeypatch.undo()
+        for name in [p for p in run.checkpoints.iterdir() if p.name != "step-000005"]:
+            shutil.rmtree(name)
+        monkeypatch.setattr(checkpoint, "_sync", sync)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    assert survived
+
+
+def test_tensors_lie_at_multiples_of_their_item_size(run):
+    file = save(run) / "training_state.safetensors"
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        start = opened.tell()
+    assert header.pop("__metadata__") == {"format": "pt"} and set(header) == set(TENSORS)
+    for name, entry in header.items():
+        assert (start + entry["data_offsets"][0]) % TENSORS[name].itemsize == 0, name
+
+
+def test_the_manifest_lists_every_file(run):
+    path = save(run)
+    listed = json.loads((path / "manifest.json").read_text())["files"]
+    assert set(listed) == {p.name for p in path.iterdir()} - {"manifest.json"}

@@ -1,0 +1,51 @@
+"""The chunked loss against the plain one: the same value, the same gradients, and better ones in bfloat16."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smolseek.train.loss import linear_cross_entropy
+
+
+def inputs(n: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(n, 64, generator=generator).to(dtype).requires_grad_()
+    w = (0.2 * torch.randn(1000, 64, generator=generator)).to(dtype).requires_grad_()
+    return h, w, torch.randint(1000, (n,), generator=generator)
+
+
+def plain(h, w, targets):
+    return F.cross_entropy(F.linear(h, w).float(), targets)
+
+
+@pytest.mark.parametrize("n", [1, 128, 300])  # below, at and beyond the size of a chunk
+def test_value_and_gradients_equal_the_plain_loss(n):
+    h, w, targets = inputs(n)
+    (3 * linear_cross_entropy(h, w, targets)).backward()
+    h2, w2, _ = inputs(n)
+    (3 * plain(h2, w2, targets)).backward()
+    torch.testing.assert_close(linear_cross_entropy(h, w, targets), plain(h2, w2, targets), rtol=1e-6, atol=1e-6)
+    for ours, reference in ((h.grad, h2.grad), (w.grad, w2.grad)):
+        assert (ours - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_under_autocast_it_is_no_further_from_float64_than_the_plain_loss():
+    h, w, targets = inputs(300)
+    exact_h, exact_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    F.cross_entropy(F.linear(exact_h, exact_w), targets).backward()
+
+    def error(loss):
+        h, w, targets = inputs(300)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(h, w, targets)
+        value.backward()
+        assert w.grad.dtype == torch.float32
+        return float((w.grad - exact_w.grad).norm() + (h.grad - exact_h.grad).norm())
+
+    assert error(linear_cross_entropy) <= 1.1 * error(plain)
+
+
+def test_without_gradients_none_are_made():
+    h, w, targets = inputs(10)
+    with torch.no_grad():
+        assert linear_cross_entropy(h, w, targets).requires_grad is False
