@@ -65,7 +65,8 @@ class RopeConfig:
         missing = [name for name in needed[self.rope_type] if getattr(self, name) is None]
         if missing:
             raise SmolseekError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}: set them, or use 'default'")
-        if self.rope_theta <= 1:
+        # longrope's factors can make up all frequencies by themselves, over a ladder of base 1.
+        if self.rope_theta < 1 or (self.rope_theta == 1 and self.rope_type != "longrope"):
             raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
 
 
@@ -106,6 +107,8 @@ class ModelConfig:
     """Features of a query/key head with RoPE, the key part shared by all heads (MLA)."""
     v_head_dim: int = 0
     """Features of a value head (MLA)."""
+    latent_norm: bool = True
+    """Normalise the latent (MLA). False in models made from Llamas: their files have a norm that changes nothing."""
     attention_bias: bool = False
     """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj, as in DeepSeek-V3."""
     n_routed_experts: int = 0
@@ -213,7 +216,7 @@ def _check_sizes(c: ModelConfig) -> None:
             f"num_key_value_heads {c.num_key_value_heads}",
             "make every key head serve the same number of query heads",
         )
-    if c.is_mla:
+    if c.kv_lora_rank is not None:
         if c.kv_lora_rank < 1 or c.v_head_dim < 1 or c.qk_nope_head_dim < 0 or c.qk_head_dim < 1:
             refuse(
                 f"kv_lora_rank {c.kv_lora_rank}, v_head_dim {c.v_head_dim}, "
@@ -350,6 +353,8 @@ class TrainConfig:
     """Shape of the model, from the preset."""
     run: str
     """Run folder; made if absent."""
+    init: str | None = None
+    """Model folder or hub name whose weights and shape the training goes on from; None draws new weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -21,15 +21,28 @@ def _causal_mask(new: int, seen: int, device: torch.device) -> torch.Tensor:
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 
-def _attend(q_BHTQ: torch.Tensor, k_BGSQ: torch.Tensor, v_BGSV: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of the last T of S tokens -> [B, T, H*V]."""
+def _attend(
+    q_BHTQ: torch.Tensor,
+    k_BGSQ: torch.Tensor,
+    v_BGSV: torch.Tensor,
+    scale: float,
+    unseen_B1S: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last T of S tokens -> [B, T, H*V]; `unseen_B1S` is the cache's, for rows unlike long."""
     T, S = q_BHTQ.shape[2], k_BGSQ.shape[2]
     grouped = q_BHTQ.shape[1] != k_BGSQ.shape[1]
     mask = _causal_mask(T, S, q_BHTQ.device) if 1 < T < S else None
+    if unseen_B1S is not None:
+        mask = ~unseen_B1S[:, None]
     out_BHTV = F.scaled_dot_product_attention(
         q_BHTQ, k_BGSQ, v_BGSV, attn_mask=mask, is_causal=T == S and T > 1, scale=scale, enable_gqa=grouped
     )
     return out_BHTV.transpose(1, 2).flatten(2)
+
+
+def _per_head(cos_or_sin: torch.Tensor) -> torch.Tensor:
+    """Make room for the heads where every row has positions of its own: [B, T, P] -> [B, 1, T, P]; [T, P] stays."""
+    return cos_or_sin if cos_or_sin.ndim == 2 else cos_or_sin[:, None]
 
 
 class MLA(nn.Module):
@@ -57,7 +70,7 @@ class MLA(nn.Module):
             self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
         self.compressed_query = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = nn.Linear(D, self.rank + self.rope, bias=bias)
-        self.kv_a_layernorm = RMSNorm(self.rank)
+        self.kv_a_layernorm = RMSNorm(self.rank) if config.latent_norm else nn.Identity()
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, D, bias=bias)
 
@@ -71,7 +84,7 @@ class MLA(nn.Module):
         q_BHTQ = q.view(B, T, self.heads, self.nope + self.rope).transpose(1, 2)
         q_nope, q_pe = q_BHTQ.split([self.nope, self.rope], dim=-1)
         cos, sin = cos_sin
-        q_pe = rotate(q_pe, cos, sin, interleave=self.interleave)
+        q_pe = rotate(q_pe, _per_head(cos), _per_head(sin), interleave=self.interleave)
 
         c_BTL, k_pe = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.rope], dim=-1)
         c_BTL = self.kv_a_layernorm(c_BTL)
@@ -80,10 +93,10 @@ class MLA(nn.Module):
             out = self._expanded(q_nope, q_pe, c_BTL, k_pe)
         else:
             held = cache.append(self.layer, torch.cat((c_BTL, k_pe), dim=-1))
-            if T == held.shape[1]:
+            if held.shape[1] == T:
                 out = self._expanded(q_nope, q_pe, c_BTL, k_pe)
             else:
-                out = self._absorbed(q_nope, q_pe, held)
+                out = self._absorbed(q_nope, q_pe, held, cache.unseen(held.shape[1]))
         return self.o_proj(out)
 
     def _expanded(
@@ -98,7 +111,9 @@ class MLA(nn.Module):
         k_BHSQ = torch.cat((k_nope, k_pe), dim=-1)
         return _attend(q_BHTQ, k_BHSQ, v_BHSV, self.scale)
 
-    def _absorbed(self, q_nope: torch.Tensor, q_pe: torch.Tensor, held_BSF: torch.Tensor) -> torch.Tensor:
+    def _absorbed(
+        self, q_nope: torch.Tensor, q_pe: torch.Tensor, held_BSF: torch.Tensor, unseen_B1S: torch.Tensor | None
+    ) -> torch.Tensor:
         """Attend on the latents themselves: W_UK goes into the query and W_UV behind the sum (section 2.1.2)."""
         B, H, T, _ = q_nope.shape
         S = held_BSF.shape[1]
@@ -109,6 +124,8 @@ class MLA(nn.Module):
         scores = (q_BHTF.flatten(1, 2) @ held_BSF.transpose(1, 2)).view(B, H, T, S).float() * self.scale
         if T > 1:
             scores = scores.masked_fill(~_causal_mask(T, S, scores.device), float("-inf"))
+        if unseen_B1S is not None:
+            scores = scores.masked_fill(unseen_B1S[:, None], float("-inf"))
         p_BHTS = scores.softmax(dim=-1).to(q_BHTF.dtype)
         sum_BHTL = (p_BHTS.flatten(1, 2) @ held_BSF[..., : self.rank]).view(B, H, T, self.rank)
         return torch.einsum("bhtl,hvl->bthv", sum_BHTL, w_uv_HVL).flatten(2)
@@ -121,6 +138,7 @@ class GQA(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads, self.groups, self.size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
+        self.scale = self.size**-0.5
         D = config.hidden_size
         self.q_proj = nn.Linear(D, self.heads * self.size, bias=False)
         self.k_proj = nn.Linear(D, self.groups * self.size, bias=False)
@@ -134,12 +152,15 @@ class GQA(nn.Module):
         q_BHTQ = self.q_proj(x_BTD).view(B, T, self.heads, self.size).transpose(1, 2)
         k_BGTQ = self.k_proj(x_BTD).view(B, T, self.groups, self.size).transpose(1, 2)
         v_BTX = self.v_proj(x_BTD)
+        cos, sin = _per_head(cos), _per_head(sin)
         q_BHTQ = rotate(q_BHTQ, cos, sin, interleave=False)
         k_BGSQ = rotate(k_BGTQ, cos, sin, interleave=False)
+        unseen_B1S = None
         if cache is not None:
             k_BTX = k_BGSQ.transpose(1, 2).flatten(2)
             held = cache.append(self.layer, torch.cat((k_BTX, v_BTX), dim=-1)).to(q_BHTQ.dtype)
+            unseen_B1S = cache.unseen(held.shape[1])
             k_BSX, v_BTX = held.chunk(2, dim=-1)
             k_BGSQ = k_BSX.unflatten(2, (self.groups, self.size)).transpose(1, 2)
         v_BGSQ = v_BTX.unflatten(2, (self.groups, self.size)).transpose(1, 2)
-        return self.o_proj(_attend(q_BHTQ, k_BGSQ, v_BGSQ, self.size**-0.5))
+        return self.o_proj(_attend(q_BHTQ, k_BGSQ, v_BGSQ, self.scale, unseen_B1S))

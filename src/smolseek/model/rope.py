@@ -82,6 +82,9 @@ def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:
 class Rope(nn.Module):
     """Cosines and sines for given positions."""
 
+    short_P: torch.Tensor
+    long_P: torch.Tensor
+
     def __init__(self, rope: RopeConfig, dim: int, max_position_embeddings: int) -> None:
         super().__init__()
         self.rope, self.dim = rope, dim
@@ -105,6 +108,15 @@ class Rope(nn.Module):
         inverse_P = self.long_P if self.limit is not None and length > self.limit else self.short_P
         angles = positions[..., None].float() * inverse_P.float()
         return angles.cos() * self.scale, angles.sin() * self.scale
+
+    def each(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cos and sin [..., P] for `positions` [...], each as it is when that token is the newest one."""
+        cos, sin = self(positions, 0)
+        if self.limit is not None:
+            beyond = (positions >= self.limit)[..., None]
+            long_cos, long_sin = self(positions, self.limit + 1)
+            cos, sin = torch.where(beyond, long_cos, cos), torch.where(beyond, long_sin, sin)
+        return cos, sin
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleave: bool) -> torch.Tensor:

@@ -93,8 +93,11 @@ class CausalLM(nn.Module):
         """Run the decoder over `ids_BT` (int64), which follow what `cache` holds."""
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + T, device=ids_BT.device)
-        cos_sin = self.model.rope(positions, start + T)
+        if cache is not None and cache.lengths_B is not None:
+            cos_sin = self.model.rope.each(cache.lengths_B[:, None])
+        else:
+            positions = torch.arange(start, start + T, device=ids_BT.device)
+            cos_sin = self.model.rope(positions, start + T)
         x_BTD = self.model.embed_tokens(ids_BT)
         loads: list[Load] = []
         for block in self.model.layers:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,10 +12,14 @@ from smolseek import console
 from smolseek.config import TrainConfig
 from smolseek.data.stream import TrainStream, open_corpus, validation_rows
 from smolseek.errors import SmolseekError
+from smolseek.evaluate import audit
+from smolseek.evaluate.finding import Finding
+from smolseek.evaluate.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state, load_weights, newest_valid, save_checkpoint
+from smolseek.storage.target import resolve
 from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_bytes
 from smolseek.train import metrics
 from smolseek.train.balance import Balancer, maxvio
@@ -77,7 +82,7 @@ def evaluate(model: CausalLM, rows: torch.Tensor, text_bytes: int, batch_size: i
             nats += float(out.next_token) * batch[:, 1:].numel()
             load_LE = out.load_LE if load_LE is None else load_LE + out.load_LE
     loss = nats / rows[:, 1:].numel()
-    record = {
+    record: dict[str, Any] = {
         "val_loss": loss,
         "val_perplexity": math.exp(min(loss, 700)),
         "val_bits_per_byte": nats / math.log(2) / text_bytes,
@@ -113,7 +118,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if not config.model.eos_ids:
         raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
     eos_id = config.model.eos_ids[0]
-    tokenizer = for_training(tokenizer, eos_id)
+    if config.init is None:
+        tokenizer = for_training(tokenizer, eos_id)
     encode = encoder(tokenizer)
     corpus = open_corpus(config.data)
     step_tokens = config.batch_size * config.grad_accum * config.seq_len
@@ -123,6 +129,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     )
 
     model = new_model(config.model, config.seed, device)
+    if config.init is not None and not resume:
+        load_weights(model, resolve(config.init))
     model.grad_checkpoint = config.grad_checkpoint
     optimizer = make_optimizer(model, config.optim)
     balancer = Balancer(model, config.balance.gamma)
@@ -138,6 +146,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             f"Data: {len(corpus.train):,} training and {len(corpus.validation):,} validation documents; "
             f"{step_tokens:,} tokens a step on {device.type}"
         )
+        sizes = config.model.vocab_size, config.model.max_position_embeddings
+        _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
     elif at.step >= config.steps:
         log.say(f"The run is complete: {at.step} of {config.steps} steps are done")
         return run.checkpoint_path(at.step)
@@ -174,7 +184,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 at.loss = sum(at.interval) / len(at.interval)
                 at.seconds += seconds
                 now, peak = metrics.memory(device)
-                record = {
+                record: dict[str, Any] = {
                     "step": at.step,
                     "loss": at.loss,
                     "lr": lr,
@@ -202,9 +212,34 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     last = save_checkpoint(run, at.step, model, tokenizer, state_tensors(optimizer), state)
     if config.sample_tokens:
         write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
+    subject = Subject(
+        name=config.run,
+        model=model,
+        vocab=config.model.vocab_size,
+        context=config.model.max_position_embeddings,
+        run=run,
+        config=config,
+        eos_id=eos_id,
+    )
+    _tell_audit(run, log, at.step, "end", audit.audit(subject, loss=_total, corpus=corpus, encode=encode))
     for line in _closing(config, at, run):
         log.say(line)
     return last
+
+
+def _total(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Return the loss as the audit wants it."""
+    return losses(model, ids).total
+
+
+def _tell_audit(run: RunFolder, log: console.Log, step: int, when: str, findings: list[Finding]) -> None:
+    """Put an audit's findings into the metrics, and say the outcome with what failed."""
+    run.append_metrics({"step": step, **audit.record(findings, when)})
+    failed = audit.failures(findings)
+    for line in audit.lines(failed) if failed else ():
+        log.say(line)
+    if not failed:
+        log.say(audit.verdict(findings))
 
 
 def _restore(

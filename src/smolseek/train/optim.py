@@ -13,7 +13,8 @@ def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
 
     A tied head counts as the embedding. Empty matrices (no shared experts) are left out.
     """
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0:
             continue

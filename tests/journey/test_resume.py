@@ -1,0 +1,84 @@
+"""Killing a run with SIGKILL and resuming it changes nothing: the same losses, bit for bit."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file
+
+STEPS = 12
+
+
+def command(run, data, *extra: str) -> list[str]:
+    small = "--model.num-hidden-layers 2 --model.hidden-size 32 --seq-len 32 --batch-size 2 --grad-accum 3"
+    often = f"--steps {STEPS} --log-every 1 --save-every 2 --eval-every 5 --eval-tokens 64 --sample-tokens 0"
+    train = [sys.executable, "-m", "smolseek", "train", "tiny", "--data", str(data), "--run", str(run)]
+    return [*train, *small.split(), *often.split(), "--data.val-fraction", "0.2", *extra]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Forty documents of drawn words: enough for several epochs in twelve steps."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(40))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def records(run) -> list[dict]:
+    timing = {"tokens_per_second", "memory", "peak_memory"}
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    subprocess.run(command(run, data), check=True, capture_output=True)
+    return run
+
+
+def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed, tmp_path):
+    run = tmp_path / "killed"
+    rng = random.Random(time.time_ns())
+    metrics = run / "metrics.jsonl"
+    for lives, until in enumerate((3, 8)):
+        process = subprocess.Popen(
+            command(run, data, *(["--resume"] if lives else [])), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        while process.poll() is None:
+            done = [r["step"] for r in records(run)] if metrics.exists() else []
+            if done and max(done) >= until:
+                time.sleep(rng.uniform(0, 0.1))  # anywhere: between micro-batches, while saving
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, process.stdout.read().decode()
+        process.stdout.close()
+    subprocess.run(command(run, data, "--resume"), check=True, capture_output=True)
+    assert records(run) == records(undisturbed)
+    last = f"checkpoints/step-{STEPS:06d}/model.safetensors"
+    ours, theirs = load_file(run / last), load_file(undisturbed / last)
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(data, undisturbed, tmp_path):
+    import shutil
+
+    run = tmp_path / "altered"
+    shutil.copytree(undisturbed, run)
+    weights = run / f"checkpoints/step-{STEPS:06d}/model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    result = subprocess.run(command(run, data, "--resume"), check=True, capture_output=True, text=True)
+    assert f"step-{STEPS:06d}" in result.stderr and "model.safetensors" in result.stderr
+    assert f"step-{STEPS - 2:06d}" in result.stderr
+    assert records(run) == records(undisturbed)
