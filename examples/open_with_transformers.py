@@ -7,9 +7,11 @@ import sys
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from smolseek.storage.hf_folder import load_model
 
+disable_progress_bar()
 ours = load_model(sys.argv[1])
 theirs = AutoModelForCausalLM.from_pretrained(ours.path)
 tokenizer = AutoTokenizer.from_pretrained(ours.path)

@@ -28,9 +28,7 @@ def random_rope(rng: random.Random, dim: int, kind: str) -> RopeConfig:
         )
     if kind == "yarn":
         extra = rng.choice([{}, {"mscale": 1.0, "mscale_all_dim": 0.7}, {"mscale": 1.0, "mscale_all_dim": 1.0}])
-        return RopeConfig(
-            rope_type="yarn", rope_theta=theta, factor=4.0, original_max_position_embeddings=32, **extra
-        )
+        return RopeConfig(rope_type="yarn", rope_theta=theta, factor=4.0, original_max_position_embeddings=32, **extra)
     if kind == "longrope":
         factors = tuple(1 + 0.5 * i for i in range(dim // 2))
         original = rng.choice([16, 128])  # the text of 48 tokens lies beyond the one and within the other
@@ -91,9 +89,7 @@ def lively(model: torch.nn.Module, seed: int) -> None:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in name:
                 tensor.copy_(1 + 0.3 * torch.randn(tensor.shape, generator=generator))
-            elif name.endswith("bias"):
-                tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
-            elif tensor.ndim >= 2:
+            elif name.endswith("bias") or tensor.ndim >= 2:
                 tensor.copy_(0.1 * torch.randn(tensor.shape, generator=generator))
 
 

@@ -1,13 +1,271 @@
-"""The engine: a generator of tokens over a preallocated cache."""
+"""The engine: tokens over a preallocated cache, for one sequence or many of unlike lengths.
 
-from collections.abc import Collection, Iterator, Sequence
+Shapes: B sequences that are still being written, T tokens of a prompt, D hidden_size, V vocab_size.
+"""
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.generate.sampling import Sampling, pick
+from smolseek.generate.native import bind
+from smolseek.generate.sampling import Picker, Sampling
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
+
+StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "cancelled"]
+
+
+class Decoder:
+    """A model with a cache of rows, one a sequence: reads prompts, then takes one token of each row at a time.
+
+    On a CPU decoding goes through native.c where that can be built, and through the model's forward pass elsewhere.
+
+    Args:
+        model: in the number format it shall compute in.
+        rows: sequences.
+        capacity: tokens to make room for, in each row.
+        native: False keeps to the model's forward pass.
+    """
+
+    def __init__(self, model: CausalLM, rows: int, capacity: int, *, native: bool = True) -> None:
+        weight = model.lm_head.weight
+        self.model = model
+        self.cache = Cache(model.config, rows, capacity, dtype=weight.dtype, device=weight.device)
+        self.lengths = [0] * rows
+        self.native = bind(model, self.cache) if native else None
+
+    @torch.inference_mode()
+    def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
+        """Read a prompt into an empty row -> the logits [logits, V] after its last tokens, in float32."""
+        cache = self.cache.row(row)
+        hidden_1TD = self.model.hidden(torch.tensor([list(ids)], device=self.device), cache).hidden_BTD
+        self.lengths[row] = len(ids)
+        return self.model.lm_head(hidden_1TD[0, -logits:]).float()
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Append one token to each row -> the logits [B, V] after them, in float32."""
+        assert len(tokens) == len(self.lengths)
+        if self.native is not None:
+            logits_BV = self.native.step(torch.tensor(tokens), torch.tensor(self.lengths))
+        else:
+            self.cache.set_lengths(self.lengths)
+            ids_B1 = torch.tensor(tokens, device=self.device)[:, None]
+            logits_BV = self.model(ids_B1, self.cache)[:, 0].float()
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits_BV
+
+    @torch.inference_mode()
+    def take(self, rows: Sequence[int]) -> None:
+        """Make the rows those numbered in `rows`, which may repeat or leave some out."""
+        self.cache.length = max(self.lengths)
+        self.cache.take(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+
+    @torch.inference_mode()
+    def copy(self, source: int, row: int) -> None:
+        """Make `row` hold what `source` holds."""
+        for held in self.cache.layers:
+            held[row, : self.lengths[source]] = held[source, : self.lengths[source]]
+        self.lengths[row] = self.lengths[source]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.lm_head.weight.device
+
+
+@dataclass
+class Result:
+    """What was written after one prompt."""
+
+    tokens: list[int] = field(default_factory=list)
+    """The new tokens, without the stop token."""
+    logprobs: list[float] = field(default_factory=list)
+    """Each token's log-probability in the model's own distribution, before any strategy (nats)."""
+    stop_reason: StopReason | None = None
+    """Why it ended; None while it is being written."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt."""
+    prompt_seconds: float = 0.0
+    """Time spent reading all the prompts of the call."""
+    decode_seconds: float = 0.0
+    """Time from then to this sequence's end."""
+    cache_bytes: int = 0
+    """Bytes of the cache of all the sequences of the call."""
+    score: float | None = None
+    """Beam search: sum of the log-probabilities over length ** length_penalty."""
+
+
+class Token(NamedTuple):
+    """A token as it is written."""
+
+    row: int
+    """Number of its prompt."""
+    id: int
+    logprob: float
+    """As in `Result.logprobs`."""
+
+
+def check_request(model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int | None) -> None:
+    """Refuse prompts that cannot be continued, and a senseless `max_tokens`, with a SmolseekError."""
+    context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
+    for ids in prompts:
+        if not ids:
+            raise SmolseekError("the prompt is empty: give at least one word")
+        if len(ids) >= context:
+            raise SmolseekError(f"the prompt has {len(ids)} tokens, the model's context {context}: shorten the prompt")
+        wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise SmolseekError(f"token {wrong} is not among the model's {vocabulary}: use the model's own tokenizer")
+    if max_tokens is not None and max_tokens < 1:
+        raise SmolseekError(f"max-tokens {max_tokens} is below 1: ask for at least one")
+
+
+class Writer:
+    """Writes after one or more prompts: an iterator of tokens, with the `results` beside it.
+
+    A row's tokens do not depend on the other rows. Rows that end make room at once.
+
+    Args:
+        model: the model.
+        prompts: token ids; each prompt is a row. Equal prompts are read once.
+        sampling: one strategy for all rows, or one for each.
+        max_tokens: new tokens of a row, at most; None goes on to the end of the context.
+        stop_ids: tokens that end a row; they are not part of it.
+        max_time: seconds after which all rows end, counted from the first token asked for.
+        until: called with row and token after each one; True ends the row with "stop_string".
+        native: False keeps to the model's forward pass.
+
+    Raises:
+        SmolseekError: for an empty prompt, one beyond the context, or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        max_tokens: int | None = None,
+        *,
+        stop_ids: Collection[int] = (),
+        max_time: float | None = None,
+        until: Callable[[int, int], bool] | None = None,
+        native: bool = True,
+    ) -> None:
+        check_request(model, prompts, max_tokens)
+        if max_time is not None and not max_time > 0:
+            raise SmolseekError(f"max-time {max_time} must be above 0 seconds")
+        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        assert len(samplings) == len(prompts)
+        check_request(model, [[*p, *s.prefix] for p, s in zip(prompts, samplings, strict=True)], max_tokens)
+        self._model, self._prompts, self._samplings = model, [list(ids) for ids in prompts], samplings
+        self._max_tokens, self._stop_ids = max_tokens, frozenset(stop_ids)
+        self._max_time, self._until, self._native = max_time, until, native
+        self._cancelled = False
+        self._tokens = self._write()
+        self.results = [Result(prompt_tokens=len(ids)) for ids in prompts]
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def cancel(self) -> None:
+        """End all rows before their next token; may be called from another thread."""
+        self._cancelled = True
+
+    def finish(self) -> list[Result]:
+        """Write to the end and return the results."""
+        for _ in self:
+            pass
+        return self.results
+
+    def _write(self) -> Iterator[Token]:
+        model, context = self._model, self._model.config.max_position_embeddings
+        begun = time.perf_counter()
+        limit = max(self._end(row) for row in range(len(self._prompts)))
+        decoder = Decoder(model, len(self._prompts), min(limit, context), native=self._native)
+        logits, pickers = self._read(decoder)
+        read = time.perf_counter()
+        for result in self.results:
+            result.cache_bytes, result.prompt_seconds = decoder.cache.nbytes, read - begun
+        rows = list(range(len(self._prompts)))  # the prompt of each of the decoder's rows
+        while rows:
+            kept: list[int] = []
+            for place, row in enumerate(rows):
+                # The first logits of a row are those after the prompt and after each token of its forced prefix.
+                reason: StopReason | None = None
+                for logits_V in logits[place]:
+                    token, reason = self._advance(row, pickers[row], logits_V, begun)
+                    self.results[row].decode_seconds = time.perf_counter() - read
+                    if token is not None:
+                        yield token
+                    if reason is not None:
+                        break
+                self.results[row].stop_reason = reason
+                if reason is None:
+                    kept.append(place)
+            if len(kept) < len(rows):
+                rows = [rows[place] for place in kept]
+                if rows:
+                    decoder.take(kept)
+            if rows:
+                logits = list(decoder.step([pickers[row].ids[-1] for row in rows])[:, None])
+
+    def _advance(
+        self, row: int, picker: Picker, logits_V: torch.Tensor, begun: float
+    ) -> tuple[Token | None, StopReason | None]:
+        """Choose and note the next token of a row; return it, if there is one, and why the row ends, if it does."""
+        result, prefix = self.results[row], picker.sampling.prefix
+        if self._cancelled:
+            return None, "cancelled"
+        if self._max_time is not None and time.perf_counter() - begun >= self._max_time:
+            return None, "time"
+        if len(result.tokens) < len(prefix):
+            token = prefix[len(result.tokens)]
+        else:
+            token = picker.pick(logits_V)
+            if token in self._stop_ids:
+                return None, "stop_token"
+        picker.take(token)
+        written = Token(row, token, float(logits_V[token] - logits_V.logsumexp(dim=-1)))
+        result.tokens.append(token)
+        result.logprobs.append(written.logprob)
+        if self._until is not None and self._until(row, token):
+            return written, "stop_string"
+        if self._max_tokens is not None and len(result.tokens) >= self._max_tokens:
+            return written, "length"
+        if len(picker.ids) >= self._model.config.max_position_embeddings:
+            return written, "context"
+        return written, None
+
+    def _end(self, row: int) -> int:
+        """Return how long a row may become."""
+        context, prompt = self._model.config.max_position_embeddings, self._prompts[row]
+        most = context if self._max_tokens is None else len(prompt) + self._max_tokens
+        return max(min(most, context), len(prompt) + len(self._samplings[row].prefix))
+
+    def _read(self, decoder: Decoder) -> tuple[list[torch.Tensor], list[Picker]]:
+        """Read the prompts, with the forced prefixes; a prompt that came before is copied from its row."""
+        logits: list[torch.Tensor] = []
+        pickers = []
+        seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        for row, (prompt, sampling) in enumerate(zip(self._prompts, self._samplings, strict=True)):
+            key = (tuple(prompt), sampling.prefix)
+            if key in seen:
+                decoder.copy(seen[key], row)
+                logits.append(logits[seen[key]])
+            else:
+                seen[key] = row
+                logits.append(decoder.prefill(row, [*prompt, *sampling.prefix], len(sampling.prefix) + 1))
+            pickers.append(Picker(sampling, prompt, self._stop_ids))
+        return logits, pickers
 
 
 def generate(
@@ -19,36 +277,10 @@ def generate(
 ) -> Iterator[int]:
     """Yield up to `max_tokens` new tokens after the prompt `ids`; ends before a token of `stop_ids`.
 
-    It also ends where the model's context is full. The prompt is read in one pass, then each token costs one pass
-    over the cache.
+    `Writer` does more: many prompts, log-probabilities, the reason of the end, limits and cancelling.
 
     Raises:
         SmolseekError: for an empty prompt, one beyond the context, or `max_tokens` below 1.
     """
-    context = model.config.max_position_embeddings
-    if not ids:
-        raise SmolseekError("the prompt is empty: give at least one word")
-    if len(ids) >= context:
-        raise SmolseekError(f"the prompt has {len(ids)} tokens, the model's context {context}: shorten the prompt")
-    if max_tokens < 1:
-        raise SmolseekError(f"max-tokens {max_tokens} is below 1: ask for at least one")
-    return _tokens(model, ids, sampling, min(max_tokens, context - len(ids)), frozenset(stop_ids))
-
-
-def _tokens(
-    model: CausalLM, ids: Sequence[int], sampling: Sampling, max_tokens: int, stop_ids: frozenset[int]
-) -> Iterator[int]:
-    device = model.lm_head.weight.device
-    generator = torch.Generator().manual_seed(sampling.seed)
-    capacity = len(ids) + max_tokens
-    cache = Cache(model.config, 1, capacity, dtype=model.lm_head.weight.dtype, device=device)
-    new = torch.tensor([list(ids)], device=device)
-    for _ in range(max_tokens):
-        # inference_mode is entered anew for each token: a generator must not leave it on for its caller.
-        with torch.inference_mode():
-            last_D = model.hidden(new, cache).hidden_BTD[0, -1]
-            token = pick(model.lm_head(last_D), sampling, generator)
-        if token in stop_ids:
-            return
-        yield token
-        new = torch.tensor([[token]], device=device)
+    writer = Writer(model, [ids], sampling, max_tokens, stop_ids=stop_ids)
+    return (token.id for token in writer)

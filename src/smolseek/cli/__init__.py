@@ -1,0 +1,87 @@
+"""The command line: one verb a function, heavy imports inside, one line for an error."""
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from smolseek import __version__, console
+from smolseek.cli.auditing import audit
+from smolseek.cli.models import compare, convert, inspect
+from smolseek.cli.training import train
+from smolseek.cli.writing import chat, generate
+from smolseek.errors import SmolseekError, nearest
+
+OVERVIEW = """\
+usage: smolseek VERB ...
+
+Small DeepSeek-style language models.
+
+  inspect   what a preset or a model amounts to: parameters, cache, arithmetic, memory
+  train     train a model from a preset, or go on with a run
+  generate  continue a prompt
+  chat      talk with a model that has a chat template
+  convert   make a DeepSeek model of a Llama's weights, with nothing lost
+  compare   how far two models are apart: losses, divergence, cache, parameters
+  audit     whether a model's numbers can be believed: leaks, labels, data, experts, decoding
+
+  smolseek inspect tiny
+  smolseek train tiny --data builtin --run runs/tiny
+  smolseek generate runs/tiny "The structure of DNA"
+
+smolseek VERB --help tells a verb's options, --version the version; --debug shows the traceback of an error."""
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "inspect": inspect,
+    "train": train,
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "compare": compare,
+    "audit": audit,
+}
+
+
+def run_verb(argv: Sequence[str]) -> None:
+    """Carry out a command line."""
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        console.say(OVERVIEW)
+    elif verb == "--version":
+        console.say(f"smolseek {__version__}")
+    elif verb in VERBS:
+        VERBS[verb](argv[1:])
+    else:
+        hint = nearest(verb, VERBS) or f": choose one of {', '.join(VERBS)}"
+        raise SmolseekError(f"unknown {'option' if verb.startswith('-') else 'verb'} {verb!r}{hint}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line (`sys.argv` by default) and return the exit status.
+
+    0 done, 1 a failure of ours, 2 a mistake of the user's, 130 interrupted, 141 nobody reads the output any more.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        run_verb([word for word in words if word != "--debug"])
+        sys.stdout.flush()
+        return 0
+    except SystemExit as stop:  # tyro's --help
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        console.complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends; that must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        ours = not isinstance(error, SmolseekError | OSError)
+        what = " ".join(str(error).split())
+        console.complain(f"error: {type(error).__name__}: {what} (--debug shows why)" if ours else f"error: {what}")
+        return 1 if ours else 2

@@ -1,0 +1,95 @@
+"""Whether a model can be believed: `smolseek audit`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from smolseek import console
+from smolseek.cli.words import parse
+from smolseek.errors import SmolseekError
+
+
+@dataclass(frozen=True)
+class AuditArgs:
+    """Find out whether a model's numbers can be believed: leaks, labels, data, experts, decoding.
+
+    Exits with 1 if a check fails.
+    """
+
+    target: str
+    """A preset, a run folder, any model folder, a .gguf file, `smollm2`, or package.module:function, which returns a
+    torch module that maps ids to logits."""
+    loss: str | None = None
+    """Its loss, package.module:function: (logits, ids) or (model, ids) to a number."""
+    step: str | None = None
+    """A training step, package.module:function of (model, ids): do the balancing biases move?"""
+    data: tuple[str, ...] = ()
+    """Its text: `builtin`, files or folders, or package.module:function, which returns training and validation texts.
+    A run knows its own."""
+    text_column: str = "text"
+    """Column (parquet) or key (JSONL) that holds the text."""
+    tokenizer: str | None = None
+    """Its tokenizer, if it does not come with one."""
+    pad_id: int | None = None
+    """Id of its padding token, if it pads."""
+    eos_id: int | None = None
+    """Id of its end token."""
+    reported_loss: float | None = None
+    """A training loss to judge, in nats a token; a run knows its own."""
+    reported_tokens: float | None = None
+    """Tokens after which it was reached."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto keeps the file's."""
+    fix_hints: bool = False
+    """Say for each failure how such a thing is usually mended."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+
+def audit(argv: Sequence[str]) -> None:
+    """Carry out `smolseek audit TARGET`."""
+    args = parse(AuditArgs, "audit", argv)
+    if args.reported_tokens is not None and args.reported_tokens < 1:
+        raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is below 1: give the tokens trained on")
+    from smolseek.data.stream import open_corpus
+    from smolseek.evaluate import audit as auditing
+    from smolseek.evaluate import subject as subjects
+    from smolseek.model.transformer import CausalLM
+    from smolseek.tokenizer import encoder, load_tokenizer
+    from smolseek.train.loss import losses
+
+    loss = subjects.function(args.loss) if args.loss else None
+    step = subjects.function(args.step) if args.step else None
+    subject = subjects.open_subject(args.target, args.dtype)
+    subject.pad_id = subject.pad_id if args.pad_id is None else args.pad_id
+    subject.eos_id = subject.eos_id if args.eos_id is None else args.eos_id
+    if loss is None and isinstance(subject.model, CausalLM):
+        loss = lambda model, ids: losses(model, ids).total  # noqa: E731
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else subject.tokenizer
+    claim = None
+    if args.reported_loss is not None:
+        claim = auditing.Claim({"training": args.reported_loss}, args.reported_tokens)
+    corpus = None
+    if args.data:
+        corpus = subjects.open_text(args.data, args.text_column)
+    elif subject.config is not None:
+        corpus = open_corpus(subject.config.data)
+    findings = auditing.audit(
+        subject,
+        loss=loss,
+        step=step,
+        corpus=corpus,
+        reading=subjects.open_text(("builtin",)).validation if tokenizer and corpus is None else None,
+        encode=encoder(tokenizer) if tokenizer else None,
+        claim=claim,
+    )
+    failed = auditing.failures(findings)
+    if args.json:
+        record = {"target": args.target, "passed": not failed, "findings": [finding.record() for finding in findings]}
+        console.say(json.dumps(record))
+    else:
+        for line in auditing.lines(findings, fix_hints=args.fix_hints):
+            console.say(line)
+    if failed:
+        raise SystemExit(1)

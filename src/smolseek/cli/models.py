@@ -1,0 +1,111 @@
+"""What a model is and becomes: `smolseek inspect`, `convert` and `compare`."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from smolseek import console
+from smolseek.cli.words import parse
+from smolseek.errors import SmolseekError
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    """Show what a preset or a model amounts to: parameters, cache, arithmetic, memory."""
+
+    target: str
+    """A preset, a run folder, a model folder, a .gguf file or `smollm2`."""
+    tokens: int = 256
+    """Tokens in a sequence, for arithmetic and memory."""
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Carry out `smolseek inspect TARGET`."""
+    args = parse(InspectArgs, "inspect", argv)
+    if args.tokens < 1:
+        raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
+    from smolseek.model.summary import summarize
+    from smolseek.presets import PRESETS, preset
+    from smolseek.storage.hf_folder import read_config
+
+    is_preset = re.sub(r"[-.]", "_", args.target) in PRESETS
+    console.say(summarize(preset(args.target) if is_preset else read_config(args.target), seq_len=args.tokens))
+
+
+@dataclass(frozen=True)
+class ConvertArgs:
+    """Make a DeepSeek model of a Llama's weights; stock transformers opens the folder."""
+
+    source: str
+    """A Llama: a hub name, a Hugging Face folder, a .gguf file or `smollm2`."""
+    out: str
+    """Folder to write; it must not exist or be empty."""
+    mode: Literal["exact", "grow"] = "exact"
+    """exact computes what the source computes; grow does so with new experts beside, to be trained."""
+    experts: int | None = None
+    """Routed experts: parts of the dense layers (exact) or new ones (grow). None leaves the layers dense."""
+    shared: int | None = None
+    """Shared experts; None is 1."""
+    neurons: Literal["contiguous", "clustered"] = "contiguous"
+    """How the neurons are dealt out to the experts (exact)."""
+    top_k: int | None = None
+    """Routed experts that a token visits (grow)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights."""
+    seed: int = 0
+    """Seed of the clustering and of the new experts."""
+    no_verify: bool = False
+    """Do not open the result and compare it with the source."""
+
+
+def convert(argv: Sequence[str]) -> None:
+    """Carry out `smolseek convert SOURCE OUT`."""
+    args = parse(ConvertArgs, "convert", argv)
+    from smolseek.convert import pipeline
+    from smolseek.evaluate.compare import verify_conversion
+
+    options = {f.name: getattr(args, f.name) for f in fields(pipeline.Conversion)}
+    verify = None if args.no_verify else verify_conversion
+    pipeline.convert(args.source, args.out, pipeline.Conversion(**options), verify)
+
+
+@dataclass(frozen=True)
+class CompareArgs:
+    """Show how far two models are apart, on the same text."""
+
+    a: str
+    """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
+    b: str
+    """Another one with the same vocabulary."""
+    data: tuple[str, ...] = ("builtin",)
+    """`builtin`, or text, JSONL and parquet files or folders of them."""
+    text_column: str = "text"
+    """Column (parquet) or key (JSONL) that holds the text."""
+    tokens: int = 16_384
+    """Tokens to predict, at most."""
+    seq_len: int = 1024
+    """Tokens in a window."""
+    engine: Literal["native", "transformers"] = "native"
+    """Who computes: smolseek, or stock transformers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Carry out `smolseek compare A B --data ...`."""
+    args = parse(CompareArgs, "compare", argv)
+    from smolseek.evaluate import compare as comparing
+
+    a, b, tokenizer = comparing.open_models(args.a, args.b, args.engine, args.dtype)
+    rows = comparing.text_rows(args.data, args.text_column, tokenizer, args.seq_len, args.tokens)
+    found = comparing.compare(a, b, rows)
+    if args.json:
+        sides = [asdict(side) for side in comparing.sides((args.a, args.b), found)]
+        console.say(json.dumps(asdict(found) | {"engine": args.engine, "dtype": args.dtype, "models": sides}))
+        return
+    for line in comparing.report((args.a, args.b), found):
+        console.say(line)

@@ -1,0 +1,97 @@
+"""Training a model: `smolseek train`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from smolseek.cli.words import option, parse
+from smolseek.errors import SmolseekError
+
+if TYPE_CHECKING:
+    from smolseek.config import TrainConfig
+
+
+def train(argv: Sequence[str]) -> None:
+    """Carry out `smolseek train PRESET`, `train RUN/config.json`, `train --init MODEL` or `--run RUN --resume`."""
+    import tyro
+
+    from smolseek.config import ModelConfig, TrainConfig
+    from smolseek.presets import PRESETS, preset
+    from smolseek.run_folder import RunFolder
+
+    choices = f"{', '.join(PRESETS)}, or the config.json of a run, whose settings are then taken over."
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainArgs(TrainConfig):
+        """Train a model from a preset. To go on with a run: smolseek train --run RUN --resume.
+
+        To go on from a model's weights, in its shape and with its tokenizer: smolseek train --init MODEL --run RUN.
+        The peak learning rate is then 1e-4 unless --optim.lr says otherwise.
+
+        The model's options are --model.NAME; smolseek train PRESET --help-model lists them.
+        """
+
+        preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help=choices)]
+        resume: bool = False
+        """Go on from the run's newest checkpoint; PRESET may then be left out, for the run's settings."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class TrainHelp(TrainArgs):
+        __doc__ = TrainArgs.__doc__
+        model: tyro.conf.Suppress[ModelConfig]
+
+    @dataclass(frozen=True, kw_only=True)
+    class ModelHelp:
+        """The model's options; the defaults are the preset's."""
+
+        model: ModelConfig
+
+    wants_help = not {"-h", "--help", "--help-model"}.isdisjoint(argv)
+    name, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    run, init = option(options, "--run"), option(options, "--init")
+    if init is not None and "--resume" not in options and not wants_help:
+        if name is not None:
+            raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
+        config = _from_model(init)
+    elif name is not None and Path(name).name == "config.json":
+        config = RunFolder(Path(name).parent).read_config()
+    elif name is None and not wants_help:
+        if run is None or "--resume" not in options:
+            raise SmolseekError(
+                f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, "
+                "or --run RUN --resume to go on"
+            )
+        config = RunFolder(run).read_config()
+    else:
+        config = TrainConfig(model=preset(name or "tiny"), run=f"runs/{name or 'PRESET'}")
+
+    if "--help-model" in options:
+        parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
+    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+    kind = TrainHelp if wants_help else TrainArgs
+    aliased = [re.sub(r"^--text[-_]column(?=$|=)", "--data.text-column", word) for word in options]
+    args = parse(kind, "train", [name or "-", *aliased], kind(**values, preset=tyro.MISSING))
+    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+    from smolseek.train import loop
+
+    loop.train(config, resume=args.resume)
+
+
+def _from_model(init: str) -> "TrainConfig":
+    """Return the settings of a training that goes on from the model `init`."""
+    from smolseek.config import OptimConfig, TrainConfig
+    from smolseek.storage.hf_folder import TOKENIZER_FILES, read_config, resolve
+
+    path = resolve(init)
+    if path.is_file():
+        raise SmolseekError(f"--init {init} is a GGUF file: convert it first (smolseek convert {init} FOLDER)")
+    own = any((path / name).exists() for name in TOKENIZER_FILES)
+    return TrainConfig(
+        model=read_config(init),
+        run=f"runs/{path.name}",
+        init=init,
+        optim=OptimConfig(lr=1e-4),
+        tokenizer=str(path) if own else "smollm2",
+    )

@@ -1,0 +1,1 @@
+"""From one architecture to another: Llama models become DeepSeek models."""

@@ -1,0 +1,92 @@
+"""A Llama layer as a DeepSeek-V3 layer that computes the same function (derived in docs/conversion.md).
+
+Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, J = d/2 frequencies, R = Gd rotary
+features, which are also the features of the latent.
+"""
+
+import dataclasses
+
+import torch
+
+from smolseek.config import ModelConfig, RopeConfig
+from smolseek.model.rope import frequencies
+from smolseek.storage.latent_norm import fold
+
+
+def target_config(source: ModelConfig) -> ModelConfig:
+    """Return the shape of the exact conversion of the Llama `source`, with dense feed-forward layers.
+
+    Every key head gets a slot of its own in the shared rotary key, and every value head one in the latent. The slots
+    need the same frequencies again and again, which no ladder theta^(-2i/R) gives; `longrope` divides each frequency
+    of a ladder by a factor of its own, and on the ladder of base 1, which is 1 everywhere, the factors are the
+    reciprocals of the frequencies themselves. `attention_factor` scales cosines and sines, so scores by its square:
+    its fourth power G turns the scale (Gd)^(-1/2), which MLA applies, into the d^(-1/2) of the source.
+    """
+    groups, size = source.num_key_value_heads, source.qk_head_dim
+    factors = tuple(reciprocals(frequencies(source.rope_parameters, size))) * groups
+    return dataclasses.replace(
+        source,
+        model_type="deepseek_v3",
+        num_key_value_heads=source.num_attention_heads,
+        head_dim=None,
+        kv_lora_rank=groups * size,
+        qk_nope_head_dim=0,
+        qk_rope_head_dim=groups * size,
+        v_head_dim=size,
+        latent_norm=False,
+        rope_interleave=True,
+        rope_parameters=RopeConfig(
+            rope_type="longrope",
+            rope_theta=1.0,
+            factor=1.0,
+            attention_factor=groups**0.25,
+            short_factor=factors,
+            long_factor=factors,
+            original_max_position_embeddings=source.max_position_embeddings,
+        ),
+    )
+
+
+def reciprocals(w_J: torch.Tensor) -> list[float]:
+    """Return float32 numbers whose float32 reciprocals are `w_J`, to the last bit where there is such a number.
+
+    There always is one for the default RoPE, whose frequencies are themselves reciprocals of float32 numbers. At
+    position 8,000 a last bit of the highest frequency is half a thousandth of a radian.
+    """
+    nearest = 1 / w_J
+    candidates = [
+        nearest,
+        torch.nextafter(nearest, torch.full_like(nearest, torch.inf)),
+        torch.nextafter(nearest, torch.zeros_like(nearest)),
+    ]
+    tried = torch.stack(candidates)
+    best = (1 / tried - w_J).abs().argmin(dim=0)
+    return tried.gather(0, best[None])[0].tolist()
+
+
+def _pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows [heads*d, D] of each head from halves (j, j+J) to pairs (2j, 2j+1), the order of DeepSeek."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def attention(
+    config: ModelConfig, q_proj: torch.Tensor, k_proj: torch.Tensor, v_proj: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Return MLA's tensors, named without the prefix `model.layers.N.self_attn.`, for those of the Llama `config`.
+
+    Head h of group g has its query in slot g of the rotary features and zeros elsewhere, and reads slot g of the
+    latent. The output projection stays as it is. The latent's norm is folded away (`latent_norm.fold`).
+    """
+    heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
+    group_of_head = torch.arange(heads) // (heads // groups)
+    q_HGdD = q_proj.new_zeros(heads, groups, size, config.hidden_size)
+    q_HGdD[torch.arange(heads), group_of_head] = _pairs(q_proj, heads).unflatten(0, (heads, size))
+    up_HdGd = v_proj.new_zeros(heads, size, groups, size)
+    up_HdGd[torch.arange(heads), :, group_of_head] = torch.eye(size, dtype=v_proj.dtype)
+    matrix, norm = fold(torch.cat((v_proj, _pairs(k_proj, groups))), groups * size)
+    return {
+        "q_proj.weight": q_HGdD.flatten(0, 2),
+        "kv_a_proj_with_mqa.weight": matrix,
+        "kv_a_layernorm.weight": norm,
+        "kv_b_proj.weight": up_HdGd.flatten(2).flatten(0, 1),
+    }

@@ -1,0 +1,125 @@
+"""The model to be converted: its shape at once, its tensors one by one when they are asked for."""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+
+from smolseek.config import ModelConfig
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.gguf_file import open_gguf
+from smolseek.storage.hf_config import config_from_hf
+from smolseek.storage.hf_folder import config_json, file_views, weight_files
+from smolseek.storage.safetensors_file import FLOAT_TYPES, damage_named
+from smolseek.storage.target import resolve
+
+
+class Source(NamedTuple):
+    """An opened Llama."""
+
+    path: Path
+    """Its folder or .gguf file."""
+    config: ModelConfig
+    """Its shape."""
+    tensors: "FolderTensors | GgufTensors"
+    """`tensors[name]` reads the tensor with Hugging Face's name `name`."""
+
+
+@contextlib.contextmanager
+def open_source(target: str) -> Iterator[Source]:
+    """Open the Llama `target`: a hub name, a Hugging Face folder, a .gguf file or `smollm2`. Reads no weights yet.
+
+    Raises:
+        SmolseekError: if there is no such model, it is damaged, its architecture is another, or it has parts that a
+            plain Llama has not (biases, norms of queries and keys).
+    """
+    path = resolve(target)
+    if path.is_file():
+        opened = open_gguf(path)
+        _plain(opened.config, path)
+        yield Source(path, opened.config, GgufTensors(opened.tensors, path))
+        return
+    config = config_from_hf(config_json(path), str(path / "config.json"))
+    _plain(config, path)
+    with contextlib.ExitStack() as stack:
+        tensors = FolderTensors(weight_files(path), stack)
+        _fits(config, tensors, path)
+        yield Source(path, config, tensors)
+
+
+def _plain(config: ModelConfig, path: Path) -> None:
+    if config.model_type != "llama":
+        raise SmolseekError(f"{path} is a {config.model_type} model: only Llama models are converted")
+
+
+_ADDITIONS = {r"\.bias$": "biases", r"\.[qk]_norm\.": "QK-norm"}
+
+
+def _fits(config: ModelConfig, tensors: "FolderTensors", path: Path) -> None:
+    """Hold the names and shapes in the files against those that `config` makes."""
+    with torch.device("meta"):
+        expected = {name: tuple(view.shape) for name, view in file_views(CausalLM(config)).items()}
+    for name, shape in expected.items():
+        if name not in tensors.files:
+            raise SmolseekError(f"{path}: {name} is missing: copy or download the model anew")
+        found = tensors.shape(name)
+        if found != shape:
+            raise SmolseekError(
+                f"{path}: {name} has shape {list(found)}, but config.json makes it {list(shape)}: "
+                "config.json and the weights are not of one model"
+            )
+    for name in tensors.files:
+        if name in expected or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
+            continue
+        what = next((words for pattern, words in _ADDITIONS.items() if re.search(pattern, name)), "an unknown tensor")
+        raise SmolseekError(f"{path} has {what} ({name}): only plain Llama models are converted")
+
+
+class FolderTensors:
+    """The tensors of safetensors files, mapped into memory."""
+
+    def __init__(self, paths: Iterable[Path], stack: contextlib.ExitStack) -> None:
+        self.files: dict[str, tuple[Path, Any]] = {}
+        for path in paths:
+            with damage_named(path):
+                file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
+                self.files |= dict.fromkeys(file.keys(), (path, file))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, from the file's header."""
+        return tuple(self.files[name][1].get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path, file = self.files[name]
+        with damage_named(path):
+            tensor = file.get_tensor(name)
+        if tensor.dtype not in FLOAT_TYPES.values():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SmolseekError(f"{path}: {name} is stored as {kind}: take the model's bfloat16 or float32 version")
+        return tensor
+
+
+class GgufTensors:
+    """The tensors of a GGUF file in float32, dequantised one by one.
+
+    The file is read from its beginning to its end, once: what is passed over on the way to a tensor is kept until it
+    is asked for. llama.cpp writes a model layer by layer, so that is not much.
+    """
+
+    def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> None:
+        self._ahead, self._path = tensors, path
+        self._passed: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        while name not in self._passed:
+            try:
+                found, tensor = next(self._ahead)
+            except StopIteration:
+                raise SmolseekError(f"{self._path}: {name} is missing: download the file anew") from None
+            self._passed[found] = tensor
+        return self._passed.pop(name)

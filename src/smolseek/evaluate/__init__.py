@@ -1,0 +1,1 @@
+"""Judging models: losses, and how far two models are apart."""

@@ -1,0 +1,279 @@
+"""How far two models are apart: losses, Kullback-Leibler divergence, agreement, on the same tokens.
+
+Shapes: N windows, T tokens of a window, D hidden_size, C tokens of a chunk, V vocab_size.
+"""
+
+import itertools
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from smolseek import console
+from smolseek.config import ModelConfig
+from smolseek.data.sources import read_documents
+from smolseek.data.stream import validation_rows
+from smolseek.errors import SmolseekError
+from smolseek.model.summary import count
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.hf_folder import TOKENIZER_FILES, load_model, read_config, resolve, save_folder
+from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
+
+Engine = Literal["native", "transformers"]
+
+# Positions whose logits exist at one time, in float64 and for both models.
+_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, A and B, on the same tokens; logits are compared in float64."""
+
+    tokens: int
+    """Tokens predicted."""
+    loss_a: float
+    """Mean cross-entropy of A, in nats."""
+    loss_b: float
+    """Mean cross-entropy of B, in nats."""
+    kl: float
+    """Mean KL(A || B) per token, in nats."""
+    agreement: float
+    """Share of tokens with the same likeliest next token."""
+    max_difference: float
+    """Largest difference of two logits, in standard deviations of A's logits."""
+    rms_difference: float
+    """Root mean square difference of two logits, in standard deviations of A's logits."""
+
+    def line(self) -> str:
+        """Return the comparison in one line."""
+        return (
+            f"mean KL {self.kl:.1e} nats per token, top-1 agreement {self.agreement:.2%}, largest logit difference "
+            f"{self.max_difference:.1e} of their spread, loss {self.loss_a:.5f} before and {self.loss_b:.5f} after "
+            f"({self.tokens:,} tokens)"
+        )
+
+
+class _Sums:
+    """Running sums over chunks of positions."""
+
+    def __init__(self) -> None:
+        self.n = self.same = 0
+        self.kl = self.loss_a = self.loss_b = self.largest = 0.0
+        self.values = self.sum = self.squares = self.difference_squares = 0.0
+
+    def add(self, a_CV: torch.Tensor, b_CV: torch.Tensor, targets_C: torch.Tensor) -> None:
+        difference_CV = a_CV - b_CV
+        self.largest = max(self.largest, float(difference_CV.abs().max()))
+        self.difference_squares += float(difference_CV.square().sum())
+        self.sum += float(a_CV.sum())
+        self.squares += float(a_CV.square().sum())
+        self.values += a_CV.numel()
+        self.same += int((a_CV.argmax(dim=-1) == b_CV.argmax(dim=-1)).sum())
+        logp_CV, logq_CV = a_CV.log_softmax(dim=-1), b_CV.log_softmax(dim=-1)
+        self.kl += float((logp_CV.exp() * (logp_CV - logq_CV)).sum())
+        self.loss_a -= float(logp_CV.gather(1, targets_C[:, None]).sum())
+        self.loss_b -= float(logq_CV.gather(1, targets_C[:, None]).sum())
+        self.n += len(targets_C)
+
+    def result(self) -> Comparison:
+        spread = math.sqrt(max(self.squares / self.values - (self.sum / self.values) ** 2, 0.0)) or 1.0
+        return Comparison(
+            tokens=self.n,
+            loss_a=self.loss_a / self.n,
+            loss_b=self.loss_b / self.n,
+            kl=self.kl / self.n,
+            agreement=self.same / self.n,
+            max_difference=self.largest / spread,
+            rms_difference=math.sqrt(self.difference_squares / self.values) / spread,
+        )
+
+
+@torch.no_grad()
+def hidden_states(model: Any, rows: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Yield the last hidden states [T, D] of each window of `rows` [N, T+1], for our models and transformers'."""
+    for row in rows:
+        ids = row[None, :-1]
+        out = model.hidden(ids).hidden_BTD if isinstance(model, CausalLM) else model.model(ids).last_hidden_state
+        yield out[0]
+
+
+@torch.no_grad()
+def compare_states(
+    states_a: Iterable[torch.Tensor],
+    head_a: torch.Tensor,
+    states_b: Iterable[torch.Tensor],
+    head_b: torch.Tensor,
+    rows: torch.Tensor,
+) -> Comparison:
+    """Compare two models by the hidden states of the windows `rows` [N, T+1] and their heads [V, D]."""
+    sums = _Sums()
+    with console.progress(len(rows), "comparing") as bar:
+        for done, (a_TD, b_TD, row) in enumerate(zip(states_a, states_b, rows, strict=True), 1):
+            for start in range(0, len(a_TD), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                a_CV, b_CV = (a_TD[part] @ head_a.T).double(), (b_TD[part] @ head_b.T).double()
+                sums.add(a_CV, b_CV, row[1:][part])
+            bar.update(done)
+    return sums.result()
+
+
+def compare(a: Any, b: Any, rows: torch.Tensor) -> Comparison:
+    """Compare models A and B, ours or transformers', on the windows `rows` [N, T+1]."""
+    return compare_states(hidden_states(a, rows), a.lm_head.weight, hidden_states(b, rows), b.lm_head.weight, rows)
+
+
+def text_rows(sources: Iterable[str], text_column: str, tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
+    """Return windows [N, T+1] of the text in `sources`, in an order that depends on the documents alone.
+
+    Raises:
+        SmolseekError: if there is no such text, or too little of it for one window.
+    """
+    if tokenizer is None:
+        raise SmolseekError("neither model has a tokenizer: put a tokenizer.json into one of the folders")
+    return _rows(read_documents(list(sources), text_column), tokenizer, seq_len, max_tokens)
+
+
+def _rows(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
+    eos_id = tokenizer.eos_token_id or 0
+    rows, _ = validation_rows(documents, encoder(tokenizer), eos_id, seq_len, max_tokens, token_bytes(tokenizer))
+    return rows
+
+
+def _own_rows(tokenizer: Any, config: ModelConfig, tokens: int) -> torch.Tensor:
+    """Return one window of built-in text, or of random tokens for a model without a tokenizer."""
+    length = min(tokens, config.max_position_embeddings - 1)
+    if tokenizer is None:
+        return torch.randint(config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    return _rows(itertools.islice(read_documents(["builtin"], "text"), 40), tokenizer, length, length)
+
+
+def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
+    """Open both models natively, one after the other, and return the line of fidelity.
+
+    In bfloat16 the source with its weights rounded likewise is the measure of what may be lost.
+
+    Raises:
+        SmolseekError: if the converted model is further from the source than its number format explains.
+    """
+    loaded = load_model(source)
+    rows = _own_rows(loaded.tokenizer, loaded.config, tokens)
+    before, head = list(hidden_states(loaded.model, rows)), loaded.model.lm_head.weight.detach()
+    converted = load_model(out, dtype="auto")
+    rounded = converted.model.lm_head.weight.dtype == torch.bfloat16
+    allowed = 1e-6
+    if rounded:
+        head = head.clone()
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                parameter.copy_(parameter.bfloat16())
+        own = compare_states(before, head, hidden_states(loaded.model, rows), loaded.model.lm_head.weight, rows)
+        allowed = max(allowed, 2 * own.kl)
+    del loaded
+    model = converted.model.float()
+    found = compare_states(before, head, hidden_states(model, rows), model.lm_head.weight, rows)
+    if not found.kl <= allowed:
+        raise SmolseekError(
+            f"the converted model is not faithful: mean KL {found.kl:.1e} is above {allowed:.1e} ({found.line()}): "
+            "please report this; --no-verify writes the model nevertheless"
+        )
+    line = f"Fidelity: {found.line()}"
+    return line + (f"; rounding the original to bfloat16 gives mean KL {own.kl:.1e}" if rounded else "")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two models of a report."""
+
+    name: str
+    loss: float
+    cache_bytes: int
+    """Bytes cached per token, in 16 bits."""
+    total: int
+    """Parameters."""
+    active: int
+    """Parameters that a token uses."""
+
+
+def open_models(a: str, b: str, engine: Engine, dtype: str) -> tuple[Any, Any, Any]:
+    """Return both models and the tokenizer of the first.
+
+    Raises:
+        SmolseekError: if one cannot be opened, or they do not have the same vocabulary.
+    """
+    paths, configs = [resolve(a), resolve(b)], [read_config(a), read_config(b)]
+    if configs[0].vocab_size != configs[1].vocab_size:
+        raise SmolseekError(
+            f"{a} has {configs[0].vocab_size:,} tokens and {b} {configs[1].vocab_size:,}: "
+            "only models with one vocabulary are compared"
+        )
+    tokenizers = [_tokenizer(path) for path in paths]
+    if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise SmolseekError(f"{a} and {b} have different tokenizers: only models with one vocabulary are compared")
+    models = [open_model(path, engine, dtype) for path in paths]
+    return models[0], models[1], next((t for t in tokenizers if t is not None), None)
+
+
+def _tokenizer(path: Path) -> Any:
+    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return load_tokenizer(str(path))
+
+
+def open_model(path: Path, engine: Engine, dtype: str) -> Any:
+    """Open the folder or .gguf file `path` with our engine or with stock transformers.
+
+    Raises:
+        SmolseekError: if that engine cannot open it.
+    """
+    if engine == "native":
+        return load_model(path, dtype=dtype).model
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        if path.is_file():
+            # transformers reads GGUF files only beside another package; the Llama folder has the same weights.
+            save_folder(load_model(path).model, folder)
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                folder if path.is_file() else path, dtype=getattr(torch, dtype), trust_remote_code=False
+            ).eval()
+        except (OSError, ValueError, KeyError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SmolseekError(f"transformers cannot open {path} ({reason[:200]}): try --engine native") from None
+
+
+def sides(names: tuple[str, str], found: Comparison) -> list[Side]:
+    """Return what stands side by side in a report."""
+    out = []
+    for name, loss in zip(names, (found.loss_a, found.loss_b), strict=True):
+        config = read_config(name)
+        counts = count(config)
+        cached = 2 * config.num_hidden_layers * config.cache_features
+        out.append(Side(name, loss, cached, counts.total, counts.active))
+    return out
+
+
+def report(names: tuple[str, str], found: Comparison) -> list[str]:
+    """Return the comparison as a table of text."""
+    both = sides(names, found)
+    rows = [
+        ("", *(side.name for side in both)),
+        ("loss (nats per token)", *(f"{side.loss:.5f}" for side in both)),
+        ("cache per token (16 bits)", *(f"{side.cache_bytes:,} bytes" for side in both)),
+        ("parameters", *(f"{side.total:,}" for side in both)),
+        ("active per token", *(f"{side.active:,}" for side in both)),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    return [
+        *lines,
+        "",
+        f"mean KL(A||B)             {found.kl:.3e} nats per token",
+        f"top-1 agreement           {found.agreement:.3%}",
+        f"largest logit difference  {found.max_difference:.2e} of the standard deviation of A's logits",
+        f"tokens                    {found.tokens:,}",
+    ]

@@ -1,0 +1,67 @@
+"""Yardsticks for a loss: n-gram models of the same tokens, and a general compressor on the same text.
+
+Shapes: N tokens.
+"""
+
+import lzma
+import math
+
+import numpy as np
+
+
+def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) -> float:
+    """Return the mean cross-entropy, in nats a token, of an interpolated Witten-Bell model of `order`.
+
+    p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)) with d(h) the number of distinct tokens seen after h
+    (Witten and Bell 1991; Chen and Goodman 1998), down to 1/vocab below the unigram. It sums to 1 over the
+    vocabulary. A test token without a full history before it uses what there is.
+    """
+    train, test = np.asarray(train_N, np.uint64), np.asarray(test_N, np.uint64)
+    p = np.full(len(test), 1.0 / vocab)
+    history_train, history_test = np.zeros(len(train), np.uint64), np.zeros(len(test), np.uint64)
+    for n in range(order):
+        if n:
+            # The history grows by the token n places back; a hash of 64 bits stands for it.
+            history_train[n:] = _mix(history_train[n:], train[:-n], n)
+            history_test[n:] = _mix(history_test[n:], test[:-n], n)
+        pairs, counts = np.unique(_mix(history_train[n:], train[n:], 0), return_counts=True)
+        if n:
+            histories, total = np.unique(history_train[n:], return_counts=True)
+            _, distinct = _distinct(history_train[n:], train[n:])
+        else:
+            histories, total, distinct = np.zeros(1, np.uint64), np.array([len(train)]), np.array([len(pairs)])
+        c_hw = _look_up(pairs, counts, _mix(history_test[n:], test[n:], 0))
+        c_h = _look_up(histories, total, history_test[n:])
+        d_h = _look_up(histories, distinct, history_test[n:])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            p[n:] = np.where(c_h > 0, (c_hw + d_h * p[n:]) / (c_h + d_h), p[n:])
+    return float(-np.log(p).mean())
+
+
+def _mix(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
+    """Hash a history `a` together with a token `b`."""
+    with np.errstate(over="ignore"):
+        x = (a ^ np.uint64(n * 0x51ED27F)) * np.uint64(0x9E3779B97F4A7C15) + b + np.uint64(1)
+        x = (x ^ (x >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
+        return x ^ (x >> np.uint64(29))
+
+
+def _distinct(history: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the histories, sorted, and how many distinct tokens follow each."""
+    _, first = np.unique(_mix(history, token, 0), return_index=True)
+    return np.unique(history[first], return_counts=True)
+
+
+def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the value of each wanted key, 0 where it is not among the sorted `keys`."""
+    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[at] == wanted, values[at], 0)
+
+
+def xz_nats(before: str, text: str, tokens: int) -> float:
+    """Return what `text` adds to the size of `before` under xz -9, in nats a token; `tokens` is how many they are."""
+
+    def size(whole: str) -> int:
+        return len(lzma.compress(whole.encode("utf-8"), preset=9))
+
+    return (size(before + text) - size(before)) * 8 * math.log(2) / tokens

@@ -1,0 +1,195 @@
+"""OUT appears complete or not at all, and what cannot be converted is refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolseek.cli import main
+from smolseek.config import ModelConfig
+from smolseek.convert import pipeline
+from smolseek.convert.pipeline import Conversion, convert
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import new_model
+from smolseek.storage.hf_folder import load_model, save_folder
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "llama"
+    save_folder(new_model(CONFIG), path)
+    (path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A Llama\n")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
+@pytest.fixture
+def llama(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "llama")
+
+
+def change(path, **values):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+def refused(llama, words, capsys, *options):
+    """The command line must say one line, exit 2 and leave nothing behind."""
+    out = llama.parent / "out"
+    assert main(["convert", str(llama), str(out), *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said
+    assert not out.exists()
+    assert [p.name for p in llama.parent.iterdir() if "unfinished" in p.name] == []
+
+
+def test_a_whole_conversion(llama, capsys):
+    out = llama.parent / "out"
+    assert main(["convert", str(llama), str(out), "--experts", "3", "--shared", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "Fidelity: mean KL" in said and "peak memory" in said
+    card = (out / "README.md").read_text()
+    assert "license: apache-2.0" in card and "exact, 1 shared and 3 routed experts" in card and "mean KL" in card
+    assert (out / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert load_model(out).config.n_routed_experts == 3
+
+
+def test_bfloat16_keeps_the_bias_of_the_router_in_float32(llama):
+    out = convert(str(llama), llama.parent / "out", Conversion(dtype="bfloat16", experts=3))
+    kinds = {name: tensor.dtype for name, tensor in load_file(out / "model.safetensors").items()}
+    assert kinds["model.layers.0.mlp.gate.e_score_correction_bias"] == torch.float32
+    assert kinds["model.layers.0.self_attn.q_proj.weight"] == torch.bfloat16
+
+
+def test_shards(llama, monkeypatch):
+    whole = convert(str(llama), llama.parent / "whole", Conversion())
+    monkeypatch.setattr(pipeline, "_SHARD_BYTES", 20_000)
+    sharded = convert(str(llama), llama.parent / "sharded", Conversion())
+    assert len(list(sharded.glob("model-*-of-*.safetensors"))) > 1
+    a, b = load_model(whole).model.state_dict(), load_model(sharded).model.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "qwen3"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "model.layers.1"),
+    ],
+)
+def test_other_architectures(llama, values, words, capsys):
+    change(llama, **values)
+    refused(llama, words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("self_attn.q_proj.bias", "biases"), ("self_attn.q_norm.weight", "QK-norm"), ("self_attn.sinks", "unknown")],
+)
+def test_tensors_that_a_llama_has_not(llama, name, words, capsys):
+    file = llama / "model.safetensors"
+    save_file(load_file(file) | {f"model.layers.0.{name}": torch.zeros(32)}, file, {"format": "pt"})
+    refused(llama, words, capsys)
+
+
+def test_a_model_that_is_converted_already(llama, capsys):
+    convert(str(llama), llama.parent / "deepseek", Conversion())
+    refused(llama.parent / "deepseek", "only Llama models", capsys)
+
+
+def test_truncated_weights(llama, capsys):
+    file = llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    refused(llama, "model.safetensors", capsys)
+
+
+def test_a_truncated_gguf(llama, tmp_path, capsys):
+    file = tmp_path / "cut.gguf"
+    file.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\0" * 7)
+    assert main(["convert", str(file), str(tmp_path / "out")]) == 2
+    assert "cut.gguf" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_empty(llama, capsys):
+    out = llama.parent / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("precious")
+    assert main(["convert", str(llama), str(out)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_is_taken(llama):
+    out = llama.parent / "out"
+    out.mkdir()
+    convert(str(llama), out, Conversion())
+    assert (out / "config.json").exists()
+
+
+def test_no_space(llama, capsys, monkeypatch):
+    def full(path, entries):
+        path.write_bytes(b"part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pipeline.safetensors_file, "write", full)
+    refused(llama, "No space left", capsys)
+
+
+def test_interrupted(llama, capsys, monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_write_text_files", stop)
+    refused(llama, "interrupted", capsys)
+
+
+def test_an_unfaithful_result_is_not_kept(llama, capsys, monkeypatch):
+    attention = pipeline.lossless.attention
+
+    def wrong(*args):
+        new = attention(*args)
+        return new | {"q_proj.weight": 1.1 * new["q_proj.weight"]}
+
+    monkeypatch.setattr(pipeline.lossless, "attention", wrong)
+    refused(llama, "not faithful", capsys)
+    assert main(["convert", str(llama), str(llama.parent / "out"), "--no-verify"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mode", "grow"], "--experts"),
+        (["--mode", "grow", "--experts", "4", "--top-k", "2", "--neurons", "clustered"], "--neurons"),
+        (["--top-k", "2"], "--top-k"),
+        (["--shared", "1"], "--experts"),
+        (["--experts", "4"], "48 neurons"),
+    ],
+)
+def test_options_that_do_not_fit(llama, options, words, capsys):
+    refused(llama, words, capsys, *options)
+
+
+def test_library_errors_are_ours(llama):
+    with pytest.raises(SmolseekError, match="no-such"):
+        convert(str(llama.parent / "no-such"), llama.parent / "out", Conversion())

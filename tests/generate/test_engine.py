@@ -1,0 +1,144 @@
+"""The engine: native equals the model's own forward, a batch equals its rows, and every way to end."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.errors import SmolseekError
+from smolseek.generate import native
+from smolseek.generate.beam import beam_search
+from smolseek.generate.engine import Decoder, Writer, generate
+from smolseek.generate.sampling import Sampling
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+
+GREEDY = Sampling(temperature=0)
+
+
+def small(name: str):
+    config = replace(preset(name), vocab_size=120, num_hidden_layers=2, max_position_embeddings=200)
+    if name == "seed_159m":
+        config = replace(config, hidden_size=64, moe_intermediate_size=96, head_dim=8)
+    if name == "smollm2_135m":
+        config = replace(config, hidden_size=90, intermediate_size=100)
+    return replace(config, initializer_range=0.15)
+
+
+@pytest.fixture(scope="module", params=["tiny", "seed_159m", "smollm2_135m"])
+def model(request):
+    return new_model(small(request.param), seed=3)
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(120, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_decoding_gives_the_logits_of_the_whole_text(model, kind):
+    (ids,) = prompts(150)
+    decoder = Decoder(model, 1, 150, native=kind)
+    if kind:
+        assert (decoder.native is None) == (native.library() is None)
+    with torch.no_grad():
+        whole_TV = model(torch.tensor([ids]))[0]
+    decoded = [decoder.prefill(0, ids[:20])] + [decoder.step([token]) for token in ids[20:]]
+    assert float((torch.cat(decoded) - whole_TV[19:]).abs().max()) <= 1e-4 * float(whole_TV.std())
+
+
+def test_bfloat16_weights_are_computed_in_float32(model):
+    rounded = new_model(model.config, seed=3).to(torch.bfloat16)
+    (ids,) = prompts(60)
+    with torch.no_grad():
+        exact_TV = new_model(model.config).float()
+        exact_TV.load_state_dict({k: v.float() for k, v in rounded.state_dict().items()})
+        exact_TV = exact_TV(torch.tensor([ids]))[0]
+    decoder = Decoder(rounded, 1, 60)
+    if decoder.native is None:
+        pytest.skip("no C compiler")
+    decoder.prefill(0, ids[:1])
+    decoded = torch.cat([decoder.step([token]) for token in ids[1:]])
+    error = (decoded - exact_TV[1:]).abs().mean(dim=1).median()
+    assert float(error) < 0.05 * float(exact_TV.std())
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, kind):
+    rows = prompts(3, 70, 1, 31, 64)
+    samplings = [GREEDY, Sampling(seed=4), Sampling(seed=5, top_p=0.9), GREEDY, Sampling(repetition_penalty=1.2)]
+    together = Writer(model, rows, samplings, 40, stop_ids=(5,), native=kind).finish()
+    for ids, sampling, result in zip(rows, samplings, together, strict=True):
+        alone = Writer(model, [ids], sampling, 40, stop_ids=(5,), native=kind).finish()[0]
+        assert (alone.tokens, alone.stop_reason) == (result.tokens, result.stop_reason)
+        if kind and native.library() is not None:
+            assert alone.logprobs == result.logprobs  # to the last bit
+        else:
+            assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-4)
+
+
+def test_logprobs_are_those_of_the_model():
+    model = new_model(small("tiny"), seed=3)
+    (ids,) = prompts(9)
+    result = Writer(model, [ids], Sampling(temperature=2.0, seed=1), 12).finish()[0]
+    with torch.no_grad():
+        logp_TV = model(torch.tensor([ids + result.tokens]))[0].log_softmax(dim=-1)
+    expected = [float(logp_TV[8 + i, token]) for i, token in enumerate(result.tokens)]
+    assert result.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_forced_prefix_comes_first_and_counts():
+    model = new_model(small("tiny"), seed=3)
+    (ids,) = prompts(9)
+    result = Writer(model, [ids], Sampling(temperature=0, prefix=(7, 8, 9)), 10).finish()[0]
+    after = Writer(model, [[*ids, 7, 8, 9]], GREEDY, 7).finish()[0]
+    assert result.tokens == [7, 8, 9, *after.tokens]
+    assert len(result.logprobs) == 10 and not any(math.isnan(p) for p in result.logprobs)
+
+
+def test_every_way_to_end():
+    model = new_model(small("tiny"), seed=3)
+    (ids,) = prompts(190)
+    full = Writer(model, [ids], GREEDY).finish()[0]
+    assert (full.stop_reason, len(full.tokens)) == ("context", 10)
+    assert Writer(model, [ids], GREEDY, 4).finish()[0].stop_reason == "length"
+    stopped = Writer(model, [ids], GREEDY, stop_ids=[full.tokens[3]]).finish()[0]
+    assert stopped.stop_reason == "stop_token" and stopped.tokens == full.tokens[: full.tokens.index(full.tokens[3])]
+    watched = Writer(model, [ids], GREEDY, until=lambda row, token: token == full.tokens[2]).finish()[0]
+    assert watched.stop_reason == "stop_string" and watched.tokens[-1] == full.tokens[2]
+    assert Writer(model, [ids], GREEDY, max_time=1e-9).finish()[0].stop_reason == "time"
+    writer = Writer(model, [ids], GREEDY)
+    next(writer)
+    writer.cancel()
+    assert writer.finish()[0].stop_reason == "cancelled" and len(writer.results[0].tokens) == 1
+    assert list(generate(model, ids, GREEDY, 4)) == full.tokens[:4]
+
+
+def test_beams_that_need_more_than_the_vocabulary_still_end():
+    model = new_model(small("tiny"), seed=3)
+    (ids,) = prompts(195)
+    found = beam_search(model, ids, beams=3, max_tokens=50, returned=3)
+    assert [r.stop_reason for r in found] == ["context"] * 3 and found[0].score >= found[1].score >= found[2].score
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "words"),
+    [
+        ([], {}, "prompt is empty"),
+        ([1] * 200, {}, "200 tokens, the model's context 200"),
+        ([120], {}, "token 120"),
+        ([1], {"max_tokens": 0}, "max-tokens 0"),
+        ([1], {"max_time": 0.0}, "max-time 0.0"),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, words):
+    model = new_model(small("tiny"), seed=3)
+    with pytest.raises(SmolseekError, match=words):
+        Writer(model, [ids], GREEDY, **options)
+
+
+def test_beams_and_returned_must_fit():
+    model = new_model(small("tiny"), seed=3)
+    with pytest.raises(SmolseekError, match="beams 2 and n 3"):
+        beam_search(model, [1], beams=2, max_tokens=4, returned=3)

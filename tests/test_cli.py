@@ -1,0 +1,206 @@
+"""The command line's manners: fast help, one line for an error, and settings that arrive where they belong."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolseek import __version__, cli
+from smolseek.config import TrainConfig, to_dict
+from smolseek.errors import SmolseekError
+from smolseek.presets import tiny
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Return the list of (config, resume) that `smolseek train` asked to train; nothing is trained."""
+    from smolseek.train import loop
+
+    calls = []
+    monkeypatch.setattr(loop, "train", lambda config, resume: calls.append((config, resume)))
+    return calls
+
+
+def test_the_overview_loads_neither_torch_nor_tyro():
+    heavy = "{'torch', 'tyro', 'rich', 'numpy', 'transformers'}"
+    code = f"import sys; from smolseek.cli import main; main(['--help']); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert all(f"  {verb} " in done.stdout for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_overview(run_cli, words):
+    code, out, err = run_cli(*words)
+    assert (code, err) == (0, "") and out.startswith("usage: smolseek")
+
+
+def test_version(run_cli):
+    assert run_cli("--version") == (0, f"smolseek {__version__}\n", "")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_of_a_verb(run_cli, verb):
+    code, out, err = run_cli(verb, "--help")
+    assert (code, err) == (0, "") and out.startswith(f"usage: smolseek {verb} ")
+
+
+def test_help_of_train_leaves_the_model_to_a_help_of_its_own(run_cli):
+    short, long = run_cli("train", "--help").out, run_cli("train", "seed_159m", "--help-model").out
+    assert "--data SOURCE..." in short and "--resume" in short and "--model.hidden-size" not in short
+    assert "--model.hidden-size" in long and "(default: 512)" in long
+
+
+MISTAKES = [
+    (["trian"], "unknown verb 'trian' (did you mean train?)"),
+    (["--verbose"], "unknown option '--verbose'"),
+    (["inspect"], "TARGET missing"),
+    (["inspect", "tiny", "--tokens", "0"], "tokens 0 is below 1"),
+    (["generate", "only-a-model"], "PROMPT missing"),
+    (["generate"], "MODEL and PROMPT missing"),
+    (["generate", "smollm2", ""], "the prompt is empty"),
+    (["generate", "smollm2", "-"], "the prompt is empty"),
+    (["generate", "smollm2", "a", "b"], "unexpected 'b'"),
+    (["generate", "smollm2", "a", "--temperature", "warm"], "--temperature: 'warm' is not a number"),
+    (["generate", "smollm2", "a", "--top-k", "many"], "--top-k: 'many' is no INT"),
+    (["generate", "smollm2", "a", "--top-k", "0"], "top-k 0 is below 1"),
+    (
+        ["generate", "smollm2", "a", "--dtype", "int"],
+        "invalid choice 'int' for argument '--dtype'. Expected one of",
+    ),
+    (["train"], "train needs a preset"),
+    (["train", "--steps", "3"], "train needs a preset"),
+    (["train", "tinny"], "unknown preset 'tinny' (did you mean tiny?)"),
+    (["train", "tiny", "--stps", "3"], "unknown option --stps (did you mean --steps?)"),
+    (["train", "tiny", "--lr", "3"], "unknown option --lr (did you mean --optim.lr?)"),
+    (["train", "tiny", "--steps", "few"], "--steps: 'few' is not a whole number"),
+    (["train", "tiny", "--steps"], "missing value for argument '--steps'"),
+    (["train", "tiny", "--steps", "0"], "steps 0 must be 1 or more"),
+    (["train", "tiny", "--optim.lr", "-1"], "optim.lr -1.0 must be above 0"),
+    (["train", "tiny", "--seq-len", "9999"], "seq-len 9999 is beyond the model's max_position_embeddings 1024"),
+    (["train", "tiny", "--model.hidden-size", "0"], "hidden_size 0 is below 1"),
+    (["train", "tiny", "--schedule.kind", "cosin"], "invalid choice 'cosin' for argument '--schedule.kind'"),
+    (["train", "tiny", "--data"], "no data: give --data builtin"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES)
+@pytest.mark.parametrize("columns", ["40", "200"])
+def test_a_mistake_is_told_in_one_line(run_cli, trained, monkeypatch, words, said, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, err = run_cli(*words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert not trained
+
+
+def test_mistakes_on_a_utf8_terminal():
+    code = "import json, sys; from smolseek.cli import main; print([main(words) for words in json.loads(sys.argv[1])])"
+    mistakes = json.dumps([words for words, _ in MISTAKES])
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8", "COLUMNS": "60"}
+    command = [sys.executable, "-c", code, mistakes]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, stdin=subprocess.DEVNULL)
+    assert done.stdout == f"{[2] * len(MISTAKES)}\n"
+    for line, (_, said) in zip(done.stderr.splitlines(), MISTAKES, strict=True):
+        assert line.startswith(f"error: {said}")
+
+
+def test_debug_adds_the_traceback(run_cli):
+    code, _, err = run_cli("train", "--debug", "tinny")
+    assert code == 2 and "Traceback" in err and err.splitlines()[-1].startswith("error: unknown preset")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (SmolseekError("x 1: use 2"), 2, "error: x 1: use 2\n"),
+        (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: [Errno 2] No such file: 'a.txt'\n"),
+        (RuntimeError("two\nlines"), 1, "error: RuntimeError: two lines (--debug shows why)\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_exit_status(run_cli, monkeypatch, raised, code, said):
+    def fail(argv):
+        raise raised
+
+    monkeypatch.setitem(cli.VERBS, "inspect", fail)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # the output of the tests themselves has to stay
+    assert run_cli("inspect") == (code, "", said)
+
+
+def test_train_options_arrive(run_cli, trained):
+    words = "train tiny --data a.txt b.jsonl --text-column body --optim.lr 0.5 --schedule.kind wsd --steps 7"
+    words += " --batch-size 2 --grad-accum 3 --seq-len 64 --grad-checkpoint --model.num-hidden-layers 3 --run there"
+    assert run_cli(*words.split()) == (0, "", "")
+    [(config, resume)] = trained
+    assert not resume and type(config) is TrainConfig
+    assert config.data.sources == ("a.txt", "b.jsonl") and config.data.text_column == "body"
+    assert config.optim.lr == 0.5 and config.schedule.kind == "wsd" and config.steps == 7
+    assert (config.batch_size, config.grad_accum, config.seq_len) == (2, 3, 64)
+    assert config.grad_checkpoint and config.model.num_hidden_layers == 3 and config.run == "there"
+    assert config.model.hidden_size == tiny().hidden_size
+
+
+def test_train_goes_to_a_folder_named_after_the_preset(run_cli, trained):
+    assert run_cli("train", "seed-159m").code == 0
+    assert trained[0][0] == TrainConfig(model=trained[0][0].model, run="runs/seed-159m")
+
+
+@pytest.mark.parametrize("spelling", [["--run", "RUN", "--resume"], ["--resume", "--run=RUN"], ["RUN/config.json"]])
+def test_train_takes_the_settings_of_a_run(run_cli, trained, tmp_path, spelling):
+    kept = TrainConfig(model=tiny(), run=str(tmp_path), steps=5, seed=9)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(kept)))
+    result = run_cli("train", *(word.replace("RUN", str(tmp_path)) for word in spelling), "--eval-every", "2")
+    assert result == (0, "", "")
+    [(config, resume)] = trained
+    assert resume == ("--resume" in spelling)
+    assert config == TrainConfig(model=tiny(), run=str(tmp_path), steps=5, seed=9, eval_every=2)
+
+
+def test_train_refuses_a_run_that_is_not_there(run_cli, trained, tmp_path):
+    for words in (["--run", tmp_path / "none", "--resume"], [tmp_path / "none" / "config.json"]):
+        code, _, err = run_cli("train", *words)
+        assert code == 2 and err.count("\n") == 1 and "no run folder" in err
+    assert not trained
+
+
+def test_inspect_a_preset(run_cli):
+    code, out, err = run_cli("inspect", "seed-159m")
+    assert (code, err) == (0, "") and "159,019,568" in out
+    assert "at 512 tokens" in run_cli("inspect", "tiny", "--tokens", "512").out
+
+
+@pytest.fixture
+def small_model(monkeypatch):
+    """Let the name `small` stand for a random model with SmolLM2's tokenizer, and return what was asked of it."""
+    from smolseek.model.transformer import new_model
+    from smolseek.storage import hf_folder
+    from smolseek.tokenizer import load_tokenizer
+
+    model = new_model(replace(tiny(), num_hidden_layers=1, hidden_size=32), 0, torch.device("cpu"))
+    tokenizer = load_tokenizer("smollm2")
+    asked = []
+
+    def load(target, dtype, device):
+        asked.append((target, dtype))
+        return hf_folder.LoadedModel(model, tokenizer, model.config, Path(target))
+
+    monkeypatch.setattr("smolseek.api.load_model", load)
+    return asked
+
+
+def test_generate_writes_the_prompt_and_what_follows(run_cli, small_model):
+    words = ("--max-tokens", "9", "--seed", "3")
+    code, out, err = run_cli("generate", "small", "Water is", *words)
+    assert (code, err) == (0, "") and out.startswith("Water is") and len(out) > 20
+    assert run_cli("generate", "small", "-", *words, stdin="Water is\n").out == out
+    assert run_cli("generate", "small", "Water is", "--max-tokens", "9", "--seed", "4").out != out
+    greedy = run_cli("generate", "small", "Water is", *words, "--greedy", "--dtype", "float32").out
+    assert greedy == run_cli("generate", "small", "Water is", *words, "--temperature", "0").out != out
+    assert small_model == [("small", "auto")] * 3 + [("small", "float32"), ("small", "auto")]
