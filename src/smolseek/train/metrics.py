@@ -21,16 +21,17 @@ def memory(device: torch.device) -> tuple[int, int]:
 
 
 def train_line(record: dict, steps: int, seconds: float, device: torch.device) -> str:
-    """Return a training record as a line: the original's fields, then learning rate, gradient norm and MaxVio."""
+    """Return a training record as a line: the original's fields, then learning rate, MaxVio and gradient norm."""
     name = "GPU Memory" if device.type == "cuda" else "Memory"
     now, peak = record["memory"] // 2**20, record["peak_memory"] // 2**20
     step = record["step"]
     line = (
         f"Step {step:5d}/{steps} ({100 * step / steps:.1f}%) | Loss: {record['loss']:.4f} | Time: {seconds:.1f}s | "
         f"Tokens/sec: {record['tokens_per_second']:.2f} | Total Tokens: {record['tokens']:,} | "
-        f"{name}: {now}MB/{peak}MB | LR: {record['lr']:.2e} | Grad norm: {record['grad_norm']:.2f}"
+        f"{name}: {now}MB/{peak}MB | LR: {record['lr']:.2e}"
     )
-    return line + (f" | MaxVio: {record['maxvio']:.3f}" if "maxvio" in record else "")
+    line += f" | MaxVio: {record['maxvio']:.3f}" if "maxvio" in record else ""
+    return line + f" | Grad norm: {record['grad_norm']:.2f}"
 
 
 def validation_line(record: dict) -> str:
