@@ -66,8 +66,9 @@ def autocast(precision: str, device: torch.device) -> torch.autocast | nullconte
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            able = torch.backends.cpu.get_cpu_capability()
-            native = able.startswith("AVX512") and torch.cpu._is_avx512_bf16_supported()
+            # Private, so it may go: float32 is then the safe answer.
+            supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+            native = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported()
         precision = "bfloat16" if native else "float32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
