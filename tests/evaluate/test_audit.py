@@ -210,6 +210,18 @@ def test_the_router_without_gradient_is_found() -> None:
     assert "routing: router gradient" in failed(check_routing(model, 512))
 
 
+def test_freshly_grown_experts_are_no_alarm() -> None:
+    model = new_model(replace(tiny(), **SMALL))
+    check = "routing: router gradient"
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.experts.down_proj.zero_()
+    assert [f.status for f in check_routing(model, 256) if f.check == check] == ["skip"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.normal_()
+    assert [f.status for f in check_routing(model, 256) if f.check == check] == ["pass"]
+
+
 def test_a_bias_of_ours_that_never_moved_is_found() -> None:
     model = new_model(replace(tiny(), **SMALL))
     check = "routing: biases move"

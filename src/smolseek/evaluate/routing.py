@@ -167,8 +167,19 @@ def _counts(model: nn.Module, routers: dict[str, nn.Module], ids: torch.Tensor) 
     return found if len({len(x) for x in found}) == 1 else []
 
 
+def _silent(model: nn.Module, router: str) -> bool:
+    """Return whether the experts beside the router named `router` have down projections of zeros."""
+    down = getattr(getattr(model.get_submodule(router.rpartition(".")[0]), "experts", None), "down_proj", None)
+    return isinstance(down, torch.Tensor) and not bool(down.detach().any())
+
+
 def _router_gradient(model: nn.Module, routers: dict[str, nn.Module], ids: torch.Tensor) -> Finding:
     name = "routing: router gradient"
+    routers = {n: r for n, r in routers.items() if not _silent(model, n)}
+    if not routers:
+        return skipped(
+            name, "the routed experts give zeros (new ones of --mode grow), so nothing reaches the router yet"
+        )
     weights = {n: [p for p in r.parameters() if p.ndim >= 2] for n, r in routers.items()}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     wanted = [p for found in weights.values() for p in found]
