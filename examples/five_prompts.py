@@ -1,6 +1,6 @@
 """Continue the original experiment's five prompts with a model.
 
-    python examples/five_prompts.py MODEL
+python examples/five_prompts.py MODEL
 """
 
 import sys

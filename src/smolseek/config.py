@@ -236,9 +236,25 @@ def _check_sizes(c: ModelConfig) -> None:
         factors = getattr(c.rope_parameters, name)
         if factors is not None and len(factors) != c.rope_dim // 2:
             refuse(f"{name} holds {len(factors)} factors for {c.rope_dim // 2} frequencies", "give one a frequency")
+    if c.n_group < 1 or c.first_k_dense_replace < 0:
+        refuse(
+            f"n_group {c.n_group} or first_k_dense_replace {c.first_k_dense_replace} is too small",
+            "use at least one group, and 0 or more dense layers",
+        )
+    if c.n_moe_layers < c.num_hidden_layers and c.intermediate_size < 1:
+        refuse(f"intermediate_size {c.intermediate_size} is below 1", "dense layers need neurons")
+    ours = c.model_type == "smolseek_gqa_moe"
+    if c.is_mla != (c.model_type == "deepseek_v3"):
+        refuse(f"model_type {c.model_type} and kv_lora_rank {c.kv_lora_rank} contradict", "MLA is deepseek_v3's alone")
+    if c.mlp_gated == ours or (c.mlp_bias and not ours) or (ours and c.n_shared_experts):
+        refuse(
+            f"model_type {c.model_type} with mlp_gated {c.mlp_gated}, mlp_bias {c.mlp_bias}, n_shared_experts "
+            f"{c.n_shared_experts} has no checkpoint format",
+            "two-matrix experts, and biases in them, are smolseek_gqa_moe's alone, without shared experts",
+        )
+    if c.model_type == "llama" and c.n_moe_layers:
+        refuse(f"model_type llama with n_routed_experts {c.n_routed_experts}", "a Llama has no experts: use 0")
     if c.n_moe_layers == 0:
-        if c.intermediate_size < 1:
-            refuse(f"intermediate_size {c.intermediate_size} is below 1", "dense layers need neurons")
         return
     if c.moe_intermediate_size < 1 or c.n_shared_experts < 0:
         refuse(

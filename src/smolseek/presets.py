@@ -11,8 +11,8 @@ def deepseek_159m() -> ModelConfig:
     """MLA and DeepSeekMoE in the seed experiment's budget of about 159M parameters.
 
     How the budget is spent, and why: one embedding shared with the head (25.2M) instead of two buys half as many
-    parameters again for the experts (113M of 17 fine-grained experts of 384 neurons a layer: 16 routed, 3 of them
-    chosen, and 1 shared, so a token sees 1536 neurons, three times the width, as in SmolLM2). Heads of 64 + 32
+    parameters again for the experts (120M of 17 fine-grained experts of 384 neurons a layer: 16 routed, 3 of them
+    chosen, and 1 shared, so a token sees 1536 neurons, as in SmolLM2-135M). Heads of 64 + 32
     features with values of 96 keep SDPA on its flash path (equal head sizes); a latent of 128 + 32 features caches
     160 numbers a token and layer, against 256 for the seed's two key-value heads and 1,536 for full heads.
     """

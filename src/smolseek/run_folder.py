@@ -132,6 +132,9 @@ class RunFolder:
         """Add one record to `metrics.jsonl`, visible to readers at once."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
+            file.flush()
+            os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all records; a last line that was cut off by a crash is left out.

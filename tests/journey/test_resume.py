@@ -37,6 +37,23 @@ def records(run) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
 
+# Stands before `smolseek train` and kills it on the call numbered sys.argv[1] of one of its functions.
+KILLER = """
+import os, signal, sys
+from smolseek.{module} import {place} as place
+calls, original = int(sys.argv.pop(1)), place.{name}
+def counted(*args, **kwargs):
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+place.{name} = counted
+from smolseek.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 @pytest.fixture(scope="module")
 def undisturbed(data, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
@@ -46,7 +63,9 @@ def undisturbed(data, tmp_path_factory):
 
 def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed, tmp_path):
     run = tmp_path / "killed"
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    rng = random.Random(seed)
     metrics = run / "metrics.jsonl"
     for lives, until in enumerate((3, 8)):
         process = subprocess.Popen(
@@ -67,6 +86,29 @@ def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed
     last = f"checkpoints/step-{STEPS:06d}/model.safetensors"
     ours, theirs = load_file(run / last), load_file(undisturbed / last)
     assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        (("train.balance", "Balancer", "add"), 2),  # in the first step's accumulation, before any checkpoint
+        (("train.balance", "Balancer", "add"), 17),  # in the sixth step, after its second micro-batch of three
+        (("storage", "checkpoint", "save_folder"), 3),  # while the third checkpoint is written
+        (("train", "loop", "write_samples"), 1),  # between the last checkpoint and the samples
+    ],
+)
+def test_killed_at_a_chosen_place_it_ends_the_same(where, call, data, undisturbed, tmp_path):
+    run = tmp_path / "killed"
+    module, place, name = where
+    code = KILLER.format(module=module, place=place, name=name)
+    extra = ["--sample-tokens", "1"] if name == "write_samples" else []
+    words = command(run, data, *extra)[3:]
+    killed = subprocess.run([sys.executable, "-c", code, str(call), *words], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    subprocess.run(command(run, data, *extra, "--resume"), check=True, capture_output=True)
+    assert records(run) == records(undisturbed)
+    if extra:
+        assert (run / "samples.md").read_text(encoding="utf-8").count(f"## Step {STEPS}") == 1
 
 
 def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(data, undisturbed, tmp_path):

@@ -68,7 +68,10 @@ def test_all_tokens_to_one_expert_and_none_to_others():
 
 @pytest.mark.parametrize("gated", [True, False])
 def test_the_grouped_product_equals_the_loop(gated):
-    config = replace(CONFIG, mlp_gated=gated)
+    config = CONFIG
+    if not gated:
+        own = {"model_type": "smolseek_gqa_moe", "kv_lora_rank": None, "n_shared_experts": 0, "mlp_gated": False}
+        config = replace(CONFIG, **own)
     experts = Experts(config).to(torch.bfloat16)
     for p in experts.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -76,6 +79,17 @@ def test_the_grouped_product_equals_the_loop(gated):
     x = torch.randn(int(counts.sum()), 64).to(torch.bfloat16)
     with torch.no_grad():
         torch.testing.assert_close(experts._grouped(x, counts), experts._looped(x, counts), rtol=2e-2, atol=2e-2)
+
+
+def test_gradients_are_the_same_every_time():
+    moe = make(replace(CONFIG, hidden_size=256, num_experts_per_tok=3))
+    x = torch.randn(2, 400, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    gradients = []
+    for _ in range(10):
+        x.grad = None
+        moe(x)[0].square().sum().backward()
+        gradients.append(x.grad)
+    assert all(torch.equal(gradients[0], gradient) for gradient in gradients[1:])
 
 
 def test_gradients_reach_router_and_every_used_expert():

@@ -37,6 +37,18 @@ def test_a_later_token_leaves_every_earlier_logit_bit_identical(name, dtype):
             assert not torch.equal(before[:, t], after[:, t])
 
 
+@pytest.mark.parametrize("name", ["tiny", "deepseek_159m", "seed_159m"])
+def test_short_texts_are_causal_to_the_last_bit(name):
+    config = thin(name)
+    model = new_model(config, seed=1)
+    with torch.no_grad():
+        for T in range(2, 16):
+            ids = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(T))
+            changed = ids.clone()
+            changed[:, -1] = (changed[:, -1] + 1) % config.vocab_size
+            assert torch.equal(model(ids)[:, :-1], model(changed)[:, :-1]), T
+
+
 def test_a_small_deepseek_v3_with_groups_is_causal_too():
     config = replace(
         preset("deepseek_v3_671b"),

@@ -26,8 +26,8 @@ _SKIPPED |= {"site-packages", "dist-packages", "lib-dynload"}
 def read_documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
     """Yield every document of `sources` whole, in an order that depends only on names and contents.
 
-    A source is `builtin`, a file, or a folder, which is walked in sorted order without its hidden files. Text files
-    are one document each; JSON lines hold theirs under the key `text_column`, parquet files in the column of that
+    A source is `builtin`, a file, or a folder, which is walked in sorted order without its hidden and .json files.
+    Text files are one document each; JSON lines hold theirs under the key `text_column`, parquet files in the column of that
     name. Documents of nothing but white space are passed over, and so are files of a folder that are no text by
     neither name nor content (pictures, archives).
 
@@ -52,7 +52,8 @@ def _from_path(path: Path, text_column: str) -> Iterator[str]:
         for folder, folders, files in os.walk(path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
-                if not name.startswith("."):
+                # A .json file that nobody named is as likely a configuration as lines of documents.
+                if not name.startswith(".") and not name.lower().endswith(".json"):
                     yield from _from_file(Path(folder, name), text_column, named=False)
     elif path.exists():
         yield from _from_file(path, text_column, named=True)

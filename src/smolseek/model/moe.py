@@ -86,7 +86,10 @@ class LocalDispatcher:
         """Return x_MD sorted by expert, the tokens of each expert [E], and the order, for `combine`."""
         order_M = experts_NK.flatten().argsort(stable=True)
         counts_E = torch.bincount(experts_NK.flatten(), minlength=n_experts)
-        return x_ND[order_M // experts_NK.shape[1]], counts_E, order_M
+        # One copy of a token for each of its experts, then a permutation: gathering a token K times would add its
+        # gradients up by atomics in the backward pass, in an order that changes from run to run.
+        x_MD = x_ND[:, None].expand(-1, experts_NK.shape[1], -1).flatten(0, 1)
+        return x_MD[order_M], counts_E, order_M
 
     def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
@@ -120,6 +123,7 @@ class Experts(nn.Module):
         super().__init__()
         E, D, size = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         self.gated = config.mlp_gated
+        self.top_k = config.num_experts_per_tok
         if self.gated:
             self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * size, D))
         else:
@@ -136,7 +140,8 @@ class Experts(nn.Module):
 
     def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """One product per expert. `unbind` once: indexing would add a full-size gradient per expert."""
-        linear = _linear if x_MD.shape[0] > _FEW_ROWS and not x_MD.is_cuda else F.linear
+        # A single token has no earlier one whose result must stay as it is.
+        linear = _linear if x_MD.shape[0] > self.top_k and not x_MD.is_cuda else F.linear
         first = self.gate_up_proj if self.gated else self.up_proj
         none = (None,) * first.shape[0]
         b_up = none if self.up_bias is None else self.up_bias.unbind()

@@ -103,7 +103,8 @@ def training_bytes(config: ModelConfig, batch: int, seq_len: int) -> dict[str, i
         else:
             neurons = config.intermediate_size * 4
         per_layer += 2 * (attention + neurons) + 4 * 6 * config.hidden_size
-    logits = tokens * config.vocab_size * (2 + 4 + 4)
+    # The loss holds the logits of one chunk of tokens, and the head's gradient and cast (train/loss.py).
+    logits = min(tokens, 128) * config.vocab_size * (2 + 4 + 2) + config.vocab_size * config.hidden_size * (4 + 2)
     return {
         "weights": 4 * total,
         "gradients": 4 * total,

@@ -130,17 +130,18 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     )
 
     model = new_model(config.model, config.seed, device)
-    if config.init is not None and not resume:
-        load_weights(model, resolve(config.init))
     model.grad_checkpoint = config.grad_checkpoint
     optimizer = make_optimizer(model, config.optim)
     balancer = Balancer(model, config.balance.gamma)
     at = Progress()
+    restored = resume and _restore(run, model, optimizer, stream, at, device)
+    if config.init is not None and not restored:
+        load_weights(model, resolve(config.init))
     run.create(config, resume)
-    if resume:
-        _restore(run, model, optimizer, stream, at, device)
+    run.truncate_metrics(at.step if restored else -1)
     log = console.Log(run.log)
-    if at.step == 0:
+    last = run.checkpoint_path(at.step)
+    if not restored:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)
         log.say(
@@ -149,9 +150,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         )
         sizes = config.model.vocab_size, config.model.max_position_embeddings
         _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
-    elif at.step >= config.steps:
+    elif at.step >= config.steps and any(record.get("audit") == "end" for record in run.read_metrics()):
         log.say(f"The run is complete: {at.step} of {config.steps} steps are done")
-        return run.checkpoint_path(at.step)
+        return last
 
     clock, timed = metrics.Clock(), 0
     with console.progress(config.steps, "training") as bar:
@@ -176,6 +177,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             at.tokens += step_tokens
             at.interval.append(float(step_loss) / config.grad_accum)
             timed += 1  # fewer than the interval's steps after a resume in its middle
+            if not math.isfinite(at.interval[-1]):
+                raise SmolseekError(
+                    f"the loss of step {at.step} is {at.interval[-1]}: go on from the last checkpoint with --resume, "
+                    "or start anew with a lower --optim.lr"
+                )
             seconds = clock.seconds()
             rate = step_tokens * timed / max(seconds, 1e-9)
             left = (config.steps - at.step) * step_tokens / rate
@@ -205,11 +211,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             with clock:
                 if at.step % config.eval_every == 0 or at.step == config.steps:
                     record = evaluate(model, val_rows, val_bytes, config.batch_size, context)
-                    at.val_loss, load_LE = record["val_loss"], record.get("val_load", [])
+                    at.val_loss = record["val_loss"]
                     run.append_metrics({"step": at.step, "tokens": at.tokens, **record})
                     log.say(metrics.validation_line({"step": at.step, **record}))
                 if at.step % config.save_every == 0 or at.step == config.steps:
-                    state = {"progress": dataclasses.asdict(at), "data": stream.state_dict()}
+                    # Between two log lines the time of the steps since the last one is not in `at` yet.
+                    spent = at.seconds + (clock.seconds() if at.interval else 0.0)
+                    state = {"progress": dataclasses.asdict(at) | {"seconds": spent}, "data": stream.state_dict()}
                     last = save_checkpoint(run, at.step, model, tokenizer, state_tensors(optimizer), state)
     if config.sample_tokens:
         write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
@@ -223,7 +231,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         eos_id=eos_id,
     )
     _tell_audit(run, log, at.step, "end", audit.audit(subject, loss=_total, corpus=corpus, encode=encode))
-    for line in _closing(config, at, run, load_LE):
+    for line in _closing(config, at, run):
         log.say(line)
     return last
 
@@ -250,29 +258,29 @@ def _restore(
     stream: TrainStream,
     at: Progress,
     device: torch.device,
-) -> None:
-    """Put everything back to where the newest valid checkpoint stood, and drop what was logged after it."""
+) -> bool:
+    """Put everything back to where the newest valid checkpoint stood; false if there is none yet. Writes nothing."""
     path, skipped = newest_valid(run)
-    for bad, reason in skipped:
-        console.warn(f"checkpoint {bad.name} is not used: {reason}" + (f"; using {path.name}" if path else ""))
     if path is None:
         if skipped:
-            raise SmolseekError(f"{run.path}: no valid checkpoint is left: start anew with another --run")
+            reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
+            raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
         console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
-        run.truncate_metrics(0)
-        return
+        return False
+    for bad, reason in skipped:
+        console.warn(f"checkpoint {bad.name} is not used: {reason}; using {path.name}")
     tensors, state = load_state(path)
     load_weights(model, path)
     load_state_tensors(optimizer, {name: value.to(device) for name, value in tensors.items()})
     stream.load_state_dict(state["data"])
     for name, value in state["progress"].items():
         setattr(at, name, value)
-    run.truncate_metrics(at.step)
     console.say(f"Resuming {run.path} from {path.name}")
+    return True
 
 
-def _closing(config: TrainConfig, at: Progress, run: RunFolder, load_LE: list[list[int]]) -> list[str]:
-    """Return the training summary; `load_LE` are the validation tokens that each expert of each layer got."""
+def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
+    """Return the training summary, with the validation tokens that each expert of each layer got."""
     lines = ["", "Training summary"]
     lines += [f"  {line}" for line in summary.parameter_lines(config.model)]
     lines += [f"  {line}" for line in summary.architecture(config.model)]
@@ -281,6 +289,7 @@ def _closing(config: TrainConfig, at: Progress, run: RunFolder, load_LE: list[li
         lines.append(f"  Training time: {at.seconds:.1f}s, tokens/sec: {at.tokens / at.seconds:.2f}")
     lines.append(f"  Final training loss: {at.loss:.4f}, final validation loss: {at.val_loss:.4f}")
     first = config.model.first_k_dense_replace
+    load_LE = next((record["val_load"] for record in reversed(run.read_metrics()) if "val_load" in record), [])
     for layer, load_E in enumerate(load_LE, first):
         shares = sorted((load * len(load_E) / sum(load_E) for load in load_E), reverse=True)
         shown = (
