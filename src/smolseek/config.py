@@ -243,17 +243,22 @@ def _check_sizes(c: ModelConfig) -> None:
         )
     if c.n_moe_layers < c.num_hidden_layers and c.intermediate_size < 1:
         refuse(f"intermediate_size {c.intermediate_size} is below 1", "dense layers need neurons")
-    ours = c.model_type == "smolseek_gqa_moe"
-    if c.is_mla != (c.model_type == "deepseek_v3"):
-        refuse(f"model_type {c.model_type} and kv_lora_rank {c.kv_lora_rank} contradict", "MLA is deepseek_v3's alone")
-    if c.mlp_gated == ours or (c.mlp_bias and not ours) or (ours and c.n_shared_experts):
+    own = "or use model_type smolseek_gqa_moe, which opens only here"
+    if c.model_type == "deepseek_v3" and (not c.is_mla or not c.mlp_gated):
         refuse(
-            f"model_type {c.model_type} with mlp_gated {c.mlp_gated}, mlp_bias {c.mlp_bias}, n_shared_experts "
-            f"{c.n_shared_experts} has no checkpoint format",
-            "two-matrix experts, and biases in them, are smolseek_gqa_moe's alone, without shared experts",
+            f"model_type deepseek_v3 with kv_lora_rank {c.kv_lora_rank} and mlp_gated {c.mlp_gated}",
+            f"DeepSeek-V3 has MLA and gated experts: set them, {own}",
         )
-    if c.model_type == "llama" and c.n_moe_layers:
-        refuse(f"model_type llama with n_routed_experts {c.n_routed_experts}", "a Llama has no experts: use 0")
+    if c.model_type == "llama" and (c.is_mla or c.n_moe_layers or c.attention_bias):
+        refuse(
+            f"model_type llama with kv_lora_rank {c.kv_lora_rank}, n_routed_experts {c.n_routed_experts}, "
+            f"attention_bias {c.attention_bias}",
+            f"our Llama has none of them: leave them out, {own}",
+        )
+    if c.mlp_bias and c.mlp_gated:
+        refuse("mlp_bias True with mlp_gated True", "only the two-matrix experts have biases: set mlp_gated False")
+    if not c.mlp_gated and c.n_shared_experts:
+        refuse(f"mlp_gated False with n_shared_experts {c.n_shared_experts}", "shared experts are gated: use 0")
     if c.n_moe_layers == 0:
         return
     if c.moe_intermediate_size < 1 or c.n_shared_experts < 0:

@@ -6,7 +6,8 @@ from smolseek.convert.experts import clustered, grow, grow_config, split, split_
 from smolseek.errors import SmolseekError
 from smolseek.model.moe import MLP, MoE
 
-DENSE = ModelConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4)
+MLA = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+DENSE = ModelConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=4, **MLA)
 
 
 def dense_layer():

@@ -27,8 +27,8 @@ def read_documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
     """Yield every document of `sources` whole, in an order that depends only on names and contents.
 
     A source is `builtin`, a file, or a folder, walked in sorted order without its hidden files and .json files.
-    Text files are one document each; JSON lines hold theirs under the key `text_column`, parquet files in the column of that
-    name. Documents of nothing but white space are passed over, and so are files of a folder that are no text by
+    Text files are one document each; JSON lines hold theirs under the key `text_column`, parquet files in the column
+    of that name. Documents of nothing but white space are passed over, and so are files of a folder that are no text by
     neither name nor content (pictures, archives).
 
     Raises:

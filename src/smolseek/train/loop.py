@@ -289,7 +289,8 @@ def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
         lines.append(f"  Training time: {at.seconds:.1f}s, tokens/sec: {at.tokens / at.seconds:.2f}")
     lines.append(f"  Final training loss: {at.loss:.4f}, final validation loss: {at.val_loss:.4f}")
     first = config.model.first_k_dense_replace
-    load_LE = next((record["val_load"] for record in reversed(run.read_metrics()) if "val_load" in record), [])
+    records = reversed(run.read_metrics())
+    load_LE: list[list[int]] = next((record["val_load"] for record in records if "val_load" in record), [])
     for layer, load_E in enumerate(load_LE, first):
         shares = sorted((load * len(load_E) / sum(load_E) for load in load_E), reverse=True)
         shown = (
