@@ -45,21 +45,22 @@ def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
     assert lr_factor(1, 20, ScheduleConfig(warmup_steps=100)) == 1.0
 
 
-def test_state_goes_through_flat_tensors_unchanged():
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_state_goes_through_flat_tensors_unchanged(kind):
     def advance(model, optimizer):
         for p in model.parameters():
             p.grad = torch.ones_like(p) * 0.01
         optimizer.step()
 
     model = new_model(CONFIG)
-    optimizer = make_optimizer(model, OptimConfig())
+    optimizer = make_optimizer(model, OptimConfig(kind=kind))
     advance(model, optimizer)
     tensors = {name: t.clone() for name, t in state_tensors(optimizer).items()}
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     advance(model, optimizer)
     other = new_model(CONFIG, seed=9)
     other.load_state_dict(weights, strict=False)
-    fresh = make_optimizer(other, OptimConfig())
+    fresh = make_optimizer(other, OptimConfig(kind=kind))
     load_state_tensors(fresh, tensors)
     advance(other, fresh)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

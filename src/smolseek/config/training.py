@@ -29,8 +29,10 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer: AdamW (Loshchilov and Hutter, 1711.05101)."""
+    """The optimizer: AdamW (1711.05101), or Muon (kellerjordan.github.io/posts/muon) beside AdamW."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: hidden matrices, each expert its own, by Muon; embeddings, head, routers, norms and biases by AdamW."""
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate over the steps."""
+"""The optimizers, their parameter groups, and the learning rate over the steps."""
 
 import math
 
@@ -6,6 +6,7 @@ import torch
 
 from smolseek.config import OptimConfig, ScheduleConfig
 from smolseek.model.transformer import CausalLM
+from smolseek.train.muon import MuonAdamW
 
 
 def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
@@ -24,9 +25,30 @@ def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
 
 
 def make_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over `parameter_groups`, with the fused kernel."""
+    """Return the optimizer `config` names, with one learning rate for all its groups."""
     groups = parameter_groups(model, config.weight_decay)
+    if config.kind == "muon":
+        groups = _with_muon(model, groups)
+        return MuonAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _with_muon(model: CausalLM, groups: list[dict]) -> list[dict]:
+    """Take the hidden matrices out of AdamW's groups into Muon's: the fused gate and up are two matrices each.
+
+    The head and the routers stay with AdamW. The projections of attention are whole matrices, not one a head.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = groups
+    by_parts: dict[int, list[torch.nn.Parameter]] = {0: [], 1: [], 2: []}
+    for parameter in decayed["params"]:
+        name = names[id(parameter)]
+        if "lm_head" in name or name.endswith("mlp.gate.weight"):
+            by_parts[0].append(parameter)
+        else:
+            by_parts[2 if "gate_up_proj" in name else 1].append(parameter)
+    matrices = [{**decayed, "params": by_parts[parts], "parts": parts} for parts in (1, 2) if by_parts[parts]]
+    return [{**decayed, "params": by_parts[0]}, plain, *matrices]
 
 
 def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
