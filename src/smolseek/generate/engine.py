@@ -12,6 +12,7 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.native import bind
+from smolseek.generate.prefill import prefill
 from smolseek.generate.sampling import Picker, Sampling
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
@@ -41,10 +42,9 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
         """Read a prompt into an empty row -> the logits [logits, V] after its last tokens, in float32."""
-        cache = self.cache.row(row)
-        hidden_1TD = self.model.hidden(torch.tensor([list(ids)], device=self.device), cache).hidden_BTD
+        logits_XV = prefill(self.model, torch.tensor([list(ids)], device=self.device), self.cache.row(row), logits)
         self.lengths[row] = len(ids)
-        return self.model.lm_head(hidden_1TD[0, -logits:]).float()
+        return logits_XV.float()
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
