@@ -81,6 +81,36 @@ def test_the_grouped_product_equals_the_loop(gated):
         torch.testing.assert_close(experts._grouped(x, counts), experts._looped(x, counts), rtol=2e-2, atol=2e-2)
 
 
+def expert_gradients(dtype: torch.dtype, run: str) -> list[torch.Tensor]:
+    """Output and gradients of the experts by `run`, for counts with an empty expert and few rows."""
+    config = replace(CONFIG, n_routed_experts=8)
+    generator = torch.Generator().manual_seed(0)
+    experts = Experts(config).to(torch.float64 if run == "exact" else torch.float32)
+    with torch.no_grad():
+        for p in experts.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.1)
+    counts = torch.tensor([5, 0, 17, 3, 0, 130, 1, 84])
+    x = torch.randn(240, 64, generator=generator).to(experts.down_proj.dtype).requires_grad_()
+    dy = torch.randn(240, 64, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and run != "exact"):
+        y = experts(x, counts) if run == "fast" else experts._looped(x, counts)
+    y.backward(dy.to(y.dtype))
+    return [t.detach().double() for t in (y, x.grad, experts.gate_up_proj.grad, experts.down_proj.grad)]
+
+
+def test_the_experts_own_backward_equals_autograds():
+    for fast, plain_one in zip(
+        expert_gradients(torch.float32, "fast"), expert_gradients(torch.float32, "plain"), strict=True
+    ):
+        assert (fast - plain_one).norm() <= 1e-5 * plain_one.norm()
+
+
+def test_under_autocast_the_experts_are_no_further_from_float64_than_autograds():
+    runs = (expert_gradients(torch.bfloat16, run) for run in ("fast", "plain", "exact"))
+    for fast, plain_one, exact in zip(*runs, strict=True):
+        assert (fast - exact).norm() <= 1.1 * (plain_one - exact).norm()
+
+
 def test_gradients_are_the_same_every_time():
     moe = make(replace(CONFIG, hidden_size=256, num_experts_per_tok=3))
     x = torch.randn(2, 400, 256, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, N = B*T tokens, D hidden_size, E routed experts, K ex
 expert, M = N*K pairs of token and expert, sorted by expert.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,27 @@ class Router(nn.Module):
         return choice_NGX.masked_fill(shut_NG[..., None], float("-inf")).flatten(1)
 
 
+class _Permute(torch.autograd.Function):
+    """x[order], whose gradient is gathered back by the inverse order.
+
+    Autograd's own backward of an index adds row by row, because it cannot know that no row comes twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: torch.Tensor, order_M: torch.Tensor, back_M: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(back_M)
+        return x_MD[order_M]
+
+    @staticmethod
+    def backward(ctx: Any, d_MD: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        (back_M,) = ctx.saved_tensors
+        return d_MD[back_M], None, None
+
+
+def _inverse(order_M: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
+
+
 class LocalDispatcher:
     """Brings each token to its experts on this device and the results back, in a fixed order.
 
@@ -89,14 +110,13 @@ class LocalDispatcher:
         # One copy of a token for each of its experts, then a permutation: gathering a token K times would add its
         # gradients up by atomics in the backward pass, in an order that changes from run to run.
         x_MD = x_ND[:, None].expand(-1, experts_NK.shape[1], -1).flatten(0, 1)
-        return x_MD[order_M], counts_E, order_M
+        return _Permute.apply(x_MD, order_M, _inverse(order_M)), counts_E, order_M
 
     def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
         N, K = weights_NK.shape
         # A gather by the inverse order sums in the same order every time; a scatter with atomics would not.
-        back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(N * K, device=order_M.device))
-        y_NKD = y_MD[back_M].view(N, K, -1)
+        y_NKD = _Permute.apply(y_MD, _inverse(order_M), order_M).view(N, K, -1)
         return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
 
 
@@ -114,6 +134,58 @@ def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) ->
     if rows < _FEW_ROWS:
         return F.linear(F.pad(x_XD, (0, 0, 0, _FEW_ROWS - rows)), w_FD, b_F)[:rows]
     return F.linear(x_XD, w_FD, b_F)
+
+
+class _LoopedSwiGLU(torch.autograd.Function):
+    """SwiGLU experts one after the other, each writing its weights' gradients into its own slices.
+
+    Autograd over slices would keep every cast weight and every intermediate, and stack the experts' gradients anew.
+    Here a weight is cast right before its product, while it is in the processor's cache, and only the first
+    product is kept: the rest is elementwise and is computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
+    ) -> torch.Tensor:
+        h_MX = x_MD.new_empty(x_MD.shape[0], up_EXD.shape[1])
+        y_MD = torch.empty_like(x_MD)
+        begin = 0
+        for e, rows in enumerate(counts):
+            if rows:
+                part = slice(begin, begin + rows)
+                h_MX[part] = _linear(x_MD[part], up_EXD[e].to(x_MD.dtype), None)
+                gate, up = h_MX[part].chunk(2, dim=-1)
+                y_MD[part] = _linear(F.silu(gate) * up, down_EDF[e].to(x_MD.dtype), None)
+            begin += rows
+        ctx.save_for_backward(x_MD, h_MX, up_EXD, down_EDF)
+        ctx.counts = counts
+        return y_MD
+
+    @staticmethod
+    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+        x_MD, h_MX, up_EXD, down_EDF = ctx.saved_tensors
+        dx_MD, d_up, d_down = torch.empty_like(x_MD), torch.empty_like(up_EXD), torch.empty_like(down_EDF)
+        begin = 0
+        for e, rows in enumerate(ctx.counts):
+            if rows == 0:
+                d_up[e].zero_()
+                d_down[e].zero_()
+                continue
+            part = slice(begin, begin + rows)
+            x, dy = x_MD[part], dy_MD[part]
+            gate, up = h_MX[part].chunk(2, dim=-1)
+            silu = F.silu(gate)
+            d_down[e] = dy.T @ (silu * up)
+            da = dy @ down_EDF[e].to(dy.dtype)
+            dh = torch.empty_like(h_MX[part])
+            d_gate, d_value = dh.chunk(2, dim=-1)
+            torch.mul(da, silu, out=d_value)
+            d_gate.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
+            d_up[e] = dh.T @ x
+            torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[part])
+            begin += rows
+        return dx_MD, d_up, d_down, None
 
 
 class Experts(nn.Module):
@@ -136,6 +208,10 @@ class Experts(nn.Module):
         """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D]."""
         if x_MD.is_cuda and self.down_bias is None and torch.is_autocast_enabled("cuda"):
             return self._grouped(x_MD.to(torch.get_autocast_dtype("cuda")), counts_E)
+        if self.gated and not x_MD.is_cuda and torch.is_grad_enabled():
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_MD.dtype
+            with torch.autocast("cpu", enabled=False):
+                return _LoopedSwiGLU.apply(x_MD.to(dtype), self.gate_up_proj, self.down_proj, counts_E.tolist())
         return self._looped(x_MD, counts_E)
 
     def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_byte
 from smolseek.train import metrics
 from smolseek.train.balance import Balancer, maxvio
 from smolseek.train.loss import losses
+from smolseek.train.memory import keep_freed_memory
 from smolseek.train.optim import load_state_tensors, lr_factor, make_optimizer, state_tensors
 from smolseek.train.samples import write_samples
 
@@ -106,6 +107,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         SmolseekError: for data, sizes or a run folder that do not fit; nothing has been written then.
     """
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     context = autocast(config.precision, device)
     run = RunFolder(Path(config.run))
     run.check(config, resume)

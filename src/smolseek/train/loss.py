@@ -1,7 +1,7 @@
 """The training objective.
 
-Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, D hidden_size, V vocab_size, L layers with
-experts, E routed experts.
+Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, S of a block, D hidden_size, V vocab_size,
+L layers with experts, E routed experts.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +13,9 @@ from smolseek.model.transformer import CausalLM
 
 # Tokens whose logits exist at one time: 128 x 49,152 numbers are 25 MB in float32.
 _CHUNK = 128
+# Tokens whose gradients of the logits are kept, in the products' type, for one product with the hidden states: each
+# product writes and adds a whole V x D, so there should be few.
+_BLOCK = 8 * _CHUNK
 
 
 class Losses(NamedTuple):
@@ -61,7 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         if wanted:
             dh_ND = torch.empty_like(h_ND)
-            dw_VD = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device)
+            dw_VD = None
+            d_SV = torch.empty(min(N, _BLOCK), w_VD.shape[0], dtype=dtype, device=h_ND.device)
         with torch.autocast(h_ND.device.type, enabled=False):
             for begin in range(0, N, _CHUNK):
                 h_CD, targets_C1 = h_ND[begin : begin + _CHUNK], targets_N[begin : begin + _CHUNK, None]
@@ -71,9 +75,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     # d loss / d logits = (softmax - one-hot) / N
                     d_CV = logp_CV.exp_()
                     d_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=torch.float32))
-                    d_CV = d_CV.mul_(1 / N).to(h_ND.dtype)
-                    torch.mm(d_CV, w_VD, out=dh_ND[begin : begin + _CHUNK])
-                    dw_VD += d_CV.T @ h_CD
+                    first, end = begin % _BLOCK, begin % _BLOCK + len(d_CV)
+                    torch.mm(d_SV[first:end].copy_(d_CV.mul_(1 / N)), w_VD, out=dh_ND[begin : begin + _CHUNK])
+                    if end == _BLOCK or begin + _CHUNK >= N:
+                        part_VD = d_SV[:end].T @ h_ND[begin - first : begin + _CHUNK]
+                        dw_VD = part_VD.float() if dw_VD is None else dw_VD.add_(part_VD)
         if wanted:
             ctx.save_for_backward(dh_ND, dw_VD)
         return loss / N
