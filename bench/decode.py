@@ -2,9 +2,11 @@
 
     python bench/decode.py                       about five minutes on two cores
     python bench/decode.py --rounds 3 --model deepseek_159m --batch 1
+    smolseek convert smollm2 FOLDER; python bench/decode.py --model FOLDER --name smollm2_exact
 
 Both alternate within every round; a round is the median over `--steps` tokens, and the table shows the median round
-and the spread. Prints a table and writes docs/results/decode.json.
+and the spread. Prints a table and writes docs/results/decode.json: a row measured again takes the place of the old
+one, the others stay, each with its own date, commit and command.
 """
 
 import argparse
@@ -104,6 +106,24 @@ def best_setting(oracle, batch: int, held: int) -> tuple[str | None, bool]:
     return experts, static
 
 
+@torch.inference_mode()
+def best_for_prompts(oracle, tokens: int) -> str | None:
+    """Try transformers' implementations of the experts on a prompt, twice each; leave it at the fastest."""
+    if not hasattr(oracle.config, "n_routed_experts"):
+        return None
+    found, ids = [], torch.randint(1000, (1, tokens))
+    for experts in EXPERTS:
+        oracle.set_experts_implementation(experts)
+        times = []
+        for _ in range(2):
+            begun = time.perf_counter()
+            oracle(ids, use_cache=True, logits_to_keep=1)
+            times.append(time.perf_counter() - begun)
+        found.append((min(times), experts))
+    oracle.set_experts_implementation(min(found)[1])
+    return min(found)[1]
+
+
 def bytes_per_token(config, itemsize: int, batch: int, held: int) -> int:
     """Bytes of active weights, read once for batch 1, and of the cache, for one step; the embedding is one row."""
     counts = count(config)
@@ -112,12 +132,41 @@ def bytes_per_token(config, itemsize: int, batch: int, held: int) -> int:
     return (counts.active - unread + cached) * itemsize
 
 
+def command(args) -> str:
+    """The command without the place of a folder, which says nothing elsewhere."""
+    models = ["FOLDER" if Path(target).is_dir() else target for target in args.model]
+    words = ["--model", *models, "--batch", *args.batch, "--held", *args.held, "--prompt", *args.prompt]
+    words += ["--dtype", *args.dtype, "--rounds", args.rounds, "--steps", args.steps, "--threads", args.threads]
+    return " ".join(["python", "bench/decode.py", *map(str, words)])
+
+
+def write(out: Path, rows: list[dict], prompts: list[dict]) -> None:
+    """Put the new rows in the place of those measured before under the same conditions; keep the others."""
+    before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    common = {key: before[key] for key in ("date", "machine", "versions", "commit", "command") if key in before}
+    result = {}
+    for part, new, keys in (
+        ("decode", rows, ("model", "dtype", "batch", "held")),
+        ("prompt", prompts, ("model", "dtype", "tokens")),
+    ):
+        # Older files say once for all rows when and where they were measured.
+        found = {tuple(row[key] for key in keys): {**common, **row} for row in before.get(part, [])}
+        found |= {tuple(row[key] for key in keys): row for row in new}
+        result[part] = list(found.values())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["deepseek_159m", "smollm2_135m"], help="presets, or smollm2")
+    parser.add_argument(
+        "--model", nargs="+", default=["deepseek_159m", "smollm2_135m"], help="presets, smollm2, or folders"
+    )
+    parser.add_argument("--name", help="what to call a folder in the result; its own name otherwise")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--held", nargs="+", type=int, default=[128, 2048])
+    parser.add_argument("--batch", nargs="*", type=int, default=[1, 8])
+    parser.add_argument("--held", nargs="*", type=int, default=[128, 2048])
+    parser.add_argument("--prompt", nargs="*", type=int, default=[128, 1024], help="lengths to measure prefill with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
@@ -126,11 +175,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    rows, prompts = [], []
-    for name in args.model:
+    about, rows, prompts = describe(), [], []
+    about["command"] = command(args)
+    for target in args.model:
+        folder_given = Path(target).is_dir()
+        name = (args.name or Path(target).name) if folder_given else target
         for dtype in args.dtype:
-            if name == "smollm2":
-                model = load_model("smollm2", dtype=dtype).model
+            if folder_given or name == "smollm2":
+                model = load_model(target, dtype=dtype).model
             else:
                 model = new_model(replace(preset(name), max_position_embeddings=8192)).to(getattr(torch, dtype))
             with tempfile.TemporaryDirectory() as folder:
@@ -148,6 +200,7 @@ def main() -> None:
                     ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
                     read = bytes_per_token(model.config, model.lm_head.weight.itemsize, batch, held)
                     row = {
+                        **about,
                         "model": name,
                         "dtype": dtype,
                         "batch": batch,
@@ -170,26 +223,33 @@ def main() -> None:
                         f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f}), bandwidth {share}",
                         flush=True,
                     )
-            for tokens in (128, 1024):
+            for tokens in args.prompt:
+                experts = best_for_prompts(oracle, tokens)
                 ours, theirs = prefills(model, oracle, tokens, args.rounds)
                 ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
                 prompts.append(
                     {
+                        **about,
                         "model": name,
                         "dtype": dtype,
                         "tokens": tokens,
+                        "transformers_experts": experts,
                         "ours_tokens_s": tokens / median(ours),
                         "transformers_tokens_s": tokens / median(theirs),
                         "ratio": median(ratios),
                         "ratio_spread": [min(ratios), max(ratios)],
                     }
                 )
-                print(f"{name:14} {dtype} prompt of {tokens}: ratio {median(ratios):.2f}", flush=True)
+                print(
+                    f"{name:14} {dtype} prompt of {tokens}: ratio {median(ratios):.2f} "
+                    f"({min(ratios):.2f}-{max(ratios):.2f})",
+                    flush=True,
+                )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory of the process, both models in it: {peak / 1e6:,.0f} MB")
-    result = {**describe(), "command": "python bench/decode.py", "decode": rows, "prompt": prompts, "peak_bytes": peak}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for row in [*rows, *prompts]:
+        row["peak_bytes"] = peak
+    write(args.out, rows, prompts)
 
 
 if __name__ == "__main__":
