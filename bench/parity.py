@@ -11,7 +11,6 @@ case and writes docs/results/parity.json after each, so that what is done stands
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -79,7 +78,7 @@ def cases(tokenizer, tokens, stop_ids):
         full = {"length_penalty": 1.0, "early_stopping": False, "returned": 1, "ngram": 0, **case}
         ngram = full.pop("ngram")
         yield (
-            "beams " + ", ".join(f"{key} {value}" for key, value in case.items()),
+            ", ".join(f"{key} {value}" for key, value in case.items()),
             lambda m, ids, o=full, n=ngram: [
                 found.tokens
                 for found in beam_search(
@@ -114,7 +113,7 @@ def main() -> None:
     model, tokenizer = loaded.model, loaded.tokenizer
     oracle = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     stop_ids = set(model.config.eos_ids)
-    about = {**describe(), "command": " ".join(["python", "bench/parity.py", "FOLDER", *sys.argv[2:]])}
+    about = {**describe(), "command": f"python bench/parity.py FOLDER --tokens {args.tokens} --prompts {args.prompts}"}
     rows = []
     for name, ours, their in cases(tokenizer, args.tokens, stop_ids):
         if not name.startswith(args.only):
