@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from smolseek.config import TrainConfig, from_dict, to_dict
+from smolseek.config import TrainConfig, flatten, from_dict, to_dict
 from smolseek.errors import SmolseekError
 
 MANIFEST = "manifest.json"
@@ -98,7 +98,7 @@ class RunFolder:
             if self.checkpoint_paths():
                 raise SmolseekError(f"{self.path} holds checkpoints but no config.json: choose another --run")
             return
-        old, new = _flat(to_dict(self.read_config())), _flat(to_dict(config))
+        old, new = flatten(to_dict(self.read_config())), flatten(to_dict(config))
         differing = [key for key in sorted(old | new) if key not in FREE_ON_RESUME and old.get(key) != new.get(key)]
         if differing:
             shown = "; ".join(f"{key} {_shown(old, key)}, not {_shown(new, key)}" for key in differing[:3])
@@ -177,14 +177,6 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested objects as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _shown(flat: dict[str, Any], key: str) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from smolseek import __version__, console
 from smolseek.cli.auditing import audit
 from smolseek.cli.models import compare, convert, inspect
+from smolseek.cli.reporting import report
 from smolseek.cli.training import train
 from smolseek.cli.writing import chat, generate
 from smolseek.errors import SmolseekError, nearest
@@ -24,6 +25,7 @@ Small DeepSeek-style language models.
   chat      talk with a model that has a chat template
   convert   make a DeepSeek model of a Llama's weights, with nothing lost
   compare   how far two models are apart: losses, divergence, cache, parameters
+  report    a page about a run, or one that compares runs
   audit     whether a model's numbers can be believed: leaks, labels, data, experts, decoding
 
   smolseek inspect tiny
@@ -39,6 +41,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": chat,
     "convert": convert,
     "compare": compare,
+    "report": report,
     "audit": audit,
 }
 

@@ -1,6 +1,6 @@
 """Every setting of a model (shape.py) and of a training run (training.py), as frozen dataclasses. Imports no torch."""
 
-from smolseek.config.plain import from_dict, to_dict
+from smolseek.config.plain import flatten, from_dict, to_dict
 from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType
 from smolseek.config.training import BalanceConfig, DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 
@@ -14,6 +14,7 @@ __all__ = [
     "RopeType",
     "ScheduleConfig",
     "TrainConfig",
+    "flatten",
     "from_dict",
     "to_dict",
 ]

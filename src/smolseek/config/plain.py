@@ -26,6 +26,14 @@ def to_dict(config: Any) -> dict[str, Any]:
     return out
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested objects as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
     """Build a config dataclass from JSON types, the inverse of `to_dict`.
 

@@ -144,6 +144,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run.truncate_metrics(at.step if restored else -1)
     log = console.Log(run.log)
     last = run.checkpoint_path(at.step)
+    size = summary.count(config.model)
+    run.append_metrics({"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active})
     if not restored:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)

@@ -1,10 +1,34 @@
 """What a run says: one record in metrics.jsonl and one line in the original experiment's form."""
 
+import os
+import platform
 import resource
 import sys
 import time
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+
+def describe() -> dict:
+    """Return the date, the machine and the versions, in JSON types."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "smolseek"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "versions": versions}
 
 
 def memory(device: torch.device) -> tuple[int, int]:

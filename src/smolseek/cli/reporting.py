@@ -1,0 +1,29 @@
+"""A page to look at: `smolseek report`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smolseek import console
+from smolseek.cli.words import parse
+
+
+@dataclass(frozen=True)
+class ReportArgs:
+    """Make a page about a run, or one that compares several: curves, expert load, samples, audit, settings."""
+
+    runs: tuple[str, ...]
+    """Run folders; a run that is under way will do."""
+    out: str | None = None
+    """The page. By default report.html in the run's folder; for several runs, comparison.html here."""
+
+
+def report(argv: Sequence[str]) -> None:
+    """Carry out `smolseek report RUN...`."""
+    args = parse(ReportArgs, "report", argv)
+    from smolseek.errors import SmolseekError
+    from smolseek.report.page import write_report
+
+    if not args.runs:
+        raise SmolseekError("no run: give one run folder, or several to compare them")
+    path = write_report(args.runs, args.out)
+    console.say(f"Wrote {path} ({path.stat().st_size / 1e3:,.0f} kB): open it in a browser")

@@ -1,0 +1,178 @@
+"""The report as one HTML page that needs nothing else: no network, no fonts, no files beside it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+
+from smolseek.errors import SmolseekError
+from smolseek.report.plots import Line, heat_map, line_chart, number
+from smolseek.report.read import Run, read_run
+from smolseek.run_folder import write_text
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of the page."""
+
+    title: str
+    note: str
+    svg: str
+
+
+def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the report on one run, or the comparison of several, and return its path.
+
+    Args:
+        paths: run folders.
+        out: the page; by default `report.html` in the run's folder, or `comparison.html` here for several.
+
+    Raises:
+        SmolseekError: for a folder that is no run, or a page that cannot be written.
+    """
+    runs = [read_run(path) for path in paths]
+    to = Path(out) if out else Path(paths[0]) / "report.html" if len(runs) == 1 else Path("comparison.html")
+    text = page(runs)
+    try:
+        write_text(to, text)
+    except OSError as error:
+        raise SmolseekError(f"{to} cannot be written ({error.strerror}): choose another place with --out") from None
+    return to
+
+
+def page(runs: Sequence[Run]) -> str:
+    """Return the page on `runs`."""
+    # Autoescape: run names, samples and settings are a user's text.
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("smolseek.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    names = _names(runs)
+    one = runs[0] if len(runs) == 1 else None
+    return template.render(
+        title=names[0] if one else " against ".join(names),
+        one=one,
+        runs=[{"name": names[i], "tiles": tiles(run), "colour": i} for i, run in enumerate(runs)],
+        charts=charts(runs, names),
+        heat=heat(one) if one else None,
+        audits=_audits(one) if one else [],
+        samples=list(reversed(one.samples)) if one else [],
+        events=one.events if one else [],
+        settings=_settings(runs),
+        differences_only=one is None,
+        names=names,
+        origins=[_origin(origin) for origin in one.origins] if one else [],
+    )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Return short names that differ: the folder's, or the whole path where two have the same."""
+    short = [Path(run.name).resolve().name for run in runs]
+    return short if len(set(short)) == len(short) else [run.name for run in runs]
+
+
+def tiles(run: Run) -> list[tuple[str, str]]:
+    """Return the figures that one looks for first: name and value."""
+    last, found = run.training[-1], []
+    if run.validation:
+        best = run.validation[-1]
+        found += [
+            ("validation loss", f"{best['val_loss']:.4f}"),
+            ("perplexity", f"{best['val_perplexity']:,.2f}"),
+            ("bits per byte", f"{best['val_bits_per_byte']:.4f}"),
+        ]
+    found += [("training loss", f"{last['loss']:.4f}"), ("tokens", number(last["tokens"]))]
+    rates = sorted(record["tokens_per_second"] for record in run.training)
+    found.append(("tokens a second", f"{rates[len(rates) // 2]:,.0f}"))
+    # Records carry a rate, not a duration: the time is what the tokens took at it.
+    seconds, before = 0.0, 0
+    for record in run.training:
+        seconds += max(0, record["tokens"] - before) / max(record["tokens_per_second"], 1e-9)
+        before = record["tokens"]
+    found.append(("training time", str(timedelta(seconds=round(seconds)))))
+    found.append(("peak memory", f"{max(record['peak_memory'] for record in run.training) / 1e6:,.0f} MB"))
+    if run.origins and "parameters" in run.origins[0]:
+        found.append(("parameters", f"{run.origins[0]['parameters'] / 1e6:,.1f}M"))
+        found.append(("active a token", f"{run.origins[0]['active'] / 1e6:,.1f}M"))
+    if run.validation and "val_maxvio" in run.validation[-1]:
+        found.append(("MaxVio, global", f"{run.validation[-1]['val_maxvio']:.3f}"))
+    return found
+
+
+def charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+    """Return the line charts; with several runs each has a colour of its own, and validation is dashed."""
+    end = max(run.training[-1]["step"] for run in runs)
+    several = len(runs) > 1
+
+    def line(key: str, name: str, i: int, colour: int, scale: float = 1.0, validation: bool = False) -> Line | None:
+        run = runs[i]
+        records = run.validation if validation else run.training
+        points = [(float(r["step"]), r[key] * scale) for r in records if r.get(key) is not None]
+        shown = f"{names[i]}, {name}" if several else name
+        return Line(shown, points, i if several else colour, several and validation) if points else None
+
+    def chart(title: str, note: str, wanted: Sequence[tuple], from_zero: bool = False) -> Chart | None:
+        lines = [made for i in range(len(runs)) for w in wanted if (made := line(w[0], w[1], i, *w[2:])) is not None]
+        return Chart(title, note, line_chart(lines, end=end, from_zero=from_zero)) if lines else None
+
+    found = [
+        chart("Loss", "nats a token", [("loss", "training", 0), ("val_loss", "validation", 1, 1.0, True)]),
+        chart("Learning rate", "", [("lr", "learning rate", 0)], True),
+        chart("Speed", "tokens a second", [("tokens_per_second", "tokens a second", 0)], True),
+        chart("Gradient norm", "before clipping", [("grad_norm", "gradient norm", 0)], True),
+        chart(
+            "Memory",
+            "MB",
+            [("memory", "in use", 0, 1e-6), ("peak_memory", "peak", 1, 1e-6)],
+            True,
+        ),
+        chart(
+            "Balance of the experts",
+            "MaxVio, mean of the layers; 0 is an equal load",
+            [("maxvio", "one step", 0), ("val_maxvio", "validation set", 1, 1.0, True)],
+            True,
+        ),
+    ]
+    return [made for made in found if made is not None]
+
+
+def heat(run: Run) -> str | None:
+    """Return the heat map of the experts' load at each evaluation; None for a model without experts."""
+    records = [record for record in run.validation if record.get("val_load")]
+    if not records:
+        return None
+    steps = [record["step"] for record in records]
+    return heat_map(steps, [record["val_load"] for record in records], run.config.model.first_k_dense_replace)
+
+
+def _audits(run: Run) -> list[dict[str, Any]]:
+    names = {"start": "on the initial weights", "end": "at the end"}
+    return [
+        {"when": names.get(when, when), "counts": record["audit_counts"], "findings": record["audit_findings"]}
+        for when, record in run.audits.items()
+    ]
+
+
+def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """Return the settings by dotted name with each run's value; only those that differ if there are several runs."""
+    flats = [run.flat_config for run in runs]
+    keys = list(dict.fromkeys(key for flat in flats for key in flat))
+    rows = [(key, [_shown(flat.get(key)) for flat in flats]) for key in keys]
+    return rows if len(runs) == 1 else [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _origin(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "step": record.get("step", 0),
+        "date": record.get("date", ""),
+        "machine": ", ".join(f"{key} {value}" for key, value in record["machine"].items()),
+        "versions": ", ".join(f"{key} {value}" for key, value in record.get("versions", {}).items()),
+    }

@@ -1,0 +1,142 @@
+"""The page about a run, made from files alone."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from smolseek.cli import main
+from smolseek.config import TrainConfig, to_dict
+from smolseek.errors import SmolseekError
+from smolseek.presets import tiny
+from smolseek.report.page import page, tiles, write_report
+from smolseek.report.plots import Line, heat_map, line_chart, number, ticks
+from smolseek.report.read import read_run
+
+
+def a_run(path, *, lr=1e-3, steps=40, logged=40, experts=True):
+    """Write a run folder as training leaves it."""
+    path.mkdir()
+    config = TrainConfig(model=tiny(), run=str(path), steps=steps)
+    config = replace(config, optim=replace(config.optim, lr=lr))
+    (path / "config.json").write_text(json.dumps(to_dict(config)))
+    records = [
+        {"step": 0, "date": "2026-01-01", "machine": {"cpu": "Abacus"}, "versions": {"torch": "2.13"}}
+        | {"parameters": 8_000_000, "active": 7_000_000},
+        {"step": 0, "audit": "start", "audit_counts": {"pass": 1, "fail": 0, "skip": 0}, "audit_findings": []},
+    ]
+    for step in range(10, logged + 1, 10):
+        records.append(
+            {"step": step, "loss": 10 - step / 10, "lr": lr, "tokens": step * 1000, "tokens_per_second": 500.0}
+            | {"grad_norm": 1.0, "memory": 10**9, "peak_memory": 2 * 10**9, "maxvio": 0.5}
+        )
+        record = {"step": step, "val_loss": 9.5 - step / 10, "val_perplexity": 90.0, "val_bits_per_byte": 1.5}
+        if experts:
+            record |= {"val_maxvio": 0.25, "val_load": [[100, 0, 50, 50]] * 4}
+        records.append(record)
+    records.append({"step": 20, "resumed": "step-000020"})
+    records.append({"step": 30, "skipped": {"reason": "its loss is nan", "tokens": 1024, "data": {}}})
+    finding = {"check": "target: padding", "done": "planted", "status": "fail", "figure": 0.17, "meaning": "It counts."}
+    records.append(
+        {"step": 40, "audit": "end", "audit_counts": {"pass": 0, "fail": 1, "skip": 0}, "audit_findings": [finding]}
+    )
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (path / "samples.md").write_text("## Step 20\n\nT 0.8.\n\n**The sea** is <b>wet</b>\nand blue\n\n**DNA** is\n\n")
+    return path
+
+
+class Strict(HTMLParser):
+    """Counts tags, and finds the ones that are left open."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.counts = [], {}
+
+    def handle_starttag(self, tag, attrs):
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        assert not any(value and re.match(r"(https?:)?//", value) for name, value in attrs if name in ("src", "href"))
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def parsed(text):
+    parser = Strict()
+    parser.feed(text)
+    assert parser.open == []
+    return parser.counts
+
+
+def test_the_page_shows_all_that_was_recorded(tmp_path):
+    run = a_run(tmp_path / "mine")
+    text = write_report([run]).read_text()
+    counts = parsed(text)
+    assert counts["section"] == 6  # loss, rate, speed, gradient, memory, balance
+    assert counts["figure"] == 4  # a heat map for each layer
+    for words in ("5.5000", "1.5000", "Abacus", "8.0M", "40k", "0:01:20", "2,000 MB", "0.250"):
+        assert words in text, words
+    for words in ("resumed from step-000020", "its loss is nan", "1 failed", "It counts.", "target: padding"):
+        assert words in text, words
+    assert "is &lt;b&gt;wet&lt;/b&gt; and blue" in text
+    assert "expert 1: 0.00 of an equal share" in text and "expert 0: 2.00 of an equal share" in text
+
+
+def test_points_are_those_of_the_metrics(tmp_path):
+    text = page([read_run(a_run(tmp_path / "mine"))])
+    data = re.search(r'data-lines="([^"]*)"', text)[1].replace("&quot;", '"')
+    training, validation = json.loads(data)
+    assert [point[1:] for point in training["points"]] == [[10, 9], [20, 8], [30, 7], [40, 6]]
+    assert [point[2] for point in validation["points"]] == [8.5, 7.5, 6.5, 5.5]
+    across = [point[0] for point in training["points"]]
+    assert across == sorted(across)
+
+
+def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
+    a, b = a_run(tmp_path / "a"), a_run(tmp_path / "b", lr=2e-3)
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(a), str(b)]) == 0
+    assert "comparison.html" in capsys.readouterr().out
+    text = (tmp_path / "comparison.html").read_text()
+    parsed(text)
+    assert "a against b" in text and "a, validation" in text and "b, training" in text
+    settings = text[text.index("Settings that differ") :]
+    assert "optim.lr" in settings and "0.002" in settings and "optim.clip" not in settings
+
+
+def test_a_dense_run_that_is_under_way(tmp_path):
+    run = read_run(a_run(tmp_path / "dense", logged=20, experts=False))
+    text = page([run])
+    assert "Load of the experts" not in text and "Under way or stopped: step 20 of 40" in text
+    assert not any(name == "MaxVio, global" for name, _ in tiles(run))
+
+
+def test_what_is_no_run_is_refused(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err
+    assert main(["report"]) == 2
+    run = a_run(tmp_path / "mine")
+    (run / "metrics.jsonl").write_text("")
+    with pytest.raises(SmolseekError, match="no logged step"):
+        read_run(run)
+    assert not (run / "report.html").exists()
+
+
+def test_axes_and_lines():
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(3.7, 11.2) == [4, 6, 8, 10]
+    assert [number(v) for v in (0, 12345, 2.5e6, 3.14159, 0.00012)] == ["0", "12.3k", "2.5M", "3.142", "0.00012"]
+    broken = line_chart([Line("x", [(0, math.nan), (1, 2.0), (2, math.inf), (3, 1.0)])], end=3)
+    assert "nan" not in broken and "inf" not in broken.replace("info", "")
+    assert "nothing recorded" in line_chart([Line("x", [])], end=3)
+    long = line_chart([Line("x", [(n, n % 7) for n in range(10_000)])], end=10_000)
+    assert long.count("L") <= 501 and "[10000," not in long.split("9999")[0][-10:]
+
+
+def test_a_long_run_gives_a_heat_map_of_bearable_size():
+    loads = [[[10, 30]]] * 1000
+    assert 100 <= heat_map(list(range(1000)), loads).count("<rect") <= 130
