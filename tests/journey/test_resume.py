@@ -34,7 +34,8 @@ def data(tmp_path_factory):
 def records(run) -> list[dict]:
     timing = {"tokens_per_second", "memory", "peak_memory"}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+    found = [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+    return [record for record in found if "machine" not in record]  # where and when it was started or resumed
 
 
 # Stands before `smolseek train` and kills it on the call numbered sys.argv[1] of one of its functions.
