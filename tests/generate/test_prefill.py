@@ -5,10 +5,23 @@ from dataclasses import replace
 import pytest
 import torch
 
+from smolseek.generate.pairs import pairs_for
 from smolseek.generate.prefill import prefill
 from smolseek.model.cache import Cache
-from smolseek.model.transformer import new_model
+from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import preset
+
+SIZES = [(1, 1), (2, 2), (40, 1), (40, 3), (150, 150)]
+
+
+def varied(config) -> CausalLM:
+    """A model whose norms and biases are not all alike."""
+    model = new_model(config, seed=3)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim < 3:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def small(name: str):
@@ -21,20 +34,58 @@ def small(name: str):
     return replace(config, initializer_range=0.15, **extra)
 
 
+def even(name: str):
+    """Sizes that prefill.c takes."""
+    config = replace(preset(name), vocab_size=120, num_hidden_layers=3, max_position_embeddings=200)
+    if name == "smollm2_135m":
+        return replace(config, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, intermediate_size=160)
+    heads = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 96}
+    return replace(config, q_lora_rank=64, first_k_dense_replace=1, **heads)
+
+
+def ids_of(tokens: int) -> torch.Tensor:
+    return torch.randint(120, (tokens,), generator=torch.Generator().manual_seed(tokens))
+
+
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
-@pytest.mark.parametrize(("tokens", "last"), [(1, 1), (2, 2), (40, 1), (40, 3), (150, 150)])
+@pytest.mark.parametrize(("tokens", "last"), SIZES)
 def test_it_gives_the_logits_and_the_cache_of_the_forward_pass(name, tokens, last):
-    model = new_model(small(name), seed=3)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim < 3:  # norms and biases that differ from each other
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    ids = torch.randint(120, (1, tokens), generator=generator)
+    model, ids = varied(small(name)), ids_of(tokens)
     expected, cache = (Cache(model.config, 1, 160, dtype=torch.float32) for _ in range(2))
     with torch.no_grad():
-        whole_TV = model(ids, expected)[0]
+        whole_TV = model(ids[None], expected)[0]
     logits = prefill(model, ids, cache, last)
     assert logits.shape == (last, 120) and cache.length == tokens
     assert float((logits - whole_TV[-last:]).abs().max()) <= 1e-4 * float(whole_TV.std())
     for held, right in zip(cache.layers, expected.layers, strict=True):
         assert torch.allclose(held, right, atol=1e-4 * float(right.std()))
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2_135m"])
+@pytest.mark.parametrize(("tokens", "last"), SIZES)
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_forward_pass(name, tokens, last):
+    rounded = varied(even(name)).to(torch.bfloat16)
+    exact = new_model(rounded.config)
+    exact.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})
+    pairs = pairs_for(rounded)
+    if pairs is None:
+        pytest.skip("this processor multiplies no bfloat16, or there is no C compiler")
+    ids = ids_of(tokens)
+    caches = [Cache(rounded.config, 1, 160, dtype=torch.bfloat16) for _ in range(2)]
+    cache = Cache(rounded.config, 1, 160, dtype=torch.float32)
+    with torch.no_grad():
+        right = exact(ids[None], cache)[0, -last:]
+        plain = rounded(ids[None], caches[0])[0, -last:].float()
+    found = prefill(rounded, ids, caches[1], last, pairs).float()
+    # A token near the border between two experts may go to the other one, so a median over tokens is compared.
+    error, usual = ((x - right).abs().mean(dim=1).median() for x in (found, plain))
+    assert float(error) <= 1.5 * float(usual) + 1e-3 * float(right.std())
+    for held, usually, wanted in zip(caches[1].layers, caches[0].layers, cache.layers, strict=True):
+        error, usual = ((x.float() - wanted).abs().mean(dim=(0, 2)).median() for x in (held, usually))
+        assert float(error) <= 1.5 * float(usual) + 1e-3 * float(wanted.std())
+
+
+def test_other_sizes_and_formats_are_left_to_pytorch():
+    assert pairs_for(new_model(even("tiny"))) is None  # float32
+    assert pairs_for(new_model(small("smollm2_135m")).to(torch.bfloat16)) is None  # 90 features
+    assert pairs_for(new_model(even("tiny")).to(torch.float16)) is None

@@ -12,6 +12,7 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.native import bind
+from smolseek.generate.pairs import pairs_for
 from smolseek.generate.prefill import prefill
 from smolseek.generate.sampling import Picker, Sampling
 from smolseek.model.cache import Cache
@@ -24,12 +25,13 @@ class Decoder:
     """A model with a cache of rows, one a sequence: reads prompts, then takes one token of each row at a time.
 
     On a CPU decoding goes through native.c where that can be built, and through the model's forward pass elsewhere.
+    Prompts go through prefill.c where the processor multiplies bfloat16, and through PyTorch's operations elsewhere.
 
     Args:
         model: in the number format it shall compute in.
         rows: sequences.
         capacity: tokens to make room for, in each row.
-        native: False keeps to the model's forward pass.
+        native: False keeps to PyTorch's operations.
     """
 
     def __init__(self, model: CausalLM, rows: int, capacity: int, *, native: bool = True) -> None:
@@ -38,11 +40,13 @@ class Decoder:
         self.cache = Cache(model.config, rows, capacity, dtype=weight.dtype, device=weight.device)
         self.lengths = [0] * rows
         self.native = bind(model, self.cache) if native else None
+        self.pairs = pairs_for(model) if native else None
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
         """Read a prompt into an empty row -> the logits [logits, V] after its last tokens, in float32."""
-        logits_XV = prefill(self.model, torch.tensor([list(ids)], device=self.device), self.cache.row(row), logits)
+        ids_T = torch.tensor(list(ids), device=self.device)
+        logits_XV = prefill(self.model, ids_T, self.cache.row(row), logits, self.pairs)
         self.lengths[row] = len(ids)
         return logits_XV.float()
 

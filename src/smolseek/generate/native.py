@@ -1,4 +1,4 @@
-"""The fast way to decode on a CPU: builds native.c with the machine's C compiler and calls it.
+"""The fast way to decode on a CPU: builds native.c and prefill.c with the machine's C compiler, and calls native.c.
 
 Nothing depends on it: without a compiler, for another number format or on another device, `bind` gives None and the
 engine takes the model's own forward pass.
@@ -23,7 +23,7 @@ from smolseek.model.moe import MLP, MoE
 from smolseek.model.norm import RMSNorm
 from smolseek.model.transformer import Block, CausalLM
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "prefill.c"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 MAX_BATCH = 512  # as in native.c
 
@@ -53,15 +53,17 @@ _Model = _struct(
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled native.c, or None where it cannot be built.
+    """Return the compiled native.c and prefill.c, or None where they cannot be built.
 
-    It is kept in the user's cache folder under a hash of the source, the flags and the processor, so it is built
-    once on a machine (about two seconds).
+    The library is kept in the user's cache folder under a hash of the sources, the flags and the processor, so it is
+    built once on a machine (a few seconds).
     """
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None or os.name != "posix":
         return None
-    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, _processor()]).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\0".join([*(source.read_text(encoding="utf-8") for source in SOURCES), *FLAGS, _processor()]).encode()
+    ).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(home).expanduser() / "smolseek" / f"native-{key[:16]}.so"
     try:
@@ -87,7 +89,7 @@ def _build(compiler: str, path: Path) -> None:
     """Compile under another name, then rename: processes may build at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "native.so"
-        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+        command = [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         made.replace(path)
 
@@ -96,6 +98,12 @@ def _declare(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.work_floats.argtypes, found.work_floats.restype = (pointer, number, number), number
     found.step.argtypes = (pointer, number, pointer, pointer, pointer, pointer, number)
+    found.has_pairs.argtypes, found.has_pairs.restype = (), number
+    if found.has_pairs():
+        found.products.argtypes = (pointer,) * 3 + (number,) + (pointer,) * 2 + (number,) * 3 + (pointer, number)
+        found.combine_experts.argtypes = (pointer,) * 4 + (number,) * 3 + (pointer, number)
+        found.attend_causally.argtypes = (pointer,) * 4 + (number,) * 7 + (ctypes.c_float, pointer, pointer, number)
+        found.products.restype = found.combine_experts.restype = found.attend_causally.restype = None
     found.step.restype = None
     return found
 

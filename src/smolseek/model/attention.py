@@ -1,8 +1,7 @@
 """Attention: multi-head latent (MLA, DeepSeek-V2 2405.04434 section 2.1) and grouped-query (2305.13245).
 
-Shapes: B batch, T new tokens, A of them that ask (all, but in the last layer of a prompt), S tokens seen (cached and
-new), D hidden_size, H query heads, G key/value heads, Q features of a query head (N without and R with position, for
-MLA), V of a value head, L kv_lora_rank.
+Shapes: B batch, T new tokens, S tokens seen (cached and new), D hidden_size, H query heads, G key/value heads,
+Q features of a query head (N without and R with position, for MLA), V of a value head, L kv_lora_rank.
 """
 
 import torch
@@ -22,7 +21,7 @@ def _causal_mask(new: int, seen: int, device: torch.device) -> torch.Tensor:
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 
-def _attend(
+def attend(
     q_BHTQ: torch.Tensor,
     k_BGSQ: torch.Tensor,
     v_BGSV: torch.Tensor,
@@ -75,26 +74,17 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, D, bias=bias)
 
-    def forward(
-        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, asking: int | None = None
-    ) -> torch.Tensor:
-        """Attend causally -> [B, T, D]. With a cache the new tokens come after those it holds.
-
-        With `asking` only so many of the last tokens ask -> [B, asking, D]; the others are only looked at.
-        """
+    def forward(self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None) -> torch.Tensor:
+        """Attend causally -> [B, T, D]. With a cache the new tokens come after those it holds."""
         B, T, _ = x_BTD.shape
-        A = T if asking is None else asking
-        asking_BAD = x_BTD[:, T - A :]
         if self.compressed_query:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(asking_BAD)))
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         else:
-            q = self.q_proj(asking_BAD)
-        q_BHTQ = q.view(B, A, self.heads, self.nope + self.rope).transpose(1, 2)
+            q = self.q_proj(x_BTD)
+        q_BHTQ = q.view(B, T, self.heads, self.nope + self.rope).transpose(1, 2)
         q_nope, q_pe = q_BHTQ.split([self.nope, self.rope], dim=-1)
         cos, sin = cos_sin
-        q_pe = rotate(
-            q_pe, _per_head(cos[..., T - A :, :]), _per_head(sin[..., T - A :, :]), interleave=self.interleave
-        )
+        q_pe = rotate(q_pe, _per_head(cos), _per_head(sin), interleave=self.interleave)
 
         c_BTL, k_pe = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.rope], dim=-1)
         c_BTL = self.kv_a_layernorm(c_BTL)
@@ -119,7 +109,7 @@ class MLA(nn.Module):
         k_pe = k_pe[:, None].expand(-1, self.heads, -1, -1)
         q_BHTQ = torch.cat((q_nope, q_pe), dim=-1)
         k_BHSQ = torch.cat((k_nope, k_pe), dim=-1)
-        return _attend(q_BHTQ, k_BHSQ, v_BHSV, self.scale)
+        return attend(q_BHTQ, k_BHSQ, v_BHSV, self.scale)
 
     def _absorbed(
         self, q_nope: torch.Tensor, q_pe: torch.Tensor, held_BSF: torch.Tensor, unseen_B1S: torch.Tensor | None
@@ -155,22 +145,15 @@ class GQA(nn.Module):
         self.v_proj = nn.Linear(D, self.groups * self.size, bias=False)
         self.o_proj = nn.Linear(self.heads * self.size, D, bias=False)
 
-    def forward(
-        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, asking: int | None = None
-    ) -> torch.Tensor:
-        """Attend causally -> [B, T, D]. With a cache the new tokens come after those it holds.
-
-        With `asking` only so many of the last tokens ask -> [B, asking, D]; the others are only looked at.
-        """
+    def forward(self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None) -> torch.Tensor:
+        """Attend causally -> [B, T, D]. With a cache the new tokens come after those it holds."""
         B, T, _ = x_BTD.shape
-        A = T if asking is None else asking
-        asking_BAD = x_BTD[:, T - A :]
         cos, sin = cos_sin
-        q_BHTQ = self.q_proj(asking_BAD).view(B, A, self.heads, self.size).transpose(1, 2)
+        q_BHTQ = self.q_proj(x_BTD).view(B, T, self.heads, self.size).transpose(1, 2)
         k_BGTQ = self.k_proj(x_BTD).view(B, T, self.groups, self.size).transpose(1, 2)
         v_BTX = self.v_proj(x_BTD)
         cos, sin = _per_head(cos), _per_head(sin)
-        q_BHTQ = rotate(q_BHTQ, cos[..., T - A :, :], sin[..., T - A :, :], interleave=False)
+        q_BHTQ = rotate(q_BHTQ, cos, sin, interleave=False)
         k_BGSQ = rotate(k_BGTQ, cos, sin, interleave=False)
         unseen_B1S = None
         if cache is not None:
@@ -180,4 +163,4 @@ class GQA(nn.Module):
             k_BSX, v_BTX = held.chunk(2, dim=-1)
             k_BGSQ = k_BSX.unflatten(2, (self.groups, self.size)).transpose(1, 2)
         v_BGSQ = v_BTX.unflatten(2, (self.groups, self.size)).transpose(1, 2)
-        return self.o_proj(_attend(q_BHTQ, k_BGSQ, v_BGSQ, self.scale, unseen_B1S))
+        return self.o_proj(attend(q_BHTQ, k_BGSQ, v_BGSQ, self.scale, unseen_B1S))
