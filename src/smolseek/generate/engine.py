@@ -15,6 +15,7 @@ from smolseek.generate.native import bind
 from smolseek.generate.pairs import pairs_for
 from smolseek.generate.prefill import prefill
 from smolseek.generate.sampling import Picker, Sampling
+from smolseek.generate.static import StaticStep
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
 
@@ -25,6 +26,7 @@ class Decoder:
     """A model with a cache of rows, one a sequence: reads prompts, then takes one token of each row at a time.
 
     On a CPU decoding goes through native.c where that can be built, and through the model's forward pass elsewhere.
+    On CUDA it plays a recorded graph.
     Prompts go through prefill.c where the processor multiplies bfloat16, and through PyTorch's operations elsewhere.
 
     Args:
@@ -41,6 +43,8 @@ class Decoder:
         self.lengths = [0] * rows
         self.native = bind(model, self.cache) if native else None
         self.pairs = pairs_for(model) if native else None
+        fixed = native and weight.device.type == "cuda" and capacity > 1
+        self.static = StaticStep(model, self.cache, graph=True) if fixed else None
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
@@ -56,6 +60,8 @@ class Decoder:
         assert len(tokens) == len(self.lengths)
         if self.native is not None:
             logits_BV = self.native.step(torch.tensor(tokens), torch.tensor(self.lengths))
+        elif self.static is not None:
+            logits_BV = self.static.step(tokens, self.lengths)
         else:
             self.cache.set_lengths(self.lengths)
             ids_B1 = torch.tensor(tokens, device=self.device)[:, None]
