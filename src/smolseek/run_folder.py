@@ -20,9 +20,10 @@ MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.safetensors"
 STATE_JSON = "training_state.json"
 
-# Settings that a resumed run may change: they move neither the weights nor the data.
+# Settings that a resumed run may change: the data go on at the next token, whatever their number in a step.
 FREE_ON_RESUME = frozenset(
-    {"log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"},
+    {"log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"}
+    | {"batch_size", "grad_accum", "data.give_up_after"},
 )
 
 

@@ -52,7 +52,7 @@ def audit(argv: Sequence[str]) -> None:
     args = parse(AuditArgs, "audit", argv)
     if args.reported_tokens is not None and args.reported_tokens < 1:
         raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is below 1: give the tokens trained on")
-    from smolseek.data.stream import open_corpus
+    from smolseek.data.feed import open_data
     from smolseek.evaluate import audit as auditing
     from smolseek.evaluate import subject as subjects
     from smolseek.model.transformer import CausalLM
@@ -74,7 +74,7 @@ def audit(argv: Sequence[str]) -> None:
     if args.data:
         corpus = subjects.open_text(args.data, args.text_column)
     elif subject.config is not None:
-        corpus = open_corpus(subject.config.data)
+        corpus = open_data(subject.config.data, subject.config.eval_tokens)
     findings = auditing.audit(
         subject,
         loss=loss,

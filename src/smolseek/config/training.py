@@ -14,15 +14,20 @@ class DataConfig:
     """Where the text comes from."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = ("builtin",)
-    """`builtin` (the English of the running Python), or text, JSONL and parquet files or folders of them."""
+    """`builtin` (the English of the running Python); text, JSONL and parquet files or folders of them; or hub data
+    sets, read as they are needed: cosmopedia-v2, fineweb-edu-dedup or REPO:CONFIG, with weights as in A=0.7,B=0.3."""
     text_column: str = "text"
     """Column (parquet) or key (JSONL) that holds the text."""
     val_fraction: float = 0.02
     """Share of the documents kept for validation, chosen by a hash of each text."""
+    give_up_after: float = 1800.0
+    """Seconds without an answer of the hub after which the run saves and stops."""
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
             raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
+        if self.give_up_after < 0:
+            raise SmolseekError(f"data.give_up_after {self.give_up_after:g} must be 0 or more seconds")
         if not self.sources:
             raise SmolseekError("no data: give --data builtin, or files or folders")
 

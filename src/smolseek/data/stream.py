@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from smolseek.config import DataConfig
+from smolseek.data.hub import HubFiles
 from smolseek.data.sources import read_documents
 from smolseek.errors import SmolseekError
 
@@ -35,6 +36,16 @@ class Corpus:
     """Documents never trained on."""
     duplicates: int = 0
     """Exact copies of an earlier document that were dropped."""
+    files: tuple[HubFiles, ...] = ()
+    """The hub data sets of which the documents are only a sample; none where they are all there is."""
+
+    def summary(self) -> str:
+        """Return in a few words what there is to train on."""
+        documents = f"{len(self.validation):,} validation documents"
+        if not self.files:
+            return f"{len(self.train):,} training and {documents}"
+        shards = sum(len(found.shards) for found in self.files)
+        return f"{shards:,} shards of {', '.join(found.pinned for found in self.files)}; {documents}"
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -116,7 +127,7 @@ class TrainStream:
             pieces.append(piece)
             missing -= len(piece)
             skip, i = 0, i + 1
-        rows = _cut_rows(np.concatenate(pieces), self._seq_len)
+        rows = cut_rows(np.concatenate(pieces), self._seq_len)
         self._tokens += ahead
         self._offset += ahead
         while self._offset >= len(self._ahead[0]):
@@ -187,7 +198,7 @@ class TrainStream:
         chunk, cache = next(self._upcoming), self._cache
         new = [i for i in chunk if cache is None or i not in cache]
         texts = [self._documents[i] for i in new]
-        encoded = dict(zip(new, _encode_documents(texts, self._encode, self._eos_id), strict=True))
+        encoded = dict(zip(new, encode_documents(texts, self._encode, self._eos_id), strict=True))
         if cache is not None:
             cache.update(encoded)
             encoded = cache
@@ -238,25 +249,25 @@ def validation_rows(
     for start in range(0, len(ordered), CHUNK):
         if held >= limit:
             break
-        pieces += _encode_documents(ordered[start : start + CHUNK], encode, eos_id)
+        pieces += encode_documents(ordered[start : start + CHUNK], encode, eos_id)
         held = sum(map(len, pieces))
     if held < seq_len + 1:
         raise SmolseekError(
             f"the validation documents hold {held:,} tokens and one row takes {seq_len + 1:,}: "
             "raise --data.val-fraction, give more text or lower --seq-len"
         )
-    rows = _cut_rows(np.concatenate(pieces)[:limit], seq_len)
+    rows = cut_rows(np.concatenate(pieces)[:limit], seq_len)
     return rows, int(bytes_per_token[rows[:, 1:].numpy()].sum())
 
 
-def _encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[np.ndarray]:
+def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[np.ndarray]:
     """Return each document's tokens with EOS behind them, uint32."""
     if not documents:
         return []
     return [np.array([*ids, eos_id], dtype=np.uint32) for ids in encode(documents)]
 
 
-def _cut_rows(flat: np.ndarray, seq_len: int) -> torch.Tensor:
+def cut_rows(flat: np.ndarray, seq_len: int) -> torch.Tensor:
     """Return all whole rows of a sequence, int64 [N, T+1], each beginning with the last token of the one before."""
     starts = np.arange((len(flat) - 1) // seq_len) * seq_len
     return torch.from_numpy(flat[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))

@@ -161,7 +161,8 @@ def audit_text(corpus: Corpus | None, encode: Encode | None, vocab: int, claim: 
         train, test = _few(corpus.train, TRAIN_CHARACTERS), _few(corpus.validation, TEST_CHARACTERS)
         learnt = encode(train)
         sticks = yardsticks(learnt, encode(test), "\n\n".join(train)[-XZ_CHARACTERS:], "\n\n".join(test), vocab)
-        size = sum(map(len, learnt)) / sum(map(len, train)) * sum(map(len, corpus.train))
+        if not corpus.files:  # of a sample the whole is not known
+            size = sum(map(len, learnt)) / sum(map(len, train)) * sum(map(len, corpus.train))
     if claim is None or not claim.losses:
         findings = [skipped("plausibility", "no loss is reported (a run's metrics, or --reported-loss)")]
     else:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from smolseek.config import TrainConfig
+from smolseek.data.feed import fingerprint
 from smolseek.data.stream import Corpus, TrainStream, is_validation
 from smolseek.evaluate.finding import Finding, judged, skipped
 from smolseek.run_folder import RunFolder
@@ -106,12 +107,13 @@ def check_record(
     if state is None:
         findings = [skipped("data: validation never trained on", "there is no checkpoint with the run's data position")]
     else:
-        here = stream.state_dict()["fingerprint"]
+        here = fingerprint(corpus.files) if corpus.files else stream.state_dict()["fingerprint"]
+        counted = f"a sample of {len(corpus.train):,}" if corpus.files else here.split(",")[0]
         differs = state.get("fingerprint") != here
         findings = [
             judged(
                 "data: validation never trained on",
-                f"training documents ({here.split(',')[0]}) that the split counts as validation, plus one if they are "
+                f"training documents ({counted}) that the split counts as validation, plus one if they are "
                 "not those whose fingerprint the checkpoint holds",
                 wrong + differs,
                 0,

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.data.stream import Corpus, open_corpus
+from smolseek.data.feed import open_data
+from smolseek.data.stream import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.evaluate.probe import call
 from smolseek.model.transformer import new_model
@@ -198,4 +199,4 @@ def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
         if not train or not validation or not all(isinstance(text, str) for text in [*train, *validation]):
             raise SmolseekError(f"{data[0]}() must return two lists of texts, neither of them empty")
         return Corpus(train, validation)
-    return open_corpus(DataConfig(sources=tuple(data), text_column=text_column))
+    return open_data(DataConfig(sources=tuple(data), text_column=text_column))

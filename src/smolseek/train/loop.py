@@ -10,7 +10,10 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.data.stream import TrainStream, open_corpus, validation_rows
+from smolseek.data.blocks import MixedStream
+from smolseek.data.feed import open_data, open_stream, pin
+from smolseek.data.hub import HubAway
+from smolseek.data.stream import TrainStream, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.evaluate import audit
 from smolseek.evaluate.finding import Finding
@@ -111,6 +114,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         keep_freed_memory()
     context = autocast(config.precision, device)
     run = RunFolder(Path(config.run))
+    config = dataclasses.replace(config, data=pin(config.data, run.read_config().data if run.config.exists() else None))
     run.check(config, resume)
 
     tokenizer = load_tokenizer(config.tokenizer)
@@ -125,9 +129,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.init is None:
         tokenizer = for_training(tokenizer, eos_id)
     encode = encoder(tokenizer)
-    corpus = open_corpus(config.data)
+    corpus = open_data(config.data, config.eval_tokens)
     step_tokens = config.batch_size * config.grad_accum * config.seq_len
-    stream = TrainStream(corpus.train, encode, eos_id, config.seq_len, config.seed, min_tokens=step_tokens + 1)
+    stream = open_stream(config, corpus, encode, eos_id, min_tokens=step_tokens + 1)
     val_rows, val_bytes = validation_rows(
         corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens, token_bytes(tokenizer)
     )
@@ -149,10 +153,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if not restored:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)
-        log.say(
-            f"Data: {len(corpus.train):,} training and {len(corpus.validation):,} validation documents; "
-            f"{step_tokens:,} tokens a step on {device.type}"
-        )
+        log.say(f"Data: {corpus.summary()}; {step_tokens:,} tokens a step on {device.type}")
         sizes = config.model.vocab_size, config.model.max_position_embeddings
         _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
     elif at.step >= config.steps and any(record.get("audit") == "end" for record in run.read_metrics()):
@@ -160,6 +161,13 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         return last
 
     clock, timed = metrics.Clock(), 0
+
+    def save() -> Path:
+        # Between two log lines the time of the steps since the last one is not in `at` yet.
+        spent = at.seconds + (clock.seconds() if at.interval else 0.0)
+        state = {"progress": dataclasses.asdict(at) | {"seconds": spent}, "data": stream.state_dict()}
+        return save_checkpoint(run, at.step, model, tokenizer, state_tensors(optimizer), state)
+
     with console.progress(config.steps, "training") as bar:
         bar.update(at.step)
         while at.step < config.steps:
@@ -167,8 +175,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             step_loss = torch.zeros((), device=device)
-            for _ in range(config.grad_accum):
-                rows = stream.next_batch(config.batch_size).to(device, non_blocking=True)
+            try:
+                # All rows of a step at once: either they are all there, or none has been taken.
+                taken = stream.next_batch(config.grad_accum * config.batch_size)
+            except HubAway:
+                if not run.checkpoint_path(at.step).exists():
+                    save()
+                raise
+            for rows in taken.to(device, non_blocking=True).split(config.batch_size):
                 with context:
                     out = losses(model, rows, alpha=config.balance.alpha)
                 (out.total / config.grad_accum).backward()
@@ -220,10 +234,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     run.append_metrics({"step": at.step, "tokens": at.tokens, **record})
                     log.say(metrics.validation_line({"step": at.step, **record}))
                 if at.step % config.save_every == 0 or at.step == config.steps:
-                    # Between two log lines the time of the steps since the last one is not in `at` yet.
-                    spent = at.seconds + (clock.seconds() if at.interval else 0.0)
-                    state = {"progress": dataclasses.asdict(at) | {"seconds": spent}, "data": stream.state_dict()}
-                    last = save_checkpoint(run, at.step, model, tokenizer, state_tensors(optimizer), state)
+                    last = save()
+    if isinstance(stream, MixedStream):
+        stream.close()
     if config.sample_tokens:
         write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
     subject = Subject(
@@ -260,7 +273,7 @@ def _restore(
     run: RunFolder,
     model: CausalLM,
     optimizer: torch.optim.Optimizer,
-    stream: TrainStream,
+    stream: TrainStream | MixedStream,
     at: Progress,
     device: torch.device,
 ) -> bool:

@@ -1,0 +1,264 @@
+"""Rows of tokens from shards too large to hold: shuffled in blocks, mixed by weight, at an exact position.
+
+A source's documents are read in order, shards shuffled anew every epoch, and handed out in blocks: within a block
+they come in an order drawn from (seed, source, epoch, block). A position is therefore a few numbers, and going back
+to it reads one block again. Sources are mixed document by document: next comes the one furthest behind its share of
+the tokens. Documents of the validation side of the split (`stream.is_validation`) are passed over.
+"""
+
+import atexit
+import contextlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from smolseek.data.stream import CHUNK, Encode, cut_rows, encode_documents, is_validation
+from smolseek.errors import SmolseekError
+
+BLOCK = 4096
+"""Documents shuffled together: some 16 MB of text."""
+QUEUE = 32
+"""Chunks of documents that are encoded ahead of the model, at most."""
+
+
+class Shards(Protocol):
+    """Texts by shard and row."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
+        """Yield (number, text) of a shard's rows from number `row` on; `stop` ends retries."""
+
+
+class Position(NamedTuple):
+    """Where a source stands: the next document, and where the block that holds it begins."""
+
+    epoch: int = 0
+    block: int = 0
+    """Number of the block in its epoch."""
+    shard: int = 0
+    """Place of the block's first shard in the epoch's order."""
+    row: int = 0
+    """The block's first row in that shard."""
+    document: int = 0
+    """Place of the next document in the block's order."""
+
+
+class Source:
+    """The endless documents of one data set in their seeded order."""
+
+    def __init__(
+        self, shards: Shards, encode: Encode, eos_id: int, seed: int, number: int, val_fraction: float
+    ) -> None:
+        self._shards, self._encode, self._eos_id = shards, encode, eos_id
+        self._seed, self._number, self._val_fraction = seed, number, val_fraction
+
+    def chunks(self, at: Position, stop: threading.Event) -> Iterator[list[tuple[Position, np.ndarray]]]:
+        """Yield documents from `at` on and for ever: where each stands, and its tokens with EOS (uint32)."""
+        while True:
+            rows = self._epoch(at, stop)
+            found = False
+            while True:
+                # The block's texts, and where the next one begins.
+                texts: list[str] = []
+                shard, row = at.shard, at.row
+                for place, number, text in rows:
+                    shard, row = place, number + 1
+                    if text and text.strip() and not is_validation(text, self._val_fraction):
+                        texts.append(text)
+                    if len(texts) == BLOCK:
+                        break
+                if not texts:
+                    break
+                found = True
+                order = self._order(len(texts), at.epoch, 1 + at.block)
+                for start in range(at.document, len(order), CHUNK):
+                    picked = order[start : start + CHUNK]
+                    tokens = encode_documents([texts[i] for i in picked], self._encode, self._eos_id)
+                    places = (at._replace(document=place) for place in range(start, start + len(picked)))
+                    yield list(zip(places, tokens, strict=True))
+                at = Position(at.epoch, at.block + 1, shard, row)
+            if not found and at.block == 0:
+                raise SmolseekError("the data hold no training document: give more, or lower --data.val-fraction")
+            at = Position(at.epoch + 1)
+
+    def _epoch(self, at: Position, stop: threading.Event) -> Iterator[tuple[int, int, str | None]]:
+        """Yield (shard's place, row, text) from the beginning of the block of `at` to the end of the epoch."""
+        order = self._order(len(self._shards), at.epoch, 0)
+        for place in range(at.shard, len(order)):
+            for row, text in self._shards.rows(order[place], at.row if place == at.shard else 0, stop):
+                yield place, row, text
+
+    def _order(self, n: int, *key: int) -> list[int]:
+        # Raw PCG64 numbers never change between numpy releases, which Generator.permutation does not promise.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed % 2**64, self._number, *key]))
+        return np.argsort(bits.random_raw(n), kind="stable").tolist()
+
+
+class Ahead:
+    """Reads a source in a thread, a bounded queue ahead; what the thread raises is raised in its place."""
+
+    def __init__(self, source: Source, at: Position) -> None:
+        self._queue: queue.Queue[list[tuple[Position, np.ndarray]] | BaseException] = queue.Queue(QUEUE)
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._chunk: deque[tuple[Position, np.ndarray]] = deque()
+        # Reading waits for the network and encoding happens outside of Python's lock, so that a thread is enough.
+        # A thread that comes back from pyarrow into an interpreter that ends would abort the process.
+        self._thread = threading.Thread(target=self._run, args=(source, at), daemon=True, name="data")
+        self._thread.start()
+        atexit.register(self.close)
+
+    def next(self) -> tuple[Position, np.ndarray]:
+        """Return the next document; raises again what ended the thread."""
+        if not self._chunk:
+            if self._failure is None:
+                got = self._queue.get()
+                if isinstance(got, BaseException):
+                    self._failure = got
+                else:
+                    self._chunk.extend(got)
+            if self._failure is not None:
+                raise self._failure
+        return self._chunk.popleft()
+
+    def close(self) -> None:
+        """End the thread; a request under way is waited for."""
+        self._stop.set()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._queue.get_nowait()  # wakes a thread that waits for room
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _run(self, source: Source, at: Position) -> None:
+        try:
+            for chunk in source.chunks(at, self._stop):
+                if not self._put(chunk):
+                    return
+        except BaseException as error:
+            self._put(error)
+
+    def _put(self, item: list[tuple[Position, np.ndarray]] | BaseException) -> bool:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=0.2)
+                return True
+        return False
+
+
+class MixedStream:
+    """The endless sequence of training rows of several sources, at a position that can be saved and found again.
+
+    Rows are as those of `stream.TrainStream`: T inputs and T targets, unpadded, the last token of one the first of the
+    next.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], seq_len: int, seed: int, fingerprint: str
+    ) -> None:
+        """Begin at the first epoch; `seq_len` is T, `fingerprint` names the data in the saved position."""
+        assert len(sources) == len(weights) > 0
+        self._sources, self._weights = list(sources), list(weights)
+        self._seq_len, self._seed, self._fingerprint = seq_len, seed, fingerprint
+        self._running: list[Ahead] = []
+        self._tokens = 0
+        self._seek([0] * len(sources), [Position()] * len(sources), 0)
+
+    def next_batch(self, n: int) -> torch.Tensor:
+        """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next.
+
+        Raises:
+            HubAway: when the data do not come; the position is then still that of the first row asked for.
+        """
+        step = n * self._seq_len
+        while self._held < self._offset + step + 1:
+            self._read_document()
+        missing, pieces, skip = step + 1, [], self._offset
+        for _, tokens in self._ahead:
+            pieces.append(tokens[skip : skip + missing])
+            missing -= len(pieces[-1])
+            skip = 0
+            if not missing:
+                break
+        rows = cut_rows(np.concatenate(pieces), self._seq_len)
+        self._offset += step
+        self._tokens += step
+        while self._offset >= len(self._ahead[0][1]):
+            length = len(self._ahead.popleft()[1])
+            self._offset -= length
+            self._held -= length
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the next row's first token, in JSON types.
+
+        `given` counts the tokens of each source's documents and `positions` says where it stands, both before the
+        document that holds that token; `offset` counts tokens in it; `tokens` is how many have been handed out.
+        """
+        given, positions = self._ahead[0][0] if self._ahead else (self._given, self._positions)
+        return {
+            "given": list(given),
+            "positions": [position._asdict() for position in positions],
+            "offset": self._offset,
+            "tokens": self._tokens,
+            "seed": self._seed,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the rows that follow are those that would have followed, at any batch size.
+
+        Raises:
+            SmolseekError: when the data, the seed or the tokenizer are others than when the state was saved.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise SmolseekError(
+                f"the training data is not what the checkpoint saw ({state['fingerprint']} then, {self._fingerprint} "
+                "now): resume with the same --data, or start anew with another --run"
+            )
+        if state["seed"] != self._seed:
+            raise SmolseekError(
+                f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"
+            )
+        self._seek(state["given"], [Position(**position) for position in state["positions"]], state["offset"])
+        self._tokens = state["tokens"]
+        if self._offset:
+            self._read_document()
+            if self._offset >= self._held:
+                raise SmolseekError(
+                    f"the checkpoint stands at token {self._offset} of a document that has {self._held}: "
+                    "resume with the same --tokenizer"
+                )
+
+    def close(self) -> None:
+        """End the threads."""
+        for running in self._running:
+            running.close()
+        self._running = []
+
+    def _seek(self, given: Sequence[int], positions: Sequence[Position], offset: int) -> None:
+        self.close()
+        # Before the next document to be read; `_ahead` holds the same before each document that was read.
+        self._given, self._positions = tuple(given), tuple(positions)
+        self._ahead: deque[tuple[tuple[tuple[int, ...], tuple[Position, ...]], np.ndarray]] = deque()
+        self._offset, self._held = offset, 0
+
+    def _read_document(self) -> None:
+        if not self._running:
+            self._running = [Ahead(source, at) for source, at in zip(self._sources, self._positions, strict=True)]
+        # The one furthest behind its share; the first of equals.
+        k = min(range(len(self._sources)), key=lambda i: self._given[i] / self._weights[i])
+        position, tokens = self._running[k].next()
+        # As it was read: after the end of a block the source's own position lags behind.
+        before = (*self._positions[:k], position, *self._positions[k + 1 :])
+        self._ahead.append(((self._given, before), tokens))
+        self._held += len(tokens)
+        self._given = (*self._given[:k], self._given[k] + len(tokens), *self._given[k + 1 :])
+        after = position._replace(document=position.document + 1)
+        self._positions = (*before[:k], after, *before[k + 1 :])

@@ -1,0 +1,345 @@
+"""Data sets on the Hugging Face hub: names, shard files pinned to a commit, and checked range requests with retries."""
+
+import io
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from smolseek import console
+from smolseek.errors import SmolseekError
+
+T = TypeVar("T")
+
+SHORT_NAMES = {name: f"HuggingFaceTB/smollm-corpus:{name}" for name in ("cosmopedia-v2", "fineweb-edu-dedup")}
+"""The text configurations of SmolLM's corpus; its third one, python-edu, holds no text."""
+
+FIRST_PAUSE = 0.5
+"""Seconds before the first new try; each further one in a row doubles it."""
+LONGEST_PAUSE = 60.0
+TAIL = 1 << 16
+"""Bytes asked for at a file's end: a parquet footer is usually shorter."""
+
+
+class HubAway(SmolseekError):
+    """The hub gave no sound answer for longer than `data.give_up_after`: nothing is lost, the run can go on later."""
+
+
+class Fault(Exception):
+    """A request that may succeed when it is made again; `pause` is what the server asked for, in seconds."""
+
+    def __init__(self, what: str, pause: float = 0.0) -> None:
+        super().__init__(what)
+        self.pause = pause
+
+
+@dataclass(frozen=True)
+class HubName:
+    """One hub source of `--data`: REPO:CONFIG[@REVISION][=WEIGHT]."""
+
+    repo: str
+    config: str
+    revision: str | None = None
+    weight: float = 1.0
+
+
+def parse_names(sources: Sequence[str]) -> list[HubName]:
+    """Return the hub sources among `--data`, which may also be joined by commas; none for local text.
+
+    Raises:
+        SmolseekError: for a weight that is none, or hub and local sources together.
+    """
+    words = [part for word in sources for part in ([word] if Path(word).exists() else word.split(","))]
+    found = [(word, _parse(word)) for word in words]
+    names = [name for _, name in found if name is not None]
+    local = [word for word, name in found if name is None]
+    if names and local:
+        raise SmolseekError(
+            f"data {local[0]} is local and {names[0].repo}:{names[0].config} is on the hub: "
+            "one run reads from one or the other"
+        )
+    return names
+
+
+def _parse(word: str) -> HubName | None:
+    if Path(word).exists():
+        return None
+    name, _, weight = word.partition("=")
+    name, _, revision = name.partition("@")
+    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?):([\w.-]+)", SHORT_NAMES.get(name, name))
+    if match is None:
+        return None
+    try:
+        share = float(weight) if weight else 1.0
+    except ValueError:
+        share = -1.0
+    if not 0 < share < float("inf"):
+        raise SmolseekError(f"data {word}: {weight!r} is no weight: give a number above 0, as in {name}=0.7")
+    return HubName(match[1], match[2], revision or None, share)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parquet file of a data set."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """The training files of one data set at one commit."""
+
+    name: HubName
+    commit: str
+    shards: tuple[Shard, ...]
+
+    @property
+    def pinned(self) -> str:
+        """The source as `--data` takes it, with its commit."""
+        weight = "" if self.name.weight == 1.0 else f"={self.name.weight:g}"
+        return f"{self.name.repo}:{self.name.config}@{self.commit}{weight}"
+
+
+def find_files(name: HubName, give_up_after: float) -> HubFiles:
+    """Return the parquet files of a data set's training split, as `datasets` finds them, and the commit they are of.
+
+    Raises:
+        HubAway: when the hub does not answer for `give_up_after` seconds.
+        SmolseekError: for a data set, configuration or revision that is not there, or files that are not parquet.
+    """
+
+    def ask() -> HubFiles:
+        with _quiet():
+            return _find(name)
+
+    return persist(ask, f"{name.repo}:{name.config}", give_up_after, threading.Event())
+
+
+def _find(name: HubName) -> HubFiles:
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().dataset_info(name.repo, revision=name.revision, files_metadata=True)
+        assert info.sha and info.siblings is not None
+        builder = datasets.load_dataset_builder(name.repo, name.config, revision=info.sha)
+        found = list((builder.config.data_files or {}).get("train", ()))
+    except (ConnectionError, OfflineModeIsEnabled) as error:
+        if "offline" in str(error).lower():
+            raise SmolseekError(f"data {name.repo}: the hub is switched off: unset HF_HUB_OFFLINE") from None
+        raise Fault(_reason(error)) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if _passing(status):
+            raise Fault(f"HTTP {status}", _asked_pause(error.response)) from None
+        raise SmolseekError(
+            f"data {name.repo} cannot be read from the hub (HTTP {status}): check the name, or log in (HF_TOKEN)"
+        ) from None
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise SmolseekError(f"data {name.repo}:{name.config}: {_reason(error)}") from None
+    except Exception as error:
+        if transport_error(error):
+            raise Fault(_reason(error)) from None
+        raise
+    root = f"hf://datasets/{name.repo}@{info.sha}/"
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
+    paths = [path.removeprefix(root) for path in found]
+    if any(path not in sizes for path in paths):
+        raise Fault("the list of files does not fit the commit")  # `datasets` fell back to an older copy of its own
+    if not paths or not all(path.endswith(".parquet") for path in paths):
+        raise SmolseekError(
+            f"data {name.repo}:{name.config} has no training split of parquet files: "
+            "fetch it and give its files, or choose another"
+        )
+    return HubFiles(name, info.sha, tuple(Shard(path, int(sizes[path] or 0)) for path in paths))
+
+
+def persist(ask: Callable[[], T], what: str, give_up_after: float, stop: threading.Event) -> T:
+    """Return what `ask` returns, asking again after each `Fault`, with growing pauses and one plain line each.
+
+    Raises:
+        HubAway: when no try has succeeded for `give_up_after` seconds, or `stop` was set in a pause.
+    """
+    began, pause = time.monotonic(), FIRST_PAUSE
+    while True:
+        try:
+            return ask()
+        except Fault as fault:
+            wait = max(pause, fault.pause)
+            spent = time.monotonic() - began
+            if spent + wait > give_up_after:
+                raise HubAway(
+                    f"the hub has not delivered {what} for {spent:.0f} s ({fault}): "
+                    "go on with --resume when it is back, or raise --data.give-up-after"
+                ) from None
+            console.warn(f"hub: {what}: {fault}; trying again in {wait:g} s")
+            if stop.wait(wait):
+                raise HubAway(f"{what} is no longer wanted") from None
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
+    """Return bytes `start` to `stop` (exclusive) of a file, in one request.
+
+    Raises:
+        Fault: for time-outs, resets, 408, 429, 5xx, and answers of another range, length or file size than asked.
+        SmolseekError: for answers that will not change (not found, no access).
+    """
+    import httpx2
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session
+
+    name = files.name
+    url = hf_hub_url(name.repo, shard.path, repo_type="dataset", revision=files.commit)
+    headers = build_hf_headers() | {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
+    seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    try:
+        answer = get_session().get(url, headers=headers, timeout=seconds, follow_redirects=True)
+    except httpx2.RequestError as error:
+        raise Fault(_reason(error)) from None
+    status = answer.status_code
+    if _passing(status):
+        raise Fault(f"HTTP {status}", _asked_pause(answer))
+    if status >= 400:
+        raise SmolseekError(
+            f"data {name.repo}: the hub refuses {shard.path} (HTTP {status}): check the name, or log in (HF_TOKEN)"
+        )
+    if status != 206:
+        raise Fault(f"HTTP {status} in answer to a range")
+    told = answer.headers.get("content-range", "")
+    if told != f"bytes {start}-{stop - 1}/{shard.size}":
+        raise Fault(f"the answer is of {told or 'no range'}, not of bytes {start}-{stop - 1}/{shard.size}")
+    if len(answer.content) != stop - start:
+        raise Fault(f"{len(answer.content):,} bytes instead of {stop - start:,}")
+    return answer.content
+
+
+class RemoteFile(io.RawIOBase):
+    """A shard as a seekable file; each read is one range request, made again until it succeeds."""
+
+    def __init__(self, files: HubFiles, shard: Shard, give_up_after: float, stop: threading.Event) -> None:
+        super().__init__()
+        self._files, self._shard, self._give_up_after, self._stop = files, shard, give_up_after, stop
+        self._at = 0
+        self._tail_start = max(0, shard.size - TAIL)
+        self._tail: bytes | None = None
+
+    def readable(self) -> bool:
+        """A shard can be read."""
+        return True
+
+    def seekable(self) -> bool:
+        """A shard can be sought in."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position in bytes."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position in bytes and return it."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._shard.size}[whence]
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the next `size` bytes, fewer only at the end."""
+        end = self._shard.size if size is None or size < 0 else min(self._at + size, self._shard.size)
+        start = self._at
+        if end <= start:
+            return b""
+        if start >= self._tail_start:  # the footer is read in three small pieces
+            if self._tail is None:
+                self._tail = self._fetch(self._tail_start, self._shard.size)
+            data = self._tail[start - self._tail_start : end - self._tail_start]
+        else:
+            data = self._fetch(start, end)
+        self._at = end
+        return data
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        def ask() -> bytes:
+            return fetch_range(self._files, self._shard, start, stop)
+
+        return persist(ask, f"{self._shard.path} bytes {start:,}-{stop:,}", self._give_up_after, self._stop)
+
+
+class HubShards:
+    """The texts of a data set's shards by shard and row."""
+
+    def __init__(self, files: HubFiles, text_column: str, give_up_after: float) -> None:
+        self.files, self._column, self._give_up_after = files, text_column, give_up_after
+
+    def __len__(self) -> int:
+        return len(self.files.shards)
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
+        """Yield (number, text) of a shard's rows from number `row` on, null texts as None; `stop` ends retries.
+
+        Raises:
+            HubAway: when the hub does not answer for long.
+            SmolseekError: for a column that is not there or holds no text, or a damaged file.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        what = self.files.shards[shard]
+        where = f"data {self.files.name.repo} {what.path}"
+        try:
+            with pq.ParquetFile(RemoteFile(self.files, what, self._give_up_after, stop), pre_buffer=False) as file:
+                schema = file.schema_arrow
+                if self._column not in schema.names:
+                    names = ", ".join(schema.names[:8])
+                    raise SmolseekError(f"{where} has no column {self._column!r}, only {names}: set --data.text-column")
+                kind = schema.field(self._column).type
+                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+                    raise SmolseekError(f"{where}: {self._column!r} is {kind}, not text: set --data.text-column")
+                first = 0
+                for group in range(file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    if row < first + count:
+                        texts = file.read_row_group(group, [self._column], use_threads=False).column(0)
+                        skip = max(0, row - first)
+                        yield from enumerate(texts.slice(skip).to_pylist(), first + skip)
+                    first += count
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # arrow's own OSError is for damaged pages
+            raise SmolseekError(f"{where} is no sound parquet file ({_reason(error)})") from None
+
+
+def transport_error(error: BaseException) -> bool:
+    """Return whether `error` is one of the connection's."""
+    import httpx2
+
+    return isinstance(error, httpx2.TransportError | OSError)
+
+
+def _passing(status: int) -> bool:
+    return status in (408, 429) or status >= 500
+
+
+def _asked_pause(answer: Any) -> float:
+    asked = answer.headers.get("retry-after", "")
+    return float(asked) if asked.isdigit() else 0.0
+
+
+def _reason(error: BaseException) -> str:
+    words = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+class _quiet:
+    """Silences the lines of `huggingface_hub`'s own retries: ours say the same in one."""
+
+    def __enter__(self) -> None:
+        self._loggers = [(log, log.level) for log in map(logging.getLogger, ("huggingface_hub", "datasets"))]
+        for log, _ in self._loggers:
+            log.setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for log, level in self._loggers:
+            log.setLevel(level)

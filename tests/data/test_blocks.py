@@ -1,0 +1,190 @@
+"""Shuffling in blocks, mixing and the position of a stream too large to hold."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from smolseek.data import blocks
+from smolseek.data.blocks import MixedStream, Source
+from smolseek.data.hub import HubAway
+from smolseek.data.stream import is_validation
+from smolseek.errors import SmolseekError
+
+EOS = 0
+VAL = 0.1
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    """One token a byte, so that rows can be read back."""
+    return [list(text.encode()) for text in texts]
+
+
+class Lists:
+    """Shards held in memory; `away_at` is a (shard, row) that cannot be read while it is set."""
+
+    def __init__(self, texts: list[list[str | None]]) -> None:
+        self.texts = texts
+        self.away_at: tuple[int, int] | None = None
+        self.read: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
+        for number in range(row, len(self.texts[shard])):
+            if (shard, number) == self.away_at:
+                raise HubAway("away")
+            self.read.append((shard, number))
+            yield number, self.texts[shard][number]
+
+
+def shards(name: str, sizes: tuple[int, ...] = (70, 0, 45, 90)) -> Lists:
+    return Lists(
+        [[f"{name} {s}.{i} " + "word " * (i % 9) for i in range(n)] + [None, "  "] for s, n in enumerate(sizes)]
+    )
+
+
+def wanted(lists: Lists) -> list[str]:
+    texts = [text for shard in lists.texts for text in shard]
+    return [text for text in texts if text and text.strip() and not is_validation(text, VAL)]
+
+
+def mixed(*lists: Lists, weights: tuple[float, ...] = (), seq_len: int = 16, seed: int = 3) -> MixedStream:
+    sources = [Source(found, encode, EOS, seed, i, VAL) for i, found in enumerate(lists)]
+    return MixedStream(sources, weights or [1.0] * len(lists), seq_len, seed, "these")
+
+
+def texts_of(rows: torch.Tensor) -> list[str]:
+    assert torch.equal(rows[1:, 0], rows[:-1, -1])
+    flat = rows[0].tolist() + rows[1:, 1:].flatten().tolist()
+    return [part.decode() for part in bytes(flat).split(b"\0")[:-1]]
+
+
+@pytest.fixture(autouse=True, params=[7, 64, 4096])
+def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
+    monkeypatch.setattr(blocks, "CHUNK", 5)
+    monkeypatch.setattr(blocks, "QUEUE", 2)
+    return request.param
+
+
+def test_every_training_document_once_an_epoch_and_no_validation_document() -> None:
+    lists = shards("a")
+    texts = wanted(lists)
+    tokens = sum(len(text) + 1 for text in texts)
+    seen = texts_of(mixed(lists).next_batch(3 * tokens // 16))
+    epochs = [seen[: len(texts)], seen[len(texts) : 2 * len(texts)]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(texts)
+    assert epochs[0] != epochs[1] and epochs[0] != texts
+
+
+def test_order_depends_on_the_seed_and_not_on_the_speed_of_the_thread(monkeypatch) -> None:
+    first = mixed(shards("a")).next_batch(100)
+    monkeypatch.setattr(blocks, "QUEUE", 1)
+    monkeypatch.setattr(blocks, "CHUNK", 3)
+    slow = mixed(shards("a"))
+    assert torch.equal(torch.cat([slow.next_batch(1) for _ in range(100)]), first)
+    assert not torch.equal(mixed(shards("a"), seed=4).next_batch(100), first)
+
+
+@pytest.mark.parametrize("done", [0, 1, 13, 140, 400, 650])
+def test_resume_at_another_batch_size(done: int) -> None:
+    make = lambda: mixed(shards("a"), shards("b", (30, 30)), weights=(0.7, 0.3))  # noqa: E731
+    whole = make()
+    for _ in range(done):
+        whole.next_batch(1)
+    state = json.loads(json.dumps(whole.state_dict()))
+    assert state["tokens"] == 16 * done
+    expected = torch.cat([whole.next_batch(4) for _ in range(150)])
+    resumed = make()
+    resumed.next_batch(3)
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == state
+    assert torch.equal(torch.cat([resumed.next_batch(3) for _ in range(200)]), expected)
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_every_position_can_be_gone_back_to() -> None:
+    whole, states = mixed(shards("a", (30,)), shards("b", (20,))), []
+    rows = []
+    for _ in range(120):
+        states.append(whole.state_dict())
+        rows.append(whole.next_batch(1))
+    resumed = mixed(shards("a", (30,)), shards("b", (20,)))
+    for state, row in zip(states, rows, strict=True):
+        resumed.load_state_dict(state)
+        assert torch.equal(resumed.next_batch(1), row)
+
+
+def test_resume_reads_only_from_its_block_on(block: int) -> None:
+    if block != 7:
+        return
+    whole = mixed(shards("a", (200,)))
+    whole.next_batch(150)
+    again = shards("a", (200,))
+    resumed = mixed(again)
+    resumed.load_state_dict(whole.state_dict())
+    resumed.next_batch(1)
+    assert again.read[0][1] > 50
+
+
+def test_weights_are_shares_of_the_tokens() -> None:
+    a, b = shards("a", (400,)), shards("b", (400,))
+    seen = texts_of(mixed(a, b, weights=(3.0, 1.0)).next_batch(600))
+    tokens = Counter({"a": 0, "b": 0})
+    for text in seen:
+        tokens[text[0]] += len(text) + 1
+    assert tokens["a"] / tokens.total() == pytest.approx(0.75, abs=0.01)
+
+
+def test_data_that_do_not_come_leave_the_position_where_it_was(block: int) -> None:
+    lists = shards("a", (300,))
+    at = mixed(lists)
+    expected = mixed(shards("a", (300,))).next_batch(500)
+    lists.away_at = (0, 150)
+    rows = []
+    with pytest.raises(HubAway):
+        while True:
+            state = at.state_dict()
+            rows.append(at.next_batch(2))
+    assert at.state_dict() == state
+    with pytest.raises(HubAway):
+        at.next_batch(2)
+    lists.away_at = None
+    resumed = mixed(lists)
+    resumed.load_state_dict(json.loads(json.dumps(state)))
+    rows += [resumed.next_batch(5) for _ in range(20)]
+    got = torch.cat(rows)
+    assert len(got) >= 100 and torch.equal(got, expected[: len(got)])
+
+
+def test_other_data_seed_or_tokenizer_is_refused() -> None:
+    at = mixed(shards("a"))
+    at.next_batch(9)
+    state = at.state_dict()
+    with pytest.raises(SmolseekError, match="not what the checkpoint saw"):
+        mixed(shards("a")).load_state_dict(state | {"fingerprint": "others"})
+    with pytest.raises(SmolseekError, match="seed 4"):
+        mixed(shards("a"), seed=4).load_state_dict(state)
+    with pytest.raises(SmolseekError, match="--tokenizer"):
+        mixed(shards("a")).load_state_dict(state | {"offset": 5000})
+
+
+def test_no_training_document_at_all() -> None:
+    with pytest.raises(SmolseekError, match="no training document"):
+        mixed(Lists([["", None], [" "]])).next_batch(1)
+
+
+def test_threads_end() -> None:
+    before = threading.active_count()
+    at = mixed(shards("a"), shards("b"))
+    at.next_batch(1)
+    assert threading.active_count() > before
+    at.close()
+    assert threading.active_count() <= before
+    again = mixed(shards("a"), shards("b")).next_batch(3)
+    assert torch.equal(at.next_batch(2), again[1:])

@@ -1,0 +1,202 @@
+"""Hub data sets read from a loopback stand-in, with faults."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smolseek.data.hub import HubName, parse_names
+from smolseek.errors import SmolseekError
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+stand_in = _load(Path(__file__).with_name("stand_in_hub.py"))
+
+README = b"""---
+configs:
+- config_name: cosmopedia-v2
+  data_files:
+  - split: train
+    path: cosmopedia-v2/train-*
+- config_name: fineweb-edu-dedup
+  data_files:
+  - split: train
+    path: fineweb-edu-dedup/train-*
+---
+# SmolLM-Corpus
+"""
+
+
+def shard(start: int, n: int) -> bytes:
+    """Parquet of Cosmopedia's columns."""
+    texts = [f"document {i} " + " ".join(str(i * k % 977) for k in range(i % 60)) for i in range(start, start + n)]
+    same = {name: ["x"] * n for name in ("prompt", "audience", "format", "seed_data")}
+    table = pa.table({**same, "text": texts, "token_length": [len(text) for text in texts]})
+    file = io.BytesIO()
+    pq.write_table(table, file, row_group_size=20)
+    return file.getvalue()
+
+
+FILES = {f"cosmopedia-v2/train-{i:05d}-of-00003.parquet": shard(1000 * i, 700) for i in range(3)}
+FILES |= {"fineweb-edu-dedup/train-00000-of-00001.parquet": shard(9000, 500), "README.md": README}
+
+READ = """
+import hashlib, json, sys
+from huggingface_hub import constants
+constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.4
+from smolseek.config import DataConfig
+from smolseek.data import hub
+from smolseek.data.blocks import MixedStream, Source
+from smolseek.data.feed import fingerprint, open_data
+hub.FIRST_PAUSE = 0.01
+data = DataConfig(sources=(sys.argv[1],), give_up_after=float(sys.argv[2]))
+corpus = open_data(data, 1000)
+encode = lambda texts: [list(text.encode()) for text in texts]
+sources = [Source(hub.HubShards(f, "text", data.give_up_after), encode, 0, 1, i, data.val_fraction)
+           for i, f in enumerate(corpus.files)]
+stream = MixedStream(sources, [f.name.weight for f in corpus.files], 64, 1, fingerprint(corpus.files))
+whole = hashlib.sha256("".join(corpus.validation).encode())
+for _ in range(int(sys.argv[3])):
+    whole.update(stream.next_batch(8).numpy().tobytes())
+print(json.dumps([whole.hexdigest(), stream.state_dict()]))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator:
+    server = stand_in.StandInHub("HuggingFaceTB/smollm-corpus", FILES)
+    yield server
+    server.close()
+
+
+def run(hub, home: Path, *words: object) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, because `huggingface_hub` reads its settings when it is imported."""
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> None:
+    source = "cosmopedia-v2=0.7,fineweb-edu-dedup=0.3"
+    plain = run(hub, tmp_path / "a", "-c", READ, source, 60, 600)
+    assert plain.returncode == 0, plain.stderr
+    assert "hub:" not in plain.stderr
+
+    def fault(number: int) -> str | None:
+        if number == 41:
+            hub.away = True
+            threading.Timer(2.0, setattr, (hub, "away", False)).start()
+        return stand_in.KINDS[number // 2 % len(stand_in.KINDS)] if number % 2 == 0 else None
+
+    hub.requests, hub.fault = 0, fault
+    faulty = run(hub, tmp_path / "b", "-c", READ, source, 60, 600)
+    assert faulty.returncode == 0, faulty.stderr
+    assert hub.faults.total() >= 50 and set(hub.faults) == set(stand_in.KINDS) and min(hub.faults.values()) >= 5
+    lines = faulty.stderr.splitlines()
+    assert sum("trying again in" in line for line in lines) >= hub.faults.total()
+    assert all(line.startswith("warning: hub: ") for line in lines)
+    assert json.loads(faulty.stdout) == json.loads(plain.stdout)
+
+
+# Few documents ahead of the model, so that it soon notices that the hub has gone.
+TRAIN = """
+import sys
+from smolseek.cli import main
+from smolseek.data import blocks
+blocks.BLOCK, blocks.CHUNK, blocks.QUEUE = 10, 2, 1
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def train_words(folder: Path, steps: int, batch_size: int, grad_accum: int) -> list[object]:
+    words = ["-c", TRAIN, "train", "tiny", "--data", "cosmopedia-v2", "--run", folder, "--steps", steps]
+    words += ["--batch-size", batch_size, "--grad-accum", grad_accum, "--seq-len", 128, "--eval-tokens", 640]
+    return [*words, "--sample-tokens", 0, "--log-every", 1, "--data.give-up-after", 1]
+
+
+def test_a_hub_that_stays_away_saves_and_stops_and_the_run_goes_on_later(hub, tmp_path: Path) -> None:
+    words = lambda name: train_words(tmp_path / name, 12, 4, 2)  # noqa: E731
+    whole = run(hub, tmp_path, *words("whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert stand_in.COMMIT in (tmp_path / "whole/config.json").read_text()
+
+    def fault(number: int) -> str | None:
+        metrics = tmp_path / "run/metrics.jsonl"
+        if metrics.exists() and '"step": 2,' in metrics.read_text():
+            hub.away = True
+        return None
+
+    hub.fault = fault
+    stopped = run(hub, tmp_path, *words("run"))
+    assert stopped.returncode == 2, stopped.stdout
+    last = stopped.stderr.splitlines()[-1]
+    assert last.startswith("error: the hub has not delivered cosmopedia-v2/train") and "--resume" in last
+    saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
+    assert len(saved) == 1 and "step-000002" <= saved[0] < "step-000012"
+
+    hub.away, hub.fault = False, lambda number: None
+    resumed = run(hub, tmp_path, *words("run"), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    files = [tmp_path / name / "checkpoints/step-000012/model.safetensors" for name in ("whole", "run")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_resume_at_another_batch_size_and_accumulation_goes_on_at_the_next_token(hub, tmp_path: Path) -> None:
+    def data(name: str, step: int) -> dict:
+        text = (tmp_path / name / f"checkpoints/step-{step:06d}/training_state.json").read_text()
+        return json.loads(text)["data"]
+
+    for words in (
+        train_words(tmp_path / "a", 4, 4, 1),  # 16 rows in all
+        train_words(tmp_path / "b", 2, 2, 2),  # 8 rows,
+        [*train_words(tmp_path / "b", 10, 1, 1), "--resume"],  # and 8 more
+    ):
+        done = run(hub, tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+    assert data("b", 10) == data("a", 4) and data("a", 4)["tokens"] == 16 * 128
+
+
+def test_names() -> None:
+    corpus = "HuggingFaceTB/smollm-corpus"
+    assert parse_names(["cosmopedia-v2=0.7,fineweb-edu-dedup=0.3"]) == [
+        HubName(corpus, "cosmopedia-v2", None, 0.7),
+        HubName(corpus, "fineweb-edu-dedup", None, 0.3),
+    ]
+    assert parse_names(["a/b:c@main=2", "d:e"]) == [HubName("a/b", "c", "main", 2.0), HubName("d", "e")]
+    assert parse_names(["builtin", "folder/of/text", "x,y.txt"]) == []
+    for word in ("cosmopedia-v2=none", "cosmopedia-v2=0", "cosmopedia-v2=-1", "cosmopedia-v2=inf"):
+        with pytest.raises(SmolseekError, match="is no weight"):
+            parse_names([word])
+    with pytest.raises(SmolseekError, match="one or the other"):
+        parse_names(["cosmopedia-v2", "builtin"])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("HuggingFaceTB/nothing:x", "HTTP 40"),
+        ("HuggingFaceTB/smollm-corpus:nothing", "nothing"),
+    ],
+)
+def test_what_is_not_there_is_told_at_once(hub, tmp_path: Path, source: str, message: str) -> None:
+    done = run(hub, tmp_path, "-m", "smolseek", "train", "tiny", "--data", source, "--run", tmp_path / "run")
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
