@@ -49,7 +49,7 @@ def test_another_configuration_is_refused_with_both_values(run):
         assert "optim.lr 0.001, not 0.002; steps 300, not 500" in str(caught.value)
         assert "another --run" in str(caught.value) and "\n" not in str(caught.value)
     assert run.config.read_text() == before
-    many = config(run, steps=1, batch_size=1, grad_accum=2, seq_len=8, seed=1)
+    many = config(run, steps=1, grad_checkpoint=True, precision="float32", seq_len=8, seed=1)
     with pytest.raises(SmolseekError, match="; and 2 more"):
         run.check(many, resume=False)
 

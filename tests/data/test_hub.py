@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -133,7 +134,7 @@ def train_words(folder: Path, steps: int, batch_size: int, grad_accum: int) -> l
 
 
 def test_a_hub_that_stays_away_saves_and_stops_and_the_run_goes_on_later(hub, tmp_path: Path) -> None:
-    words = lambda name: train_words(tmp_path / name, 12, 4, 2)  # noqa: E731
+    words = lambda name: train_words(tmp_path / name, 9, 4, 2)  # noqa: E731
     whole = run(hub, tmp_path, *words("whole"))
     assert whole.returncode == 0, whole.stderr
     assert stand_in.COMMIT in (tmp_path / "whole/config.json").read_text()
@@ -150,12 +151,12 @@ def test_a_hub_that_stays_away_saves_and_stops_and_the_run_goes_on_later(hub, tm
     last = stopped.stderr.splitlines()[-1]
     assert last.startswith("error: the hub has not delivered cosmopedia-v2/train") and "--resume" in last
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
-    assert len(saved) == 1 and "step-000002" <= saved[0] < "step-000012"
+    assert len(saved) == 1 and "step-000002" <= saved[0] < "step-000009"
 
     hub.away, hub.fault = False, lambda number: None
     resumed = run(hub, tmp_path, *words("run"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    files = [tmp_path / name / "checkpoints/step-000012/model.safetensors" for name in ("whole", "run")]
+    files = [tmp_path / name / "checkpoints/step-000009/model.safetensors" for name in ("whole", "run")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -164,14 +165,15 @@ def test_resume_at_another_batch_size_and_accumulation_goes_on_at_the_next_token
         text = (tmp_path / name / f"checkpoints/step-{step:06d}/training_state.json").read_text()
         return json.loads(text)["data"]
 
-    for words in (
-        train_words(tmp_path / "a", 4, 4, 1),  # 16 rows in all
-        train_words(tmp_path / "b", 2, 2, 2),  # 8 rows,
-        [*train_words(tmp_path / "b", 10, 1, 1), "--resume"],  # and 8 more
-    ):
-        done = run(hub, tmp_path, *words)
-        assert done.returncode == 0, done.stderr
-    assert data("b", 10) == data("a", 4) and data("a", 4)["tokens"] == 16 * 128
+    plain = run(hub, tmp_path, *train_words(tmp_path / "a", 4, 4, 1))
+    first = run(hub, tmp_path, *train_words(tmp_path / "b", 10, 1, 2), "--save-every", 4)
+    assert plain.returncode == 0 and first.returncode == 0, plain.stderr + first.stderr
+    for step in (8, 10):
+        shutil.rmtree(tmp_path / f"b/checkpoints/step-{step:06d}")
+    resumed = run(hub, tmp_path, *train_words(tmp_path / "b", 10, 4, 1), "--resume", "--save-every", 2)
+    assert resumed.returncode == 0, resumed.stderr
+    # 4 steps of 2 rows and 2 of 4 rows are 16 rows, and so are 4 of 4.
+    assert data("b", 6) == data("a", 4) and data("a", 4)["tokens"] == 16 * 128
 
 
 def test_names() -> None:

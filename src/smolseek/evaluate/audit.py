@@ -169,7 +169,7 @@ def audit_text(corpus: Corpus | None, encode: Encode | None, vocab: int, claim: 
         findings = check_plausibility(claim.losses, tokens=claim.tokens, corpus_tokens=size, sticks=sticks)
     if corpus is None:
         return [*findings, skipped("data", "no text is known (--data)")]
-    return findings + check_data(corpus.train, corpus.validation)
+    return findings + check_data(corpus.train, corpus.validation, sampled=bool(corpus.files))
 
 
 def _audit_record(subject: Subject, corpus: Corpus | None, encode: Encode | None) -> list[Finding]:

@@ -24,8 +24,9 @@ PACKED = 200
 """Documents that are packed again to see how rows and batches meet."""
 
 
-def check_data(train: Sequence[str], validation: Sequence[str]) -> list[Finding]:
-    """Return the findings on documents that are on both sides of the split."""
+def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = False) -> list[Finding]:
+    """Return the findings on documents that are on both sides of the split; `sampled` if `train` is not all there is."""
+    where = f" (a sample of {len(train):,} documents of it)" if sampled else ""
     seen = {_normal(text) for text in train}
     twice = sum(_normal(text) in seen for text in validation)
     shares = overlaps(train, validation)
@@ -37,7 +38,7 @@ def check_data(train: Sequence[str], validation: Sequence[str]) -> list[Finding]
     return [
         judged(
             "data: duplicates",
-            f"validation documents of {len(validation):,} that are training documents, case and white space aside",
+            f"validation documents of {len(validation):,} that are training documents{where}, case and white space aside",
             twice,
             0,
             meaning="the validation loss is measured on text that was trained on",
@@ -45,7 +46,7 @@ def check_data(train: Sequence[str], validation: Sequence[str]) -> list[Finding]
         ),
         judged(
             f"data: {WORDS}-gram overlap",
-            f"share of the validation documents with more than half of their {WORDS}-word sequences in training text "
+            f"share of the validation documents with more than half of their {WORDS}-word sequences in training text{where} "
             f"(mean share of a document's sequences: {float(np.mean(shares)) if len(shares) else 0.0:.2%})",
             copied / max(1, len(validation)),
             0.1,
