@@ -25,7 +25,7 @@ PACKED = 200
 
 
 def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = False) -> list[Finding]:
-    """Return the findings on documents that are on both sides of the split; `sampled` if `train` is not all there is."""
+    """Return the findings on documents that are on both sides of the split; `sampled` if `train` is not the whole."""
     where = f" (a sample of {len(train):,} documents of it)" if sampled else ""
     seen = {_normal(text) for text in train}
     twice = sum(_normal(text) in seen for text in validation)
@@ -38,7 +38,8 @@ def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = 
     return [
         judged(
             "data: duplicates",
-            f"validation documents of {len(validation):,} that are training documents{where}, case and white space aside",
+            f"validation documents of {len(validation):,} that are training documents{where}, case and white space "
+            "aside",
             twice,
             0,
             meaning="the validation loss is measured on text that was trained on",
@@ -46,8 +47,8 @@ def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = 
         ),
         judged(
             f"data: {WORDS}-gram overlap",
-            f"share of the validation documents with more than half of their {WORDS}-word sequences in training text{where} "
-            f"(mean share of a document's sequences: {float(np.mean(shares)) if len(shares) else 0.0:.2%})",
+            f"share of the validation documents with more than half of their {WORDS}-word sequences in training "
+            f"text{where} (mean share of a document's sequences: {float(np.mean(shares)) if len(shares) else 0.0:.2%})",
             copied / max(1, len(validation)),
             0.1,
             meaning="much of the validation text stands in the training text: the validation loss is partly recall",
