@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from smolseek import console
 from smolseek.api import Message, Model
 from smolseek.config import from_dict
 from smolseek.errors import SmolseekError
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.strategy import Strategy
 
 HELP = """\
 /reset            forget the conversation
@@ -20,8 +21,7 @@ HELP = """\
 /save FILE        write the conversation as JSON
 /exit             leave (as Ctrl-D); Ctrl-C stops an answer"""
 
-SETTABLE: tuple[str, ...] = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-SETTABLE += ("presence_penalty", "frequency_penalty", "no_repeat_ngram", "min_tokens", "seed")
+SETTABLE = tuple(field.name for field in fields(Strategy))
 
 
 class Chat:
@@ -96,7 +96,7 @@ class Chat:
                 changed[key] = json.loads(value)
             except ValueError:
                 raise SmolseekError(f"{key} {value!r} is not a number: for example /params temperature=0.5") from None
-        from_dict(Sampling, {key: value for key, value in changed.items() if key in SETTABLE}, "/params")
+        from_dict(Strategy, {key: value for key, value in changed.items() if key in SETTABLE}, "/params")
         return changed
 
 

@@ -3,16 +3,17 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from smolseek import console
 from smolseek.cli.words import parse
 from smolseek.errors import SmolseekError
+from smolseek.generate.strategy import Strategy
 
 
 @dataclass(frozen=True)
-class GenerateArgs:
+class GenerateArgs(Strategy):
     """Continue a prompt; the text appears as it is written."""
 
     model: str
@@ -21,48 +22,26 @@ class GenerateArgs:
     """Text to continue; `-` reads it from stdin."""
     max_tokens: int = 100
     """Tokens to write, at most."""
-    temperature: float = 0.8
-    """Divides the logits; 0 takes the likeliest token."""
-    top_k: int | None = None
-    """Pick among the k likeliest tokens."""
-    top_p: float | None = None
-    """Pick among the fewest likeliest tokens that make up this probability."""
-    min_p: float | None = None
-    """Pick among tokens at least this share as likely as the likeliest."""
-    typical_p: float | None = None
-    """Pick among the tokens nearest to the expected surprise that make up this probability."""
-    repetition_penalty: float = 1.0
-    """Divide the logits of tokens seen before; 1 is none, 1.1 usual."""
-    presence_penalty: float = 0.0
-    """Taken off the logits of tokens written before."""
-    frequency_penalty: float = 0.0
-    """Taken off the logits of tokens written before, once for each time."""
-    no_repeat_ngram: int = 0
-    """No run of so many tokens comes twice."""
+    greedy: bool = False
+    """Take the likeliest token each time, as temperature 0 does."""
     bad_words: tuple[str, ...] = ()
     """Words never to write."""
     prefix: str = ""
     """Text that the continuation begins with."""
-    min_tokens: int = 0
-    """No end before so many tokens."""
     stop: tuple[str, ...] = ()
     """Text before which to end."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end the text besides the model's own, by name."""
     max_time: float | None = None
     """Seconds, at most."""
+    n: int = 1
+    """Continuations to write."""
     beams: int | None = None
     """Search with so many beams instead of drawing; the text appears at the end."""
     length_penalty: float = 1.0
     """Beam search: above 0 favours long texts."""
     early_stopping: bool = False
     """Beam search: end as soon as so many texts are finished as there are beams."""
-    n: int = 1
-    """Continuations to write."""
-    greedy: bool = False
-    """Take the likeliest token each time, as temperature 0 does."""
-    seed: int = 0
-    """Seed of the draws."""
     json: bool = False
     """Print a line of JSON for each continuation: text, tokens, log-probabilities, why it ended, times."""
     stats: bool = False
@@ -71,8 +50,8 @@ class GenerateArgs:
     """Number format of the weights; auto keeps the file's."""
 
 
-@dataclass(frozen=True)
-class ChatArgs:
+@dataclass(frozen=True, kw_only=True)
+class ChatArgs(Strategy):
     """Talk with a model that has a chat template; /help lists the commands."""
 
     model: str
@@ -84,13 +63,14 @@ class ChatArgs:
     temperature: float = 0.7
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float | None = 0.95
-    """Pick among the fewest likeliest tokens that make up this probability."""
-    repetition_penalty: float = 1.0
-    """Divide the logits of tokens seen before; 1 is none, 1.1 usual."""
-    seed: int = 0
-    """Seed of the draws."""
+    """Keep the fewest likeliest tokens that make up this probability (1904.09751)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the file's."""
+
+
+def _strategy(args: Strategy) -> dict[str, Any]:
+    """Return the fields of `Strategy` of a verb's arguments."""
+    return {field.name: getattr(args, field.name) for field in fields(Strategy)}
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -99,18 +79,9 @@ def generate(argv: Sequence[str]) -> None:
     prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise SmolseekError("the prompt is empty: give some text, or - to read it from stdin")
-    names: tuple[str, ...] = (
-        "top_k",
-        "top_p",
-        "min_p",
-        "typical_p",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    )
-    names += ("no_repeat_ngram", "min_tokens", "max_tokens", "bad_words", "prefix", "stop", "stop_tokens", "max_time")
-    options: dict[str, Any] = {name: getattr(args, name) for name in names}
-    options |= {"temperature": 0.0 if args.greedy else args.temperature, "seed": args.seed}
+    options = _strategy(args) | ({"temperature": 0.0} if args.greedy else {})
+    names = ("max_tokens", "bad_words", "prefix", "stop", "stop_tokens", "max_time")
+    options |= {name: getattr(args, name) for name in names}
 
     import torch
 
@@ -156,6 +127,5 @@ def chat(argv: Sequence[str]) -> None:
     from smolseek.api import load
     from smolseek.chat import Chat, talk
 
-    strategy = {name: getattr(args, name) for name in ("temperature", "top_p", "repetition_penalty", "seed")}
     model = load(args.model, dtype=args.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
-    talk(Chat(model, strategy, args.max_tokens, args.system))
+    talk(Chat(model, _strategy(args), args.max_tokens, args.system))
