@@ -64,7 +64,7 @@ def reciprocals(w_J: torch.Tensor) -> list[float]:
     return tried.gather(0, best[None])[0].tolist()
 
 
-def _pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows [heads*d, D] of each head from halves (j, j+J) to pairs (2j, 2j+1), the order of DeepSeek."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
@@ -80,10 +80,10 @@ def attention(
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     group_of_head = torch.arange(heads) // (heads // groups)
     q_HGdD = q_proj.new_zeros(heads, groups, size, config.hidden_size)
-    q_HGdD[torch.arange(heads), group_of_head] = _pairs(q_proj, heads).unflatten(0, (heads, size))
+    q_HGdD[torch.arange(heads), group_of_head] = pairs(q_proj, heads).unflatten(0, (heads, size))
     up_HdGd = v_proj.new_zeros(heads, size, groups, size)
     up_HdGd[torch.arange(heads), :, group_of_head] = torch.eye(size, dtype=v_proj.dtype)
-    matrix, norm = fold(torch.cat((v_proj, _pairs(k_proj, groups))), groups * size)
+    matrix, norm = fold(torch.cat((v_proj, pairs(k_proj, groups))), groups * size)
     return {
         "q_proj.weight": q_HGdD.flatten(0, 2),
         "kv_a_proj_with_mqa.weight": matrix,
