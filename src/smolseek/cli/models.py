@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 from smolseek import console
@@ -42,8 +43,9 @@ class ConvertArgs:
     """A Llama: a hub name, a Hugging Face folder, a .gguf file or `smollm2`."""
     out: str
     """Folder to write; it must not exist or be empty."""
-    mode: Literal["exact", "grow"] = "exact"
-    """exact computes what the source computes; grow does so with new experts beside, to be trained."""
+    mode: Literal["exact", "grow", "compress"] = "exact"
+    """exact computes what the source computes; grow does so with new experts beside, to be trained; compress comes
+    near it with a smaller cache."""
     experts: int | None = None
     """Routed experts: parts of the dense layers (exact) or new ones (grow). None leaves the layers dense."""
     shared: int | None = None
@@ -52,10 +54,25 @@ class ConvertArgs:
     """How the neurons are dealt out to the experts (exact)."""
     top_k: int | None = None
     """Routed experts that a token visits (grow)."""
+    cache: float | None = None
+    """Share of the source's cache that is kept, for example 0.5 (compress)."""
+    kv_rank: int | None = None
+    """Features of the latent, with --rope-dim, instead of --cache (compress)."""
+    rope_dim: int | None = None
+    """Rotary features; None has them searched (compress)."""
+    method: Literal["smolseek", "transmla"] = "smolseek"
+    """transmla is the published method, to compare with (compress)."""
+    freq_fold: int = 1
+    """Adjacent frequencies treated as one: FreqFold of the published method (compress)."""
+    calibration: str = "builtin"
+    """Text that the smaller cache is fitted to: builtin, a file or folder, or self, which the source writes
+    (compress)."""
+    calibration_tokens: int = 16_384
+    """Tokens of it (compress)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
     seed: int = 0
-    """Seed of the clustering and of the new experts."""
+    """Seed of the clustering, of the new experts and of the text that the source writes."""
     no_verify: bool = False
     """Do not open the result and compare it with the source."""
 
@@ -64,11 +81,19 @@ def convert(argv: Sequence[str]) -> None:
     """Carry out `smolseek convert SOURCE OUT`."""
     args = parse(ConvertArgs, "convert", argv)
     from smolseek.convert import pipeline
-    from smolseek.evaluate.compare import verify_conversion
+    from smolseek.convert.calibrate import held_out_rows
+    from smolseek.evaluate.compare import measure_conversion, verify_conversion
 
     options = {f.name: getattr(args, f.name) for f in fields(pipeline.Conversion)}
-    verify = None if args.no_verify else verify_conversion
-    pipeline.convert(args.source, args.out, pipeline.Conversion(**options), verify)
+
+    def verify(source: Path, out: Path) -> str:
+        if args.mode != "compress":
+            return verify_conversion(source, out)
+        rows = held_out_rows(source, args.calibration, 2048, args.seed)
+        line = measure_conversion(source, out, rows)
+        return f"{line}, text of the same kind that the calibration did not see"
+
+    pipeline.convert(args.source, args.out, pipeline.Conversion(**options), None if args.no_verify else verify)
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,26 @@ Shapes: T tokens of a window, D hidden_size, H query heads, G key/value heads.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from smolseek import console
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import validation_rows
+from smolseek.data.stream import is_validation, validation_rows
 from smolseek.errors import SmolseekError
+from smolseek.generate.engine import Writer
+from smolseek.generate.sampling import Sampling
 from smolseek.model.rope import rotate
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.hf_folder import load_model
-from smolseek.tokenizer import encoder, token_bytes
+from smolseek.storage.hf_folder import TOKENIZER_FILES, load_model, read_config
+from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
+
+_HELD_OUT = 0.1
+_WINDOW = 512
+_SAMPLED = 2
 
 
 @dataclass
@@ -25,6 +34,8 @@ class Statistics:
     """Second moment of the attention's input."""
     distance_HT: torch.Tensor
     """Attention of each head by distance; the first token, to which idle heads turn, is left out."""
+    sample_NTD: torch.Tensor
+    """The attention's inputs on the first windows."""
 
 
 @torch.no_grad()
@@ -32,17 +43,18 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
     """Return the statistics of every layer of the Llama `model` on the windows `rows` [N, T+1]."""
     config, T = model.config, rows.shape[1] - 1
     heads, size = config.num_attention_heads, config.qk_head_dim
-    distance_TT = (torch.arange(T)[:, None] - torch.arange(T)).clamp(min=0)
     unseen_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
     D = config.hidden_size
     found = [
-        Statistics(torch.zeros(D, D).double(), torch.zeros(heads, T).double())
+        Statistics(torch.zeros(D, D).double(), torch.zeros(heads, T).double(), torch.empty(0, T, D))
         for _ in range(config.num_hidden_layers)
     ]
 
     def watch(attention, inputs) -> None:  # type: ignore[no-untyped-def]
         x_TD, (cos, sin) = inputs[0][0], inputs[1]
         into = found[attention.layer]
+        if len(into.sample_NTD) < _SAMPLED:
+            into.sample_NTD = torch.cat((into.sample_NTD, inputs[0]))
         into.moment_DD += (x_TD.T @ x_TD).double() / rows[:, :-1].numel()
         q_HTd, k_GTd = (
             rotate(p(x_TD).unflatten(-1, (-1, size)).transpose(0, 1), cos, sin, interleave=False)
@@ -51,9 +63,10 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
         k_HTd = k_GTd.repeat_interleave(heads // len(k_GTd), dim=0)
         p_HTT = (q_HTd @ k_HTd.mT * size**-0.5).masked_fill(unseen_TT, -torch.inf).softmax(dim=-1)
         p_HTT[:, :, 0] = 0
-        into.distance_HT.index_add_(1, distance_TT.flatten(), p_HTT.flatten(1).double())
+        into.distance_HT += _by_distance(p_HTT).double()
 
-    hooks = [layer.self_attn.register_forward_pre_hook(watch) for layer in model.model.layers]
+    layers: Any = model.model.layers
+    hooks = [layer.self_attn.register_forward_pre_hook(watch) for layer in layers]
     try:
         with console.progress(len(rows), "calibrating") as bar:
             for done, row in enumerate(rows, 1):
@@ -65,21 +78,66 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
     return found
 
 
-def calibrate(path: str, calibration: str, tokens: int, seq_len: int = 512) -> list[Statistics]:
-    """Return the statistics of the model at `path` on `tokens` tokens of `calibration` (`builtin` or a path).
+def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:
+    """Return the sums [H, T] of `p_HTT` along its diagonals: rows are shifted until a distance is a column."""
+    T = p_HTT.shape[-1]
+    wide = F.pad(p_HTT.flip(-1), (0, T)).flatten(1)[:, : T * (2 * T - 1)]
+    return wide.unflatten(1, (T, 2 * T - 1)).sum(dim=1)[:, T - 1 :]
+
+
+def calibration_rows(path: Path, calibration: str, tokens: int, seed: int) -> torch.Tensor:
+    """Return windows [N, T+1] of text for the model at `path`.
+
+    `calibration` is `builtin`, `self` (the model writes it, sampling at temperature 1 from an end token on), or a file
+    or folder. A tenth of the documents is left for `held_out_rows`.
 
     Raises:
-        SmolseekError: if the model has no tokenizer or the text is too short.
+        SmolseekError: if the model has no tokenizer, or the text is too short.
     """
-    loaded = load_model(path)
-    if loaded.tokenizer is None:
-        raise SmolseekError(f"{path} has no tokenizer, and --mode compress reads text: put a tokenizer.json into it")
-    rows, _ = validation_rows(
-        read_documents([calibration], "text"),
-        encoder(loaded.tokenizer),
-        loaded.tokenizer.eos_token_id or 0,
-        min(seq_len, loaded.config.max_position_embeddings - 1, tokens),
-        tokens,
-        token_bytes(loaded.tokenizer),
-    )
-    return statistics(loaded.model, rows)
+    return _rows(path, calibration, tokens, seed, held_out=False)
+
+
+def held_out_rows(path: Path, calibration: str, tokens: int, seed: int) -> torch.Tensor:
+    """Return windows of text of the same kind that `calibration_rows` never returns; raises as it does."""
+    return _rows(path, calibration, tokens, seed + 1, held_out=True)
+
+
+def _rows(path: Path, calibration: str, tokens: int, seed: int, *, held_out: bool) -> torch.Tensor:
+    if calibration == "self":
+        return _written(path, tokens, seed)
+    tokenizer, length = _tokenizer(path), _length(read_config(str(path)).max_position_embeddings, tokens)
+    if tokenizer is None:
+        raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
+    documents = [t for t in read_documents([calibration], "text") if is_validation(t, _HELD_OUT) == held_out]
+    try:
+        rows, _ = validation_rows(
+            documents, encoder(tokenizer), tokenizer.eos_token_id or 0, length, tokens, token_bytes(tokenizer)
+        )
+    except SmolseekError:
+        raise SmolseekError(
+            f"calibration {calibration} is too short: after a tenth of its documents is held out it does not fill one "
+            f"window of {length:,} tokens: give more documents, or use builtin"
+        ) from None
+    return rows
+
+
+def _written(path: Path, tokens: int, seed: int) -> torch.Tensor:
+    """Return windows that the model at `path` writes itself, each from an end token on."""
+    model = load_model(path).model
+    length, start = _length(model.config.max_position_embeddings, tokens), (model.config.eos_ids or (0,))[0]
+    prompts = [[start]] * max(tokens // length, 1)
+    console.say(f"The source writes {len(prompts) * length:,} tokens to calibrate with")
+    # A seed a row, or all rows would say the same.
+    sampling = [Sampling(temperature=1.0, seed=seed * 100_003 + row) for row in range(len(prompts))]
+    writer = Writer(model, prompts, sampling, length)
+    return torch.tensor([[start, *result.tokens] for result in writer.finish()])
+
+
+def _length(context: int, tokens: int) -> int:
+    return min(_WINDOW, context - 1, tokens)
+
+
+def _tokenizer(path: Path) -> Any:
+    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
+        return None
+    return load_tokenizer(str(path))

@@ -10,18 +10,59 @@ Re sum_j conj(q_hj) k_gj e^(i w_j (s-t)). Derived in docs/conversion.md.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.convert import lossless
-from smolseek.convert.calibrate import Statistics
+from smolseek.convert.calibrate import Statistics, statistics
 from smolseek.errors import SmolseekError
-from smolseek.model.rope import frequencies
-from smolseek.storage.latent_norm import fold
+from smolseek.model.attention import MLA
+from smolseek.model.rope import Rope, frequencies
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.hf_folder import load_model
+from smolseek.storage.latent_norm import fold, unfolded
 
 Method = Literal["smolseek", "transmla"]
+
+_TRIED_LAYERS = 6
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the cache may hold, and how it is made smaller."""
+
+    features: int
+    """Features of a token and layer: the latent's and the rotary ones."""
+    rope: int | None = None
+    """Rotary features; None has them searched, or is one head's for the published method."""
+    method: Method = "smolseek"
+    """`transmla` is the published method."""
+    freq_fold: int = 1
+    """Adjacent frequencies treated as one."""
+
+    def check(self, source: ModelConfig) -> None:
+        """Raise SmolseekError if the Llama `source` cannot be given such a cache."""
+        d, before = source.qk_head_dim, source.cache_features
+        if self.features >= before:
+            raise SmolseekError(f"{self.features} features of cache are no fewer than the source's {before}: use fewer")
+        if self.features < 16:
+            raise SmolseekError(f"{self.features} features of cache are too few: keep at least 16 of {before}")
+        most, rope = min(before // 2, self.features - 8), self.rotary(source)
+        if rope is not None and (rope % 2 or not 2 <= rope <= most):
+            raise SmolseekError(f"--rope-dim {rope} does not fit {self.features} features: 2 to {most}, even")
+        if (d // 2) % self.freq_fold:
+            raise SmolseekError(f"--freq-fold {self.freq_fold} does not divide the {d // 2} frequencies of a head")
+        ladder = d // self.freq_fold
+        if self.method == "transmla" and (rope or 0) % ladder:
+            raise SmolseekError(f"transmla keeps whole ladders: --rope-dim must be a multiple of {ladder}")
+
+    def rotary(self, source: ModelConfig) -> int | None:
+        """Return the rotary features, None where they are searched; the published method keeps one head's."""
+        return source.qk_head_dim if self.rope is None and self.method == "transmla" else self.rope
 
 
 @dataclass
@@ -140,40 +181,84 @@ class Plan:
     rank: int
     slots: torch.Tensor
     """Indices of the components that keep their position, the same in every layer."""
-    error: float
-    """Expected error, as a share of what attention writes."""
 
 
-def plan(layers: list[Layer], budget: int, rope: int | None, method: Method, freq_fold: int) -> Plan:
-    """Spend `budget` features of cache, searching the rotary ones unless `rope` sets them.
+def plan(layers: list[Layer], features: int, rope: int, freq_fold: int) -> Plan:
+    """Spend `features` of cache, `rope` of them on the components whose position is worth the most over all layers."""
+    if layers[0].method == "smolseek":
+        total_C = torch.stack([at.loss_C / at.total() for at in layers]).sum(dim=0)
+        return Plan(features - rope, total_C.argsort(descending=True)[: rope // 2].sort().values)
+    # Published: the first principal components of every frequency.
+    folds = layers[0].phase_HJ.shape[1] // freq_fold
+    starts = torch.arange(folds)[:, None] * (len(layers[0].loss_C) // folds)
+    return Plan(features - rope, (starts + torch.arange(rope // 2 // folds)).flatten())
+
+
+def search(model: CausalLM, layers: list[Layer], found: list[Statistics], budget: Budget) -> Plan:
+    """Return the best plan by what it does to the attention of some layers, each on its own inputs."""
+    step = max(2, budget.features // 96 * 8)
+    every = max(1, len(layers) // _TRIED_LAYERS)
+    numbers = range(every // 2, len(layers), every)
+    plans = [
+        plan(layers, budget.features, rope, budget.freq_fold)
+        for rope in range(step, min(budget.features // 2, 2 * len(layers[0].loss_C), budget.features - 8) + 1, step)
+    ]
+    if not plans:
+        raise SmolseekError(f"{budget.features} features of cache are too few to search: set --kv-rank and --rope-dim")
+    wrong = []
+    with console.progress(len(plans), "searching") as bar:
+        for done, chosen in enumerate(plans, 1):
+            wrong.append(sum(error(model, n, layers[n], chosen, found[n].sample_NTD) for n in numbers))
+            bar.update(done)
+    return plans[wrong.index(min(wrong))]
+
+
+@torch.no_grad()
+def error(model: CausalLM, n: int, at: Layer, chosen: Plan, x_NTD: torch.Tensor) -> float:
+    """Return the relative squared error of attention `n` of the Llama `model` under a plan, on the inputs `x_NTD`."""
+    shape = config(model.config, chosen, at.frequency_C)
+    smaller, rank = MLA(shape, n), chosen.rank
+    original: Any = model.model.layers[n]
+    tensors = dict(unfolded(attention(at, chosen).items(), rank))
+    smaller.load_state_dict(tensors | {"o_proj.weight": original.self_attn.o_proj.weight})
+    positions = torch.arange(x_NTD.shape[1])
+    rope = Rope(shape.rope_parameters, shape.rope_dim, shape.max_position_embeddings)
+    y_NTD = original.self_attn(x_NTD, model.model.rope(positions, len(positions)))
+    return float((smaller(x_NTD, rope(positions, len(positions))) - y_NTD).square().sum() / y_NTD.square().sum())
+
+
+@torch.no_grad()
+def compress(path: Path, budget: Budget, rows: torch.Tensor) -> tuple[ModelConfig, list[dict[str, torch.Tensor]], str]:
+    """Fit a smaller cache to the Llama at `path` on the windows `rows` [N, T+1].
+
+    Returns:
+        The new shape, each layer's attention in float32 (named without the prefix `model.layers.N.self_attn.`), and a
+        line that tells how the cache is spent.
 
     Raises:
-        SmolseekError: if the budget cannot be spent so.
+        SmolseekError: if the budget cannot be spent.
     """
-    most = min(2 * len(layers[0].loss_C), budget - 8)
-    sizes = [rope] if rope is not None else [n for n in range(16, most + 1, 16)]
-    if not sizes or any(n % 2 or not 2 <= n <= most for n in sizes):
-        raise SmolseekError(f"{budget} features of cache leave no room for --rope-dim {rope}: 2 to {most}, even")
-    total_C = torch.stack([at.loss_C / at.total() for at in layers]).sum(dim=0)
-    folds = layers[0].phase_HJ.shape[1] // freq_fold
-    plans = []
-    for size in sizes:
-        if method == "transmla":
-            if (size // 2) % folds:
-                continue
-            first = torch.arange(size // 2 // folds)
-            slots = (torch.arange(folds)[:, None] * (len(total_C) // folds) + first).flatten()
-        else:
-            slots = total_C.argsort(descending=True)[: size // 2].sort().values
-        error = 0.0
-        for at in layers:
-            rest = _without(at, slots)
-            tail = _latent(at, rest)[3][budget - size :].clamp(min=0).sum()
-            error += float(at.loss_C[rest].sum() * (method == "smolseek") / at.q_HdD.shape[1] + tail) / at.total()
-        plans.append(Plan(budget - size, slots, error / len(layers)))
-    if not plans:
-        raise SmolseekError(f"transmla keeps whole ladders: --rope-dim must be a multiple of {2 * folds}")
-    return min(plans, key=lambda p: p.error)
+    loaded = load_model(path)
+    source, method = loaded.config, budget.method
+    found = statistics(loaded.model, rows)
+    blocks: Any = loaded.model.model.layers
+    layers = []
+    for block, stats in zip(blocks, found, strict=True):
+        weights = [getattr(block.self_attn, f"{name}_proj").weight for name in "qkvo"]
+        layers.append(layer(source, stats, weights, method, budget.freq_fold))
+    rope = budget.rotary(source)
+    if rope is None:
+        chosen = search(loaded.model, layers, found, budget)
+    else:
+        chosen = plan(layers, budget.features, rope, budget.freq_fold)
+    out = []
+    for block, at in zip(blocks, layers, strict=True):
+        out.append(attention(at, chosen) | {"o_proj.weight": block.self_attn.o_proj.weight.detach().clone()})
+    line = (
+        f"Cache: {chosen.rank} features of latent and {2 * len(chosen.slots)} with position, of "
+        f"{source.cache_features} before"
+    )
+    return config(source, chosen, layers[0].frequency_C), out, line
 
 
 def _without(at: Layer, slots: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """From a source to a finished folder: layer by layer, and not a trace of it when something goes wrong."""
 
 import dataclasses
+import functools
 import json
 import resource
 import shutil
@@ -14,9 +15,11 @@ import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig
+from smolseek.convert import compress, lossless
 from smolseek.convert import experts as mixture
-from smolseek.convert import lossless
+from smolseek.convert.calibrate import calibration_rows
 from smolseek.convert.card import model_card
+from smolseek.convert.compress import Method
 from smolseek.convert.experts import Neurons
 from smolseek.convert.source import Source, open_source
 from smolseek.errors import SmolseekError
@@ -42,13 +45,20 @@ _TAKEN_OVER = (
 )
 _SHARD_BYTES = 1_000_000_000
 
+Attention = Callable[[int], dict[str, torch.Tensor]]
+"""The new attention of a layer, named without the prefix `model.layers.N.self_attn.`."""
+
+
+_COMPRESSING = ("cache", "kv_rank", "rope_dim", "method", "freq_fold", "calibration", "calibration_tokens")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
     """What to make of the source."""
 
-    mode: Literal["exact", "grow"] = "exact"
-    """`exact` computes what the source computes; `grow` does so with new experts beside, to be trained."""
+    mode: Literal["exact", "grow", "compress"] = "exact"
+    """`exact` computes what the source computes; `grow` does so with new experts beside, to be trained; `compress`
+    comes near it with a smaller cache."""
     experts: int | None = None
     """Routed experts: parts of the dense layers (exact) or new ones (grow); None leaves the layers dense."""
     shared: int | None = None
@@ -57,12 +67,32 @@ class Conversion:
     """How the neurons are dealt out to the experts (exact)."""
     top_k: int | None = None
     """Routed experts that a token visits (grow)."""
+    cache: float | None = None
+    """Share of the source's cache that is kept (compress)."""
+    kv_rank: int | None = None
+    """Features of the latent (compress, with `rope_dim`, instead of `cache`)."""
+    rope_dim: int | None = None
+    """Rotary features; None has them searched, or is one head's for the published method (compress)."""
+    method: Method = "smolseek"
+    """`transmla` is the published method, to compare with (compress)."""
+    freq_fold: int = 1
+    """Adjacent frequencies that are treated as one (compress)."""
+    calibration: str = "builtin"
+    """Text that the smaller cache is fitted to: `builtin`, files, or `self`, which the source writes (compress)."""
+    calibration_tokens: int = 16_384
+    """Tokens of it (compress)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
     seed: int = 0
-    """Seed of the clustering and of the new experts."""
+    """Seed of the clustering, of the new experts and of the text that the source writes."""
 
     def __post_init__(self) -> None:
+        if self.mode == "compress":
+            self._check_compression()
+            return
+        for name in _COMPRESSING:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise SmolseekError(f"--{name.replace('_', '-')} belongs to --mode compress: add that, or leave it out")
         if self.mode == "grow":
             if self.experts is None or self.top_k is None:
                 raise SmolseekError("--mode grow needs --experts E and --top-k K: for example --experts 4 --top-k 2")
@@ -74,8 +104,30 @@ class Conversion:
             if self.experts is None and (self.shared is not None or self.neurons != "contiguous"):
                 raise SmolseekError("--shared and --neurons need --experts E: without it the layers stay dense")
 
+    def _check_compression(self) -> None:
+        if self.experts is not None or self.shared is not None or self.top_k is not None:
+            raise SmolseekError("--mode compress leaves the layers dense: --experts belongs to --mode exact and grow")
+        if self.neurons != "contiguous":
+            raise SmolseekError("--neurons clustered belongs to --mode exact: compress leaves the layers dense")
+        if (self.cache is None) == (self.kv_rank is None):
+            raise SmolseekError("--mode compress needs --cache SHARE, or --kv-rank R and --rope-dim D: --cache 0.5")
+        if self.kv_rank is not None and self.rope_dim is None:
+            raise SmolseekError(f"--kv-rank {self.kv_rank} needs --rope-dim D beside it: for example 48")
+        if self.cache is not None and not 0 < self.cache < 1:
+            raise SmolseekError(f"--cache {self.cache} is no share between 0 and 1: 0.5 halves the cache")
+        for name in ("kv_rank", "rope_dim", "freq_fold", "calibration_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SmolseekError(f"--{name.replace('_', '-')} {value} is below 1: use a positive number")
+
+    def budget(self, source: ModelConfig) -> int:
+        """Return the features of the smaller cache, of a token and layer."""
+        if self.cache is not None:
+            return round(self.cache * source.cache_features)
+        return (self.kv_rank or 0) + (self.rope_dim or 0)
+
     def config(self, source: ModelConfig) -> ModelConfig:
-        """Return the shape of the converted model. Raises SmolseekError if the experts do not fit."""
+        """Return the exact shape, experts included. Raises SmolseekError if the experts do not fit."""
         config = lossless.target_config(source)
         if self.experts is None:
             return config
@@ -87,6 +139,8 @@ class Conversion:
     def words(self) -> str:
         """Return the mode in a few words."""
         shared = 1 if self.shared is None else self.shared
+        if self.mode == "compress":
+            return f"compress, {self.method}, calibrated on {self.calibration_tokens:,} tokens of {self.calibration}"
         if self.mode == "grow":
             return f"grow, {shared} shared and {self.experts} new routed experts, top-{self.top_k}"
         if self.experts is None:
@@ -111,6 +165,9 @@ def convert(
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
     with open_source(source) as opened:
         config = conversion.config(opened.config)
+        attention: Attention = functools.partial(_exact_attention, opened)
+        if conversion.mode == "compress":
+            config, attention = _compressed(opened, conversion)
         part = out.with_name(f".{out.name}.unfinished")
         needed = count(config).total * getattr(torch, conversion.dtype).itemsize
         try:
@@ -122,7 +179,7 @@ def convert(
                     f"no space left for {out}: it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
                 )
             part.mkdir()
-            return _write(source, opened, config, conversion, part, out, verify)
+            return _write(source, opened, config, attention, conversion, part, out, verify)
         except OSError as error:
             raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
         except KeyboardInterrupt:
@@ -135,6 +192,7 @@ def _write(
     source: str,
     opened: Source,
     config: ModelConfig,
+    attention: Attention,
     conversion: Conversion,
     part: Path,
     out: Path,
@@ -142,7 +200,7 @@ def _write(
 ) -> Path:
     """Fill the folder `part`, verify it and rename it to `out`."""
     _write_weights(
-        part, _layers(opened, config, conversion), config.num_hidden_layers, getattr(torch, conversion.dtype)
+        part, _layers(opened, config, attention, conversion), config.num_hidden_layers, getattr(torch, conversion.dtype)
     )
     console.say(
         f"Converted {config.num_hidden_layers} layers of {source} ({conversion.words()}, {conversion.dtype}); "
@@ -173,7 +231,31 @@ def _words_of(conversion: Conversion) -> list[str]:
     return words
 
 
-def _layers(opened: Source, config: ModelConfig, conversion: Conversion) -> Iterator[dict[str, torch.Tensor]]:
+def _exact_attention(opened: Source, n: int) -> dict[str, torch.Tensor]:
+    """Return the attention of layer `n` as MLA, exactly."""
+    q, k, v, o = (opened.tensors[f"model.layers.{n}.self_attn.{name}_proj.weight"].float() for name in "qkvo")
+    return lossless.attention(opened.config, q, k, v) | {"o_proj.weight": o}
+
+
+def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, Attention]:
+    """Return shape and attention of the model with the smaller cache.
+
+    Raises:
+        SmolseekError: if the budget cannot be spent, or there is not enough text to calibrate with.
+    """
+    budget = compress.Budget(
+        conversion.budget(opened.config), conversion.rope_dim, conversion.method, conversion.freq_fold
+    )
+    budget.check(opened.config)
+    rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
+    config, layers, line = compress.compress(opened.path, budget, rows)
+    console.say(line)
+    return config, layers.__getitem__
+
+
+def _layers(
+    opened: Source, config: ModelConfig, attention: Attention, conversion: Conversion
+) -> Iterator[dict[str, torch.Tensor]]:
     """Yield the new tensors in float32: the embedding, layer after layer, and what follows the last."""
 
     def read(name: str) -> torch.Tensor:
@@ -183,9 +265,7 @@ def _layers(opened: Source, config: ModelConfig, conversion: Conversion) -> Iter
     for n in range(config.num_hidden_layers):
         layer = f"model.layers.{n}."
         out = {f"{layer}{name}": read(f"{layer}{name}") for name in _UNCHANGED}
-        q, k, v = (read(f"{layer}self_attn.{name}_proj.weight") for name in "qkv")
-        new = lossless.attention(opened.config, q, k, v)
-        out |= {f"{layer}self_attn.{name}": tensor for name, tensor in new.items()}
+        out |= {f"{layer}self_attn.{name}": tensor for name, tensor in attention(n).items()}
         gate, up, down = (read(f"{layer}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
         if conversion.experts is None:
             new = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
@@ -200,7 +280,7 @@ def _layers(opened: Source, config: ModelConfig, conversion: Conversion) -> Iter
     yield last
 
 
-_UNCHANGED = ("input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.o_proj.weight")
+_UNCHANGED = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 def _write_weights(part: Path, layers: Iterator[dict[str, torch.Tensor]], n_layers: int, dtype: torch.dtype) -> None:

@@ -184,6 +184,26 @@ def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
     return line + (f"; rounding the original to bfloat16 gives mean KL {own.kl:.1e}" if rounded else "")
 
 
+def measure_conversion(source: Path, out: Path, rows: torch.Tensor) -> str:
+    """Open both models natively, one after the other, and return the line of how far they are apart on `rows` [N, T+1].
+
+    Raises:
+        SmolseekError: if the converted model is broken: not finite, or no better than a guess.
+    """
+    loaded = load_model(source)
+    before, head = list(hidden_states(loaded.model, rows)), loaded.model.lm_head.weight.detach()
+    del loaded
+    model = load_model(out).model
+    found = compare_states(before, head, hidden_states(model, rows), model.lm_head.weight, rows)
+    guess = max(math.log(model.config.vocab_size), found.loss_a) + 1
+    if not found.loss_b < guess:
+        raise SmolseekError(
+            f"the converted model is broken: {found.line()}, and a guess has {guess - 1:.2f}: keep more of the cache; "
+            "--no-verify writes the model nevertheless"
+        )
+    return f"Distance: {found.line()}, perplexity {math.exp(found.loss_b - found.loss_a) - 1:+.1%}"
+
+
 @dataclass(frozen=True)
 class Side:
     """One of the two models of a report."""

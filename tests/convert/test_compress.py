@@ -1,0 +1,185 @@
+"""A smaller cache: exact where nothing is left out, near where little is, and refused where it cannot be."""
+
+import json
+
+import pytest
+import torch
+
+from smolseek.cli import main
+from smolseek.config import ModelConfig
+from smolseek.convert import compress, lossless
+from smolseek.convert.calibrate import _by_distance, calibration_rows, held_out_rows, statistics
+from smolseek.convert.compress import Budget
+from smolseek.convert.pipeline import Conversion, convert
+from smolseek.evaluate.compare import compare
+from smolseek.model.transformer import CausalLM, new_model
+from smolseek.storage.hf_folder import load_model, save_folder
+from smolseek.storage.latent_norm import unfolded
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    eos_token_id=0,
+)
+
+
+def random_rows(n=16, length=32):
+    return torch.randint(CONFIG.vocab_size, (n, length + 1), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    path = tmp_path_factory.mktemp("source") / "llama"
+    save_folder(new_model(CONFIG), path)
+    return path
+
+
+def compressed(llama, budget):
+    """The compressed model in memory."""
+    config, layers, _ = compress.compress(llama, budget, random_rows())
+    tensors = dict(load_model(llama).model.state_dict())
+    for n, layer in enumerate(layers):
+        prefix = f"model.layers.{n}.self_attn."
+        for name in "qkv":
+            del tensors[f"{prefix}{name}_proj.weight"]
+        tensors |= dict(unfolded([(prefix + name, tensor) for name, tensor in layer.items()], config.kv_lora_rank))
+    model = CausalLM(config).eval()
+    model.load_state_dict(tensors)
+    return model
+
+
+def test_attention_by_distance():
+    p_HTT = torch.rand(2, 5, 5).tril()
+    sums = _by_distance(p_HTT)
+    for distance in range(5):
+        torch.testing.assert_close(sums[:, distance], p_HTT.diagonal(-distance, 1, 2).sum(dim=-1))
+
+
+def test_statistics_are_those_of_a_plain_attention(llama):
+    model, rows = load_model(llama).model, random_rows(2)
+    inputs = []
+    attention = model.model.layers[1].self_attn
+    hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0].double()))
+    model.hidden(rows[:1, :-1])
+    model.hidden(rows[1:, :-1])
+    hook.remove()
+    found = statistics(model, rows)[1]
+    torch.testing.assert_close(found.moment_DD, sum(x.T @ x for x in inputs) / 64, rtol=1e-5, atol=1e-6)
+    assert found.distance_HT.shape == (6, 32)
+    # Every query spreads a weight of 1, of which the first token's share is left out.
+    assert 0 < float(found.distance_HT.sum()) < 6 * 64
+
+
+@pytest.mark.parametrize("method", ["smolseek", "transmla"])
+def test_nothing_left_out_is_exact(llama, method):
+    """All components keep their position, and the latent holds all values: 48 features of 48, and 24 of 24."""
+    whole = 2 * 3 * CONFIG.qk_head_dim
+    config, found = CONFIG, statistics(load_model(llama).model, random_rows())
+    blocks = load_model(llama).model.model.layers
+    layers = [
+        compress.layer(config, stats, [getattr(b.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"], method, 1)
+        for stats, b in zip(found, blocks, strict=True)
+    ]
+    chosen = compress.plan(layers, whole, whole // 2, 1)
+    assert len(chosen.slots) == whole // 4 and chosen.rank == whole // 2
+    assert compress.config(config, chosen, layers[0].frequency_C).cache_features == whole
+    model = CausalLM(compress.config(config, chosen, layers[0].frequency_C)).eval()
+    tensors = dict(load_model(llama).model.state_dict())
+    for n, at in enumerate(layers):
+        prefix = f"model.layers.{n}.self_attn."
+        for name in "qkv":
+            del tensors[f"{prefix}{name}_proj.weight"]
+        named = [(prefix + name, tensor) for name, tensor in compress.attention(at, chosen).items()]
+        tensors |= dict(unfolded(named, chosen.rank))
+    model.load_state_dict(tensors)
+    assert compare(load_model(llama).model, model, random_rows()).kl < 1e-9
+
+
+def test_a_larger_cache_is_nearer_and_ours_nearer_than_the_published_one(llama):
+    original = load_model(llama).model
+    rows = random_rows()
+    distance = {
+        (share, method): compare(original, compressed(llama, Budget(share, None, method)), rows).kl
+        for share in (24, 32, 40)
+        for method in ("smolseek", "transmla")
+    }
+    for method in ("smolseek", "transmla"):
+        assert distance[40, method] < distance[32, method] < distance[24, method]
+    for share in (24, 32, 40):
+        assert distance[share, "smolseek"] < distance[share, "transmla"]
+
+
+def test_the_folder_opens_in_stock_transformers(llama, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--mode", "compress", "--cache", "0.67", "--calibration", "self", "--calibration-tokens", "630"]
+    assert main(["convert", str(llama), str(out), *options]) == 0
+    said = capsys.readouterr().out
+    assert "Distance: mean KL" in said and "peak memory" in said and "Cache:" in said
+    card = (out / "README.md").read_text()
+    assert "comes near the function" in card and "computes the function of the original" not in card
+    assert " ".join(options) in card
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert type(stock).__name__ == "DeepseekV3ForCausalLM"
+    ours = load_model(out)
+    assert ours.config.cache_features == round(0.67 * CONFIG.cache_features)
+    ids = random_rows()[:2, :-1]
+    with torch.no_grad():
+        torch.testing.assert_close(stock(ids).logits, ours.model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_deterministic(llama, tmp_path):
+    conversion = Conversion(mode="compress", kv_rank=20, rope_dim=12, calibration="self", calibration_tokens=126)
+    one, two = (convert(str(llama), tmp_path / name, conversion) for name in ("one", "two"))
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    config = json.loads((one / "config.json").read_text())
+    assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (20, 12)
+
+
+def test_what_the_source_writes_is_seeded_and_held_out_text_is_other(llama):
+    one, two = (calibration_rows(llama, "self", 200, seed=0) for _ in range(2))
+    assert torch.equal(one, two) and len(one) > 1 and not torch.equal(one[0], one[1])
+    assert not torch.equal(one, held_out_rows(llama, "self", 200, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--cache 0.5"),
+        (["--cache", "0.5", "--kv-rank", "20", "--rope-dim", "8"], "needs --cache SHARE, or"),
+        (["--kv-rank", "20"], "--rope-dim"),
+        (["--cache", "1.5"], "between 0 and 1"),
+        (["--cache", "0.1"], "too few"),
+        (["--kv-rank", "24", "--rope-dim", "24"], "no fewer than the source's 48"),
+        (["--cache", "0.5", "--rope-dim", "7"], "even"),
+        (["--cache", "0.5", "--freq-fold", "3"], "does not divide"),
+        (["--cache", "0.5", "--experts", "3"], "--experts"),
+        (["--cache", "0.5", "--calibration-tokens", "0"], "below 1"),
+        (["--cache", "0.5"], "no tokenizer"),
+        (["--cache", "0.8", "--method", "transmla", "--rope-dim", "12", "--calibration", "self"], "multiple of 8"),
+    ],
+)
+def test_refused(llama, tmp_path, options, words, capsys):
+    assert main(["convert", str(llama), str(tmp_path / "out"), "--mode", "compress", *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_of_another_mode(llama, tmp_path, capsys):
+    assert main(["convert", str(llama), str(tmp_path / "out"), "--cache", "0.5"]) == 2
+    assert "--mode compress" in capsys.readouterr().err
+
+
+def test_the_head_of_a_pair_is_where_deepseek_has_it():
+    """Guards what the components are built on: pairs and frequencies in the order of the exact conversion."""
+    weight = torch.arange(8.0)[:, None]
+    assert lossless.pairs(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
