@@ -11,7 +11,8 @@ from smolseek.convert import compress, lossless
 from smolseek.convert.calibrate import _by_distance, calibration_rows, held_out_rows, statistics
 from smolseek.convert.compress import Budget
 from smolseek.convert.pipeline import Conversion, convert
-from smolseek.evaluate.compare import compare
+from smolseek.errors import SmolseekError
+from smolseek.evaluate.compare import compare, measure_conversion
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.storage.latent_norm import unfolded
@@ -183,3 +184,14 @@ def test_the_head_of_a_pair_is_where_deepseek_has_it():
     """Guards what the components are built on: pairs and frequencies in the order of the exact conversion."""
     weight = torch.arange(8.0)[:, None]
     assert lossless.pairs(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_a_broken_model_is_refused(llama, tmp_path):
+    rows = random_rows(2)
+    assert "perplexity +0.0%" in measure_conversion(llama, llama, rows)
+    broken = load_model(llama).model
+    with torch.no_grad():
+        broken.model.norm.weight.mul_(1000)
+    save_folder(broken, tmp_path / "broken")
+    with pytest.raises(SmolseekError, match="broken"):
+        measure_conversion(llama, tmp_path / "broken", rows)
