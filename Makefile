@@ -1,9 +1,9 @@
-# The habits of the house: make demo, make test, make check. `make PYTHON=python3.12 test` picks another Python.
+# The habits of the house: make demo, make test, make check, make bench. `make PYTHON=python3.12 test` picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 .DEFAULT_GOAL := demo
 
 # Made once; again only when what is to be installed has changed.
@@ -21,6 +21,12 @@ check: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# The standard measurements, into docs/results/; nothing else should run meanwhile.
+bench: $(STAMP)
+	$(PY) bench/train_step.py
+	$(PY) bench/decode.py
+	$(PY) bench/balance.py
 
 format: $(STAMP)
 	.venv/bin/ruff format

@@ -7,7 +7,6 @@ L layers with experts, E routed experts.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from smolseek.model.transformer import CausalLM
 
@@ -57,34 +56,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype
     ) -> torch.Tensor:
-        N = h_ND.shape[0]
+        (N, _), V = h_ND.shape, w_VD.shape[0]
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         wanted = any(ctx.needs_input_grad)
+        # Made once and used by every chunk: fresh pages would cost more than the arithmetic.
+        logits_CV = h_ND.new_empty(min(N, _CHUNK), V)
+        e_CV = logits_CV.new_empty(logits_CV.shape, dtype=torch.float32)
         if wanted:
-            dh_ND = torch.empty_like(h_ND)
+            dh_ND, d_SV = torch.empty_like(h_ND), h_ND.new_empty(min(N, _BLOCK), V)
             dw_VD = None
-            d_SV = torch.empty(min(N, _BLOCK), w_VD.shape[0], dtype=dtype, device=h_ND.device)
         with torch.autocast(h_ND.device.type, enabled=False):
             for begin in range(0, N, _CHUNK):
                 h_CD, targets_C1 = h_ND[begin : begin + _CHUNK], targets_N[begin : begin + _CHUNK, None]
-                logp_CV = F.log_softmax(h_CD @ w_VD.T, dim=-1, dtype=torch.float32)
-                loss -= logp_CV.gather(1, targets_C1).sum()
+                C = len(h_CD)
+                logits, e = torch.mm(h_CD, w_VD.T, out=logits_CV[:C]), e_CV[:C]
+                top_C1 = logits.amax(dim=1, keepdim=True).float()
+                sum_C1 = e.copy_(logits).sub_(top_C1).exp_().sum(dim=1, keepdim=True)
+                loss += (sum_C1.log() + top_C1 - logits.gather(1, targets_C1)).sum()
                 if wanted:
                     # d loss / d logits = (softmax - one-hot) / N
-                    d_CV = logp_CV.exp_()
-                    d_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=torch.float32))
-                    first, end = begin % _BLOCK, begin % _BLOCK + len(d_CV)
-                    torch.mm(d_SV[first:end].copy_(d_CV.mul_(1 / N)), w_VD, out=dh_ND[begin : begin + _CHUNK])
-                    if end == _BLOCK or begin + _CHUNK >= N:
-                        part_VD = d_SV[:end].T @ h_ND[begin - first : begin + _CHUNK]
+                    e.scatter_add_(1, targets_C1, -sum_C1)
+                    first = begin % _BLOCK
+                    d_CV = d_SV[first : first + C].copy_(e.mul_(1 / (sum_C1 * N)))
+                    torch.mm(d_CV, w_VD, out=dh_ND[begin : begin + C])
+                    if first + C == _BLOCK or begin + C == N:
+                        part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
                         dw_VD = part_VD.float() if dw_VD is None else dw_VD.add_(part_VD)
         if wanted:
-            ctx.save_for_backward(dh_ND, dw_VD)
+            ctx.gradients = dh_ND, dw_VD
         return loss / N
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
-        dh_ND, dw_VD = ctx.saved_tensors
-        return dh_ND * grad, dw_VD * grad, None, None
+        # Handed over, not kept: the weight's gradient is scaled where it lies.
+        assert ctx.gradients is not None, "this loss is differentiated once"
+        (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
+        return dh_ND * grad, dw_VD.mul_(grad), None, None
