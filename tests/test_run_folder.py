@@ -49,14 +49,21 @@ def test_another_configuration_is_refused_with_both_values(run):
         assert "optim.lr 0.001, not 0.002; steps 300, not 500" in str(caught.value)
         assert "another --run" in str(caught.value) and "\n" not in str(caught.value)
     assert run.config.read_text() == before
-    many = config(run, steps=1, grad_checkpoint=True, precision="float32", seq_len=8, seed=1)
+    many = config(run, steps=1, precision="float32", tokenizer="t", seq_len=8, seed=1)
     with pytest.raises(SmolseekError, match="; and 2 more"):
         run.check(many, resume=False)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"log_every": 1}, {"eval_every": 3}, {"save_every": 2}, {"eval_tokens": 999}, {"sample_tokens": 1}],
+    [
+        {"log_every": 1},
+        {"eval_every": 3},
+        {"eval_tokens": 999},
+        {"sample_tokens": 1},
+        {"batch_size": 2},
+        {"keep_last": 2},
+    ],
 )
 def test_what_moves_no_weight_may_change_on_resume(run, change):
     run.create(config(run), resume=False)
@@ -110,7 +117,7 @@ def test_metrics_after_a_crash(run):
     with run.metrics.open("a") as file:
         file.write('{"step": 40, "lo')
     assert [r["step"] for r in run.read_metrics()] == [10, 20, 30]
-    run.truncate_metrics(20)
+    run.cut_back(run.sizes(), 20)
     run.append_metrics({"step": 30})
     assert [r["step"] for r in run.read_metrics()] == [10, 20, 30]
     assert run.metrics.read_text().endswith('{"step": 30}\n')
@@ -119,7 +126,7 @@ def test_metrics_after_a_crash(run):
 def test_a_torn_line_with_all_steps_kept_is_dropped(run):
     run.create(config(run), resume=False)
     run.metrics.write_text('{"step": 10}\n{"step": 2')
-    run.truncate_metrics(10)
+    run.cut_back(run.sizes(), 10)
     assert run.metrics.read_text() == '{"step": 10}\n'
 
 

@@ -34,17 +34,54 @@ def stream(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
+def alert(line: str) -> None:
+    """Write a line to stderr from a signal handler, where `print` could meet itself in the middle of a write."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
+
+
+class Appended:
+    """A text file that grows by whole pieces, also through times when its disk is full.
+
+    It is opened anew for each piece, so that a crash loses none. A piece that cannot be written is kept and written
+    before the next one; the user hears of it once each time that writing begins to fail.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], sync: bool = False) -> None:
+        self.path, self.sync = path, sync
+        self.waiting = ""
+
+    def add(self, piece: str) -> None:
+        """Append `piece`; with `sync` it is on the disk when this returns."""
+        failing = bool(self.waiting)
+        self.waiting += piece
+        size = None
+        try:
+            with open(self.path, "ab") as file:
+                size = file.tell()
+                file.write(self.waiting.encode("utf-8"))
+                file.flush()
+                if self.sync:
+                    os.fsync(file.fileno())
+            self.waiting = ""
+        except OSError as error:
+            if size is not None:  # no half a line
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            if not failing:
+                warn(f"{os.fspath(self.path)} cannot be written ({error.strerror}): its lines are kept until it can")
+
+
 class Log:
     """Says lines and keeps them in a file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = path
+        self.file = Appended(path)
 
     def say(self, line: str = "") -> None:
-        """Print `line` and add it to the file, which is opened anew each time, so that a crash loses no line."""
+        """Print `line` and add it to the file."""
         say(line)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        self.file.add(line + "\n")
 
 
 class Bar(Protocol):

@@ -1,10 +1,18 @@
-"""The one exception a user's mistake raises, and the helper that suggests the nearest name."""
+"""The exceptions that reach the user as one line, and what suggests the nearest name."""
 
 from collections.abc import Iterable
 
 
 class SmolseekError(ValueError):
     """A mistake of the user's, told in one line that names a way out. The command line prints it and exits 2."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop has saved and ended early; the command line says so and exits with `code`."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

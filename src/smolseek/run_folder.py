@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from smolseek import console
 from smolseek.config import TrainConfig, flatten, from_dict, to_dict
 from smolseek.errors import SmolseekError
 
@@ -22,8 +23,11 @@ STATE_JSON = "training_state.json"
 
 # Settings that a resumed run may change: the data go on at the next token, whatever their number in a step.
 FREE_ON_RESUME = frozenset(
-    {"log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"}
-    | {"batch_size", "grad_accum", "data.give_up_after"},
+    {
+        *("log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"),
+        *("keep_last", "keep_every", "guard.patience", "guard.spike", "data.give_up_after"),
+        *("batch_size", "grad_accum", "grad_checkpoint"),
+    }
 )
 
 
@@ -32,6 +36,8 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
+        self._appended = console.Appended(self.metrics, sync=True)
 
     @property
     def config(self) -> Path:
@@ -114,7 +120,7 @@ class RunFolder:
             )
 
     def create(self, config: TrainConfig, resume: bool) -> None:
-        """Make the folder and write `config.json` atomically; a new run begins with no metrics.
+        """Make the folder and write `config.json` atomically; a new run begins with no metrics, log and samples.
 
         Raises:
             SmolseekError: as `check`, or if the folder cannot be written.
@@ -124,18 +130,14 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.config.exists() and not resume:
                 # Left by a run of the same configuration that ended before its first checkpoint.
-                self.metrics.unlink(missing_ok=True)
+                self.cut_back({}, -1)
             write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one record to `metrics.jsonl`, visible to readers at once."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
-            file.flush()
-            os.fsync(file.fileno())
+        """Add one record to `metrics.jsonl`, visible to readers at once; on a full disk, as soon as it can be."""
+        self._appended.add(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all records; a last line that was cut off by a crash is left out.
@@ -163,11 +165,28 @@ class RunFolder:
             records.append(record)
         return records
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the records beyond `step`, and a last line cut off by a crash, before a resumed run appends to them."""
-        if self.metrics.exists():
+    def sizes(self) -> dict[str, int]:
+        """Return the present sizes in bytes of the files that grow, for `cut_back`."""
+        return {p.name: p.stat().st_size for p in (self.metrics, self.log, self.samples) if p.exists()}
+
+    def cut_back(self, sizes: dict[str, int], step: int, keep_log: bool = False) -> None:
+        """Drop what was written after a checkpoint, before the run goes on from it; a line cut off by a crash too.
+
+        `sizes` are the files' at the checkpoint, which stands after `step` steps; `keep_log` leaves train.log whole.
+        """
+        for path in (self.metrics, self.samples, *(() if keep_log else (self.log,))):
+            if path.exists() and path.stat().st_size > sizes.get(path.name, 0):
+                os.truncate(path, sizes.get(path.name, 0))
+        if self.metrics.exists():  # whose user may have deleted a line, as `read_metrics` asks for
             kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-            write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+            text = "".join(json.dumps(record) + "\n" for record in kept)
+            if text != self.metrics.read_text(encoding="utf-8", errors="replace"):
+                write_text(self.metrics, text)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of steps in the name of a checkpoint's folder."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -239,10 +258,17 @@ def _judge(file: Path, expected: dict[str, Any], size_only: bool) -> str | None:
     return None
 
 
-def newest_valid(run: RunFolder, *, model_only: bool = False) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest whole checkpoint of a run (None without one), and the newer ones skipped, with the reasons."""
+def newest_valid(
+    run: RunFolder, *, model_only: bool = False, below: int | None = None
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return the newest whole checkpoint of a run (None without one), and the newer ones skipped, with the reasons.
+
+    With `below` only checkpoints after fewer steps than that count.
+    """
     skipped: list[tuple[Path, str]] = []
     for path in run.checkpoint_paths():
+        if below is not None and step_of(path) >= below:
+            continue
         reason = verify(path, model_only=model_only)
         if reason is None:
             return path, skipped

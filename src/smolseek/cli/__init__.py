@@ -12,7 +12,7 @@ from smolseek.cli.models import compare, convert, inspect
 from smolseek.cli.reporting import report
 from smolseek.cli.training import train
 from smolseek.cli.writing import chat, generate
-from smolseek.errors import SmolseekError, nearest
+from smolseek.errors import SmolseekError, Stopped, nearest
 
 OVERVIEW = """\
 usage: smolseek VERB ...
@@ -63,7 +63,9 @@ def run_verb(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit status.
 
-    0 done, 1 a failure of ours, 2 a mistake of the user's, 130 interrupted, 141 nobody reads the output any more.
+    0 done; 1 a failure of ours; 2 a mistake of the user's, or a disk or a file that fails; 75 the training data is
+    away for now; 130 interrupted (SIGINT); 141 nobody reads the output any more; 143 ended by SIGTERM. A training run
+    that exits with 75, 130 or 143 and says so has saved, and goes on with --resume.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
@@ -73,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as stop:  # tyro's --help
         return int(stop.code or 0)
+    except Stopped as stop:
+        console.complain(str(stop))
+        return stop.code
     except KeyboardInterrupt:
         console.complain("interrupted")
         return 130

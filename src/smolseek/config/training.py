@@ -96,6 +96,23 @@ class BalanceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What is done about steps whose loss or gradient is not finite, or far out."""
+
+    patience: int = 3
+    """Bad steps in a row, each skipped, after which the run goes back to its last checkpoint and on with later data."""
+    spike: float = 0.0
+    """Also skip a step whose loss or gradient norm lies this many standard deviations above those of the last 128
+    steps; 0 never does, 6 is usual."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise SmolseekError(f"guard.patience {self.patience} must be 1 or more")
+        if self.spike < 0:
+            raise SmolseekError(f"guard.spike {self.spike} must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole training run; `RUN/config.json` holds one and relaunches it."""
 
@@ -113,6 +130,8 @@ class TrainConfig:
     """Learning rate over time."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Expert balancing."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """Bad steps."""
     steps: int = 300
     """Optimizer steps in all."""
     batch_size: int = 4
@@ -139,6 +158,10 @@ class TrainConfig:
     """Validation tokens per evaluation, at most."""
     save_every: int = 100
     """Steps between checkpoints; one more follows the last step."""
+    keep_last: int = 0
+    """Newest checkpoints to keep, older ones being deleted; 0 keeps all."""
+    keep_every: int = 0
+    """With keep-last: checkpoints at multiples of this step are kept for good; 0 keeps none so."""
     sample_tokens: int = 60
     """Tokens written for each of the five sample prompts at the end."""
 
@@ -153,5 +176,8 @@ class TrainConfig:
             )
         if self.eval_tokens < self.seq_len:
             raise SmolseekError(f"eval-tokens {self.eval_tokens} is below seq-len {self.seq_len}: raise --eval-tokens")
-        if self.sample_tokens < 0:
-            raise SmolseekError(f"sample-tokens {self.sample_tokens} must be 0 or more")
+        for name in ("sample_tokens", "keep_last", "keep_every"):
+            if getattr(self, name) < 0:
+                raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.keep_every and not self.keep_last:
+            raise SmolseekError(f"keep-every {self.keep_every} without keep-last, which keeps all: add --keep-last 3")

@@ -195,8 +195,8 @@ class MixedStream:
             self._held -= length
         return rows
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the next row's first token, in JSON types.
+    def position(self) -> dict[str, Any]:
+        """Return where the next row begins, as in `state_dict`, in JSON types.
 
         `given` counts the tokens of each source's documents and `positions` says where it stands, both before the
         document that holds that token; `offset` counts tokens in it; `tokens` is how many have been handed out.
@@ -207,9 +207,11 @@ class MixedStream:
             "positions": [position._asdict() for position in positions],
             "offset": self._offset,
             "tokens": self._tokens,
-            "seed": self._seed,
-            "fingerprint": self._fingerprint,
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what it belongs to, in JSON types."""
+        return {**self.position(), "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position; the rows that follow are those that would have followed, at any batch size.

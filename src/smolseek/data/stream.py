@@ -117,7 +117,10 @@ class TrainStream:
         self._require(min_tokens)
 
     def next_batch(self, n: int) -> torch.Tensor:
-        """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next."""
+        """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next.
+
+        When it raises, the position is the one before the call.
+        """
         ahead, missing, pieces = n * self._seq_len, n * self._seq_len + 1, []
         skip, i = self._offset, 0
         while missing:
@@ -137,6 +140,10 @@ class TrainStream:
                 self._epoch, self._document = self._epoch + 1, 0
         return rows
 
+    def position(self) -> dict[str, int]:
+        """Return where the next row begins, for a person to find it: as in `state_dict`, and quick."""
+        return {"tokens": self._tokens, "epoch": self._epoch, "document": self._document, "offset": self._offset}
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next row's first token, in JSON types.
 
@@ -144,10 +151,7 @@ class TrainStream:
         how many have been handed out for prediction since the start.
         """
         return {
-            "epoch": self._epoch,
-            "document": self._document,
-            "offset": self._offset,
-            "tokens": self._tokens,
+            **self.position(),
             "seed": self._seed,
             "fingerprint": self._fingerprint(),
         }

@@ -4,6 +4,7 @@ A checkpoint is a model folder that any tool opens, with the training state besi
 file's SHA-256. It is written under another name, forced to the disk, and renamed.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -28,7 +29,7 @@ from smolseek.run_folder import (
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_folder import load_weights, save_folder
 
-__all__ = ["load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
+__all__ = ["discard", "load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
 
 _UNFINISHED = ".tmp-"
 
@@ -79,12 +80,20 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         raise SmolseekError(
             f"the checkpoint of step {step} cannot be written to {run.checkpoints} ({error.strerror or error}): "
-            "free some space or mend the folder, then go on with --resume"
+            "free some space or mend the folder; what was trained since the checkpoint before it is not saved yet"
         ) from None
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
     return final
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, so that no crash leaves a part of it under its name. What cannot be deleted stays."""
+    old = path.with_name(f"{_UNFINISHED}old-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

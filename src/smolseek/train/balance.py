@@ -44,3 +44,7 @@ class Balancer:
         violation = maxvio(self.load_LE)
         self.load_LE = None
         return violation.tolist()
+
+    def forget(self) -> None:
+        """Drop the load of a step that is not taken."""
+        self.load_LE = None

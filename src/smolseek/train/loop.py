@@ -1,8 +1,8 @@
 """The training loop: config -> device -> data -> model -> resume -> steps."""
 
-import dataclasses
 import math
-from contextlib import nullcontext
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +13,28 @@ from smolseek.config import TrainConfig
 from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream, pin
 from smolseek.data.hub import HubAway
-from smolseek.data.stream import TrainStream, validation_rows
-from smolseek.errors import SmolseekError
+from smolseek.data.stream import validation_rows
+from smolseek.errors import SmolseekError, Stopped
 from smolseek.evaluate import audit
 from smolseek.evaluate.finding import Finding
 from smolseek.evaluate.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.run_folder import RunFolder
-from smolseek.storage.checkpoint import load_state, load_weights, newest_valid, save_checkpoint
+from smolseek.storage.checkpoint import load_weights, newest_valid
+from smolseek.storage.saver import Saver, discard_beyond
 from smolseek.storage.target import resolve
 from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_bytes
 from smolseek.train import metrics
-from smolseek.train.balance import Balancer, maxvio
+from smolseek.train.balance import Balancer
+from smolseek.train.device import autocast, choose_device
+from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
 from smolseek.train.memory import keep_freed_memory
-from smolseek.train.optim import load_state_tensors, lr_factor, make_optimizer, state_tensors
+from smolseek.train.optim import lr_factor, make_optimizer
 from smolseek.train.samples import write_samples
-
-
-@dataclasses.dataclass
-class Progress:
-    """Where a run stands; everything here is in every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Tokens trained on."""
-    seconds: float = 0.0
-    """Time spent in training steps, over all resumes."""
-    interval: list[float] = dataclasses.field(default_factory=list)
-    """Losses since the last log line."""
-    loss: float = math.nan
-    """Mean training loss of the last logged interval."""
-    val_loss: float = math.nan
-    """Last validation loss."""
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; auto is CUDA where there is one.
-
-    Raises:
-        SmolseekError: when CUDA is asked for and not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SmolseekError("--device cuda: no CUDA device is visible here: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
-    """Return the context of the forward pass: bfloat16 products over float32 weights, or plain float32.
-
-    auto is bfloat16 where the device multiplies in it; elsewhere its emulation would be slower than float32.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            # Private, so it may go: float32 is then the safe answer.
-            supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-            native = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported()
-        precision = "bfloat16" if native else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-
-@torch.no_grad()
-def evaluate(model: CausalLM, rows: torch.Tensor, text_bytes: int, batch_size: int, context: object) -> dict:
-    """Return validation loss, perplexity, bits per byte and, with experts, global MaxVio over `rows` [N, T+1]."""
-    nats, load_LE = 0.0, None
-    with context:  # type: ignore[attr-defined]
-        for batch in rows.split(batch_size):
-            out = losses(model, batch.to(model.lm_head.weight.device))
-            nats += float(out.next_token) * batch[:, 1:].numel()
-            load_LE = out.load_LE if load_LE is None else load_LE + out.load_LE
-    loss = nats / rows[:, 1:].numel()
-    record: dict[str, Any] = {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700)),
-        "val_bits_per_byte": nats / math.log(2) / text_bytes,
-        "val_tokens": rows[:, 1:].numel(),
-    }
-    if load_LE is not None and load_LE.numel():
-        per_layer = maxvio(load_LE)
-        record |= {"val_maxvio": float(per_layer.mean()), "val_maxvio_layers": per_layer.tolist()}
-        record["val_load"] = load_LE.tolist()
-    return record
+from smolseek.train.state import Progress, TrainState
+from smolseek.train.validation import evaluate
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:
@@ -139,72 +76,100 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     model = new_model(config.model, config.seed, device)
     model.grad_checkpoint = config.grad_checkpoint
     optimizer = make_optimizer(model, config.optim)
-    balancer = Balancer(model, config.balance.gamma)
-    at = Progress()
-    restored = resume and _restore(run, model, optimizer, stream, at, device)
-    if config.init is not None and not restored:
+    balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
+    state = TrainState(model, optimizer, balancer, stream, guard)
+    at = state.at
+    begun_from, file_sizes = _resume(run, state) if resume else (None, {})
+    if begun_from is not None and at.step >= config.steps and _is_complete(run):
+        console.say(f"The run is complete: {at.step} of {config.steps} steps are done")
+        return begun_from
+    if config.init is not None and begun_from is None:
         load_weights(model, resolve(config.init))
     run.create(config, resume)
-    run.truncate_metrics(at.step if restored else -1)
+    run.cut_back(file_sizes, -1 if begun_from is None else at.step)
     log = console.Log(run.log)
-    last = run.checkpoint_path(at.step)
     size = summary.count(config.model)
-    run.append_metrics({"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active})
-    if not restored:
+    started = {"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active}
+    run.append_metrics(started | ({} if begun_from is None else {"resumed": begun_from.name}))
+    if begun_from is None:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)
         log.say(f"Data: {corpus.summary()}; {step_tokens:,} tokens a step on {device.type}")
         sizes = config.model.vocab_size, config.model.max_position_embeddings
         _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
-    elif at.step >= config.steps and any(record.get("audit") == "end" for record in run.read_metrics()):
-        log.say(f"The run is complete: {at.step} of {config.steps} steps are done")
-        return last
+    else:
+        log.say(f"Resuming {run.path} from {begun_from.name}")
 
-    clock, timed = metrics.Clock(), 0
-
-    def save() -> Path:
-        # Between two log lines the time of the steps since the last one is not in `at` yet.
-        spent = at.seconds + (clock.seconds() if at.interval else 0.0)
-        state = {"progress": dataclasses.asdict(at) | {"seconds": spent}, "data": stream.state_dict()}
-        return save_checkpoint(run, at.step, model, tokenizer, state_tensors(optimizer), state)
-
-    with console.progress(config.steps, "training") as bar:
+    clock, timed, saved = metrics.Clock(), 0, at.step
+    away: HubAway | None = None
+    saver = Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
+    with console.progress(config.steps, "training") as bar, saver, StopRequest() as stop:
         bar.update(at.step)
-        while at.step < config.steps:
+        while True:
+            # Between two log lines the time of the steps since the last one is not in `at` yet.
+            spent = at.seconds + (clock.seconds() if at.interval else 0.0)
+            with clock:
+                finished = at.step >= config.steps
+                if at.evaluated < at.step and (at.step % config.eval_every == 0 or finished):
+                    found = evaluate(model, val_rows, val_bytes, config.batch_size, context, lambda: stop.received)
+                    if found is not None:  # else it is made up for when the run is resumed
+                        at.evaluated, at.val_loss = at.step, found["val_loss"]
+                        run.append_metrics({"step": at.step, "tokens": at.tokens, **found})
+                        log.say(metrics.validation_line({"step": at.step, **found}))
+                stopping = stop.received is not None or away is not None
+                if stopping or (at.step != saved and (at.step % config.save_every == 0 or finished)):
+                    tensors, rest = state.capture(spent)
+                    saver.save(at.step, tensors, rest | {"files": run.sizes()})
+                    saved = at.step
+                for line in saver.news():
+                    log.say(f"Training goes on, but {line}")
+                    run.append_metrics({"step": at.step, "save_failed": line})
+            if stopping or finished:
+                break
+
             lr = config.optim.lr * lr_factor(at.step, config.steps, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            step_loss = torch.zeros((), device=device)
+            position = stream.position()
             try:
-                # All rows of a step at once: either they are all there, or none has been taken.
-                taken = stream.next_batch(config.grad_accum * config.batch_size)
-            except HubAway:
-                if not run.checkpoint_path(at.step).exists():
-                    save()
-                raise
-            for rows in taken.to(device, non_blocking=True).split(config.batch_size):
+                step_rows = stream.next_batch(config.batch_size * config.grad_accum)
+            except HubAway as error:
+                away = error
+                continue
+            step_loss = torch.zeros((), device=device)
+            for rows in step_rows.split(config.batch_size):
                 with context:
-                    out = losses(model, rows, alpha=config.balance.alpha)
+                    out = losses(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
                 (out.total / config.grad_accum).backward()
                 step_loss += out.next_token
                 balancer.add(out.load_LE)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            norm_tensor = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            # The one place where a step waits for the device.
+            loss, norm = torch.stack((step_loss, norm_tensor)).tolist()
+            loss /= config.grad_accum
+            reason = guard.judge(loss, norm)
+            if reason is not None:
+                state.drop_step()
+                patient = guard.skip(position, step_tokens)
+                _tell_skip(run, log, at.step, reason, position, step_tokens)
+                if not patient:
+                    saver.wait()
+                    _go_back(config, run, log, state)
+                    clock.restart()
+                    timed, saved = 0, at.step
+                continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             violation = balancer.step()
             at.step += 1
             at.tokens += step_tokens
-            at.interval.append(float(step_loss) / config.grad_accum)
+            at.interval.append(loss)
+            guard.passed(at.step, loss, norm)
             timed += 1  # fewer than the interval's steps after a resume in its middle
-            if not math.isfinite(at.interval[-1]):
-                raise SmolseekError(
-                    f"the loss of step {at.step} is {at.interval[-1]}: go on from the last checkpoint with --resume, "
-                    "or start anew with a lower --optim.lr"
-                )
             seconds = clock.seconds()
             rate = step_tokens * timed / max(seconds, 1e-9)
             left = (config.steps - at.step) * step_tokens / rate
-            bar.update(at.step, f"loss {at.interval[-1]:.3f}, {rate:,.0f} tokens/s, {left / 60:.1f} min left")
+            bar.update(at.step, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {left / 60:.1f} min left")
 
             if at.step % config.log_every == 0 or at.step == config.steps:
                 at.loss = sum(at.interval) / len(at.interval)
@@ -216,27 +181,26 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     "lr": lr,
                     "tokens": at.tokens,
                     "tokens_per_second": rate,
-                    "grad_norm": float(norm),
+                    "grad_norm": norm,
                     "memory": now,
                     "peak_memory": peak,
                 }
                 if violation:
                     record |= {"maxvio": sum(violation) / len(violation), "maxvio_layers": violation}
+                if guard.skipped_tokens:
+                    record |= {"skipped_steps": guard.skipped_steps, "skipped_tokens": guard.skipped_tokens}
                 run.append_metrics(record)
                 log.say(metrics.train_line(record, config.steps, seconds, device))
                 at.interval.clear()
                 clock.restart()
                 timed = 0
-            with clock:
-                if at.step % config.eval_every == 0 or at.step == config.steps:
-                    record = evaluate(model, val_rows, val_bytes, config.batch_size, context)
-                    at.val_loss = record["val_loss"]
-                    run.append_metrics({"step": at.step, "tokens": at.tokens, **record})
-                    log.say(metrics.validation_line({"step": at.step, **record}))
-                if at.step % config.save_every == 0 or at.step == config.steps:
-                    last = save()
     if isinstance(stream, MixedStream):
         stream.close()
+    if saver.failure is not None:
+        raise saver.failure
+    if stopping:
+        raise _stopped(run, at.step, stop.received, away)
+
     if config.sample_tokens:
         write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
     subject = Subject(
@@ -251,7 +215,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     _tell_audit(run, log, at.step, "end", audit.audit(subject, loss=_total, corpus=corpus, encode=encode))
     for line in _closing(config, at, run):
         log.say(line)
-    return last
+    return run.checkpoint_path(at.step)
 
 
 def _total(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -269,32 +233,72 @@ def _tell_audit(run: RunFolder, log: console.Log, step: int, when: str, findings
         log.say(audit.verdict(findings))
 
 
-def _restore(
-    run: RunFolder,
-    model: CausalLM,
-    optimizer: torch.optim.Optimizer,
-    stream: TrainStream | MixedStream,
-    at: Progress,
-    device: torch.device,
-) -> bool:
-    """Put everything back to where the newest valid checkpoint stood; false if there is none yet. Writes nothing."""
+def _resume(run: RunFolder, state: TrainState) -> tuple[Path | None, dict[str, int]]:
+    """Put everything back to where the newest valid checkpoint stood.
+
+    Returns the checkpoint, None if there is none yet, and the sizes of the run's files at its time. Writes nothing.
+    """
     path, skipped = newest_valid(run)
     if path is None:
         if skipped:
             reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
             raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
         console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
-        return False
+        return None, {}
     for bad, reason in skipped:
         console.warn(f"checkpoint {bad.name} is not used: {reason}; using {path.name}")
-    tensors, state = load_state(path)
-    load_weights(model, path)
-    load_state_tensors(optimizer, {name: value.to(device) for name, value in tensors.items()})
-    stream.load_state_dict(state["data"])
-    for name, value in state["progress"].items():
-        setattr(at, name, value)
-    console.say(f"Resuming {run.path} from {path.name}")
-    return True
+    return path, state.restore(path, whole=True)["files"]
+
+
+def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: HubAway | None) -> Stopped:
+    """Return how a run ends early that has saved after `step` steps."""
+    if received is not None:
+        why, code = f"stopped by {received.name}", 128 + received
+    else:
+        why, code = f"{away}; stopped", os.EX_TEMPFAIL
+    way = f"go on with: smolseek train --run {run.path} --resume"
+    return Stopped(f"{why} after step {step}, which is saved; {way}", code)
+
+
+def _is_complete(run: RunFolder) -> bool:
+    """Return whether the run's final audit has been made."""
+    return any(record.get("audit") == "end" for record in run.read_metrics())
+
+
+def _tell_skip(run: RunFolder, log: console.Log, step: int, reason: str, position: dict[str, Any], tokens: int) -> None:
+    """Say which data a step that is not taken had."""
+    begin = position["tokens"]
+    log.say(f"Step {step + 1} is skipped: {reason}; its data are tokens {begin:,} to {begin + tokens:,} ({position})")
+    run.append_metrics({"step": step, "skipped": {"reason": reason, "tokens": tokens, "data": position}})
+
+
+def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: TrainState) -> None:
+    """Return to the last checkpoint, or to the one before it if that led to no good step; the data go on from here.
+
+    Raises:
+        SmolseekError: when that has been done in vain too often.
+    """
+    at, guard = state.at, state.guard
+    if guard.hopeless:
+        raise SmolseekError(
+            f"{len(guard.in_a_row)} bad steps in a row after step {at.step}, and {guard.vain} returns to a checkpoint "
+            "did not help: start anew with a lower --optim.lr or other --data"
+        )
+    step, tokens = at.step, at.tokens
+    path, _ = newest_valid(run, below=guard.returned_to if guard.returned_to >= 0 else None)
+    if path is None:
+        state.begin_again(config)
+        run.cut_back(run.sizes(), 0, keep_log=True)
+    else:
+        run.cut_back(state.restore(path, whole=False)["files"], at.step, keep_log=True)
+    discard_beyond(run, at.step)
+    bad = guard.returned(at.step, tokens - at.tokens)
+    name = "the first weights, for want of a checkpoint" if path is None else path.name
+    log.say(
+        f"{len(bad)} bad steps in a row: back from step {step} to {name}, and on with the data "
+        f"from token {state.stream.position()['tokens']:,}"
+    )
+    run.append_metrics({"step": at.step, "returned": {"from": step, "undone_tokens": tokens - at.tokens, "data": bad}})
 
 
 def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:

@@ -1,0 +1,90 @@
+"""Everything that a step changes, as one thing that is saved and put back."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolseek.config import TrainConfig
+from smolseek.data.blocks import MixedStream
+from smolseek.data.stream import TrainStream
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.target import resolve
+from smolseek.train.balance import Balancer
+from smolseek.train.guard import Guard
+from smolseek.train.optim import load_state_tensors, state_tensors
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens trained on."""
+    seconds: float = 0.0
+    """Time spent in training steps, over all resumes."""
+    interval: list[float] = dataclasses.field(default_factory=list)
+    """Losses since the last log line."""
+    loss: float = math.nan
+    """Mean training loss of the last logged interval."""
+    evaluated: int = 0
+    """Step of the last evaluation."""
+    val_loss: float = math.nan
+    """Its loss."""
+
+
+@dataclasses.dataclass
+class TrainState:
+    """A run between two steps."""
+
+    model: CausalLM
+    optimizer: torch.optim.Optimizer
+    balancer: Balancer
+    stream: TrainStream | MixedStream
+    guard: Guard
+    at: Progress = dataclasses.field(default_factory=Progress)
+
+    def begin_again(self, config: TrainConfig) -> None:
+        """Go back to step 0 and the first weights; the data stay where they are."""
+        device = self.model.lm_head.weight.device
+        self.model.init_weights(torch.Generator(device).manual_seed(config.seed))
+        if config.init is not None:
+            load_weights(self.model, resolve(config.init))
+        self.optimizer.state.clear()
+        self._go_to(dataclasses.asdict(Progress()))
+
+    def capture(self, seconds: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the training state beside the weights: tensors, not copied, and JSON types with `seconds` in `at`."""
+        progress = dataclasses.asdict(self.at) | {"seconds": seconds}
+        rest = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
+        return state_tensors(self.optimizer), rest
+
+    def restore(self, path: Path, whole: bool) -> dict[str, Any]:
+        """Put back the weights, the optimizer and `at` from the checkpoint `path`, and return all its JSON state.
+
+        When `whole`, data and guard go back as well, as if the run had never stopped; else they stay, so that the run
+        does not meet the same data again.
+        """
+        tensors, saved = load_state(path)
+        load_weights(self.model, path)
+        device = self.model.lm_head.weight.device
+        load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
+        self._go_to(saved["progress"])
+        if whole:
+            self.stream.load_state_dict(saved["data"])
+            self.guard.load_state_dict(saved["guard"])
+        return saved
+
+    def drop_step(self) -> None:
+        """Forget the gradients and the load of a step that is not taken."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.balancer.forget()
+
+    def _go_to(self, progress: dict[str, Any]) -> None:
+        for name, value in progress.items():
+            setattr(self.at, name, value)

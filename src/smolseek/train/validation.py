@@ -1,0 +1,46 @@
+"""What a model is worth on text that it was not trained on."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from smolseek.model.transformer import CausalLM
+from smolseek.train.balance import maxvio
+from smolseek.train.loss import losses
+
+
+@torch.no_grad()
+def evaluate(
+    model: CausalLM,
+    rows: torch.Tensor,
+    text_bytes: int,
+    batch_size: int,
+    context: object,
+    stopped: Callable[[], object] = lambda: None,
+) -> dict[str, Any] | None:
+    """Return validation loss, perplexity, bits per byte and, with experts, global MaxVio over `rows` [N, T+1].
+
+    None if `stopped` became true on the way.
+    """
+    nats, load_LE = 0.0, None
+    with context:  # type: ignore[attr-defined]
+        for batch in rows.split(batch_size):
+            if stopped():
+                return None
+            out = losses(model, batch.to(model.lm_head.weight.device))
+            nats += float(out.next_token) * batch[:, 1:].numel()
+            load_LE = out.load_LE if load_LE is None else load_LE + out.load_LE
+    loss = nats / rows[:, 1:].numel()
+    record: dict[str, Any] = {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700)),
+        "val_bits_per_byte": nats / math.log(2) / text_bytes,
+        "val_tokens": rows[:, 1:].numel(),
+    }
+    if load_LE is not None and load_LE.numel():
+        per_layer = maxvio(load_LE)
+        record |= {"val_maxvio": float(per_layer.mean()), "val_maxvio_layers": per_layer.tolist()}
+        record["val_load"] = load_LE.tolist()
+    return record

@@ -1,0 +1,443 @@
+"""Bad steps are skipped and named, too many in a row lead back to a checkpoint, and none of it is lost by a kill."""
+
+import builtins
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek import console
+from smolseek.config import DataConfig, GuardConfig, TrainConfig
+from smolseek.errors import DataAway, SmolseekError, Stopped
+from smolseek.presets import preset
+from smolseek.run_folder import RunFolder
+from smolseek.storage import checkpoint, saver
+from smolseek.storage.checkpoint import load_state, newest_valid
+from smolseek.train import loop
+from smolseek.train.guard import VAIN_RETURNS, WINDOW, Guard, StopRequest
+
+SEQ, BATCH, ACCUM = 16, 2, 2
+STEP_TOKENS = SEQ * BATCH * ACCUM
+real_losses = loop.losses
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=60))}) + "\n" for _ in range(60)))
+    return path
+
+
+def config(run, text, steps=8, **options) -> TrainConfig:
+    model = replace(preset("tiny"), num_hidden_layers=1, hidden_size=16, max_position_embeddings=32)
+    options = {"save_every": 2, "eval_every": 4, "log_every": 1, "sample_tokens": 0} | options
+    sizes = {"seq_len": SEQ, "batch_size": BATCH, "grad_accum": ACCUM, "eval_tokens": 64}
+    data = DataConfig(sources=(str(text),), val_fraction=0.2)
+    return TrainConfig(model=model, run=str(run), steps=steps, data=data, **sizes, **options)
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """Return a function that makes the loss of the given steps' data (numbered from 0 in the data's order) not finite.
+
+    Which data a step has is told by its rows; resumed and returned runs count on where the data are, as it should be.
+    """
+
+    def plant(bad: set[int], value: float = math.nan) -> None:
+        real_next = loop.TrainStream.next_batch
+
+        def next_batch(stream, n):
+            number = stream.position()["tokens"] // STEP_TOKENS
+            rows = real_next(stream, n)
+            poisoned.update(map(tuple, rows.tolist()) if number in bad else ())
+            return rows
+
+        def losses(model, rows, **options):
+            out = real_losses(model, rows, **options)
+            if torch.is_grad_enabled() and any(tuple(row) in poisoned for row in rows.tolist()):
+                factor = math.nan if math.isnan(value) else value
+                out = out._replace(total=out.total * factor, next_token=out.next_token * factor)
+            return out
+
+        poisoned: set[tuple[int, ...]] = set()
+        monkeypatch.setattr(loop.TrainStream, "next_batch", next_batch)
+        monkeypatch.setattr(loop, "losses", losses)
+
+    return plant
+
+
+def records(run) -> list[dict]:
+    timing = {"tokens_per_second", "memory", "peak_memory"}
+    found = RunFolder(run).read_metrics()
+    return [{k: v for k, v in record.items() if k not in timing} for record in found if "resumed" not in record]
+
+
+def weights(path) -> bytes:
+    return (path / "model.safetensors").read_bytes()
+
+
+def state(path) -> dict:
+    return load_state(path)[1]
+
+
+def test_one_bad_batch_is_skipped_and_named(text, tmp_path, plant):
+    plant({3})
+    last = loop.train(config(tmp_path / "run", text))
+    [skipped] = [r["skipped"] for r in records(tmp_path / "run") if "skipped" in r]
+    assert skipped["data"]["tokens"] == 3 * STEP_TOKENS and skipped["tokens"] == STEP_TOKENS
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"Step 4 is skipped: its loss is nan; its data are tokens {3 * STEP_TOKENS:,} to {4 * STEP_TOKENS:,}" in log
+    kept = state(last)
+    assert kept["progress"]["step"] == 8 and kept["progress"]["tokens"] == 8 * STEP_TOKENS
+    assert kept["guard"]["skipped_steps"] == 1 and kept["guard"]["skipped_tokens"] == STEP_TOKENS
+    assert kept["data"]["tokens"] == 9 * STEP_TOKENS and kept["guard"]["returns"] == 0
+    assert math.isfinite(kept["progress"]["loss"]) and math.isfinite(kept["progress"]["val_loss"])
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monkeypatch):
+    """The weights after skipping data are those of a run that never had these data."""
+    plant({1})
+    skipping = loop.train(config(tmp_path / "skipping", text, steps=4))
+    monkeypatch.undo()
+    real_next = loop.TrainStream.next_batch
+
+    def without(stream, n):
+        if stream.position()["tokens"] == STEP_TOKENS:
+            real_next(stream, n)
+        return real_next(stream, n)
+
+    monkeypatch.setattr(loop.TrainStream, "next_batch", without)
+    assert weights(skipping) == weights(loop.train(config(tmp_path / "without", text, steps=4)))
+
+
+def test_three_bad_batches_lead_back_to_the_checkpoint_and_on_with_later_data(text, tmp_path, plant):
+    plant({5, 6, 7})  # after five good steps; the checkpoint is that of step 4
+    run = tmp_path / "run"
+    last = loop.train(config(run, text))
+    [returned] = [(r["step"], r["returned"]) for r in records(run) if "returned" in r]
+    assert returned[0] == 4 and returned[1]["from"] == 5 and returned[1]["undone_tokens"] == STEP_TOKENS
+    assert [d["tokens"] // STEP_TOKENS for d in returned[1]["data"]] == [5, 6, 7]
+    log = (run / "train.log").read_text()
+    assert "3 bad steps in a row: back from step 5 to step-000004" in log and log.count("is skipped") == 3
+    kept = state(last)
+    assert kept["guard"]["returns"] == 1 and kept["guard"]["skipped_steps"] == 3
+    assert kept["progress"]["tokens"] == 8 * STEP_TOKENS and kept["guard"]["skipped_tokens"] == 4 * STEP_TOKENS
+    assert kept["data"]["tokens"] == 12 * STEP_TOKENS and math.isfinite(kept["progress"]["loss"])
+    # Undone steps leave no record behind.
+    assert [r["step"] for r in records(run) if "lr" in r] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("kill_after_skips", [1, 2, 4])
+def test_killed_between_bad_batches_it_ends_the_same(text, tmp_path, plant, monkeypatch, kill_after_skips):
+    """One kill after the first and second of three bad batches, and one after the return that the third brings."""
+    plant({5, 6, 7, 10})
+    whole = loop.train(config(tmp_path / "whole", text))
+
+    class Killed(BaseException):
+        pass
+
+    real, left = Guard.skip, [kill_after_skips]
+
+    def skip(self, *words):
+        patient = real(self, *words)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        return patient
+
+    run = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "skip", skip)
+        with pytest.raises(Killed):
+            loop.train(config(run, text))
+    killed = loop.train(config(run, text), resume=True)
+    assert weights(killed) == weights(whole)
+    assert records(run) == records(tmp_path / "whole")
+    assert state(killed)["guard"] == state(whole)["guard"]
+
+
+def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monkeypatch):
+    """SIGTERM after the second of three: the checkpoint holds two, so the third after the resume leads back."""
+    plant({5, 6, 7})
+    whole = loop.train(config(tmp_path / "whole", text))
+    real = Guard.skip
+
+    def skip(self, *words):
+        patient = real(self, *words)
+        if len(self.in_a_row) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return patient
+
+    run = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "skip", skip)
+        with pytest.raises(Stopped, match="SIGTERM after step 5") as stopped:
+            loop.train(config(run, text))
+    assert stopped.value.code == 143
+    assert len(state(RunFolder(run).checkpoint_path(5))["guard"]["in_a_row"]) == 2
+    last = loop.train(config(run, text), resume=True)
+    log = (run / "train.log").read_text()
+    assert log.count("is skipped") == 3
+    # It goes back to the checkpoint of the stop, at step 5, where the undisturbed run has only that of step 4.
+    assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [5]
+    assert state(last)["guard"]["skipped_steps"] == state(whole)["guard"]["skipped_steps"] == 3
+
+
+def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, plant, monkeypatch):
+    plant({1, 2, 3})
+    again = loop.train(config(tmp_path / "again", text, steps=2, save_every=4))
+    assert "back from step 1 to the first weights" in (tmp_path / "again" / "train.log").read_text()
+    assert any(record.get("audit") == "start" for record in records(tmp_path / "again"))
+    monkeypatch.undo()
+    real_init = loop.TrainStream.__init__
+
+    def further_on(stream, *words, **options):
+        real_init(stream, *words, **options)
+        stream.next_batch(4 * BATCH * ACCUM)
+
+    monkeypatch.setattr(loop.TrainStream, "__init__", further_on)
+    assert weights(again) == weights(loop.train(config(tmp_path / "later", text, steps=2, save_every=4)))
+
+
+def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(text, tmp_path, plant):
+    plant(set(range(4, 10)))  # three bad steps after step 4, and three more after the return to it
+    run = tmp_path / "run"
+    last = loop.train(config(run, text, steps=6))
+    assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [4]
+    log = (run / "train.log").read_text()
+    assert "back from step 4 to step-000004" in log and "back from step 4 to step-000002" in log
+    assert state(last)["guard"]["returns"] == 2 and state(last)["progress"]["step"] == 6
+
+
+def test_it_gives_up_when_going_back_does_not_help(text, tmp_path, plant):
+    plant(set(range(4, 100)))
+    with pytest.raises(SmolseekError, match=rf"{VAIN_RETURNS} returns .* did not help: .*--optim\.lr"):
+        loop.train(config(tmp_path / "run", text))
+    path, skipped = newest_valid(RunFolder(tmp_path / "run"))
+    assert path is None or not skipped
+
+
+def test_a_spike_is_skipped_only_if_asked_for():
+    calm, asked = Guard(GuardConfig()), Guard(GuardConfig(spike=6))
+    rng = random.Random(0)
+    for step in range(1, WINDOW + 1):
+        values = 3 + rng.gauss(0, 0.1), 1 + rng.gauss(0, 0.05)
+        for guard in (calm, asked):
+            assert guard.judge(*values) is None
+            guard.passed(step, *values)
+    assert calm.judge(30.0, 1.0) is None and calm.losses == []
+    assert "loss is 30" in str(asked.judge(30.0, 1.0)) and "gradient norm is 9" in str(asked.judge(3.0, 9.0))
+    assert asked.judge(3.2, 1.1) is None and asked.judge(0.1, 0.1) is None
+    other = Guard(GuardConfig(spike=6))
+    other.load_state_dict(json.loads(json.dumps(asked.state_dict())))
+    assert other == asked
+    for guard in (calm, asked):
+        assert "inf" in str(guard.judge(math.inf, 1.0)) and "norm is nan" in str(guard.judge(1.0, math.nan))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(text, tmp_path, monkeypatch, number):
+    """Also one that comes in an evaluation, which is made up for after the resume."""
+    whole = loop.train(config(tmp_path / "whole", text))
+    handler = signal.getsignal(number)
+    for place, name, calls in (("Guard", "judge", 3), ("loop", "evaluate", 1)):
+        run = tmp_path / place
+        target = Guard if place == "Guard" else loop
+        real, left = getattr(target, name), [calls]
+
+        def counted(*words, real=real, left=left):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), number)
+            return real(*words)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, counted)
+            with pytest.raises(Stopped, match=r"is saved; go on with: .*--resume") as stopped:
+                loop.train(config(run, text))
+        step = 3 if place == "Guard" else 4
+        assert stopped.value.code == 128 + number and f"step {step}," in str(stopped.value)
+        assert newest_valid(RunFolder(run)) == (RunFolder(run).checkpoint_path(step), [])
+        assert signal.getsignal(number) is handler
+        assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
+        assert records(run) == records(tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(capfd):
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("still here")
+    assert "SIGINT: this step is finished and saved; a second one stops at once" in capfd.readouterr().err
+
+
+def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():
+    found = []
+
+    def work():
+        with StopRequest() as stop:
+            found.append(stop.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+
+
+def test_data_that_are_away_stop_the_run_saved(text, tmp_path, monkeypatch):
+    whole = loop.train(config(tmp_path / "whole", text))
+    real = loop.TrainStream.next_batch
+
+    def next_batch(stream, n):
+        if stream.position()["tokens"] == 5 * STEP_TOKENS:
+            raise DataAway("the hub has been away for 10 minutes")
+        return real(stream, n)
+
+    run = tmp_path / "away"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainStream, "next_batch", next_batch)
+        with pytest.raises(Stopped, match="away for 10 minutes; stopped after step 5, which is saved") as stopped:
+            loop.train(config(run, text))
+    assert stopped.value.code == 75
+    assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
+    assert records(run) == records(tmp_path / "whole")
+
+
+def test_another_batch_size_goes_on_where_the_data_stopped(text, tmp_path):
+    with pytest.raises(Stopped):
+        stop_at(config(tmp_path / "run", text), 4)
+    last = loop.train(replace(config(tmp_path / "run", text), batch_size=3, grad_accum=1), resume=True)
+    kept = state(last)
+    assert kept["data"]["tokens"] == 4 * STEP_TOKENS + 4 * SEQ * 3 == kept["progress"]["tokens"]
+
+
+def stop_at(settings: TrainConfig, step: int) -> None:
+    real = Guard.passed
+
+    def passed(self, done, *words):
+        real(self, done, *words)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Guard, "passed", passed)
+        loop.train(settings)
+
+
+def test_log_and_samples_are_cut_back_with_the_metrics(text, tmp_path):
+    run = tmp_path / "run"
+    loop.train(config(run, text, sample_tokens=1))
+    log, samples = (run / "train.log").read_text(), (run / "samples.md").read_text()
+    shutil.rmtree(RunFolder(run).checkpoint_path(8))
+    (run / "train.log").open("a").write("a torn li")
+    loop.train(config(run, text, sample_tokens=1), resume=True)
+    assert (run / "samples.md").read_text() == samples
+
+    def steps(text):
+        return [line.split(" | Time")[0] for line in text.splitlines() if line.startswith(("Step", "Valid", "Audit"))]
+
+    again = (run / "train.log").read_text()
+    assert steps(again) == steps(log) and again.count("Resuming ") == 1 and "a torn li" not in again
+
+
+def test_only_the_last_checkpoints_and_every_mth_stay(text, tmp_path):
+    run = tmp_path / "run"
+    loop.train(config(run, text, steps=9, save_every=1, keep_last=2, keep_every=4))
+    names = sorted(p.name for p in RunFolder(run).checkpoints.iterdir())
+    assert names == ["step-000004", "step-000008", "step-000009"]
+
+
+def test_a_disk_that_is_full_for_a_while(text, tmp_path, monkeypatch, capsys):
+    """Nothing can be written in the middle of the run: it goes on, and everything is there in the end."""
+    whole = loop.train(config(tmp_path / "whole", text))
+    run = tmp_path / "run"
+    real_save, real_open = checkpoint.save_folder, builtins.open
+    full = []
+
+    def save_folder(model, path, tokenizer):
+        real_save(model, path, tokenizer)
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(path, mode="r", *words, **options):
+        if full and mode == "ab" and str(path).startswith(str(run)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_open(path, mode, *words, **options)
+
+    real_passed = Guard.passed
+
+    def passed(self, step, *words):
+        full[:] = [True] if 3 <= step <= 6 else []
+        real_passed(self, step, *words)
+
+    monkeypatch.setattr(Guard, "passed", passed)
+    monkeypatch.setattr(checkpoint, "save_folder", save_folder)
+    monkeypatch.setattr(console, "open", opened, raising=False)
+    last = loop.train(config(run, text))
+    assert weights(last) == weights(whole)
+    assert sorted(p.name for p in RunFolder(run).checkpoints.iterdir()) in (
+        ["step-000002", "step-000008"],
+        ["step-000002", "step-000006", "step-000008"],
+    )
+    failed = [r["save_failed"] for r in records(run) if "save_failed" in r]
+    assert "the checkpoint of step 4 cannot be written" in failed[0] and "No space left" in failed[0]
+    assert [r for r in records(run) if "save_failed" not in r] == records(tmp_path / "whole")
+    out, err = capsys.readouterr()
+    assert err.count("metrics.jsonl cannot be written") == 1 and err.count("train.log cannot be written") == 1
+    assert out.count("Training goes on, but the checkpoint of step 4") == 1
+
+
+def test_a_last_save_that_fails_is_the_outcome(text, tmp_path, monkeypatch):
+    real = checkpoint.save_folder
+
+    def save_folder(model, path, tokenizer):
+        if path.name.endswith("step-000008"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(model, path, tokenizer)
+
+    monkeypatch.setattr(checkpoint, "save_folder", save_folder)
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(SmolseekError, match=r"checkpoint of step 8 cannot be written .*No space left on device"):
+        loop.train(config(run.path, text))
+    assert newest_valid(run) == (run.checkpoint_path(6), [])
+    assert not list(run.checkpoints.glob(".tmp*"))
+
+
+def test_a_bug_in_the_writing_thread_surfaces(text, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(saver, "save_checkpoint", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        loop.train(config(tmp_path / "run", text))
+
+
+def test_the_training_does_not_wait_for_the_disk(text, tmp_path, monkeypatch):
+    """Steps are made while a checkpoint is being written; the next save waits for it."""
+    real, passed = saver.save_checkpoint, Guard.passed
+    during, step_done = [], threading.Event()
+
+    def slow(run, step, *words):
+        step_done.clear()
+        during.append(step_done.wait(60) if step < 8 else True)
+        return real(run, step, *words)
+
+    def count(self, *words):
+        passed(self, *words)
+        step_done.set()
+
+    monkeypatch.setattr(saver, "save_checkpoint", slow)
+    monkeypatch.setattr(Guard, "passed", count)
+    whole = loop.train(config(tmp_path / "run", text))
+    assert during == [True] * 4 and newest_valid(RunFolder(tmp_path / "run")) == (whole, [])
