@@ -29,6 +29,16 @@ STEP_TOKENS = SEQ * BATCH * ACCUM
 real_losses = loop.losses
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, which is faster for so small a model, and no audits, which have tests of their own."""
+    monkeypatch.setattr(loop.audit, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(loop.audit, "audit_model", lambda *_, **__: [])
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     rng = random.Random(0)
@@ -76,10 +86,20 @@ def plant(monkeypatch):
     return plant
 
 
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """The run that nothing happens to."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.audit, "audit", lambda *_, **__: [])
+        patch.setattr(loop.audit, "audit_model", lambda *_, **__: [])
+        torch.set_num_threads(1)
+        return loop.train(config(tmp_path_factory.mktemp("whole") / "run", text))
+
+
 def records(run) -> list[dict]:
     timing = {"tokens_per_second", "memory", "peak_memory"}
     found = RunFolder(run).read_metrics()
-    return [{k: v for k, v in record.items() if k not in timing} for record in found if "resumed" not in record]
+    return [{k: v for k, v in record.items() if k not in timing} for record in found if "machine" not in record]
 
 
 def weights(path) -> bytes:
@@ -246,9 +266,8 @@ def test_a_spike_is_skipped_only_if_asked_for():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_saves(text, tmp_path, monkeypatch, number):
+def test_a_signal_finishes_the_step_and_saves(text, whole, tmp_path, monkeypatch, number):
     """Also one that comes in an evaluation, which is made up for after the resume."""
-    whole = loop.train(config(tmp_path / "whole", text))
     handler = signal.getsignal(number)
     for place, name, calls in (("Guard", "judge", 3), ("loop", "evaluate", 1)):
         run = tmp_path / place
@@ -270,7 +289,7 @@ def test_a_signal_finishes_the_step_and_saves(text, tmp_path, monkeypatch, numbe
         assert newest_valid(RunFolder(run)) == (RunFolder(run).checkpoint_path(step), [])
         assert signal.getsignal(number) is handler
         assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
-        assert records(run) == records(tmp_path / "whole")
+        assert records(run) == records(whole.parents[1])
 
 
 def test_a_second_signal_stops_at_once(capfd):
@@ -295,8 +314,7 @@ def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():
     assert found == [None]
 
 
-def test_data_that_are_away_stop_the_run_saved(text, tmp_path, monkeypatch):
-    whole = loop.train(config(tmp_path / "whole", text))
+def test_data_that_are_away_stop_the_run_saved(text, whole, tmp_path, monkeypatch):
     real = loop.TrainStream.next_batch
 
     def next_batch(stream, n):
@@ -311,7 +329,7 @@ def test_data_that_are_away_stop_the_run_saved(text, tmp_path, monkeypatch):
             loop.train(config(run, text))
     assert stopped.value.code == 75
     assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
-    assert records(run) == records(tmp_path / "whole")
+    assert records(run) == records(whole.parents[1])
 
 
 def test_another_batch_size_goes_on_where_the_data_stopped(text, tmp_path):
@@ -358,9 +376,8 @@ def test_only_the_last_checkpoints_and_every_mth_stay(text, tmp_path):
     assert names == ["step-000004", "step-000008", "step-000009"]
 
 
-def test_a_disk_that_is_full_for_a_while(text, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, capsys):
     """Nothing can be written in the middle of the run: it goes on, and everything is there in the end."""
-    whole = loop.train(config(tmp_path / "whole", text))
     run = tmp_path / "run"
     real_save, real_open = checkpoint.save_folder, builtins.open
     full = []
@@ -392,7 +409,7 @@ def test_a_disk_that_is_full_for_a_while(text, tmp_path, monkeypatch, capsys):
     )
     failed = [r["save_failed"] for r in records(run) if "save_failed" in r]
     assert "the checkpoint of step 4 cannot be written" in failed[0] and "No space left" in failed[0]
-    assert [r for r in records(run) if "save_failed" not in r] == records(tmp_path / "whole")
+    assert [r for r in records(run) if "save_failed" not in r] == records(whole.parents[1])
     out, err = capsys.readouterr()
     assert err.count("metrics.jsonl cannot be written") == 1 and err.count("train.log cannot be written") == 1
     assert out.count("Training goes on, but the checkpoint of step 4") == 1

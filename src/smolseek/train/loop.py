@@ -1,5 +1,6 @@
 """The training loop: config -> device -> data -> model -> resume -> steps."""
 
+import dataclasses
 import math
 import os
 import signal
