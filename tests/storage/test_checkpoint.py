@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(run, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(safetensors_file, "write", full)
-    with pytest.raises(SmolseekError, match=r"step 6 .*No space left on device.*--resume") as caught:
+    with pytest.raises(SmolseekError, match=r"step 6 .*No space left on device.*free some space") as caught:
         save(run, 6)
     assert "\n" not in str(caught.value)
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000005"]

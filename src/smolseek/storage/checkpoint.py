@@ -80,7 +80,7 @@ def save_checkpoint(
         shutil.rmtree(part, ignore_errors=True)
         raise SmolseekError(
             f"the checkpoint of step {step} cannot be written to {run.checkpoints} ({error.strerror or error}): "
-            "free some space or mend the folder; what was trained since the checkpoint before it is not saved yet"
+            "free some space or mend the folder"
         ) from None
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

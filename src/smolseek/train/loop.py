@@ -198,7 +198,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if isinstance(stream, MixedStream):
         stream.close()
     if saver.failure is not None:
-        raise saver.failure
+        raise SmolseekError(f"{saver.failure}, then go on with --resume: the older checkpoints are untouched")
     if stopping:
         raise _stopped(run, at.step, stop.received, away)
 
