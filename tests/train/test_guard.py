@@ -16,7 +16,9 @@ import torch
 
 from smolseek import console
 from smolseek.config import DataConfig, GuardConfig, TrainConfig
-from smolseek.errors import DataAway, SmolseekError, Stopped
+from smolseek.data.hub import HubAway
+from smolseek.data.stream import TrainStream
+from smolseek.errors import SmolseekError, Stopped
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage import checkpoint, saver
@@ -64,7 +66,7 @@ def plant(monkeypatch):
     """
 
     def plant(bad: set[int], value: float = math.nan) -> None:
-        real_next = loop.TrainStream.next_batch
+        real_next = TrainStream.next_batch
 
         def next_batch(stream, n):
             number = stream.position()["tokens"] // STEP_TOKENS
@@ -80,7 +82,7 @@ def plant(monkeypatch):
             return out
 
         poisoned: set[tuple[int, ...]] = set()
-        monkeypatch.setattr(loop.TrainStream, "next_batch", next_batch)
+        monkeypatch.setattr(TrainStream, "next_batch", next_batch)
         monkeypatch.setattr(loop, "losses", losses)
 
     return plant
@@ -129,14 +131,14 @@ def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monk
     plant({1})
     skipping = loop.train(config(tmp_path / "skipping", text, steps=4))
     monkeypatch.undo()
-    real_next = loop.TrainStream.next_batch
+    real_next = TrainStream.next_batch
 
     def without(stream, n):
         if stream.position()["tokens"] == STEP_TOKENS:
             real_next(stream, n)
         return real_next(stream, n)
 
-    monkeypatch.setattr(loop.TrainStream, "next_batch", without)
+    monkeypatch.setattr(TrainStream, "next_batch", without)
     assert weights(skipping) == weights(loop.train(config(tmp_path / "without", text, steps=4)))
 
 
@@ -219,13 +221,13 @@ def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, 
     assert "back from step 1 to the first weights" in (tmp_path / "again" / "train.log").read_text()
     assert any(record.get("audit") == "start" for record in records(tmp_path / "again"))
     monkeypatch.undo()
-    real_init = loop.TrainStream.__init__
+    real_init = TrainStream.__init__
 
     def further_on(stream, *words, **options):
         real_init(stream, *words, **options)
         stream.next_batch(4 * BATCH * ACCUM)
 
-    monkeypatch.setattr(loop.TrainStream, "__init__", further_on)
+    monkeypatch.setattr(TrainStream, "__init__", further_on)
     assert weights(again) == weights(loop.train(config(tmp_path / "later", text, steps=2, save_every=4)))
 
 
@@ -315,16 +317,16 @@ def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():
 
 
 def test_data_that_are_away_stop_the_run_saved(text, whole, tmp_path, monkeypatch):
-    real = loop.TrainStream.next_batch
+    real = TrainStream.next_batch
 
     def next_batch(stream, n):
         if stream.position()["tokens"] == 5 * STEP_TOKENS:
-            raise DataAway("the hub has been away for 10 minutes")
+            raise HubAway("the hub has been away for 10 minutes")
         return real(stream, n)
 
     run = tmp_path / "away"
     with monkeypatch.context() as patch:
-        patch.setattr(loop.TrainStream, "next_batch", next_batch)
+        patch.setattr(TrainStream, "next_batch", next_batch)
         with pytest.raises(Stopped, match="away for 10 minutes; stopped after step 5, which is saved") as stopped:
             loop.train(config(run, text))
     assert stopped.value.code == 75
