@@ -7,7 +7,7 @@ Each contender is a process of its own, so that neither's allocator settings nor
 turns. A step is `--accumulation` micro-batches of 4 x 256 tokens, clipping and fused AdamW. Utilisation is the active
 floating point operations over the bfloat16 matrix product's peak measured between the rounds. The parts are timed
 apart, forward and backward, on inputs of the step's shape; "rest" is the step less the parts. Writes
-docs/results/train_step.json (not with --quick).
+docs/results/train_step.json (not with --quick), where a run replaces only what it measured.
 """
 
 import argparse
@@ -275,7 +275,7 @@ def compare(name: str, args: argparse.Namespace) -> dict:
         tried = {}
         kinds = EXPERTS if len(args.experts) == 0 else tuple(args.experts)
         for kind in kinds if len(kinds) > 1 else ():
-            worker = Worker(kind, folder, args)
+            worker = Worker(kind, folder, argparse.Namespace(**vars(args) | {"accumulation": 1}))
             if worker.ask("step") and (found := worker.ask("step")):
                 tried[kind] = found["seconds"]
             worker.close()
@@ -329,14 +329,18 @@ def show(row: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["reference_183m", "deepseek_159m"])
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["reference_183m", "deepseek_159m", "shapes"],
+        help="what to measure: models, and `shapes`: layers of experts and lengths of sequences, ours alone",
+    )
     parser.add_argument("--experts", nargs="*", default=[], help="transformers' implementations; none: try all")
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--shapes", action="store_true", help="only layers and sequences")
     parser.add_argument("--out", type=Path, default=Path("docs/results/train_step.json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
@@ -347,24 +351,26 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.quick:
         args.model, args.accumulation, args.rounds, args.experts = args.model[:1], 1, 3, args.experts or ["eager"]
-    result: dict = {**describe(), "command": "python " + " ".join(sys.argv)}
-    result["settings"] = {k: v for k, v in vars(args).items() if k in ("accumulation", "rounds", "device")}
-    if not args.quick:
+    measured = {**describe(), "command": "python " + " ".join(sys.argv)}
+    measured["settings"] = {k: v for k, v in vars(args).items() if k in ("accumulation", "rounds", "device", "threads")}
+    found: dict[str, dict] = {}
+    if not args.quick and "shapes" in args.model:
         worker = Worker("shapes", "", args)
-        result["layers"], result["sequences"] = worker.ask("layers"), worker.ask("sequences")
+        layers, sequences = worker.ask("layers"), worker.ask("sequences")
         worker.close()
-        print(f"experts 4 to 32: {result['layers']['experts_4_to_32']:.2f}x")
-        print(f"nine tenths to one expert: {result['layers']['nine_tenths_to_one']:.2f}x")
-        print(f"sequence 256 to 2,048: {result['sequences']['sequence_256_to_2048']:.2f}x per token", flush=True)
-    if not args.shapes:
-        result["steps"] = []
-        for name in args.model:
-            result["steps"].append(compare(name, args))
-            show(result["steps"][-1])
+        print(f"experts 4 to 32: {layers['experts_4_to_32']:.2f}x")
+        print(f"nine tenths to one expert: {layers['nine_tenths_to_one']:.2f}x")
+        print(f"sequence 256 to 2,048: {sequences['sequence_256_to_2048']:.2f}x per token", flush=True)
+        found["shapes"] = {**measured, "layers": layers, "sequences": sequences}
+    for name in args.model:
+        if name != "shapes":
+            found[name] = {**measured, **compare(name, args)}
+            show(found[name])
     if args.quick:
         return
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(before | found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
