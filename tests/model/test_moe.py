@@ -44,6 +44,20 @@ def test_experts_equal_the_definition():
     assert load.counts_E.sum() == 2 * 30 * 2
 
 
+@pytest.mark.parametrize("top_k", [2, 5])  # with one, the router has no gradient
+def test_gradients_equal_the_definitions(top_k):
+    moe = make(replace(CONFIG, num_experts_per_tok=top_k))
+    x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    dy = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1))
+    moe(x)[0].backward(dy)
+    ours = [x.grad, *(p.grad for p in moe.parameters())]
+    x = x.detach().double().requires_grad_()
+    moe.zero_grad()
+    plain(moe, x).backward(dy.double())
+    for fast, exact in zip(ours, [x.grad, *(p.grad for p in moe.parameters())], strict=True):
+        assert (fast - exact).norm() <= 1e-5 * exact.norm()
+
+
 def test_the_bias_chooses_but_does_not_weigh():
     moe = make()
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))

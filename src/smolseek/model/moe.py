@@ -91,8 +91,35 @@ class _Permute(torch.autograd.Function):
         return d_MD[back_M], None, None
 
 
+class _Spread(torch.autograd.Function):
+    """Copies of the tokens for their experts, in the products' type: pair m is of token order[m] // K.
+
+    The gradients of a token's K copies are gathered side by side and added in float32: always in the same order,
+    where the backward pass of an index would add them by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(order_M)
+        ctx.top_k, ctx.dtype = top_k, x_ND.dtype
+        return x_ND.to(dtype)[order_M // top_k]
+
+    @staticmethod
+    def backward(ctx: Any, d_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        (order_M,) = ctx.saved_tensors
+        d_NKD = d_MD[_inverse(order_M)].unflatten(0, (-1, ctx.top_k))
+        summed = d_NKD.sum(dim=1, dtype=torch.promote_types(ctx.dtype, torch.float32))
+        return summed.to(ctx.dtype), None, None, None
+
+
 def _inverse(order_M: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
+
+
+def _product_type(x: torch.Tensor) -> torch.dtype:
+    """Return the number format of products with `x`: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class LocalDispatcher:
@@ -104,13 +131,10 @@ class LocalDispatcher:
     def dispatch(
         self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return x_MD sorted by expert, the tokens of each expert [E], and the order, for `combine`."""
+        """Return x_MD sorted by expert, in the products' type, the tokens of each [E], and the order, for `combine`."""
         order_M = experts_NK.flatten().argsort(stable=True)
         counts_E = torch.bincount(experts_NK.flatten(), minlength=n_experts)
-        # One copy of a token for each of its experts, then a permutation: gathering a token K times would add its
-        # gradients up by atomics in the backward pass, in an order that changes from run to run.
-        x_MD = x_ND[:, None].expand(-1, experts_NK.shape[1], -1).flatten(0, 1)
-        return _Permute.apply(x_MD, order_M, _inverse(order_M)), counts_E, order_M
+        return _Spread.apply(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND)), counts_E, order_M
 
     def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
@@ -136,6 +160,14 @@ def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) ->
     return F.linear(x_XD, w_FD, b_F)
 
 
+def _write_linear(x_XD: torch.Tensor, w_FD: torch.Tensor, out_XF: torch.Tensor) -> None:
+    """Write `_linear` of x and w into `out_XF`."""
+    if x_XD.shape[0] < _FEW_ROWS:
+        out_XF.copy_(_linear(x_XD, w_FD, None))
+    else:
+        torch.mm(x_XD, w_FD.T, out=out_XF)
+
+
 class _LoopedSwiGLU(torch.autograd.Function):
     """SwiGLU experts one after the other, each writing its weights' gradients into its own slices.
 
@@ -154,9 +186,9 @@ class _LoopedSwiGLU(torch.autograd.Function):
         for e, rows in enumerate(counts):
             if rows:
                 part = slice(begin, begin + rows)
-                h_MX[part] = _linear(x_MD[part], up_EXD[e].to(x_MD.dtype), None)
+                _write_linear(x_MD[part], up_EXD[e].to(x_MD.dtype), h_MX[part])
                 gate, up = h_MX[part].chunk(2, dim=-1)
-                y_MD[part] = _linear(F.silu(gate) * up, down_EDF[e].to(x_MD.dtype), None)
+                _write_linear(F.silu(gate).mul_(up), down_EDF[e].to(x_MD.dtype), y_MD[part])
             begin += rows
         ctx.save_for_backward(x_MD, h_MX, up_EXD, down_EDF)
         ctx.counts = counts
@@ -209,9 +241,9 @@ class Experts(nn.Module):
         if x_MD.is_cuda and self.down_bias is None and torch.is_autocast_enabled("cuda"):
             return self._grouped(x_MD.to(torch.get_autocast_dtype("cuda")), counts_E)
         if self.gated and not x_MD.is_cuda and torch.is_grad_enabled():
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x_MD.dtype
+            x_MD = x_MD.to(_product_type(x_MD))
             with torch.autocast("cpu", enabled=False):
-                return _LoopedSwiGLU.apply(x_MD.to(dtype), self.gate_up_proj, self.down_proj, counts_E.tolist())
+                return _LoopedSwiGLU.apply(x_MD, self.gate_up_proj, self.down_proj, counts_E.tolist())
         return self._looped(x_MD, counts_E)
 
     def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The training objective.
 
-Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, S of a block, D hidden_size, V vocab_size,
-L layers with experts, E routed experts.
+Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, S of a block, R of some rows, D hidden_size,
+V vocab_size, L layers with experts, E routed experts.
 """
 
 from typing import Any, NamedTuple
@@ -10,11 +10,13 @@ import torch
 
 from smolseek.model.transformer import CausalLM
 
-# Tokens whose logits exist at one time: 128 x 49,152 numbers are 25 MB in float32.
-_CHUNK = 128
+# Tokens whose logits exist at one time: 256 x 49,152 numbers are 25 MB in bfloat16. Fewer make slower products.
+_CHUNK = 256
+# Tokens whose exponentials exist at one time on a CPU: 16 x 49,152 numbers in float32 are about two cores' caches.
+_ROWS = 16
 # Tokens whose gradients of the logits are kept, in the products' type, for one product with the hidden states: each
 # product writes and adds a whole V x D, so there should be few.
-_BLOCK = 8 * _CHUNK
+_BLOCK = 4 * _CHUNK
 
 
 class Losses(NamedTuple):
@@ -63,24 +65,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic.
         logits_CV = h_ND.new_empty(min(N, _CHUNK), V)
-        e_CV = logits_CV.new_empty(logits_CV.shape, dtype=torch.float32)
+        rows = _ROWS if h_ND.device.type == "cpu" else _CHUNK
+        e_RV = logits_CV.new_empty(min(N, rows), V, dtype=torch.float32)
         if wanted:
             dh_ND, d_SV = torch.empty_like(h_ND), h_ND.new_empty(min(N, _BLOCK), V)
             dw_VD = None
         with torch.autocast(h_ND.device.type, enabled=False):
             for begin in range(0, N, _CHUNK):
-                h_CD, targets_C1 = h_ND[begin : begin + _CHUNK], targets_N[begin : begin + _CHUNK, None]
-                C = len(h_CD)
-                logits, e = torch.mm(h_CD, w_VD.T, out=logits_CV[:C]), e_CV[:C]
-                top_C1 = logits.amax(dim=1, keepdim=True).float()
-                sum_C1 = e.copy_(logits).sub_(top_C1).exp_().sum(dim=1, keepdim=True)
-                loss += (sum_C1.log() + top_C1 - logits.gather(1, targets_C1)).sum()
+                h_CD = h_ND[begin : begin + _CHUNK]
+                C, first = len(h_CD), begin % _BLOCK
+                torch.mm(h_CD, w_VD.T, out=logits_CV[:C])
+                for row in range(0, C, rows):
+                    logits = logits_CV[row : min(C, row + rows)]
+                    R = len(logits)
+                    targets_R1 = targets_N[begin + row : begin + row + R, None]
+                    top_R1 = logits.amax(dim=1, keepdim=True).float()
+                    e = e_RV[:R].copy_(logits).sub_(top_R1).exp_()
+                    sum_R1 = e.sum(dim=1, keepdim=True)
+                    loss += (sum_R1.log() + top_R1 - logits.gather(1, targets_R1)).sum()
+                    if wanted:
+                        # d loss / d logits = (softmax - one-hot) / N
+                        e.scatter_add_(1, targets_R1, -sum_R1)
+                        d_SV[first + row : first + row + R].copy_(e.mul_(1 / (sum_R1 * N)))
                 if wanted:
-                    # d loss / d logits = (softmax - one-hot) / N
-                    e.scatter_add_(1, targets_C1, -sum_C1)
-                    first = begin % _BLOCK
-                    d_CV = d_SV[first : first + C].copy_(e.mul_(1 / (sum_C1 * N)))
-                    torch.mm(d_CV, w_VD, out=dh_ND[begin : begin + C])
+                    torch.mm(d_SV[first : first + C], w_VD, out=dh_ND[begin : begin + C])
                     if first + C == _BLOCK or begin + C == N:
                         part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
                         dw_VD = part_VD.float() if dw_VD is None else dw_VD.add_(part_VD)
