@@ -132,8 +132,10 @@ class LocalDispatcher:
         self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return x_MD sorted by expert, in the products' type, the tokens of each [E], and the order, for `combine`."""
-        order_M = experts_NK.flatten().argsort(stable=True)
-        counts_E = torch.bincount(experts_NK.flatten(), minlength=n_experts)
+        experts_M = experts_NK.flatten()
+        order_M = experts_M.argsort(stable=True)
+        # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
+        counts_E = experts_M.new_zeros(n_experts).scatter_add_(0, experts_M, torch.ones_like(experts_M))
         return _Spread.apply(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND)), counts_E, order_M
 
     def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
@@ -238,7 +240,7 @@ class Experts(nn.Module):
 
     def forward(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D]."""
-        if x_MD.is_cuda and self.down_bias is None and torch.is_autocast_enabled("cuda"):
+        if x_MD.is_cuda and torch.is_autocast_enabled("cuda"):
             return self._grouped(x_MD.to(torch.get_autocast_dtype("cuda")), counts_E)
         if self.gated and not x_MD.is_cuda and torch.is_grad_enabled():
             x_MD = x_MD.to(_product_type(x_MD))
@@ -267,8 +269,15 @@ class Experts(nn.Module):
         """All experts in one grouped product each way, without the host learning the counts."""
         ends_E = counts_E.cumsum(0).to(torch.int32)
         first = self.gate_up_proj if self.gated else self.up_proj
-        h = self._activate(F.grouped_mm(x_MD, first.to(x_MD.dtype).transpose(1, 2), offs=ends_E))
-        return F.grouped_mm(h, self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
+        h = F.grouped_mm(x_MD, first.to(x_MD.dtype).transpose(1, 2), offs=ends_E)
+        if self.up_bias is None or self.down_bias is None:
+            return F.grouped_mm(self._activate(h), self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
+        # One where a row is an expert's: a product with it adds the biases, and their gradients up in a fixed order.
+        row_M1 = torch.arange(x_MD.shape[0], device=x_MD.device)[:, None]
+        own_ME = ((row_M1 < ends_E) & (row_M1 >= ends_E - counts_E)).to(h.dtype)
+        h = self._activate(h + own_ME @ self.up_bias.to(h.dtype))
+        y = F.grouped_mm(h, self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
+        return y + own_ME @ self.down_bias.to(h.dtype)
 
     def _activate(self, h: torch.Tensor) -> torch.Tensor:
         if not self.gated:
