@@ -6,6 +6,7 @@ that nothing needs a hub. Heavy imports stand inside the functions.
 
 import codecs
 import copy
+import hashlib
 import json
 import os
 import re
@@ -171,6 +172,18 @@ def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
         return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     return encode
+
+
+def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
+    """Return a function from the token ids of a text to that text, special tokens included."""
+    backend = tokenizer.backend_tokenizer
+    return lambda ids: backend.decode(ids, skip_special_tokens=False)
+
+
+def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """Return a name of the vocabulary: which token has which id. It is the same for a GGUF file and its original."""
+    tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return hashlib.blake2b(repr(tokens).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smolseek.data import blocks
-from smolseek.data.blocks import MixedStream, Source
+from smolseek.data.blocks import MixedStream, Source, TrainTexts
 from smolseek.data.hub import HubAway
 from smolseek.data.stream import is_validation
 from smolseek.errors import SmolseekError
@@ -54,7 +54,7 @@ def wanted(lists: Lists) -> list[str]:
 
 
 def mixed(*lists: Lists, weights: tuple[float, ...] = (), seq_len: int = 16, seed: int = 3) -> MixedStream:
-    sources = [Source(found, encode, EOS, seed, i, VAL) for i, found in enumerate(lists)]
+    sources = [Source(TrainTexts(found, encode, EOS, VAL), seed, i) for i, found in enumerate(lists)]
     return MixedStream(sources, weights or [1.0] * len(lists), seq_len, seed, "these")
 
 

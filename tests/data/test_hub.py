@@ -64,15 +64,16 @@ from huggingface_hub import constants
 constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.4
 from smolseek.config import DataConfig
 from smolseek.data import hub
-from smolseek.data.blocks import MixedStream, Source
-from smolseek.data.feed import fingerprint, open_data
+from smolseek.data.blocks import MixedStream, Source, TrainTexts
+from smolseek.data.feed import open_data
 hub.FIRST_PAUSE = 0.01
 data = DataConfig(sources=(sys.argv[1],), give_up_after=float(sys.argv[2]))
 corpus = open_data(data, 1000)
 encode = lambda texts: [list(text.encode()) for text in texts]
-sources = [Source(hub.HubShards(f, "text", data.give_up_after), encode, 0, 1, i, data.val_fraction)
-           for i, f in enumerate(corpus.files)]
-stream = MixedStream(sources, [f.name.weight for f in corpus.files], 64, 1, fingerprint(corpus.files))
+files = corpus.whole.files
+sources = [Source(TrainTexts(hub.HubShards(f, "text", data.give_up_after), encode, 0, data.val_fraction), 1, i)
+           for i, f in enumerate(files)]
+stream = MixedStream(sources, [f.name.weight for f in files], 64, 1, corpus.whole.fingerprint())
 whole = hashlib.sha256("".join(corpus.validation).encode())
 for _ in range(int(sys.argv[3])):
     whole.update(stream.next_batch(8).numpy().tobytes())

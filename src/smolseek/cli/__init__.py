@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from smolseek import __version__, console
 from smolseek.cli.auditing import audit
 from smolseek.cli.models import compare, convert, inspect
+from smolseek.cli.preparing import prepare
 from smolseek.cli.reporting import report
 from smolseek.cli.training import train
 from smolseek.cli.writing import chat, generate
@@ -21,6 +22,7 @@ Small DeepSeek-style language models.
 
   inspect   what a preset or a model amounts to: parameters, cache, arithmetic, memory
   train     train a model from a preset, or go on with a run
+  prepare   make text into tokens once, for training at memory speed
   generate  continue a prompt
   chat      talk with a model that has a chat template
   convert   make a DeepSeek model of a Llama's weights, with nothing lost
@@ -37,6 +39,7 @@ smolseek VERB --help tells a verb's options, --version the version; --debug show
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "inspect": inspect,
     "train": train,
+    "prepare": prepare,
     "generate": generate,
     "chat": chat,
     "convert": convert,

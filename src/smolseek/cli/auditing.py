@@ -74,7 +74,7 @@ def audit(argv: Sequence[str]) -> None:
     if args.data:
         corpus = subjects.open_text(args.data, args.text_column)
     elif subject.config is not None:
-        corpus = open_data(subject.config.data, subject.config.eval_tokens)
+        corpus = open_data(subject.config.data, subject.config.eval_tokens, tokenizer)
     findings = auditing.audit(
         subject,
         loss=loss,

@@ -3,7 +3,7 @@
 A source's documents are read in order, shards shuffled anew every epoch, and handed out in blocks: within a block
 they come in an order drawn from (seed, source, epoch, block). A position is therefore a few numbers, and going back
 to it reads one block again. Sources are mixed document by document: next comes the one furthest behind its share of
-the tokens. Documents of the validation side of the split (`stream.is_validation`) are passed over.
+the tokens.
 """
 
 import atexit
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from smolseek.data.stream import CHUNK, Encode, cut_rows, encode_documents, is_validation
+from smolseek.data.stream import CHUNK, Encode, Texts, cut_rows, encode_documents, is_validation
 from smolseek.errors import SmolseekError
 
 BLOCK = 4096
@@ -27,12 +27,35 @@ QUEUE = 32
 
 
 class Shards(Protocol):
-    """Texts by shard and row."""
+    """The training documents of a source by shard and row, as text or as tokens."""
 
     def __len__(self) -> int: ...
 
-    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
-        """Yield (number, text) of a shard's rows from number `row` on; `stop` ends retries."""
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, Any]]:
+        """Yield (number, document) of a shard's training documents from row `row` on; `stop` ends retries."""
+
+    def tokens(self, documents: list[Any]) -> list[np.ndarray]:
+        """Return the tokens of such documents with EOS."""
+
+
+class TrainTexts:
+    """The training side of texts, encoded."""
+
+    def __init__(self, texts: Texts, encode: Encode, eos_id: int, val_fraction: float) -> None:
+        self._texts, self._encode, self._eos_id, self._val_fraction = texts, encode, eos_id, val_fraction
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str]]:
+        """Yield (number, text) of a shard's training documents from row `row` on; `stop` ends retries."""
+        for number, text in self._texts.rows(shard, row, stop):
+            if text and text.strip() and not is_validation(text, self._val_fraction):
+                yield number, text
+
+    def tokens(self, documents: list[str]) -> list[np.ndarray]:
+        """Return the tokens of texts with EOS, uint32."""
+        return encode_documents(documents, self._encode, self._eos_id)
 
 
 class Position(NamedTuple):
@@ -52,34 +75,31 @@ class Position(NamedTuple):
 class Source:
     """The endless documents of one data set in their seeded order."""
 
-    def __init__(
-        self, shards: Shards, encode: Encode, eos_id: int, seed: int, number: int, val_fraction: float
-    ) -> None:
-        self._shards, self._encode, self._eos_id = shards, encode, eos_id
-        self._seed, self._number, self._val_fraction = seed, number, val_fraction
+    def __init__(self, shards: Shards, seed: int, number: int) -> None:
+        """`number` is the source's place among those of the run, so that no two are shuffled alike."""
+        self._shards, self._seed, self._number = shards, seed, number
 
     def chunks(self, at: Position, stop: threading.Event) -> Iterator[list[tuple[Position, np.ndarray]]]:
-        """Yield documents from `at` on and for ever: where each stands, and its tokens with EOS (uint32)."""
+        """Yield documents from `at` on and for ever: where each stands, and its tokens with EOS."""
         while True:
             rows = self._epoch(at, stop)
             found = False
             while True:
-                # The block's texts, and where the next one begins.
-                texts: list[str] = []
+                # The block's documents, and where the next one begins.
+                documents: list[Any] = []
                 shard, row = at.shard, at.row
-                for place, number, text in rows:
+                for place, number, document in rows:
                     shard, row = place, number + 1
-                    if text and text.strip() and not is_validation(text, self._val_fraction):
-                        texts.append(text)
-                    if len(texts) == BLOCK:
+                    documents.append(document)
+                    if len(documents) == BLOCK:
                         break
-                if not texts:
+                if not documents:
                     break
                 found = True
-                order = self._order(len(texts), at.epoch, 1 + at.block)
+                order = self._order(len(documents), at.epoch, 1 + at.block)
                 for start in range(at.document, len(order), CHUNK):
                     picked = order[start : start + CHUNK]
-                    tokens = encode_documents([texts[i] for i in picked], self._encode, self._eos_id)
+                    tokens = self._shards.tokens([documents[i] for i in picked])
                     places = (at._replace(document=place) for place in range(start, start + len(picked)))
                     yield list(zip(places, tokens, strict=True))
                 at = Position(at.epoch, at.block + 1, shard, row)
@@ -87,12 +107,12 @@ class Source:
                 raise SmolseekError("the data hold no training document: give more, or lower --data.val-fraction")
             at = Position(at.epoch + 1)
 
-    def _epoch(self, at: Position, stop: threading.Event) -> Iterator[tuple[int, int, str | None]]:
-        """Yield (shard's place, row, text) from the beginning of the block of `at` to the end of the epoch."""
+    def _epoch(self, at: Position, stop: threading.Event) -> Iterator[tuple[int, int, Any]]:
+        """Yield (shard's place, row, document) from the beginning of the block of `at` to the end of the epoch."""
         order = self._order(len(self._shards), at.epoch, 0)
         for place in range(at.shard, len(order)):
-            for row, text in self._shards.rows(order[place], at.row if place == at.shard else 0, stop):
-                yield place, row, text
+            for row, document in self._shards.rows(order[place], at.row if place == at.shard else 0, stop):
+                yield place, row, document
 
     def _order(self, n: int, *key: int) -> list[int]:
         # Raw PCG64 numbers never change between numpy releases, which Generator.permutation does not promise.

@@ -1,15 +1,25 @@
-"""What `--data` names, opened for training: whole local text, or hub data sets of which only a sample is held."""
+"""What `--data` names, opened for training: local text held whole; hub data sets and prepared tokens as they come."""
 
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.data.blocks import MixedStream, Source
+from smolseek.data.blocks import MixedStream, Source, TrainTexts
 from smolseek.data.hub import HubFiles, HubShards, find_files, parse_names
-from smolseek.data.stream import Corpus, Encode, TrainStream, is_validation, open_corpus
+from smolseek.data.preparing import TextSource
+from smolseek.data.shards import Prepared, TokenShards, is_prepared
+from smolseek.data.sources import read_documents
+from smolseek.data.stream import Corpus, Encode, TrainStream, is_validation, open_corpus, text_key
 from smolseek.errors import SmolseekError
+from smolseek.tokenizer import decoder, vocabulary_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TRAIN_CHARACTERS = 8_000_000
 """Training text kept of a hub data set for the audit, at most."""
@@ -37,18 +47,58 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
     return dataclasses.replace(data, sources=tuple(files.pinned for files in found))
 
 
-def open_data(data: DataConfig, eval_tokens: int = 65_536) -> Corpus:
-    """Return the documents of `data`, split; of hub data sets the first ones, enough for `eval_tokens`.
+@dataclasses.dataclass(frozen=True)
+class HubData:
+    """Hub data sets, of which a run reads the shards as it goes."""
+
+    files: tuple[HubFiles, ...]
+
+    def summary(self) -> str:
+        """Return in a few words what they are."""
+        shards = sum(len(found.shards) for found in self.files)
+        return f"{shards:,} shards of {', '.join(found.pinned for found in self.files)}"
+
+    def fingerprint(self) -> str:
+        """Return a name of the contents: their commits, weights, and the names and sizes of their files."""
+        kept = [(found.pinned, [(shard.path, shard.size) for shard in found.shards]) for found in self.files]
+        shards = sum(len(found.shards) for found in self.files)
+        return f"{shards} hub shards, {hashlib.blake2b(repr(kept).encode(), digest_size=16).hexdigest()}"
+
+
+def open_data(
+    data: DataConfig, eval_tokens: int = 65_536, tokenizer: "PreTrainedTokenizerFast | None" = None
+) -> Corpus:
+    """Return the documents of `data`, split; of what is too large to hold the first ones, enough for `eval_tokens`.
+
+    `tokenizer` gives the text of prepared tokens back.
 
     Raises:
-        SmolseekError: as `stream.open_corpus` and `hub.find_files`.
+        SmolseekError: as `stream.open_corpus`, `hub.find_files` and `shards.Prepared`, or for prepared tokens without
+            a tokenizer or with another than theirs.
     """
     names = parse_names(data.sources)
-    if not names:
+    if names:
+        corpus = _sample_hub(data, HubData(tuple(find_files(name, data.give_up_after) for name in names)), eval_tokens)
+    elif any(is_prepared(source) for source in data.sources):
+        if len(data.sources) > 1:
+            raise SmolseekError(
+                f"data {' '.join(data.sources)}: prepared tokens stand alone: prepare all of it together"
+            )
+        corpus = _sample_prepared(data, Prepared(data.sources[0]), eval_tokens, tokenizer)
+    else:
         return open_corpus(data)
-    corpus = Corpus([], [], files=tuple(find_files(name, data.give_up_after) for name in names))
-    for files in corpus.files:
-        share = files.name.weight / sum(name.weight for name in names)
+    if not corpus.validation or not corpus.train:
+        raise SmolseekError(
+            f"the data hold {len(corpus.train):,} training and {len(corpus.validation):,} validation documents at "
+            f"data.val_fraction {data.val_fraction}: change --data.val-fraction or give more documents"
+        )
+    return corpus
+
+
+def _sample_hub(data: DataConfig, hub: HubData, eval_tokens: int) -> Corpus:
+    corpus = Corpus([], [], whole=hub)
+    for files in hub.files:
+        share = files.name.weight / sum(found.name.weight for found in hub.files)
         wanted, kept = eval_tokens * CHARACTERS_PER_TOKEN * share, TRAIN_CHARACTERS * share
         shards = HubShards(files, data.text_column, data.give_up_after)
         rows = (row for shard in range(len(shards)) for row in shards.rows(shard, 0, threading.Event()))
@@ -63,12 +113,35 @@ def open_data(data: DataConfig, eval_tokens: int = 65_536) -> Corpus:
                 kept -= len(text)
             if wanted <= 0:
                 break
-    if not corpus.validation or not corpus.train:
-        raise SmolseekError(
-            f"the data hold {len(corpus.train):,} training and {len(corpus.validation):,} validation documents at "
-            f"data.val_fraction {data.val_fraction}: change --data.val-fraction or give more documents"
-        )
     return corpus
+
+
+def _sample_prepared(
+    data: DataConfig, prepared: Prepared, eval_tokens: int, tokenizer: "PreTrainedTokenizerFast | None"
+) -> Corpus:
+    if tokenizer is None:
+        raise SmolseekError(f"data {prepared.path} is prepared tokens, and text is needed here: give the text itself")
+    prepared.check_vocabulary(vocabulary_digest(tokenizer))
+    decode = decoder(tokenizer)
+    corpus = Corpus([], [], whole=prepared)
+    total = sum(prepared.weights)
+    for number, weight in enumerate(prepared.weights):
+        for side, limit in (
+            (corpus.validation, eval_tokens * CHARACTERS_PER_TOKEN * weight / total),
+            (corpus.train, TRAIN_CHARACTERS * weight / total),
+        ):
+            for tokens in _documents(TokenShards(prepared, number, data.val_fraction, side is corpus.validation)):
+                if limit <= 0:
+                    break
+                side.append(decode(tokens[:-1].tolist()))
+                limit -= len(side[-1])
+    return corpus
+
+
+def _documents(shards: TokenShards) -> Iterator[np.ndarray]:
+    for shard in range(len(shards)):
+        for _, tokens in shards.rows(shard, 0, threading.Event()):
+            yield tokens
 
 
 def open_stream(
@@ -77,24 +150,60 @@ def open_stream(
     """Return the training rows of what `open_data` returned.
 
     Raises:
-        SmolseekError: when the documents hold less than `min_tokens`.
+        SmolseekError: when the documents hold less than `min_tokens`, or prepared ones end in another token.
     """
-    if not corpus.files:
+    data, whole = config.data, corpus.whole
+    if isinstance(whole, HubData):
+        weights = [files.name.weight for files in whole.files]
+        shards = [
+            TrainTexts(HubShards(files, data.text_column, data.give_up_after), encode, eos_id, data.val_fraction)
+            for files in whole.files
+        ]
+        sources = [Source(found, config.seed, number) for number, found in enumerate(shards)]
+    elif isinstance(whole, Prepared):
+        whole.check_eos(eos_id)
+        weights = whole.weights
+        sources = [
+            Source(TokenShards(whole, number, data.val_fraction, validation=False), config.seed, number)
+            for number in range(len(weights))
+        ]
+    else:
         return TrainStream(corpus.train, encode, eos_id, config.seq_len, config.seed, min_tokens=min_tokens)
-    data = config.data
-    sources = [
-        Source(
-            HubShards(files, data.text_column, data.give_up_after), encode, eos_id, config.seed, i, data.val_fraction
-        )
-        for i, files in enumerate(corpus.files)
+    return MixedStream(sources, weights, config.seq_len, config.seed, whole.fingerprint())
+
+
+class LocalTexts:
+    """Files, folders and builtin as one shard; exact copies of an earlier document come as None."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return 1
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
+        """Yield (number, text) from document number `row` on."""
+        seen: set[int] = set()
+        for number, text in enumerate(read_documents(self._data.sources, self._data.text_column)):
+            key = text_key(text)
+            if number >= row:
+                yield number, None if key in seen else text
+            seen.add(key)
+
+
+def open_texts(data: DataConfig) -> list[TextSource]:
+    """Return what `data` names as texts to be prepared.
+
+    Raises:
+        SmolseekError: as `hub.find_files`, and for a folder that is prepared already.
+    """
+    if any(is_prepared(source) for source in data.sources):
+        raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")
+    names = parse_names(data.sources)
+    if not names:
+        return [TextSource(" ".join(data.sources), LocalTexts(data))]
+    found = [find_files(name, data.give_up_after) for name in names]
+    return [
+        TextSource(files.pinned, HubShards(files, data.text_column, data.give_up_after), files.name.weight)
+        for files in found
     ]
-    weights = [files.name.weight for files in corpus.files]
-    return MixedStream(sources, weights, config.seq_len, config.seed, fingerprint(corpus.files))
-
-
-def fingerprint(files: Sequence[HubFiles]) -> str:
-    """Return a name of the data sets' contents: their commits, weights, and the names and sizes of their files."""
-    whole = hashlib.blake2b(digest_size=16)
-    for found in files:
-        whole.update(repr((found.pinned, [(shard.path, shard.size) for shard in found.shards])).encode())
-    return f"{sum(len(found.shards) for found in files)} hub shards, {whole.hexdigest()}"

@@ -5,16 +5,16 @@ Row n is its tokens nT to (n+1)T inclusive, so a row holds T inputs and T target
 """
 
 import hashlib
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from smolseek.config import DataConfig
-from smolseek.data.hub import HubFiles
 from smolseek.data.sources import read_documents
 from smolseek.errors import SmolseekError
 
@@ -24,6 +24,25 @@ CHUNK = 64
 """Documents encoded at a time: enough to keep all cores busy."""
 CACHED_CHARACTERS = 64_000_000
 """Corpora up to this size keep their tokens in memory, so that only the first epoch encodes."""
+
+
+class Texts(Protocol):
+    """Texts by shard and row."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
+        """Yield (number, text) of a shard's rows from number `row` on; `stop` ends retries."""
+
+
+class Whole(Protocol):
+    """Data too large to hold."""
+
+    def summary(self) -> str:
+        """Return in a few words what they are."""
+
+    def fingerprint(self) -> str:
+        """Return a name of their contents."""
 
 
 @dataclass
@@ -36,16 +55,13 @@ class Corpus:
     """Documents never trained on."""
     duplicates: int = 0
     """Exact copies of an earlier document that were dropped."""
-    files: tuple[HubFiles, ...] = ()
-    """The hub data sets of which the documents are only a sample; none where they are all there is."""
+    whole: Whole | None = None
+    """What the documents are only a sample of; None where they are all there is."""
 
     def summary(self) -> str:
         """Return in a few words what there is to train on."""
-        documents = f"{len(self.validation):,} validation documents"
-        if not self.files:
-            return f"{len(self.train):,} training and {documents}"
-        shards = sum(len(found.shards) for found in self.files)
-        return f"{shards:,} shards of {', '.join(found.pinned for found in self.files)}; {documents}"
+        what = f"{len(self.train):,} training" if self.whole is None else f"{self.whole.summary()};"
+        return f"{what} {'and ' if self.whole is None else ''}{len(self.validation):,} validation documents"
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -77,7 +93,12 @@ def is_validation(text: str, fraction: float) -> bool:
 
     Other documents have no say in it, so adding files moves no document to the other side.
     """
-    return int.from_bytes(_digest(text)[:8], "big") < fraction * 2.0**64
+    return text_key(text) < fraction * 2.0**64
+
+
+def text_key(text: str) -> int:
+    """Return the number below 2**64 that says on which side of the split a document falls."""
+    return int.from_bytes(_digest(text)[:8], "big")
 
 
 def _digest(text: str) -> bytes:

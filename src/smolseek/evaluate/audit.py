@@ -161,7 +161,7 @@ def audit_text(corpus: Corpus | None, encode: Encode | None, vocab: int, claim: 
         train, test = _few(corpus.train, TRAIN_CHARACTERS), _few(corpus.validation, TEST_CHARACTERS)
         learnt = encode(train)
         sticks = yardsticks(learnt, encode(test), "\n\n".join(train)[-XZ_CHARACTERS:], "\n\n".join(test), vocab)
-        if not corpus.files:  # of a sample the whole is not known
+        if corpus.whole is None:  # of a sample the whole is not known
             size = sum(map(len, learnt)) / sum(map(len, train)) * sum(map(len, corpus.train))
     if claim is None or not claim.losses:
         findings = [skipped("plausibility", "no loss is reported (a run's metrics, or --reported-loss)")]
@@ -169,7 +169,7 @@ def audit_text(corpus: Corpus | None, encode: Encode | None, vocab: int, claim: 
         findings = check_plausibility(claim.losses, tokens=claim.tokens, corpus_tokens=size, sticks=sticks)
     if corpus is None:
         return [*findings, skipped("data", "no text is known (--data)")]
-    return findings + check_data(corpus.train, corpus.validation, sampled=bool(corpus.files))
+    return findings + check_data(corpus.train, corpus.validation, sampled=corpus.whole is not None)
 
 
 def _audit_record(subject: Subject, corpus: Corpus | None, encode: Encode | None) -> list[Finding]:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from smolseek.config import TrainConfig
-from smolseek.data.feed import fingerprint
 from smolseek.data.stream import Corpus, TrainStream, is_validation
 from smolseek.evaluate.finding import Finding, judged, skipped
 from smolseek.run_folder import RunFolder
@@ -109,8 +108,8 @@ def check_record(
     if state is None:
         findings = [skipped("data: validation never trained on", "there is no checkpoint with the run's data position")]
     else:
-        here = fingerprint(corpus.files) if corpus.files else stream.state_dict()["fingerprint"]
-        counted = f"a sample of {len(corpus.train):,}" if corpus.files else here.split(",")[0]
+        here = corpus.whole.fingerprint() if corpus.whole else stream.state_dict()["fingerprint"]
+        counted = f"a sample of {len(corpus.train):,}" if corpus.whole else here.split(",")[0]
         differs = state.get("fingerprint") != here
         findings = [
             judged(

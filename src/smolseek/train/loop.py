@@ -67,7 +67,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.init is None:
         tokenizer = for_training(tokenizer, eos_id)
     encode = encoder(tokenizer)
-    corpus = open_data(config.data, config.eval_tokens)
+    corpus = open_data(config.data, config.eval_tokens, tokenizer)
     step_tokens = config.batch_size * config.grad_accum * config.seq_len
     stream = open_stream(config, corpus, encode, eos_id, min_tokens=step_tokens + 1)
     val_rows, val_bytes = validation_rows(

@@ -1,0 +1,60 @@
+"""Making text into tokens once: `smolseek prepare`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from smolseek import console
+from smolseek.cli.words import parse
+from smolseek.errors import SmolseekError
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Make text into tokens once, for training at memory speed: smolseek train PRESET --data OUT.
+
+    The same command goes on where an earlier one stopped.
+    """
+
+    out: str
+    """Folder to write; made if absent."""
+    data: tuple[str, ...] = ("builtin",)
+    """What `smolseek train --data` takes: builtin, files, folders or hub data sets."""
+    tokens: int | None = None
+    """How many tokens are wanted in all; everything there is where None."""
+    tokenizer: str = "smollm2"
+    """`smollm2`, a hub name, a folder or a .gguf file."""
+    eos_id: int = 0
+    """Token that ends each document: the model's eos_token_id."""
+    text_column: str = "text"
+    """Column (parquet) or key (JSONL) that holds the text."""
+    give_up_after: float = 1800.0
+    """Seconds without an answer of the hub after which to stop."""
+
+
+def prepare(argv: Sequence[str]) -> None:
+    """Carry out `smolseek prepare OUT`."""
+    args = parse(PrepareArgs, "prepare", argv)
+    if args.tokens is not None and args.tokens < 1:
+        raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
+    from smolseek.config import DataConfig
+    from smolseek.data import feed, preparing
+    from smolseek.data.shards import prepared_names
+    from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    for_training(tokenizer, args.eos_id)  # refuses an end token that is none
+    data = DataConfig(sources=args.data, text_column=args.text_column, give_up_after=args.give_up_after)
+    begun = prepared_names(args.out)
+    data = feed.pin(data, DataConfig(sources=begun) if begun else None)
+    target = preparing.Target(
+        path=Path(args.out),
+        encode=encoder(tokenizer),
+        decode=decoder(tokenizer),
+        eos_id=args.eos_id,
+        vocab=len(tokenizer),
+        tokenizer=vocabulary_digest(tokenizer),
+        tokenizer_name=args.tokenizer,
+    )
+    held = preparing.prepare(feed.open_texts(data), target, args.tokens)
+    console.say(f"{args.out} holds {held:,} tokens: smolseek train PRESET --data {args.out}")

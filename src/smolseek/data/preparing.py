@@ -1,0 +1,223 @@
+"""`smolseek prepare`: text made into tokens once, part by part; what was finished stays and is gone on from."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smolseek import console
+from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum
+from smolseek.data.stream import Encode, Texts, encode_documents, text_key
+from smolseek.errors import SmolseekError
+
+PART_TOKENS = 1 << 25
+"""Tokens of a part: what an interruption can cost."""
+ENCODED = 256
+"""Documents encoded at a time."""
+KINDS = ("tokens", "documents")
+
+
+@dataclass
+class TextSource:
+    """A source to be prepared."""
+
+    name: str
+    """As `--data` takes it, with its commit."""
+    texts: Texts
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the tokens go and what they are."""
+
+    path: Path
+    encode: Encode
+    decode: Callable[[list[int]], str]
+    eos_id: int
+    vocab: int
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
+    tokenizer_name: str
+
+
+def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None) -> int:
+    """Write the tokens of `sources` to a folder, going on where an earlier call stopped; return how many it holds.
+
+    Args:
+        sources: the text.
+        to: the folder, and the tokenizer.
+        tokens: how many are wanted in all, by the sources' weights; all there are where None.
+
+    Raises:
+        SmolseekError: if the folder holds something else, or the tokenizer does not give a text back.
+        HubAway: when the data do not come; what was finished stays.
+    """
+    index = _begin(sources, to, tokens)
+    try:
+        _write(sources, index, to, tokens)
+    except OSError as error:
+        raise SmolseekError(
+            f"{to.path} cannot be written ({error.strerror}): make room and give the same command again, it goes on"
+        ) from None
+    return _held(index)
+
+
+def _write(sources: Sequence[TextSource], index: dict[str, Any], to: Target, tokens: int | None) -> None:
+    total = sum(source.weight for source in sources)
+    began, before = time.monotonic(), _held(index)
+    with console.progress(tokens or sum(entry["shards"] for entry in index["sources"]), "preparing") as bar:
+
+        def tell(unwritten: int) -> None:
+            held = _held(index) + unwritten
+            rate = (held - before) / max(time.monotonic() - began, 1e-9)
+            shards = sum(entry["at"]["shard"] for entry in index["sources"])
+            bar.update(min(held, tokens) if tokens else shards, f"{held:,} tokens, {rate:,.0f} tokens/s")
+
+        for source, entry in zip(sources, index["sources"], strict=True):
+            wanted = None if tokens is None else round(tokens * source.weight / total)
+            while not entry["done"]:
+                part = _write_part(source, entry, to, np.dtype(index["dtype"]), wanted, tell)
+                if part is not None:
+                    entry["parts"].append(part)
+                _write_index(to.path, index)
+
+
+def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None) -> dict[str, Any]:
+    """Return the index of an earlier call, or a new one; remove what no index names."""
+    index: dict[str, Any] = {
+        "format": FORMAT,
+        "tokenizer": to.tokenizer,
+        "tokenizer_name": to.tokenizer_name,
+        "eos_id": to.eos_id,
+        "dtype": "<u2" if to.vocab <= 1 << 16 else "<u4",
+        "limit": tokens,
+        "sources": [
+            {
+                "number": number,
+                "name": source.name,
+                "weight": source.weight,
+                "shards": len(source.texts),
+                "done": False,
+                "at": {"shard": 0, "row": 0},
+                "parts": [],
+            }
+            for number, source in enumerate(sources)
+        ],
+    }
+    path = to.path / INDEX
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            found = found if isinstance(found, dict) else {}
+        except ValueError:
+            found = {}
+        if _identity(found) != _identity(index):
+            raise SmolseekError(f"{to.path} holds other data, or is of another tokenizer or --tokens: choose another")
+        index = found
+    elif to.path.exists() and (not to.path.is_dir() or any(to.path.iterdir())):
+        raise SmolseekError(f"{to.path} is there and not empty: choose another folder")
+    to.path.mkdir(parents=True, exist_ok=True)
+    _write_index(to.path, index)
+    named = {f"{part['name']}.{kind}" for s in index["sources"] for part in s["parts"] for kind in KINDS}
+    for file in to.path.iterdir():
+        if file.suffix in (".tmp", ".tokens", ".documents") and file.name not in named:
+            file.unlink()
+    return index
+
+
+def _identity(index: dict[str, Any]) -> Any:
+    """What an index must share with that of the call that goes on with it."""
+    named = [(source.get("name"), source.get("weight")) for source in index.get("sources", ())]
+    return [index.get(key) for key in ("format", "tokenizer", "eos_id", "dtype", "limit")], named
+
+
+def _held(index: dict[str, Any]) -> int:
+    held = sum(part["tokens"]["bytes"] for source in index["sources"] for part in source["parts"])
+    return held // np.dtype(index["dtype"]).itemsize
+
+
+def _write_part(
+    source: TextSource,
+    entry: dict[str, Any],
+    to: Target,
+    dtype: np.dtype,
+    wanted: int | None,
+    tell: Callable[[int], None],
+) -> dict[str, Any] | None:
+    """Write the next part of one shard and move `entry` behind it; None if the shard has no more documents."""
+    shard, row = entry["at"]["shard"], entry["at"]["row"]
+    limit = PART_TOKENS
+    if wanted is not None:
+        limit = min(limit, wanted - sum(part["tokens"]["bytes"] for part in entry["parts"]) // dtype.itemsize)
+    if limit <= 0 or shard == entry["shards"]:
+        entry["done"] = True
+        return None
+    number = len(entry["parts"])
+    name = f"{entry['number']:02d}-{shard:05d}-{number:06d}"
+    pieces: list[np.ndarray] = []
+    keys: list[int] = []
+    held, ended = 0, True
+    rows = source.texts.rows(shard, row, threading.Event())
+    while found := list(islice(rows, ENCODED)):
+        row = found[-1][0] + 1
+        texts = [text for _, text in found if text and text.strip()]
+        tokens = encode_documents(texts, to.encode, to.eos_id)
+        if texts and not entry["parts"] and not pieces:
+            _require_exact(texts[0], tokens[0], to)
+        pieces += [piece.astype(dtype) for piece in tokens]
+        keys += [text_key(text) for text in texts]
+        held += sum(map(len, tokens))
+        tell(held)
+        if held >= limit:
+            ended = False
+            break
+    entry["at"] = {"shard": shard + 1, "row": 0} if ended else {"shard": shard, "row": row}
+    if not pieces:
+        return None
+    documents = np.zeros(len(pieces), DOCUMENT)
+    documents["tokens"], documents["key"] = [len(piece) for piece in pieces], keys
+    data = {"tokens": np.concatenate(pieces), "documents": documents}
+    part: dict[str, Any] = {"name": name, "shard": shard}
+    for kind in KINDS:
+        write_file(to.path / f"{name}.{kind}", data[kind])
+        part[kind] = {"bytes": data[kind].nbytes, "blake2b": checksum(data[kind].view(np.uint8))}
+    return part
+
+
+def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
+    # The audit and the validation's bytes are taken from the text that the tokens give back.
+    if to.decode(tokens[:-1].tolist()) != text:
+        raise SmolseekError(
+            f"the tokenizer {to.tokenizer_name} does not give a text back as it was: train on the text itself"
+        )
+
+
+def _write_index(folder: Path, index: dict[str, Any]) -> None:
+    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+
+
+def write_file(path: Path, data: Any) -> None:
+    """Write a file so that it is there whole or not at all, also after a power cut."""
+    tmp = path.with_name(path.name + ".tmp")
+    try:
+        with tmp.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+    tmp.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,209 @@
+"""Tokens prepared once: the same rows as the stream's, whole after any interruption, checked when read."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolseek.data import blocks, preparing
+from smolseek.data.blocks import MixedStream, Source, TrainTexts
+from smolseek.data.hub import HubAway
+from smolseek.data.preparing import Target, TextSource, prepare
+from smolseek.data.shards import Prepared, TokenShards, is_prepared
+from smolseek.data.stream import is_validation
+from smolseek.errors import SmolseekError
+
+EOS, VAL = 0, 0.1
+
+
+def encode(texts: list[str]) -> list[list[int]]:
+    return [list(text.encode()) for text in texts]
+
+
+class Lists:
+    """Texts held in memory, which cannot be read at `away_at`, a (shard, row)."""
+
+    def __init__(self, name: str, sizes: tuple[int, ...]) -> None:
+        self.texts = [[f"{name} {s}.{i} " + "word " * (i % 9) for i in range(n)] for s, n in enumerate(sizes)]
+        for shard in self.texts:
+            shard.insert(len(shard) // 2, " ")
+        self.away_at: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
+        for number in range(row, len(self.texts[shard])):
+            if (shard, number) == self.away_at:
+                raise HubAway("away")
+            yield number, self.texts[shard][number]
+
+
+def sources() -> list[TextSource]:
+    return [TextSource("a", Lists("a", (70, 0, 45, 90)), 0.7), TextSource("b", Lists("b", (80, 20)), 0.3)]
+
+
+def target(path: Path, **changes: object) -> Target:
+    values = {"encode": encode, "decode": lambda ids: bytes(ids).decode(), "eos_id": EOS, "vocab": 256}
+    return Target(path=path, **(values | {"tokenizer": "abc", "tokenizer_name": "bytes"} | changes))  # type: ignore[arg-type]
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "PART_TOKENS", 300)
+    monkeypatch.setattr(preparing, "ENCODED", 4)
+    monkeypatch.setattr(blocks, "BLOCK", 50)
+    monkeypatch.setattr(blocks, "CHUNK", 7)
+
+
+def test_rows_are_those_of_the_stream(tmp_path: Path) -> None:
+    held = prepare(sources(), target(tmp_path / "out"))
+    whole = Prepared(tmp_path / "out")
+    assert (
+        held == whole.tokens == sum(len(t) + 1 for s in sources() for shard in s.texts.texts for t in shard if t != " ")
+    )
+    assert len(whole.index["sources"][0]["parts"]) > 10
+    texts = [Source(TrainTexts(found.texts, encode, EOS, VAL), 5, i) for i, found in enumerate(sources())]
+    tokens = [Source(TokenShards(whole, i, VAL, validation=False), 5, i) for i in range(2)]
+    expected = MixedStream(texts, [0.7, 0.3], 16, 5, "x").next_batch(1500)
+    got = MixedStream(tokens, whole.weights, 16, 5, "x")
+    assert torch.equal(torch.cat([got.next_batch(3) for _ in range(250)]), expected[:750])
+    state = got.state_dict()
+    again = MixedStream(tokens, whole.weights, 16, 5, "x")
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert torch.equal(torch.cat([again.next_batch(5) for _ in range(150)]), expected[750:])
+
+
+def test_both_sides_of_the_split(tmp_path: Path) -> None:
+    prepare(sources()[:1], target(tmp_path / "out"))
+    sides = [
+        [bytes(tokens[:-1].tolist()).decode() for s in range(4) for _, tokens in found.rows(s, 0, threading.Event())]
+        for found in (TokenShards(Prepared(tmp_path / "out"), 0, VAL, side) for side in (True, False))
+    ]
+    texts = [text for shard in sources()[0].texts.texts for text in shard if text != " "]  # type: ignore[attr-defined]
+    assert sides[0] == [text for text in texts if is_validation(text, VAL)] and sides[0]
+    assert sides[1] == [text for text in texts if not is_validation(text, VAL)]
+
+
+@pytest.mark.parametrize("away_at", [(0, 0), (0, 33), (2, 44), (3, 90)])
+def test_interrupted_anywhere_it_goes_on_to_the_same_files(tmp_path: Path, away_at: tuple[int, int]) -> None:
+    prepare(sources(), target(tmp_path / "plain"))
+    broken = sources()
+    broken[0].texts.away_at = away_at  # type: ignore[attr-defined]
+    with pytest.raises(HubAway):
+        prepare(broken, target(tmp_path / "out"))
+    assert is_prepared(tmp_path / "out")
+    with pytest.raises(SmolseekError, match="not finished"):
+        Prepared(tmp_path / "out")
+    # What a kill may leave behind: a part begun, and one that the index does not name yet.
+    for name in ("00-00000-000099.tokens", "00-00000-000098.tokens.tmp", "index.json.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"half")
+    prepare(sources(), target(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    prepare(sources(), target(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None:
+    prepare(sources(), target(tmp_path / "plain"))
+    written, real = 0, preparing.os.fsync
+
+    def fsync(file: int) -> None:
+        nonlocal written
+        written += 1
+        if written > 12:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    monkeypatch.setattr(preparing.os, "fsync", fsync)
+    with pytest.raises(SmolseekError, match=r"No space left on device.*same command"):
+        prepare(sources(), target(tmp_path / "out"))
+    monkeypatch.setattr(preparing.os, "fsync", real)
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    prepare(sources(), target(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+
+
+def test_only_so_many_tokens(tmp_path: Path) -> None:
+    held = prepare(sources(), target(tmp_path / "out"), tokens=2000)
+    parts = [sum(p["tokens"]["bytes"] // 2 for p in s["parts"]) for s in Prepared(tmp_path / "out").index["sources"]]
+    assert 2000 <= held == sum(parts) < 2600
+    assert 1400 <= parts[0] < 1700 and 600 <= parts[1] < 900
+
+
+def test_damage_is_found_and_named(tmp_path: Path) -> None:
+    prepare(sources(), target(tmp_path / "out"))
+    names = sorted(file.name for file in (tmp_path / "out").glob("00-*"))
+    for name in (names[0], names[3]):
+        copy = tmp_path / f"damaged {name}"
+        shutil.copytree(tmp_path / "out", copy)
+        data = bytearray((copy / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copy / name).write_bytes(data)
+        source = Source(TokenShards(Prepared(copy), 0, VAL, validation=False), 5, 0)
+        with pytest.raises(SmolseekError, match=f"{name} is damaged"):
+            MixedStream([source], [1.0], 16, 5, "x").next_batch(1000)
+        (copy / name).write_bytes(data[:-1])
+        with pytest.raises(SmolseekError, match=f"{name} is missing or has not"):
+            Prepared(copy)
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    prepare(sources(), target(tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    for found, to, tokens in (
+        (sources()[:1], target(tmp_path / "out"), None),
+        (sources(), target(tmp_path / "out", tokenizer="other"), None),
+        (sources(), target(tmp_path / "out", eos_id=1), None),
+        (sources(), target(tmp_path / "out"), 5000),
+    ):
+        with pytest.raises(SmolseekError, match="holds other data"):
+            prepare(found, to, tokens)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.tokens").write_text("x")
+    with pytest.raises(SmolseekError, match="not empty"):
+        prepare(sources(), target(tmp_path / "mine"))
+    assert (tmp_path / "mine/letter.tokens").exists()
+    with pytest.raises(SmolseekError, match="does not give a text back"):
+        prepare(sources(), target(tmp_path / "lossy", decode=lambda ids: bytes(ids).decode().upper()))
+
+
+def test_larger_vocabularies_take_four_bytes(tmp_path: Path) -> None:
+    wide = lambda texts: [[70_000 + token for token in ids] for ids in encode(texts)]  # noqa: E731
+    narrow = lambda ids: bytes(token - 70_000 for token in ids).decode()  # noqa: E731
+    prepare(sources()[:1], target(tmp_path / "out", encode=wide, decode=narrow, vocab=100_000))
+    source = Source(TokenShards(Prepared(tmp_path / "out"), 0, VAL, validation=False), 5, 0)
+    rows = MixedStream([source], [1.0], 16, 5, "x").next_batch(100)
+    assert int(rows.max()) > 70_000 and int(rows.min()) == EOS
+
+
+def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
+    text = tmp_path / "text.jsonl"
+    lines = [f"Line {i} of a text about the number {i * i} and little else." for i in range(400)]
+    text.write_text("\n".join(json.dumps({"text": line}) for line in [*lines, *lines[:5]]))
+    out = tmp_path / "out"
+    done = run_cli("prepare", out, "--data", text)
+    assert done.code == 0 and f"smolseek train PRESET --data {out}" in done.out, done.err
+    words = ["train", "tiny", "--data", out, "--run", tmp_path / "run", "--steps", "2", "--seq-len", "32"]
+    words += ["--eval-tokens", "64", "--sample-tokens", "0", "--data.val-fraction", "0.1"]
+    done = run_cli(*words)
+    assert done.code == 0, done.err
+    assert f"prepared tokens of {text}" in done.out
+    record = [finding for finding in done.out.splitlines() if "Audit" in finding][-1]
+    assert "passed" in record, done.out
+    for extra, message in (
+        (["--data", out, text], "stand alone"),
+        (["--data", out, "--model.eos-token-id", "2"], "end in token 0"),
+    ):
+        done = run_cli("train", "tiny", *extra, "--run", tmp_path / "other")
+        assert done.code == 2 and message in done.err
+    assert run_cli("prepare", tmp_path / "again", "--data", out).code == 2
