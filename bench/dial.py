@@ -2,14 +2,13 @@
 
     python bench/dial.py --data FILE ...     held-out text of several domains, each file one of them
 
-Every model is converted by the command's own code with built-in text for calibration, and measured natively. Prints a
+Every model is made by the code of `smolseek convert`, calibrated on built-in text, and measured natively. Prints a
 line a model and writes docs/results/dial.json after each, so that a run cut short keeps what it has.
 """
 
 import argparse
 import json
 import math
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +16,14 @@ from pathlib import Path
 import torch
 from machine import describe
 
-from smolseek.convert.pipeline import Conversion, convert
+from smolseek.convert.calibrate import calibration_rows, statistics
+from smolseek.convert.compress import Budget, assemble, compress
+from smolseek.convert.refit import refit
 from smolseek.evaluate.compare import compare_states, hidden_states, text_rows
 from smolseek.storage.hf_folder import load_model
 
 OUT = Path("docs/results/dial.json")
-SHARES = {"-33%": 2 / 3, "-50%": 1 / 2, "-67%": 1 / 3}
+SHARES = {"1/2": 1 / 2, "2/3": 2 / 3, "1/3": 1 / 3}
 
 
 @torch.no_grad()
@@ -41,40 +42,47 @@ def main() -> None:
     rows = torch.cat(parts)
     states, head = list(hidden_states(source.model, rows)), source.model.lm_head.weight.detach()
     found = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
+    calibration = calibration_rows(source.path, "builtin", args.calibration_tokens, seed=0)
+    stats = statistics(source.model, calibration)
     for share in args.shares:
-        variants = {f"transmla, FreqFold {fold}": {"method": "transmla", "freq_fold": fold} for fold in args.folds}
-        for name, options in {"smolseek": {}, **variants}.items():
-            conversion = Conversion(
-                mode="compress", cache=SHARES[share], calibration_tokens=args.calibration_tokens, **options
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                begun = time.perf_counter()
-                path = convert("smollm2", Path(folder, "out"), conversion)
-                seconds = time.perf_counter() - begun
-                model = load_model(path).model
+        features = round(SHARES[share] * source.config.cache_features)
+        variants = {f"transmla, FreqFold {fold}": Budget(features, None, "transmla", fold) for fold in args.folds}
+        for name, budget in {"smolseek": Budget(features), **variants}.items():
+            begun = time.perf_counter()
+            shape, layers = compress(source.model, budget, stats)
+            if budget.method == "smolseek":
+                layers = refit(source.model, shape, layers, calibration)
+            model = assemble(source.model, shape, layers)
+            seconds = time.perf_counter() - begun
             new = list(hidden_states(model, rows))
-            whole = compare_states(states, head, new, model.lm_head.weight, rows)
             at, domains = 0, {}
             for file, part in zip(args.data, parts, strict=True):
                 end = at + len(part)
-                one = compare_states(states[at:end], head, new[at:end], model.lm_head.weight, part)
-                domains[Path(file).stem], at = one.kl, end
-            config = model.config
-            row = asdict(whole) | {
+                domains[Path(file).stem] = compare_states(states[at:end], head, new[at:end], model.lm_head.weight, part)
+                at = end
+            tokens = sum(one.tokens for one in domains.values())
+            kl, before, after = (
+                sum(getattr(one, field) * one.tokens for one in domains.values()) / tokens
+                for field in ("kl", "loss_a", "loss_b")
+            )
+            row = {
                 "share": share,
-                "kv_lora_rank": config.kv_lora_rank,
-                "qk_rope_head_dim": config.qk_rope_head_dim,
-                "perplexity_change": math.exp(whole.loss_b - whole.loss_a) - 1,
-                "kl_by_domain": domains,
+                "kv_lora_rank": model.config.kv_lora_rank,
+                "qk_rope_head_dim": model.config.qk_rope_head_dim,
+                "kl": kl,
+                "loss_a": before,
+                "loss_b": after,
+                "perplexity_change": math.exp(after - before) - 1,
+                "tokens": tokens,
+                "domains": {name: asdict(one) for name, one in domains.items()},
                 "calibration_tokens": args.calibration_tokens,
-                "convert_seconds": round(seconds, 1),
                 "measured": describe(),
             }
             found["models"][f"{share} {name}"] = row
             OUT.write_text(json.dumps(found, indent=2) + "\n")
             print(
-                f"{share} {name}: rank {row['kv_lora_rank']}, rope {row['qk_rope_head_dim']}, KL {whole.kl:.4f}, "
-                f"perplexity {row['perplexity_change']:+.1%}, {whole.tokens:,} tokens, converted in {seconds:.0f} s",
+                f"{share} {name}: rank {row['kv_lora_rank']}, rope {row['qk_rope_head_dim']}, KL {kl:.4f}, "
+                f"perplexity {row['perplexity_change']:+.1%}, {tokens:,} tokens, fitted in {seconds:.0f} s",
                 flush=True,
             )
 

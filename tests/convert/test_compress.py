@@ -13,9 +13,8 @@ from smolseek.convert.compress import Budget
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.errors import SmolseekError
 from smolseek.evaluate.compare import compare, measure_conversion
-from smolseek.model.transformer import CausalLM, new_model
+from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder
-from smolseek.storage.latent_norm import unfolded
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -44,16 +43,8 @@ def llama(tmp_path_factory):
 
 def compressed(llama, budget):
     """The compressed model in memory."""
-    config, layers, _ = compress.compress(llama, budget, random_rows())
-    tensors = dict(load_model(llama).model.state_dict())
-    for n, layer in enumerate(layers):
-        prefix = f"model.layers.{n}.self_attn."
-        for name in "qkv":
-            del tensors[f"{prefix}{name}_proj.weight"]
-        tensors |= dict(unfolded([(prefix + name, tensor) for name, tensor in layer.items()], config.kv_lora_rank))
-    model = CausalLM(config).eval()
-    model.load_state_dict(tensors)
-    return model
+    model = load_model(llama).model
+    return compress.assemble(model, *compress.compress(model, budget, statistics(model, random_rows())))
 
 
 def test_attention_by_distance():
@@ -82,25 +73,21 @@ def test_statistics_are_those_of_a_plain_attention(llama):
 def test_nothing_left_out_is_exact(llama, method):
     """All components keep their position, and the latent holds all values: 48 features of 48, and 24 of 24."""
     whole = 2 * 3 * CONFIG.qk_head_dim
-    config, found = CONFIG, statistics(load_model(llama).model, random_rows())
-    blocks = load_model(llama).model.model.layers
+    model = load_model(llama).model
+    found = statistics(model, random_rows())
+    blocks = model.model.layers
     layers = [
-        compress.layer(config, stats, [getattr(b.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"], method, 1)
+        compress.layer(CONFIG, stats, [getattr(b.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"], method, 1)
         for stats, b in zip(found, blocks, strict=True)
     ]
     chosen = compress.plan(layers, whole, whole // 2, 1)
-    assert len(chosen.slots) == whole // 4 and chosen.rank == whole // 2
-    assert compress.config(config, chosen, layers[0].frequency_C).cache_features == whole
-    model = CausalLM(compress.config(config, chosen, layers[0].frequency_C)).eval()
-    tensors = dict(load_model(llama).model.state_dict())
-    for n, at in enumerate(layers):
-        prefix = f"model.layers.{n}.self_attn."
-        for name in "qkv":
-            del tensors[f"{prefix}{name}_proj.weight"]
-        named = [(prefix + name, tensor) for name, tensor in compress.attention(at, chosen).items()]
-        tensors |= dict(unfolded(named, chosen.rank))
-    model.load_state_dict(tensors)
-    assert compare(load_model(llama).model, model, random_rows()).kl < 1e-9
+    shape = compress.config(CONFIG, chosen, layers[0].frequency_C)
+    assert (shape.kv_lora_rank, shape.qk_rope_head_dim) == (whole // 2, whole // 2)
+    new = [
+        compress.attention(at, chosen) | {"o_proj.weight": block.self_attn.o_proj.weight}
+        for at, block in zip(layers, blocks, strict=True)
+    ]
+    assert compare(model, compress.assemble(model, shape, new), random_rows()).kl < 1e-9
 
 
 def test_a_larger_cache_is_nearer_and_ours_nearer_than_the_published_one(llama):

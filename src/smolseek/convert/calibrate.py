@@ -32,6 +32,8 @@ class Statistics:
 
     moment_DD: torch.Tensor
     """Second moment of the attention's input."""
+    attended_DD: torch.Tensor
+    """The same with every token weighted by one half, and one half of the attention that it gets."""
     distance_HT: torch.Tensor
     """Attention of each head by distance; the first token, to which idle heads turn, is left out."""
     sample_NTD: torch.Tensor
@@ -46,7 +48,9 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
     unseen_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
     D = config.hidden_size
     found = [
-        Statistics(torch.zeros(D, D).double(), torch.zeros(heads, T).double(), torch.empty(0, T, D))
+        Statistics(
+            torch.zeros(D, D).double(), torch.zeros(D, D).double(), torch.zeros(heads, T).double(), torch.empty(0, T, D)
+        )
         for _ in range(config.num_hidden_layers)
     ]
 
@@ -62,6 +66,8 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
         )
         k_HTd = k_GTd.repeat_interleave(heads // len(k_GTd), dim=0)
         p_HTT = (q_HTd @ k_HTd.mT * size**-0.5).masked_fill(unseen_TT, -torch.inf).softmax(dim=-1)
+        weight_T = 0.5 + 0.5 * p_HTT.sum(dim=(0, 1)) / heads
+        into.attended_DD += ((x_TD.T * weight_T) @ x_TD).double() / rows[:, :-1].numel()
         p_HTT[:, :, 0] = 0
         into.distance_HT += _by_distance(p_HTT).double()
 

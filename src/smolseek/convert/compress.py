@@ -8,9 +8,9 @@ Re sum_j conj(q_hj) k_gj e^(i w_j (s-t)). Derived in docs/conversion.md.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,11 @@ import torch
 from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.convert import lossless
-from smolseek.convert.calibrate import Statistics, statistics
+from smolseek.convert.calibrate import Statistics
 from smolseek.errors import SmolseekError
 from smolseek.model.attention import MLA
 from smolseek.model.rope import Rope, frequencies
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.hf_folder import load_model
 from smolseek.storage.latent_norm import fold, unfolded
 
 Method = Literal["smolseek", "transmla"]
@@ -100,7 +99,7 @@ def layer(
     v_GdD = v.unflatten(0, (G, d))
     o_Hdd = torch.stack([part.T @ part for part in o.split(d, dim=1)])
     value_Gdd = o_Hdd.unflatten(0, (G, -1)).sum(dim=1)
-    moment = stats.moment_DD
+    moment = stats.attended_DD if method == "smolseek" else stats.moment_DD
     vv_Gdd = v_GdD @ moment @ v_GdD.mT
     worth_H = (o_Hdd * vv_Gdd.repeat_interleave(H // G, dim=0)).sum(dim=(1, 2))
     seen_HT = stats.distance_HT / stats.distance_HT.sum(dim=1, keepdim=True).clamp(min=1e-12)
@@ -228,37 +227,43 @@ def error(model: CausalLM, n: int, at: Layer, chosen: Plan, x_NTD: torch.Tensor)
 
 
 @torch.no_grad()
-def compress(path: Path, budget: Budget, rows: torch.Tensor) -> tuple[ModelConfig, list[dict[str, torch.Tensor]], str]:
-    """Fit a smaller cache to the Llama at `path` on the windows `rows` [N, T+1].
+def compress(
+    model: CausalLM, budget: Budget, found: list[Statistics]
+) -> tuple[ModelConfig, list[dict[str, torch.Tensor]]]:
+    """Fit a smaller cache to the Llama `model` and its statistics.
 
     Returns:
-        The new shape, each layer's attention in float32 (named without the prefix `model.layers.N.self_attn.`), and a
-        line that tells how the cache is spent.
+        The new shape, and each layer's attention in float32, named without the prefix `model.layers.N.self_attn.`.
 
     Raises:
         SmolseekError: if the budget cannot be spent.
     """
-    loaded = load_model(path)
-    source, method = loaded.config, budget.method
-    found = statistics(loaded.model, rows)
-    blocks: Any = loaded.model.model.layers
+    blocks: Any = model.model.layers
     layers = []
     for block, stats in zip(blocks, found, strict=True):
         weights = [getattr(block.self_attn, f"{name}_proj").weight for name in "qkvo"]
-        layers.append(layer(source, stats, weights, method, budget.freq_fold))
-    rope = budget.rotary(source)
+        layers.append(layer(model.config, stats, weights, budget.method, budget.freq_fold))
+    rope = budget.rotary(model.config)
     if rope is None:
-        chosen = search(loaded.model, layers, found, budget)
+        chosen = search(model, layers, found, budget)
     else:
         chosen = plan(layers, budget.features, rope, budget.freq_fold)
     out = []
     for block, at in zip(blocks, layers, strict=True):
         out.append(attention(at, chosen) | {"o_proj.weight": block.self_attn.o_proj.weight.detach().clone()})
-    line = (
-        f"Cache: {chosen.rank} features of latent and {2 * len(chosen.slots)} with position, of "
-        f"{source.cache_features} before"
-    )
-    return config(source, chosen, layers[0].frequency_C), out, line
+    return config(model.config, chosen, layers[0].frequency_C), out
+
+
+def assemble(model: CausalLM, shape: ModelConfig, layers: list[dict[str, torch.Tensor]]) -> CausalLM:
+    """Return the Llama `model` with the attention that `compress` gave, as a model in memory."""
+    assert shape.kv_lora_rank is not None
+    tensors = {n: t for n, t in model.state_dict().items() if not re.search(r"self_attn\.[qkvo]_proj", n)}
+    for n, new in enumerate(layers):
+        named = [(f"model.layers.{n}.self_attn.{name}", tensor) for name, tensor in new.items()]
+        tensors |= dict(unfolded(named, shape.kv_lora_rank))
+    out = CausalLM(shape).eval()
+    out.load_state_dict(tensors)
+    return out
 
 
 def _without(at: Layer, slots: torch.Tensor) -> torch.Tensor:

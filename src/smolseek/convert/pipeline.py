@@ -17,17 +17,18 @@ from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.convert import compress, lossless
 from smolseek.convert import experts as mixture
-from smolseek.convert.calibrate import calibration_rows
+from smolseek.convert.calibrate import calibration_rows, statistics
 from smolseek.convert.card import model_card
 from smolseek.convert.compress import Method
 from smolseek.convert.experts import Neurons
+from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
 from smolseek.errors import SmolseekError
 from smolseek.model.summary import count
 from smolseek.run_folder import write_text
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_config import config_to_hf
-from smolseek.storage.hf_folder import INDEX, WEIGHTS
+from smolseek.storage.hf_folder import INDEX, WEIGHTS, load_model
 from smolseek.tokenizer import load_tokenizer
 
 # Files of a Hugging Face folder that belong to the text, not the weights: they are taken over as they are.
@@ -248,8 +249,14 @@ def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, At
     )
     budget.check(opened.config)
     rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
-    config, layers, line = compress.compress(opened.path, budget, rows)
-    console.say(line)
+    model = load_model(opened.path).model
+    config, layers = compress.compress(model, budget, statistics(model, rows))
+    if conversion.method == "smolseek":
+        layers = refit(model, config, layers, rows)
+    console.say(
+        f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
+        f"of {opened.config.cache_features} before"
+    )
     return config, layers.__getitem__
 
 
