@@ -7,7 +7,7 @@ import torch
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig
-from smolseek.convert import compress, lossless
+from smolseek.convert import compress, lossless, pipeline
 from smolseek.convert.calibrate import _by_distance, calibration_rows, held_out_rows, statistics
 from smolseek.convert.compress import Budget
 from smolseek.convert.pipeline import Conversion, convert
@@ -182,3 +182,14 @@ def test_a_broken_model_is_refused(llama, tmp_path):
     save_folder(broken, tmp_path / "broken")
     with pytest.raises(SmolseekError, match="broken"):
         measure_conversion(llama, tmp_path / "broken", rows)
+
+
+def test_an_interrupt_while_calibrating_leaves_nothing(llama, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "statistics", interrupt)
+    conversion = Conversion(mode="compress", cache=0.5, calibration="self", calibration_tokens=63)
+    with pytest.raises(SmolseekError, match="interrupted"):
+        convert(str(llama), tmp_path / "out", conversion)
+    assert list(tmp_path.iterdir()) == []

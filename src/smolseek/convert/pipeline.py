@@ -166,9 +166,6 @@ def convert(
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
     with open_source(source) as opened:
         config = conversion.config(opened.config)
-        attention: Attention = functools.partial(_exact_attention, opened)
-        if conversion.mode == "compress":
-            config, attention = _compressed(opened, conversion)
         part = out.with_name(f".{out.name}.unfinished")
         needed = count(config).total * getattr(torch, conversion.dtype).itemsize
         try:
@@ -180,7 +177,7 @@ def convert(
                     f"no space left for {out}: it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
                 )
             part.mkdir()
-            return _write(source, opened, config, attention, conversion, part, out, verify)
+            return _write(source, opened, config, conversion, part, out, verify)
         except OSError as error:
             raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
         except KeyboardInterrupt:
@@ -193,13 +190,15 @@ def _write(
     source: str,
     opened: Source,
     config: ModelConfig,
-    attention: Attention,
     conversion: Conversion,
     part: Path,
     out: Path,
     verify: Callable[[Path, Path], str] | None,
 ) -> Path:
     """Fill the folder `part`, verify it and rename it to `out`."""
+    attention: Attention = functools.partial(_exact_attention, opened)
+    if conversion.mode == "compress":
+        config, attention = _compressed(opened, conversion)
     _write_weights(
         part, _layers(opened, config, attention, conversion), config.num_hidden_layers, getattr(torch, conversion.dtype)
     )
