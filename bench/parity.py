@@ -127,10 +127,10 @@ def main() -> None:
             texts += len(other)
             if mine != other:
                 print(f"  {name}, {prompt!r}:\n    ours   {mine}\n    theirs {other}")
-        rows.append({"case": name, "prompts": total, "texts": texts, "equal_prompts": equal})
+        rows.append({**about, "case": name, "prompts": total, "texts": texts, "equal_prompts": equal})
         print(f"{name:70} {equal} of {total} prompts equal, {texts} texts", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {**about, "tokens": args.tokens, "dtype": "float32", "rows": rows}
+        result = {"tokens": args.tokens, "dtype": "float32", "rows": rows}
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
