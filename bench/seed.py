@@ -27,21 +27,21 @@ from smolseek.evaluate.causality import others, random_ids
 from smolseek.evaluate.ngram import ngram_nats
 from smolseek.evaluate.plausibility import check_plausibility, yardsticks
 
-VOCAB, CHARACTERS = 4096, 260
+VOCAB = 4096
 PROMPTS = ("The function returns", "If the argument is", "A module that", "This method is called when")
 
 
-def pieces(documents: list[str]) -> list[str]:
-    """Cut documents at blank lines into pieces of 260 characters or more: the small run's documents."""
+def pieces(documents: list[str], characters: int) -> list[str]:
+    """Cut documents at blank lines into pieces of so many characters or more: the small run's documents."""
     found = []
     for text in documents:
         piece = ""
         for paragraph in text.split("\n\n"):
             piece += paragraph + "\n\n"
-            if len(piece) >= CHARACTERS:
+            if len(piece) >= characters:
                 found.append(piece)
                 piece = ""
-        if len(piece) >= CHARACTERS // 4:
+        if len(piece) >= characters // 4:
             found.append(piece)
     return found
 
@@ -160,7 +160,7 @@ def main() -> None:
     from tokenizers import ByteLevelBPETokenizer
 
     corpus = open_corpus(DataConfig(sources=tuple(args.data)))
-    train, held_out = pieces(corpus.train), pieces(corpus.validation)
+    train, held_out = (pieces(texts, 4 * args.tokens) for texts in (corpus.train, corpus.validation))
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(train, vocab_size=VOCAB, special_tokens=["<pad>"], show_progress=False)
 

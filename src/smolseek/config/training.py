@@ -86,7 +86,7 @@ class BalanceConfig:
     """Balancing of the experts (2408.15664; DeepSeek-V3, section 2.1.2)."""
 
     gamma: float = 1e-3
-    """Step of the loss-free bias update; 0 leaves the biases as they are."""
+    """Step of the loss-free bias update, which falls with the learning rate; 0 leaves the biases as they are."""
     alpha: float = 0.0
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
 

@@ -18,7 +18,8 @@ class Balancer:
     """Moves each expert's selection bias by gamma, after every optimizer step, towards an equal load.
 
     b_i += gamma * sign(mean load - load_i), over all tokens of the step: every micro-batch is added once, by the
-    caller, from what the forward pass returned (recomputation and evaluation never reach it).
+    caller, from what the forward pass returned (recomputation and evaluation never reach it). A sign never comes to
+    rest, so the caller lets gamma fall with the learning rate: DeepSeek-V3 ends with gamma 0 (section 4.2).
     """
 
     def __init__(self, model: CausalLM, gamma: float) -> None:
@@ -31,8 +32,11 @@ class Balancer:
         self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
 
     @torch.no_grad()
-    def step(self) -> list[float]:
-        """Move the biases by the load of the whole step and forget it. Returns its MaxVio for each layer."""
+    def step(self, share: float = 1.0) -> list[float]:
+        """Move the biases by `share` of gamma for the load of the whole step, and forget it.
+
+        Returns the step's MaxVio for each layer.
+        """
         if not self.routers:
             return []
         assert self.load_LE is not None, "add() comes before step()"
@@ -40,7 +44,7 @@ class Balancer:
         if self.gamma:
             direction_LE = torch.sign(load.mean(dim=1, keepdim=True) - load)
             for router, direction_E in zip(self.routers, direction_LE, strict=True):
-                router.e_score_correction_bias += self.gamma * direction_E.to(torch.float32)
+                router.e_score_correction_bias += share * self.gamma * direction_E.to(torch.float32)
         violation = maxvio(self.load_LE)
         self.load_LE = None
         return violation.tolist()

@@ -32,7 +32,7 @@ from smolseek.train.device import autocast, choose_device
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
 from smolseek.train.memory import keep_freed_memory
-from smolseek.train.optim import lr_factor, make_optimizer
+from smolseek.train.optim import decay_factor, lr_factor, make_optimizer
 from smolseek.train.samples import write_samples
 from smolseek.train.state import Progress, TrainState
 from smolseek.train.validation import evaluate
@@ -161,7 +161,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            violation = balancer.step()
+            violation = balancer.step(decay_factor(at.step, config.steps, config.schedule))
             at.step += 1
             at.tokens += step_tokens
             at.interval.append(loss)

@@ -56,9 +56,13 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
 
     Linear warm-up, then a cosine to `final_factor`, or (wsd) the peak and a linear decay at the end (2404.06395).
     """
-    warmup = min(config.warmup_steps, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
+    warmup = _warmup(steps, config)
+    return (step + 1) / warmup if step < warmup else decay_factor(step, steps, config)
+
+
+def decay_factor(step: int, steps: int, config: ScheduleConfig) -> float:
+    """Return the same without the warm-up: 1 until the decay begins."""
+    warmup = _warmup(steps, config)
     if config.kind == "constant":
         return 1.0
     if config.kind == "cosine":
@@ -70,6 +74,10 @@ def lr_factor(step: int, steps: int, config: ScheduleConfig) -> float:
     done = min(1.0, max(0.0, (step - begin + 1) / max(1, length)))
     share = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
     return config.final_factor + (1 - config.final_factor) * share
+
+
+def _warmup(steps: int, config: ScheduleConfig) -> int:
+    return min(config.warmup_steps, steps // 10)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

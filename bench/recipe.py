@@ -1,0 +1,229 @@
+"""What a recipe is worth at equal tokens, in small: Muon against AdamW, experts against a dense model, balancing.
+
+    python bench/recipe.py muon --data FILES       three rates of each, then two more seeds of the best of both
+    python bench/recipe.py dense --data FILES      experts against a Llama of equal active parameters, three seeds
+    python bench/recipe.py balance --data FILES    loss-free, unbalanced and by an auxiliary loss, three seeds
+    python bench/recipe.py pair --data FILES       the two models of the experiment, scaled down, 1,500 steps each
+    python bench/recipe.py show                    the tables of what has been run
+
+Every run goes into docs/results/recipe.json as soon as it has ended, and is not done again: an interrupted series
+goes on where it was. `--jobs 2` trains two at once, one thread each; losses do not depend on it, speeds do.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from machine import describe
+
+from smolseek.config import BalanceConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from smolseek.model import summary
+from smolseek.presets import preset
+from smolseek.run_folder import RunFolder
+
+SEEDS = (0, 1, 2)
+RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
+GAMMA = 3e-3
+SHORT, LONG = 400, 1500
+
+
+def moe() -> ModelConfig:
+    """`deepseek_159m` scaled down, with its 16 experts of which 3 are chosen, and 1 shared."""
+    return replace(preset("tiny"), n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=160)
+
+
+def seed() -> ModelConfig:
+    """`seed_159m` scaled down in the same way: two key-value heads, four biased experts, an untied head."""
+    small = replace(preset("seed_159m"), hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+    return replace(small, moe_intermediate_size=512, max_position_embeddings=1024)
+
+
+def dense() -> ModelConfig:
+    """SmolLM2's form, as wide as what one token sees of `moe`'s experts: 3 chosen and 1 shared of 160."""
+    return replace(
+        preset("smollm2_135m"),
+        hidden_size=128,
+        num_hidden_layers=4,
+        intermediate_size=640,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.02,
+    )
+
+
+SHAPES = {"moe": moe, "seed": seed, "dense": dense}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run; its name says all of it."""
+
+    shape: str = "moe"
+    kind: str = "adamw"
+    lr: float
+    gamma: float = GAMMA
+    alpha: float = 0.0
+    seed: int = 0
+    steps: int = SHORT
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.kind} {self.lr:g} gamma {self.gamma:g} alpha {self.alpha:g} seed {self.seed} steps {self.steps}"  # noqa: E501
+
+    def config(self, data: list[str], folder: str) -> TrainConfig:
+        return TrainConfig(
+            model=SHAPES[self.shape](),
+            run=f"{folder}/run",
+            data=DataConfig(sources=tuple(data), val_fraction=0.03),
+            optim=OptimConfig(kind=self.kind, lr=self.lr),  # type: ignore[arg-type]
+            schedule=ScheduleConfig(warmup_steps=self.steps // 10),
+            balance=BalanceConfig(gamma=self.gamma, alpha=self.alpha),
+            steps=self.steps,
+            seed=self.seed,
+            log_every=20,
+            eval_every=self.steps // 10,
+            eval_tokens=32_768,
+            save_every=self.steps,
+            sample_tokens=0,
+        )
+
+
+def execute(run: Run, data: list[str], threads: int) -> dict:
+    """Train and return what the tables need."""
+    import torch
+
+    from smolseek.train.loop import train
+
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        config = run.config(data, folder)
+        train(config)
+        records = RunFolder(Path(config.run)).read_metrics()
+    evaluated = [r for r in records if "val_loss" in r]
+    logged = [r for r in records if "tokens_per_second" in r]
+    return {
+        **vars(run),
+        "validation": [(r["tokens"], r["val_loss"]) for r in evaluated],
+        "training": [(r["tokens"], r["loss"]) for r in logged],
+        "val_maxvio": evaluated[-1].get("val_maxvio"),
+        "val_maxvio_layers": evaluated[-1].get("val_maxvio_layers"),
+        "tokens_per_second": sorted(r["tokens_per_second"] for r in logged)[len(logged) // 2],
+        "threads": threads,
+        "audits": [r["audit"] for r in records if "audit" in r],
+        **describe(),
+    }
+
+
+class Series:
+    """The runs in the file, and those that are wanted."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.held = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
+
+    def do(self, wanted: list[Run]) -> list[dict]:
+        """Run what is not there yet and return all of it."""
+        missing = [run for run in wanted if run.name not in self.held["runs"]]
+        threads = max(1, (multiprocessing.cpu_count() or 1) // self.args.jobs)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(self.args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+            running = {pool.submit(execute, run, self.args.data, threads): run for run in missing}
+            for done in as_completed(running):
+                self.held["runs"][running[done].name] = done.result()
+                lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(run)}" for key, run in self.held["runs"].items())
+                self.args.out.write_text(f'{{"runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
+        return [self.held["runs"][run.name] for run in wanted]
+
+    def best(self, kind: str) -> Run:
+        """Return the run of `kind` with the lowest validation loss among its rates at seed 0."""
+        runs = [Run(kind=kind, lr=lr) for lr in RATES[kind]]
+        return min(zip(runs, self.do(runs), strict=True), key=lambda pair: pair[1]["validation"][-1][1])[0]
+
+    def plan(self, name: str) -> dict[str, list[Run]]:
+        """Return the columns of a plan's table: three seeds of each."""
+        adamw = self.best("adamw")
+        if name == "muon":
+            columns = {"AdamW": adamw, "Muon": self.best("muon")}
+        elif name == "dense":
+            columns = {"experts": adamw, "dense": replace(adamw, shape="dense", gamma=0.0)}
+        elif name == "balance":
+            columns = {
+                f"gamma {GAMMA:g}": adamw,
+                "gamma 0": replace(adamw, gamma=0.0),
+                "alpha 0.01": replace(adamw, gamma=0.0, alpha=0.01),
+            }
+        else:
+            pair = {"deepseek, scaled down": "moe", "seed, scaled down": "seed"}
+            return {title: [replace(adamw, shape=shape, steps=LONG)] for title, shape in pair.items()}
+        return {title: [replace(run, seed=seed) for seed in SEEDS] for title, run in columns.items()}
+
+
+def tokens_to(curve: list, loss: float) -> float | None:
+    """Return the tokens at which a validation curve first is at `loss`, on a line between its points; None if never."""
+    for (t0, l0), (t1, l1) in itertools.pairwise(curve):
+        if l1 <= loss:
+            return t0 + (t1 - t0) * min(1.0, max(0.0, (l0 - loss) / (l0 - l1))) if l0 > l1 else t1
+    return None
+
+
+def numbers(values: list[float], digits: int = 3) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values) + f" (mean {sum(values) / len(values):.{digits}f})"
+
+
+def show(name: str, columns: dict[str, list[dict]]) -> None:
+    """Print one plan's table."""
+    print(f"\n{name}: {len(next(iter(columns.values())))} seeds")
+    for title, runs in columns.items():
+        first = runs[0]
+        size = summary.count(SHAPES[first["shape"]]())
+        print(f"  {title} ({first['kind']}, rate {first['lr']:g}, {first['steps']} steps; {size.total:,} parameters, ")
+        print(f"    {size.active:,} active; {cached(SHAPES[first['shape']]())} cached bytes a token)")
+        print(f"    validation loss  {numbers([run['validation'][-1][1] for run in runs], 4)}")
+        print(f"    tokens/s         {numbers([run['tokens_per_second'] for run in runs], 0)}")
+        if first["val_maxvio"] is not None:
+            print(f"    MaxVio (global)  {numbers([run['val_maxvio'] for run in runs])}")
+    if name == "muon":
+        ratios = []
+        for one, other in zip(*columns.values(), strict=True):
+            tokens, loss = one["validation"][-1]
+            reached = tokens_to(other["validation"], loss)
+            ratios.append(tokens / reached if reached else 0.0)
+        print(f"  tokens to AdamW's final loss, AdamW's over Muon's (0: not reached): {numbers(ratios, 2)}")
+
+
+def cached(model: ModelConfig) -> int:
+    """Return the bytes that the cache keeps of one token in bfloat16."""
+    return list(summary.cache_bytes(model).values())[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", nargs="+", choices=("muon", "dense", "balance", "pair", "show"))
+    parser.add_argument("--data", nargs="+", default=["builtin"])
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/recipe.json"))
+    args = parser.parse_args()
+    series = Series(args)
+    if args.plans == ["show"]:
+        series.do = lambda wanted: [series.held["runs"][run.name] for run in wanted]  # type: ignore[method-assign]
+        args.plans = ["muon", "dense", "balance", "pair"]
+    for name in args.plans:
+        try:
+            plan = series.plan(name)
+            flat = series.do([run for runs in plan.values() for run in runs])
+        except KeyError as absent:
+            print(f"\n{name}: {absent} has not been run", file=sys.stderr)
+            continue
+        found = iter(flat)
+        show(name, {title: [next(found) for _ in runs] for title, runs in plan.items()})
+
+
+if __name__ == "__main__":
+    main()
