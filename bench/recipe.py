@@ -30,7 +30,8 @@ from smolseek.run_folder import RunFolder
 SEEDS = (0, 1, 2)
 RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
 GAMMA = 3e-3
-SHORT, LONG = 400, 1500
+SHORT, LONG = 300, 1500
+FINAL_TOKENS = 98_304
 
 
 def moe() -> ModelConfig:
@@ -89,31 +90,42 @@ class Run:
             seed=self.seed,
             log_every=20,
             eval_every=self.steps // 10,
-            eval_tokens=32_768,
+            eval_tokens=12_288,
             save_every=self.steps,
             sample_tokens=0,
         )
 
 
 def execute(run: Run, data: list[str], threads: int) -> dict:
-    """Train and return what the tables need."""
+    """Train and return what the tables need: the curve over few validation tokens, the end over many."""
     import torch
 
+    from smolseek.data.feed import open_data
+    from smolseek.data.stream import validation_rows
+    from smolseek.storage.hf_folder import load_model
+    from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
+    from smolseek.train.device import autocast
     from smolseek.train.loop import train
+    from smolseek.train.validation import evaluate
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(data, folder)
-        train(config)
+        model = load_model(str(train(config))).model
         records = RunFolder(Path(config.run)).read_metrics()
+    tokenizer = load_tokenizer(config.tokenizer)
+    corpus = open_data(config.data, FINAL_TOKENS, tokenizer)
+    eos_id, sizes = config.model.eos_ids[0], token_bytes(tokenizer)
+    rows, text = validation_rows(corpus.validation, encoder(tokenizer), eos_id, config.seq_len, FINAL_TOKENS, sizes)
+    final = evaluate(model, rows, text, 4, autocast("auto", torch.device("cpu")))
+    assert final is not None
     evaluated = [r for r in records if "val_loss" in r]
     logged = [r for r in records if "tokens_per_second" in r]
     return {
         **vars(run),
         "validation": [(r["tokens"], r["val_loss"]) for r in evaluated],
         "training": [(r["tokens"], r["loss"]) for r in logged],
-        "val_maxvio": evaluated[-1].get("val_maxvio"),
-        "val_maxvio_layers": evaluated[-1].get("val_maxvio_layers"),
+        "final": {key: value for key, value in final.items() if key != "val_load"},
         "tokens_per_second": sorted(r["tokens_per_second"] for r in logged)[len(logged) // 2],
         "threads": threads,
         "audits": [r["audit"] for r in records if "audit" in r],
@@ -144,7 +156,7 @@ class Series:
     def best(self, kind: str) -> Run:
         """Return the run of `kind` with the lowest validation loss among its rates at seed 0."""
         runs = [Run(kind=kind, lr=lr) for lr in RATES[kind]]
-        return min(zip(runs, self.do(runs), strict=True), key=lambda pair: pair[1]["validation"][-1][1])[0]
+        return min(zip(runs, self.do(runs), strict=True), key=lambda pair: pair[1]["final"]["val_loss"])[0]
 
     def plan(self, name: str) -> dict[str, list[Run]]:
         """Return the columns of a plan's table: three seeds of each."""
@@ -185,10 +197,10 @@ def show(name: str, columns: dict[str, list[dict]]) -> None:
         size = summary.count(SHAPES[first["shape"]]())
         print(f"  {title} ({first['kind']}, rate {first['lr']:g}, {first['steps']} steps; {size.total:,} parameters, ")
         print(f"    {size.active:,} active; {cached(SHAPES[first['shape']]())} cached bytes a token)")
-        print(f"    validation loss  {numbers([run['validation'][-1][1] for run in runs], 4)}")
+        print(f"    validation loss  {numbers([run['final']['val_loss'] for run in runs], 4)}")
         print(f"    tokens/s         {numbers([run['tokens_per_second'] for run in runs], 0)}")
-        if first["val_maxvio"] is not None:
-            print(f"    MaxVio (global)  {numbers([run['val_maxvio'] for run in runs])}")
+        if "val_maxvio" in first["final"]:
+            print(f"    MaxVio (global)  {numbers([run['final']['val_maxvio'] for run in runs])}")
     if name == "muon":
         ratios = []
         for one, other in zip(*columns.values(), strict=True):

@@ -99,6 +99,8 @@ BEAMS = [
     {"beams": 3, "length_penalty": 0.0, "early_stopping": "never"},
     {"beams": 4, "length_penalty": 2.0, "early_stopping": True, "returned": 4},
     {"beams": 5, "length_penalty": -1.0, "returned": 2},
+    {"beams": 6, "length_penalty": 0.5, "early_stopping": True, "returned": 6},
+    {"beams": 7, "length_penalty": 1.0, "early_stopping": "never", "returned": 2},
     {"beams": 8, "length_penalty": 1.5, "early_stopping": "never", "returned": 3},
     {"beams": 4, "ngram": 2, "returned": 4},
 ]

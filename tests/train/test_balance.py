@@ -44,6 +44,16 @@ def test_recomputation_counts_no_token_twice():
     assert int(counts[0].sum()) == 2 * 32 * CONFIG.num_experts_per_tok * 2
 
 
+def test_a_share_of_gamma_moves_the_bias_by_that_share():
+    model = new_model(CONFIG)
+    balancer = Balancer(model, gamma=0.25)
+    balancer.add(losses(model, rows(0)).load_LE)
+    balancer.step(0.5)
+    sizes = {float(value) for router in model.routers for value in router.e_score_correction_bias.abs()}
+    assert sizes <= {0.0, 0.125}
+    assert 0.125 in sizes
+
+
 def test_gamma_zero_never_moves():
     model = new_model(CONFIG)
     balancer = Balancer(model, gamma=0)
