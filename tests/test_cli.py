@@ -136,14 +136,16 @@ def test_exit_status(run_cli, monkeypatch, raised, code, said):
 
 def test_train_options_arrive(run_cli, trained):
     words = "train tiny --data a.txt b.jsonl --text-column body --optim.lr 0.5 --schedule.kind wsd --steps 7"
-    words += " --batch-size 2 --grad-accum 3 --seq-len 64 --grad-checkpoint --model.num-hidden-layers 3 --run there"
+    words += (
+        " --batch-size 2 --grad-accum 3 --seq-len 64 --grad-checkpointing full --model.num-hidden-layers 3 --run there"
+    )
     assert run_cli(*words.split()) == (0, "", "")
     [(config, resume)] = trained
     assert not resume and type(config) is TrainConfig
     assert config.data.sources == ("a.txt", "b.jsonl") and config.data.text_column == "body"
     assert config.optim.lr == 0.5 and config.schedule.kind == "wsd" and config.steps == 7
     assert (config.batch_size, config.grad_accum, config.seq_len) == (2, 3, 64)
-    assert config.grad_checkpoint and config.model.num_hidden_layers == 3 and config.run == "there"
+    assert config.grad_checkpointing == "full" and config.model.num_hidden_layers == 3 and config.run == "there"
     assert config.model.hidden_size == tiny().hidden_size
 
 

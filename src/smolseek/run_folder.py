@@ -26,7 +26,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"),
         *("keep_last", "keep_every", "guard.patience", "guard.spike", "data.give_up_after"),
-        *("batch_size", "grad_accum", "grad_checkpoint"),
+        *("batch_size", "grad_accum", "grad_checkpointing"),
     }
 )
 

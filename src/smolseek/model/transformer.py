@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from smolseek.config import ModelConfig
 from smolseek.model.attention import GQA, MLA, CosSin
 from smolseek.model.cache import Cache
 from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.norm import RMSNorm
+from smolseek.model.recompute import How, recomputed
 from smolseek.model.rope import Rope
 
 
@@ -31,7 +31,14 @@ class Block(nn.Module):
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None
     ) -> tuple[torch.Tensor, Load | None]:
         """Return the new residual stream [B, T, D] and, for a layer with experts, its load."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache)
+        return self.feed(self.attend(x_BTD, cos_sin, cache))
+
+    def attend(self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None) -> torch.Tensor:
+        """Return the first half's residual stream [B, T, D]."""
+        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache)
+
+    def feed(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, Load | None]:
+        """Return the second half's residual stream [B, T, D] and, with experts, their load."""
         h_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, load = self.mlp(h_BTD)
@@ -70,7 +77,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpoint = False
+        self.grad_checkpointing: How = "none"
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
@@ -101,8 +108,8 @@ class CausalLM(nn.Module):
         x_BTD = self.model.embed_tokens(ids_BT)
         loads: list[Load] = []
         for block in self.model.layers:
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x_BTD, load = checkpoint(block, x_BTD, cos_sin, use_reentrant=False, preserve_rng_state=False)
+            if self.grad_checkpointing != "none" and torch.is_grad_enabled():
+                x_BTD, load = recomputed(block, x_BTD, cos_sin, self.grad_checkpointing)
             else:
                 x_BTD, load = block(x_BTD, cos_sin, cache)
             if load is not None:

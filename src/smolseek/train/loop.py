@@ -75,7 +75,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     )
 
     model = new_model(config.model, config.seed, device)
-    model.grad_checkpoint = config.grad_checkpoint
+    model.grad_checkpointing = config.grad_checkpointing
     optimizer = make_optimizer(model, config.optim)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
     state = TrainState(model, optimizer, balancer, stream, guard)

@@ -1,0 +1,54 @@
+"""What a layer keeps of its forward pass for the backward pass, and what it computes again there.
+
+`full` keeps a layer's input alone. `selective` keeps the results of attention and the products of the feed-forward
+layer, and computes the rest again: norms, rotations, activations, the tokens' way to their experts, and the
+projections before attention, which cost little beside what they make (Korthikanti et al. 2205.05198; DeepSeek-V3
+2412.19437, section 3.2.3, recomputes norms, MLA's up-projections and SwiGLU).
+
+What is computed again is the same to the last bit, and a layer returns its experts' load rather than counting it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+How = Literal["none", "selective", "full"]
+
+_ATTENTION = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    }
+)
+_PRODUCTS = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten._grouped_mm.default,
+        torch.ops.smolseek.swiglu_experts.default,
+    }
+)
+
+
+def recomputed(block: Any, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], how: How) -> Any:
+    """Return `block(x_BTD, cos_sin)`, of which `how` is kept for the backward pass."""
+    run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if how == "full":
+        return run(block, x_BTD, cos_sin)
+    return run(
+        block.feed,
+        run(block.attend, x_BTD, cos_sin, context_fn=_keeping(_ATTENTION)),
+        context_fn=_keeping(_PRODUCTS),
+    )
+
+
+def _keeping(kept: frozenset) -> Callable:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return partial(create_selective_checkpoint_contexts, policy)
