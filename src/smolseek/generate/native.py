@@ -1,4 +1,4 @@
-"""The fast way to decode on a CPU: builds native.c and prefill.c with the machine's C compiler, and calls native.c.
+"""The fast way to decode on a CPU: native.c and prefill.c, built with the machine's C compiler; calls native.c.
 
 Nothing depends on it: without a compiler, for another number format or on another device, `bind` gives None and the
 engine takes the model's own forward pass.
@@ -6,17 +6,12 @@ engine takes the model's own forward pass.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from smolseek import compiled
 from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
 from smolseek.model.moe import MLP, MoE
@@ -24,7 +19,6 @@ from smolseek.model.norm import RMSNorm
 from smolseek.model.transformer import Block, CausalLM
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "prefill.c"))
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 MAX_BATCH = 512  # as in native.c
 
 
@@ -53,45 +47,9 @@ _Model = _struct(
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled native.c and prefill.c, or None where they cannot be built.
-
-    The library is kept in the user's cache folder under a hash of the sources, the flags and the processor, so it is
-    built once on a machine (a few seconds).
-    """
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
-    if compiler is None or os.name != "posix":
-        return None
-    key = hashlib.sha256(
-        "\0".join([*(source.read_text(encoding="utf-8") for source in SOURCES), *FLAGS, _processor()]).encode()
-    ).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(home).expanduser() / "smolseek" / f"native-{key[:16]}.so"
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _build(compiler, path)
-        return _declare(ctypes.CDLL(str(path)))
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by unlike machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.platform() + platform.processor()
-    kinds = ("model name", "flags", "Features", "CPU part")
-    return "".join(sorted({line for line in lines if line.startswith(kinds)}))
-
-
-def _build(compiler: str, path: Path) -> None:
-    """Compile under another name, then rename: processes may build at the same time."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / "native.so"
-        command = [compiler, *FLAGS, "-o", str(made), *map(str, SOURCES), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        made.replace(path)
+    """Return the compiled native.c and prefill.c, or None where they cannot be built."""
+    found = compiled.library(*SOURCES)
+    return _declare(found) if found is not None else None
 
 
 def _declare(found: ctypes.CDLL) -> ctypes.CDLL:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolseek.config import ModelConfig
+from smolseek.model import fused
 from smolseek.model.cache import Cache
 from smolseek.model.norm import RMSNorm
 from smolseek.model.rope import rotate, softmax_scale
@@ -81,6 +82,8 @@ class MLA(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTD)))
         else:
             q = self.q_proj(x_BTD)
+        if cache is None and torch.is_grad_enabled() and fused.fits(q, self.nope, self.rope, self.value):
+            return self._fused(q, x_BTD, cos_sin)
         q_BHTQ = q.view(B, T, self.heads, self.nope + self.rope).transpose(1, 2)
         q_nope, q_pe = q_BHTQ.split([self.nope, self.rope], dim=-1)
         cos, sin = cos_sin
@@ -98,6 +101,13 @@ class MLA(nn.Module):
             else:
                 out = self._absorbed(q_nope, q_pe, held, cache.unseen(held.shape[1]))
         return self.o_proj(out)
+
+    def _fused(self, q_BTX: torch.Tensor, x_BTD: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
+        """The same as `forward` without a cache, through attention.c."""
+        c_BTL, pe_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.rope], dim=-1)
+        kv_BTX = self.kv_b_proj(self.kv_a_layernorm(c_BTL))
+        sizes = self.heads, self.nope, self.value
+        return self.o_proj(fused.latent_attention(q_BTX, kv_BTX, pe_BTR, *cos_sin, sizes, self.scale, self.interleave))
 
     def _expanded(
         self, q_nope: torch.Tensor, q_pe: torch.Tensor, c_BSL: torch.Tensor, k_pe: torch.Tensor

@@ -15,10 +15,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from smolseek.model import fused, moe  # noqa: F401  they make operators that are named below
+
 How = Literal["none", "selective", "full"]
 
 _ATTENTION = frozenset(
     {
+        torch.ops.smolseek.latent_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,

@@ -1,0 +1,372 @@
+/* Latent attention of a training step in bfloat16, forward and backward: every head's rotation, scores, softmax and
+   sums in one go, without a tensor between them. Built and called by fused.py; products accumulate in float32.
+
+   Shapes: B sequences, T tokens, H heads, N and R features of a head without and with position, Q = N + R, V features
+   of a value, P = R / 2 angles. Scores are held transposed, [keys, queries of a block]: then softmax runs along the
+   vector registers, and what the products for values and keys need lies in order already. */
+
+#include <stdint.h>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define ROWS 6   /* rows of a tile: 6 times 4 sums, 4 columns and an input fill the 32 registers */
+#define BLOCK 64 /* queries of a block */
+
+typedef uint16_t half; /* the bits of a bfloat16 */
+typedef int32_t pair __attribute__((may_alias));
+
+int64_t has_pairs(void) { return 1; }
+
+/* s[r][v] = pairs a[r][p * step] times columns 16 v .. 16 v + 15 of b: [pairs] lines, `line` columns from each other. */
+INLINE void tile(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, const int rows,
+                 const int wide, __m512 sums[ROWS][4]) {
+    __m512 s[ROWS][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) s[r][v] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512i column[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) column[v] = _mm512_loadu_si512(b + p * line + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m512i input = _mm512_set1_epi32(a[r][p * step]);
+#pragma GCC unroll 4
+            for (int v = 0; v < wide; v++)
+                s[r][v] = _mm512_dpbf16_ps(s[r][v], (__m512bh)input, (__m512bh)column[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) sums[r][v] = s[r][v];
+}
+
+INLINE void tile_rows(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, int64_t rows,
+                      const int wide, __m512 sums[ROWS][4]) {
+    switch (rows) {
+    case 1: tile(a, step, pairs, b, line, 1, wide, sums); break;
+    case 2: tile(a, step, pairs, b, line, 2, wide, sums); break;
+    case 3: tile(a, step, pairs, b, line, 3, wide, sums); break;
+    case 4: tile(a, step, pairs, b, line, 4, wide, sums); break;
+    case 5: tile(a, step, pairs, b, line, 5, wide, sums); break;
+    default: tile(a, step, pairs, b, line, 6, wide, sums);
+    }
+}
+
+/* A tile of scores: each row with step 1, BLOCK columns. */
+static void scores(const half *rows_at, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
+                   __m512 sums[ROWS][4]) {
+    const pair *a[ROWS];
+    for (int64_t r = 0; r < ROWS; r++) a[r] = (const pair *)(rows_at + (r < rows ? r : 0) * stride);
+    tile_rows(a, 1, size / 2, b, BLOCK, rows, 4, sums);
+}
+
+/* to[r] = (or +=, with `add`) pairs of row r times b: [pairs, size], for `rows` rows of a that are `next` pairs from each
+   other and whose pairs are `step` from each other. */
+static void product(const pair *a_at, int64_t next, int64_t step, int64_t rows, int64_t pairs, const uint32_t *b,
+                    int64_t size, float *to, int add) {
+    for (int64_t first = 0; first < rows; first += ROWS) {
+        int64_t count = rows - first < ROWS ? rows - first : ROWS;
+        const pair *a[ROWS];
+        for (int64_t r = 0; r < ROWS; r++) a[r] = a_at + (first + (r < count ? r : 0)) * next;
+        for (int64_t n = 0, wide; n < size; n += 16 * wide) {
+            __m512 sums[ROWS][4];
+            int64_t left = (size - n) / 16;
+            wide = left == 6 || left == 3 ? 3 : left >= 4 ? 4 : left; /* 96 columns as 48 and 48 */
+            switch (wide) {
+            case 1: tile_rows(a, step, pairs, b + n, size, count, 1, sums); break;
+            case 2: tile_rows(a, step, pairs, b + n, size, count, 2, sums); break;
+            case 3: tile_rows(a, step, pairs, b + n, size, count, 3, sums); break;
+            default: tile_rows(a, step, pairs, b + n, size, count, 4, sums);
+            }
+            for (int64_t r = 0; r < count; r++)
+                for (int64_t v = 0; v < wide; v++) {
+                    float *at = to + (first + r) * size + n + 16 * v;
+                    _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sums[r][v]) : sums[r][v]);
+                }
+        }
+    }
+}
+
+/* Turn 16 rows of 16 pairs, `stride` numbers from each other, into 16 lines: line p gets pair p of each row. */
+static void turn(const half *w, int64_t stride, int64_t rows, uint32_t *to, int64_t line) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { /* then lane l of r[i + j] has rows i .. i + 3 of pair 4 l + j */
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_si512(to + j * line, _mm512_shuffle_i32x4(even, even2, 0x88));
+        _mm512_storeu_si512(to + (4 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+        _mm512_storeu_si512(to + (8 + j) * line, _mm512_shuffle_i32x4(even, even2, 0xdd));
+        _mm512_storeu_si512(to + (12 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+    }
+}
+
+/* Bring BLOCK rows (fewer too; the rest is 0) of `size` numbers, a multiple of 32, into lines of pairs. */
+static void turn_block(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
+    for (int64_t first = 0; first < BLOCK; first += 16)
+        for (int64_t p = 0; p < size / 2; p += 16) {
+            int64_t count = rows - first < 0 ? 0 : rows - first;
+            turn(w + (count ? first : 0) * stride + 2 * p, stride, count, to + p * BLOCK + first, BLOCK);
+        }
+}
+
+INLINE __m512i widen(const half *at) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)); }
+
+INLINE __m512 number(const half *at) { return _mm512_castsi512_ps(_mm512_slli_epi32(widen(at), 16)); }
+
+INLINE void put(half *to, __m512 x) {
+    __m256bh rounded = _mm512_cvtneps_pbh(x);
+    memcpy(to, &rounded, sizeof rounded);
+}
+
+/* Bring `rows` rows of `size` numbers, a multiple of 16, into pairs of rows side by side, with zeros after an odd one. */
+static void interleave(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
+    for (int64_t i = 0; i < rows; i += 2, to += size)
+        for (int64_t n = 0; n < size; n += 16) {
+            __m512i low = widen(w + i * stride + n), high = _mm512_setzero_si512();
+            if (i + 1 < rows) high = widen(w + (i + 1) * stride + n);
+            _mm512_storeu_si512(to + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        }
+}
+
+/* e^x for x <= 0, and exactly 0 below -87; what is no number stays so. */
+INLINE __m512 exp16(__m512 x) {
+    __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+    const float series[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(series[i]));
+    return _mm512_maskz_scalef_ps(some, p, n);
+}
+
+/* The queries of vector `v` of the block at `first` that may see key `key`. */
+INLINE __mmask16 seen(int64_t key, int64_t first, int v) {
+    int64_t hidden = key - first - 16 * v;
+    return hidden <= 0 ? 0xffff : hidden >= 16 ? 0 : (__mmask16)(0xffff << hidden);
+}
+
+INLINE float value(half bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+INLINE half rounded(float x) {
+    __m128bh bits = _mm_cvtneps_pbh(_mm_set_ss(x));
+    half first;
+    memcpy(&first, &bits, sizeof first);
+    return first;
+}
+
+/* As rotate() of rope.py: the result lies in halves. */
+INLINE void rotate(const half *x, const float *cos, const float *sin, int64_t P, int64_t interleaved, half *to) {
+    for (int64_t i = 0; i < P; i++) {
+        float a = value(x[interleaved ? 2 * i : i]), b = value(x[interleaved ? 2 * i + 1 : i + P]);
+        to[i] = rounded(a * cos[i] - b * sin[i]);
+        to[i + P] = rounded(b * cos[i] + a * sin[i]);
+    }
+}
+
+INLINE void rotate_back(const float *d, const float *cos, const float *sin, int64_t P, int64_t interleaved, half *to) {
+    for (int64_t i = 0; i < P; i++) {
+        to[interleaved ? 2 * i : i] = rounded(d[i] * cos[i] + d[i + P] * sin[i]);
+        to[interleaved ? 2 * i + 1 : i + P] = rounded(d[i + P] * cos[i] - d[i] * sin[i]);
+    }
+}
+
+/* Where everything lies. q: [B, T, H, Q], kv: [B, T, H, N + V], pe: [B, T, R] with `pe_next` numbers from token to token,
+   cos, sin: [T, P], out, dout: [B, T, H, V], log_sums: [B, H, T], dq, dkv as q, kv; dpe: [B, T, R], parts: [B, H, T, R]. */
+typedef struct {
+    int64_t B, T, H, N, R, V, interleaved, pe_next, threads;
+    const half *q, *kv, *pe;
+    const float *cos, *sin;
+    half *out;
+    float *log_sums;
+    const half *dout;
+    half *dq, *dkv, *dpe;
+    float *parts;
+    double scale;
+} Attention;
+
+/* One head's queries or keys, rotated: [T, Q]. */
+static void pack(const Attention *m, const half *plain, int64_t plain_next, const half *turned, int64_t turned_next,
+                 half *to) {
+    for (int64_t t = 0; t < m->T; t++, to += m->N + m->R) {
+        memcpy(to, plain + t * plain_next, m->N * sizeof *to);
+        rotate(turned + t * turned_next, m->cos + t * m->R / 2, m->sin + t * m->R / 2, m->R / 2, m->interleaved,
+               to + m->N);
+    }
+}
+
+static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+void attend_forward(const Attention *m) {
+    const int64_t T = m->T, H = m->H, Q = m->N + m->R, V = m->V, E = m->N + V;
+#pragma omp parallel num_threads(m->threads)
+    {
+        half *q = room(T * Q * 2), *k = room(T * Q * 2);
+        uint32_t *turned = room(Q / 2 * BLOCK * 4), *values = room((T + 1) / 2 * V * 4);
+        uint32_t *weights = room((T + 1) / 2 * BLOCK * 4);
+        float *s = room((T + 1) * BLOCK * 4), *sums = room(BLOCK * V * 4);
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < m->B * H; n++) {
+            int64_t b = n / H, h = n % H;
+            const half *own_q = m->q + (b * T * H + h) * Q, *own_kv = m->kv + (b * T * H + h) * E;
+            pack(m, own_q, H * Q, own_q + m->N, H * Q, q);
+            pack(m, own_kv, H * E, m->pe + b * T * m->pe_next, m->pe_next, k);
+            interleave(own_kv + m->N, H * E, T, V, values);
+            for (int64_t first = 0; first < T; first += BLOCK) {
+                int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
+                __m512 top[4], total[4], tiled[ROWS][4];
+                turn_block(q + first * Q, Q, queries, Q, turned);
+                for (int v = 0; v < 4; v++) top[v] = _mm512_set1_ps(-INFINITY), total[v] = _mm512_setzero_ps();
+                for (int64_t key = 0; key < keys; key += ROWS) {
+                    int64_t rows = keys - key < ROWS ? keys - key : ROWS;
+                    scores(k + key * Q, Q, rows, Q, turned, tiled);
+                    for (int64_t r = 0; r < rows; r++)
+                        for (int v = 0; v < 4; v++) {
+                            __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen(key + r, first, v),
+                                                          tiled[r][v], _mm512_set1_ps((float)m->scale));
+                            top[v] = _mm512_max_ps(top[v], x);
+                            _mm512_storeu_ps(s + (key + r) * BLOCK + 16 * v, x);
+                        }
+                }
+                for (int64_t i = 0; i < keys; i += 2)
+                    for (int v = 0; v < 4; v++) {
+                        const float *at = s + i * BLOCK + 16 * v;
+                        __m512 low = exp16(_mm512_sub_ps(_mm512_loadu_ps(at), top[v])), high = _mm512_setzero_ps();
+                        if (i + 1 < keys) high = exp16(_mm512_sub_ps(_mm512_loadu_ps(at + BLOCK), top[v]));
+                        total[v] = _mm512_add_ps(total[v], _mm512_add_ps(low, high));
+                        __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+                        __m512i more = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+                        _mm512_storeu_si512(weights + i / 2 * BLOCK + 16 * v,
+                                            _mm512_or_si512(bits, _mm512_slli_epi32(more, 16)));
+                    }
+                product((const pair *)weights, 1, BLOCK, queries, (keys + 1) / 2, values, V, sums, 0);
+                float tops[BLOCK], totals[BLOCK];
+                memcpy(tops, top, sizeof tops);
+                memcpy(totals, total, sizeof totals);
+                for (int64_t t = 0; t < queries; t++) {
+                    half *to = m->out + ((b * T + first + t) * H + h) * V;
+                    __m512 share = _mm512_set1_ps(1.0f / totals[t]);
+                    m->log_sums[(b * H + h) * T + first + t] = tops[t] + logf(totals[t]);
+                    for (int64_t i = 0; i < V; i += 16) put(to + i, _mm512_mul_ps(_mm512_loadu_ps(sums + t * V + i), share));
+                }
+            }
+        }
+        free(q), free(k), free(turned), free(values), free(weights), free(s), free(sums);
+    }
+}
+
+void attend_backward(const Attention *m) {
+    const int64_t T = m->T, H = m->H, N = m->N, R = m->R, Q = N + R, V = m->V, E = N + V;
+#pragma omp parallel num_threads(m->threads)
+    {
+        half *q = room(T * Q * 2), *k = room(T * Q * 2), *p = room((T + 1) * BLOCK * 2), *ds = room((T + 1) * BLOCK * 2);
+        uint32_t *turned_q = room(Q / 2 * BLOCK * 4), *turned_do = room(V / 2 * BLOCK * 4);
+        uint32_t *pairs_q = room(BLOCK / 2 * Q * 4), *pairs_do = room(BLOCK / 2 * V * 4);
+        uint32_t *pairs_k = room((T + 1) / 2 * Q * 4), *pairs_ds = room((T + 1) / 2 * BLOCK * 4);
+        float *dk = room(T * Q * 4), *dv = room(T * V * 4), *dq = room(BLOCK * Q * 4);
+#pragma omp for schedule(dynamic)
+        for (int64_t n = 0; n < m->B * H; n++) {
+            int64_t b = n / H, h = n % H;
+            const half *own_q = m->q + (b * T * H + h) * Q, *own_kv = m->kv + (b * T * H + h) * E;
+            pack(m, own_q, H * Q, own_q + N, H * Q, q);
+            pack(m, own_kv, H * E, m->pe + b * T * m->pe_next, m->pe_next, k);
+            interleave(k, Q, T, Q, pairs_k);
+            memset(dk, 0, T * Q * 4);
+            memset(dv, 0, T * V * 4);
+            for (int64_t first = 0; first < T; first += BLOCK) {
+                int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
+                const half *dout = m->dout + ((b * T + first) * H + h) * V, *out = m->out + ((b * T + first) * H + h) * V;
+                float dots[BLOCK], logs[BLOCK];
+                for (int64_t t = 0; t < BLOCK; t++) dots[t] = 0, logs[t] = INFINITY; /* beyond the end: weights of 0 */
+                for (int64_t t = 0; t < queries; t++) {
+                    __m512 dot = _mm512_setzero_ps();
+                    for (int64_t i = 0; i < V; i += 16)
+                        dot = _mm512_fmadd_ps(number(dout + t * H * V + i), number(out + t * H * V + i), dot);
+                    dots[t] = _mm512_reduce_add_ps(dot);
+                    logs[t] = m->log_sums[(b * H + h) * T + first + t];
+                }
+                turn_block(q + first * Q, Q, queries, Q, turned_q);
+                turn_block(dout, H * V, queries, V, turned_do);
+                memset(pairs_q, 0, BLOCK / 2 * Q * 4);
+                memset(pairs_do, 0, BLOCK / 2 * V * 4);
+                interleave(q + first * Q, Q, queries, Q, pairs_q);
+                interleave(dout, H * V, queries, V, pairs_do);
+                for (int64_t key = 0; key < keys; key += ROWS) {
+                    int64_t rows = keys - key < ROWS ? keys - key : ROWS;
+                    __m512 s[ROWS][4], dp[ROWS][4], scale = _mm512_set1_ps((float)m->scale);
+                    scores(k + key * Q, Q, rows, Q, turned_q, s);
+                    scores(own_kv + N + key * H * E, H * E, rows, V, turned_do, dp);
+                    for (int64_t r = 0; r < rows; r++)
+                        for (int v = 0; v < 4; v++) {
+                            __m512 x = _mm512_fmsub_ps(s[r][v], scale, _mm512_loadu_ps(logs + 16 * v));
+                            x = _mm512_maskz_mov_ps(seen(key + r, first, v), exp16(x));
+                            put(p + (key + r) * BLOCK + 16 * v, x);
+                            __m512 rest = _mm512_sub_ps(dp[r][v], _mm512_loadu_ps(dots + 16 * v));
+                            put(ds + (key + r) * BLOCK + 16 * v, _mm512_mul_ps(_mm512_mul_ps(x, scale), rest));
+                        }
+                }
+                interleave(ds, BLOCK, keys, BLOCK, pairs_ds);
+                product((const pair *)pairs_ds, 1, BLOCK, queries, (keys + 1) / 2, pairs_k, Q, dq, 0);
+                product((const pair *)p, BLOCK / 2, 1, keys, BLOCK / 2, pairs_do, V, dv, 1);
+                product((const pair *)ds, BLOCK / 2, 1, keys, BLOCK / 2, pairs_q, Q, dk, 1);
+                for (int64_t t = 0; t < queries; t++) {
+                    half *to = m->dq + ((b * T + first + t) * H + h) * Q;
+                    int64_t angle = (first + t) * R / 2;
+                    for (int64_t i = 0; i < N; i += 16) put(to + i, _mm512_loadu_ps(dq + t * Q + i));
+                    rotate_back(dq + t * Q + N, m->cos + angle, m->sin + angle, R / 2, m->interleaved, to + N);
+                }
+            }
+            for (int64_t t = 0; t < T; t++) {
+                half *to = m->dkv + ((b * T + t) * H + h) * E;
+                for (int64_t i = 0; i < N; i += 16) put(to + i, _mm512_loadu_ps(dk + t * Q + i));
+                for (int64_t i = 0; i < V; i += 16) put(to + N + i, _mm512_loadu_ps(dv + t * V + i));
+                memcpy(m->parts + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
+            }
+        }
+        free(q), free(k), free(p), free(ds), free(turned_q), free(turned_do), free(pairs_q), free(pairs_do);
+        free(pairs_k), free(pairs_ds), free(dk), free(dv), free(dq);
+        float *sum = room(R * 4);
+#pragma omp for
+        for (int64_t n = 0; n < m->B * T; n++) { /* all heads share the keys' features with position */
+            int64_t b = n / T, t = n % T;
+            memset(sum, 0, R * sizeof *sum);
+            for (int64_t h = 0; h < H; h++)
+                for (int64_t i = 0; i < R; i++) sum[i] += m->parts[((b * H + h) * T + t) * R + i];
+            rotate_back(sum, m->cos + t * R / 2, m->sin + t * R / 2, R / 2, m->interleaved, m->dpe + n * R);
+        }
+        free(sum);
+    }
+}
+
+#else
+
+int64_t has_pairs(void) { return 0; }
+
+#endif

@@ -1,0 +1,102 @@
+"""attention.c beside the model's own operations: as near to float64, the same every time, blind to what follows."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.model import fused
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+
+CONFIGS = {
+    "tiny": preset("tiny"),
+    "halves": replace(preset("tiny"), rope_interleave=False, v_head_dim=64),
+    "deepseek_159m": preset("deepseek_159m"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_library():
+    if fused._library() is None:
+        pytest.skip("no compiler, or a processor without products of bfloat16 pairs")
+
+
+def attention(name: str, length: int, how: str, monkeypatch) -> dict[str, torch.Tensor]:
+    """Result and gradients of one layer's attention: `fused`, `plain` under autocast, or `exact` in float64."""
+    config = replace(CONFIGS[name], num_hidden_layers=1, vocab_size=32)
+    model = new_model(config, seed=1)
+    layer, generator = model.model.layers[0].self_attn, torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in layer.parameters():
+            if p.ndim > 1:  # large enough for scores that differ
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.08)
+    x, dy = (torch.randn(2, length, config.hidden_size, generator=generator) for _ in range(2))
+    if how == "exact":
+        layer, x, dy = layer.double(), x.double(), dy.double()
+    x.requires_grad_()
+    with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=how != "exact"):
+        if how == "plain":
+            patch.setattr(fused, "fits", lambda *_: False)
+        if how == "fused":
+            assert fused.fits(x.bfloat16(), layer.nope, layer.rope, layer.value)
+        y = layer(x, model.model.rope(torch.arange(length), length))
+    y.backward(dy.to(y.dtype))
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length", [2, 33, 64, 135])  # around the sizes of tiles and blocks
+def test_it_is_no_further_from_float64_than_pytorchs_operations(name, length, monkeypatch):
+    runs = {how: attention(name, length, how, monkeypatch) for how in ("fused", "plain", "exact")}
+    for part, exact in runs["exact"].items():
+        error = {how: float((runs[how][part].double() - exact).norm()) for how in ("fused", "plain")}
+        assert error["plain"] < 0.05 * exact.norm(), part
+        # The latent norm's gradient has few numbers, so its error is more by chance.
+        slack = 1.1 if length > 33 and "norm" not in part else 1.5
+        assert error["fused"] <= slack * error["plain"], part
+
+
+def test_results_and_gradients_are_the_same_for_any_number_of_threads():
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            q, kv, pe, cos, sin = heads(150)
+            inputs = [x.requires_grad_() for x in (q, kv, pe)]
+            out = fused.latent_attention(*inputs, cos, sin, (4, 16, 32), 0.2, True)
+            out.float().square().sum().backward()
+            found.append([out.detach(), *(x.grad for x in inputs)])
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+def heads(length: int) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(5)
+    sizes = (1, length, 4 * 32), (1, length, 4 * 48), (1, length, 16)
+    q, kv, pe = (torch.randn(size, generator=generator).to(torch.bfloat16) for size in sizes)
+    return q, kv, pe, *(torch.randn(length, 8, generator=generator) for _ in range(2))
+
+
+def test_no_token_sees_what_follows():
+    inputs = heads(100)
+    whole = fused.latent_attention(*inputs, (4, 16, 32), 0.2, True)
+    for length in (1, 7, 63, 64, 65, 99):
+        begun = [x[:, :length].contiguous() for x in inputs[:3]] + [x[:length] for x in inputs[3:]]
+        assert torch.equal(fused.latent_attention(*begun, (4, 16, 32), 0.2, True), whole[:, :length])
+
+
+def test_what_is_no_number_stays_so():
+    q, kv, pe, cos, sin = heads(70)
+    kv[0, 20, 0] = float("nan")
+    out = fused.latent_attention(q, kv, pe, cos, sin, (4, 16, 32), 0.2, True)[0, :, :32]
+    assert out[20:].isnan().all() and not out[:20].isnan().any()
+
+
+def test_where_it_does_not_fit_the_model_takes_its_own_operations():
+    q = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
+    assert fused.fits(q, 16, 16, 32)
+    assert not fused.fits(q.float(), 16, 16, 32)
+    assert not fused.fits(q, 16, 16, 24) and not fused.fits(q, 24, 8, 32)
