@@ -1,17 +1,28 @@
 """The dial: distance to SmolLM2-135M-Instruct at smaller caches, ours beside the published method.
 
-    python bench/dial.py --data FILE ...     held-out text of several domains, each file one of them
+    python bench/dial.py --data FILE ...                      held-out text of several domains, each file one of them
+    python bench/dial.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that is there already
+    python bench/dial.py --conversion                         seconds and memory of the command
 
-Every model is made by the code of `smolseek convert`, calibrated on built-in text, and measured natively. Prints a
-line a model and writes docs/results/dial.json after each, so that a run cut short keeps what it has.
+Every model is made by the code of `smolseek convert`, calibrated on built-in text, written to a folder, opened by stock
+transformers and compared with the original, opened likewise: weights in float32, matrix products of the layers in
+bfloat16 (which adds to all divergences alike, about 1e-3), the head's in float32. The published method gets the
+FreqFold that is best on the first `--trial-tokens`, an equal share of each file. Prints a line a model and writes
+docs/results/dial.json after each; a model that stands there is not measured again, so a run cut short goes on.
 """
 
 import argparse
 import json
 import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from machine import describe
@@ -19,72 +30,134 @@ from machine import describe
 from smolseek.convert.calibrate import calibration_rows, statistics
 from smolseek.convert.compress import Budget, assemble, compress
 from smolseek.convert.refit import refit
-from smolseek.evaluate.compare import compare_states, hidden_states, text_rows
-from smolseek.storage.hf_folder import load_model
+from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
+from smolseek.storage.hf_folder import load_model, save_folder
 
 OUT = Path("docs/results/dial.json")
-SHARES = {"1/2": 1 / 2, "2/3": 2 / 3, "1/3": 1 / 3}
+SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
 
 
-@torch.no_grad()
 def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, an equal share of each file")
+    parser.add_argument("--trial-tokens", type=int, default=1024, help="tokens that FreqFold is chosen on")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--folds", type=int, nargs="*", default=[1, 2, 4, 8], help="FreqFold of the published method")
     parser.add_argument("--shares", nargs="*", default=list(SHARES))
+    parser.add_argument("--models", nargs="*", default=[], help="NAME=FOLDER")
+    parser.add_argument("--conversion", action="store_true")
     args = parser.parse_args()
+    found = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
+    if args.conversion:
+        found["conversion"] = conversion(args.calibration_tokens)
+        OUT.write_text(json.dumps(found, indent=2) + "\n")
+        return
+    measure(args, found)
+
+
+def conversion(tokens: int) -> dict:
+    """Return what the command takes to halve the cache, without its closing comparison."""
+    options = ["--mode", "compress", "--cache", "0.5", "--calibration-tokens", str(tokens), "--no-verify"]
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "smolseek", "convert", "smollm2", f"{folder}/half", *options], check=True)
+        seconds = time.perf_counter() - begun
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    print(f"smolseek convert smollm2 OUT {' '.join(options)}: {seconds:.0f} s, peak memory {peak / 1e6:,.0f} MB")
+    return {"options": options, "seconds": seconds, "peak_bytes": peak, "load": os.getloadavg(), "measured": describe()}
+
+
+@torch.no_grad()
+def last_states(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
+    """Return the last hidden states [T, D] of each of the windows `rows` [N, T+1]."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return [state.float() for state in hidden_states(model, rows)]
+
+
+@torch.no_grad()
+def measure(args: argparse.Namespace, found: dict) -> None:
+    """Measure the models at `args.shares` and those of `args.models`."""
     source = load_model("smollm2")
     each = args.tokens // len(args.data)
     parts = [text_rows([file], "text", source.tokenizer, 512, each) for file in args.data]
-    rows = torch.cat(parts)
-    states, head = list(hidden_states(source.model, rows)), source.model.lm_head.weight.detach()
-    found = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
-    calibration = calibration_rows(source.path, "builtin", args.calibration_tokens, seed=0)
-    stats = statistics(source.model, calibration)
+    trial = torch.cat([part[0, : args.trial_tokens // len(parts) + 1][None] for part in parts])
+    stock = open_model(source.path, "transformers", "float32")
+    states, head = last_states(stock, torch.cat(parts)), stock.lm_head.weight.detach()
+    del stock
+    trial_states = [states[sum(map(len, parts[:n]))][: trial.shape[1] - 1] for n in range(len(parts))]
+    calibration = stats = None
+
+    def judged(folder: str) -> dict:
+        model = open_model(Path(folder), "transformers", "float32")
+        new, at, domains = last_states(model, torch.cat(parts)), 0, {}
+        for file, part in zip(args.data, parts, strict=True):
+            end = at + len(part)
+            pair = (states[at:end], head, new[at:end], model.lm_head.weight, part)
+            domains[Path(file).stem] = compare_states(*pair, dtype=torch.float32)
+            at = end
+        tokens = sum(one.tokens for one in domains.values())
+        mean = {
+            field: sum(getattr(one, field) * one.tokens for one in domains.values()) / tokens
+            for field in ("kl", "loss_a", "loss_b", "agreement")
+        }
+        return mean | {
+            "perplexity_change": math.exp(mean["loss_b"] - mean["loss_a"]) - 1,
+            "kv_lora_rank": model.config.kv_lora_rank,
+            "qk_rope_head_dim": model.config.qk_rope_head_dim,
+            "tokens": tokens,
+            "domains": {name: asdict(one) for name, one in domains.items()},
+            "engine": "transformers",
+            "measured": describe(),
+        }
+
+    def keep(name: str, row: dict) -> None:
+        found["models"][name] = row
+        OUT.write_text(json.dumps(found, indent=2) + "\n")
+        by_domain = ", ".join(f"{domain} {one['kl']:.3f}" for domain, one in row["domains"].items())
+        print(
+            f"{name}: rank {row['kv_lora_rank']}, rope {row['qk_rope_head_dim']}, KL {row['kl']:.4f} ({by_domain}), "
+            f"perplexity {row['perplexity_change']:+.1%}, {row['tokens']:,} tokens",
+            flush=True,
+        )
+
     for share in args.shares:
         features = round(SHARES[share] * source.config.cache_features)
-        variants = {f"transmla, FreqFold {fold}": Budget(features, None, "transmla", fold) for fold in args.folds}
-        for name, budget in {"smolseek": Budget(features), **variants}.items():
-            begun = time.perf_counter()
-            shape, layers = compress(source.model, budget, stats)
-            if budget.method == "smolseek":
-                layers = refit(source.model, shape, layers, calibration)
-            model = assemble(source.model, shape, layers)
-            seconds = time.perf_counter() - begun
-            new = list(hidden_states(model, rows))
-            at, domains = 0, {}
-            for file, part in zip(args.data, parts, strict=True):
-                end = at + len(part)
-                domains[Path(file).stem] = compare_states(states[at:end], head, new[at:end], model.lm_head.weight, part)
-                at = end
-            tokens = sum(one.tokens for one in domains.values())
-            kl, before, after = (
-                sum(getattr(one, field) * one.tokens for one in domains.values()) / tokens
-                for field in ("kl", "loss_a", "loss_b")
-            )
-            row = {
-                "share": share,
-                "kv_lora_rank": model.config.kv_lora_rank,
-                "qk_rope_head_dim": model.config.qk_rope_head_dim,
-                "kl": kl,
-                "loss_a": before,
-                "loss_b": after,
-                "perplexity_change": math.exp(after - before) - 1,
-                "tokens": tokens,
-                "domains": {name: asdict(one) for name, one in domains.items()},
-                "calibration_tokens": args.calibration_tokens,
-                "measured": describe(),
-            }
-            found["models"][f"{share} {name}"] = row
-            OUT.write_text(json.dumps(found, indent=2) + "\n")
-            print(
-                f"{share} {name}: rank {row['kv_lora_rank']}, rope {row['qk_rope_head_dim']}, KL {kl:.4f}, "
-                f"perplexity {row['perplexity_change']:+.1%}, {tokens:,} tokens, fitted in {seconds:.0f} s",
-                flush=True,
-            )
+        for method in ("smolseek", "transmla"):
+            name = f"{share} {method}"
+            if name in found["models"]:
+                continue
+            if stats is None:
+                calibration = calibration_rows(source.path, "builtin", args.calibration_tokens, seed=0)
+                stats = statistics(source.model, calibration)
+            tried: dict[int, float] = {}
+            for fold in args.folds if method == "transmla" else [1]:
+                budget = Budget(features, None, method, fold)
+                shape, layers = compress(source.model, budget, stats)
+                if method == "smolseek":
+                    layers = refit(source.model, shape, layers, calibration)
+                model = assemble(source.model, shape, layers)
+                if method == "transmla":
+                    new = last_states(model, trial)
+                    of_trial = (trial_states, head, new, model.lm_head.weight, trial)
+                    tried[fold] = compare_states(*of_trial, dtype=torch.float32).kl
+                    print(
+                        f"{name}, FreqFold {fold}: KL {tried[fold]:.4f} on {trial[:, 1:].numel():,} tokens", flush=True
+                    )
+                if not tried or tried[fold] == min(tried.values()):
+                    best = model
+            with tempfile.TemporaryDirectory() as folder:
+                save_folder(best, folder)
+                del best, model
+                row = judged(folder)
+            row |= {"share": share, "method": method, "calibration_tokens": args.calibration_tokens}
+            if tried:
+                row |= {"freq_fold": min(tried, key=lambda fold: tried[fold]), "freq_folds_tried": tried}
+            keep(name, row)
+    for given in args.models:
+        name, folder = given.split("=", 1)
+        keep(name, judged(folder) | {"share": name.split()[0]})
 
 
 if __name__ == "__main__":

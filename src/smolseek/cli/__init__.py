@@ -11,7 +11,7 @@ from smolseek.cli.auditing import audit
 from smolseek.cli.models import compare, convert, inspect
 from smolseek.cli.preparing import prepare
 from smolseek.cli.reporting import report
-from smolseek.cli.training import train
+from smolseek.cli.training import heal, train
 from smolseek.cli.writing import chat, generate
 from smolseek.errors import SmolseekError, Stopped, nearest
 
@@ -26,6 +26,7 @@ Small DeepSeek-style language models.
   generate  continue a prompt
   chat      talk with a model that has a chat template
   convert   make a DeepSeek model of a Llama's weights, with nothing lost
+  heal      bring a compressed model nearer to its source, by distillation
   compare   how far two models are apart: losses, divergence, cache, parameters
   report    a page about a run, or one that compares runs
   audit     whether a model's numbers can be believed: leaks, labels, data, experts, decoding
@@ -43,6 +44,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": generate,
     "chat": chat,
     "convert": convert,
+    "heal": heal,
     "compare": compare,
     "report": report,
     "audit": audit,

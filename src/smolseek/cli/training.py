@@ -1,5 +1,6 @@
-"""Training a model: `smolseek train`."""
+"""Training a model: `smolseek train` and `smolseek heal`."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -95,3 +96,81 @@ def _from_model(init: str) -> "TrainConfig":
         optim=OptimConfig(lr=1e-4),
         tokenizer=str(path) if own else "smollm2",
     )
+
+
+@dataclass(frozen=True)
+class HealArgs:
+    """Bring a compressed model nearer to its source by distillation, on the whole vocabulary, with training's guards.
+
+    Only the matrices of attention are trained. RUN is a run folder like any other: its newest checkpoint is the healed
+    model, `smolseek report RUN` is its page, and MODEL stays as it is.
+    """
+
+    model: str
+    """Folder that `smolseek convert --mode compress` wrote."""
+    teacher: str = "smollm2"
+    """The model that it was made of."""
+    run: str | None = None
+    """Run folder to write; None is MODEL-healed."""
+    tokens: int = 200_000
+    """Tokens to learn from."""
+    calibration: tuple[str, ...] = ("builtin",)
+    """Text to learn from: builtin, files, folders, and `self`, which the source writes: half of the tokens, at most
+    65,536, into RUN/self.jsonl."""
+    held_out: tuple[str, ...] = ()
+    """Text that KL and loss are told on before, during and after, best of other domains; without it a part of the
+    calibration text that is not learned from."""
+    held_out_tokens: int = 8_192
+    """Tokens of it, at most."""
+    text_column: str = "text"
+    """Column (parquet) or key (JSONL) that holds the text."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    batch_size: int = 2
+    """Sequences per step."""
+    seq_len: int = 512
+    """Tokens per sequence."""
+    evaluations: int = 4
+    """How often KL and loss are told on the way; a checkpoint goes with each."""
+    seed: int = 0
+    """Seed of the order of the text, and of what the source writes."""
+    resume: bool = False
+    """Go on from the newest checkpoint of RUN."""
+
+
+def heal(argv: Sequence[str]) -> None:
+    """Carry out `smolseek heal MODEL --teacher SOURCE --tokens N`."""
+    args = parse(HealArgs, "heal", argv)
+    for name in ("tokens", "held_out_tokens", "batch_size", "seq_len", "evaluations"):
+        if getattr(args, name) < 1:
+            raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} is below 1: use a positive number")
+    from smolseek.config import DataConfig, DistillConfig, OptimConfig, ScheduleConfig
+    from smolseek.run_folder import RunFolder
+    from smolseek.train import loop
+    from smolseek.train.distill import write_own_text
+
+    run = args.run or f"{args.model.rstrip('/')}-healed"
+    own = Path(run) / "self.jsonl"
+    sources = tuple(str(own) if source == "self" else source for source in args.calibration)
+    steps = max(1, round(args.tokens / (args.batch_size * args.seq_len)))
+    every = max(1, -(-steps // args.evaluations))
+    config = dataclasses.replace(
+        _from_model(args.model),
+        run=run,
+        data=DataConfig(sources=sources, text_column=args.text_column, val_sources=args.held_out),
+        distill=DistillConfig(teacher=args.teacher, attention_only=True),
+        optim=OptimConfig(lr=args.lr, weight_decay=0.0),
+        schedule=ScheduleConfig(warmup_steps=10),
+        steps=steps,
+        batch_size=args.batch_size,
+        seq_len=args.seq_len,
+        seed=args.seed,
+        eval_every=every,
+        save_every=every,
+        keep_last=1,
+        eval_tokens=max(args.held_out_tokens, args.seq_len),
+    )
+    RunFolder(run).check(config, args.resume)
+    if "self" in args.calibration and not own.exists():
+        write_own_text(args.teacher, own, min(args.tokens // 2, 65_536), args.seed)
+    loop.train(config, resume=args.resume)

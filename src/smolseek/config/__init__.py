@@ -2,11 +2,20 @@
 
 from smolseek.config.plain import flatten, from_dict, to_dict
 from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType
-from smolseek.config.training import BalanceConfig, DataConfig, GuardConfig, OptimConfig, ScheduleConfig, TrainConfig
+from smolseek.config.training import (
+    BalanceConfig,
+    DataConfig,
+    DistillConfig,
+    GuardConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 __all__ = [
     "BalanceConfig",
     "DataConfig",
+    "DistillConfig",
     "GuardConfig",
     "ModelConfig",
     "ModelType",

@@ -20,6 +20,8 @@ class DataConfig:
     """Column (parquet) or key (JSONL) that holds the text."""
     val_fraction: float = 0.02
     """Share of the documents kept for validation, chosen by a hash of each text."""
+    val_sources: tuple[str, ...] = ()
+    """Files or folders to validate on instead, for example of other domains."""
     give_up_after: float = 1800.0
     """Seconds without an answer of the hub after which the run saves and stops."""
 
@@ -113,6 +115,17 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Learning from another model."""
+
+    teacher: str | None = None
+    """Model whose distribution of the next token is learned, on the whole vocabulary, instead of the text's next
+    token: KL(teacher || model) is differentiated. None for none."""
+    attention_only: bool = False
+    """Train the matrices of attention alone; everything else stays as it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole training run; `RUN/config.json` holds one and relaunches it."""
 
@@ -130,6 +143,8 @@ class TrainConfig:
     """Learning rate over time."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Expert balancing."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """Learning from another model."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Bad steps."""
     steps: int = 300

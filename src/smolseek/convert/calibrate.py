@@ -24,6 +24,8 @@ from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
 _HELD_OUT = 0.1
 _WINDOW = 512
 _SAMPLED = 2
+_LOT = 16
+"""Texts that the source writes at a time."""
 
 
 @dataclass
@@ -135,8 +137,13 @@ def _written(path: Path, tokens: int, seed: int) -> torch.Tensor:
     console.say(f"The source writes {len(prompts) * length:,} tokens to calibrate with")
     # A seed a row, or all rows would say the same.
     sampling = [Sampling(temperature=1.0, seed=seed * 100_003 + row) for row in range(len(prompts))]
-    writer = Writer(model, prompts, sampling, length)
-    return torch.tensor([[start, *result.tokens] for result in writer.finish()])
+    rows: list[list[int]] = []
+    with console.progress(len(prompts), "writing") as bar:
+        for lot in range(0, len(prompts), _LOT):
+            writer = Writer(model, prompts[lot : lot + _LOT], sampling[lot : lot + _LOT], length)
+            rows += [[start, *result.tokens] for result in writer.finish()]
+            bar.update(len(rows))
+    return torch.tensor(rows)
 
 
 def _length(context: int, tokens: int) -> int:

@@ -14,6 +14,7 @@ from smolseek.config import TrainConfig
 from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream, pin
 from smolseek.data.hub import HubAway
+from smolseek.data.sources import read_documents
 from smolseek.data.stream import validation_rows
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.evaluate import audit
@@ -29,6 +30,7 @@ from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_byte
 from smolseek.train import metrics
 from smolseek.train.balance import Balancer
 from smolseek.train.device import autocast, choose_device
+from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
 from smolseek.train.memory import keep_freed_memory
@@ -70,12 +72,24 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     corpus = open_data(config.data, config.eval_tokens, tokenizer)
     step_tokens = config.batch_size * config.grad_accum * config.seq_len
     stream = open_stream(config, corpus, encode, eos_id, min_tokens=step_tokens + 1)
+    validation = read_documents(config.data.val_sources, config.data.text_column)
     val_rows, val_bytes = validation_rows(
-        corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens, token_bytes(tokenizer)
+        validation if config.data.val_sources else corpus.validation,
+        encode,
+        eos_id,
+        config.seq_len,
+        config.eval_tokens,
+        token_bytes(tokenizer),
     )
 
     model = new_model(config.model, config.seed, device)
     model.grad_checkpointing = config.grad_checkpointing
+    teacher = None
+    if config.distill.teacher is not None:
+        teacher = Teacher(config.distill.teacher, config.model.vocab_size, device)
+    if config.distill.attention_only:
+        attention_only(model)
+    objective = losses if teacher is None else teacher.losses
     optimizer = make_optimizer(model, config.optim)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
     state = TrainState(model, optimizer, balancer, stream, guard)
@@ -100,6 +114,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
+    if teacher is not None and begun_from is None:
+        at.evaluated = -1  # a healing says where it began
 
     clock, timed, saved = metrics.Clock(), 0, at.step
     away: HubAway | None = None
@@ -112,7 +128,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             with clock:
                 finished = at.step >= config.steps
                 if at.evaluated < at.step and (at.step % config.eval_every == 0 or finished):
-                    found = evaluate(model, val_rows, val_bytes, config.batch_size, context, lambda: stop.received)
+                    found = evaluate(
+                        model, val_rows, val_bytes, config.batch_size, context, lambda: stop.received, objective
+                    )
                     if found is not None:  # else it is made up for when the run is resumed
                         at.evaluated, at.val_loss = at.step, found["val_loss"]
                         run.append_metrics({"step": at.step, "tokens": at.tokens, **found})
@@ -137,17 +155,18 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             except HubAway as error:
                 away = error
                 continue
-            step_loss = torch.zeros((), device=device)
+            step_loss, step_kl = torch.zeros(2, device=device)
             for rows in step_rows.split(config.batch_size):
                 with context:
-                    out = losses(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
+                    out = objective(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
                 (out.total / config.grad_accum).backward()
                 step_loss += out.next_token
+                step_kl += 0 if out.kl is None else out.kl
                 balancer.add(out.load_LE)
             norm_tensor = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
             # The one place where a step waits for the device.
-            loss, norm = torch.stack((step_loss, norm_tensor)).tolist()
-            loss /= config.grad_accum
+            loss, norm, kl = torch.stack((step_loss, norm_tensor, step_kl)).tolist()
+            loss, kl = loss / config.grad_accum, kl / config.grad_accum
             reason = guard.judge(loss, norm)
             if reason is not None:
                 state.drop_step()
@@ -165,6 +184,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
             at.step += 1
             at.tokens += step_tokens
             at.interval.append(loss)
+            at.kls.append(kl)
             guard.passed(at.step, loss, norm)
             timed += 1  # fewer than the interval's steps after a resume in its middle
             seconds = clock.seconds()
@@ -186,6 +206,8 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     "memory": now,
                     "peak_memory": peak,
                 }
+                if teacher is not None:
+                    record["kl"] = sum(at.kls) / len(at.kls)
                 if violation:
                     record |= {"maxvio": sum(violation) / len(violation), "maxvio_layers": violation}
                 if guard.skipped_tokens:
@@ -193,6 +215,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 run.append_metrics(record)
                 log.say(metrics.train_line(record, config.steps, seconds, device))
                 at.interval.clear()
+                at.kls.clear()
                 clock.restart()
                 timed = 0
     if isinstance(stream, MixedStream):

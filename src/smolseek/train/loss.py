@@ -30,6 +30,8 @@ class Losses(NamedTuple):
     """Sequence-wise balance loss without its weight."""
     load_LE: torch.Tensor
     """Pairs of token and expert per layer."""
+    kl: torch.Tensor | None = None
+    """KL divergence from the teacher, in nats, where there is one; then it is what is differentiated."""
 
 
 def losses(model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0) -> Losses:

@@ -54,6 +54,7 @@ def train_line(record: dict, steps: int, seconds: float, device: torch.device) -
         f"Tokens/sec: {record['tokens_per_second']:.2f} | Total Tokens: {record['tokens']:,} | "
         f"{name}: {now}MB/{peak}MB | LR: {record['lr']:.2e}"
     )
+    line += f" | KL: {record['kl']:.4f}" if "kl" in record else ""
     line += f" | MaxVio: {record['maxvio']:.3f}" if "maxvio" in record else ""
     return line + f" | Grad norm: {record['grad_norm']:.2f}"
 
@@ -64,6 +65,7 @@ def validation_line(record: dict) -> str:
         f"Validation at step {record['step']} | Loss: {record['val_loss']:.4f} | "
         f"Perplexity: {record['val_perplexity']:.2f} | Bits/byte: {record['val_bits_per_byte']:.4f}"
     )
+    line += f" | KL: {record['val_kl']:.4f}" if "val_kl" in record else ""
     return line + (f" | MaxVio (global): {record['val_maxvio']:.3f}" if "val_maxvio" in record else "")
 
 

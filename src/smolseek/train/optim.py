@@ -12,12 +12,12 @@ from smolseek.train.muon import MuonAdamW
 def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
     """Split the parameters in two groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
 
-    A tied head counts as the embedding. Empty matrices (no shared experts) are left out.
+    A tied head counts as the embedding. Empty matrices (no shared experts) and frozen parameters are left out.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if parameter.numel() == 0:
+        if parameter.numel() == 0 or not parameter.requires_grad:
             continue
         is_matrix = parameter.ndim >= 2 and "embed_tokens" not in name and not name.endswith("_bias")
         (decayed if is_matrix else plain).append(parameter)

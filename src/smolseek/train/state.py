@@ -30,6 +30,8 @@ class Progress:
     """Time spent in training steps, over all resumes."""
     interval: list[float] = dataclasses.field(default_factory=list)
     """Losses since the last log line."""
+    kls: list[float] = dataclasses.field(default_factory=list)
+    """Divergences from the teacher since then; zeros without one."""
     loss: float = math.nan
     """Mean training loss of the last logged interval."""
     evaluated: int = 0

@@ -8,7 +8,7 @@ import torch
 
 from smolseek.model.transformer import CausalLM
 from smolseek.train.balance import maxvio
-from smolseek.train.loss import losses
+from smolseek.train.loss import Losses, losses
 
 
 @torch.no_grad()
@@ -19,18 +19,21 @@ def evaluate(
     batch_size: int,
     context: object,
     stopped: Callable[[], object] = lambda: None,
+    objective: Callable[[CausalLM, torch.Tensor], Losses] = losses,
 ) -> dict[str, Any] | None:
     """Return validation loss, perplexity, bits per byte and, with experts, global MaxVio over `rows` [N, T+1].
 
-    None if `stopped` became true on the way.
+    With a teacher's `objective` also the divergence from it. None if `stopped` became true on the way.
     """
-    nats, load_LE = 0.0, None
+    nats, kl, load_LE = 0.0, None, None
     with context:  # type: ignore[attr-defined]
         for batch in rows.split(batch_size):
             if stopped():
                 return None
-            out = losses(model, batch.to(model.lm_head.weight.device))
+            out = objective(model, batch.to(model.lm_head.weight.device))
             nats += float(out.next_token) * batch[:, 1:].numel()
+            if out.kl is not None:
+                kl = (kl or 0.0) + float(out.kl) * batch[:, 1:].numel()
             load_LE = out.load_LE if load_LE is None else load_LE + out.load_LE
     loss = nats / rows[:, 1:].numel()
     record: dict[str, Any] = {
@@ -39,6 +42,8 @@ def evaluate(
         "val_bits_per_byte": nats / math.log(2) / text_bytes,
         "val_tokens": rows[:, 1:].numel(),
     }
+    if kl is not None:
+        record["val_kl"] = kl / rows[:, 1:].numel()
     if load_LE is not None and load_LE.numel():
         per_layer = maxvio(load_LE)
         record |= {"val_maxvio": float(per_layer.mean()), "val_maxvio_layers": per_layer.tolist()}

