@@ -11,8 +11,8 @@ import torch
 
 from smolseek.data import blocks, preparing
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.hub import HubAway
 from smolseek.data.preparing import Target, TextSource, prepare
+from smolseek.data.retries import HubAway
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
 from smolseek.data.stream import is_validation
 from smolseek.errors import SmolseekError
