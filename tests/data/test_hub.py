@@ -260,6 +260,20 @@ def test_the_metrics_hold_what_was_read_and_the_report_shows_the_retries(hub, tm
     assert any("made again" in text and "HTTP 500" in text for text in events)
 
 
+def test_prepare_goes_on_when_the_hub_is_back(hub, tmp_path: Path) -> None:
+    source, files = "fineweb-edu-dedup", lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+    words = lambda name: ["-m", "smolseek", "prepare", tmp_path / name, "--data", source]  # noqa: E731
+    plain = run(hub, tmp_path, *words("plain"))
+    assert plain.returncode == 0, plain.stderr
+    hub.requests, hub.fault = 0, lambda number: "500" if number >= 8 else None
+    stopped = run(hub, tmp_path, *words("out"), "--give-up-after", 1)
+    assert stopped.returncode == os.EX_TEMPFAIL, stopped.stderr
+    assert "give the same command again when it is back" in stopped.stderr.splitlines()[-1]
+    hub.fault = lambda number: None
+    again = run(hub, tmp_path, *words("out"))
+    assert again.returncode == 0 and files("out") == files("plain"), again.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -1,6 +1,7 @@
 """Requests that are made again until they succeed, are no longer wanted, or have failed for too long."""
 
 import contextlib
+import os
 import queue
 import threading
 import time
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from smolseek import console
-from smolseek.errors import SmolseekError
+from smolseek.errors import Stopped
 
 T = TypeVar("T")
 
@@ -17,11 +18,15 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 
 
-class HubAway(SmolseekError):
+class HubAway(Stopped):
     """The hub gave no sound answer for longer than `data.give_up_after`, or the data are no longer waited for.
 
-    Nothing is lost, the run can go on later.
+    Nothing is lost, and it can be gone on from later. `what` is the message without the advice.
     """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}: give the same command again when it is back; it goes on", os.EX_TEMPFAIL)
+        self.what = what
 
 
 class Fault(Exception):
@@ -79,10 +84,7 @@ def persist(
             wait = max(pause, fault.pause)
             spent = time.monotonic() - began
             if spent + wait > give_up_after:
-                raise HubAway(
-                    f"the hub has not delivered {what} for {spent:.0f} s ({fault}): "
-                    "go on with --resume when it is back, or raise --data.give-up-after"
-                ) from None
+                raise HubAway(f"the hub has not delivered {what} for {spent:.0f} s ({fault})") from None
             console.warn(f"hub: {what}: {fault}; trying again in {wait:g} s")
             if traffic is not None:
                 traffic.retried(f"{what}: {fault}")

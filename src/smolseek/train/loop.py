@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -278,7 +277,8 @@ def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: H
     if received is not None:
         why, code = f"stopped by {received.name}", 128 + received
     else:
-        why, code = f"{away}; stopped", os.EX_TEMPFAIL
+        assert away is not None
+        why, code = f"{away.what}; stopped", away.code
     way = f"go on with: smolseek train --run {run.path} --resume"
     return Stopped(f"{why} after step {step}, which is saved; {way}", code)
 
