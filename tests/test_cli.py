@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,7 +61,7 @@ MISTAKES = [
     (["trian"], "unknown verb 'trian' (did you mean train?)"),
     (["--verbose"], "unknown option '--verbose'"),
     (["inspect"], "TARGET missing"),
-    (["inspect", "tiny", "--tokens", "0"], "tokens 0 is below 1"),
+    (["inspect", "tiny", "--seq-len", "0"], "seq-len 0 must be 1 or more"),
     (["generate", "only-a-model"], "PROMPT missing"),
     (["generate"], "MODEL and PROMPT missing"),
     (["generate", "smollm2", ""], "the prompt is empty"),
@@ -175,7 +176,17 @@ def test_train_refuses_a_run_that_is_not_there(run_cli, trained, tmp_path):
 def test_inspect_a_preset(run_cli):
     code, out, err = run_cli("inspect", "seed-159m")
     assert (code, err) == (0, "") and "159,019,568" in out
-    assert "at 512 tokens" in run_cli("inspect", "tiny", "--tokens", "512").out
+    assert "at 512 tokens" in run_cli("inspect", "tiny", "--seq-len", "512").out
+
+
+def test_inspect_says_what_a_run_will_hold(run_cli):
+    words = ["inspect", "tiny", "--memory", "--precision", "float32", "--device", "cpu"]
+    plain = run_cli(*words).out
+    assert "Memory to train at 4 x 256 tokens" in plain and "\n  activations" in plain and "checkpoint copy" in plain
+    less = run_cli(*words, "--grad-checkpointing", "full", "--batch-size", "2").out
+    activations = [float(re.search(r"activations +([\d.]+) MB", out)[1]) for out in (plain, less)]
+    assert activations[1] < 0.4 * activations[0]
+    assert "checkpoint copy" not in run_cli("inspect", "tiny", "--memory", "--device", "cuda").out
 
 
 @pytest.fixture

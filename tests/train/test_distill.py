@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from smolseek.cli import main
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, OptimConfig
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
@@ -87,7 +87,7 @@ def test_attention_alone_learns_from_the_teacher(tmp_path):
     model, teacher = load_model(tmp_path / "half").model, Teacher(str(tmp_path / "llama"), 64, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention_only(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=3e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model, OptimConfig(weight_decay=0.0)), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(64, (8, 33), generator=generator)
     begun = float(teacher.losses(model, rows).total)

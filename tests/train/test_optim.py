@@ -15,7 +15,7 @@ CONFIG = replace(preset("tiny"), num_hidden_layers=1, vocab_size=64)
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     model = new_model(CONFIG)
-    decayed, plain = parameter_groups(model, 0.1)
+    decayed, plain = parameter_groups(model, OptimConfig())
     assert {id(p) for p in decayed["params"]}.isdisjoint(id(p) for p in plain["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}
@@ -25,7 +25,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay():
 
 def test_the_biases_of_the_seeds_experts_do_not_decay():
     model = new_model(replace(preset("seed_159m"), num_hidden_layers=1, vocab_size=64, moe_intermediate_size=8))
-    decayed, _ = parameter_groups(model, 0.1)
+    decayed, _ = parameter_groups(model, OptimConfig())
     names = {id(p): name for name, p in model.named_parameters()}
     assert not [names[id(p)] for p in decayed["params"] if names[id(p)].endswith("bias")]
 
@@ -39,6 +39,26 @@ def test_schedules_warm_up_reach_the_peak_and_end_at_the_final_factor(kind):
     assert factors[10:] == sorted(factors[10:], reverse=True)
     if kind == "wsd":
         assert factors[799] == 1.0 and factors[900] < 0.6
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+def test_schedules_are_those_of_transformers(kind):
+    from transformers import optimization
+
+    steps, warmup, floor = 500, 30, 0.1
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    if kind == "cosine":
+        theirs = optimization.get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, warmup, steps, min_lr_rate=floor
+        ).lr_lambdas[0]
+    else:
+        theirs = optimization.get_wsd_schedule(
+            optimizer, warmup, 100, num_training_steps=steps, min_lr_ratio=floor, decay_type="linear"
+        ).lr_lambdas[0]
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, final_factor=floor, decay_fraction=0.2)
+    # Theirs is asked before the first step and begins at 0, ours says what step t takes. Their wsd warms up from floor.
+    for step in range(0 if kind == "cosine" else warmup - 1, steps):
+        assert lr_factor(step, steps, schedule) == pytest.approx(theirs(step + 1), abs=1e-9), step
 
 
 def test_warm_up_takes_at_most_a_tenth_of_a_short_run():

@@ -13,26 +13,57 @@ from smolseek.errors import SmolseekError
 
 
 @dataclass(frozen=True)
+class InspectOptim:
+    """The optimizer."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon keeps one number a weight of the hidden matrices, adamw two."""
+
+
+@dataclass(frozen=True)
 class InspectArgs:
-    """Show what a preset or a model amounts to: parameters, cache, arithmetic, memory."""
+    """Show what a preset or a model amounts to: parameters, cache, arithmetic, and the memory to train it."""
 
     target: str
     """A preset, a run folder, a model folder, a .gguf file or `smollm2`."""
-    tokens: int = 256
+    seq_len: int = 256
     """Tokens in a sequence, for arithmetic and memory."""
+    memory: bool = False
+    """Say what `smolseek train` with the options below holds at its peak, part by part."""
+    batch_size: int = 4
+    """Sequences per forward pass."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step."""
+    grad_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward pass computes again."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of the matrix products."""
+    optim: InspectOptim = InspectOptim()
+    """Optimizer."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """cuda may be asked about where there is none."""
 
 
 def inspect(argv: Sequence[str]) -> None:
     """Carry out `smolseek inspect TARGET`."""
     args = parse(InspectArgs, "inspect", argv)
-    if args.tokens < 1:
-        raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
+    for name in ("seq_len", "batch_size", "grad_accum"):
+        if getattr(args, name) < 1:
+            raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     from smolseek.model.summary import summarize
     from smolseek.presets import PRESETS, preset
     from smolseek.storage.hf_folder import read_config
 
     is_preset = re.sub(r"[-.]", "_", args.target) in PRESETS
-    console.say(summarize(preset(args.target) if is_preset else read_config(args.target), seq_len=args.tokens))
+    config = preset(args.target) if is_preset else read_config(args.target)
+    console.say(summarize(config, seq_len=args.seq_len))
+    if args.memory:
+        from smolseek.train.footprint import Run, lines
+
+        asked = ("batch_size", "grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
+        run = Run.planned(optimizer=args.optim.kind, **{name: getattr(args, name) for name in asked})
+        for line in lines(config, run):
+            console.say(line)
 
 
 @dataclass(frozen=True)

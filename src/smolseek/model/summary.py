@@ -1,4 +1,4 @@
-"""What a configuration amounts to: parameters, cache, arithmetic and memory, counted on the meta device."""
+"""What a configuration amounts to: parameters, cache and arithmetic, counted on the meta device."""
 
 from dataclasses import dataclass
 
@@ -89,32 +89,8 @@ def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> dict[str, int
     return {name: layers * features * bytes_per_number for name, features in sizes.items()}
 
 
-def training_bytes(config: ModelConfig, batch: int, seq_len: int) -> dict[str, int]:
-    """Estimate the memory of a training step: float32 weights, gradients and two moments, and bf16 activations."""
-    total = count(config).total
-    tokens = batch * seq_len
-    per_layer = 0
-    for layer in range(config.num_hidden_layers):
-        value = config.v_head_dim if config.is_mla else config.qk_head_dim
-        attention = config.num_attention_heads * (2 * config.qk_head_dim + 2 * value) + config.cache_features
-        if config.is_moe_layer(layer):
-            visited = config.num_experts_per_tok + config.n_shared_experts
-            neurons = visited * config.moe_intermediate_size * 4 + config.num_experts_per_tok * 3 * config.hidden_size
-        else:
-            neurons = config.intermediate_size * 4
-        per_layer += 2 * (attention + neurons) + 4 * 6 * config.hidden_size
-    # The loss holds the logits of one chunk of tokens, and the head's gradient and cast (train/loss.py).
-    logits = min(tokens, 128) * config.vocab_size * (2 + 4 + 2) + config.vocab_size * config.hidden_size * (4 + 2)
-    return {
-        "weights": 4 * total,
-        "gradients": 4 * total,
-        "optimizer": 8 * total,
-        "activations": tokens * per_layer,
-        "logits": logits,
-    }
-
-
-def _size(n: float) -> str:
+def size_text(n: float) -> str:
+    """Return a number of bytes in words."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
@@ -175,21 +151,15 @@ def parameter_lines(config: ModelConfig) -> list[str]:
     return lines
 
 
-def summarize(config: ModelConfig, batch: int = 4, seq_len: int = 256) -> str:
+def summarize(config: ModelConfig, seq_len: int = 256) -> str:
     """Return the whole summary of `config` that `smolseek inspect` prints."""
     seq_len = min(seq_len, config.max_position_embeddings)
     lines = parameter_lines(config) + ["Architecture:"] + [f"  {line}" for line in architecture(config)]
     cached = cache_bytes(config)
-    lines.append("Cache per token in bf16: " + ", ".join(f"{name} {_size(size)}" for name, size in cached.items()))
+    lines.append("Cache per token in bf16: " + ", ".join(f"{name} {size_text(size)}" for name, size in cached.items()))
     forward = flops_per_token(config, seq_len)
     lines.append(
         f"Arithmetic per token at {seq_len} tokens: {forward / 1e6:,.1f} MFLOP forward, "
         f"{3 * forward / 1e6:,.1f} MFLOP in training"
-    )
-    parts = training_bytes(config, batch, seq_len)
-    lines.append(
-        f"Memory to train at {batch} x {seq_len} tokens, estimated: {_size(sum(parts.values()))} ("
-        + ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
-        + ")"
     )
     return "\n".join(lines)

@@ -1,10 +1,18 @@
 """The process's memory on a CPU: what a step frees is kept for the next one."""
 
+import contextlib
 import ctypes
 import sys
 
 # Names and numbers from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def give_back_freed_memory() -> None:
+    """Give what is free at the moment back to the system: after something large that does not come again."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:

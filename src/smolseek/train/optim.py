@@ -9,10 +9,11 @@ from smolseek.model.transformer import CausalLM
 from smolseek.train.muon import MuonAdamW
 
 
-def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
-    """Split the parameters in two groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
+def parameter_groups(model: CausalLM, config: OptimConfig) -> list[dict]:
+    """Split the parameters in groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
 
-    A tied head counts as the embedding. Empty matrices (no shared experts) and frozen parameters are left out.
+    A tied head counts as the embedding. Empty matrices (no shared experts) and frozen parameters are left out. For Muon
+    two groups of hidden matrices follow, with `parts` as `MuonAdamW` wants them.
     """
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
@@ -21,16 +22,15 @@ def parameter_groups(model: CausalLM, weight_decay: float) -> list[dict]:
             continue
         is_matrix = parameter.ndim >= 2 and "embed_tokens" not in name and not name.endswith("_bias")
         (decayed if is_matrix else plain).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return _with_muon(model, groups) if config.kind == "muon" else groups
 
 
 def make_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
     """Return the optimizer `config` names, with one learning rate for all its groups."""
-    groups = parameter_groups(model, config.weight_decay)
-    if config.kind == "muon":
-        groups = _with_muon(model, groups)
-        return MuonAdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    kind = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
+    groups = parameter_groups(model, config)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def _with_muon(model: CausalLM, groups: list[dict]) -> list[dict]:

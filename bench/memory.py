@@ -1,0 +1,299 @@
+"""Memory of training: what recomputation and the chunked loss save, and whether the prediction of a peak is right.
+
+    python bench/memory.py --quick                      `tiny` alone, about a minute on two cores
+    python bench/memory.py                              everything, about eight minutes
+    python bench/memory.py --part layers --preset seed_159m      one part of it
+
+Every measurement is a process of its own.
+
+- layers: a training step with recomputation none, selective and full. Memory: what torch has allocated at the peak of
+  forward and backward of the layers alone, beyond weights and gradients. Time: whole steps, in turn in one process.
+- head: the chunked loss beside torch's cross_entropy on whole logits, forward and backward; memory as above.
+- runs: `smolseek train` for six steps with a checkpoint after the second, beside `smolseek inspect --memory`. On a CPU
+  the resident memory of the process less what it had before the model was made.
+
+What torch has allocated is torch.cuda.max_memory_allocated on CUDA, and the same count of its allocator on a CPU.
+
+Writes docs/results/memory.json (not with --quick), where a run replaces only what it measured.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from machine import describe
+from torch._C._profiler import _EventType
+
+from smolseek.config import DataConfig, OptimConfig, TrainConfig
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+from smolseek.train import loop
+from smolseek.train.device import autocast
+from smolseek.train.footprint import PROGRAM, Run, footprint
+from smolseek.train.loss import linear_cross_entropy, losses
+from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
+from smolseek.train.optim import make_optimizer
+
+HOWS = ("none", "selective", "full")
+LAYERS = [("tiny", 16), ("seed_159m", 4), ("deepseek_159m", 4), ("deepseek_159m", 8)]
+HEADS = (1024, 2048, 4096)
+RUNS = [
+    ("tiny", 4, 1, "none"),
+    ("tiny", 32, 1, "none"),
+    ("tiny", 32, 1, "full"),
+    ("seed_159m", 4, 1, "none"),
+    ("deepseek_159m", 4, 1, "none"),
+    ("deepseek_159m", 4, 2, "full"),
+    ("deepseek_159m", 8, 1, "selective"),
+]
+LENGTH = 256
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """Bytes that torch has allocated at the peak of `run`, beyond what it had before."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    found, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
+    found.sort()
+    return max(total for _, total, _ in found) - (found[0][1] - found[0][2])
+
+
+def resident(name: str) -> int:
+    """Bytes of this process in memory: VmRSS, or VmHWM for the peak."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
+
+
+def rows_of(vocab: int, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(vocab, (batch, length + 1), generator=generator).to(DEVICE)
+
+
+def layers_memory(name: str, batch: int, length: int, how: str) -> dict:
+    config = preset(name)
+    model = new_model(config, device=DEVICE)
+    model.grad_checkpointing = how
+    rows = rows_of(config.vocab_size, batch, length)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def both() -> None:
+        with autocast("auto", DEVICE):
+            total = model.hidden(rows[:, :-1]).hidden_BTD.sum()
+        total.backward()
+
+    both()
+    return {"bytes": allocated(both)}
+
+
+def layers_time(name: str, batch: int, length: int, rounds: str) -> dict:
+    config = preset(name)
+    model = new_model(config, device=DEVICE)
+    optimizer = make_optimizer(model, OptimConfig(lr=1e-9))
+    rows = rows_of(config.vocab_size, batch, length)
+    seconds: dict[str, list[float]] = {how: [] for how in HOWS}
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for n in range(1 + int(rounds)):
+        for how in HOWS:
+            model.grad_checkpointing = how
+            begun = time.perf_counter()
+            with autocast("auto", DEVICE):
+                total = losses(model, rows).total
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            if n == 0:  # before any step is taken, so all three have the same weights
+                gradients[how] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            else:
+                optimizer.step()
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            if n:
+                seconds[how].append(time.perf_counter() - begun)
+            optimizer.zero_grad(set_to_none=True)
+    far = {
+        how: max(
+            float((a - b).norm() / a.norm().clamp(min=1e-30))
+            for a, b in zip(gradients["none"], gradients[how], strict=True)
+        )
+        for how in HOWS
+    }
+    return {"seconds": seconds, "gradient_difference": far}
+
+
+def head_memory(kind: str, tokens: str) -> dict:
+    config = preset("deepseek_159m")
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(int(tokens), config.hidden_size, generator=generator).to(DEVICE).requires_grad_()
+    w = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(DEVICE).requires_grad_()
+    targets = torch.randint(config.vocab_size, (int(tokens),), generator=generator).to(DEVICE)
+    loss = linear_cross_entropy if kind == "chunked" else lambda h, w, targets: F.cross_entropy(F.linear(h, w), targets)
+
+    def both() -> None:
+        with autocast("auto", DEVICE):
+            value = loss(h, w, targets)
+        value.backward()
+
+    peak = allocated(both)
+    assert w.grad is not None and h.grad is not None
+    # The gradients themselves are held either way.
+    own = 4 * (h.numel() + w.numel())
+    return {"bytes": peak, "without_gradients": peak - own, "norms": [float(w.grad.norm()), float(h.grad.norm())]}
+
+
+def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
+    """A real run. On a CPU, what was there before the model is its program and its text."""
+    before = 0
+    make = loop.new_model
+
+    def counted(*args, **kwargs):
+        nonlocal before
+        give_back_freed_memory()
+        before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident("VmRSS")
+        return make(*args, **kwargs)
+
+    loop.new_model = counted  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        loop.train(
+            TrainConfig(
+                model=preset(name),
+                run=f"{folder}/run",
+                data=DataConfig(val_fraction=0.05),
+                steps=6,
+                save_every=2,
+                batch_size=int(batch),
+                grad_accum=int(accumulation),
+                grad_checkpointing=how,  # type: ignore[arg-type]
+                seq_len=LENGTH,
+                eval_tokens=4096,
+                sample_tokens=0,
+            )
+        )
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
+    return {"bytes": peak - before, "program_bytes": before}
+
+
+KINDS = {f.__name__: f for f in (layers_memory, layers_time, head_memory, run_memory)}
+
+
+def measure(kind: str, *words: object) -> dict:
+    """Return what a process of its own measures."""
+    command = [sys.executable, __file__, "--child", kind, *map(str, words)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(kind: str, words: list[str]) -> None:
+    torch.set_num_threads(2)
+    if DEVICE.type == "cpu":
+        keep_freed_memory()
+    if kind.startswith("layers"):
+        words = [words[0], *(int(word) for word in words[1:3]), *words[3:]]  # type: ignore[list-item]
+    print(json.dumps(KINDS[kind](*words)))
+
+
+def layers(name: str, batch: int, rounds: int) -> dict:
+    memory = {how: measure("layers_memory", name, batch, LENGTH, how)["bytes"] for how in HOWS}
+    timed = measure("layers_time", name, batch, LENGTH, rounds)
+    median = {how: statistics.median(values) for how, values in timed["seconds"].items()}
+    found = {"bytes": memory, **timed}
+    for how in HOWS[1:]:
+        found[how] = {"saved": 1 - memory[how] / memory["none"], "time": median[how] / median["none"]}
+        print(
+            f"{name} {batch} x {LENGTH} {how}: {memory['none'] / 1e6:,.0f} -> {memory[how] / 1e6:,.0f} MB "
+            f"({found[how]['saved']:.0%} less), time x{found[how]['time']:.2f}, "
+            f"gradients differ by {timed['gradient_difference'][how]:.1e}",
+            flush=True,
+        )
+    return found
+
+
+def head(tokens: int) -> dict:
+    found: dict = {kind: measure("head_memory", kind, tokens) for kind in ("plain", "chunked")}
+    found["ratio"] = found["chunked"]["bytes"] / found["plain"]["bytes"]
+    found["ratio_without_gradients"] = found["chunked"]["without_gradients"] / found["plain"]["without_gradients"]
+    print(
+        f"head, {tokens} tokens: {found['plain']['bytes'] / 1e6:,.0f} MB plain, {found['chunked']['bytes'] / 1e6:,.0f} "
+        f"MB chunked: {found['ratio']:.0%}; gradients left out {found['ratio_without_gradients']:.0%}",
+        flush=True,
+    )
+    return found
+
+
+def run(name: str, batch: int, accumulation: int, how: str) -> dict:
+    found = measure("run_memory", name, batch, accumulation, how)
+    planned = Run.planned(
+        precision="auto",
+        device=DEVICE.type,
+        batch_size=batch,
+        grad_accum=accumulation,
+        seq_len=LENGTH,
+        grad_checkpointing=how,
+    )
+    parts = footprint(preset(name), planned)
+    predicted = sum(parts.values()) - parts.get("program", 0)
+    found |= {"predicted": parts, "error": predicted / found["bytes"] - 1}
+    whole = found["bytes"] + found["program_bytes"]
+    found["error_of_process"] = (predicted + PROGRAM) / whole - 1
+    print(
+        f"run {name} {batch} x {LENGTH} x {accumulation} {how}: predicted {predicted / 1e6:,.0f} MB, measured "
+        f"{found['bytes'] / 1e6:,.0f} MB: {found['error']:+.1%} (whole process {found['error_of_process']:+.1%})",
+        flush=True,
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", nargs="+", choices=["layers", "head", "runs"], default=["layers", "head", "runs"])
+    parser.add_argument("--preset", nargs="+", default=["tiny", "seed_159m", "deepseek_159m"])
+    parser.add_argument("--batch", type=int, help="only the rows with this batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/memory.json"))
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child[0], args.child[1:])
+        return
+    if args.quick:
+        args.preset, args.rounds = ["tiny"], 2
+    stamp = {**describe(), "command": "python " + " ".join(sys.argv), "device": str(DEVICE)}
+    found: dict[str, dict] = {}
+    wanted = [row for row in LAYERS if row[0] in args.preset and args.batch in (None, row[1])]
+    for name, batch in wanted if "layers" in args.part else ():
+        found[f"layers {name} {batch}x{LENGTH}"] = stamp | layers(name, batch, args.rounds)
+    for tokens in HEADS if "head" in args.part else ():
+        found[f"head {tokens}"] = stamp | head(tokens)
+    rows = [row for row in RUNS if row[0] in args.preset and args.batch in (None, row[1])]
+    for name, batch, accumulation, how in rows if "runs" in args.part else ():
+        key = f"run {name} {batch}x{LENGTH}x{accumulation} {how}"
+        found[key] = stamp | run(name, batch, accumulation, how)
+    if args.quick:
+        return
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    args.out.write_text(json.dumps(before | found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

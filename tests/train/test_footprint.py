@@ -1,0 +1,78 @@
+"""The predicted bytes of a training step against those that torch's allocator counts."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._C._profiler import _EventType
+
+from smolseek.config import OptimConfig
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+from smolseek.train import footprint
+from smolseek.train.loss import losses
+from smolseek.train.optim import make_optimizer
+
+
+def peak(run) -> int:
+    """Bytes that `run` has allocated at its peak beyond those before, by the allocator's own count."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    found, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
+    found.sort()
+    return max(total for _, total, _ in found) - (found[0][1] - found[0][2])
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "bfloat16", "accumulation", "kind"),
+    [
+        ("tiny", "none", True, 1, "adamw"),
+        ("tiny", "full", False, 1, "muon"),
+        ("deepseek_159m", "selective", False, 1, "adamw"),
+        ("seed_159m", "none", True, 2, "adamw"),
+    ],
+)
+def test_a_step_holds_what_is_predicted(name, how, bfloat16, accumulation, kind):
+    config = replace(preset(name), num_hidden_layers=2, vocab_size=4096)
+    model = new_model(config)
+    model.grad_checkpointing = how
+    optimizer = make_optimizer(model, OptimConfig(kind=kind))
+    rows = torch.randint(config.vocab_size, (2, 129), generator=torch.Generator().manual_seed(0))
+
+    def step():
+        for _ in range(accumulation):
+            with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+                out = losses(model, rows)
+            out.total.backward()
+            del out
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # makes the optimizer's state, which is there at the peak of every later one
+    run = footprint.Run(
+        batch_size=2,
+        grad_accum=accumulation,
+        seq_len=128,
+        grad_checkpointing=how,
+        bfloat16=bfloat16,
+        optimizer=kind,
+    )
+    parts = footprint.footprint(config, run)
+    predicted = sum(parts.get(part, 0) for part in ("gradients", "activations", "head", "buffers"))
+    assert predicted == pytest.approx(peak(step), rel=0.1)
+    held = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
+    assert parts["optimizer"] == pytest.approx(held, rel=0.001)
+
+
+def test_a_gpu_has_no_copy_and_keeps_the_activations_of_its_grouped_products():
+    run = footprint.Run(bfloat16=True)
+    on_cpu, on_gpu = (footprint.footprint(preset("seed_159m"), replace(run, cuda=cuda)) for cuda in (False, True))
+    assert "checkpoint copy" in on_cpu and "program" in on_cpu
+    assert "checkpoint copy" not in on_gpu and "program" not in on_gpu
+    assert on_gpu["weights"] == on_cpu["weights"] and on_gpu["optimizer"] == on_cpu["optimizer"]
