@@ -24,7 +24,17 @@ STATE_JSON = "training_state.json"
 # Settings that a resumed run may change: the data go on at the next token, whatever their number in a step.
 FREE_ON_RESUME = frozenset(
     {
-        *("log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "device", "run"),
+        *(
+            "log_every",
+            "eval_every",
+            "save_every",
+            "eval_tokens",
+            "sample_tokens",
+            "sample_every",
+            "track",
+            "device",
+            "run",
+        ),
         *("keep_last", "keep_every", "guard.patience", "guard.spike", "data.give_up_after"),
         *("batch_size", "grad_accum", "grad_checkpointing"),
     }

@@ -12,7 +12,7 @@ from smolseek.cli import main
 from smolseek.config import TrainConfig, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.presets import tiny
-from smolseek.report.page import page, tiles, write_report
+from smolseek.report.page import grown, page, tiles, write_report
 from smolseek.report.plots import Line, heat_map, line_chart, number, ticks
 from smolseek.report.read import read_run
 
@@ -84,6 +84,20 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
         assert words in text, words
     assert "is &lt;b&gt;wet&lt;/b&gt; and blue" in text
     assert "expert 1: 0.00 of an equal share" in text and "expert 0: 2.00 of an equal share" in text
+
+
+def test_samples_are_shown_as_they_grew(tmp_path):
+    run = a_run(tmp_path / "mine")
+    said = "".join(f"## Step {n}\n\nT 0.8.\n\n**The sea** text{n}.\n\n**DNA** other{n}.\n\n" for n in range(1, 101))
+    (run / "samples.md").write_text(said)
+    shown = dict(grown(read_run(run).samples))
+    assert list(shown) == ["The sea", "DNA"]
+    steps = [step for step, _ in shown["DNA"]]
+    assert steps[0] == 1 and steps[-1] == 100 and 6 <= len(steps) <= 12 and steps == sorted(steps)
+    assert dict(shown["The sea"])[100] == "text100."
+    text = page([read_run(run)])
+    parsed(text)
+    assert text.index("text1.") < text.index("text100.") and "The sea ..." in text
 
 
 def test_points_are_those_of_the_metrics(tmp_path):

@@ -179,7 +179,11 @@ class TrainConfig:
     keep_every: int = 0
     """With keep-last: checkpoints at multiples of this step are kept for good; 0 keeps none so."""
     sample_tokens: int = 60
-    """Tokens written for each of the five sample prompts at the end."""
+    """Tokens written for each of the five sample prompts."""
+    sample_every: int = 0
+    """Steps between samples, so that one sees them grow; 0 writes them at the end alone."""
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    """Also hand the figures to one of these; each is an extra of the package."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "log_every", "eval_every", "save_every"):
@@ -192,8 +196,10 @@ class TrainConfig:
             )
         if self.eval_tokens < self.seq_len:
             raise SmolseekError(f"eval-tokens {self.eval_tokens} is below seq-len {self.seq_len}: raise --eval-tokens")
-        for name in ("sample_tokens", "keep_last", "keep_every"):
+        for name in ("sample_tokens", "sample_every", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.sample_every and not self.sample_tokens:
+            raise SmolseekError(f"sample-every {self.sample_every} with sample-tokens 0: raise --sample-tokens")
         if self.keep_every and not self.keep_last:
             raise SmolseekError(f"keep-every {self.keep_every} without keep-last, which keeps all: add --keep-last 3")

@@ -12,8 +12,11 @@ from jinja2 import Environment
 
 from smolseek.errors import SmolseekError
 from smolseek.report.plots import Line, heat_map, line_chart, number
-from smolseek.report.read import Run, read_run
+from smolseek.report.read import Run, Sample, read_run
 from smolseek.run_folder import write_text
+
+SAMPLES = 12
+"""Samples shown of a prompt, at most."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def page(runs: Sequence[Run]) -> str:
         charts=charts(runs, names),
         heat=heat(one) if one else None,
         audits=_audits(one) if one else [],
-        samples=list(reversed(one.samples)) if one else [],
+        grown=grown(one.samples) if one else [],
         events=one.events if one else [],
         settings=_settings(runs),
         differences_only=one is None,
@@ -146,6 +149,18 @@ def heat(run: Run) -> str | None:
         return None
     steps = [record["step"] for record in records]
     return heat_map(steps, [record["val_load"] for record in records], run.config.model.first_k_dense_replace)
+
+
+def grown(samples: Sequence[Sample]) -> list[tuple[str, list[tuple[int, str]]]]:
+    """Return each prompt with what was written for it, oldest first: (step, text), at most `SAMPLES` of them.
+
+    The steps lie closer where the run is young, which is when the texts change most.
+    """
+    last = len(samples) - 1
+    chosen = {round(last * (n / (SAMPLES - 1)) ** 2) for n in range(SAMPLES)} if last >= SAMPLES else range(last + 1)
+    prompts = list(dict.fromkeys(prompt for sample in samples for prompt, _ in sample.texts))
+    texts = [(sample.step, dict(sample.texts)) for sample in (samples[n] for n in sorted(chosen))]
+    return [(prompt, [(step, said[prompt]) for step, said in texts if prompt in said]) for prompt in prompts]
 
 
 def _audits(run: Run) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
+from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream, pin
-from smolseek.data.retries import HubAway
+from smolseek.data.hub import HubAway
 from smolseek.data.sources import read_documents
 from smolseek.data.stream import validation_rows
 from smolseek.errors import SmolseekError, Stopped
@@ -31,10 +33,11 @@ from smolseek.train.device import autocast, choose_device
 from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
-from smolseek.train.memory import keep_freed_memory
+from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.train.optim import decay_factor, lr_factor, make_optimizer
 from smolseek.train.samples import write_samples
 from smolseek.train.state import Progress, TrainState
+from smolseek.train.track import Tracker
 from smolseek.train.validation import evaluate
 
 
@@ -54,6 +57,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     run = RunFolder(Path(config.run))
     config = dataclasses.replace(config, data=pin(config.data, run.read_config().data if run.config.exists() else None))
     run.check(config, resume)
+    tracker = Tracker(config.track, run, config)
 
     tokenizer = load_tokenizer(config.tokenizer)
     if len(tokenizer) > config.model.vocab_size:
@@ -100,6 +104,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         load_weights(model, resolve(config.init))
     run.create(config, resume)
     run.cut_back(file_sizes, -1 if begun_from is None else at.step)
+    tracker.open(at.step)
     log = console.Log(run.log)
     size = summary.count(config.model)
     started = {"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active}
@@ -110,6 +115,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         log.say(f"Data: {corpus.summary()}; {step_tokens:,} tokens a step on {device.type}")
         sizes = config.model.vocab_size, config.model.max_position_embeddings
         _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
+        give_back_freed_memory()
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
     if teacher is not None and begun_from is None:
@@ -118,7 +124,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     clock, timed, saved = metrics.Clock(), 0, at.step
     away: HubAway | None = None
     saver = Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
-    with console.progress(config.steps, "training") as bar, saver, StopRequest() as stop:
+    with tracker, console.progress(config.steps, "training") as bar, saver, StopRequest() as stop:
         bar.update(at.step)
         while True:
             # Between two log lines the time of the steps since the last one is not in `at` yet.
@@ -133,6 +139,11 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                         at.evaluated, at.val_loss = at.step, found["val_loss"]
                         run.append_metrics({"step": at.step, "tokens": at.tokens, **found})
                         log.say(metrics.validation_line({"step": at.step, **found}))
+                due = config.sample_every and at.step % config.sample_every == 0
+                if due and at.sampled < at.step and not finished:
+                    write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
+                    at.sampled = at.step
+                tracker.follow()
                 stopping = stop.received is not None or away is not None
                 if stopping or (at.step != saved and (at.step % config.save_every == 0 or finished)):
                     tensors, rest = state.capture(spent)
@@ -149,7 +160,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 group["lr"] = lr
             position = stream.position()
             try:
-                step_rows = stream.next_batch(config.batch_size * config.grad_accum, lambda: stop.received)
+                step_rows = stream.next_batch(config.batch_size * config.grad_accum)
             except HubAway as error:
                 away = error
                 continue
@@ -203,7 +214,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     "grad_norm": norm,
                     "memory": now,
                     "peak_memory": peak,
-                    "data": stream.record(),
                 }
                 if teacher is not None:
                     record["kl"] = sum(at.kls) / len(at.kls)
@@ -217,12 +227,14 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 at.kls.clear()
                 clock.restart()
                 timed = 0
-    stream.close()
+    if isinstance(stream, MixedStream):
+        stream.close()
     if saver.failure is not None:
         raise SmolseekError(f"{saver.failure}, then go on with --resume: the older checkpoints are untouched")
     if stopping:
         raise _stopped(run, at.step, stop.received, away)
 
+    optimizer.state.clear()  # it is saved; the audit needs the room
     if config.sample_tokens:
         write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
     subject = Subject(
@@ -277,8 +289,7 @@ def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: H
     if received is not None:
         why, code = f"stopped by {received.name}", 128 + received
     else:
-        assert away is not None
-        why, code = f"{away.what}; stopped", away.code
+        why, code = f"{away}; stopped", os.EX_TEMPFAIL
     way = f"go on with: smolseek train --run {run.path} --resume"
     return Stopped(f"{why} after step {step}, which is saved; {way}", code)
 

@@ -20,14 +20,21 @@ PROMPTS = (
 def write_samples(
     run: RunFolder, step: int, model: CausalLM, tokenizer: Any, max_tokens: int, seed: int, log: Log
 ) -> None:
-    """Continue the five prompts by up to `max_tokens` tokens; append them to samples.md and show them."""
+    """Continue the five prompts by up to `max_tokens` tokens; add them to samples.md and the metrics, and show them.
+
+    The random numbers are a generator's of their own, and no weight is touched: the training goes on as if it had
+    written nothing. The same numbers are drawn each time, so what differs from step to step is the model.
+    """
     sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=seed)
+    texts = []
     lines = [f"## Step {step}", "", "Temperature 0.8, top-k 50, top-p 0.95.", ""]
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         written = list(generate(model, ids, sampling, max_tokens, stop_ids=model.config.eos_ids))
         text = tokenizer.decode(written).strip()
         lines += [f"**{prompt}** {text}", ""]
+        texts.append((prompt, text))
         log.say(f"> {prompt} ... {' '.join(text.split())}")
     with run.samples.open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
+    run.append_metrics({"step": step, "samples": texts})

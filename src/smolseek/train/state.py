@@ -38,6 +38,8 @@ class Progress:
     """Step of the last evaluation."""
     val_loss: float = math.nan
     """Its loss."""
+    sampled: int = 0
+    """Step of the last samples."""
 
 
 @dataclasses.dataclass

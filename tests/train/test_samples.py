@@ -1,0 +1,63 @@
+"""Samples as they grow: seen, and without a trace in the training."""
+
+import json
+from dataclasses import replace
+
+import torch
+
+from smolseek.config import DataConfig, TrainConfig
+from smolseek.presets import tiny
+from smolseek.report.read import read_run
+from smolseek.run_folder import RunFolder
+from smolseek.storage.checkpoint import load_state
+from smolseek.storage.hf_folder import load_model
+from smolseek.train import loop
+from smolseek.train.samples import PROMPTS
+
+TEXT = "The sea is wide and the wind is free. Ships go over the sea and come home again in spring. "
+
+
+def a_training(path, text, **settings):
+    # 49,152 tokens are the tokenizer's; everything else is as small as it goes.
+    shape = replace(tiny(), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16)
+    return TrainConfig(
+        model=shape,
+        run=str(path),
+        data=DataConfig(sources=(str(text),), val_fraction=0.5),
+        steps=6,
+        batch_size=1,
+        seq_len=32,
+        log_every=1,
+        eval_every=3,
+        eval_tokens=64,
+        save_every=3,
+        sample_tokens=5,
+        device="cpu",
+        **settings,
+    )
+
+
+def test_samples_grow_and_change_no_bit_of_the_training(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": TEXT * 3 + str(n)}) + "\n" for n in range(40)))
+    with_samples = loop.train(a_training(tmp_path / "with", text, sample_every=2))
+    without = loop.train(a_training(tmp_path / "without", text))
+    a, b = (load_model(str(path)).model for path in (with_samples, without))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+    states = [load_state(path)[0] for path in (with_samples, without)]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+
+    samples = read_run(tmp_path / "with").samples
+    assert [sample.step for sample in samples] == [2, 4, 6]
+    assert all([prompt for prompt, _ in sample.texts] == list(PROMPTS) for sample in samples)
+    records = [r for r in RunFolder(tmp_path / "with").read_metrics() if "samples" in r]
+    assert [record["step"] for record in records] == [2, 4, 6]
+    assert [record["step"] for record in RunFolder(tmp_path / "without").read_metrics() if "samples" in record] == [6]
+
+    # A resume writes none twice, and the last ones are those of a run that was never stopped.
+    for path in (tmp_path / "with" / "checkpoints").glob("step-000006"):
+        path.rename(path.with_name("set-aside"))
+    loop.train(a_training(tmp_path / "with", text, sample_every=2), resume=True)
+    again = read_run(tmp_path / "with").samples
+    assert [sample.step for sample in again] == [2, 4, 6] and again[-1] == samples[-1]
+    assert (tmp_path / "with" / "samples.md").read_text().count("## Step 4") == 1

@@ -1,0 +1,100 @@
+"""Trackers get what metrics.jsonl says, and are asked for before anything is written."""
+
+import importlib
+import sys
+import types
+
+import pytest
+
+from smolseek.config import TrainConfig
+from smolseek.presets import tiny
+from smolseek.run_folder import RunFolder
+from smolseek.train.track import Tracker
+
+
+class StandIn(types.ModuleType):
+    """Has the interface that Trackio and Weights & Biases share, and remembers."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.begun, self.logged, self.finished = {}, [], False
+
+    def init(self, **settings):
+        self.begun = settings
+        return self
+
+    def log(self, figures, step):
+        self.logged.append((step, figures))
+
+    def finish(self):
+        self.finished = True
+
+
+def a_run(path):
+    config = TrainConfig(model=tiny(), run=str(path))
+    run = RunFolder(path)
+    run.create(config, resume=False)
+    return run, config
+
+
+@pytest.mark.parametrize("kind", ["trackio", "wandb"])
+def test_figures_arrive_in_order_and_once(tmp_path, monkeypatch, kind):
+    module = StandIn(kind)
+    monkeypatch.setitem(sys.modules, kind, module)
+    run, config = a_run(tmp_path / "mine")
+    run.append_metrics({"step": 0, "machine": {"cores": 2}})
+    with Tracker(kind, run, config) as tracker:
+        tracker.open(0)
+        run.append_metrics({"step": 10, "loss": 9.5, "maxvio_layers": [1, 2], "finished": True, "note": "x"})
+        tracker.follow()
+        tracker.follow()
+        run.append_metrics({"step": 10, "samples": [["a", "b"]]})
+        run.append_metrics({"step": 20, "val_loss": 9.0, "tokens": 4})
+    assert module.logged == [(10, {"loss": 9.5}), (20, {"val_loss": 9.0, "tokens": 4})]
+    assert module.begun["name"] == "mine" and module.begun["config"]["optim.lr"] == config.optim.lr and module.finished
+
+
+def test_a_run_that_went_back_goes_on(tmp_path, monkeypatch):
+    module = StandIn("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    run, config = a_run(tmp_path / "mine")
+    with Tracker("trackio", run, config) as tracker:
+        tracker.open(0)
+        run.append_metrics({"step": 1, "loss": 3.0})
+        sizes = run.sizes()
+        run.append_metrics({"step": 2, "loss": 2.0})
+        tracker.follow()
+        run.cut_back(sizes, 1)
+        tracker.follow()
+        run.append_metrics({"step": 2, "loss": 2.5})
+    assert [figures["loss"] for _, figures in module.logged] == [3.0, 2.0, 2.5]
+
+
+def test_one_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch, run_cli):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    run = tmp_path / "mine"
+    code, _, err = run_cli("train", "tiny", "--run", run, "--track", "trackio")
+    assert code == 2 and err.count("\n") == 1 and "pip install 'smolseek[trackio]'" in err
+    assert not run.exists()
+
+
+def test_none_imports_nothing(tmp_path, monkeypatch):
+    run, config = a_run(tmp_path / "mine")
+    monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(name))
+    with Tracker("none", run, config) as tracker:
+        tracker.open(0)
+        tracker.follow()
+
+
+def test_tensorboard_shows_the_same_figures(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, config = a_run(tmp_path / "mine")
+    with Tracker("tensorboard", run, config) as tracker:
+        tracker.open(0)
+        run.append_metrics({"step": 10, "loss": 9.5})
+        run.append_metrics({"step": 20, "loss": 9.0, "samples": [["The sea", "is wet"]]})
+    shown = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(10, 9.5), (20, 9.0)]
+    assert "samples/text_summary" in shown.Tags()["tensors"] and "settings/text_summary" in shown.Tags()["tensors"]
