@@ -8,7 +8,7 @@ class SmolseekError(ValueError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop has saved and ended early; the command line says so and exits with `code`."""
+    """Work ended early, what it had done is saved; the command line says how to go on and exits with `code`."""
 
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)

@@ -10,7 +10,7 @@ import torch
 
 from smolseek.data import blocks
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.hub import HubAway
+from smolseek.data.retries import HubAway
 from smolseek.data.stream import is_validation
 from smolseek.errors import SmolseekError
 

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,8 @@ import pytest
 
 from smolseek.data.hub import HubName, parse_names
 from smolseek.errors import SmolseekError
+from smolseek.report.read import read_run
+from smolseek.run_folder import RunFolder
 
 
 def _load(path: Path) -> ModuleType:
@@ -63,10 +67,10 @@ import hashlib, json, sys
 from huggingface_hub import constants
 constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.4
 from smolseek.config import DataConfig
-from smolseek.data import hub
+from smolseek.data import hub, retries
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
 from smolseek.data.feed import open_data
-hub.FIRST_PAUSE = 0.01
+retries.FIRST_PAUSE = 0.01
 data = DataConfig(sources=(sys.argv[1],), give_up_after=float(sys.argv[2]))
 corpus = open_data(data, 1000)
 encode = lambda texts: [list(text.encode()) for text in texts]
@@ -88,11 +92,22 @@ def hub() -> Iterator:
     server.close()
 
 
-def run(hub, home: Path, *words: object) -> subprocess.CompletedProcess:
-    """Run Python in a process of its own, because `huggingface_hub` reads its settings when it is imported."""
+def settings(hub, home: Path, **more: str) -> dict[str, str]:
+    """Environment of a process that reads from the stand-in; one thread is quicker for so small a model."""
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+    env["OMP_NUM_THREADS"] = "1"
+    return env | more
+
+
+def run(hub, home: Path, *words: object, **more: str) -> subprocess.CompletedProcess:
+    """Run Python in a process of its own, because `huggingface_hub` reads its settings when it is imported."""
     return subprocess.run(
-        [sys.executable, *map(str, words)], env=env, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, *map(str, words)],
+        env=settings(hub, home, **more),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
@@ -120,9 +135,10 @@ def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> No
 
 # Few documents ahead of the model, so that it soon notices that the hub has gone.
 TRAIN = """
-import sys
+import os, sys
 from smolseek.cli import main
-from smolseek.data import blocks
+from smolseek.data import blocks, retries
+retries.FIRST_PAUSE = float(os.environ.get("FIRST_PAUSE", "0.5"))
 blocks.BLOCK, blocks.CHUNK, blocks.QUEUE = 10, 2, 1
 sys.exit(main(sys.argv[1:]))
 """
@@ -131,6 +147,7 @@ sys.exit(main(sys.argv[1:]))
 def train_words(folder: Path, steps: int, batch_size: int, grad_accum: int) -> list[object]:
     words = ["-c", TRAIN, "train", "tiny", "--data", "cosmopedia-v2", "--run", folder, "--steps", steps]
     words += ["--batch-size", batch_size, "--grad-accum", grad_accum, "--seq-len", 128, "--eval-tokens", 640]
+    words += ["--model.num-hidden-layers", 1, "--model.hidden-size", 32]
     return [*words, "--sample-tokens", 0, "--log-every", 1, "--data.give-up-after", 1]
 
 
@@ -171,7 +188,9 @@ def test_resume_at_another_batch_size_and_accumulation_goes_on_at_the_next_token
     assert plain.returncode == 0 and first.returncode == 0, plain.stderr + first.stderr
     for step in (8, 10):
         shutil.rmtree(tmp_path / f"b/checkpoints/step-{step:06d}")
-    resumed = run(hub, tmp_path, *train_words(tmp_path / "b", 10, 4, 1), "--resume", "--save-every", 2)
+    words = [*train_words(tmp_path / "b", 10, 4, 1), "--resume", "--save-every", 2]
+    # Also with one thread that encodes instead of as many as there are cores.
+    resumed = run(hub, tmp_path, *words, RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     assert resumed.returncode == 0, resumed.stderr
     # 4 steps of 2 rows and 2 of 4 rows are 16 rows, and so are 4 of 4.
     assert data("b", 6) == data("a", 4) and data("a", 4)["tokens"] == 16 * 128
@@ -192,6 +211,69 @@ def test_names() -> None:
         parse_names(["cosmopedia-v2", "builtin"])
 
 
+@pytest.mark.parametrize("how", ["away", "silent"])
+def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: Path, how: str) -> None:
+    """In a pause of five minutes, or in a request that would time out after as long."""
+    metrics, waiting = tmp_path / "run/metrics.jsonl", threading.Event()
+
+    def fault(number: int) -> str | None:
+        if metrics.exists() and '"step": 2,' in metrics.read_text():
+            waiting.set()
+            return "timeout" if how == "silent" else "500"
+        return None
+
+    hub.fault, hub.hang = fault, 300
+    words = [*train_words(tmp_path / "run", 9, 4, 2), "--data.give-up-after", 1800]
+    env = settings(hub, tmp_path, FIRST_PAUSE="300", HF_HUB_DOWNLOAD_TIMEOUT="300")
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert waiting.wait(200)
+        time.sleep(2)  # what was read before is trained on, and then the data are waited for
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "stopped by SIGINT after step" in err and "is saved; go on with" in err
+    assert ("trying again in 300 s" in err) == (how == "away")
+    hub.fault = lambda number: None
+    resumed = run(hub, tmp_path, *words, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    read = [record["data"] for record in map(json.loads, metrics.read_text().splitlines()) if "data" in record]
+    assert [data["tokens"] for data in read] == [1024 * step for step in range(1, 10)]
+
+
+def test_the_metrics_hold_what_was_read_and_the_report_shows_the_retries(hub, tmp_path: Path) -> None:
+    hub.fault = lambda number: "500" if number % 4 == 3 else None
+    done = run(hub, tmp_path, *train_words(tmp_path / "run", 5, 4, 1), "--data.give-up-after", 60, FIRST_PAUSE="0.01")
+    assert done.returncode == 0, done.stderr
+    read = [record["data"] for record in RunFolder(tmp_path / "run").read_metrics() if "data" in record]
+    assert [data["tokens"] for data in read] == [512 * step for step in range(1, 6)]
+    documents = [data["documents"] for data in read]
+    assert documents == sorted(documents) and 0 < documents[0] < documents[-1]
+    told = sum(data["retries"] for data in read)
+    assert 0 < told <= done.stderr.count("trying again in") and sum(data["bytes"] for data in read) > 0
+    assert all(("last_retry" in data) == (data["retries"] > 0) for data in read)
+    events = [text for _, text in read_run(tmp_path / "run").events]
+    assert any("made again" in text and "HTTP 500" in text for text in events)
+
+
+def test_prepare_goes_on_when_the_hub_is_back(hub, tmp_path: Path) -> None:
+    source, files = "fineweb-edu-dedup", lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
+    words = lambda name: ["-m", "smolseek", "prepare", tmp_path / name, "--data", source]  # noqa: E731
+    plain = run(hub, tmp_path, *words("plain"))
+    assert plain.returncode == 0, plain.stderr
+    hub.requests, hub.fault = 0, lambda number: "500" if number >= 8 else None
+    stopped = run(hub, tmp_path, *words("out"), "--give-up-after", 1)
+    assert stopped.returncode == os.EX_TEMPFAIL, stopped.stderr
+    assert "give the same command again when it is back" in stopped.stderr.splitlines()[-1]
+    hub.fault = lambda number: None
+    again = run(hub, tmp_path, *words("out"))
+    assert again.returncode == 0 and files("out") == files("plain"), again.stderr
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -203,3 +285,10 @@ def test_what_is_not_there_is_told_at_once(hub, tmp_path: Path, source: str, mes
     done = run(hub, tmp_path, "-m", "smolseek", "train", "tiny", "--data", source, "--run", tmp_path / "run")
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_an_endpoint_that_is_none_is_told_at_once(hub, tmp_path: Path) -> None:
+    words = ["-m", "smolseek", "train", "tiny", "--data", "cosmopedia-v2", "--run", tmp_path / "run"]
+    done = run(hub, tmp_path, *words, HF_ENDPOINT="hub.example")
+    assert done.returncode == 2 and "HF_ENDPOINT 'hub.example' is no address" in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1

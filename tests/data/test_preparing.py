@@ -11,11 +11,11 @@ import torch
 
 from smolseek.data import blocks, preparing
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.hub import HubAway
 from smolseek.data.preparing import Target, TextSource, prepare
+from smolseek.data.retries import HubAway
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
 from smolseek.data.stream import is_validation
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, Stopped
 
 EOS, VAL = 0, 0.1
 
@@ -32,6 +32,7 @@ class Lists:
         for shard in self.texts:
             shard.insert(len(shard) // 2, " ")
         self.away_at: tuple[int, int] | None = None
+        self.error: BaseException = HubAway("away")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -39,7 +40,7 @@ class Lists:
     def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
         for number in range(row, len(self.texts[shard])):
             if (shard, number) == self.away_at:
-                raise HubAway("away")
+                raise self.error
             yield number, self.texts[shard][number]
 
 
@@ -93,13 +94,17 @@ def test_both_sides_of_the_split(tmp_path: Path) -> None:
     assert sides[1] == [text for text in texts if not is_validation(text, VAL)]
 
 
+@pytest.mark.parametrize("error", [HubAway("the hub is away"), KeyboardInterrupt()])
 @pytest.mark.parametrize("away_at", [(0, 0), (0, 33), (2, 44), (3, 90)])
-def test_interrupted_anywhere_it_goes_on_to_the_same_files(tmp_path: Path, away_at: tuple[int, int]) -> None:
+def test_interrupted_anywhere_it_goes_on_to_the_same_files(
+    tmp_path: Path, away_at: tuple[int, int], error: BaseException
+) -> None:
     prepare(sources(), target(tmp_path / "plain"))
     broken = sources()
-    broken[0].texts.away_at = away_at  # type: ignore[attr-defined]
-    with pytest.raises(HubAway):
+    broken[0].texts.away_at, broken[0].texts.error = away_at, error  # type: ignore[attr-defined]
+    with pytest.raises(Stopped, match="give the same command again") as stopped:
         prepare(broken, target(tmp_path / "out"))
+    assert stopped.value.code == (75 if isinstance(error, HubAway) else 130)
     assert is_prepared(tmp_path / "out")
     with pytest.raises(SmolseekError, match="not finished"):
         Prepared(tmp_path / "out")
@@ -207,3 +212,25 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
         done = run_cli("train", "tiny", *extra, "--run", tmp_path / "other")
         assert done.code == 2 and message in done.err
     assert run_cli("prepare", tmp_path / "again", "--data", out).code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--data", "text.jsonl", "--text-column", "body"], "body"),
+        (["--data", "picture.txt"], "picture.txt"),
+        (["--data", "text.jsonl", "--tokens", "0"], "tokens 0 is below 1"),
+        (["--data", "text.jsonl", "--eos-id", "99999999"], "99999999"),
+        (["--data", "cosmopedia-v2=much"], "'much' is no weight"),
+        (["--data", "text.jsonl", "cosmopedia-v2"], "one or the other"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run_cli, monkeypatch, words, message) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.jsonl").write_text('{"text": "A line."}\n')
+    Path("picture.txt").write_bytes(b"\x89PNG\0\0")
+    done = run_cli("prepare", "out", *words)
+    assert done.code == 2 and done.out == "" and done.err.count("\n") == 1, done
+    assert done.err.startswith("error: ") and message in done.err
+    assert not Path("out").exists() or not any(Path("out").iterdir())

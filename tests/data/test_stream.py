@@ -1,6 +1,7 @@
 """The split, the packing and the position of the training stream."""
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,20 +98,56 @@ def test_position_is_that_of_the_next_first_token() -> None:
         at.next_batch(1)
 
 
-def test_resume_encodes_only_what_lies_ahead(monkeypatch) -> None:
+def test_resume_begins_to_encode_at_its_document() -> None:
     before = stream()
     while before.state_dict()["document"] < 150:
         before.next_batch(1)
-    encoded: list[str] = []
+    calls: list[list[str]] = []
 
     def watched(texts: list[str]) -> list[list[int]]:
-        encoded.extend(texts)
+        calls.append(texts)
         return encode(texts)
 
     resumed = TrainStream(documents(), watched, EOS, 16, 3)
     resumed.load_state_dict(before.state_dict())
-    resumed.next_batch(1)
-    assert 0 < len(encoded) <= 50
+    first = texts_of(flat(resumed.next_batch(40)))
+    # The first document is cut off at its front; the others of its epoch follow in the order they are encoded in.
+    assert len(calls[0]) == 200 - before.state_dict()["document"] and calls[0][0].endswith(first[0])
+    assert calls[0][1 : len(first)] == first[1:]
+
+
+def test_text_is_encoded_in_a_thread_that_ends() -> None:
+    names: set[str] = set()
+
+    def watched(texts: list[str]) -> list[list[int]]:
+        names.add(threading.current_thread().name)
+        return encode(texts)
+
+    before = threading.active_count()
+    at = TrainStream(documents(), watched, EOS, 16, 3)
+    first = at.next_batch(3)
+    at.close()
+    assert names == {"data"} and threading.active_count() == before
+    whole = stream().next_batch(6)
+    assert torch.equal(torch.cat((first, at.next_batch(3))), whole)  # and begins anew where it is needed
+
+
+def test_what_the_thread_raises_comes_out() -> None:
+    def broken(texts: list[str]) -> list[list[int]]:
+        raise ZeroDivisionError("a bug")
+
+    at = TrainStream(documents(), broken, EOS, 16, 3)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            at.next_batch(1)
+
+
+def test_the_record_counts_whole_documents_and_tokens() -> None:
+    at = stream(["abc", "defgh"], seq_len=2)
+    ends = [i for i, token in enumerate(flat(stream(["abc", "defgh"], seq_len=2).next_batch(40))) if token == EOS]
+    for row in range(30):
+        assert at.record() == {"documents": sum(end < 2 * row for end in ends), "tokens": 2 * row}
+        at.next_batch(1)
 
 
 def test_other_data_or_seed_is_refused() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from smolseek import console
 from smolseek.config import DataConfig, GuardConfig, TrainConfig
-from smolseek.data.hub import HubAway
+from smolseek.data.retries import HubAway
 from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.presets import preset
@@ -68,7 +68,7 @@ def plant(monkeypatch):
     def plant(bad: set[int], value: float = math.nan) -> None:
         real_next = TrainStream.next_batch
 
-        def next_batch(stream, n):
+        def next_batch(stream, n, *_):
             number = stream.position()["tokens"] // STEP_TOKENS
             rows = real_next(stream, n)
             poisoned.update(map(tuple, rows.tolist()) if number in bad else ())
@@ -133,7 +133,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monk
     monkeypatch.undo()
     real_next = TrainStream.next_batch
 
-    def without(stream, n):
+    def without(stream, n, *_):
         if stream.position()["tokens"] == STEP_TOKENS:
             real_next(stream, n)
         return real_next(stream, n)
@@ -319,7 +319,7 @@ def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():
 def test_data_that_are_away_stop_the_run_saved(text, whole, tmp_path, monkeypatch):
     real = TrainStream.next_batch
 
-    def next_batch(stream, n):
+    def next_batch(stream, n, *_):
         if stream.position()["tokens"] == 5 * STEP_TOKENS:
             raise HubAway("the hub has been away for 10 minutes")
         return real(stream, n)

@@ -6,17 +6,17 @@ to it reads one block again. Sources are mixed document by document: next comes 
 the tokens.
 """
 
-import atexit
-import contextlib
-import queue
+import functools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
+from smolseek.data.ahead import Ahead
+from smolseek.data.retries import Traffic
 from smolseek.data.stream import CHUNK, Encode, Texts, cut_rows, encode_documents, is_validation
 from smolseek.errors import SmolseekError
 
@@ -120,58 +120,6 @@ class Source:
         return np.argsort(bits.random_raw(n), kind="stable").tolist()
 
 
-class Ahead:
-    """Reads a source in a thread, a bounded queue ahead; what the thread raises is raised in its place."""
-
-    def __init__(self, source: Source, at: Position) -> None:
-        self._queue: queue.Queue[list[tuple[Position, np.ndarray]] | BaseException] = queue.Queue(QUEUE)
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
-        self._chunk: deque[tuple[Position, np.ndarray]] = deque()
-        # Reading waits for the network and encoding happens outside of Python's lock, so that a thread is enough.
-        # A thread that comes back from pyarrow into an interpreter that ends would abort the process.
-        self._thread = threading.Thread(target=self._run, args=(source, at), daemon=True, name="data")
-        self._thread.start()
-        atexit.register(self.close)
-
-    def next(self) -> tuple[Position, np.ndarray]:
-        """Return the next document; raises again what ended the thread."""
-        if not self._chunk:
-            if self._failure is None:
-                got = self._queue.get()
-                if isinstance(got, BaseException):
-                    self._failure = got
-                else:
-                    self._chunk.extend(got)
-            if self._failure is not None:
-                raise self._failure
-        return self._chunk.popleft()
-
-    def close(self) -> None:
-        """End the thread; a request under way is waited for."""
-        self._stop.set()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._queue.get_nowait()  # wakes a thread that waits for room
-        self._thread.join()
-        atexit.unregister(self.close)
-
-    def _run(self, source: Source, at: Position) -> None:
-        try:
-            for chunk in source.chunks(at, self._stop):
-                if not self._put(chunk):
-                    return
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: list[tuple[Position, np.ndarray]] | BaseException) -> bool:
-        while not self._stop.is_set():
-            with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=0.2)
-                return True
-        return False
-
-
 class MixedStream:
     """The endless sequence of training rows of several sources, at a position that can be saved and found again.
 
@@ -180,25 +128,36 @@ class MixedStream:
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], seq_len: int, seed: int, fingerprint: str
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        seq_len: int,
+        seed: int,
+        fingerprint: str,
+        traffic: Traffic | None = None,
     ) -> None:
-        """Begin at the first epoch; `seq_len` is T, `fingerprint` names the data in the saved position."""
+        """Begin at the first epoch; `seq_len` is T, `fingerprint` names the data in the saved position.
+
+        `traffic` is that of the sources, for the record.
+        """
         assert len(sources) == len(weights) > 0
+        self._traffic = traffic
         self._sources, self._weights = list(sources), list(weights)
         self._seq_len, self._seed, self._fingerprint = seq_len, seed, fingerprint
-        self._running: list[Ahead] = []
-        self._tokens = 0
+        self._running: list[Ahead[tuple[Position, np.ndarray]]] = []
+        self._tokens = self._documents = 0
         self._seek([0] * len(sources), [Position()] * len(sources), 0)
 
-    def next_batch(self, n: int) -> torch.Tensor:
+    def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
         """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next.
 
         Raises:
-            HubAway: when the data do not come; the position is then still that of the first row asked for.
+            HubAway: when the data do not come, or `stopped` returns true while they are waited for; the position is
+                then still that of the first row asked for.
         """
         step = n * self._seq_len
         while self._held < self._offset + step + 1:
-            self._read_document()
+            self._read_document(stopped)
         missing, pieces, skip = step + 1, [], self._offset
         for _, tokens in self._ahead:
             pieces.append(tokens[skip : skip + missing])
@@ -213,21 +172,29 @@ class MixedStream:
             length = len(self._ahead.popleft()[1])
             self._offset -= length
             self._held -= length
+            self._documents += 1
         return rows
 
     def position(self) -> dict[str, Any]:
         """Return where the next row begins, as in `state_dict`, in JSON types.
 
         `given` counts the tokens of each source's documents and `positions` says where it stands, both before the
-        document that holds that token; `offset` counts tokens in it; `tokens` is how many have been handed out.
+        document that holds that token; `offset` counts tokens in it; `documents` and `tokens` are how many have been
+        handed out, documents whole.
         """
         given, positions = self._ahead[0][0] if self._ahead else (self._given, self._positions)
         return {
             "given": list(given),
             "positions": [position._asdict() for position in positions],
             "offset": self._offset,
+            "documents": self._documents,
             "tokens": self._tokens,
         }
+
+    def record(self) -> dict[str, Any]:
+        """Return for the metrics what was read: documents and tokens in all, bytes and retries since the last call."""
+        read = {"documents": self._documents, "tokens": self._tokens}
+        return read if self._traffic is None else read | self._traffic.tell()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it belongs to, in JSON types."""
@@ -249,7 +216,7 @@ class MixedStream:
                 f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"
             )
         self._seek(state["given"], [Position(**position) for position in state["positions"]], state["offset"])
-        self._tokens = state["tokens"]
+        self._documents, self._tokens = state["documents"], state["tokens"]
         if self._offset:
             self._read_document()
             if self._offset >= self._held:
@@ -271,12 +238,13 @@ class MixedStream:
         self._ahead: deque[tuple[tuple[tuple[int, ...], tuple[Position, ...]], np.ndarray]] = deque()
         self._offset, self._held = offset, 0
 
-    def _read_document(self) -> None:
+    def _read_document(self, stopped: Callable[[], object] | None = None) -> None:
         if not self._running:
-            self._running = [Ahead(source, at) for source, at in zip(self._sources, self._positions, strict=True)]
+            starts = zip(self._sources, self._positions, strict=True)
+            self._running = [Ahead(functools.partial(source.chunks, at), QUEUE) for source, at in starts]
         # The one furthest behind its share; the first of equals.
         k = min(range(len(self._sources)), key=lambda i: self._given[i] / self._weights[i])
-        position, tokens = self._running[k].next()
+        position, tokens = self._running[k].next(stopped)
         # As it was read: after the end of a block the source's own position lags behind.
         before = (*self._positions[:k], position, *self._positions[k + 1 :])
         self._ahead.append(((self._given, before), tokens))

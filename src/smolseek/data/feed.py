@@ -12,6 +12,7 @@ from smolseek.config import DataConfig, TrainConfig
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
 from smolseek.data.hub import HubFiles, HubShards, find_files, parse_names
 from smolseek.data.preparing import TextSource
+from smolseek.data.retries import Traffic
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
 from smolseek.data.sources import read_documents
 from smolseek.data.stream import Corpus, Encode, TrainStream, is_validation, open_corpus, text_key
@@ -52,6 +53,7 @@ class HubData:
     """Hub data sets, of which a run reads the shards as it goes."""
 
     files: tuple[HubFiles, ...]
+    traffic: Traffic = dataclasses.field(default_factory=Traffic, compare=False)
 
     def summary(self) -> str:
         """Return in a few words what they are."""
@@ -100,7 +102,7 @@ def _sample_hub(data: DataConfig, hub: HubData, eval_tokens: int) -> Corpus:
     for files in hub.files:
         share = files.name.weight / sum(found.name.weight for found in hub.files)
         wanted, kept = eval_tokens * CHARACTERS_PER_TOKEN * share, TRAIN_CHARACTERS * share
-        shards = HubShards(files, data.text_column, data.give_up_after)
+        shards = HubShards(files, data.text_column, data.give_up_after, hub.traffic)
         rows = (row for shard in range(len(shards)) for row in shards.rows(shard, 0, threading.Event()))
         for _, text in rows:
             if not text or not text.strip():
@@ -153,12 +155,12 @@ def open_stream(
         SmolseekError: when the documents hold less than `min_tokens`, or prepared ones end in another token.
     """
     data, whole = config.data, corpus.whole
+    traffic: Traffic | None = None
     if isinstance(whole, HubData):
         weights = [files.name.weight for files in whole.files]
-        shards = [
-            TrainTexts(HubShards(files, data.text_column, data.give_up_after), encode, eos_id, data.val_fraction)
-            for files in whole.files
-        ]
+        traffic = whole.traffic
+        texts = [HubShards(files, data.text_column, data.give_up_after, traffic) for files in whole.files]
+        shards = [TrainTexts(found, encode, eos_id, data.val_fraction) for found in texts]
         sources = [Source(found, config.seed, number) for number, found in enumerate(shards)]
     elif isinstance(whole, Prepared):
         whole.check_eos(eos_id)
@@ -169,7 +171,7 @@ def open_stream(
         ]
     else:
         return TrainStream(corpus.train, encode, eos_id, config.seq_len, config.seed, min_tokens=min_tokens)
-    return MixedStream(sources, weights, config.seq_len, config.seed, whole.fingerprint())
+    return MixedStream(sources, weights, config.seq_len, config.seed, whole.fingerprint(), traffic)
 
 
 class LocalTexts:

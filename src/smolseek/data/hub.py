@@ -1,40 +1,22 @@
-"""Data sets on the Hugging Face hub: names, shard files pinned to a commit, and checked range requests with retries."""
+"""Data sets on the Hugging Face hub: names, shard files pinned to a commit, and checked range requests."""
 
 import io
 import logging
 import re
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from smolseek import console
+from smolseek.data.retries import Fault, Traffic, persist
 from smolseek.errors import SmolseekError
-
-T = TypeVar("T")
 
 SHORT_NAMES = {name: f"HuggingFaceTB/smollm-corpus:{name}" for name in ("cosmopedia-v2", "fineweb-edu-dedup")}
 """The text configurations of SmolLM's corpus; its third one, python-edu, holds no text."""
 
-FIRST_PAUSE = 0.5
-"""Seconds before the first new try; each further one in a row doubles it."""
-LONGEST_PAUSE = 60.0
 TAIL = 1 << 16
 """Bytes asked for at a file's end: a parquet footer is usually shorter."""
-
-
-class HubAway(SmolseekError):
-    """The hub gave no sound answer for longer than `data.give_up_after`: nothing is lost, the run can go on later."""
-
-
-class Fault(Exception):
-    """A request that may succeed when it is made again; `pause` is what the server asked for, in seconds."""
-
-    def __init__(self, what: str, pause: float = 0.0) -> None:
-        super().__init__(what)
-        self.pause = pause
 
 
 @dataclass(frozen=True)
@@ -117,12 +99,13 @@ def find_files(name: HubName, give_up_after: float) -> HubFiles:
         with _quiet():
             return _find(name)
 
-    return persist(ask, f"{name.repo}:{name.config}", give_up_after, threading.Event())
+    return persist(ask, f"{name.repo}:{name.config}", give_up_after)
 
 
 def _find(name: HubName) -> HubFiles:
     import datasets
-    from huggingface_hub import HfApi
+    import httpx2
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     try:
@@ -143,10 +126,10 @@ def _find(name: HubName) -> HubFiles:
         ) from None
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise SmolseekError(f"data {name.repo}:{name.config}: {_reason(error)}") from None
-    except Exception as error:
-        if transport_error(error):
-            raise Fault(_reason(error)) from None
-        raise
+    except httpx2.UnsupportedProtocol:
+        raise SmolseekError(f"HF_ENDPOINT {constants.ENDPOINT!r} is no address: use https://... or unset it") from None
+    except (httpx2.TransportError, OSError) as error:
+        raise Fault(_reason(error)) from None
     root = f"hf://datasets/{name.repo}@{info.sha}/"
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
     paths = [path.removeprefix(root) for path in found]
@@ -158,30 +141,6 @@ def _find(name: HubName) -> HubFiles:
             "fetch it and give its files, or choose another"
         )
     return HubFiles(name, info.sha, tuple(Shard(path, int(sizes[path] or 0)) for path in paths))
-
-
-def persist(ask: Callable[[], T], what: str, give_up_after: float, stop: threading.Event) -> T:
-    """Return what `ask` returns, asking again after each `Fault`, with growing pauses and one plain line each.
-
-    Raises:
-        HubAway: when no try has succeeded for `give_up_after` seconds, or `stop` was set in a pause.
-    """
-    began, pause = time.monotonic(), FIRST_PAUSE
-    while True:
-        try:
-            return ask()
-        except Fault as fault:
-            wait = max(pause, fault.pause)
-            spent = time.monotonic() - began
-            if spent + wait > give_up_after:
-                raise HubAway(
-                    f"the hub has not delivered {what} for {spent:.0f} s ({fault}): "
-                    "go on with --resume when it is back, or raise --data.give-up-after"
-                ) from None
-            console.warn(f"hub: {what}: {fault}; trying again in {wait:g} s")
-            if stop.wait(wait):
-                raise HubAway(f"{what} is no longer wanted") from None
-            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
@@ -223,9 +182,12 @@ def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
 class RemoteFile(io.RawIOBase):
     """A shard as a seekable file; each read is one range request, made again until it succeeds."""
 
-    def __init__(self, files: HubFiles, shard: Shard, give_up_after: float, stop: threading.Event) -> None:
+    def __init__(
+        self, files: HubFiles, shard: Shard, give_up_after: float, stop: threading.Event, traffic: Traffic
+    ) -> None:
         super().__init__()
         self._files, self._shard, self._give_up_after, self._stop = files, shard, give_up_after, stop
+        self._traffic = traffic
         self._at = 0
         self._tail_start = max(0, shard.size - TAIL)
         self._tail: bytes | None = None
@@ -263,17 +225,22 @@ class RemoteFile(io.RawIOBase):
         return data
 
     def _fetch(self, start: int, stop: int) -> bytes:
+        what = f"{self._shard.path} bytes {start:,}-{stop:,}"
+
         def ask() -> bytes:
             return fetch_range(self._files, self._shard, start, stop)
 
-        return persist(ask, f"{self._shard.path} bytes {start:,}-{stop:,}", self._give_up_after, self._stop)
+        data = persist(ask, what, self._give_up_after, self._stop, self._traffic)
+        self._traffic.received(len(data))
+        return data
 
 
 class HubShards:
     """The texts of a data set's shards by shard and row."""
 
-    def __init__(self, files: HubFiles, text_column: str, give_up_after: float) -> None:
+    def __init__(self, files: HubFiles, text_column: str, give_up_after: float, traffic: Traffic | None = None) -> None:
         self.files, self._column, self._give_up_after = files, text_column, give_up_after
+        self._traffic = traffic or Traffic()
 
     def __len__(self) -> int:
         return len(self.files.shards)
@@ -291,7 +258,8 @@ class HubShards:
         what = self.files.shards[shard]
         where = f"data {self.files.name.repo} {what.path}"
         try:
-            with pq.ParquetFile(RemoteFile(self.files, what, self._give_up_after, stop), pre_buffer=False) as file:
+            remote = RemoteFile(self.files, what, self._give_up_after, stop, self._traffic)
+            with pq.ParquetFile(remote, pre_buffer=False) as file:
                 schema = file.schema_arrow
                 if self._column not in schema.names:
                     names = ", ".join(schema.names[:8])
@@ -309,13 +277,6 @@ class HubShards:
                     first += count
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # arrow's own OSError is for damaged pages
             raise SmolseekError(f"{where} is no sound parquet file ({_reason(error)})") from None
-
-
-def transport_error(error: BaseException) -> bool:
-    """Return whether `error` is one of the connection's."""
-    import httpx2
-
-    return isinstance(error, httpx2.TransportError | OSError)
 
 
 def _passing(status: int) -> bool:

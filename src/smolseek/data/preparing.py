@@ -15,7 +15,7 @@ import numpy as np
 from smolseek import console
 from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum
 from smolseek.data.stream import Encode, Texts, encode_documents, text_key
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, Stopped
 
 PART_TOKENS = 1 << 25
 """Tokens of a part: what an interruption can cost."""
@@ -59,10 +59,15 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
     Raises:
         SmolseekError: if the folder holds something else, or the tokenizer does not give a text back.
         HubAway: when the data do not come; what was finished stays.
+        Stopped: for a KeyboardInterrupt, likewise.
     """
     index = _begin(sources, to, tokens)
     try:
         _write(sources, index, to, tokens)
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"interrupted: {to.path} keeps {_held(index):,} tokens; give the same command again, it goes on", 130
+        ) from None
     except OSError as error:
         raise SmolseekError(
             f"{to.path} cannot be written ({error.strerror}): make room and give the same command again, it goes on"

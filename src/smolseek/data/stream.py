@@ -4,6 +4,7 @@ The training text is one endless sequence of tokens: all documents in a new orde
 Row n is its tokens nT to (n+1)T inclusive, so a row holds T inputs and T targets, and every token is predicted once.
 """
 
+import functools
 import hashlib
 import threading
 from collections import deque
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from smolseek.config import DataConfig
+from smolseek.data.ahead import Ahead
 from smolseek.data.sources import read_documents
 from smolseek.errors import SmolseekError
 
@@ -22,6 +24,8 @@ Encode = Callable[[list[str]], list[list[int]]]
 
 CHUNK = 64
 """Documents encoded at a time: enough to keep all cores busy."""
+DEPTH = 2
+"""Chunks that are encoded ahead of the model."""
 CACHED_CHARACTERS = 64_000_000
 """Corpora up to this size keep their tokens in memory, so that only the first epoch encodes."""
 
@@ -130,6 +134,7 @@ class TrainStream:
         if sum(map(len, documents)) <= CACHED_CHARACTERS:
             self._cache = {}
         self._tokens = 0
+        self._running: Ahead[np.ndarray] | None = None
         self._known_fingerprint = ""
         self._epoch: int
         self._document: int
@@ -137,16 +142,17 @@ class TrainStream:
         self._seek(0, 0, 0)
         self._require(min_tokens)
 
-    def next_batch(self, n: int) -> torch.Tensor:
+    def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
         """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next.
 
-        When it raises, the position is the one before the call.
+        When it raises, the position is the one before the call. `stopped` is for data that may be away, which these
+        are not.
         """
         ahead, missing, pieces = n * self._seq_len, n * self._seq_len + 1, []
         skip, i = self._offset, 0
         while missing:
             if i == len(self._ahead):
-                self._encode_more()
+                self._read_document()
             piece = self._ahead[i][skip : skip + missing]
             pieces.append(piece)
             missing -= len(piece)
@@ -164,6 +170,10 @@ class TrainStream:
     def position(self) -> dict[str, int]:
         """Return where the next row begins, for a person to find it: as in `state_dict`, and quick."""
         return {"tokens": self._tokens, "epoch": self._epoch, "document": self._document, "offset": self._offset}
+
+    def record(self) -> dict[str, Any]:
+        """Return for the metrics what was read: whole documents and tokens, in all."""
+        return {"documents": self._epoch * len(self._documents) + self._document, "tokens": self._tokens}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of the next row's first token, in JSON types.
@@ -196,18 +206,24 @@ class TrainStream:
             )
         self._seek(state["epoch"], state["document"], state["offset"])
         self._tokens = state["tokens"]
-        self._encode_more()
+        self._read_document()
         if self._offset >= len(self._ahead[0]):
             raise SmolseekError(
                 f"the checkpoint stands at token {self._offset} of a document that has {len(self._ahead[0])}: "
                 "resume with the same --tokenizer"
             )
 
+    def close(self) -> None:
+        """End the thread that encodes."""
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+
     def _seek(self, epoch: int, document: int, offset: int) -> None:
+        self.close()
         # The position of the next row's first token, and the encoded documents from that one on.
         self._epoch, self._document, self._offset = epoch, document, offset
         self._ahead: deque[np.ndarray] = deque()
-        self._upcoming = self._visits(epoch, document)
 
     def _visits(self, epoch: int, document: int) -> Iterator[list[int]]:
         """Yield chunks of documents to visit, from a position on and for ever."""
@@ -219,21 +235,30 @@ class TrainStream:
                 yield order[start : start + CHUNK].tolist()
             epoch, document = epoch + 1, 0
 
-    def _encode_more(self) -> None:
-        chunk, cache = next(self._upcoming), self._cache
-        new = [i for i in chunk if cache is None or i not in cache]
-        texts = [self._documents[i] for i in new]
-        encoded = dict(zip(new, encode_documents(texts, self._encode, self._eos_id), strict=True))
-        if cache is not None:
-            cache.update(encoded)
-            encoded = cache
-        self._ahead.extend(encoded[i] for i in chunk)
+    def _read_document(self) -> None:
+        if self._running is None:
+            # From the first document that was not read yet.
+            epoch, document = divmod(self._document + len(self._ahead), len(self._documents))
+            chunks = functools.partial(self._chunks, self._epoch + epoch, document)
+            self._running = Ahead(chunks, DEPTH)
+        self._ahead.append(self._running.next())
+
+    def _chunks(self, epoch: int, document: int, stop: threading.Event) -> Iterator[list[np.ndarray]]:
+        """Yield chunks of encoded documents, from a position on and for ever."""
+        cache = self._cache
+        for chunk in self._visits(epoch, document):
+            new = [i for i in chunk if cache is None or i not in cache]
+            encoded = encode_documents([self._documents[i] for i in new], self._encode, self._eos_id)
+            known = dict(zip(new, encoded, strict=True))
+            if cache is not None:
+                cache.update(known)
+            yield [known[i] if cache is None else cache[i] for i in chunk]
 
     def _require(self, min_tokens: int) -> None:
         held = 0
         while len(self._ahead) < len(self._documents) and held < min_tokens:
-            self._encode_more()
-            held = sum(map(len, self._ahead))
+            self._read_document()
+            held += len(self._ahead[-1])
         if held < min_tokens:
             raise SmolseekError(
                 f"the training documents hold {held:,} tokens and one step takes {min_tokens:,}: "

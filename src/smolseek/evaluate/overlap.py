@@ -1,5 +1,6 @@
 """Does the validation text stand in the training text, and did the run read what it says it read?"""
 
+import contextlib
 import hashlib
 import itertools
 import re
@@ -126,10 +127,8 @@ def check_record(
             )
         ]
     few = corpus.train[:PACKED]
-    return [
-        *findings,
-        _rows(TrainStream(few, encode, eos_id, config.seq_len, config.seed), few, encode, eos_id, config),
-    ]
+    with contextlib.closing(TrainStream(few, encode, eos_id, config.seq_len, config.seed)) as rows:
+        return [*findings, _rows(rows, few, encode, eos_id, config)]
 
 
 def _rows(

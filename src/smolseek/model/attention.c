@@ -5,23 +5,16 @@
    of a value, P = R / 2 angles. Scores are held transposed, [keys, queries of a block]: then softmax runs along the
    vector registers, and what the products for values and keys need lies in order already. */
 
-#include <stdint.h>
-
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-#include <math.h>
-#include <omp.h>
-#include <stdlib.h>
-#include <string.h>
+#include "registers.h"
 
-#define INLINE static inline __attribute__((always_inline))
+#include <math.h>
+#include <stdlib.h>
+
 #define ROWS 6   /* rows of a tile: 6 times 4 sums, 4 columns and an input fill the 32 registers */
 #define BLOCK 64 /* queries of a block */
 
-typedef uint16_t half; /* the bits of a bfloat16 */
 typedef int32_t pair __attribute__((may_alias));
-
-int64_t has_pairs(void) { return 1; }
 
 /* s[r][v] = pairs a[r][p * step] times columns 16 v .. 16 v + 15 of b: [pairs] lines, `line` columns from each other. */
 INLINE void tile(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, const int rows,
@@ -130,15 +123,6 @@ static void turn_block(const half *w, int64_t stride, int64_t rows, int64_t size
         }
 }
 
-INLINE __m512i widen(const half *at) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)); }
-
-INLINE __m512 number(const half *at) { return _mm512_castsi512_ps(_mm512_slli_epi32(widen(at), 16)); }
-
-INLINE void put(half *to, __m512 x) {
-    __m256bh rounded = _mm512_cvtneps_pbh(x);
-    memcpy(to, &rounded, sizeof rounded);
-}
-
 /* Bring `rows` rows of `size` numbers, a multiple of 16, into pairs of rows side by side, with zeros after an odd one. */
 static void interleave(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t i = 0; i < rows; i += 2, to += size)
@@ -149,37 +133,10 @@ static void interleave(const half *w, int64_t stride, int64_t rows, int64_t size
         }
 }
 
-/* e^x for x <= 0, and exactly 0 below -87; what is no number stays so. */
-INLINE __m512 exp16(__m512 x) {
-    __mmask16 some = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    const float series[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(series[i]));
-    return _mm512_maskz_scalef_ps(some, p, n);
-}
-
 /* The queries of vector `v` of the block at `first` that may see key `key`. */
 INLINE __mmask16 seen(int64_t key, int64_t first, int v) {
     int64_t hidden = key - first - 16 * v;
     return hidden <= 0 ? 0xffff : hidden >= 16 ? 0 : (__mmask16)(0xffff << hidden);
-}
-
-INLINE float value(half bits) {
-    uint32_t wide = (uint32_t)bits << 16;
-    float x;
-    memcpy(&x, &wide, sizeof x);
-    return x;
-}
-
-INLINE half rounded(float x) {
-    __m128bh bits = _mm_cvtneps_pbh(_mm_set_ss(x));
-    half first;
-    memcpy(&first, &bits, sizeof first);
-    return first;
 }
 
 /* As rotate() of rope.py: the result lies in halves. */
@@ -364,9 +321,5 @@ void attend_backward(const Attention *m) {
         free(sum);
     }
 }
-
-#else
-
-int64_t has_pairs(void) { return 0; }
 
 #endif

@@ -7,15 +7,11 @@ Shapes: B sequences, T tokens, H query heads, Q = N + R features of a query head
 """
 
 import ctypes
-import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from smolseek.compiled import library
-
-_SOURCE = Path(__file__).with_name("attention.c")
+from smolseek.model.kernels import fit, kernels
 
 
 class _Attention(ctypes.Structure):
@@ -29,30 +25,9 @@ class _Attention(ctypes.Structure):
     )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    """Return attention.c, or None without a compiler or a processor that multiplies pairs of bfloat16."""
-    found = library(_SOURCE)
-    if found is None:
-        return None
-    found.has_pairs.argtypes, found.has_pairs.restype = (), ctypes.c_int64
-    if not found.has_pairs():
-        return None
-    for function in (found.attend_forward, found.attend_backward):
-        function.argtypes, function.restype = (ctypes.c_void_p,), None
-    return found
-
-
 def fits(q_BTX: torch.Tensor, nope: int, rope: int, value: int) -> bool:
     """Return whether `latent_attention` can take these queries: on a CPU, in bfloat16, heads of whole registers."""
-    return (
-        q_BTX.device.type == "cpu"
-        and q_BTX.dtype == torch.bfloat16
-        and nope % 16 == 0
-        and (nope + rope) % 32 == 0
-        and value % 32 == 0
-        and _library() is not None
-    )
+    return nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0 and fit(q_BTX)
 
 
 def latent_attention(
@@ -92,7 +67,7 @@ def latent_attention_forward(
     out_BTX, log_BHT = q_BTX.new_empty(B, T, H * V), q_BTX.new_empty(B, H, T, dtype=torch.float32)
     call = _arguments(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, scale, interleave)
     call.out, call.log_sums = out_BTX.data_ptr(), log_BHT.data_ptr()
-    found = _library()
+    found = kernels()
     assert found is not None
     found.attend_forward(ctypes.byref(call))
     return out_BTX, log_BHT
@@ -137,7 +112,7 @@ class _LatentAttention(torch.autograd.Function):
         call.out, call.log_sums, call.dout = out_BTX.data_ptr(), log_BHT.data_ptr(), dout_BTX.data_ptr()
         call.dq, call.dkv, call.dpe = dq_BTX.data_ptr(), dkv_BTX.data_ptr(), dpe_BTR.data_ptr()
         call.parts = parts_BHTR.data_ptr()
-        found = _library()
+        found = kernels()
         assert found is not None
         found.attend_backward(ctypes.byref(call))
         return dq_BTX, dkv_BTX, dpe_BTR, None, None, None, None, None

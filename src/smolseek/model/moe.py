@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolseek.config import ModelConfig
+from smolseek.model import rows
 
 
 class MLP(nn.Module):
@@ -24,7 +25,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(rows.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -74,48 +75,6 @@ class Router(nn.Module):
         return choice_NGX.masked_fill(shut_NG[..., None], float("-inf")).flatten(1)
 
 
-class _Permute(torch.autograd.Function):
-    """x[order], whose gradient is gathered back by the inverse order.
-
-    Autograd's own backward of an index adds row by row, because it cannot know that no row comes twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_MD: torch.Tensor, order_M: torch.Tensor, back_M: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(back_M)
-        return x_MD[order_M]
-
-    @staticmethod
-    def backward(ctx: Any, d_MD: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
-        (back_M,) = ctx.saved_tensors
-        return d_MD[back_M], None, None
-
-
-class _Spread(torch.autograd.Function):
-    """Copies of the tokens for their experts, in the products' type: pair m is of token order[m] // K.
-
-    The gradients of a token's K copies are gathered side by side and added in float32: always in the same order,
-    where the backward pass of an index would add them by atomics.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
-        ctx.save_for_backward(order_M)
-        ctx.top_k, ctx.dtype = top_k, x_ND.dtype
-        return x_ND.to(dtype)[order_M // top_k]
-
-    @staticmethod
-    def backward(ctx: Any, d_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        (order_M,) = ctx.saved_tensors
-        d_NKD = d_MD[_inverse(order_M)].unflatten(0, (-1, ctx.top_k))
-        summed = d_NKD.sum(dim=1, dtype=torch.promote_types(ctx.dtype, torch.float32))
-        return summed.to(ctx.dtype), None, None, None
-
-
-def _inverse(order_M: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.shape[0], device=order_M.device))
-
-
 def _product_type(x: torch.Tensor) -> torch.dtype:
     """Return the number format of products with `x`: autocast's where it is on."""
     device = x.device.type
@@ -136,14 +95,11 @@ class LocalDispatcher:
         order_M = experts_M.argsort(stable=True)
         # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
         counts_E = experts_M.new_zeros(n_experts).scatter_add_(0, experts_M, torch.ones_like(experts_M))
-        return _Spread.apply(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND)), counts_E, order_M
+        return rows.spread(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND)), counts_E, order_M
 
     def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
-        N, K = weights_NK.shape
-        # A gather by the inverse order sums in the same order every time; a scatter with atomics would not.
-        y_NKD = _Permute.apply(y_MD, _inverse(order_M), order_M).view(N, K, -1)
-        return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
+        return rows.combine(y_MD, order_M, weights_NK)
 
 
 # oneDNN's and MKL's float32 products take other kernels, which round otherwise, below this many rows.
@@ -181,13 +137,12 @@ def swiglu_experts(
     h_MX = x_MD.new_empty(x_MD.shape[0], up_EXD.shape[1])
     y_MD = torch.empty_like(x_MD)
     begin = 0
-    for e, rows in enumerate(counts):
-        if rows:
-            part = slice(begin, begin + rows)
+    for e, count in enumerate(counts):
+        if count:
+            part = slice(begin, begin + count)
             _write_linear(x_MD[part], up_EXD[e].to(x_MD.dtype), h_MX[part])
-            gate, up = h_MX[part].chunk(2, dim=-1)
-            _write_linear(F.silu(gate).mul_(up), down_EDF[e].to(x_MD.dtype), y_MD[part])
-        begin += rows
+            _write_linear(rows.stacked_swiglu(h_MX[part]), down_EDF[e].to(x_MD.dtype), y_MD[part])
+        begin += count
     return y_MD, h_MX
 
 
@@ -213,24 +168,18 @@ class _LoopedSwiGLU(torch.autograd.Function):
         x_MD, h_MX, up_EXD, down_EDF = ctx.saved_tensors
         dx_MD, d_up, d_down = torch.empty_like(x_MD), torch.empty_like(up_EXD), torch.empty_like(down_EDF)
         begin = 0
-        for e, rows in enumerate(ctx.counts):
-            if rows == 0:
+        for e, count in enumerate(ctx.counts):
+            if count == 0:
                 d_up[e].zero_()
                 d_down[e].zero_()
                 continue
-            part = slice(begin, begin + rows)
+            part = slice(begin, begin + count)
             x, dy = x_MD[part], dy_MD[part]
-            gate, up = h_MX[part].chunk(2, dim=-1)
-            silu = F.silu(gate)
-            d_down[e] = dy.T @ (silu * up)
-            da = dy @ down_EDF[e].to(dy.dtype)
-            dh = torch.empty_like(h_MX[part])
-            d_gate, d_value = dh.chunk(2, dim=-1)
-            torch.mul(da, silu, out=d_value)
-            d_gate.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
+            dh, a = rows.stacked_swiglu_back(h_MX[part], dy @ down_EDF[e].to(dy.dtype))
+            d_down[e] = dy.T @ a
             d_up[e] = dh.T @ x
             torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[part])
-            begin += rows
+            begin += count
         return dx_MD, d_up, d_down, None
 
 

@@ -91,8 +91,9 @@ def _events(record: Record) -> list[tuple[int, str]]:
         found.append(f"went back from step {back['from']:,}; {back['undone_tokens']:,} tokens were undone")
     if "save_failed" in record:
         found.append(str(record["save_failed"]))
-    for line in record.get("data", {}).get("retries_said", ()):
-        found.append(str(line))
+    read = record.get("data", {})
+    if read.get("retries"):
+        found.append(f"requests to the hub were made again {read['retries']:,} times; the last: {read['last_retry']}")
     return [(step, text) for text in found]
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream, pin
-from smolseek.data.hub import HubAway
+from smolseek.data.retries import HubAway
 from smolseek.data.sources import read_documents
 from smolseek.data.stream import validation_rows
 from smolseek.errors import SmolseekError, Stopped
@@ -160,7 +158,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 group["lr"] = lr
             position = stream.position()
             try:
-                step_rows = stream.next_batch(config.batch_size * config.grad_accum)
+                step_rows = stream.next_batch(config.batch_size * config.grad_accum, lambda: stop.received)
             except HubAway as error:
                 away = error
                 continue
@@ -214,6 +212,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                     "grad_norm": norm,
                     "memory": now,
                     "peak_memory": peak,
+                    "data": stream.record(),
                 }
                 if teacher is not None:
                     record["kl"] = sum(at.kls) / len(at.kls)
@@ -227,8 +226,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 at.kls.clear()
                 clock.restart()
                 timed = 0
-    if isinstance(stream, MixedStream):
-        stream.close()
+    stream.close()
     if saver.failure is not None:
         raise SmolseekError(f"{saver.failure}, then go on with --resume: the older checkpoints are untouched")
     if stopping:
@@ -289,7 +287,8 @@ def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: H
     if received is not None:
         why, code = f"stopped by {received.name}", 128 + received
     else:
-        why, code = f"{away}; stopped", os.EX_TEMPFAIL
+        assert away is not None
+        why, code = f"{away.what}; stopped", away.code
     way = f"go on with: smolseek train --run {run.path} --resume"
     return Stopped(f"{why} after step {step}, which is saved; {way}", code)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from smolseek.model.kernels import call, fit
 from smolseek.model.transformer import CausalLM
 
 # Tokens whose logits exist at one time: 256 x 49,152 numbers are 25 MB in bfloat16. Fewer make slower products.
@@ -55,6 +56,35 @@ def linear_cross_entropy(h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torc
     return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype)
 
 
+class _Softmax:
+    """Turns a chunk's logits into their gradients, where they are wanted, and gives the sum of its losses."""
+
+    def __init__(self, targets_N: torch.Tensor, factor: float, wanted: bool) -> None:
+        self.targets_N, self.factor, self.wanted = targets_N.contiguous(), factor, wanted
+
+    def __call__(self, logits_CV: torch.Tensor, begin: int) -> torch.Tensor:
+        """Take the logits of the tokens from `begin` on; d loss / d logits = (softmax - one-hot) * factor."""
+        targets_C = self.targets_N[begin : begin + len(logits_CV)]
+        if fit(logits_CV):
+            losses_C = logits_CV.new_empty(len(logits_CV), dtype=torch.float32)
+            d_CV = logits_CV if self.wanted else None
+            call("cross_entropy", logits_CV, targets_C, *logits_CV.shape, self.factor, losses_C, d_CV)
+            return losses_C.sum()
+        rows = _ROWS if logits_CV.device.type == "cpu" else _CHUNK
+        pieces = zip(logits_CV.split(rows), targets_C[:, None].split(rows), strict=True)
+        return torch.stack([self._piece(*piece) for piece in pieces]).sum()
+
+    def _piece(self, logits_RV: torch.Tensor, targets_R1: torch.Tensor) -> torch.Tensor:
+        top_R1 = logits_RV.amax(dim=1, keepdim=True).float()
+        target_R1 = logits_RV.gather(1, targets_R1)
+        e_RV = logits_RV.to(torch.float32, copy=True).sub_(top_R1).exp_()
+        sum_R1 = e_RV.sum(dim=1, keepdim=True)
+        if self.wanted:
+            e_RV.scatter_add_(1, targets_R1, -sum_R1)
+            logits_RV.copy_(e_RV.mul_(self.factor / sum_R1))
+        return (sum_R1.log() + top_R1 - target_R1).sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -65,32 +95,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         wanted = any(ctx.needs_input_grad)
-        # Made once and used by every chunk: fresh pages would cost more than the arithmetic.
-        logits_CV = h_ND.new_empty(min(N, _CHUNK), V)
-        rows = _ROWS if h_ND.device.type == "cpu" else _CHUNK
-        e_RV = logits_CV.new_empty(min(N, rows), V, dtype=torch.float32)
-        if wanted:
-            dh_ND, d_SV = torch.empty_like(h_ND), h_ND.new_empty(min(N, _BLOCK), V)
-            dw_VD = None
+        # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
+        # take the logits' place.
+        d_SV = h_ND.new_empty(min(N, _BLOCK if wanted else _CHUNK), V)
+        dh_ND, dw_VD = torch.empty_like(h_ND) if wanted else None, None
+        softmax = _Softmax(targets_N, 1 / N, wanted)
         with torch.autocast(h_ND.device.type, enabled=False):
             for begin in range(0, N, _CHUNK):
                 h_CD = h_ND[begin : begin + _CHUNK]
-                C, first = len(h_CD), begin % _BLOCK
-                torch.mm(h_CD, w_VD.T, out=logits_CV[:C])
-                for row in range(0, C, rows):
-                    logits = logits_CV[row : min(C, row + rows)]
-                    R = len(logits)
-                    targets_R1 = targets_N[begin + row : begin + row + R, None]
-                    top_R1 = logits.amax(dim=1, keepdim=True).float()
-                    e = e_RV[:R].copy_(logits).sub_(top_R1).exp_()
-                    sum_R1 = e.sum(dim=1, keepdim=True)
-                    loss += (sum_R1.log() + top_R1 - logits.gather(1, targets_R1)).sum()
-                    if wanted:
-                        # d loss / d logits = (softmax - one-hot) / N
-                        e.scatter_add_(1, targets_R1, -sum_R1)
-                        d_SV[first + row : first + row + R].copy_(e.mul_(1 / (sum_R1 * N)))
-                if wanted:
-                    torch.mm(d_SV[first : first + C], w_VD, out=dh_ND[begin : begin + C])
+                C, first = len(h_CD), begin % len(d_SV)
+                logits_CV = torch.mm(h_CD, w_VD.T, out=d_SV[first : first + C])
+                loss += softmax(logits_CV, begin)
+                if dh_ND is not None:
+                    torch.mm(logits_CV, w_VD, out=dh_ND[begin : begin + C])
                     if first + C == _BLOCK or begin + C == N:
                         part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
                         dw_VD = part_VD.float() if dw_VD is None else dw_VD.add_(part_VD)
