@@ -1,9 +1,9 @@
-# The habits of the house: make demo, make test, make check, make bench. `make PYTHON=python3.12 test` picks another Python.
+# The habits of the house: make demo, make test, make soak, make check, make bench. `make PYTHON=python3.12 test` picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test soak check bench format clean
 .DEFAULT_GOAL := demo
 
 # Made once; again only when what is to be installed has changed.
@@ -15,6 +15,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+# Twenty SIGKILLs of one run, and a disk that is full (as root): minutes, figures into docs/results/soak.json.
+soak: $(STAMP)
+	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json $(PY) -m pytest -m soak tests/soak
 
 check: $(STAMP)
 	.venv/bin/ruff format --check

@@ -32,6 +32,7 @@ def a_run(path, *, lr=1e-3, steps=40, logged=40, experts=True):
         records.append(
             {"step": step, "loss": 10 - step / 10, "lr": lr, "tokens": step * 1000, "tokens_per_second": 500.0}
             | {"grad_norm": 1.0, "memory": 10**9, "peak_memory": 2 * 10**9, "maxvio": 0.5}
+            | {"data": {"documents": step, "tokens": step * 1000, "bytes": 7, "retries": 0}}
         )
         record = {"step": step, "val_loss": 9.5 - step / 10, "val_perplexity": 90.0, "val_bits_per_byte": 1.5}
         if experts:
@@ -39,6 +40,9 @@ def a_run(path, *, lr=1e-3, steps=40, logged=40, experts=True):
         records.append(record)
     records.append({"step": 20, "resumed": "step-000020"})
     records.append({"step": 30, "skipped": {"reason": "its loss is nan", "tokens": 1024, "data": {}}})
+    records.append({"step": 30, "returned": {"from": 33, "undone_tokens": 3000, "data": []}})
+    records.append({"step": 31, "save_failed": "the checkpoint of step 31 cannot be written"})
+    records[-2]["data"] = {"retries": 2, "last_retry": "a.parquet: HTTP 429"}
     finding = {"check": "target: padding", "done": "planted", "status": "fail", "figure": 0.17, "meaning": "It counts."}
     records.append(
         {"step": 40, "audit": "end", "audit_counts": {"pass": 0, "fail": 1, "skip": 0}, "audit_findings": [finding]}
@@ -80,7 +84,9 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
     assert counts["figure"] == 4  # a heat map for each layer
     for words in ("5.5000", "1.5000", "Abacus", "8.0M", "40k", "0:01:20", "2,000 MB", "0.250"):
         assert words in text, words
-    for words in ("resumed from step-000020", "its loss is nan", "1 failed", "It counts.", "target: padding"):
+    events = ("resumed from step-000020", "its loss is nan", "went back from step 33; 3,000 tokens were undone")
+    events += ("step 31 cannot be written", "made again 2 times; the last: a.parquet: HTTP 429")
+    for words in (*events, "1 failed", "It counts.", "target: padding"):
         assert words in text, words
     assert "is &lt;b&gt;wet&lt;/b&gt; and blue" in text
     assert "expert 1: 0.00 of an equal share" in text and "expert 0: 2.00 of an equal share" in text

@@ -103,7 +103,8 @@ def test_a_run_folder_stands_for_its_newest_whole_checkpoint(run):
     assert read_config(run.path) == MODEL
 
 
-def test_every_flipped_bit_is_found_and_named(run, tmp_path):
+def test_every_flipped_bit_is_found_and_named_and_the_previous_checkpoint_is_used(run):
+    before = save(run, step=5)
     path = save(run)
     files = sorted(p.name for p in path.iterdir())
     assert len(files) == 7
@@ -115,13 +116,14 @@ def test_every_flipped_bit_is_found_and_named(run, tmp_path):
             damaged = bytearray(original)
             damaged[place] ^= 1 << (place % 8)
             (path / name).write_bytes(damaged)
-            assert str(verify(path)).startswith(f"{name} "), (name, place)
+            used, [(skipped, reason)] = newest_valid(run)
+            assert (used, skipped) == (before, path) and reason.startswith(f"{name} "), (name, place)
         (path / name).write_bytes(original + b" ")
         assert str(verify(path)).startswith(f"{name} is altered")
         (path / name).unlink()
         assert verify(path) == f"{name} is missing"
         (path / name).write_bytes(original)
-        assert verify(path) is None
+        assert newest_valid(run) == (path, [])
 
 
 def test_truncated_files_are_named(run):

@@ -1,0 +1,222 @@
+"""The loader beside the model: tokens a second of the data alone, of a training step alone, and of both together.
+
+    python bench/loader.py        about a minute on two cores
+
+The text is the English of the running Python, cut into documents of Cosmopedia's length, several numbered copies of it
+in parquet shards of Cosmopedia's columns. It is streamed from a stand-in for the hub on loopback (tests/data), a
+process of its own on the same cores, and read once more as `smolseek prepare` wrote it. The model is deepseek_159m in
+bfloat16, 4 rows of 256 tokens a step, as `smolseek train` takes it; it is measured with the same rows over and over,
+and then fed by each loader, which is to keep it from ever waiting. "First batch" is a fresh process: tokenizer, corpus,
+split, first rows. Writes docs/results/loader.json.
+"""
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from machine import describe
+
+ROOT = Path(__file__).parents[1]
+BATCH, LENGTH = 4, 256
+SHARDS, COPIES, PIECE = 2, 4, 4000
+README = b"""---
+configs:
+- config_name: cosmopedia-v2
+  data_files:
+  - split: train
+    path: cosmopedia-v2/train-*
+---
+"""
+
+
+def parquet_shards() -> dict[str, bytes]:
+    """The files of the stand-in: path -> bytes, 1,000 rows a row group as in Cosmopedia."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from smolseek.data.sources import read_documents
+
+    text = "\n\n".join(read_documents(["builtin"], "text"))
+    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
+    documents = [f"Copy {copy}, piece {i}. {piece}" for copy in range(COPIES) for i, piece in enumerate(pieces)]
+    files = {"README.md": README}
+    for shard in range(SHARDS):
+        texts = documents[shard::SHARDS]
+        same = {name: ["x"] * len(texts) for name in ("prompt", "audience", "format", "seed_data")}
+        table = pa.table({**same, "text": texts, "token_length": [len(text) // 4 for text in texts]})
+        file = io.BytesIO()
+        pq.write_table(table, file, row_group_size=1000)
+        files[f"cosmopedia-v2/train-{shard:05d}-of-{SHARDS:05d}.parquet"] = file.getvalue()
+    return files
+
+
+def serve() -> None:
+    """Serve the shards until stdin ends."""
+    spec = importlib.util.spec_from_file_location("stand_in_hub", ROOT / "tests/data/stand_in_hub.py")
+    assert spec and spec.loader
+    stand_in = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stand_in)
+    files = parquet_shards()
+    hub = stand_in.StandInHub("HuggingFaceTB/smollm-corpus", files)
+    print(json.dumps({"url": hub.url, "bytes": sum(map(len, files.values()))}), flush=True)
+    sys.stdin.read()
+
+
+def open_stream(source: str):
+    """The training rows of `source`, as the training loop opens them."""
+    from smolseek.config import DataConfig, TrainConfig
+    from smolseek.data import feed
+    from smolseek.presets import preset
+    from smolseek.tokenizer import encoder, for_training, load_tokenizer
+
+    model = preset("deepseek_159m")
+    tokenizer = for_training(load_tokenizer("smollm2"), model.eos_ids[0])
+    data = feed.pin(DataConfig(sources=(source,)), None)
+    config = TrainConfig(model=model, run="unused", data=data, batch_size=BATCH, seq_len=LENGTH)
+    corpus = feed.open_data(data, config.eval_tokens, tokenizer)
+    return feed.open_stream(config, corpus, encoder(tokenizer), model.eos_ids[0], BATCH * LENGTH + 1)
+
+
+def first_batch() -> None:
+    """Print when the first rows of the built-in corpus were there."""
+    rows = open_stream("builtin").next_batch(BATCH)
+    print(json.dumps({"rows": list(rows.shape), "at": time.time()}))
+
+
+def loader(source: str, seconds: float) -> None:
+    """Print the tokens a second that the loader alone gives, from its first row on, and the time to that one."""
+    begun = time.perf_counter()
+    stream = open_stream(source)
+    stream.next_batch(BATCH)
+    first = time.perf_counter() - begun
+    begun, tokens = time.perf_counter(), 0
+    while (spent := time.perf_counter() - begun) < seconds:
+        tokens += stream.next_batch(BATCH)[:, 1:].numel()
+    print(json.dumps({"tokens_s": tokens / spent, "tokens": tokens, "open_seconds": first}))
+    stream.close()
+
+
+def model(sources: list[str], seconds: float) -> None:
+    """Print the tokens a second of training steps on the same rows, then on those of each source, in turns."""
+    import torch
+
+    from smolseek.config import OptimConfig
+    from smolseek.model.transformer import new_model
+    from smolseek.presets import preset
+    from smolseek.train.loss import losses
+    from smolseek.train.memory import keep_freed_memory
+    from smolseek.train.optim import make_optimizer
+
+    keep_freed_memory()
+    net = new_model(preset("deepseek_159m"), 0)
+    optimizer = make_optimizer(net, OptimConfig())
+    fixed = torch.randint(net.config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    streams = {source: open_stream(source) for source in sources}
+
+    def step(next_rows) -> tuple[float, float]:
+        """Seconds of a step, and of them the seconds that the model waited for its rows."""
+        begun = time.perf_counter()
+        rows = next_rows()
+        waited = time.perf_counter() - begun
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = losses(net, rows).total
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.perf_counter() - begun, waited
+
+    feeds = {"same rows": lambda: fixed}
+    feeds |= {source: (lambda stream=stream: stream.next_batch(BATCH)) for source, stream in streams.items()}
+    for feed in feeds.values():
+        step(feed)
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in feeds}
+    begun = time.perf_counter()
+    while time.perf_counter() - begun < seconds:
+        for name, feed in feeds.items():
+            steps[name].append(step(feed))
+    found = {}
+    for name, times in steps.items():
+        whole, waited = zip(*times, strict=True)
+        found[name] = {
+            "tokens_s": BATCH * LENGTH / statistics.median(whole),
+            "steps": len(times),
+            "longest_wait_seconds": max(waited),
+            "waited_share": sum(waited) / sum(whole),
+        }
+    print(json.dumps(found))
+    for stream in streams.values():
+        stream.close()
+
+
+def ask(*words: object, env: dict[str, str] | None = None) -> dict:
+    """Run this file's part named by `words` in a process of its own and return what it printed."""
+    done = subprocess.run([sys.executable, __file__, *map(str, words)], env=env, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/loader.json")
+    parser.add_argument("--part", nargs="*", default=[], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    match args.part:
+        case ["serve"]:
+            return serve()
+        case ["first"]:
+            return first_batch()
+        case ["loader", source, seconds]:
+            return loader(source, float(seconds))
+        case ["model", seconds, *sources]:
+            return model(sources, float(seconds))
+
+    found = {**describe(), "command": "python bench/loader.py", "batch_size": BATCH, "seq_len": LENGTH}
+    firsts = []
+    for _ in range(2):
+        begun = time.time()
+        firsts.append(ask("--part", "first")["at"] - begun)
+    found["first_batch_builtin_seconds"] = firsts
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--part", "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin and server.stdout
+    try:
+        hub = json.loads(server.stdout.readline())
+        with tempfile.TemporaryDirectory() as folder:
+            env = os.environ | {"HF_ENDPOINT": hub["url"], "HF_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "0"}
+            env |= {"NO_PROXY": "127.0.0.1"}
+            words = ["-m", "smolseek", "prepare", f"{folder}/tokens", "--data", "cosmopedia-v2"]
+            begun = time.perf_counter()
+            subprocess.run([sys.executable, *words], env=env, stdout=subprocess.PIPE, check=True)
+            found["prepare_seconds"] = time.perf_counter() - begun
+            sources = {"streaming": "cosmopedia-v2", "prepared": f"{folder}/tokens"}
+            loaders = {name: ask("--part", "loader", source, 4, env=env) for name, source in sources.items()}
+            trained = ask("--part", "model", 18, *sources.values(), env=env)
+    finally:
+        server.stdin.close()
+        server.wait()
+    found["model_tokens_s"] = trained["same rows"]["tokens_s"]
+    for name, source in sources.items():
+        row = loaders[name] | {"training": trained[source]}
+        row["times_the_model"] = row["tokens_s"] / found["model_tokens_s"]
+        row["training_against_same_rows"] = trained[source]["tokens_s"] / found["model_tokens_s"]
+        found[name] = row
+        print(
+            f"{name}: {row['tokens_s']:,.0f} tokens/s, {row['times_the_model']:.0f}x the model's "
+            f"{found['model_tokens_s']:,.0f}; fed by it the model takes {trained[source]['tokens_s']:,.0f} and waits "
+            f"at most {1000 * trained[source]['longest_wait_seconds']:.0f} ms"
+        )
+    print("first batch of builtin: " + ", ".join(f"{seconds:.1f} s" for seconds in firsts))
+    args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""What takes minutes and some luck: twenty SIGKILLs of one run, and a disk that is really full. `make soak` runs it.
+
+The lives of a run are forked from a process that has loaded everything, so that each costs a second and not five.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from smolseek.run_folder import RunFolder, newest_valid, verify
+from smolseek.train import metrics
+
+pytestmark = pytest.mark.soak
+
+KILLS, STEPS, SAVE_EVERY = 20, 80, 3
+BATCH, ACCUM, SEQ = 2, 2, 16
+TIMING = {"tokens_per_second", "memory", "peak_memory"}
+
+NURSERY = """
+import json, os, sys
+import torch
+import smolseek.train.loop, transformers, datasets
+from smolseek.cli import main
+for line in sys.stdin:
+    log, words = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2)
+        torch.set_num_threads(1)
+        code = main(words)
+        sys.stdout.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    """Starts lives of runs, one at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.log = Path()
+
+    def begin(self, log: Path, words: list[str]) -> int:
+        """Start `smolseek *words` and return its process id."""
+        self.log = log
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([str(log), words]) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def end(self) -> int:
+        """Wait for it and return its exit code."""
+        assert self._process.stdout
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    made = Nursery()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of drawn words: several epochs."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
+    path = tmp_path_factory.mktemp("data") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=60))}) + "\n" for _ in range(60)))
+    return path
+
+
+def words(run: Path, data: Path, steps: int, *extra: str) -> list[str]:
+    small = f"--model.num-hidden-layers 1 --model.hidden-size 16 --seq-len {SEQ} --batch-size {BATCH} "
+    small += f"--grad-accum {ACCUM} --precision float32 --steps {steps} --save-every {SAVE_EVERY} --keep-last 3 "
+    small += "--log-every 1 --eval-every 40 --eval-tokens 64 --sample-tokens 0 --data.val-fraction 0.2"
+    return ["train", "tiny", "--data", str(data), "--run", str(run), *small.split(), *extra]
+
+
+def records(run: Path) -> list[dict]:
+    found = [{k: v for k, v in r.items() if k not in TIMING} for r in RunFolder(run).read_metrics()]
+    return [record for record in found if "machine" not in record]
+
+
+def steps_said(log: Path) -> int:
+    """Steps that a life has logged."""
+    return log.read_text().count("\nStep ") if log.exists() else 0
+
+
+def unfinished(run: RunFolder) -> set[tuple[str, int]]:
+    """Checkpoints that were being written: names, and numbers that tell one from another of the same name."""
+    return {(path.name, path.stat().st_ino) for path in run.checkpoints.glob(".tmp-step-*")}
+
+
+def final_files(run: Path, steps: int) -> list[bytes]:
+    path = RunFolder(run).checkpoint_path(steps)
+    return [(path / name).read_bytes() for name in ("model.safetensors", "training_state.safetensors")]
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+
+
+def test_twenty_kills_change_no_bit(nursery: Nursery, data: Path, tmp_path: Path) -> None:
+    began = time.monotonic()
+    whole, run = tmp_path / "whole", RunFolder(tmp_path / "run")
+    nursery.begin(tmp_path / "whole.log", words(whole, data, STEPS))
+    assert nursery.end() == 0, nursery.log.read_text()
+
+    seed = time.time_ns()
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    rng = random.Random(seed)
+    kills = during_save = before_first_step = 0
+    while kills < KILLS:
+        expected, skipped = newest_valid(run)
+        # Not one that is named as a checkpoint may be less than whole, whenever the kill came.
+        assert not skipped and all(verify(path) is None for path in run.checkpoint_paths())
+        log, before = tmp_path / f"life-{kills}.log", unfinished(run)
+        pid = nursery.begin(log, words(run.path, data, STEPS, *(["--resume"] if run.config.exists() else [])))
+        kind = ("steps", "saving", "steps", "saving", "anywhere")[kills % 5]
+        if kind == "anywhere":  # while it loads and resumes, too
+            time.sleep(rng.uniform(0, 3))
+        else:
+            goal = rng.randint(1, 4)
+            while alive(pid) and steps_said(log) < goal:
+                time.sleep(0.005)
+            if kind == "saving":
+                while alive(pid) and not list(run.checkpoints.glob(".tmp-step-*")):
+                    time.sleep(0.0002)
+                time.sleep(rng.uniform(0, 0.02))
+            else:
+                time.sleep(rng.uniform(0, 0.2))
+        os.kill(pid, signal.SIGKILL)
+        code = nursery.end()
+        said = log.read_text()
+        assert code == -signal.SIGKILL, said
+        kills += 1
+        during_save += bool(unfinished(run) - before)
+        before_first_step += steps_said(log) == 0
+        resuming = [line for line in said.splitlines() if line.startswith("Resuming ")]
+        if expected is not None and resuming:
+            assert resuming == [f"Resuming {run.path} from {expected.name}"]
+    nursery.begin(tmp_path / "last.log", words(run.path, data, STEPS, "--resume"))
+    assert nursery.end() == 0, nursery.log.read_text()
+
+    assert final_files(run.path, STEPS) == final_files(whole, STEPS)
+    assert records(run.path) == records(whole)
+    trained = [record["data"]["tokens"] for record in records(run.path) if "lr" in record]
+    assert trained == [BATCH * ACCUM * SEQ * step for step in range(1, STEPS + 1)]
+    assert not list(run.checkpoints.glob(".tmp-*"))
+    assert during_save >= KILLS // 4
+    tell(
+        "kills",
+        kills=kills,
+        during_a_save=during_save,
+        before_the_first_step=before_first_step,
+        steps=STEPS,
+        tokens=trained[-1],
+        seconds=round(time.monotonic() - began, 1),
+        weights_and_optimizer_state="bit-identical",
+        records="identical",
+        partial_checkpoints_used=0,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(nursery: Nursery, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of 24 steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    nursery.begin(folder / "log", words(folder / "run", data, 24))
+    assert nursery.end() == 0, nursery.log.read_text()
+    return folder / "run"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 96 MB; a checkpoint takes some 13 and four are there for a moment."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(disk)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs takes root on Linux")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write until nothing more fits."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
+        while file.write(b"x" * 65536):
+            pass
+    return ballast
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_a_full_disk(nursery: Nursery, data: Path, tmp_path: Path, small_disk: Path, whole: Path, mended: bool) -> None:
+    """Full in the middle of the run and empty again before its end; or full until the end, and mended after it."""
+    steps = 24
+    run, log = RunFolder(small_disk / "run"), tmp_path / "run.log"
+    pid = nursery.begin(log, words(run.path, data, steps))
+    while alive(pid) and not run.checkpoint_paths():
+        time.sleep(0.005)
+    ballast = fill(small_disk)
+    kept = {path: verify(path) for path in run.checkpoint_paths()}
+    while alive(pid) and (not mended or "Training goes on, but" not in log.read_text()):
+        fill(small_disk)  # also what a failed save has given back
+        time.sleep(0.01)
+    # The older ones are still there and whole; no half of the new one is left.
+    assert kept and all(verify(path) is None for path in kept)
+    if mended:
+        ballast.unlink()
+    code, said = nursery.end(), log.read_text()
+    assert "No space left on device" in said and "Training goes on, but the checkpoint of step" in said
+    if mended:
+        assert code == 0, said
+    else:
+        last = said.strip().splitlines()[-1]
+        assert code == 2 and last.startswith("error: the checkpoint of step 24 cannot be written"), said
+        assert "go on with --resume: the older checkpoints are untouched" in last
+        assert "Step    24/24" in said and "metrics.jsonl cannot be written" in said
+        assert newest_valid(run)[0] is not None and not list(run.checkpoints.glob(".tmp-*"))
+        ballast.unlink()
+        nursery.begin(log, words(run.path, data, steps, "--resume"))
+        assert nursery.end() == 0, log.read_text()
+    assert final_files(run.path, steps) == final_files(whole, steps)
+    assert [r for r in records(run.path) if "save_failed" not in r] == records(whole)
+    failed = [r for r in records(run.path) if "save_failed" in r]
+    tell("full_disk_for_a_while" if mended else "full_disk_to_the_end", exit_code=code, save_failed_records=len(failed))
+
+
+def tell(name: str, **figures: object) -> None:
+    """Say what was found, and write it to the file that SOAK_RESULT names, if it does."""
+    print(name, figures)
+    to = os.environ.get("SOAK_RESULT")
+    if to:
+        path = Path(to)
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        origin = metrics.describe() | {"commit": git.stdout.strip() or None, "command": "make soak"}
+        path.write_text(json.dumps(before | {name: origin | figures}, indent=2) + "\n")
