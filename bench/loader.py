@@ -183,6 +183,7 @@ def main() -> None:
     for _ in range(2):
         begun = time.time()
         firsts.append(ask("--part", "first")["at"] - begun)
+    print("first batch of builtin: " + ", ".join(f"{seconds:.1f} s" for seconds in firsts), flush=True)
     found["first_batch_builtin_seconds"] = firsts
     server = subprocess.Popen(
         [sys.executable, __file__, "--part", "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -198,6 +199,7 @@ def main() -> None:
             subprocess.run([sys.executable, *words], env=env, stdout=subprocess.PIPE, check=True)
             found["prepare_seconds"] = time.perf_counter() - begun
             sources = {"streaming": "cosmopedia-v2", "prepared": f"{folder}/tokens"}
+            print(f"prepared in {found['prepare_seconds']:.1f} s", flush=True)
             loaders = {name: ask("--part", "loader", source, 4, env=env) for name, source in sources.items()}
             trained = ask("--part", "model", 18, *sources.values(), env=env)
     finally:
@@ -214,7 +216,6 @@ def main() -> None:
             f"{found['model_tokens_s']:,.0f}; fed by it the model takes {trained[source]['tokens_s']:,.0f} and waits "
             f"at most {1000 * trained[source]['longest_wait_seconds']:.0f} ms"
         )
-    print("first batch of builtin: " + ", ".join(f"{seconds:.1f} s" for seconds in firsts))
     args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
