@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import signal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     clock, timed, saved = metrics.Clock(), 0, at.step
     away: HubAway | None = None
     saver = Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
-    with tracker, console.progress(config.steps, "training") as bar, saver, StopRequest() as stop:
+    with tracker, console.progress(config.steps, "training") as bar, saver, StopRequest() as stop, closing(stream):
         bar.update(at.step)
         while True:
             # Between two log lines the time of the steps since the last one is not in `at` yet.
@@ -226,7 +227,6 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 at.kls.clear()
                 clock.restart()
                 timed = 0
-    stream.close()
     if saver.failure is not None:
         raise SmolseekError(f"{saver.failure}, then go on with --resume: the older checkpoints are untouched")
     if stopping:
