@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from smolseek import __version__, console
 from smolseek.cli.auditing import audit
-from smolseek.cli.models import compare, convert, inspect
+from smolseek.cli.models import compare, convert, evaluate, inspect
 from smolseek.cli.preparing import prepare
 from smolseek.cli.reporting import report
 from smolseek.cli.training import heal, train
@@ -28,6 +28,7 @@ Small DeepSeek-style language models.
   convert   make a DeepSeek model of a Llama's weights, with nothing lost
   heal      bring a compressed model nearer to its source, by distillation
   compare   how far two models are apart: losses, divergence, cache, parameters
+  eval      a model's score on the tasks of lm-eval: hellaswag, piqa, arc_easy, ...
   report    a page about a run, or one that compares runs
   audit     whether a model's numbers can be believed: leaks, labels, data, experts, decoding
 
@@ -46,6 +47,7 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "heal": heal,
     "compare": compare,
+    "eval": evaluate,
     "report": report,
     "audit": audit,
 }

@@ -1,5 +1,6 @@
-"""What a model is and becomes: `smolseek inspect`, `convert` and `compare`."""
+"""What a model is, becomes and can do: `smolseek inspect`, `convert`, `compare` and `eval`."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Sequence
@@ -164,4 +165,55 @@ def compare(argv: Sequence[str]) -> None:
         console.say(json.dumps(asdict(found) | {"engine": args.engine, "dtype": args.dtype, "models": sides}))
         return
     for line in comparing.report((args.a, args.b), found):
+        console.say(line)
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Score a model on tasks of lm-eval, with their standard settings. Needs the extra: pip install smolseek[eval]."""
+
+    model: str
+    """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
+    tasks: str = "hellaswag,piqa,arc_easy"
+    """Names of tasks, parted by commas."""
+    fewshot: int | None = None
+    """Examples before each question; None leaves them to the task."""
+    limit: int | None = None
+    """Questions of a task, at most; None asks all."""
+    batch_size: int = 8
+    """Requests that are scored at a time."""
+    task_folders: tuple[str, ...] = ()
+    """Folders of tasks of your own (lm-eval's YAML files)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Carry out `smolseek eval MODEL --tasks ...`."""
+    args = parse(EvalArgs, "eval", argv)
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    if not names:
+        raise SmolseekError("no task: give --tasks hellaswag,piqa")
+    for name in ("limit", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise SmolseekError(f"{name.replace('_', '-')} {value} is below 1: use a positive number")
+    if importlib.util.find_spec("lm_eval") is None:
+        raise SmolseekError("eval needs lm-eval, which is not installed: pip install 'smolseek[eval]'")
+    from smolseek.evaluate import harness
+
+    found = harness.evaluate_tasks(
+        args.model,
+        names,
+        fewshot=args.fewshot,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        task_folders=args.task_folders,
+        dtype=args.dtype,
+    )
+    if args.json:
+        console.say(json.dumps({"model": args.model, "tasks": found}))
+        return
+    for line in harness.report(found):
         console.say(line)
