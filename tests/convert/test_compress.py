@@ -90,6 +90,26 @@ def test_nothing_left_out_is_exact(llama, method):
     assert compare(model, compress.assemble(model, shape, new), random_rows()).kl < 1e-9
 
 
+def test_balancing_changes_sizes_and_not_the_function(llama):
+    model = load_model(llama).model
+    found = statistics(model, random_rows())
+    shape, layers = compress.compress(model, Budget(24), found)
+    even = [compress.balanced(shape, tensors) for tensors in layers]
+    before, after = (compress.assemble(model, shape, each) for each in (layers, even))
+    assert compare(before, after, random_rows()).kl < 1e-9
+    attention = after.model.layers[0].self_attn
+    down = attention.kv_a_proj_with_mqa.weight.square().mean(dim=1)
+    up = attention.kv_b_proj.weight.square().mean(dim=0)
+    torch.testing.assert_close(down[: shape.kv_lora_rank], up, rtol=1e-3, atol=1e-6)
+    q_pe = attention.q_proj.weight.unflatten(0, (shape.num_attention_heads, -1))[:, shape.qk_nope_head_dim :]
+    for pair in range(0, shape.qk_rope_head_dim, 2):
+        ours, theirs = (
+            q_pe[:, pair : pair + 2].detach(),
+            attention.kv_a_proj_with_mqa.weight.detach()[shape.kv_lora_rank + pair :][:2],
+        )
+        assert float(ours.square().mean() / theirs.square().mean()) == pytest.approx(1, rel=1e-3)
+
+
 def test_a_larger_cache_is_nearer_and_ours_nearer_than_the_published_one(llama):
     original = load_model(llama).model
     rows = random_rows()

@@ -254,6 +254,37 @@ def compress(
     return config(model.config, chosen, layers[0].frequency_C), out
 
 
+def balanced(shape: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a layer that computes the same, its two factors of every cached feature of one size.
+
+    A feature may be scaled in the cache and back behind it. As fitted the factors differ a thousandfold in size, and
+    an optimizer like Adam, which moves all weights alike, would wreck the smaller one.
+    """
+    rank, H = shape.kv_lora_rank or 0, shape.num_attention_heads
+    real = dict(unfolded(tensors.items(), rank))
+    down, k_pe = real["kv_a_proj_with_mqa.weight"].split([rank, shape.qk_rope_head_dim])
+    up = real["kv_b_proj.weight"]
+    q = real["q_proj.weight"].unflatten(0, (H, -1)).clone()
+    q_pe = q[:, shape.qk_nope_head_dim :]
+    scale_R = _ratio(up.square().mean(dim=0), down.square().mean(dim=1))
+    # The two features of a slot turn into each other, so they have one scale.
+    squares = (x.square().unflatten(-2, (-1, 2)).mean(dim=(-2, -1)) for x in (q_pe, k_pe))
+    scale_P = _ratio(next(squares).mean(dim=0), next(squares)).repeat_interleave(2)
+    q[:, shape.qk_nope_head_dim :] = q_pe / scale_P[:, None]
+    matrix, norm = fold(torch.cat((down * scale_R[:, None], k_pe * scale_P[:, None])), rank)
+    return tensors | {
+        "q_proj.weight": q.flatten(0, 1),
+        "kv_a_proj_with_mqa.weight": matrix,
+        "kv_a_layernorm.weight": norm,
+        "kv_b_proj.weight": up / scale_R,
+    }
+
+
+def _ratio(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """Return what makes mean squares `down` and `up` equal when one grows by it and the other shrinks; 1 for zeros."""
+    return torch.where((up > 0) & (down > 0), (up / down).nan_to_num(1.0).pow(0.25), 1.0)
+
+
 def assemble(model: CausalLM, shape: ModelConfig, layers: list[dict[str, torch.Tensor]]) -> CausalLM:
     """Return the Llama `model` with the attention that `compress` gave, as a model in memory."""
     assert shape.kv_lora_rank is not None

@@ -256,6 +256,7 @@ def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, At
         f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
         f"of {opened.config.cache_features} before"
     )
+    layers = [compress.balanced(config, tensors) for tensors in layers]
     return config, layers.__getitem__
 
 
