@@ -31,6 +31,7 @@ bench: $(STAMP)
 	$(PY) bench/train_step.py
 	$(PY) bench/decode.py
 	$(PY) bench/balance.py
+	$(PY) bench/loader.py
 
 format: $(STAMP)
 	.venv/bin/ruff format
