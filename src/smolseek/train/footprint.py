@@ -16,6 +16,7 @@ import torch
 
 from smolseek.config import ModelConfig, OptimConfig
 from smolseek.model import fused
+from smolseek.model.kernels import fit
 from smolseek.model.recompute import How
 from smolseek.model.summary import size_text
 from smolseek.model.transformer import CausalLM
@@ -163,8 +164,7 @@ def attention_half(config: ModelConfig, run: Run) -> Half:
     in_c = False
     if config.is_mla:
         L, R, Q, X = config.kv_lora_rank or 0, config.qk_rope_head_dim, config.qk_head_dim, config.v_head_dim
-        query = torch.empty(0, dtype=torch.bfloat16 if run.bfloat16 else torch.float32)
-        in_c = not run.cuda and fused.fits(query, Q - R, R, X)
+        in_c = not run.cuda and fused.fits(_like(run), Q - R, R, X)
         kept = _norm(D, run, readers=2) + _latent(L, R, run, config.latent_norm)
         if config.q_lora_rank:
             kept += _latent(config.q_lora_rank, 0, run, True)
@@ -185,20 +185,27 @@ def attention_half(config: ModelConfig, run: Run) -> Half:
 def feed_half(config: ModelConfig, run: Run, layer: int) -> Half:
     """Return what norm and feed-forward layer keep for each token (`model/moe.py`)."""
     a, D = run.number, config.hidden_size
+    # Of SwiGLU: gate, up and their product, and without rows.c the activation.
+    swiglu = (3 if not run.cuda and fit(_like(run)) else 4) * a
     if not config.is_moe_layer(layer):
         F = config.intermediate_size
-        # Gate, up, activation and their product; the products are kept, the last one without need.
-        return Half(whole=4 * D + _norm(D, run, readers=2) + 4 * a * F, selected=4 * D + 2 * a * F + a * D)
+        # Selected are the three products, the last one without need.
+        return Half(whole=4 * D + _norm(D, run, readers=2) + swiglu * F, selected=4 * D + 2 * a * F + a * D)
     E, K, F = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
     shared = F * config.n_shared_experts if config.mlp_gated else 0
     kept = _norm(D, run, readers=2 if shared else 0, precise=True)
     kept += 3 * 4 * E + 5 * 8 * K  # the router's scores, the choice and its orders
-    kept += a * K * D * 2 + 4 * a * shared  # the experts' inputs and results, the shared experts
+    kept += a * K * D * 2 + swiglu * shared  # the experts' inputs and results, the shared experts
     first = (2 if config.mlp_gated else 1) * a * K * F
     looped = config.mlp_gated and not run.cuda  # computes the activation again by itself
     activated = 0 if looped else (2 if config.mlp_gated else 1) * a * K * F
     selected = first + a * K * D + 4 * E + (2 * a * shared + a * D if shared else 0)
     return Half(whole=4 * D + kept + first + activated, selected=4 * D + selected)
+
+
+def _like(run: Run) -> torch.Tensor:
+    """Return a tensor of the products' type, to ask the passes in C whether they fit."""
+    return torch.empty(0, dtype=torch.bfloat16 if run.bfloat16 else torch.float32)
 
 
 def _norm(D: int, run: Run, *, readers: int, precise: bool = False) -> int:

@@ -129,7 +129,9 @@ def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: 
     The weight's gradient and h itself are left out.
     """
     a = 2 if bfloat16 else 4
-    logits = vocab * (min(tokens, _CHUNK) * a + min(tokens, _CHUNK if cuda else _ROWS) * 4 + min(tokens, _BLOCK) * a)
+    logits = vocab * min(tokens, _BLOCK) * a
+    if cuda or not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
+        logits += vocab * min(tokens, _CHUNK if cuda else _ROWS) * 4  # their exponentials
     cast = (vocab + tokens) * features * a if bfloat16 else 0
     part = vocab * features * a if bfloat16 or tokens > _BLOCK else 0
     return logits + cast + part + tokens * features * a
