@@ -58,3 +58,17 @@ def test_without_gradients_none_are_made(vocab):
         with torch.no_grad():
             found = linear_cross_entropy(h, w, targets)
     assert found.requires_grad is False and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("n", [16, 300, 1100])
+def test_the_z_loss_is_autograds(n):
+    h, w, targets = inputs(n)
+    value = linear_cross_entropy(h, w, targets, z_loss=0.01)
+    value.backward()
+    h2, w2, _ = inputs(n)
+    logits = F.linear(h2, w2)
+    reference = F.cross_entropy(logits, targets) + 0.01 * logits.logsumexp(dim=1).square().mean()
+    reference.backward()
+    torch.testing.assert_close(value, reference, rtol=1e-6, atol=1e-6)
+    for ours, theirs in ((h.grad, h2.grad), (w.grad, w2.grad)):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()

@@ -50,12 +50,16 @@ class OptimConfig:
     """Decay of matrices; norms, biases and embeddings are not decayed."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 for no clipping."""
+    z_loss: float = 0.0
+    """Weight of the z-loss on the logits (1e-4 in PaLM, 2204.02311); 0 leaves it out."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise SmolseekError(f"optim.lr {self.lr} must be above 0")
         if self.weight_decay < 0 or self.clip < 0:
             raise SmolseekError(f"optim.weight_decay {self.weight_decay} and optim.clip {self.clip} must be 0 or more")
+        if self.z_loss < 0:
+            raise SmolseekError(f"optim.z_loss {self.z_loss} must be 0 or more")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SmolseekError(f"optim.betas {self.betas} must lie in [0, 1)")
 
@@ -199,6 +203,10 @@ class TrainConfig:
         for name in ("sample_tokens", "sample_every", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.distill.teacher is not None and self.optim.z_loss:
+            raise SmolseekError(
+                f"optim.z_loss {self.optim.z_loss} with a teacher, which is what is learnt: leave it out"
+            )
         if self.sample_every and not self.sample_tokens:
             raise SmolseekError(f"sample-every {self.sample_every} with sample-tokens 0: raise --sample-tokens")
         if self.keep_every and not self.keep_last:

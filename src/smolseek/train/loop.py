@@ -4,6 +4,7 @@ import dataclasses
 import math
 import signal
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
         teacher = Teacher(config.distill.teacher, config.model.vocab_size, device)
     if config.distill.attention_only:
         attention_only(model)
-    objective = losses if teacher is None else teacher.losses
+    objective = partial(losses, z_loss=config.optim.z_loss) if teacher is None else teacher.losses
     optimizer = make_optimizer(model, config.optim)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
     state = TrainState(model, optimizer, balancer, stream, guard)

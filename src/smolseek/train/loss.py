@@ -24,7 +24,7 @@ class Losses(NamedTuple):
     """The parts of the objective for one batch, and the load that came with it."""
 
     total: torch.Tensor
-    """What is differentiated: next_token + alpha * balance."""
+    """What is differentiated: next_token + alpha * balance, and the z-loss."""
     next_token: torch.Tensor
     """Mean cross-entropy of the next token, in nats."""
     balance: torch.Tensor
@@ -35,37 +35,48 @@ class Losses(NamedTuple):
     """KL divergence from the teacher, in nats, where there is one; then it is what is differentiated."""
 
 
-def losses(model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0) -> Losses:
+def losses(model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0, z_loss: float = 0.0) -> Losses:
     """Return the losses of `rows` [B, T+1]: token t+1 is predicted from tokens 0..t, nothing is masked or padded."""
     ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
     out = model.hidden(ids_BT)
-    next_token = linear_cross_entropy(out.hidden_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten())
-    total = next_token + alpha * out.balance if alpha else next_token
+    head, next_token = _head(out.hidden_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), z_loss)
+    total = head + alpha * out.balance if alpha else head
     return Losses(total, next_token.detach(), out.balance.detach(), out.load_LE)
 
 
-def linear_cross_entropy(h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+def linear_cross_entropy(
+    h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float = 0.0
+) -> torch.Tensor:
     """Return the mean cross-entropy of logits h w^T against `targets_N`, a float32 scalar.
 
     The logits are never held whole: each chunk of tokens gives its part of the loss and, while its logits are still
     in the processor's caches, of both gradients. Under autocast the products are in its number format, everything
-    between them in float32.
+    between them in float32. Added is `z_loss` times the mean of log^2 Z, Z being the softmax's sum, which keeps the
+    logits from drifting (PaLM, 2204.02311, section 5).
     """
+    return _head(h_ND, w_VD, targets_N, z_loss)[0]
+
+
+def _head(
+    h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `linear_cross_entropy` and the cross-entropy alone, which is not differentiated."""
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
-    return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype)
+    return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss)
 
 
 class _Softmax:
     """Turns a chunk's logits into their gradients, where they are wanted, and gives the sum of its losses."""
 
-    def __init__(self, targets_N: torch.Tensor, factor: float, wanted: bool) -> None:
+    def __init__(self, targets_N: torch.Tensor, factor: float, wanted: bool, z_loss: float) -> None:
         self.targets_N, self.factor, self.wanted = targets_N.contiguous(), factor, wanted
+        self.z_loss, self.squares = z_loss, torch.zeros((), dtype=torch.float32, device=targets_N.device)
 
     def __call__(self, logits_CV: torch.Tensor, begin: int) -> torch.Tensor:
         """Take the logits of the tokens from `begin` on; d loss / d logits = (softmax - one-hot) * factor."""
         targets_C = self.targets_N[begin : begin + len(logits_CV)]
-        if fit(logits_CV):
+        if not self.z_loss and fit(logits_CV):
             losses_C = logits_CV.new_empty(len(logits_CV), dtype=torch.float32)
             d_CV = logits_CV if self.wanted else None
             call("cross_entropy", logits_CV, targets_C, *logits_CV.shape, self.factor, losses_C, d_CV)
@@ -79,17 +90,21 @@ class _Softmax:
         target_R1 = logits_RV.gather(1, targets_R1)
         e_RV = logits_RV.to(torch.float32, copy=True).sub_(top_R1).exp_()
         sum_R1 = e_RV.sum(dim=1, keepdim=True)
+        log_z_R1 = sum_R1.log() + top_R1
+        if self.z_loss:
+            self.squares += log_z_R1.square().sum()
+            e_RV.mul_(1 + 2 * self.z_loss * log_z_R1)
         if self.wanted:
             e_RV.scatter_add_(1, targets_R1, -sum_R1)
             logits_RV.copy_(e_RV.mul_(self.factor / sum_R1))
-        return (sum_R1.log() + top_R1 - target_R1).sum()
+        return (log_z_R1 - target_R1).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype
-    ) -> torch.Tensor:
+        ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, z_loss: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         (N, _), V = h_ND.shape, w_VD.shape[0]
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
@@ -99,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # take the logits' place.
         d_SV = h_ND.new_empty(min(N, _BLOCK if wanted else _CHUNK), V)
         dh_ND, dw_VD = torch.empty_like(h_ND) if wanted else None, None
-        softmax = _Softmax(targets_N, 1 / N, wanted)
+        softmax = _Softmax(targets_N, 1 / N, wanted, z_loss)
         with torch.autocast(h_ND.device.type, enabled=False):
             for begin in range(0, N, _CHUNK):
                 h_CD = h_ND[begin : begin + _CHUNK]
@@ -113,14 +128,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                         dw_VD = part_VD.float() if dw_VD is None else dw_VD.add_(part_VD)
         if wanted:
             ctx.gradients = dh_ND, dw_VD
-        return loss / N
+        next_token = loss / N
+        ctx.mark_non_differentiable(next_token)
+        return (loss + z_loss * softmax.squares) / N, next_token
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         # Handed over, not kept: the weight's gradient is scaled where it lies.
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
-        return dh_ND * grad, dw_VD.mul_(grad), None, None
+        return dh_ND * grad, dw_VD.mul_(grad), None, None, None
 
 
 def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: bool) -> int:
