@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,13 +98,14 @@ class Contender:
         def micro_batches():
             nonlocal loss
             for _ in range(self.accumulation):
-                with self.context():
-                    if self.ours:
-                        loss = losses(self.model, self.rows).total
-                    else:
-                        ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
-                        loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
-                (loss / self.accumulation).backward()
+                with self.model.in_place.during() if self.ours else nullcontext():
+                    with self.context():
+                        if self.ours:
+                            loss = losses(self.model, self.rows).total
+                        else:
+                            ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
+                            loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
+                    (loss / self.accumulation).backward()
 
         def update():
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

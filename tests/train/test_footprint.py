@@ -47,9 +47,10 @@ def test_a_step_holds_what_is_predicted(name, how, bfloat16, accumulation, kind)
 
     def step():
         for _ in range(accumulation):
-            with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-                out = losses(model, rows)
-            out.total.backward()
+            with model.in_place.during():
+                with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+                    out = losses(model, rows)
+                out.total.backward()
             del out
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

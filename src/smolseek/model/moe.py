@@ -12,6 +12,7 @@ from torch import nn
 
 from smolseek.config import ModelConfig
 from smolseek.model import rows
+from smolseek.model.gradients import InPlace
 
 
 class MLP(nn.Module):
@@ -156,31 +157,45 @@ class _LoopedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
+        ctx: Any,
+        x_MD: torch.Tensor,
+        up_EXD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        counts: list[int],
+        in_place: InPlace,
     ) -> torch.Tensor:
         y_MD, h_MX = swiglu_experts(x_MD, up_EXD, down_EDF, counts)
-        ctx.save_for_backward(x_MD, h_MX, up_EXD, down_EDF)
-        ctx.counts = counts
+        ctx.save_for_backward(x_MD, h_MX)
+        # The weights themselves: recomputation would hand back others, without a `.grad`.
+        ctx.weights, ctx.counts, ctx.in_place = (up_EXD, down_EDF), counts, in_place
         return y_MD
 
     @staticmethod
-    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
-        x_MD, h_MX, up_EXD, down_EDF = ctx.saved_tensors
-        dx_MD, d_up, d_down = torch.empty_like(x_MD), torch.empty_like(up_EXD), torch.empty_like(down_EDF)
+    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
+        dx_MD = torch.empty_like(x_MD)
+        up_place, down_place = ctx.in_place.place(up_EXD), ctx.in_place.place(down_EDF)
+        d_up = torch.empty_like(up_EXD) if up_place is None else None
+        d_down = torch.empty_like(down_EDF) if down_place is None else None
         begin = 0
         for e, count in enumerate(ctx.counts):
             if count == 0:
-                d_up[e].zero_()
-                d_down[e].zero_()
+                for new in (d_up, d_down):
+                    if new is not None:
+                        new[e].zero_()
                 continue
             part = slice(begin, begin + count)
             x, dy = x_MD[part], dy_MD[part]
             dh, a = rows.stacked_swiglu_back(h_MX[part], dy @ down_EDF[e].to(dy.dtype))
-            d_down[e] = dy.T @ a
-            d_up[e] = dh.T @ x
+            for new, place, d in ((d_down, down_place, dy.T @ a), (d_up, up_place, dh.T @ x)):
+                if new is not None:
+                    new[e] = d
+                else:
+                    assert place is not None
+                    place[e].add_(d)
             torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[part])
             begin += count
-        return dx_MD, d_up, d_down, None
+        return dx_MD, d_up, d_down, None, None
 
 
 class Experts(nn.Module):
@@ -189,7 +204,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, D, size = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gated = config.mlp_gated
+        self.gated, self.in_place = config.mlp_gated, InPlace()
         self.top_k = config.num_experts_per_tok
         if self.gated:
             self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * size, D))
@@ -206,7 +221,7 @@ class Experts(nn.Module):
         if self.gated and not x_MD.is_cuda and torch.is_grad_enabled():
             x_MD = x_MD.to(_product_type(x_MD))
             with torch.autocast("cpu", enabled=False):
-                return _LoopedSwiGLU.apply(x_MD, self.gate_up_proj, self.down_proj, counts_E.tolist())
+                return _LoopedSwiGLU.apply(x_MD, self.gate_up_proj, self.down_proj, counts_E.tolist(), self.in_place)
         return self._looped(x_MD, counts_E)
 
     def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 from smolseek.config import ModelConfig
 from smolseek.model.attention import GQA, MLA, CosSin
 from smolseek.model.cache import Cache
+from smolseek.model.gradients import Embedding, InPlace
 from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.norm import RMSNorm
 from smolseek.model.recompute import How, recomputed
@@ -79,6 +80,11 @@ class CausalLM(nn.Module):
         self.config = config
         self.grad_checkpointing: How = "none"
         self.model = Decoder(config)
+        # One for all: where the training loop allows it, gradients of experts, embedding and head are added in place.
+        self.in_place = InPlace()
+        for block in self.model.layers:
+            if isinstance(block.mlp, MoE):
+                block.mlp.experts.in_place = self.in_place
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -105,7 +111,10 @@ class CausalLM(nn.Module):
         else:
             positions = torch.arange(start, start + T, device=ids_BT.device)
             cos_sin = self.model.rope(positions, start + T)
-        x_BTD = self.model.embed_tokens(ids_BT)
+        if self.in_place.active:
+            x_BTD = Embedding.apply(ids_BT, self.model.embed_tokens.weight, self.in_place)
+        else:
+            x_BTD = self.model.embed_tokens(ids_BT)
         loads: list[Load] = []
         for block in self.model.layers:
             if self.grad_checkpointing != "none" and torch.is_grad_enabled():

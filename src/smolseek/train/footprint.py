@@ -127,32 +127,38 @@ def _moments(config: ModelConfig, run: Run, model: CausalLM) -> list[dict[str, i
     # Gradients on their way, in float32: of the residual stream, and of what each expert of a token made.
     routed = config.num_experts_per_tok if config.n_moe_layers else 0
     on_the_way = N * D * 4 * (1 + routed)
-    # Beside the experts' old gradients lie their new ones until they are added; the parts of a stack until it is made.
+    # On a CPU the loop adds the gradients of gated experts, head and embedding in place (`model/gradients.py`). Else
+    # new ones lie beside the old ones until they are added; the parts of a stack until it is made.
     stacks = [4 * p.numel() for name, p in model.model.layers[L - 1].named_parameters() if ".experts." in name]
-    on_the_way += sum(stacks) if run.grad_accum > 1 else 0 if config.mlp_gated else max(stacks, default=0)
+    if not config.mlp_gated:
+        on_the_way += sum(stacks) if run.grad_accum > 1 else max(stacks, default=0)
+    elif run.cuda and run.grad_accum > 1:
+        on_the_way += sum(stacks)
     head = V * D * 4
     earlier = 4 * size if run.grad_accum > 1 else 0
+    new = earlier + head if run.cuda or not earlier else earlier
+    beside = head if run.cuda and earlier else 0
     return [
         {
-            "gradients": earlier + head,
+            "gradients": earlier,
             "activations": kept + (0 if how == "none" else cached),
             "head": held_bytes(N, V, D, bfloat16=run.bfloat16, cuda=run.cuda),
         },
         {
-            "gradients": earlier + head,
+            "gradients": new,
             "activations": kept + before,
             "buffers": N * D * a + on_the_way,
         },
         {
             # The first layer, last in the backward pass: only an embedding of its own has no gradient yet.
-            "gradients": 4 * size + (head if earlier else 0) - (0 if earlier or config.tie_word_embeddings else head),
+            "gradients": 4 * size + beside - (0 if earlier or config.tie_word_embeddings else head),
             "activations": before,
             "buffers": on_the_way,
         },
         {
             # A tied embedding has two gradients until they are added; an accumulated one is added to the old one.
-            "gradients": 4 * size + (head if earlier else 0),
-            "buffers": N * D * 4 + (head if config.tie_word_embeddings or earlier else 0),
+            "gradients": 4 * size + beside,
+            "buffers": N * D * 4 + (head if run.cuda and (config.tie_word_embeddings or earlier) else 0),
         },
         {"gradients": 4 * size, "buffers": _muon_buffers(model) if run.optimizer == "muon" else 0},
     ]

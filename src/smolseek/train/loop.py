@@ -166,9 +166,10 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 continue
             step_loss, step_kl = torch.zeros(2, device=device)
             for rows in step_rows.split(config.batch_size):
-                with context:
-                    out = objective(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
-                (out.total / config.grad_accum).backward()
+                with model.in_place.during():
+                    with context:
+                        out = objective(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
+                    (out.total / config.grad_accum).backward()
                 step_loss += out.next_token
                 step_kl += 0 if out.kl is None else out.kl
                 balancer.add(out.load_LE)

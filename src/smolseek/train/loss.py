@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from smolseek.model.gradients import InPlace
 from smolseek.model.kernels import call, fit
 from smolseek.model.transformer import CausalLM
 
@@ -39,7 +40,8 @@ def losses(model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0, z_loss: f
     """Return the losses of `rows` [B, T+1]: token t+1 is predicted from tokens 0..t, nothing is masked or padded."""
     ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
     out = model.hidden(ids_BT)
-    head, next_token = _head(out.hidden_BTD.flatten(0, 1), model.lm_head.weight, targets_BT.flatten(), z_loss)
+    h_ND, w_VD = out.hidden_BTD.flatten(0, 1), model.lm_head.weight
+    head, next_token = _head(h_ND, w_VD, targets_BT.flatten(), z_loss, model.in_place)
     total = head + alpha * out.balance if alpha else head
     return Losses(total, next_token.detach(), out.balance.detach(), out.load_LE)
 
@@ -54,16 +56,16 @@ def linear_cross_entropy(
     between them in float32. Added is `z_loss` times the mean of log^2 Z, Z being the softmax's sum, which keeps the
     logits from drifting (PaLM, 2204.02311, section 5).
     """
-    return _head(h_ND, w_VD, targets_N, z_loss)[0]
+    return _head(h_ND, w_VD, targets_N, z_loss, InPlace())[0]
 
 
 def _head(
-    h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float
+    h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, z_loss: float, in_place: InPlace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `linear_cross_entropy` and the cross-entropy alone, which is not differentiated."""
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
-    return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss)
+    return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss, in_place)
 
 
 class _Softmax:
@@ -103,8 +105,15 @@ class _Softmax:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: torch.Tensor, w_VD: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype, z_loss: float
+        ctx: Any,
+        h_ND: torch.Tensor,
+        w_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        dtype: torch.dtype,
+        z_loss: float,
+        in_place: InPlace,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.weight, ctx.in_place = w_VD, in_place
         (N, _), V = h_ND.shape, w_VD.shape[0]
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
@@ -125,7 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(logits_CV, w_VD, out=dh_ND[begin : begin + C])
                     if first + C == _BLOCK or begin + C == N:
                         part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
-                        dw_VD = part_VD.float() if dw_VD is None else dw_VD.add_(part_VD)
+                        dw_VD = part_VD if dw_VD is None else dw_VD.float().add_(part_VD)
         if wanted:
             ctx.gradients = dh_ND, dw_VD
         next_token = loss / N
@@ -137,18 +146,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Handed over, not kept: the weight's gradient is scaled where it lies.
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
-        return dh_ND * grad, dw_VD.mul_(grad), None, None, None
+        place = ctx.in_place.place(ctx.weight)
+        if place is None:
+            return dh_ND * grad, dw_VD.float().mul_(grad), None, None, None, None
+        place.add_(dw_VD, alpha=grad.item())
+        return dh_ND * grad, None, None, None, None, None
 
 
 def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: bool) -> int:
     """Return what `linear_cross_entropy` holds at its peak for h [tokens, features] and w [vocab, features], float32.
 
-    The weight's gradient and h itself are left out.
+    The weight's gradient is among it, h itself is not.
     """
-    a = 2 if bfloat16 else 4
+    a, weight = 2 if bfloat16 else 4, vocab * features
     logits = vocab * min(tokens, _BLOCK) * a
     if cuda or not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
         logits += vocab * min(tokens, _CHUNK if cuda else _ROWS) * 4  # their exponentials
     cast = (vocab + tokens) * features * a if bfloat16 else 0
-    part = vocab * features * a if bfloat16 or tokens > _BLOCK else 0
-    return logits + cast + part + tokens * features * a
+    # One block's product is the gradient; several are added in float32.
+    gradient = weight * a + (weight * 4 if tokens > _BLOCK else 0)
+    return logits + cast + gradient + tokens * features * a

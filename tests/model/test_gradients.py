@@ -1,0 +1,71 @@
+"""Gradients added where they lie are autograd's, and only a pass that asked for it leaves any."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.model.transformer import CausalLM, new_model
+from smolseek.presets import preset
+from smolseek.train.loss import losses
+
+CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=512)
+
+
+def step(config, autocast: bool, in_place: bool, frozen: str = "", how: str = "none") -> CausalLM:
+    """Accumulate two micro-batches."""
+    model = new_model(config)
+    model.grad_checkpointing = how
+    for name, p in model.named_parameters():
+        p.requires_grad_(not frozen or frozen not in name)
+    rows = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+    for part in rows.split(2):
+        with model.in_place.during() if in_place else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                total = losses(model, part, alpha=0.01).total
+            (total / 2).backward()
+    return model
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_they_equal_autograds(tied, autocast):
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    ours, plain = (step(config, autocast, in_place) for in_place in (True, False))
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        if a.numel():
+            assert (a.grad - b.grad).norm() <= 1e-6 * b.grad.norm(), name
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_recomputation_changes_none_of_them(how):
+    ours, plain = step(CONFIG, True, True, how=how), step(CONFIG, True, True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_they_really_are_added_in_place():
+    model, passed = new_model(CONFIG), []
+    weights = {"gate_up_proj", "embed_tokens"}
+    for name, p in model.named_parameters():
+        if any(part in name for part in weights):
+            p.register_hook(lambda d, name=name: passed.append(name) if d is not None else None)
+    rows = torch.randint(512, (2, 33))
+    losses(model, rows).total.backward()
+    assert len(passed) == 3
+    with model.in_place.during():
+        losses(model, rows).total.backward()
+    assert len(passed) == 3
+
+
+def test_a_pass_that_does_not_ask_leaves_none():
+    model = new_model(CONFIG)
+    total = losses(model, torch.randint(512, (2, 33))).total
+    torch.autograd.grad(total, [model.model.norm.weight])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_weights_get_none():
+    ours, plain = (step(CONFIG, True, in_place, frozen="experts") for in_place in (True, False))
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
