@@ -134,7 +134,7 @@ def charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
         ),
         chart(
             "Balance of the experts",
-            "MaxVio, mean of the layers; 0 is an equal load",
+            "MaxVio; 0 is an equal load",
             [("maxvio", "one step", 0), ("val_maxvio", "validation set", 1, 1.0, True)],
             True,
         ),
