@@ -162,7 +162,7 @@ def test_what_the_source_writes_is_seeded_and_held_out_text_is_other(llama):
     ("options", "words"),
     [
         ([], "--cache 0.5"),
-        (["--cache", "0.5", "--kv-rank", "20", "--rope-dim", "8"], "needs --cache SHARE, or"),
+        (["--cache", "0.5", "--kv-rank", "20", "--rope-dim", "8"], "leave one of them out"),
         (["--kv-rank", "20"], "--rope-dim"),
         (["--cache", "1.5"], "between 0 and 1"),
         (["--cache", "0.1"], "too few"),

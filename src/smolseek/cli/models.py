@@ -96,8 +96,10 @@ class ConvertArgs:
     """transmla is the published method, to compare with (compress)."""
     freq_fold: int = 1
     """Adjacent frequencies treated as one: FreqFold of the published method (compress)."""
+    prune: float | None = None
+    """Share of the neurons of each feed-forward layer that is kept, for example 0.75 (compress)."""
     calibration: str = "builtin"
-    """Text that the smaller cache is fitted to: builtin, a file or folder, or self, which the source writes
+    """Text that the smaller model is fitted to: builtin, a file or folder, or self, which the source writes
     (compress)."""
     calibration_tokens: int = 16_384
     """Tokens of it (compress)."""

@@ -10,7 +10,7 @@ from smolseek.tokenizer import SMOLLM2_HUB
 
 _CLAIMS = (
     "computes the function of the original.",
-    "has a smaller cache, and comes near the function of the original as far as the line `Measured` says.",
+    "is smaller, and comes near the function of the original as far as the line `Measured` says.",
 )
 
 

@@ -7,9 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -19,8 +17,8 @@ from smolseek.convert import compress, lossless
 from smolseek.convert import experts as mixture
 from smolseek.convert.calibrate import calibration_rows, statistics
 from smolseek.convert.card import model_card
-from smolseek.convert.compress import Method
-from smolseek.convert.experts import Neurons
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.prune import prune
 from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
 from smolseek.errors import SmolseekError
@@ -48,105 +46,6 @@ _SHARD_BYTES = 1_000_000_000
 
 Attention = Callable[[int], dict[str, torch.Tensor]]
 """The new attention of a layer, named without the prefix `model.layers.N.self_attn.`."""
-
-
-_COMPRESSING = ("cache", "kv_rank", "rope_dim", "method", "freq_fold", "calibration", "calibration_tokens")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """What to make of the source."""
-
-    mode: Literal["exact", "grow", "compress"] = "exact"
-    """`exact` computes what the source computes; `grow` does so with new experts beside, to be trained; `compress`
-    comes near it with a smaller cache."""
-    experts: int | None = None
-    """Routed experts: parts of the dense layers (exact) or new ones (grow); None leaves the layers dense."""
-    shared: int | None = None
-    """Shared experts; None is 1."""
-    neurons: Neurons = "contiguous"
-    """How the neurons are dealt out to the experts (exact)."""
-    top_k: int | None = None
-    """Routed experts that a token visits (grow)."""
-    cache: float | None = None
-    """Share of the source's cache that is kept (compress)."""
-    kv_rank: int | None = None
-    """Features of the latent (compress, with `rope_dim`, instead of `cache`)."""
-    rope_dim: int | None = None
-    """Rotary features; None has them searched, or is one head's for the published method (compress)."""
-    method: Method = "smolseek"
-    """`transmla` is the published method, to compare with (compress)."""
-    freq_fold: int = 1
-    """Adjacent frequencies that are treated as one (compress)."""
-    calibration: str = "builtin"
-    """Text that the smaller cache is fitted to: `builtin`, files, or `self`, which the source writes (compress)."""
-    calibration_tokens: int = 16_384
-    """Tokens of it (compress)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights."""
-    seed: int = 0
-    """Seed of the clustering, of the new experts and of the text that the source writes."""
-
-    def __post_init__(self) -> None:
-        if self.mode == "compress":
-            self._check_compression()
-            return
-        for name in _COMPRESSING:
-            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                raise SmolseekError(f"--{name.replace('_', '-')} belongs to --mode compress: add that, or leave it out")
-        if self.mode == "grow":
-            if self.experts is None or self.top_k is None:
-                raise SmolseekError("--mode grow needs --experts E and --top-k K: for example --experts 4 --top-k 2")
-            if self.neurons != "contiguous":
-                raise SmolseekError("--neurons clustered belongs to --mode exact: grow keeps the whole layer together")
-        else:
-            if self.top_k is not None:
-                raise SmolseekError(f"--top-k {self.top_k} belongs to --mode grow: in an exact split all are active")
-            if self.experts is None and (self.shared is not None or self.neurons != "contiguous"):
-                raise SmolseekError("--shared and --neurons need --experts E: without it the layers stay dense")
-
-    def _check_compression(self) -> None:
-        if self.experts is not None or self.shared is not None or self.top_k is not None:
-            raise SmolseekError("--mode compress leaves the layers dense: --experts belongs to --mode exact and grow")
-        if self.neurons != "contiguous":
-            raise SmolseekError("--neurons clustered belongs to --mode exact: compress leaves the layers dense")
-        if (self.cache is None) == (self.kv_rank is None):
-            raise SmolseekError("--mode compress needs --cache SHARE, or --kv-rank R and --rope-dim D: --cache 0.5")
-        if self.kv_rank is not None and self.rope_dim is None:
-            raise SmolseekError(f"--kv-rank {self.kv_rank} needs --rope-dim D beside it: for example 48")
-        if self.cache is not None and not 0 < self.cache < 1:
-            raise SmolseekError(f"--cache {self.cache} is no share between 0 and 1: 0.5 halves the cache")
-        for name in ("kv_rank", "rope_dim", "freq_fold", "calibration_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SmolseekError(f"--{name.replace('_', '-')} {value} is below 1: use a positive number")
-
-    def budget(self, source: ModelConfig) -> int:
-        """Return the features of the smaller cache, of a token and layer."""
-        if self.cache is not None:
-            return round(self.cache * source.cache_features)
-        return (self.kv_rank or 0) + (self.rope_dim or 0)
-
-    def config(self, source: ModelConfig) -> ModelConfig:
-        """Return the exact shape, experts included. Raises SmolseekError if the experts do not fit."""
-        config = lossless.target_config(source)
-        if self.experts is None:
-            return config
-        shared = 1 if self.shared is None else self.shared
-        if self.mode == "grow":
-            return mixture.grow_config(config, self.experts, shared, self.top_k or 0)
-        return mixture.split_config(config, self.experts, shared)
-
-    def words(self) -> str:
-        """Return the mode in a few words."""
-        shared = 1 if self.shared is None else self.shared
-        if self.mode == "compress":
-            return f"compress, {self.method}, calibrated on {self.calibration_tokens:,} tokens of {self.calibration}"
-        if self.mode == "grow":
-            return f"grow, {shared} shared and {self.experts} new routed experts, top-{self.top_k}"
-        if self.experts is None:
-            return "exact, dense feed-forward layers"
-        return f"exact, {shared} shared and {self.experts} routed experts, {self.neurons} neurons, all active"
 
 
 def convert(
@@ -199,9 +98,10 @@ def _write(
     attention: Attention = functools.partial(_exact_attention, opened)
     if conversion.mode == "compress":
         config, attention = _compressed(opened, conversion)
-    _write_weights(
-        part, _layers(opened, config, attention, conversion), config.num_hidden_layers, getattr(torch, conversion.dtype)
-    )
+    layers = _layers(opened, config, attention, conversion)
+    if conversion.prune is not None:
+        config, layers = _pruned(opened, config, layers, conversion)
+    _write_weights(part, layers, config.num_hidden_layers, getattr(torch, conversion.dtype))
     console.say(
         f"Converted {config.num_hidden_layers} layers of {source} ({conversion.words()}, {conversion.dtype}); "
         f"peak memory {_peak_bytes() / 1e6:,.0f} MB"
@@ -238,11 +138,13 @@ def _exact_attention(opened: Source, n: int) -> dict[str, torch.Tensor]:
 
 
 def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, Attention]:
-    """Return shape and attention of the model with the smaller cache.
+    """Return shape and attention of the compressed model.
 
     Raises:
         SmolseekError: if the budget cannot be spent, or there is not enough text to calibrate with.
     """
+    if conversion.cache is None and conversion.kv_rank is None:
+        return lossless.target_config(opened.config), functools.partial(_exact_attention, opened)
     budget = compress.Budget(
         conversion.budget(opened.config), conversion.rope_dim, conversion.method, conversion.freq_fold
     )
@@ -258,6 +160,27 @@ def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, At
     )
     layers = [compress.balanced(config, tensors) for tensors in layers]
     return config, layers.__getitem__
+
+
+def _pruned(
+    opened: Source, config: ModelConfig, layers: Iterator[dict[str, torch.Tensor]], conversion: Conversion
+) -> tuple[ModelConfig, Iterator[dict[str, torch.Tensor]]]:
+    """Return the shape with fewer neurons, and the layers with the feed-forward matrices of those that are kept."""
+    assert conversion.prune is not None
+    kept = max(1, round(conversion.prune * config.intermediate_size))
+    rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
+    found, errors = prune(load_model(opened.path).model, rows, kept)
+    console.say(
+        f"Neurons: {kept:,} of {config.intermediate_size:,} in each layer; relative squared error of a layer's output "
+        f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at most"
+    )
+
+    def replaced() -> Iterator[dict[str, torch.Tensor]]:
+        for n, tensors in enumerate(layers, -1):
+            new = found[n] if 0 <= n < len(found) else {}
+            yield tensors | {f"model.layers.{n}.mlp.{name}": tensor for name, tensor in new.items()}
+
+    return dataclasses.replace(config, intermediate_size=kept), replaced()
 
 
 def _layers(
