@@ -181,7 +181,8 @@ def layer_times(device: str) -> dict:
         def run():
             with torch.autocast(device, torch.bfloat16):
                 y = experts(x, counts.to(device))
-            y.sum().backward()
+            with experts.in_place.during():  # as in the training loop
+                y.sum().backward()
             experts.zero_grad()
 
         return run
@@ -209,9 +210,10 @@ def sequence_times(device: str) -> dict:
             rows = torch.randint(49_152, (2048 // length, length + 1), device=device)
 
             def run(rows=rows):
-                with torch.autocast(device, torch.bfloat16):
-                    out = losses(model, rows)
-                out.total.backward()
+                with model.in_place.during():
+                    with torch.autocast(device, torch.bfloat16):
+                        out = losses(model, rows)
+                    out.total.backward()
                 model.zero_grad()
 
             values.append(seconds(run))
