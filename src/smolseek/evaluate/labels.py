@@ -15,6 +15,7 @@ from torch import nn
 
 from smolseek.evaluate.finding import Finding, judged, skipped
 from smolseek.evaluate.probe import takes_model
+from smolseek.model.gradients import InPlace
 from smolseek.model.transformer import Hidden
 
 LENGTH = 24
@@ -26,13 +27,14 @@ _SURE = 30.0
 class Planted(nn.Module):
     """Stands in for a model: gives logits that were thought out beforehand for the known sequences `ids_BT`.
 
-    It can be called, and has the `hidden` and `lm_head` of our own `CausalLM`, with the identity for a head.
+    It can be called, and has the `hidden`, `in_place` and `lm_head` of our own `CausalLM`; the head is the identity.
     """
 
     def __init__(self, ids_BT: torch.Tensor, vocab: int, shift: int | None) -> None:
         super().__init__()
         self.ids_BT, self.vocab, self.shift = ids_BT, vocab, shift
         self.given: list[tuple[int, torch.Tensor]] = []
+        self.in_place = InPlace()
         self.lm_head = nn.Linear(vocab, vocab, bias=False)
         with torch.no_grad():
             self.lm_head.weight.copy_(torch.eye(vocab))
