@@ -179,6 +179,8 @@ class LocalTexts:
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
+        for source in data.sources:  # what cannot be read is told before anything is written
+            next(iter(read_documents((source,), data.text_column)), None)
 
     def __len__(self) -> int:
         return 1
