@@ -11,21 +11,21 @@ import tempfile
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_HEADER = Path(__file__).with_name("registers.h")
 
 
 @functools.cache
 def library(*sources: Path) -> ctypes.CDLL | None:
     """Return the compiled `sources` as one library, or None where they cannot be built: nothing may depend on it.
 
-    It is kept under a hash of the sources, the flags and the processor, so it is built once on a machine (a few
-    seconds).
+    It is kept under a hash of the sources, their header, the flags and the processor, so it is built once on a machine
+    (a few seconds).
     """
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None or os.name != "posix":
         return None
-    key = hashlib.sha256(
-        "\0".join([*(source.read_text(encoding="utf-8") for source in sources), *FLAGS, _processor()]).encode()
-    ).hexdigest()
+    texts = (path.read_text(encoding="utf-8") for path in (*sources, _HEADER))
+    key = hashlib.sha256("\0".join([*texts, *FLAGS, _processor()]).encode()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(home).expanduser() / "smolseek" / f"{sources[0].stem}-{key[:16]}.so"
     try:
@@ -51,6 +51,6 @@ def _build(compiler: str, sources: tuple[Path, ...], path: Path) -> None:
     """Compile under another name, then rename: processes may build at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.so"
-        command = [compiler, *FLAGS, "-o", str(made), *map(str, sources), "-lm"]
+        command = [compiler, *FLAGS, "-o", str(made), f"-I{_HEADER.parent}", *map(str, sources), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         made.replace(path)

@@ -1,11 +1,15 @@
 """The published rule, token for token: b_i += gamma * sign(mean - count_i) over the whole global batch."""
 
+import json
 from dataclasses import replace
 
 import torch
 
+from smolseek.config import BalanceConfig, DataConfig, ScheduleConfig, TrainConfig
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
+from smolseek.storage.hf_folder import load_model
+from smolseek.train import loop
 from smolseek.train.balance import Balancer, maxvio
 from smolseek.train.loss import losses
 
@@ -50,6 +54,32 @@ def test_a_share_of_gamma_moves_the_bias_by_that_share():
     balancer.add(losses(model, rows(0)).load_LE)
     balancer.step(0.5)
     sizes = {float(value) for router in model.routers for value in router.e_score_correction_bias.abs()}
+    assert sizes <= {0.0, 0.125}
+    assert 0.125 in sizes
+
+
+def test_in_a_training_gamma_falls_with_the_learning_rate(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"The sea is wide, and ship {n} comes home. " * 3}) + "\n" for n in range(40))
+    )
+    last = loop.train(
+        TrainConfig(
+            model=replace(preset("tiny"), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16),
+            run=str(tmp_path / "run"),
+            data=DataConfig(sources=(str(text),), val_fraction=0.5),
+            schedule=ScheduleConfig(final_factor=0.0),
+            balance=BalanceConfig(gamma=0.25),
+            steps=2,
+            batch_size=1,
+            seq_len=32,
+            eval_tokens=64,
+            sample_tokens=0,
+        )
+    )
+    model = load_model(str(last)).model
+    # A cosine over two steps without a warm-up: one half after the first, nothing after the second.
+    sizes = {round(float(b), 6) for router in model.routers for b in router.e_score_correction_bias.abs()}
     assert sizes <= {0.0, 0.125}
     assert 0.125 in sizes
 

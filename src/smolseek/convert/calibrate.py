@@ -3,12 +3,14 @@
 Shapes: T tokens of a window, D hidden_size, H query heads, G key/value heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
 
 from smolseek import console
 from smolseek.data.sources import read_documents
@@ -74,16 +76,20 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
         into.distance_HT += _by_distance(p_HTT).double()
 
     layers: Any = model.model.layers
-    hooks = [layer.self_attn.register_forward_pre_hook(watch) for layer in layers]
+    observe(model, rows, [layer.self_attn.register_forward_pre_hook(watch) for layer in layers], "calibrating")
+    return found
+
+
+def observe(model: CausalLM, rows: torch.Tensor, hooks: Sequence[RemovableHandle], doing: str) -> None:
+    """Run the model over the windows `rows` [N, T+1], one at a time, for what `hooks` see, and remove these."""
     try:
-        with console.progress(len(rows), "calibrating") as bar:
+        with console.progress(len(rows), doing) as bar:
             for done, row in enumerate(rows, 1):
                 model.hidden(row[None, :-1])
                 bar.update(done)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
 
 
 def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from smolseek import console
+from smolseek.convert.calibrate import observe
 from smolseek.model.transformer import CausalLM
 
 _RIDGE = 1e-3
@@ -35,14 +36,7 @@ def prune(model: CausalLM, rows: torch.Tensor, kept: int) -> tuple[list[dict[str
         block.mlp.down_proj.register_forward_pre_hook(lambda _, given, n=n: watch(n, given[0].flatten(0, -2)))
         for n, block in enumerate(layers)
     ]
-    try:
-        with console.progress(len(rows), "watching neurons") as bar:
-            for done, row in enumerate(rows, 1):
-                model.hidden(row[None, :-1])
-                bar.update(done)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    observe(model, rows, hooks, "watching neurons")
     out, errors = [], []
     with console.progress(len(grams), "pruning") as bar:
         for done, (block, gram) in enumerate(zip(layers, grams, strict=True), 1):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from smolseek import console
 from smolseek.config import ModelConfig
+from smolseek.convert.calibrate import observe
 from smolseek.model.attention import MLA
 from smolseek.model.rope import Rope, rotate
 from smolseek.model.transformer import CausalLM
@@ -51,14 +51,7 @@ def refit(
     hooks = [block.self_attn.register_forward_pre_hook(keep) for block in blocks]
     for n, block in enumerate(blocks):
         hooks.append(block.self_attn.o_proj.register_forward_pre_hook(lambda _, given, n=n: compare(n, given[0][0])))
-    try:
-        with console.progress(len(rows), "refitting") as bar:
-            for done, row in enumerate(rows, 1):
-                model.hidden(row[None, :-1])
-                bar.update(done)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    observe(model, rows, hooks, "refitting")
     out = []
     for tensors, square_HRR, cross_HRd in zip(layers, squares, crosses, strict=True):
         w_HXR = tensors["kv_b_proj.weight"].double().unflatten(0, (H, -1))

@@ -12,114 +12,19 @@
 #include <stdint.h>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#include <immintrin.h>
+#include "registers.h"
+
 #include <math.h>
 #include <omp.h>
 #include <stdlib.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-#define ROWS 6   /* rows of a tile: 6 times 4 sums, 4 weights and an input fill the 32 registers */
 #define WIDE 64  /* columns of a tile */
 
-typedef uint16_t half; /* the bits of a bfloat16 */
-typedef int32_t pair __attribute__((may_alias));
-
 int64_t has_pairs(void) { return 1; }
-
-/* sums[r][v] = a[r] times columns 16 v .. 16 v + 15 of b: [pairs] lines, `line` columns from each other. */
-INLINE void tile(const half *const *a, int64_t pairs, const uint32_t *b, int64_t line, const int rows, const int wide,
-                 __m512 sums[ROWS][4]) {
-    __m512 s[ROWS][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) s[r][v] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512i column[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) column[v] = _mm512_loadu_si512(b + p * line + 16 * v);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m512i input = _mm512_set1_epi32(((const pair *)a[r])[p]);
-#pragma GCC unroll 4
-            for (int v = 0; v < wide; v++)
-                s[r][v] = _mm512_dpbf16_ps(s[r][v], (__m512bh)input, (__m512bh)column[v]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) sums[r][v] = s[r][v];
-}
-
-/* As `tile`, for any number of rows. */
-INLINE void tiles(const half *const *a, int64_t pairs, const uint32_t *b, int64_t line, int64_t rows, const int wide,
-                  __m512 sums[ROWS][4]) {
-    switch (rows) {
-    case 1: tile(a, pairs, b, line, 1, wide, sums); break;
-    case 2: tile(a, pairs, b, line, 2, wide, sums); break;
-    case 3: tile(a, pairs, b, line, 3, wide, sums); break;
-    case 4: tile(a, pairs, b, line, 4, wide, sums); break;
-    case 5: tile(a, pairs, b, line, 5, wide, sums); break;
-    default: tile(a, pairs, b, line, 6, wide, sums);
-    }
-}
-
-/* Turn 16 rows of 16 pairs, `stride` numbers from each other, into 16 lines: line p gets pair p of each row. */
-static void turn(const half *w, int64_t stride, int64_t rows, uint32_t *to, int64_t line) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) { /* then lane l of r[i + j] has rows i .. i + 3 of pair 4 l + j */
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) {
-        __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        _mm512_storeu_si512(to + j * line, _mm512_shuffle_i32x4(even, even2, 0x88));
-        _mm512_storeu_si512(to + (4 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-        _mm512_storeu_si512(to + (8 + j) * line, _mm512_shuffle_i32x4(even, even2, 0xdd));
-        _mm512_storeu_si512(to + (12 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
-    }
-}
 
 /* Bring `rows` rows (fewer than 16 too; the rest is 0) of `size` numbers, a multiple of 32, into order. */
 static void order(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to, int64_t line) {
     for (int64_t p = 0; p < size / 2; p += 16) turn(w + 2 * p, stride, rows, to + p * line, line);
-}
-
-/* e^x for x <= 0, as exp_negative of native.c. */
-INLINE __m512 exp16(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-    const float series[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(series[i]));
-    return _mm512_scalef_ps(p, n);
-}
-
-/* silu(x) = x / (1 + e^-x), through e^-|x|. */
-INLINE __m512 silu16(__m512 x) {
-    __m512 small = exp16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(x))), one = _mm512_set1_ps(1.0f);
-    __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
-    __m512 above = _mm512_mask_mov_ps(one, below, small); /* 1, or e^x where x < 0 */
-    return _mm512_div_ps(_mm512_mul_ps(x, above), _mm512_add_ps(one, small));
-}
-
-INLINE void put(half *to, __m512 x) {
-    __m256bh rounded = _mm512_cvtneps_pbh(x);
-    memcpy(to, &rounded, sizeof rounded);
 }
 
 /* y[m] = W_e x[m] for the rows m of expert e, which end before ends[e]; with `up`, y[m] = silu(W_e x) * (U_e x).
@@ -144,14 +49,17 @@ void products(const half *x, const int64_t *tokens, const int64_t *ends, int64_t
             }
             for (int64_t m = first; m < ends[e]; m += ROWS) {
                 int64_t rows = ends[e] - m < ROWS ? ends[e] - m : ROWS;
-                const half *a[ROWS];
+                const pair *a[ROWS];
                 __m512 sums[ROWS][4];
-                for (int64_t r = 0; r < rows; r++) a[r] = x + (tokens ? tokens[m + r] : m + r) * in;
-                tiles(a, in / 2, ordered, WIDE, rows, 4, sums);
+                for (int64_t r = 0; r < rows; r++) a[r] = (const pair *)(x + (tokens ? tokens[m + r] : m + r) * in);
+                tile_rows(a, 1, in / 2, ordered, WIDE, rows, 4, sums);
                 for (int64_t r = 0; r < rows; r++) {
                     half *to = y + (m + r) * out + column;
                     if (up)
-                        for (int v = 0; v < 2; v++) put(to + 16 * v, _mm512_mul_ps(silu16(sums[r][v]), sums[r][v + 2]));
+                        for (int v = 0; v < 2; v++) {
+                            __m512 gate = sums[r][v];
+                            put(to + 16 * v, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid16(gate)), sums[r][v + 2]));
+                        }
                     else
                         for (int v = 0; v < 4 && column + 16 * v < out; v++) put(to + 16 * v, sums[r][v]);
                 }
@@ -171,9 +79,7 @@ void combine_experts(const half *x, const int64_t *places, const float *weights,
             for (int64_t k = 0; k <= K; k++) {
                 const half *from = k < K ? x + places[t * K + k] * D + d : more + t * D + d;
                 if (k == K && !more) continue;
-                __m256i bits = _mm256_loadu_si256((const __m256i *)from);
-                __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-                s = _mm512_fmadd_ps(value, _mm512_set1_ps(k < K ? weights[t * K + k] : 1.0f), s);
+                s = _mm512_fmadd_ps(number(from), _mm512_set1_ps(k < K ? weights[t * K + k] : 1.0f), s);
             }
             put(y + t * D + d, s);
         }
@@ -188,17 +94,16 @@ typedef struct {
 /* Bring the values of 2 tokens into order: number n of both, side by side. */
 INLINE void interleave(const half *a, const half *b, int64_t V, uint32_t *to) {
     for (int64_t n = 0; n < V; n += 16) {
-        __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(a + n))), high = low;
-        high = b ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + n))) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to + n, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+        __m512i high = b ? widen(b + n) : _mm512_setzero_si512();
+        _mm512_storeu_si512(to + n, _mm512_or_si512(widen(a + n), _mm512_slli_epi32(high, 16)));
     }
 }
 
 /* Add p times 16 `wide` columns of the values of a block to what is held, times `keep`. */
-INLINE void add_values(const half *const *p, const uint32_t *values, int64_t V, int64_t rows, const int wide,
+INLINE void add_values(const pair *const *p, const uint32_t *values, int64_t V, int64_t rows, const int wide,
                        const float *keep, float *held) {
     __m512 sums[ROWS][4];
-    tiles(p, WIDE / 2, values, V, rows, wide, sums);
+    tile_rows(p, 1, WIDE / 2, values, V, rows, wide, sums);
     for (int64_t r = 0; r < rows; r++)
         for (int v = 0; v < wide; v++) {
             float *to = held + r * V + 16 * v;
@@ -241,10 +146,10 @@ void attend_causally(const half *q, const Heads *key, const Heads *shared, const
             for (int64_t first = from; first < to; first += ROWS) {
                 int64_t rows = to - first < ROWS ? to - first : ROWS, newest = T - A + first;
                 float top[ROWS], total[ROWS];
-                const half *a[ROWS], *ps[ROWS];
+                const pair *a[ROWS], *ps[ROWS];
                 half p[ROWS][WIDE];
                 for (int64_t r = 0; r < rows; r++) {
-                    a[r] = q + ((first + r) * H + h) * Q, ps[r] = p[r];
+                    a[r] = (const pair *)(q + ((first + r) * H + h) * Q), ps[r] = (const pair *)p[r];
                     top[r] = -INFINITY, total[r] = 0;
                 }
                 memset(held, 0, ROWS * V * sizeof *held);
@@ -252,7 +157,7 @@ void attend_causally(const half *q, const Heads *key, const Heads *shared, const
                     const uint32_t *keys = room + (h / (H / G) * blocks + block) * size, *values = keys + WIDE / 2 * Q;
                     __m512 scores[ROWS][4];
                     float keep[ROWS];
-                    tiles(a, Q / 2, keys, WIDE, rows, 4, scores);
+                    tile_rows(a, 1, Q / 2, keys, WIDE, rows, 4, scores);
                     for (int64_t r = 0; r < rows; r++) {
                         int64_t seen = newest + r + 1 - block * WIDE; /* keys of the block that this token may see */
                         uint64_t mask = seen >= WIDE ? ~0ull : seen <= 0 ? 0 : (1ull << seen) - 1;

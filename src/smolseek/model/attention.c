@@ -11,48 +11,7 @@
 #include <math.h>
 #include <stdlib.h>
 
-#define ROWS 6   /* rows of a tile: 6 times 4 sums, 4 columns and an input fill the 32 registers */
 #define BLOCK 64 /* queries of a block */
-
-typedef int32_t pair __attribute__((may_alias));
-
-/* s[r][v] = pairs a[r][p * step] times columns 16 v .. 16 v + 15 of b: [pairs] lines, `line` columns from each other. */
-INLINE void tile(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, const int rows,
-                 const int wide, __m512 sums[ROWS][4]) {
-    __m512 s[ROWS][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) s[r][v] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512i column[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) column[v] = _mm512_loadu_si512(b + p * line + 16 * v);
-#pragma GCC unroll 6
-        for (int r = 0; r < rows; r++) {
-            __m512i input = _mm512_set1_epi32(a[r][p * step]);
-#pragma GCC unroll 4
-            for (int v = 0; v < wide; v++)
-                s[r][v] = _mm512_dpbf16_ps(s[r][v], (__m512bh)input, (__m512bh)column[v]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) sums[r][v] = s[r][v];
-}
-
-INLINE void tile_rows(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, int64_t rows,
-                      const int wide, __m512 sums[ROWS][4]) {
-    switch (rows) {
-    case 1: tile(a, step, pairs, b, line, 1, wide, sums); break;
-    case 2: tile(a, step, pairs, b, line, 2, wide, sums); break;
-    case 3: tile(a, step, pairs, b, line, 3, wide, sums); break;
-    case 4: tile(a, step, pairs, b, line, 4, wide, sums); break;
-    case 5: tile(a, step, pairs, b, line, 5, wide, sums); break;
-    default: tile(a, step, pairs, b, line, 6, wide, sums);
-    }
-}
 
 /* A tile of scores: each row with step 1, BLOCK columns. */
 static void scores(const half *rows_at, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
@@ -86,31 +45,6 @@ static void product(const pair *a_at, int64_t next, int64_t step, int64_t rows, 
                     _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sums[r][v]) : sums[r][v]);
                 }
         }
-    }
-}
-
-/* Turn 16 rows of 16 pairs, `stride` numbers from each other, into 16 lines: line p gets pair p of each row. */
-static void turn(const half *w, int64_t stride, int64_t rows, uint32_t *to, int64_t line) {
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) { /* then lane l of r[i + j] has rows i .. i + 3 of pair 4 l + j */
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int j = 0; j < 4; j++) {
-        __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-        __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-        __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-        _mm512_storeu_si512(to + j * line, _mm512_shuffle_i32x4(even, even2, 0x88));
-        _mm512_storeu_si512(to + (4 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0x88));
-        _mm512_storeu_si512(to + (8 + j) * line, _mm512_shuffle_i32x4(even, even2, 0xdd));
-        _mm512_storeu_si512(to + (12 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
     }
 }
 
