@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from smolseek.model import rows
-from smolseek.model.kernels import fit, kernels
+from smolseek.model.kernels import call, fit, kernels
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,17 @@ def test_the_tokens_way_to_their_experts_and_back():
         return (y[rows.inverse(order)].view(40, 3, -1) * weights[..., None]).sum(1).to(y.dtype)
 
     assert_as_near(lambda y, w: rows.combine(y, order, w), summed, [d, weights], numbers(40, 32, seed=3))
+
+
+def test_the_loss_of_given_logits_is_exact_to_float32():
+    logits = numbers(24, 4096)
+    targets = torch.randint(4096, (24,), generator=torch.Generator().manual_seed(1))
+    losses, gradients_of = torch.empty(24), logits.clone()
+    call("cross_entropy", gradients_of, targets, 24, 4096, 1.0, losses, gradients_of)
+    exact = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=2e-6)
+    right = logits.double().softmax(-1) - F.one_hot(targets, 4096)
+    torch.testing.assert_close(gradients_of.double(), right, rtol=4e-3, atol=1e-30)
 
 
 def test_without_bfloat16_pytorchs_operations_are_taken():
