@@ -37,6 +37,7 @@ FREE_ON_RESUME = frozenset(
         ),
         *("keep_last", "keep_every", "guard.patience", "guard.spike", "data.give_up_after"),
         *("batch_size", "grad_accum", "grad_checkpointing"),
+        *("mesh.data", "mesh.expert", "mesh.shard", "mesh.timeout"),
     }
 )
 
@@ -44,8 +45,9 @@ FREE_ON_RESUME = frozenset(
 class RunFolder:
     """Paths of a run, its configuration and its metrics."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
+        """Name a run; where many processes share it, all but one leave the writing to that one."""
+        self.path, self.writes = Path(path), writes
         # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
         self._appended = console.Appended(self.metrics, sync=True)
 
@@ -135,6 +137,8 @@ class RunFolder:
         Raises:
             SmolseekError: as `check`, or if the folder cannot be written.
         """
+        if not self.writes:
+            return
         self.check(config, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -147,7 +151,8 @@ class RunFolder:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one record to `metrics.jsonl`, visible to readers at once; on a full disk, as soon as it can be."""
-        self._appended.add(json.dumps(record) + "\n")
+        if self.writes:
+            self._appended.add(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all records; a last line that was cut off by a crash is left out.
@@ -184,6 +189,8 @@ class RunFolder:
 
         `sizes` are the files' at the checkpoint, which stands after `step` steps; `keep_log` leaves train.log whole.
         """
+        if not self.writes:
+            return
         for path in (self.metrics, self.samples, *(() if keep_log else (self.log,))):
             if path.exists() and path.stat().st_size > sizes.get(path.name, 0):
                 os.truncate(path, sizes.get(path.name, 0))
@@ -192,6 +199,11 @@ class RunFolder:
             text = "".join(json.dumps(record) + "\n" for record in kept)
             if text != self.metrics.read_text(encoding="utf-8", errors="replace"):
                 write_text(self.metrics, text)
+
+
+def is_state_file(name: str) -> bool:
+    """Return whether a checkpoint's file of that name holds tensors of the training state."""
+    return name.startswith(STATE_TENSORS.partition(".")[0]) and name.endswith(".safetensors")
 
 
 def step_of(checkpoint: Path) -> int:
@@ -244,7 +256,7 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
         if manifest_text(files) != text:
             return f"{MANIFEST} is altered"
         for name, expected in files.items():
-            reason = _judge(path / name, expected, model_only and name == STATE_TENSORS)
+            reason = _judge(path / name, expected, model_only and is_state_file(name))
             if reason:
                 return reason
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -187,7 +187,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(run, monkeypatch):
 def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
     """Cut the save off after each of its disk syncs: what is found is always a whole checkpoint."""
     save(run, 5)
-    real, left = checkpoint._sync, [0]
+    real, left = checkpoint.sync, [0]
 
     class Crash(BaseException):
         pass
@@ -198,7 +198,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
         left[0] -= 1
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", sync)
+    monkeypatch.setattr(checkpoint, "sync", sync)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans nothing up
     survived = 0
     for syncs in range(12):
@@ -213,7 +213,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
         monkeypatch.undo()
         for name in [p for p in run.checkpoints.iterdir() if p.name != "step-000005"]:
             shutil.rmtree(name)
-        monkeypatch.setattr(checkpoint, "_sync", sync)
+        monkeypatch.setattr(checkpoint, "sync", sync)
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     assert survived
 

@@ -97,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         ours = not isinstance(error, SmolseekError | OSError)
+        if isinstance(error, SmolseekError) and os.environ.get("RANK", "0") != "0":
+            return 2  # of the processes that torchrun starts the first one speaks
         what = " ".join(str(error).split())
         console.complain(f"error: {type(error).__name__}: {what} (--debug shows why)" if ours else f"error: {what}")
         return 1 if ours else 2

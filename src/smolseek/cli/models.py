@@ -22,6 +22,18 @@ class InspectOptim:
 
 
 @dataclass(frozen=True)
+class InspectMesh:
+    """Many processes, as in `smolseek train`."""
+
+    data: int = 0
+    """Groups of processes that hold all experts together; with one of these three options the cost is said."""
+    expert: int = 1
+    """Processes that the routed experts are dealt out to."""
+    shard: int = 1
+    """Processes that weights and optimizer state are cut over."""
+
+
+@dataclass(frozen=True)
 class InspectArgs:
     """Show what a preset or a model amounts to: parameters, cache, arithmetic, and the memory to train it."""
 
@@ -43,6 +55,10 @@ class InspectArgs:
     """Optimizer."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """cuda may be asked about where there is none."""
+    mesh: InspectMesh = InspectMesh()
+    """Say what each of many processes holds and sends."""
+    interconnect: Literal["nvlink", "infiniband", "ethernet"] = "infiniband"
+    """What they send over."""
 
 
 def inspect(argv: Sequence[str]) -> None:
@@ -64,6 +80,17 @@ def inspect(argv: Sequence[str]) -> None:
         asked = ("batch_size", "grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
         run = Run.planned(optimizer=args.optim.kind, **{name: getattr(args, name) for name in asked})
         for line in lines(config, run):
+            console.say(line)
+    if args.mesh != InspectMesh():
+        from smolseek.config import MeshConfig
+        from smolseek.parallel.mesh import choose
+        from smolseek.train import footprint, scale
+
+        mesh = choose(MeshConfig(**asdict(args.mesh)), config, None)
+        asked = ("grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
+        rows = max(args.batch_size, mesh.size)
+        run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in asked}, optimizer="adamw")
+        for line in scale.lines(config, mesh, run, args.interconnect):
             console.say(line)
 
 

@@ -130,6 +130,29 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the processes that torchrun starts share the work; data times expert is their number."""
+
+    data: int = 0
+    """Groups of processes that read different rows and hold all experts together; 0 is as many as were started."""
+    expert: int = 1
+    """Processes that the routed experts are dealt out to; tokens travel to them."""
+    shard: int = 1
+    """Processes that weights, gradients and optimizer state are cut over; 1 leaves each a whole copy."""
+    timeout: float = 600.0
+    """Seconds that a process waits for the others before it gives up."""
+
+    def __post_init__(self) -> None:
+        if self.data < 0 or self.expert < 1 or self.shard < 1:
+            raise SmolseekError(
+                f"mesh.data {self.data}, mesh.expert {self.expert} and mesh.shard {self.shard} count processes: "
+                "use 1 or more (0 data for as many as were started)"
+            )
+        if self.timeout <= 0:
+            raise SmolseekError(f"mesh.timeout {self.timeout:g} must be above 0 seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A whole training run; `RUN/config.json` holds one and relaunches it."""
 
@@ -151,10 +174,12 @@ class TrainConfig:
     """Learning from another model."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Bad steps."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """Many processes, under torchrun."""
     steps: int = 300
     """Optimizer steps in all."""
     batch_size: int = 4
-    """Sequences per forward pass."""
+    """Sequences per forward pass, of all processes together."""
     grad_accum: int = 1
     """Forward passes per optimizer step."""
     seq_len: int = 256
@@ -188,6 +213,11 @@ class TrainConfig:
     """Steps between samples, so that one sees them grow; 0 writes them at the end alone."""
     track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Also hand the figures to one of these; each is an extra of the package."""
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens predicted in one optimizer step."""
+        return self.batch_size * self.grad_accum * self.seq_len
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "log_every", "eval_every", "save_every"):

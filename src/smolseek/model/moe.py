@@ -82,25 +82,37 @@ def _product_type(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+class Dispatched(NamedTuple):
+    """Pairs of token and expert, ready for the experts that are here."""
+
+    x_MD: torch.Tensor
+    """Tokens sorted by expert, in the products' type."""
+    counts_E: torch.Tensor
+    """Pairs of each expert that is here."""
+    load_E: torch.Tensor
+    """Pairs of each expert among the tokens of this process."""
+    way: Any
+    """For `combine`."""
+
+
 class LocalDispatcher:
     """Brings each token to its experts on this device and the results back, in a fixed order.
 
     Expert parallelism puts another dispatcher with these two methods in its place.
     """
 
-    def dispatch(
-        self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return x_MD sorted by expert, in the products' type, the tokens of each [E], and the order, for `combine`."""
+    def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
+        """Return the tokens sorted by expert; the way back is their order."""
         experts_M = experts_NK.flatten()
         order_M = experts_M.argsort(stable=True)
         # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
         counts_E = experts_M.new_zeros(n_experts).scatter_add_(0, experts_M, torch.ones_like(experts_M))
-        return rows.spread(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND)), counts_E, order_M
+        x_MD = rows.spread(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND))
+        return Dispatched(x_MD, counts_E, counts_E, order_M)
 
-    def combine(self, y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    def combine(self, y_MD: torch.Tensor, way: Any, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
-        return rows.combine(y_MD, order_M, weights_NK)
+        return rows.combine(y_MD, way, weights_NK)
 
 
 # oneDNN's and MKL's float32 products take other kernels, which round otherwise, below this many rows.
@@ -239,7 +251,7 @@ class Experts(nn.Module):
             if x_XD.shape[0] == 0:
                 continue
             parts.append(linear(self._activate(linear(x_XD, w_up, bu)), w_down, bd))
-        return torch.cat(parts)
+        return torch.cat(parts) if parts else x_MD.new_empty(x_MD.shape)
 
     def _grouped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """All experts in one grouped product each way, without the host learning the counts."""
@@ -295,14 +307,14 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
         n_experts = routing.scores_NE.shape[1]
-        x_MD, counts_E, order_M = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
+        x_MD, counts_E, load_E, way = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
         y_MD = self.experts(x_MD, counts_E)
-        y_BTD = self.dispatcher.combine(y_MD, order_M, routing.weights_NK).view(B, T, -1)
+        y_BTD = self.dispatcher.combine(y_MD, way, routing.weights_NK).view(B, T, -1)
         if self.n_shared_experts:
             assert self.shared_experts is not None
             y_BTD = y_BTD + self.shared_experts(x_BTD)
         balance = sequence_balance(routing, B) if torch.is_grad_enabled() else routing.scores_NE.new_zeros(())
-        return y_BTD, Load(counts_E.detach(), balance)
+        return y_BTD, Load(load_E.detach(), balance)
 
 
 def sequence_balance(routing: Routing, batch: int) -> torch.Tensor:

@@ -140,14 +140,20 @@ class CausalLM(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw every matrix from N(0, initializer_range^2), norms 1 and biases 0 (DeepSeek-V3, section 4.2)."""
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-            elif name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.numel():
-                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            draw_weight(name, parameter, self.config.initializer_range, generator)
         for router in self.routers:
             router.e_score_correction_bias.zero_()
+
+
+@torch.no_grad()
+def draw_weight(name: str, weight: torch.Tensor, deviation: float, generator: torch.Generator | None) -> None:
+    """Fill one parameter as `init_weights` does."""
+    if "norm" in name:
+        weight.fill_(1.0)
+    elif name.endswith("bias"):
+        weight.zero_()
+    elif weight.numel():
+        weight.normal_(0.0, deviation, generator=generator)
 
 
 def new_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> CausalLM:

@@ -8,7 +8,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from smolseek.run_folder import (
 )
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_folder import load_weights, save_folder
+from smolseek.storage.pieces import read_state
 
 __all__ = ["discard", "load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
 
-_UNFINISHED = ".tmp-"
+UNFINISHED = ".tmp-"
+"""How the name of a checkpoint begins while it is written, or about to be deleted."""
 
 
 def save_checkpoint(
@@ -56,10 +58,10 @@ def save_checkpoint(
         SmolseekError: if the disk is full or the folder cannot be written; the older checkpoints stay as they are.
     """
     final = run.checkpoint_path(step)
-    part = final.with_name(f"{_UNFINISHED}{final.name}")
+    part = final.with_name(f"{UNFINISHED}{final.name}")
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for left_over in run.checkpoints.glob(f"{_UNFINISHED}*"):
+        for left_over in run.checkpoints.glob(f"{UNFINISHED}*"):
             shutil.rmtree(left_over)
         part.mkdir()
         save_folder(model, part, tokenizer)
@@ -69,13 +71,8 @@ def save_checkpoint(
         listed = {str(p.relative_to(part).as_posix()): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
         (part / MANIFEST).write_text(manifest_text(listed), encoding="utf-8")
         for path in [*files, part / MANIFEST, part]:
-            _sync(path)
-        if final.exists():
-            # A run that went back to an older checkpoint reaches this step again.
-            final.rename(final.with_name(f"{_UNFINISHED}old-{final.name}"))
-        part.rename(final)
-        _sync(run.checkpoints)
-        shutil.rmtree(final.with_name(f"{_UNFINISHED}old-{final.name}"), ignore_errors=True)
+            sync(path)
+        return put_in_place(run, part, final)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise SmolseekError(
@@ -85,35 +82,47 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def put_in_place(run: RunFolder, part: Path, final: Path) -> Path:
+    """Give the checkpoint `part`, which is whole and on the disk, its name `final`, and return that."""
+    old = final.with_name(f"{UNFINISHED}old-{final.name}")
+    if final.exists():
+        # A run that went back to an older checkpoint reaches this step again.
+        final.rename(old)
+    part.rename(final)
+    sync(run.checkpoints)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def discard(path: Path) -> None:
     """Delete a checkpoint, so that no crash leaves a part of it under its name. What cannot be deleted stays."""
-    old = path.with_name(f"{_UNFINISHED}old-{path.name}")
+    old = path.with_name(f"{UNFINISHED}old-{path.name}")
     with contextlib.suppress(OSError):
         path.rename(old)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def load_state(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the training state of a checkpoint: its tensors, on the CPU, and the rest.
+def load_state(
+    path: str | Path, rows: Callable[[str], slice | None] = lambda name: None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Return the training state of a checkpoint: its tensors (see `pieces.read_state`), on the CPU, and the rest.
 
     Raises:
         SmolseekError: if there is none, as in a model folder that is no checkpoint, or it is damaged.
     """
     path = Path(path)
-    for name in (STATE_TENSORS, STATE_JSON):
-        if not (path / name).exists():
-            raise SmolseekError(f"{path} holds no {name}: training goes on from checkpoints only")
-    tensors = {name: tensor.clone() for name, tensor in safetensors_file.read([path / STATE_TENSORS])}
+    if not (path / STATE_JSON).exists():
+        raise SmolseekError(f"{path} holds no {STATE_JSON}: training goes on from checkpoints only")
+    tensors = read_state(path, rows)
     try:
         return tensors, json.loads((path / STATE_JSON).read_text(encoding="utf-8"))
     except ValueError as error:
         raise SmolseekError(f"{path / STATE_JSON} is damaged ({error}): use an older checkpoint") from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file, or a folder's list of files, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

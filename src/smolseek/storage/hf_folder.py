@@ -14,6 +14,7 @@ import torch
 
 from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
+from smolseek.model.parts import Part, all_parts
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import write_text
 from smolseek.storage import latent_norm, safetensors_file
@@ -49,8 +50,8 @@ class LoadedModel(NamedTuple):
     """Folder or file that the weights came from."""
 
 
-def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the file's names and views for one tensor of a model: itself, or the experts of a stack.
+def _parts(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the file's names and views for one tensor of a model: itself, or the experts of a stack from `first` on.
 
     `experts.gate_up_proj` [E, 2F, D] is `experts.N.gate_proj.weight` and `.up_proj.weight` [F, D]; every other stack
     `experts.X_proj` [E, ...] is `experts.N.X_proj.weight`, and `experts.X_bias` is `experts.N.X_proj.bias`.
@@ -60,7 +61,7 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         yield name, tensor
         return
     prefix, part, kind = stack.groups()
-    for n, expert in enumerate(tensor.unbind()):
+    for n, expert in enumerate(tensor.unbind(), first):
         if part == "gate_up":
             gate, up = expert.chunk(2)
             yield f"{prefix}.{n}.gate_proj.weight", gate
@@ -71,19 +72,18 @@ def _parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
     """Return views of the model's tensors under their names in a checkpoint; a tied head is left out."""
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return {file_name: view for name, tensor in state.items() for file_name, view in _parts(name, tensor)}
+    return {name: view for full, part in all_parts(model).items() for name, view in _parts(full, part.tensor)}
 
 
-def _stored(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Return the tensors that a folder holds: `file_views`, and a norm of the latent where the model has none."""
-    views = file_views(model)
-    if model.config.is_mla and not model.config.latent_norm:
+def stored(config: ModelConfig, parts: Mapping[str, Part]) -> dict[str, torch.Tensor]:
+    """Return what a folder holds of `parts`, of which only the experts' may lack rows: the tensors under their names
+    there, and a norm of the latent where the model has none.
+    """
+    views = {name: view for full, part in parts.items() for name, view in _parts(full, part.tensor, part.start)}
+    if config.is_mla and not config.latent_norm:
         for name in [name for name in views if name.endswith(latent_norm.MATRIX)]:
-            stored, norm = latent_norm.fold(views[name], model.config.kv_lora_rank or 0, reversible=True)
-            views |= {name: stored, name.replace(latent_norm.MATRIX, latent_norm.NORM): norm}
+            matrix, norm = latent_norm.fold(views[name], config.kv_lora_rank or 0, reversible=True)
+            views |= {name: matrix, name.replace(latent_norm.MATRIX, latent_norm.NORM): norm}
     return views
 
 
@@ -106,10 +106,10 @@ def save_folder(
     """
     path = Path(path)
     kind = dtype or model.model.embed_tokens.weight.dtype
-    config = config_to_hf(model.config, str(kind).removeprefix("torch."))
+    config_to_hf(model.config, "float32")  # refuses before anything is written
     entries: list[safetensors_file.Entry] = [
         (name, view, torch.float32 if name.endswith("e_score_correction_bias") else dtype or view.dtype)
-        for name, view in _stored(model).items()
+        for name, view in stored(model.config, all_parts(model)).items()
     ]
     path.mkdir(parents=True, exist_ok=True)
     # Under other names first: `path` may hold the model's only other copy.
@@ -121,11 +121,19 @@ def save_folder(
     for _, name in shards:
         (path / f".{name}.part").rename(path / name)
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(map(_bytes, entries))},
-            "weight_map": {entry[0]: name for shard, name in shards for entry in shard},
-        }
-        write_text(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_index(path, {entry[0]: name for shard, name in shards for entry in shard}, sum(map(_bytes, entries)))
+    write_rest(path, model.config, kind, tokenizer)
+
+
+def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """Write which file holds which tensor."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_text(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_rest(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> None:
+    """Write what a folder holds beside the weights."""
+    config = config_to_hf(shape, str(dtype).removeprefix("torch."))
     write_text(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
@@ -201,14 +209,16 @@ def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device:
     return LoadedModel(model.eval(), tokenizer, config, path)
 
 
-def load_weights(model: CausalLM, path: str | Path) -> None:
+def load_weights(model: CausalLM, path: str | Path, parts: Mapping[str, Part] | None = None) -> None:
     """Read the weights in the folder `path` into an existing model, which keeps its types and device.
+
+    `parts` are what this process holds of the model, where that is not all; no more is read.
 
     Raises:
         SmolseekError: if a tensor is missing, unknown, of another shape, or a file is damaged.
     """
     path = Path(path)
-    _fill(model, _used(safetensors_file.read(weight_files(path)), config_json(path)), path)
+    _fill(model, _used(safetensors_file.read(weight_files(path)), config_json(path)), path, parts)
 
 
 def _dtype(name: str | torch.dtype) -> torch.dtype | None:
@@ -269,23 +279,53 @@ def _used(tensors: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, Any]
             yield name, tensor
 
 
-def _fill(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]], path: Path) -> None:
+class _Target(NamedTuple):
+    """Where a tensor of a file goes."""
+
+    shape: torch.Size
+    """What it must have."""
+    view: torch.Tensor | None
+    """What takes its rows from `start` on; None where another process does."""
+    start: int
+
+
+def _targets(parts: Mapping[str, Part]) -> dict[str, _Target]:
+    """Return where every tensor of a model's files goes."""
+    found = {}
+    for name, part in parts.items():
+        full = torch.empty(part.rows, *part.tensor.shape[1:], device="meta")
+        stacked = next(_parts(name, full))[0] != name
+        own = dict(_parts(name, part.tensor, part.start))
+        for file_name, view in _parts(name, full):
+            found[file_name] = _Target(view.shape, own.get(file_name), 0 if stacked else part.start)
+    return found
+
+
+def _fill(
+    model: CausalLM,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    path: Path,
+    parts: Mapping[str, Part] | None = None,
+) -> None:
     """Copy `tensors`, named as in files, into the model; every one must fit, and none may be missing."""
-    views = file_views(model)
+    parts = all_parts(model) if parts is None else parts
+    targets = _targets(parts)
     # Without shared experts their matrices hold no numbers, and not every program writes such tensors.
-    missing = {name for name, view in views.items() if view.numel()}
+    missing = {name for name, target in targets.items() if target.shape.numel()}
     head = None
     if model.config.is_mla and not model.config.latent_norm:
         tensors = latent_norm.unfolded(tensors, model.config.kv_lora_rank or 0)
+    embedding = parts["model.embed_tokens.weight"]
     for name, tensor in tensors:
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
-            head = tensor.to(model.lm_head.weight)
+            head = tensor[embedding.start : embedding.start + len(embedding.tensor)].to(embedding.tensor)
             continue
-        if name not in views:
+        if name not in targets:
             raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
-        if tensor.shape != views[name].shape:
+        shape, view, start = targets[name]
+        if tensor.shape != shape:
             raise SmolseekError(
-                f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(views[name].shape)}: "
+                f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "config.json and the weights are not of one model"
             )
         if tensor.dtype not in safetensors_file.FLOAT_TYPES.values():
@@ -293,12 +333,13 @@ def _fill(model: CausalLM, tensors: Iterable[tuple[str, torch.Tensor]], path: Pa
                 f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
                 "take the model's bfloat16 or float32 version"
             )
-        views[name].copy_(tensor)
+        if view is not None:
+            view.copy_(tensor[start : start + len(view)])
         missing.discard(name)
     if missing:
-        first = next(name for name in views if name in missing)
+        first = next(name for name in targets if name in missing)
         raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it anew")
-    if head is not None and not torch.equal(head, model.lm_head.weight):
+    if head is not None and not torch.equal(head, embedding.tensor):
         raise SmolseekError(
             f"{path}: lm_head.weight differs from the embedding, but config.json has tie_word_embeddings true: "
             "set it to false there"

@@ -26,6 +26,7 @@ TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
 FLOAT_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items() if dtype.is_floating_point}
 
 # A tensor to be written: its name, the tensor (a view will do, on any device), and the type it takes in the file.

@@ -2,16 +2,19 @@
 
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from smolseek.errors import SmolseekError
+from smolseek.model.parts import Part
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, step_of
 from smolseek.storage.checkpoint import discard, save_checkpoint
+from smolseek.storage.hf_folder import stored
+from smolseek.storage.together import finish, prepare, write_part
 
 
 class Saver:
@@ -41,7 +44,7 @@ class Saver:
         Returns when the copy is made, and first waits for the checkpoint before it.
         """
         self.wait()
-        self._copy_weights()
+        self._copy_weights(step)
         self._tensors = {name: _copied(tensor, self._tensors.get(name)) for name, tensor in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -72,7 +75,7 @@ class Saver:
             self.wait()
         self._copy, self._tensors = None, {}
 
-    def _copy_weights(self) -> None:
+    def _copy_weights(self, step: int) -> None:
         if self._copy is None:
             with torch.device("meta"):
                 self._copy = CausalLM(self.model.config)
@@ -88,9 +91,8 @@ class Saver:
                 kept.copy_(buffer)
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
-        assert self._copy is not None
         try:
-            save_checkpoint(self.run, step, self._copy, self.tokenizer, self._tensors, state)
+            self._write_checkpoint(step, state)
             self.failure = None
             self._prune()
         except SmolseekError as failure:
@@ -99,11 +101,58 @@ class Saver:
         except BaseException as bug:
             self._bug = bug
 
+    def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        assert self._copy is not None
+        save_checkpoint(self.run, step, self._copy, self.tokenizer, self._tensors, state)
+
     def _prune(self) -> None:
-        if self.keep_last:
+        if self.keep_last and self.run.writes:
             for path in self.run.checkpoint_paths()[self.keep_last :]:
                 if not self.keep_every or step_of(path) % self.keep_every:
                     discard(path)
+
+
+class PartSaver(Saver):
+    """A `Saver` for one of many processes: each writes its part, and the one that writes the run folder the rest.
+
+    `gather` is called by all at the same time and returns what this process is to write of the weights, on the CPU.
+    `tell` gives all what the first process finds out. `timeout` is how long that waits for the others' parts.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        model: CausalLM,
+        tokenizer: Any,
+        *,
+        rank: int,
+        size: int,
+        gather: Callable[[CausalLM], Mapping[str, Part]],
+        tell: Callable[[Callable[[], Any]], Any],
+        timeout: float,
+        keep_last: int = 0,
+        keep_every: int = 0,
+    ) -> None:
+        super().__init__(run, model, tokenizer, keep_last=keep_last, keep_every=keep_every)
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self._gather, self._tell = gather, tell
+        self._weights: dict[str, torch.Tensor] = {}
+        self._obstacle: str | None = None
+
+    def _copy_weights(self, step: int) -> None:
+        # Told only when the folder is made, so that nobody writes before.
+        self._obstacle = self._tell(lambda: prepare(self.run, step))
+        self._weights = stored(self.model.config, self._gather(self.model))
+
+    def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        if self._obstacle is not None:
+            raise SmolseekError(
+                f"the checkpoint of step {step} cannot be written to {self.run.checkpoints} ({self._obstacle}): "
+                "free some space or mend the folder"
+            )
+        write_part(self.run, step, self.rank, self.size, self._weights, self._tensors)
+        if self.run.writes:
+            finish(self.run, step, self.size, self.model.config, self.tokenizer, state, self.timeout)
 
 
 def discard_beyond(run: RunFolder, step: int) -> None:

@@ -3,6 +3,8 @@
 Shapes: L layers with experts, E routed experts.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from smolseek.model.transformer import CausalLM
@@ -32,14 +34,17 @@ class Balancer:
         self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
 
     @torch.no_grad()
-    def step(self, share: float = 1.0) -> list[float]:
+    def step(
+        self, share: float = 1.0, total: Callable[[torch.Tensor], torch.Tensor] = lambda load_LE: load_LE
+    ) -> list[float]:
         """Move the biases by `share` of gamma for the load of the whole step, and forget it.
 
-        Returns the step's MaxVio for each layer.
+        `total` adds up the loads of all processes. Returns the step's MaxVio for each layer.
         """
         if not self.routers:
             return []
         assert self.load_LE is not None, "add() comes before step()"
+        self.load_LE = total(self.load_LE)
         load = self.load_LE.double()
         if self.gamma:
             direction_LE = torch.sign(load.mean(dim=1, keepdim=True) - load)

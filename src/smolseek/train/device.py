@@ -1,10 +1,14 @@
 """Where a run computes, and in which number format."""
 
+import os
 from contextlib import nullcontext
 
 import torch
 
+from smolseek.config import TrainConfig
 from smolseek.errors import SmolseekError
+from smolseek.parallel.alone import Alone
+from smolseek.parallel.mesh import choose
 
 
 def choose_device(name: str) -> torch.device:
@@ -15,7 +19,46 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise SmolseekError("--device cuda: no CUDA device is visible here: use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def open_team(config: TrainConfig, device: torch.device) -> Alone:
+    """Return the processes that torchrun started, or this one alone; nothing is waited for before the sizes fit.
+
+    Raises:
+        SmolseekError: for sizes that do not divide, and an optimizer that needs what no process holds.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    mesh = choose(config.mesh, config.model, size, config.batch_size)
+    if mesh.shard > 1 and config.optim.kind == "muon":
+        raise SmolseekError(
+            f"optim.kind muon with mesh.shard {mesh.shard}: Muon needs whole matrices, and no process holds them: "
+            "use --mesh.shard 1 or --optim.kind adamw"
+        )
+    if size == 1:
+        return Alone()
+    for option, given in (
+        ("distill.teacher", config.distill.teacher is not None),
+        ("distill.attention-only", config.distill.attention_only),
+        ("sample-every", config.sample_every > 0),
+        ("grad-checkpointing selective", config.grad_checkpointing == "selective"),
+    ):
+        if given:
+            raise SmolseekError(f"--{option} goes with one process, and {size} were started: leave it out")
+    from smolseek.parallel.team import Team
+
+    return Team(mesh, device, config.mesh.timeout)
+
+
+def is_restarted() -> bool:
+    """Return whether torchrun started this process again after one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:

@@ -92,9 +92,14 @@ class Guard:
 
 
 class StopRequest:
-    """Within it, a first SIGINT or SIGTERM is only noted in `received`; a second one acts as it always does."""
+    """Within it, a first SIGINT or SIGTERM is only noted in `received`; a second one acts as it always does.
 
-    def __init__(self) -> None:
+    One of many processes (`alone` false) notes silently and any number of them: torchrun sends one after that of the
+    terminal, and kills what stays too long.
+    """
+
+    def __init__(self, alone: bool = True) -> None:
+        self.alone = alone
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -111,5 +116,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if not self.alone:
+            return
         self.__exit__()
         console.alert(f"{self.received.name}: this step is finished and saved; a second one stops at once")

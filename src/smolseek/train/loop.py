@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import signal
 from contextlib import closing
 from functools import partial
@@ -12,31 +13,30 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.data.feed import open_data, open_stream, pin
+from smolseek.data.feed import pin
 from smolseek.data.retries import HubAway
-from smolseek.data.sources import read_documents
-from smolseek.data.stream import validation_rows
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.evaluate import audit
 from smolseek.evaluate.finding import Finding
 from smolseek.evaluate.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
+from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_weights, newest_valid
-from smolseek.storage.saver import Saver, discard_beyond
+from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
-from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_bytes
 from smolseek.train import metrics
 from smolseek.train.balance import Balancer
-from smolseek.train.device import autocast, choose_device
+from smolseek.train.device import autocast, choose_device, is_restarted, open_team
 from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
 from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
-from smolseek.train.optim import decay_factor, lr_factor, make_optimizer
+from smolseek.train.optim import decay_factor, lr_factor, make_optimizer, numbered
 from smolseek.train.samples import write_samples
 from smolseek.train.state import Progress, TrainState
+from smolseek.train.text import Text, open_text
 from smolseek.train.track import Tracker
 from smolseek.train.validation import evaluate
 
@@ -53,38 +53,29 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    context = autocast(config.precision, device)
-    run = RunFolder(Path(config.run))
-    config = dataclasses.replace(config, data=pin(config.data, run.read_config().data if run.config.exists() else None))
-    run.check(config, resume)
-    tracker = Tracker(config.track, run, config)
+    with open_team(config, device) as team:
+        return _train(config, resume, device, team)
 
-    tokenizer = load_tokenizer(config.tokenizer)
-    if len(tokenizer) > config.model.vocab_size:
-        raise SmolseekError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size {config.model.vocab_size}: "
-            f"use --model.vocab-size {len(tokenizer)} or another --tokenizer"
-        )
+
+def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone) -> Path:
+    context = autocast(config.precision, device)
+    run = RunFolder(Path(config.run), writes=team.lead)
+    resume = team.tell(lambda: resume or (is_restarted() and run.config.exists()))
+    if team.lead:
+        begun = run.read_config().data if run.config.exists() else None
+        config = dataclasses.replace(config, data=pin(config.data, begun))
+        run.check(config, resume)
+    tracker = Tracker(config.track if team.lead else "none", run, config)
+
     if not config.model.eos_ids:
         raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
     eos_id = config.model.eos_ids[0]
-    if config.init is None:
-        tokenizer = for_training(tokenizer, eos_id)
-    encode = encoder(tokenizer)
-    corpus = open_data(config.data, config.eval_tokens, tokenizer)
-    step_tokens = config.batch_size * config.grad_accum * config.seq_len
-    stream = open_stream(config, corpus, encode, eos_id, min_tokens=step_tokens + 1)
-    validation = read_documents(config.data.val_sources, config.data.text_column)
-    val_rows, val_bytes = validation_rows(
-        validation if config.data.val_sources else corpus.validation,
-        encode,
-        eos_id,
-        config.seq_len,
-        config.eval_tokens,
-        token_bytes(tokenizer),
-    )
+    text = open_text(config, eos_id) if team.lead else None
+    stream = team.follow(text.stream if text else None)
+    val_rows = team.send_rows(text.val_rows if text else None)
+    val_bytes = team.tell(lambda: text.val_bytes if text else 0)
 
-    model = new_model(config.model, config.seed, device)
+    model = team.build(config.model, config.seed, device)
     model.grad_checkpointing = config.grad_checkpointing
     teacher = None
     if config.distill.teacher is not None:
@@ -92,30 +83,30 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     if config.distill.attention_only:
         attention_only(model)
     objective = partial(losses, z_loss=config.optim.z_loss) if teacher is None else teacher.losses
-    optimizer = make_optimizer(model, config.optim)
+    trained = team.trained(model)
+    optimizer = make_optimizer(model, config.optim, trained)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
-    state = TrainState(model, optimizer, balancer, stream, guard)
+    state = TrainState(model, optimizer, balancer, stream, guard, team, numbered(optimizer, trained))
     at = state.at
-    begun_from, file_sizes = _resume(run, state) if resume else (None, {})
-    if begun_from is not None and at.step >= config.steps and _is_complete(run):
+    begun_from, file_sizes = _resume(run, state, team) if resume else (None, {})
+    if begun_from is not None and at.step >= config.steps and team.tell(lambda: _is_complete(run)):
         console.say(f"The run is complete: {at.step} of {config.steps} steps are done")
         return begun_from
     if config.init is not None and begun_from is None:
-        load_weights(model, resolve(config.init))
+        load_weights(model, resolve(config.init), team.parts(model))
     run.create(config, resume)
     run.cut_back(file_sizes, -1 if begun_from is None else at.step)
     tracker.open(at.step)
-    log = console.Log(run.log)
+    log = console.Log(run.log if team.lead else os.devnull)
     size = summary.count(config.model)
     started = {"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active}
     run.append_metrics(started | ({} if begun_from is None else {"resumed": begun_from.name}))
     if begun_from is None:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)
-        log.say(f"Data: {corpus.summary()}; {step_tokens:,} tokens a step on {device.type}")
-        sizes = config.model.vocab_size, config.model.max_position_embeddings
-        _tell_audit(run, log, 0, "start", audit.audit_model(model, *sizes, loss=_total, eos_id=eos_id, thorough=False))
-        give_back_freed_memory()
+        if text:
+            log.say(f"Data: {text.corpus.summary()}; {config.step_tokens:,} tokens a step on {team.describe(device)}")
+            _audit_start(run, log, team, model, config, device, eos_id)
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
     if teacher is not None and begun_from is None:
@@ -123,8 +114,9 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 
     clock, timed, saved = metrics.Clock(), 0, at.step
     away: HubAway | None = None
-    saver = Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
-    with tracker, console.progress(config.steps, "training") as bar, saver, StopRequest() as stop, closing(stream):
+    saver = _saver(run, model, text.tokenizer if text else None, config, team)
+    stop = StopRequest(alone=team.size == 1)
+    with tracker, console.progress(config.steps, "training") as bar, saver, stop, closing(stream):
         bar.update(at.step)
         while True:
             # Between two log lines the time of the steps since the last one is not in `at` yet.
@@ -133,18 +125,26 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 finished = at.step >= config.steps
                 if at.evaluated < at.step and (at.step % config.eval_every == 0 or finished):
                     found = evaluate(
-                        model, val_rows, val_bytes, config.batch_size, context, lambda: stop.received, objective
+                        model,
+                        val_rows,
+                        val_bytes,
+                        config.batch_size,
+                        context,
+                        lambda: team.agree(stop.received),
+                        objective,
+                        team,
                     )
                     if found is not None:  # else it is made up for when the run is resumed
                         at.evaluated, at.val_loss = at.step, found["val_loss"]
                         run.append_metrics({"step": at.step, "tokens": at.tokens, **found})
                         log.say(metrics.validation_line({"step": at.step, **found}))
                 due = config.sample_every and at.step % config.sample_every == 0
-                if due and at.sampled < at.step and not finished:
-                    write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
+                if text and due and at.sampled < at.step and not finished:
+                    write_samples(run, at.step, model, text.tokenizer, config.sample_tokens, config.seed, log)
                     at.sampled = at.step
                 tracker.follow()
-                stopping = stop.received is not None or away is not None
+                received = team.agree(stop.received)
+                stopping = received is not None or away is not None
                 if stopping or (at.step != saved and (at.step % config.save_every == 0 or finished)):
                     tensors, rest = state.capture(spent)
                     saver.save(at.step, tensors, rest | {"files": run.sizes()})
@@ -160,46 +160,47 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 group["lr"] = lr
             position = stream.position()
             try:
-                step_rows = stream.next_batch(config.batch_size * config.grad_accum, lambda: stop.received)
+                micro_batches = list(team.step_rows(stream, config, lambda: stop.received))
             except HubAway as error:
                 away = error
                 continue
             step_loss, step_kl = torch.zeros(2, device=device)
-            for rows in step_rows.split(config.batch_size):
-                with model.in_place.during():
+            for number, (rows, share) in enumerate(micro_batches, 1):
+                team.last_of_step(model, number == config.grad_accum)
+                with team.backward(model):
                     with context:
                         out = objective(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
-                    (out.total / config.grad_accum).backward()
-                step_loss += out.next_token
+                    (out.total * share / config.grad_accum).backward()
+                step_loss += out.next_token * share
                 step_kl += 0 if out.kl is None else out.kl
                 balancer.add(out.load_LE)
-            norm_tensor = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip or math.inf)
+            norm_tensor = team.clip(model, config.optim.clip or math.inf)
             # The one place where a step waits for the device.
-            loss, norm, kl = torch.stack((step_loss, norm_tensor, step_kl)).tolist()
+            loss, norm, kl = torch.stack((team.sum(step_loss), norm_tensor, step_kl)).tolist()
             loss, kl = loss / config.grad_accum, kl / config.grad_accum
             reason = guard.judge(loss, norm)
             if reason is not None:
                 state.drop_step()
-                patient = guard.skip(position, step_tokens)
-                _tell_skip(run, log, at.step, reason, position, step_tokens)
+                patient = guard.skip(position, config.step_tokens)
+                _tell_skip(run, log, at.step, reason, position, config.step_tokens)
                 if not patient:
                     saver.wait()
-                    _go_back(config, run, log, state)
+                    _go_back(config, run, log, state, team)
                     clock.restart()
                     timed, saved = 0, at.step
                 continue
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            violation = balancer.step(decay_factor(at.step, config.steps, config.schedule))
+            violation = balancer.step(decay_factor(at.step, config.steps, config.schedule), team.sum)
             at.step += 1
-            at.tokens += step_tokens
+            at.tokens += config.step_tokens
             at.interval.append(loss)
             at.kls.append(kl)
             guard.passed(at.step, loss, norm)
             timed += 1  # fewer than the interval's steps after a resume in its middle
             seconds = clock.seconds()
-            rate = step_tokens * timed / max(seconds, 1e-9)
-            left = (config.steps - at.step) * step_tokens / rate
+            rate = config.step_tokens * timed / max(seconds, 1e-9)
+            left = (config.steps - at.step) * config.step_tokens / rate
             bar.update(at.step, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {left / 60:.1f} min left")
 
             if at.step % config.log_every == 0 or at.step == config.steps:
@@ -229,27 +230,97 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
                 at.kls.clear()
                 clock.restart()
                 timed = 0
-    if saver.failure is not None:
-        raise SmolseekError(f"{saver.failure}, then go on with --resume: the older checkpoints are untouched")
+    failure = team.tell(lambda: saver.failure and str(saver.failure))
+    if failure is not None:
+        raise SmolseekError(f"{failure}, then go on with --resume: the older checkpoints are untouched")
     if stopping:
-        raise _stopped(run, at.step, stop.received, away)
+        raise _stopped(run, at.step, received, away)
 
     optimizer.state.clear()  # it is saved; the audit needs the room
-    if config.sample_tokens:
-        write_samples(run, at.step, model, tokenizer, config.sample_tokens, config.seed, log)
-    subject = Subject(
-        name=config.run,
-        model=model,
-        vocab=config.model.vocab_size,
-        context=config.model.max_position_embeddings,
-        run=run,
-        config=config,
-        eos_id=eos_id,
+    last = run.checkpoint_path(at.step)
+    if text:
+        _finish(run, log, team, model, config, device, eos_id, text, at)
+    return last
+
+
+def _saver(run: RunFolder, model: CausalLM, tokenizer: Any, config: TrainConfig, team: Alone) -> Saver:
+    if team.size == 1:
+        return Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
+    return PartSaver(
+        run,
+        model,
+        tokenizer,
+        rank=team.rank,
+        size=team.size,
+        gather=team.gather,
+        tell=team.tell,
+        timeout=config.mesh.timeout,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
     )
-    _tell_audit(run, log, at.step, "end", audit.audit(subject, loss=_total, corpus=corpus, encode=encode))
+
+
+def _whole(
+    team: Alone, model: CausalLM, config: TrainConfig, device: torch.device, path: Path | None, log: console.Log
+) -> CausalLM | None:
+    """Return the model in one piece: itself, or one of many processes' read from `path`; None if it does not fit."""
+    if team.size == 1:
+        return model
+    if 8 * summary.count(config.model).total > metrics.free_memory(device):
+        log.say(f"One process cannot hold the model twice, so it is not looked at here: smolseek audit {config.run}")
+        return None
+    whole = new_model(config.model, config.seed, device)
+    if path is not None:
+        load_weights(whole, path)
+    return whole
+
+
+def _audit_start(
+    run: RunFolder,
+    log: console.Log,
+    team: Alone,
+    model: CausalLM,
+    config: TrainConfig,
+    device: torch.device,
+    eos_id: int,
+) -> None:
+    whole = _whole(team, model, config, device, None if config.init is None else resolve(config.init), log)
+    if whole is not None:
+        sizes = config.model.vocab_size, config.model.max_position_embeddings
+        _tell_audit(run, log, 0, "start", audit.audit_model(whole, *sizes, loss=_total, eos_id=eos_id, thorough=False))
+        give_back_freed_memory()
+
+
+def _finish(
+    run: RunFolder,
+    log: console.Log,
+    team: Alone,
+    model: CausalLM,
+    config: TrainConfig,
+    device: torch.device,
+    eos_id: int,
+    text: Text,
+    at: Progress,
+) -> None:
+    """Write the samples, audit the run and sum it up."""
+    whole = _whole(team, model, config, device, run.checkpoint_path(at.step), log)
+    findings: list[Finding] = []
+    if whole is not None:
+        if config.sample_tokens:
+            write_samples(run, at.step, whole, text.tokenizer, config.sample_tokens, config.seed, log)
+        subject = Subject(
+            name=config.run,
+            model=whole,
+            vocab=config.model.vocab_size,
+            context=config.model.max_position_embeddings,
+            run=run,
+            config=config,
+            eos_id=eos_id,
+        )
+        findings = audit.audit(subject, loss=_total, corpus=text.corpus, encode=text.encode)
+    _tell_audit(run, log, at.step, "end", findings)
     for line in _closing(config, at, run):
         log.say(line)
-    return run.checkpoint_path(at.step)
 
 
 def _total(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -267,12 +338,12 @@ def _tell_audit(run: RunFolder, log: console.Log, step: int, when: str, findings
         log.say(audit.verdict(findings))
 
 
-def _resume(run: RunFolder, state: TrainState) -> tuple[Path | None, dict[str, int]]:
+def _resume(run: RunFolder, state: TrainState, team: Alone) -> tuple[Path | None, dict[str, int]]:
     """Put everything back to where the newest valid checkpoint stood.
 
     Returns the checkpoint, None if there is none yet, and the sizes of the run's files at its time. Writes nothing.
     """
-    path, skipped = newest_valid(run)
+    path, skipped = _newest(run, team)
     if path is None:
         if skipped:
             reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
@@ -282,6 +353,17 @@ def _resume(run: RunFolder, state: TrainState) -> tuple[Path | None, dict[str, i
     for bad, reason in skipped:
         console.warn(f"checkpoint {bad.name} is not used: {reason}; using {path.name}")
     return path, state.restore(path, whole=True)["files"]
+
+
+def _newest(run: RunFolder, team: Alone, below: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return what `newest_valid` finds, which one process looks for: reading all files once is enough."""
+
+    def look() -> list[Any]:
+        path, skipped = newest_valid(run, below=below)
+        return [path and path.name, [(bad.name, reason) for bad, reason in skipped]]
+
+    name, skipped = team.tell(look)
+    return name and run.checkpoints / name, [(run.checkpoints / bad, reason) for bad, reason in skipped]
 
 
 def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: HubAway | None) -> Stopped:
@@ -307,7 +389,7 @@ def _tell_skip(run: RunFolder, log: console.Log, step: int, reason: str, positio
     run.append_metrics({"step": step, "skipped": {"reason": reason, "tokens": tokens, "data": position}})
 
 
-def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: TrainState) -> None:
+def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: TrainState, team: Alone) -> None:
     """Return to the last checkpoint, or to the one before it if that led to no good step; the data go on from here.
 
     Raises:
@@ -320,13 +402,14 @@ def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: Train
             "did not help: start anew with a lower --optim.lr or other --data"
         )
     step, tokens = at.step, at.tokens
-    path, _ = newest_valid(run, below=guard.returned_to if guard.returned_to >= 0 else None)
+    path, _ = _newest(run, team, below=guard.returned_to if guard.returned_to >= 0 else None)
     if path is None:
         state.begin_again(config)
         run.cut_back(run.sizes(), 0, keep_log=True)
     else:
         run.cut_back(state.restore(path, whole=False)["files"], at.step, keep_log=True)
-    discard_beyond(run, at.step)
+    if team.lead:
+        discard_beyond(run, at.step)
     bad = guard.returned(at.step, tokens - at.tokens)
     name = "the first weights, for want of a checkpoint" if path is None else path.name
     log.say(

@@ -44,6 +44,13 @@ def memory(device: torch.device) -> tuple[int, int]:
         return peak, peak
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the GPU, or in this machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def train_line(record: dict, steps: int, seconds: float, device: torch.device) -> str:
     """Return a training record as a line: the original's fields, then learning rate, MaxVio and gradient norm."""
     name = "GPU Memory" if device.type == "cuda" else "Memory"

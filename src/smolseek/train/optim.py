@@ -1,6 +1,7 @@
 """The optimizers, their parameter groups, and the learning rate over the steps."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -8,37 +9,40 @@ from smolseek.config import OptimConfig, ScheduleConfig
 from smolseek.model.transformer import CausalLM
 from smolseek.train.muon import MuonAdamW
 
+Named = Sequence[tuple[str, torch.nn.Parameter]]
 
-def parameter_groups(model: CausalLM, config: OptimConfig) -> list[dict]:
+
+def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None = None) -> list[dict]:
     """Split the parameters in groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
 
     A tied head counts as the embedding. Empty matrices (no shared experts) and frozen parameters are left out. For Muon
-    two groups of hidden matrices follow, with `parts` as `MuonAdamW` wants them.
+    two groups of hidden matrices follow, with `parts` as `MuonAdamW` wants them. `named` are parameters that stand for
+    the model's, by its names.
     """
+    if named is None:
+        named = [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
     decayed: list[torch.nn.Parameter] = []
     plain: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.numel() == 0 or not parameter.requires_grad:
-            continue
+    for name, parameter in named:
         is_matrix = parameter.ndim >= 2 and "embed_tokens" not in name and not name.endswith("_bias")
         (decayed if is_matrix else plain).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return _with_muon(model, groups) if config.kind == "muon" else groups
+    return _with_muon(named, groups) if config.kind == "muon" else groups
 
 
-def make_optimizer(model: CausalLM, config: OptimConfig) -> torch.optim.AdamW:
-    """Return the optimizer `config` names, with one learning rate for all its groups."""
+def make_optimizer(model: CausalLM, config: OptimConfig, named: Named | None = None) -> torch.optim.AdamW:
+    """Return the optimizer `config` names, with one learning rate for all its groups; `named` as in the groups."""
     kind = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, named)
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _with_muon(model: CausalLM, groups: list[dict]) -> list[dict]:
+def _with_muon(named: Named, groups: list[dict]) -> list[dict]:
     """Take the hidden matrices out of AdamW's groups into Muon's: the fused gate and up are two matrices each.
 
     The head and the routers stay with AdamW. The projections of attention are whole matrices, not one a head.
     """
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in named}
     decayed, plain = groups
     by_parts: dict[int, list[torch.nn.Parameter]] = {0: [], 1: [], 2: []}
     for parameter in decayed["params"]:
@@ -78,6 +82,12 @@ def decay_factor(step: int, steps: int, config: ScheduleConfig) -> float:
 
 def _warmup(steps: int, config: ScheduleConfig) -> int:
     return min(config.warmup_steps, steps // 10)
+
+
+def numbered(optimizer: torch.optim.Optimizer, named: Named) -> dict[int, str]:
+    """Return the names of the parameters by their numbers in `state_tensors`."""
+    names = {id(p): name for name, p in named}
+    return dict(enumerate(names[id(p)] for group in optimizer.param_groups for p in group["params"]))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from smolseek.config import TrainConfig
-from smolseek.data.blocks import MixedStream
-from smolseek.data.stream import TrainStream
 from smolseek.model.transformer import CausalLM
+from smolseek.parallel.alone import Alone, Stream
 from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.pieces import piece_name
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
@@ -49,24 +49,37 @@ class TrainState:
     model: CausalLM
     optimizer: torch.optim.Optimizer
     balancer: Balancer
-    stream: TrainStream | MixedStream
+    stream: Stream
     guard: Guard
+    team: Alone
+    names: dict[int, str]
+    """Parameters by their numbers in the optimizer's state."""
     at: Progress = dataclasses.field(default_factory=Progress)
 
     def begin_again(self, config: TrainConfig) -> None:
         """Go back to step 0 and the first weights; the data stay where they are."""
-        device = self.model.lm_head.weight.device
-        self.model.init_weights(torch.Generator(device).manual_seed(config.seed))
+        self.team.draw(self.model, config.seed)
         if config.init is not None:
-            load_weights(self.model, resolve(config.init))
+            load_weights(self.model, resolve(config.init), self.team.parts(self.model))
         self.optimizer.state.clear()
         self._go_to(dataclasses.asdict(Progress()))
 
     def capture(self, seconds: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the training state beside the weights: tensors, not copied, and JSON types with `seconds` in `at`."""
+        """Return the training state beside the weights: tensors, not copied, and JSON types with `seconds` in `at`.
+
+        Of many processes each returns the tensors' rows that it is to write.
+        """
         progress = dataclasses.asdict(self.at) | {"seconds": seconds}
         rest = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
-        return state_tensors(self.optimizer), rest
+        tensors = {}
+        for name, value in state_tensors(self.optimizer).items():
+            number = int(name.split(".")[1])
+            if value.ndim == 0:
+                if self.team.lead:
+                    tensors[name] = value
+            elif self.team.writes(self.names[number], number):
+                tensors[piece_name(name, self.team.rows_of(self.names[number], value))] = value
+        return tensors, rest
 
     def restore(self, path: Path, whole: bool) -> dict[str, Any]:
         """Put back the weights, the optimizer and `at` from the checkpoint `path`, and return all its JSON state.
@@ -74,8 +87,8 @@ class TrainState:
         When `whole`, data and guard go back as well, as if the run had never stopped; else they stay, so that the run
         does not meet the same data again.
         """
-        tensors, saved = load_state(path)
-        load_weights(self.model, path)
+        tensors, saved = load_state(path, self._rows)
+        load_weights(self.model, path, self.team.parts(self.model))
         device = self.model.lm_head.weight.device
         load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
         self._go_to(saved["progress"])
@@ -88,6 +101,10 @@ class TrainState:
         """Forget the gradients and the load of a step that is not taken."""
         self.optimizer.zero_grad(set_to_none=True)
         self.balancer.forget()
+
+    def _rows(self, name: str) -> slice | None:
+        """Return which rows of a tensor of the training state are this process's."""
+        return self.team.rows(self.names[int(name.split(".")[1])])
 
     def _go_to(self, progress: dict[str, Any]) -> None:
         for name, value in progress.items():

@@ -1,0 +1,183 @@
+"""Many processes against one: losses, what each holds, and the bytes that each sends, against `smolseek inspect`.
+
+    python bench/scale.py            50 steps of a small `tiny` in float32, about ten minutes on two cores
+
+Prints a table and writes docs/results/scale.json. Bytes are counted by wrapping the collectives, as a ring sends them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from machine import describe
+
+SHAPE = {"num_hidden_layers": 2, "hidden_size": 64}
+WORDS = (
+    "--model.num-hidden-layers 2 --model.hidden-size 64 --seq-len 32 --batch-size 4 --grad-accum 2 --log-every 1 "
+    "--save-every 25 --eval-every 25 --eval-tokens 640 --sample-tokens 0 --precision float32 --device cpu "
+    "--optim.lr 3e-4"
+)
+CASES = {
+    "data 2": (2, ""),
+    "data 4": (4, ""),
+    "shard 2": (2, "--mesh.shard 2"),
+    "shard 4": (4, "--mesh.shard 4"),
+    "hybrid 2x2": (4, "--mesh.shard 2"),
+    "expert 2": (2, "--mesh.expert 2"),
+    "data 2 x expert 2": (4, "--mesh.data 2 --mesh.expert 2"),
+    "data 2 x expert 2, shard 4": (4, "--mesh.data 2 --mesh.expert 2 --mesh.shard 4"),
+}
+
+
+def worker(out: Path, words: list[str]) -> int:
+    """Train as `smolseek` does and write what this process held and sent in a step."""
+    import torch.distributed as dist
+
+    from smolseek.cli import main
+    from smolseek.parallel.team import Team
+    from smolseek.train import loop
+    from smolseek.train.guard import Guard
+
+    sent: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
+    held: dict[str, int] = {}
+
+    def size(x: torch.Tensor) -> int:
+        return x.numel() * x.element_size()
+
+    def counted(name: str, kind: str, bytes_sent):
+        real = getattr(dist, name)
+
+        def collective(*args, **kwargs):
+            group = kwargs.get("group") or dist.group.WORLD
+            if args[0].numel() * args[0].element_size() > 64 or kind != "all-reduce":  # no signals and norms
+                sent[kind] = sent.get(kind, 0) + bytes_sent(group.size(), *args)
+            return real(*args, **kwargs)
+
+        setattr(dist, name, collective)
+
+    def elsewhere(n: int, out: torch.Tensor, x: torch.Tensor, taken=None, given=None, **_) -> float:
+        if given is None:  # the counts
+            return 0
+        return (x.numel() - given[dist.get_rank() % n] * x[:1].numel()) * x.element_size()
+
+    real_gather, real_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+
+    def all_gather(output_tensor, input_tensor, group=None, async_op=False):
+        n = (group or dist.group.WORLD).size()
+        sent["all-gather"] = sent.get("all-gather", 0) + size(input_tensor) * (n - 1)
+        return real_gather(output_tensor, input_tensor, group=group, async_op=async_op)
+
+    def reduce_scatter(output, input, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        n = (group or dist.group.WORLD).size()
+        sent["reduce-scatter"] = sent.get("reduce-scatter", 0) + size(output) * (n - 1)
+        return real_scatter(output, input, op=op, group=group, async_op=async_op)
+
+    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = all_gather, reduce_scatter
+    counted("all_reduce", "all-reduce", lambda n, x, *a: 2 * size(x) * (n - 1) / n)
+    counted("all_to_all_single", "all-to-all", elsewhere)
+    passed, trained = Guard.passed, Team.trained
+
+    def step(self, number, *args):
+        passed(self, number, *args)
+        steps.append(dict(sent))
+
+    def parameters(self, model):
+        named = trained(self, model)
+        held["parameters"] = sum(p.numel() for _, p in named)
+        return named
+
+    Guard.passed, Team.trained = step, parameters
+    real_capture = loop.TrainState.capture
+
+    def capture(self, seconds):
+        state = self.optimizer.state_dict()["state"]
+        held["moments"] = sum(v.numel() for entry in state.values() for v in entry.values() if v.ndim)
+        return real_capture(self, seconds)
+
+    loop.TrainState.capture = capture
+    code = main(words)
+    # Between the second step and the tenth: no evaluation, no checkpoint.
+    per_step = {kind: (steps[9].get(kind, 0) - steps[1].get(kind, 0)) / 8 for kind in steps[9]}
+    rank = int(os.environ["RANK"])
+    record = {"parameters": held["parameters"], "moments": held["moments"], "sent": per_step}
+    (out / f"{rank}.json").write_text(json.dumps(record))
+    return code
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/scale.json"))
+    args = parser.parse_args()
+    from smolseek.config import MeshConfig
+    from smolseek.model.summary import count
+    from smolseek.parallel.mesh import choose
+    from smolseek.presets import preset
+    from smolseek.train.footprint import Run
+    from smolseek.train.scale import cost
+
+    shape = replace(preset("tiny"), **SHAPE)
+    whole = count(shape).total - count(shape).balancing
+    run = Run.planned(batch_size=4, grad_accum=2, seq_len=32, precision="float32", device="cpu")
+    result: dict = {**describe(), "command": "python bench/scale.py", "steps": args.steps, "runs": {}}
+    if args.out.exists():
+        result["runs"] = json.loads(args.out.read_text())["runs"]
+    with tempfile.TemporaryDirectory() as folder:
+        alone = train(1, "", Path(folder), args.steps, [sys.executable, "-m", "smolseek"])
+        for name in args.only:
+            size, words = CASES[name]
+            told = Path(folder) / name.replace(" ", "-")
+            told.mkdir()
+            start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]
+            command = [sys.executable, *start, __file__, "--worker", str(told)]
+            losses = train(size, words, Path(folder), args.steps, command)
+            found = [json.loads((told / f"{rank}.json").read_text()) for rank in range(size)]
+            options = dict(zip(words.split()[::2], map(int, words.split()[1::2]), strict=True))
+            mesh = choose(MeshConfig(**{key.removeprefix("--mesh."): n for key, n in options.items()}), shape, size)
+            expected = cost(shape, mesh, run)
+            kinds = [kind for kind, n in expected.sent.items() if n]
+            measured = {kind: sum(f["sent"].get(kind, 0) for f in found) / size for kind in kinds}
+            row = {
+                "processes": size,
+                "options": words,
+                "largest_relative_difference_of_losses": max(
+                    abs(a - b) / a for a, b in zip(alone, losses, strict=True)
+                ),
+                "parameters_and_moments_per_process": max(f["parameters"] + f["moments"] for f in found),
+                "share_of_one_process": max(f["parameters"] + f["moments"] for f in found) / (3 * whole),
+                "bytes_sent_a_step": measured,
+                "bytes_expected": {kind: expected.sent[kind] for kind in kinds},
+                "ratio": sum(measured.values()) / sum(expected.sent.values()),
+            }
+            result["runs"][name] = row
+            print(
+                f"{name:28} losses {row['largest_relative_difference_of_losses']:.1e}  holds "
+                f"{row['share_of_one_process']:.3f}  sent/expected {row['ratio']:.3f}  "
+                + ", ".join(f"{kind} {measured[kind] / expected.sent[kind]:.3f}" for kind in kinds),
+                flush=True,
+            )
+            args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def train(size: int, mesh: str, folder: Path, steps: int, command: list[str]) -> list[float]:
+    """Train with `size` processes and return the losses by step."""
+    run = folder / f"run-{size}-{mesh.replace(' ', '')}"
+    words = ["train", "tiny", "--data", "builtin", "--run", str(run), *WORDS.split(), "--steps", str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *words, *mesh.split()], check=True, stdout=subprocess.DEVNULL, env=environment)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        sys.exit(worker(Path(sys.argv[2]), sys.argv[3:]))
+    main()

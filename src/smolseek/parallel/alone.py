@@ -1,0 +1,152 @@
+"""One process, which holds everything and reads every row. Imports no torch.distributed.
+
+`team.Team` has the same methods for many processes; the training loop is written once, for both.
+"""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import torch
+
+from smolseek.config import ModelConfig, TrainConfig
+from smolseek.model.parts import Part, all_parts, whole
+from smolseek.model.transformer import CausalLM, new_model
+
+Named = list[tuple[str, torch.nn.Parameter]]
+
+
+class Stream(Protocol):
+    """Training rows from a position on."""
+
+    def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
+        """Return the next `n` rows, int64 [n, T+1]; `stopped` ends a wait for them."""
+
+    def position(self) -> dict[str, Any]:
+        """Return where the next row begins."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what the metrics hold of it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position with what else a checkpoint needs."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position."""
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+
+
+class Alone:
+    """One process. `lead` is the one that reads the data, prints and writes the run folder."""
+
+    rank = 0
+    size = 1
+    in_parts = False
+    """Whether no process holds the whole model."""
+
+    @property
+    def lead(self) -> bool:
+        """Whether this is the process that reads the data, prints and writes."""
+        return self.rank == 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the others."""
+
+    def describe(self, device: torch.device) -> str:
+        """Return in a few words where it computes."""
+        return device.type
+
+    def build(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
+        """Return what this process holds of a new model: the same weights, however many processes there are."""
+        return new_model(config, seed, device)
+
+    def draw(self, model: CausalLM, seed: int) -> None:
+        """Draw the weights of `build` anew."""
+        model.init_weights(torch.Generator(model.lm_head.weight.device).manual_seed(seed))
+
+    def tell(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns to the lead, in JSON types; the others do not call it."""
+        return make()
+
+    def send_rows(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return the lead's `rows`, int64 [N, T+1], to all."""
+        assert rows is not None
+        return rows
+
+    def follow(self, stream: Stream | None) -> Stream:
+        """Return the lead's stream to the lead, and one that stands still to the others."""
+        assert stream is not None
+        return stream
+
+    def step_rows(
+        self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """Read the rows of one step: `grad_accum` micro-batches of `batch_size`.
+
+        Yields this process's rows of each micro-batch, and their share in it. The rows of all processes, side by
+        side, are those that one process would read.
+
+        Raises:
+            HubAway: to all, when the lead's data are away.
+        """
+        rows = stream.next_batch(config.batch_size * config.grad_accum, stopped)
+        return ((micro, 1.0) for micro in rows.split(config.batch_size))
+
+    def share(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return this process's rows of `rows`, which all have, and their share in them."""
+        return rows, 1.0
+
+    def last_of_step(self, model: CausalLM, last: bool) -> None:
+        """Prepare a backward pass: is it the last one before the optimizer's step?"""
+
+    def backward(self, model: CausalLM) -> AbstractContextManager[None]:
+        """Return what a micro-batch's two passes run in: gradients are added in place where one process has them."""
+        return model.in_place.during()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum of every process's `x`."""
+        return x
+
+    def clip(self, model: CausalLM, most: float) -> torch.Tensor:
+        """Scale the whole gradient down to the norm `most`, and return the norm it had."""
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+
+    def trained(self, model: CausalLM) -> Named:
+        """Return what the optimizer is to step, by name: this process's parts of all that is not empty."""
+        return [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
+
+    def agree(self, received: signal.Signals | None) -> signal.Signals | None:
+        """Return the signal that any process received."""
+        return received
+
+    def parts(self, model: CausalLM) -> dict[str, Part]:
+        """Return what this process holds of the model, by name; a tied head is left out."""
+        return all_parts(model)
+
+    def rows_of(self, name: str, tensor: torch.Tensor) -> Part:
+        """Return `tensor`, which is as this process's part of the parameter `name`, as a part."""
+        return whole(tensor)
+
+    def rows(self, name: str) -> slice | None:
+        """Return which rows of the parameter `name` this process holds; None for all."""
+        return None
+
+    def writes(self, name: str, number: int) -> bool:
+        """Return whether this process writes its rows of the parameter `name`, the `number`-th, into checkpoints.
+
+        Of the processes that hold the same rows one does, another one for each number.
+        """
+        return True
+
+    def gather(self, model: CausalLM) -> dict[str, Part]:
+        """Return what this process is to write of the weights, on the CPU; all call it together."""
+        return {name: Part(part.tensor.to("cpu", copy=True), 0, part.rows) for name, part in all_parts(model).items()}

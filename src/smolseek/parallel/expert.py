@@ -1,0 +1,79 @@
+"""Expert parallelism: each process holds some experts, and tokens travel to them and back.
+
+Shapes as in `model/moe.py`; X pairs that this process computes, P processes that hold all experts together.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from smolseek.model import rows
+from smolseek.model.moe import Dispatched, LocalDispatcher
+
+
+class _Way(NamedTuple):
+    """How the tokens came, for the way back."""
+
+    order_M: torch.Tensor
+    """Of this process's pairs, by expert."""
+    order_X: torch.Tensor
+    """Of the pairs that arrived, by expert."""
+    sent: list[int]
+    """Pairs that went to each process."""
+    taken: list[int]
+    """Pairs that came from each process."""
+
+
+class ExpertDispatcher(LocalDispatcher):
+    """Brings each token to the process that holds its expert, by one all-to-all each way.
+
+    No token is dropped: the processes first tell one another how many come. Neighbours hold neighbouring experts.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group, self.size = group, group.size()
+
+    def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
+        """Return the pairs whose experts are here, from all processes of the group, sorted by expert."""
+        x_MD, load_E, _, order_M = super().dispatch(x_ND, experts_NK, n_experts)
+        came_E = torch.empty_like(load_E)
+        dist.all_to_all_single(came_E, load_E, group=self.group)
+        own = n_experts // self.size
+        # The one place where the host waits: splits are numbers of Python's.
+        sent, taken = torch.stack((load_E, came_E)).view(2, self.size, own).sum(dim=2).tolist()
+        x_XD = _AllToAll.apply(x_MD, sent, taken, self.group)
+        # From each process they came by expert; now by expert alone, and of one expert in the processes' order.
+        experts = torch.arange(own, device=x_ND.device).repeat(self.size)
+        order_X = experts.repeat_interleave(came_E, output_size=sum(taken)).argsort(stable=True)
+        counts = came_E.view(self.size, own).sum(dim=0)
+        return Dispatched(_reordered(x_XD, order_X), counts, load_E, _Way(order_M, order_X, sent, taken))
+
+    def combine(self, y_XD: torch.Tensor, way: Any, weights_NK: torch.Tensor) -> torch.Tensor:
+        """Send the results back and return the weighted sum of each token's experts [N, D]."""
+        y_XD = _reordered(y_XD, rows.inverse(way.order_X))
+        y_MD = _AllToAll.apply(y_XD, way.taken, way.sent, self.group)
+        return super().combine(y_MD, way.order_M, weights_NK)
+
+
+def _reordered(x_XD: torch.Tensor, order_X: torch.Tensor) -> torch.Tensor:
+    return rows.spread(x_XD, order_X, 1, x_XD.dtype) if len(x_XD) else x_XD
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to the processes that they are for; the gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, sent: list[int], taken: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.sent, ctx.taken, ctx.group = sent, taken, group
+        return _exchanged(x, sent, taken, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        return _exchanged(dy, ctx.taken, ctx.sent, ctx.group), None, None, None
+
+
+def _exchanged(x: torch.Tensor, sent: list[int], taken: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    y = x.new_empty(sum(taken), *x.shape[1:])
+    dist.all_to_all_single(y, x.contiguous(), taken, sent, group=group)
+    return y

@@ -1,0 +1,279 @@
+"""Many processes, as torchrun starts them: `Alone`'s methods by collectives.
+
+What the processes tell one another about the run - rows, signals, decisions - lies on the CPU and goes by gloo, so
+that no GPU is waited for. Nothing is pickled on the way.
+"""
+
+import datetime
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from smolseek import console
+from smolseek.config import ModelConfig, TrainConfig
+from smolseek.data.retries import HubAway
+from smolseek.errors import SmolseekError, Stopped
+from smolseek.model.parts import Part, whole
+from smolseek.model.transformer import CausalLM, draw_weight
+from smolseek.parallel.alone import Alone, Named, Stream
+from smolseek.parallel.mesh import Mesh
+from smolseek.parallel.shard import Where, cut, local, make_groups, parts_of
+from smolseek.parallel.watch import Watch
+
+_AWAY = -1
+
+
+class Team(Alone):
+    """This process among those of `mesh`."""
+
+    def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
+        """Meet the others, at most for `timeout` seconds; so long a collective may take as well."""
+        self.mesh = mesh
+        self.rank, self.size, self.in_parts = int(os.environ["RANK"]), mesh.size, mesh.in_parts
+        limit = datetime.timedelta(seconds=timeout)
+        self.store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=self.store,
+            rank=self.rank,
+            world_size=self.size,
+            timeout=limit,
+            device_id=device if device.type == "cuda" else None,
+        )
+        self.groups = make_groups(mesh, device.type)
+        self.watch = Watch(self.store, self.rank, self.size, timeout)
+        self.where: dict[str, Where] = {}
+        self._trained: Named = []
+
+    def __enter__(self) -> Self:
+        self._stdout = sys.stdout
+        if not self.lead:
+            sys.stdout = open(os.devnull, "w")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave the others. What ends all of them is said by one."""
+        sys.stdout = self._stdout
+        self.watch.close()
+        code = None
+        if isinstance(error, Stopped | SmolseekError):
+            first = self.store.add("ended", 1) == 1
+            if first and not self.lead:
+                console.complain(f"process {self.rank}: {error}")
+            if not (first and self.lead):
+                code = error.code if isinstance(error, Stopped) else 2
+        elif isinstance(error, RuntimeError) and self.store.add("ended", 0):
+            code = 1  # the other end of a broken connection has spoken
+        if error is None or isinstance(error, Stopped):
+            dist.destroy_process_group()
+        if code is not None:
+            raise SystemExit(code)
+
+    def describe(self, device: torch.device) -> str:
+        """Return in a few words where they compute."""
+        return f"{device.type}, {self.mesh}"
+
+    def build(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
+        """Return this process's part of a new model. Whole is never more than one tensor at a time."""
+        model, self.where = cut(config, self.groups)
+        model.to_empty(device=device)
+        model.tie_weights()
+        model.reset_buffers()
+        self.draw(model, seed)
+        return model
+
+    def draw(self, model: CausalLM, seed: int) -> None:
+        """Draw the weights that `new_model` would give, and keep this process's rows."""
+        device = model.lm_head.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        for name, part in self.parts(model).items():
+            if name in self.where:
+                full = torch.empty(part.rows, *part.tensor.shape[1:], device=device)
+                draw_weight(name, full, model.config.initializer_range, generator)
+                part.tensor.copy_(full[part.start : part.start + len(part.tensor)])
+            else:
+                part.tensor.zero_()  # the balancing biases
+
+    def tell(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns to the lead, as JSON."""
+        text = json.dumps(make()).encode() if self.lead else b""
+        length = torch.tensor([len(text)])
+        dist.broadcast(length, 0)
+        data = (
+            torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            if self.lead
+            else length.new_empty(int(length), dtype=torch.uint8)
+        )
+        dist.broadcast(data, 0)
+        return json.loads(data.numpy().tobytes())
+
+    def send_rows(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return the lead's rows to all."""
+        shape = self.tell(lambda: list(rows.shape) if rows is not None else None)
+        held = rows if rows is not None else torch.empty(shape, dtype=torch.int64)
+        dist.broadcast(held, 0)
+        return held
+
+    def follow(self, stream: Stream | None) -> Stream:
+        """Return the stream that the lead alone reads."""
+        return _Standing() if stream is None else stream
+
+    def step_rows(
+        self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """Read the rows of a step on the lead, and hand each process its own."""
+        size, n = config.batch_size, config.grad_accum
+        counts = [len(part) for part in torch.arange(size).tensor_split(self.size)]
+        mine = torch.empty(n, counts[0], config.seq_len + 1, dtype=torch.int64)  # the first has the most
+        away, sent = None, None
+        if self.lead:
+            try:
+                parts_by_rank = (
+                    stream.next_batch(size * n, stopped).unflatten(0, (n, size)).tensor_split(self.size, dim=1)
+                )
+                sent = [F.pad(part, (0, 0, 0, counts[0] - part.shape[1])) for part in parts_by_rank]
+            except HubAway as error:
+                away, sent = error, [torch.full_like(mine, _AWAY)] * self.size
+        dist.scatter(mine, sent, 0)
+        if away is not None:
+            raise away
+        if mine[0, 0, 0] == _AWAY:
+            raise HubAway("the training data are away")
+        return ((rows[: counts[self.rank]], counts[self.rank] / size) for rows in mine)
+
+    def share(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return this process's rows; where there are too few, one that counts nothing, since all must take part."""
+        mine = rows.tensor_split(self.size)[self.rank]
+        return (mine, len(mine) / len(rows)) if len(mine) else (rows[:1], 0.0)
+
+    def last_of_step(self, model: CausalLM, last: bool) -> None:
+        """Gradients are summed over copies once a step; over shards each time, since only a part of them is kept."""
+        model.set_is_last_backward(last)  # type: ignore[operator]
+        if self.mesh.shard == 1:
+            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        else:
+            model.set_requires_all_reduce(last)  # type: ignore[operator]
+
+    def backward(self, model: CausalLM) -> AbstractContextManager[None]:
+        """Nothing is added in place: FSDP2 has to see every gradient."""
+        return nullcontext()
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the sum over all processes, the same everywhere."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    def clip(self, model: CausalLM, most: float) -> torch.Tensor:
+        """Hand the gradients over to what the optimizer steps, and clip them by the norm over all processes."""
+        squares = torch.zeros((), device=model.lm_head.weight.device)
+        for (name, own), p in zip(self._trained, _nonempty(model), strict=True):
+            # Bound anew each time: FSDP2 may have moved its shard.
+            own.data, own.grad = local(p), None if p.grad is None else local(p.grad)
+            p.grad = None
+            if own.grad is not None:
+                squares += own.grad.square().sum() / self.where[name].copies
+        norm = self.sum(squares).sqrt()
+        scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        for _, own in self._trained:
+            if own.grad is not None:
+                own.grad.mul_(scale)
+        return norm
+
+    def trained(self, model: CausalLM) -> Named:
+        """Return parameters that lie where this process's parts lie, plain tensors with gradients from `clip`."""
+        names = [name for name, p in model.named_parameters() if p.numel()]
+        self._trained = [(n, nn.Parameter(local(p).detach())) for n, p in zip(names, _nonempty(model), strict=True)]
+        return self._trained
+
+    def agree(self, received: signal.Signals | None) -> signal.Signals | None:
+        """Return the signal with the highest number that any process received."""
+        self.watch.beat()
+        number = torch.tensor(0 if received is None else int(received))
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+        return signal.Signals(int(number)) if number else None
+
+    def parts(self, model: CausalLM) -> dict[str, Part]:
+        """Return this process's rows of every tensor, with no gathered copy beside them."""
+        for module in parts_of(model):
+            module.reshard()
+        found = {name: self.rows_of(name, local(p).detach()) for name, p in model.named_parameters()}
+        return found | {name: whole(b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+
+    def rows_of(self, name: str, tensor: torch.Tensor) -> Part:
+        """Return a tensor that lies as the parameter `name` does as a part."""
+        where = self.where[name]
+        return Part(tensor, where.start, where.rows)
+
+    def rows(self, name: str) -> slice | None:
+        """Return which rows of the parameter `name` this process holds."""
+        where = self.where[name]
+        return slice(where.start, where.start + where.own)
+
+    def writes(self, name: str, number: int) -> bool:
+        """Return whether this process is the `number`-th, counted around, of those that hold its rows."""
+        where = self.where[name]
+        return where.own > 0 and where.copy == number % where.copies
+
+    def gather(self, model: CausalLM) -> dict[str, Part]:
+        """Return what this process is to write of the weights, on the CPU; all call it together.
+
+        Experts are written by those who hold them. Any other tensor is put together, one at a time, and one process
+        keeps it: no process ever holds more than its share and one tensor.
+        """
+        parts = self.parts(model)
+        state: dict[str, Any] = dict(model.named_parameters())
+        found = {}
+        for number, (name, part) in enumerate(parts.items()):
+            p = state.get(name)
+            if p is None or not isinstance(p, DTensor):
+                if number % self.size == self.rank:
+                    found[name] = part
+            elif ".mlp.experts." in name:
+                if self.writes(name, number):
+                    found[name] = part
+            elif self.where[name].copy == number % self.where[name].copies:
+                full = p.full_tensor().detach()
+                if number // self.mesh.copies % self.mesh.shard == self.groups.dense.get_local_rank(1):
+                    found[name] = whole(full)
+        return {name: Part(part.tensor.to("cpu", copy=True), part.start, part.rows) for name, part in found.items()}
+
+
+class _Standing:
+    """The stream of a process that does not read."""
+
+    def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
+        raise AssertionError("the lead reads")
+
+    def position(self) -> dict[str, Any]:
+        return {"tokens": 0}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def record(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def _nonempty(model: CausalLM) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.numel()]

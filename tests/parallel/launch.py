@@ -1,0 +1,65 @@
+"""Starts training runs as torchrun does, and compares what they leave behind."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+SMALL = (
+    "--model.num-hidden-layers 2 --model.hidden-size 32 --model.vocab-size 49152 --seq-len 16 --batch-size 4 "
+    "--grad-accum 2 --eval-every 3 --eval-tokens 96 --sample-tokens 0 --log-every 1 --data.val-fraction 0.2 "
+    "--precision float32 --device cpu --optim.lr 3e-4 --balance.alpha 1e-3"
+)
+
+STOPPER = Path(__file__).with_name("stopper.py")
+
+
+def write_text(path: Path) -> Path:
+    """Write documents of drawn words."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
+    lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(60))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def launch(
+    processes: int,
+    run: Path,
+    data: Path,
+    *extra: str,
+    stop: tuple[int, str] | None = None,
+    restarts: int = 0,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess:
+    """Train `tiny`, smaller still, with that many processes, and return how it ended.
+
+    `stop` is a step and the signal that the last process gets after it.
+    """
+    words = ["train", "tiny", "--data", str(data), "--run", str(run), *SMALL.split(), *extra]
+    if processes == 1:
+        command = [sys.executable]
+    else:
+        start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node"]
+        command = [sys.executable, *start, str(processes)]
+    if stop is None:
+        # `--`, since torchrun would otherwise take --run for an option of its own.
+        command += ["-m", *(["--"] if processes > 1 else []), "smolseek", *words]
+    else:
+        command += [*(["--"] if processes > 1 else []), str(STOPPER), *map(str, stop), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+def trained(run: Path) -> dict[int, dict]:
+    """Return the training records by step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["step"]: record for record in map(json.loads, lines) if "loss" in record}
+
+
+def validated(run: Path) -> dict[int, dict]:
+    """Return the evaluations by step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {record["step"]: record for record in map(json.loads, lines) if "val_loss" in record}

@@ -1,0 +1,52 @@
+"""Sizes of a mesh: what fits, and what is refused with the sizes that would fit."""
+
+import pytest
+
+from smolseek.config import MeshConfig
+from smolseek.errors import SmolseekError
+from smolseek.parallel.mesh import choose
+from smolseek.presets import preset
+
+TINY = preset("tiny")  # 8 routed experts
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "shard", "size", "copies", "expert_shard", "expert_copies"),
+    [
+        (0, 1, 1, 4, 4, 1, 4),
+        (0, 1, 4, 4, 1, 4, 1),
+        (0, 1, 2, 4, 2, 2, 2),
+        (2, 2, 1, 4, 4, 1, 2),
+        (2, 2, 4, 4, 1, 2, 1),
+        (8, 4, 8, 32, 4, 2, 4),
+    ],
+)
+def test_every_weight_is_held_as_often_as_there_are_copies(
+    data, expert, shard, size, copies, expert_shard, expert_copies
+):
+    mesh = choose(MeshConfig(data=data, expert=expert, shard=shard), TINY, size)
+    assert (mesh.copies, mesh.expert_shard, mesh.expert_copies) == (copies, expert_shard, expert_copies)
+    assert mesh.copies * mesh.shard == mesh.expert_copies * mesh.expert_shard * mesh.expert == size
+
+
+@pytest.mark.parametrize(
+    ("config", "size", "batch", "says"),
+    [
+        (MeshConfig(expert=3), 4, 4, "--mesh.expert 1, 2 or 4"),
+        (MeshConfig(expert=16), 16, 16, "--mesh.expert 1, 2, 4 or 8"),
+        (MeshConfig(data=3), 4, 4, "--mesh.data 4"),
+        (MeshConfig(data=2, expert=2), 2, 4, "--mesh.data 1"),
+        (MeshConfig(shard=3), 4, 4, "--mesh.shard 1, 2 or 4"),
+        (MeshConfig(expert=4, shard=2), 8, 8, "--mesh.shard 1, 4 or 8"),
+        (MeshConfig(), 4, 3, "--batch-size 4 or more"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_what_would(config, size, batch, says):
+    with pytest.raises(SmolseekError) as refused:
+        choose(config, TINY, size, batch)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_dense_model_has_no_experts_to_deal_out():
+    with pytest.raises(SmolseekError, match=r"--mesh\.expert 1"):
+        choose(MeshConfig(expert=2), preset("smollm2_135m"), 4)

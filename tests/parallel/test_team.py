@@ -1,0 +1,181 @@
+"""Steps of a small model by several processes are those of one: losses, norms, weights, also through checkpoints."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from smolseek.config import MeshConfig, OptimConfig, TrainConfig
+from smolseek.parallel.alone import Alone
+from smolseek.parallel.mesh import choose
+from smolseek.parallel.team import Team
+from smolseek.presets import preset
+from smolseek.run_folder import RunFolder, verify
+from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.saver import PartSaver, Saver
+from smolseek.train.balance import Balancer
+from smolseek.train.guard import Guard
+from smolseek.train.loss import losses
+from smolseek.train.optim import make_optimizer, numbered
+from smolseek.train.state import TrainState
+from smolseek.train.validation import evaluate
+
+MODEL = replace(
+    preset("tiny"),
+    vocab_size=64,
+    num_hidden_layers=2,
+    hidden_size=32,
+    moe_intermediate_size=16,
+    first_k_dense_replace=0,
+)
+CONFIG = TrainConfig(model=MODEL, run="unused", batch_size=4, grad_accum=2, seq_len=16)
+
+
+class Rows:
+    """A stream of drawn rows, at a position that is saved."""
+
+    def __init__(self):
+        self.at = 0
+
+    def next_batch(self, n, stopped=None):
+        self.at += 1
+        return torch.randint(64, (n, 17), generator=torch.Generator().manual_seed(self.at))
+
+    def position(self):
+        return {"tokens": self.at}
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+def train(team: Alone, run: RunFolder, steps: int, kind: str, resume: int = 0) -> dict:
+    """Take `steps` steps, from the checkpoint after `resume` ones if that is given, save, and return what came out."""
+    model = team.build(MODEL, 3, torch.device("cpu"))
+    trained = team.trained(model)
+    optimizer = make_optimizer(model, OptimConfig(kind=kind), trained)
+    balancer = Balancer(model, 0.01)
+    stream = team.follow(Rows() if team.lead else None)
+    names = numbered(optimizer, trained)
+    state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), team, names)
+    if resume:
+        state.restore(run.checkpoint_path(resume), whole=True)
+    found, norms, load = [], [], []
+    for _ in range(steps):
+        total = torch.zeros(())
+        for number, (rows, share) in enumerate(team.step_rows(stream, CONFIG), 1):
+            team.last_of_step(model, number == CONFIG.grad_accum)
+            out = losses(model, rows, alpha=1e-2)
+            (out.total * share / CONFIG.grad_accum).backward()
+            total += out.next_token * share
+            balancer.add(out.load_LE)
+        norms.append(float(team.clip(model, 0.5)))
+        found.append(float(team.sum(total)) / CONFIG.grad_accum)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        load.append(balancer.step(1.0, team.sum))
+        state.at.step += 1
+    rows = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
+    record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), team=team)
+    options: dict = {}
+    if team.size > 1:
+        options = {"rank": team.rank, "size": team.size, "gather": team.gather, "tell": team.tell, "timeout": 60.0}
+    with (PartSaver if options else Saver)(run, model, None, **options) as saver:
+        saver.save(state.at.step, *state.capture(0.0))
+    assert saver.failure is None
+    held = sum(p.numel() for _, p in trained)
+    return {"losses": found, "norms": norms, "maxvio": load, "val": record, "held": held}
+
+
+def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: int, kind: str, resume: int) -> None:
+    """Be one of the processes; the results go into a file."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with Alone() if size == 1 else Team(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as team:
+        found = train(team, RunFolder(folder, writes=team.lead), steps, kind, resume)
+    (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+def together(size: int, folder: Path, steps: int, resume: int = 0, kind: str = "adamw", **mesh: int) -> list[dict]:
+    """Train with `size` processes and return what each found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(exist_ok=True)
+    words = (size, port, MeshConfig(**mesh), str(folder), steps, kind, resume)
+    # Forked, since each would need seconds to import what is loaded here; so this process must not use autograd.
+    mp.start_processes(work, words, nprocs=size, start_method="fork")
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Four steps by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return RunFolder(folder), together(1, folder, 4)[0]
+
+
+def check_same(found, expected, first=0):
+    for name in ("losses", "maxvio"):
+        for ours, theirs in zip(found[name], expected[name][first:], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-9), name
+    assert found["norms"] == pytest.approx(expected["norms"][first:], rel=1e-4)
+    assert found["val"]["val_loss"] == pytest.approx(expected["val"]["val_loss"], rel=1e-5)
+    assert found["val"]["val_load"] == expected["val"]["val_load"]
+
+
+def check_checkpoint(run, other, step):
+    path, expected = run.checkpoint_path(step), other.checkpoint_path(step)
+    assert verify(path) is None
+    models = []
+    for folder in (path, expected):
+        models.append(Alone().build(MODEL, 0, torch.device("cpu")))
+        load_weights(models[-1], folder)
+    for name, theirs in models[1].state_dict().items():
+        assert torch.allclose(models[0].state_dict()[name], theirs, atol=2e-5), name
+    ours, theirs = load_state(path), load_state(expected)
+    assert ours[1]["data"] == theirs[1]["data"] and sorted(ours[0]) == sorted(theirs[0])
+    assert all(torch.allclose(ours[0][name], theirs[0][name], atol=1e-5) for name in theirs[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "mesh", "share"),
+    [
+        (3, {}, 1.0),
+        (2, {"shard": 2}, 0.5),
+        (2, {"expert": 2}, None),
+        (4, {"shard": 2}, 0.5),
+        (4, {"data": 2, "expert": 2, "shard": 4}, 0.25),
+    ],
+)
+def test_many_processes_step_as_one(size, mesh, share, alone, tmp_path):
+    run, expected = alone
+    found = together(size, tmp_path / "run", 4, **mesh)
+    for each in found:
+        check_same(each, expected)
+    if share is not None:
+        assert max(each["held"] for each in found) <= 1.1 * share * expected["held"]
+    check_checkpoint(RunFolder(tmp_path / "run"), run, 4)
+
+
+def test_saved_by_four_it_goes_on_with_two_and_then_with_one(alone, tmp_path):
+    run, expected = alone
+    folder = tmp_path / "run"
+    first = together(4, folder, 2, data=2, expert=2, shard=4)
+    second = together(2, folder, 1, resume=2, shard=2)
+    third = together(1, folder, 1, resume=3)
+    assert first[0]["losses"] + second[0]["losses"] + third[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    check_checkpoint(RunFolder(folder), run, 4)
+
+
+def test_muon_steps_whole_matrices_in_every_process(tmp_path):
+    expected = together(1, tmp_path / "alone", 3, kind="muon")[0]
+    for each in together(2, tmp_path / "run", 3, kind="muon", expert=2):
+        assert each["losses"] == pytest.approx(expected["losses"], rel=1e-4)

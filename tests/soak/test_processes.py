@@ -1,0 +1,97 @@
+"""Ten SIGKILLs of one of two processes at random moments, and one that stops answering. `make soak` runs it."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.soak
+
+_spec = importlib.util.spec_from_file_location("launch", Path(__file__).parents[1] / "parallel" / "launch.py")
+runs = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(runs)
+
+KILLS, STEPS = 10, 60
+WORDS = ("--steps", str(STEPS), "--save-every", "2", "--keep-last", "3", "--eval-every", "100", "--mesh.shard", "2")
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that `pid` has started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def weights(run: Path) -> dict:
+    folder = run / f"checkpoints/step-{STEPS:06d}"
+    return {
+        name: tensor for file in sorted(folder.glob("model-*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def test_ten_kills_change_nothing(tmp_path):
+    data = runs.write_text(tmp_path / "text.jsonl")
+    whole, run = tmp_path / "whole", tmp_path / "killed"
+    done = runs.launch(2, whole, data, *WORDS, timeout=500)
+    assert done.returncode == 0, done.stderr
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    words = ["train", "tiny", "--data", str(data), "--run", str(run), *runs.SMALL.split(), *WORDS]
+    start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(KILLS), "--nproc-per-node", "2"]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, *start, "-m", "--", "smolseek", *words],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    begun, killed = time.monotonic(), []
+    try:
+        # Each life gets past a few more steps, so that the ten moments are spread over the run.
+        for kill in range(KILLS):
+            until = (kill + 1) * STEPS // (KILLS + 2)
+            while process.poll() is None and time.monotonic() < begun + 900:
+                taken = list(runs.trained(run)) if (run / "metrics.jsonl").exists() else []
+                if taken and max(taken) >= until:
+                    break
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5))
+            victims = children(process.pid)
+            assert len(victims) == 2, (tmp_path / "log").read_text()
+            rank = rng.randrange(2)
+            os.kill(victims[rank], signal.SIGKILL)
+            killed.append({"rank": rank, "step": max(runs.trained(run))})
+            while set(victims) & set(children(process.pid)):
+                time.sleep(0.05)
+        assert process.wait(timeout=500) == 0, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+        log.close()
+    assert [r["loss"] for r in runs.trained(run).values()] == [r["loss"] for r in runs.trained(whole).values()]
+    ours, theirs = weights(run), weights(whole)
+    assert sorted(ours) == sorted(theirs) and all((ours[name] == theirs[name]).all() for name in theirs)
+    if result := os.environ.get("PROCESSES_RESULT"):
+        found = {
+            "kills": killed,
+            "steps": STEPS,
+            "seconds": time.monotonic() - begun,
+            "weights": "equal to the last bit",
+        }
+        Path(result).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def test_one_that_stops_answering_is_named(tmp_path):
+    data = runs.write_text(tmp_path / "text.jsonl")
+    begun = time.monotonic()
+    words = ("--steps", "6", "--save-every", "3", "--mesh.timeout", "30")
+    done = runs.launch(2, tmp_path / "run", data, *words, stop=(2, "SIGSTOP"), timeout=200)
+    assert done.returncode != 0
+    assert "process 1 gives no sign of life" in done.stderr, done.stderr
+    assert time.monotonic() - begun < 150
