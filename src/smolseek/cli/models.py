@@ -87,9 +87,9 @@ def inspect(argv: Sequence[str]) -> None:
         from smolseek.train import footprint, scale
 
         mesh = choose(MeshConfig(**asdict(args.mesh)), config, None)
-        asked = ("grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
+        given = ("grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
         rows = max(args.batch_size, mesh.size)
-        run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in asked}, optimizer="adamw")
+        run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in given}, optimizer="adamw")
         for line in scale.lines(config, mesh, run, args.interconnect):
             console.say(line)
 

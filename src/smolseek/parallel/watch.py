@@ -18,7 +18,9 @@ class Watch:
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
-        self.store, self.rank, self.size = store.clone(), rank, size
+        # A connection of its own: the other one waits inside collectives. The stubs of PyTorch lack `clone`.
+        self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
+        self.rank, self.size = rank, size
         self.every = timeout / _LOOKS
         self._steps, self._since, self._told = 0, time.monotonic(), False
         self._stop = threading.Event()
@@ -35,7 +37,8 @@ class Watch:
         self._thread.join(self.every)
 
     def _run(self) -> None:
-        life, before = 0, {}
+        life = 0
+        before: dict[int, tuple[int, int]] = {}
         while not self._stop.wait(self.every):
             try:
                 life += 1
