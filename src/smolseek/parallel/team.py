@@ -28,6 +28,7 @@ from smolseek.errors import SmolseekError, Stopped
 from smolseek.model.parts import Part, whole
 from smolseek.model.transformer import CausalLM, draw_weight
 from smolseek.parallel.alone import Alone, Named, Stream
+from smolseek.parallel.meet import meet
 from smolseek.parallel.mesh import Mesh
 from smolseek.parallel.shard import Where, cut, local, make_groups, parts_of
 from smolseek.parallel.watch import Watch
@@ -43,7 +44,8 @@ class Team(Alone):
         self.mesh = mesh
         self.rank, self.size, self.in_parts = int(os.environ["RANK"]), mesh.size, mesh.in_parts
         limit = datetime.timedelta(seconds=timeout)
-        self.store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+        kept, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+        self.store = meet(kept, self.rank, self.size, timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=self.store,
