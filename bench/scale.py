@@ -67,7 +67,10 @@ def worker(out: Path, words: list[str]) -> int:
             return 0
         return (x.numel() - given[dist.get_rank() % n] * x[:1].numel()) * x.element_size()
 
-    real_gather, real_scatter = dist.all_gather_into_tensor, dist.reduce_scatter_tensor
+    # FSDP2 calls them by these names from PyTorch 2.13 on, by the second ones before.
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    real_gather, real_scatter = getattr(dist, gather), getattr(dist, scatter)
 
     def all_gather(output_tensor, input_tensor, group=None, async_op=False):
         n = (group or dist.group.WORLD).size()
@@ -79,7 +82,8 @@ def worker(out: Path, words: list[str]) -> int:
         sent["reduce-scatter"] = sent.get("reduce-scatter", 0) + size(output) * (n - 1)
         return real_scatter(output, input, op=op, group=group, async_op=async_op)
 
-    dist.all_gather_into_tensor, dist.reduce_scatter_tensor = all_gather, reduce_scatter
+    setattr(dist, gather, all_gather)
+    setattr(dist, scatter, reduce_scatter)
     counted("all_reduce", "all-reduce", lambda n, x, *a: 2 * size(x) * (n - 1) / n)
     counted("all_to_all_single", "all-to-all", elsewhere)
     passed, trained = Guard.passed, Team.trained
@@ -115,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=Path("docs/results/scale.json"))
     args = parser.parse_args()
     from smolseek.config import MeshConfig
@@ -157,6 +162,9 @@ def main() -> None:
                 "bytes_expected": {kind: expected.sent[kind] for kind in kinds},
                 "ratio": sum(measured.values()) / sum(expected.sent.values()),
             }
+            last = run_of(size, words, Path(folder)) / f"checkpoints/step-{args.steps:06d}"
+            row["largest_difference_of_logits_in_transformers"] = beside_transformers(last)
+            row |= describe()
             result["runs"][name] = row
             print(
                 f"{name:28} losses {row['largest_relative_difference_of_losses']:.1e}  holds "
@@ -165,16 +173,66 @@ def main() -> None:
                 flush=True,
             )
             args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if args.resume:
+            run = Path(folder) / "resumed"
+            ends = [(4, "--mesh.shard 4", args.steps // 3), (2, "--mesh.shard 2", 2 * args.steps // 3), (1, "", None)]
+            for size, mesh, until in ends:
+                launched(size, mesh, run, args.steps, until, resume=run.exists())
+            result["runs"]["saved by 4, resumed by 2, then by 1"] = {
+                "options": [mesh for _, mesh, _ in ends],
+                "stopped_after_steps": [until for _, _, until in ends[:2]],
+                "largest_relative_difference_of_losses": max(
+                    abs(a - b) / a for a, b in zip(alone, losses_of(run), strict=True)
+                ),
+                **describe(),
+            }
+            print(result["runs"]["saved by 4, resumed by 2, then by 1"])
+            args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def beside_transformers(folder: Path) -> float:
+    """Return how far transformers' logits of the exported folder are from ours, at most."""
+    from transformers import AutoModelForCausalLM
+
+    from smolseek.storage.hf_folder import load_model
+
+    ids = torch.randint(1000, (2, 32), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return float((load_model(folder).model(ids).logits - theirs(ids).logits).abs().max())
+
+
+def launched(size: int, mesh: str, run: Path, steps: int, until: int | None, resume: bool) -> None:
+    """Train in `run`; the last process gets a SIGTERM after `until` steps."""
+    stopper = Path(__file__).parents[1] / "tests" / "parallel" / "stopper.py"
+    command = [sys.executable]
+    if size > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]
+    command += [str(stopper), str(until or -1), "SIGTERM"]
+    words = ["train", "tiny", "--data", "builtin", "--run", str(run), *WORDS.split(), "--steps", str(steps)]
+    words += [*mesh.split(), *(["--resume"] if resume else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, *words], check=until is None, stdout=subprocess.DEVNULL, env=environment)
+
+
+def losses_of(run: Path) -> list[float]:
+    """Return the losses by step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+
+
+def run_of(size: int, mesh: str, folder: Path) -> Path:
+    """Return the run folder of a case."""
+    return folder / f"run-{size}-{mesh.replace(' ', '')}"
 
 
 def train(size: int, mesh: str, folder: Path, steps: int, command: list[str]) -> list[float]:
     """Train with `size` processes and return the losses by step."""
-    run = folder / f"run-{size}-{mesh.replace(' ', '')}"
+    run = run_of(size, mesh, folder)
     words = ["train", "tiny", "--data", "builtin", "--run", str(run), *WORDS.split(), "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*command, *words, *mesh.split()], check=True, stdout=subprocess.DEVNULL, env=environment)
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    return losses_of(run)
 
 
 if __name__ == "__main__":
