@@ -199,7 +199,7 @@ def beside_transformers(folder: Path) -> float:
     ids = torch.randint(1000, (2, 32), generator=torch.Generator().manual_seed(0))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return float((load_model(folder).model(ids).logits - theirs(ids).logits).abs().max())
+        return float((load_model(folder).model(ids) - theirs(ids).logits).abs().max())
 
 
 def launched(size: int, mesh: str, run: Path, steps: int, until: int | None, resume: bool) -> None:
