@@ -18,7 +18,7 @@ test: $(STAMP)
 
 # Twenty SIGKILLs of one run, and a disk that is full (as root): minutes, figures into docs/results/soak.json.
 soak: $(STAMP)
-	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json $(PY) -m pytest -m soak tests/soak
+	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json $(PY) -m pytest -m soak tests/soak
 
 check: $(STAMP)
 	.venv/bin/ruff format --check

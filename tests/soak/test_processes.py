@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from smolseek.train.metrics import describe
+
 pytestmark = pytest.mark.soak
 
 _spec = importlib.util.spec_from_file_location("launch", Path(__file__).parents[1] / "parallel" / "launch.py")
@@ -79,6 +81,7 @@ def test_ten_kills_change_nothing(tmp_path):
     assert sorted(ours) == sorted(theirs) and all((ours[name] == theirs[name]).all() for name in theirs)
     if result := os.environ.get("PROCESSES_RESULT"):
         found = {
+            **describe(),
             "kills": killed,
             "steps": STEPS,
             "seconds": time.monotonic() - begun,
