@@ -294,7 +294,15 @@ def test_a_signal_finishes_the_step_and_saves(text, whole, tmp_path, monkeypatch
         assert records(run) == records(whole.parents[1])
 
 
-def test_a_second_signal_stops_at_once(capfd):
+@pytest.fixture
+def python_answers_interrupts():
+    """Python's own handler of SIGINT, also where the suite was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_stops_at_once(capfd, python_answers_interrupts):
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.received is signal.SIGINT
