@@ -279,20 +279,22 @@ def main() -> None:
     if args.quick:
         args.preset, args.rounds = ["tiny"], 2
     stamp = {**describe(), "command": "python " + " ".join(sys.argv), "device": str(DEVICE)}
-    found: dict[str, dict] = {}
+
+    def keep(key: str, row: dict) -> None:
+        """Write a row beside those that are there, so that a bench cut short keeps what it has measured."""
+        if args.quick:
+            return
+        found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+        args.out.write_text(json.dumps(found | {key: stamp | row}, indent=2) + "\n", encoding="utf-8")
+
     wanted = [row for row in LAYERS if row[0] in args.preset and args.batch in (None, row[1])]
     for name, batch in wanted if "layers" in args.part else ():
-        found[f"layers {name} {batch}x{LENGTH}"] = stamp | layers(name, batch, args.rounds)
+        keep(f"layers {name} {batch}x{LENGTH}", layers(name, batch, args.rounds))
     for tokens in HEADS if "head" in args.part else ():
-        found[f"head {tokens}"] = stamp | head(tokens)
+        keep(f"head {tokens}", head(tokens))
     rows = [row for row in RUNS if row[0] in args.preset and args.batch in (None, row[1])]
     for name, batch, accumulation, how in rows if "runs" in args.part else ():
-        key = f"run {name} {batch}x{LENGTH}x{accumulation} {how}"
-        found[key] = stamp | run(name, batch, accumulation, how)
-    if args.quick:
-        return
-    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-    args.out.write_text(json.dumps(before | found, indent=2) + "\n", encoding="utf-8")
+        keep(f"run {name} {batch}x{LENGTH}x{accumulation} {how}", run(name, batch, accumulation, how))
 
 
 if __name__ == "__main__":
