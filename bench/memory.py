@@ -36,6 +36,7 @@ from torch._C._profiler import _EventType
 
 from smolseek.config import DataConfig, OptimConfig, TrainConfig
 from smolseek.model.transformer import new_model
+from smolseek.parallel import alone
 from smolseek.presets import preset
 from smolseek.train import loop
 from smolseek.train.device import autocast
@@ -164,7 +165,7 @@ def head_memory(kind: str, tokens: str) -> dict:
 def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
     """A real run. On a CPU, what was there before the model is its program and its text."""
     before = 0
-    make = loop.new_model
+    make = alone.new_model
 
     def counted(*args, **kwargs):
         nonlocal before
@@ -172,7 +173,7 @@ def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
         before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident("VmRSS")
         return make(*args, **kwargs)
 
-    loop.new_model = counted  # type: ignore[assignment]
+    alone.new_model = counted  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         loop.train(
             TrainConfig(

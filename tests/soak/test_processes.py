@@ -80,8 +80,11 @@ def test_ten_kills_change_nothing(tmp_path):
     ours, theirs = weights(run), weights(whole)
     assert sorted(ours) == sorted(theirs) and all((ours[name] == theirs[name]).all() for name in theirs)
     if result := os.environ.get("PROCESSES_RESULT"):
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
         found = {
             **describe(),
+            "commit": git.stdout.strip() or None,
+            "command": "make soak",
             "kills": killed,
             "steps": STEPS,
             "seconds": time.monotonic() - begun,

@@ -16,11 +16,8 @@ from smolseek.config import TrainConfig
 from smolseek.data.feed import pin
 from smolseek.data.retries import HubAway
 from smolseek.errors import SmolseekError, Stopped
-from smolseek.evaluate import audit
-from smolseek.evaluate.finding import Finding
-from smolseek.evaluate.subject import Subject
 from smolseek.model import summary
-from smolseek.model.transformer import CausalLM, new_model
+from smolseek.model.transformer import CausalLM
 from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_weights, newest_valid
@@ -30,13 +27,14 @@ from smolseek.train import metrics
 from smolseek.train.balance import Balancer
 from smolseek.train.device import autocast, choose_device, is_restarted, open_team
 from smolseek.train.distill import Teacher, attention_only
+from smolseek.train.ends import Ends, is_complete
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
-from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
+from smolseek.train.memory import keep_freed_memory
 from smolseek.train.optim import decay_factor, lr_factor, make_optimizer, numbered
 from smolseek.train.samples import write_samples
-from smolseek.train.state import Progress, TrainState
-from smolseek.train.text import Text, open_text
+from smolseek.train.state import TrainState
+from smolseek.train.text import open_text
 from smolseek.train.track import Tracker
 from smolseek.train.validation import evaluate
 
@@ -89,7 +87,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     state = TrainState(model, optimizer, balancer, stream, guard, team, numbered(optimizer, trained))
     at = state.at
     begun_from, file_sizes = _resume(run, state, team) if resume else (None, {})
-    if begun_from is not None and at.step >= config.steps and team.tell(lambda: _is_complete(run)):
+    if begun_from is not None and at.step >= config.steps and team.tell(lambda: is_complete(run)):
         console.say(f"The run is complete: {at.step} of {config.steps} steps are done")
         return begun_from
     if config.init is not None and begun_from is None:
@@ -101,12 +99,13 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     size = summary.count(config.model)
     started = {"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active}
     run.append_metrics(started | ({} if begun_from is None else {"resumed": begun_from.name}))
+    ends = Ends(run=run, log=log, team=team, model=model, config=config, device=device, eos_id=eos_id)
     if begun_from is None:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)
         if text:
             log.say(f"Data: {text.corpus.summary()}; {config.step_tokens:,} tokens a step on {team.describe(device)}")
-            _audit_start(run, log, team, model, config, device, eos_id)
+            ends.begin()
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
     if teacher is not None and begun_from is None:
@@ -239,7 +238,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     optimizer.state.clear()  # it is saved; the audit needs the room
     last = run.checkpoint_path(at.step)
     if text:
-        _finish(run, log, team, model, config, device, eos_id, text, at)
+        ends.finish(text, at)
     return last
 
 
@@ -258,84 +257,6 @@ def _saver(run: RunFolder, model: CausalLM, tokenizer: Any, config: TrainConfig,
         keep_last=config.keep_last,
         keep_every=config.keep_every,
     )
-
-
-def _whole(
-    team: Alone, model: CausalLM, config: TrainConfig, device: torch.device, path: Path | None, log: console.Log
-) -> CausalLM | None:
-    """Return the model in one piece: itself, or one of many processes' read from `path`; None if it does not fit."""
-    if team.size == 1:
-        return model
-    if 8 * summary.count(config.model).total > metrics.free_memory(device):
-        log.say(f"One process cannot hold the model twice, so it is not looked at here: smolseek audit {config.run}")
-        return None
-    whole = new_model(config.model, config.seed, device)
-    if path is not None:
-        load_weights(whole, path)
-    return whole
-
-
-def _audit_start(
-    run: RunFolder,
-    log: console.Log,
-    team: Alone,
-    model: CausalLM,
-    config: TrainConfig,
-    device: torch.device,
-    eos_id: int,
-) -> None:
-    whole = _whole(team, model, config, device, None if config.init is None else resolve(config.init), log)
-    if whole is not None:
-        sizes = config.model.vocab_size, config.model.max_position_embeddings
-        _tell_audit(run, log, 0, "start", audit.audit_model(whole, *sizes, loss=_total, eos_id=eos_id, thorough=False))
-        give_back_freed_memory()
-
-
-def _finish(
-    run: RunFolder,
-    log: console.Log,
-    team: Alone,
-    model: CausalLM,
-    config: TrainConfig,
-    device: torch.device,
-    eos_id: int,
-    text: Text,
-    at: Progress,
-) -> None:
-    """Write the samples, audit the run and sum it up."""
-    whole = _whole(team, model, config, device, run.checkpoint_path(at.step), log)
-    findings: list[Finding] = []
-    if whole is not None:
-        if config.sample_tokens:
-            write_samples(run, at.step, whole, text.tokenizer, config.sample_tokens, config.seed, log)
-        subject = Subject(
-            name=config.run,
-            model=whole,
-            vocab=config.model.vocab_size,
-            context=config.model.max_position_embeddings,
-            run=run,
-            config=config,
-            eos_id=eos_id,
-        )
-        findings = audit.audit(subject, loss=_total, corpus=text.corpus, encode=text.encode)
-    _tell_audit(run, log, at.step, "end", findings)
-    for line in _closing(config, at, run):
-        log.say(line)
-
-
-def _total(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
-    """Return the loss as the audit wants it."""
-    return losses(model, ids).total
-
-
-def _tell_audit(run: RunFolder, log: console.Log, step: int, when: str, findings: list[Finding]) -> None:
-    """Put an audit's findings into the metrics, and say the outcome with what failed."""
-    run.append_metrics({"step": step, **audit.record(findings, when)})
-    failed = audit.failures(findings)
-    for line in audit.lines(failed) if failed else ():
-        log.say(line)
-    if not failed:
-        log.say(audit.verdict(findings))
 
 
 def _resume(run: RunFolder, state: TrainState, team: Alone) -> tuple[Path | None, dict[str, int]]:
@@ -377,11 +298,6 @@ def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: H
     return Stopped(f"{why} after step {step}, which is saved; {way}", code)
 
 
-def _is_complete(run: RunFolder) -> bool:
-    """Return whether the run's final audit has been made."""
-    return any(record.get("audit") == "end" for record in run.read_metrics())
-
-
 def _tell_skip(run: RunFolder, log: console.Log, step: int, reason: str, position: dict[str, Any], tokens: int) -> None:
     """Say which data a step that is not taken had."""
     begin = position["tokens"]
@@ -417,25 +333,3 @@ def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: Train
         f"from token {state.stream.position()['tokens']:,}"
     )
     run.append_metrics({"step": at.step, "returned": {"from": step, "undone_tokens": tokens - at.tokens, "data": bad}})
-
-
-def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
-    """Return the training summary, with the validation tokens that each expert of each layer got."""
-    lines = ["", "Training summary"]
-    lines += [f"  {line}" for line in summary.parameter_lines(config.model)]
-    lines += [f"  {line}" for line in summary.architecture(config.model)]
-    lines.append(f"  Steps: {at.step:,}, tokens: {at.tokens:,}")
-    if at.seconds:
-        lines.append(f"  Training time: {at.seconds:.1f}s, tokens/sec: {at.tokens / at.seconds:.2f}")
-    lines.append(f"  Final training loss: {at.loss:.4f}, final validation loss: {at.val_loss:.4f}")
-    first = config.model.first_k_dense_replace
-    records = reversed(run.read_metrics())
-    load_LE: list[list[int]] = next((record["val_load"] for record in records if "val_load" in record), [])
-    for layer, load_E in enumerate(load_LE, first):
-        shares = sorted((load * len(load_E) / sum(load_E) for load in load_E), reverse=True)
-        shown = (
-            " ".join(f"{share:.2f}" for share in shares) if len(shares) <= 16 else f"{shares[0]:.2f}-{shares[-1]:.2f}"
-        )
-        lines.append(f"  Expert load in layer {layer} (1 is an equal share): {shown}")
-    lines.append(f"  Checkpoint: {run.checkpoint_path(at.step)}")
-    return lines
