@@ -142,7 +142,7 @@ def _moments(config: ModelConfig, run: Run, model: CausalLM) -> list[dict[str, i
         {
             "gradients": earlier,
             "activations": kept + (0 if how == "none" else cached),
-            "head": held_bytes(N, V, D, bfloat16=run.bfloat16, cuda=run.cuda),
+            "head": held_bytes(N, V, D, bfloat16=run.bfloat16, cuda=run.cuda, earlier=bool(earlier) and not run.cuda),
         },
         {
             "gradients": new,

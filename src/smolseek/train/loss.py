@@ -19,6 +19,8 @@ _ROWS = 16
 # Tokens whose gradients of the logits are kept, in the products' type, for one product with the hidden states: each
 # product writes and adds a whole V x D, so there should be few.
 _BLOCK = 4 * _CHUNK
+# Words whose gradients are added at one time: PyTorch casts what it adds to another type, and first makes the cast.
+_SLICE = 4096
 
 
 class Losses(NamedTuple):
@@ -132,9 +134,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += softmax(logits_CV, begin)
                 if dh_ND is not None:
                     torch.mm(logits_CV, w_VD, out=dh_ND[begin : begin + C])
+                    if begin + C == N:
+                        del w_VD  # nobody reads the cast again: room for the gradient
                     if first + C == _BLOCK or begin + C == N:
                         part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
-                        dw_VD = part_VD if dw_VD is None else dw_VD.float().add_(part_VD)
+                        dw_VD = part_VD if N <= _BLOCK else _add(dw_VD, part_VD)
+                        del part_VD
         if wanted:
             ctx.gradients = dh_ND, dw_VD
         next_token = loss / N
@@ -149,20 +154,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         place = ctx.in_place.place(ctx.weight)
         if place is None:
             return dh_ND * grad, dw_VD.float().mul_(grad), None, None, None, None
-        place.add_(dw_VD, alpha=grad.item())
+        _add(place, dw_VD, grad.item())
         return dh_ND * grad, None, None, None, None, None
 
 
-def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: bool) -> int:
+def _add(sum_VD: torch.Tensor | None, part_VD: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """Return `sum_VD` with factor times `part_VD` added to it in place; without one the part in float32."""
+    if sum_VD is None:
+        return part_VD.float()
+    for sum_SD, part_SD in zip(sum_VD.split(_SLICE), part_VD.split(_SLICE), strict=True):
+        sum_SD.add_(part_SD, alpha=factor)
+    return sum_VD
+
+
+def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: bool, earlier: bool = False) -> int:
     """Return what `linear_cross_entropy` holds at its peak for h [tokens, features] and w [vocab, features], float32.
 
-    The weight's gradient is among it, h itself is not.
+    The weight's gradient is among it, h itself is not. `earlier`: there is one already that it is added to in place.
     """
-    a, weight = 2 if bfloat16 else 4, vocab * features
+    a, weight, several = 2 if bfloat16 else 4, vocab * features, tokens > _BLOCK
     logits = vocab * min(tokens, _BLOCK) * a
+    exponentials = 0
     if cuda or not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
-        logits += vocab * min(tokens, _CHUNK if cuda else _ROWS) * 4  # their exponentials
-    cast = (vocab + tokens) * features * a if bfloat16 else 0
-    # One block's product is the gradient; several are added in float32.
-    gradient = weight * a + (weight * 4 if tokens > _BLOCK else 0)
-    return logits + cast + gradient + tokens * features * a
+        exponentials = vocab * min(tokens, _CHUNK if cuda else _ROWS) * 4
+    cast = weight * a if bfloat16 else 0
+    # One block's product is the gradient; several are added in float32, all but the last while the cast is there.
+    product, added = weight * a, weight * 4 if several else 0
+    # Handed over it becomes float32; on a CPU it is added to what is there, or to zeros, a slice at a time.
+    new = 0 if earlier or (cuda and (several or not bfloat16)) else weight * 4
+    one_slice = min(vocab, _SLICE) * features * 4 if bfloat16 and not cuda else 0
+    return tokens * features * (2 * a if bfloat16 else a) + max(
+        logits + cast + added + exponentials,
+        logits + cast + added + product + one_slice if several else 0,
+        logits + added + product + (one_slice if several else 0),
+        (added or product) + new + (0 if several else one_slice),
+    )
