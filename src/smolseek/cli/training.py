@@ -160,7 +160,7 @@ def heal(argv: Sequence[str]) -> None:
         data=DataConfig(sources=sources, text_column=args.text_column, val_sources=args.held_out),
         distill=DistillConfig(teacher=args.teacher, attention_only=True),
         optim=OptimConfig(lr=args.lr, weight_decay=0.0),
-        schedule=ScheduleConfig(warmup_steps=10),
+        schedule=ScheduleConfig(warmup_steps=10, final_factor=0.0),
         steps=steps,
         batch_size=args.batch_size,
         seq_len=args.seq_len,
