@@ -1,6 +1,6 @@
 """Many processes against one: losses, what each holds, and the bytes that each sends, against `smolseek inspect`.
 
-    python bench/scale.py            50 steps of a small `tiny` in float32, about ten minutes on two cores
+    python bench/scale.py            50 steps of a small `tiny` in float32, about twenty minutes on two cores
 
 Prints a table and writes docs/results/scale.json. Bytes are counted by wrapping the collectives, as a ring sends them.
 """
@@ -18,8 +18,11 @@ import torch
 from machine import describe
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 64}
+# Twelve rows go evenly to one, two, three and four processes.
+ROWS, ACCUM, LENGTH = 12, 2, 16
 WORDS = (
-    "--model.num-hidden-layers 2 --model.hidden-size 64 --seq-len 32 --batch-size 4 --grad-accum 2 --log-every 1 "
+    "--model.num-hidden-layers 2 --model.hidden-size 64 --log-every 1 "
+    f"--seq-len {LENGTH} --batch-size {ROWS} --grad-accum {ACCUM} "
     "--save-every 25 --eval-every 25 --eval-tokens 640 --sample-tokens 0 --precision float32 --device cpu "
     "--optim.lr 3e-4"
 )
@@ -33,6 +36,11 @@ CASES = {
     "data 2 x expert 2": (4, "--mesh.data 2 --mesh.expert 2"),
     "data 2 x expert 2, shard 4": (4, "--mesh.data 2 --mesh.expert 2 --mesh.shard 4"),
 }
+ENDS = {
+    "saved by 4, resumed by 2, then by 1": [(4, "--mesh.shard 4", 16), (2, "--mesh.shard 2", 33), (1, "", None)],
+    "saved by 4, resumed by 3": [(4, "--mesh.data 2 --mesh.expert 2 --mesh.shard 4", 20), (3, "--mesh.shard 3", None)],
+}
+"""Processes, their mesh, and the step after which they are stopped."""
 
 
 def worker(out: Path, words: list[str]) -> int:
@@ -119,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--ends", nargs="*", choices=list(ENDS), default=list(ENDS))
     parser.add_argument("--out", type=Path, default=Path("docs/results/scale.json"))
     args = parser.parse_args()
     from smolseek.config import MeshConfig
@@ -131,10 +139,9 @@ def main() -> None:
 
     shape = replace(preset("tiny"), **SHAPE)
     whole = count(shape).total - count(shape).balancing
-    run = Run.planned(batch_size=4, grad_accum=2, seq_len=32, precision="float32", device="cpu")
-    result: dict = {**describe(), "command": "python bench/scale.py", "steps": args.steps, "runs": {}}
-    if args.out.exists():
-        result["runs"] = json.loads(args.out.read_text())["runs"]
+    run = Run.planned(batch_size=ROWS, grad_accum=ACCUM, seq_len=LENGTH, precision="float32", device="cpu")
+    # Once, before the file changes that git looks at.
+    result: dict = {**describe(), "command": "python bench/scale.py", "steps": args.steps, "options": WORDS, "runs": {}}
     with tempfile.TemporaryDirectory() as folder:
         alone = train(1, "", Path(folder), args.steps, [sys.executable, "-m", "smolseek"])
         for name in args.only:
@@ -164,7 +171,6 @@ def main() -> None:
             }
             last = run_of(size, words, Path(folder)) / f"checkpoints/step-{args.steps:06d}"
             row["largest_difference_of_logits_in_transformers"] = beside_transformers(last)
-            row |= describe()
             result["runs"][name] = row
             print(
                 f"{name:28} losses {row['largest_relative_difference_of_losses']:.1e}  holds "
@@ -173,20 +179,22 @@ def main() -> None:
                 flush=True,
             )
             args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        if args.resume:
-            run = Path(folder) / "resumed"
-            ends = [(4, "--mesh.shard 4", args.steps // 3), (2, "--mesh.shard 2", 2 * args.steps // 3), (1, "", None)]
-            for size, mesh, until in ends:
-                launched(size, mesh, run, args.steps, until, resume=run.exists())
-            result["runs"]["saved by 4, resumed by 2, then by 1"] = {
-                "options": [mesh for _, mesh, _ in ends],
-                "stopped_after_steps": [until for _, _, until in ends[:2]],
+        for name in args.ends:
+            run_path = Path(folder) / name.replace(" ", "-")
+            for size, mesh, until in ENDS[name]:
+                launched(size, mesh, run_path, args.steps, until, resume=run_path.exists())
+            row = {
+                "options": [mesh for _, mesh, _ in ENDS[name]],
+                "stopped_after_steps": [until for _, _, until in ENDS[name][:-1]],
                 "largest_relative_difference_of_losses": max(
-                    abs(a - b) / a for a, b in zip(alone, losses_of(run), strict=True)
+                    abs(a - b) / a for a, b in zip(alone, losses_of(run_path), strict=True)
                 ),
-                **describe(),
+                "largest_difference_of_logits_in_transformers": beside_transformers(
+                    run_path / f"checkpoints/step-{args.steps:06d}"
+                ),
             }
-            print(result["runs"]["saved by 4, resumed by 2, then by 1"])
+            result["runs"][name] = row
+            print(f"{name:36} losses {row['largest_relative_difference_of_losses']:.1e}", flush=True)
             args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
