@@ -7,6 +7,10 @@ class SmolseekError(ValueError):
     """A mistake of the user's, told in one line that names a way out. The command line prints it and exits 2."""
 
 
+class PeerLost(SmolseekError):
+    """Another process of the run is missing: every process that notices says so, and not the first one alone."""
+
+
 class Stopped(Exception):
     """Work ended early, what it had done is saved; the command line says how to go on and exits with `code`."""
 

@@ -1,22 +1,38 @@
-"""Stands before `smolseek`: after STEP steps the last process sends itself SIGNAL. Words: STEP SIGNAL, and the rest."""
+"""Stands before `smolseek`: after STEP steps, or before it begins, the last process comes to grief. Words: STEP WHAT.
+
+WHAT is a signal that it sends itself, `sleep` for one that lives and does nothing, or `raise` for a fault of ours.
+"""
 
 import os
 import signal
 import sys
+import time
 
 from smolseek.cli import main
 from smolseek.train.guard import Guard
 
-until, number = int(sys.argv[1]), signal.Signals[sys.argv[2]]
+until, what = int(sys.argv[1]), sys.argv[2]
 passed = Guard.passed
+
+
+def come_to_grief(step: int) -> None:
+    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    if not (first_life and last and step == until):
+        return
+    if what == "sleep":
+        time.sleep(1000)
+    elif what == "raise":
+        raise RuntimeError("a fault of ours")
+    else:
+        os.kill(os.getpid(), signal.Signals[what])
 
 
 def counted(self: Guard, step: int, *words: float) -> None:
     passed(self, step, *words)
-    first_life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if first_life and step == until and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
-        os.kill(os.getpid(), number)
+    come_to_grief(step)
 
 
 Guard.passed = counted  # type: ignore[method-assign]
+come_to_grief(0)
 sys.exit(main(sys.argv[3:]))

@@ -5,7 +5,7 @@ from threading import Thread
 import pytest
 import torch.distributed as dist
 
-from smolseek.errors import SmolseekError
+from smolseek.errors import PeerLost
 from smolseek.parallel.meet import meet
 
 
@@ -33,12 +33,36 @@ def test_a_second_life_reads_nothing_of_the_first():
         assert life(store, word) == {rank: [word] * 3 for rank in range(3)}
 
 
-def test_who_does_not_come_is_named():
+def test_who_does_not_come_is_named_by_all_that_did():
     store = dist.HashStore()
-    other = Thread(target=meet, args=(store, 2, 3, 10.0))
+    said = []
+
+    def be():
+        with pytest.raises(PeerLost, match=r"process 2: no word of process 1 in") as lost:
+            meet(store, 2, 3, 10.0)
+        said.append(lost)
+
+    other = Thread(target=be)
     other.start()
-    with pytest.raises(SmolseekError, match=r"no word of process 1 in 0\.5 seconds"):
+    with pytest.raises(PeerLost, match=r"process 0: no word of process 1 in 0\.5 seconds"):
         meet(store, 0, 3, 0.5)
-    other.join()
-    with pytest.raises(SmolseekError, match="process 1 heard nothing of process 0"):
+    other.join(5.0)
+    assert said
+    with pytest.raises(PeerLost, match=r"process 1: no word of process 0 in 0\.2 seconds"):
         meet(dist.HashStore(), 1, 3, 0.2)
+
+
+def test_when_process_0_ends_in_the_middle_the_others_name_who_is_not_there(monkeypatch):
+    monkeypatch.setattr("smolseek.parallel.meet._LONGER", 0.0)
+    store = dist.HashStore()
+    answering = Thread(target=answer, args=(store, 1))
+    answering.start()
+    with pytest.raises(PeerLost, match="process 1: no word of process 2 in"):
+        meet(store, 1, 3, 0.5)
+    answering.join()
+
+
+def answer(store, rank):
+    """Be process 0 until it has answered `rank`."""
+    store.wait([f"asks/{rank}"])
+    store.set(f"answer/{store.get(f'asks/{rank}').decode()}", "life")

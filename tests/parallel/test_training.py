@@ -62,6 +62,17 @@ def test_the_losses_are_those_of_one_process(data, alone, tmp_path):
     assert all(torch.allclose(ours[0][name], theirs[0][name], atol=1e-4) for name in theirs[0])
 
 
+def test_when_one_dies_every_other_names_it_in_one_line(data, tmp_path):
+    """Killed in the middle of a run, while the others wait for it in a collective."""
+    done = runs.launch(3, tmp_path / "run", data, *STEPS, "--mesh.shard", "3", stop=(2, "SIGKILL"))
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert sorted(line.split(";")[0] for line in ours) == [
+        f"error: process {rank}: process 2 has ended or does not answer" for rank in range(2)
+    ]
+    assert all("--resume" in line for line in ours) and "gloo" not in done.stderr
+
+
 def test_sizes_that_do_not_fit_are_refused_in_one_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words = ["train", "tiny", "--data", str(data), "--run", str(tmp_path / "run"), "--mesh.shard", "3"]

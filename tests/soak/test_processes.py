@@ -1,4 +1,4 @@
-"""Ten SIGKILLs of one of two processes at random moments, and one that stops answering. `make soak` runs it."""
+"""Ten SIGKILLs of one of two processes at random moments, and processes that are missing. `make soak` runs it."""
 
 import importlib.util
 import json
@@ -93,11 +93,24 @@ def test_ten_kills_change_nothing(tmp_path):
         Path(result).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def test_one_that_stops_answering_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("after", "what", "seconds", "says"),
+    [
+        (2, "SIGSTOP", 30, "process 2 has ended or does not answer"),
+        (2, "sleep", 15, "process 2 did not come to the same point in 15 seconds"),
+        (0, "sleep", 10, "no word of process 2 in 1"),
+        (2, "raise", 60, "process 2 has failed (RuntimeError: a fault of ours)"),
+    ],
+)
+def test_one_that_is_missing_is_named_by_every_other(after, what, seconds, says, tmp_path):
     data = runs.write_text(tmp_path / "text.jsonl")
-    begun = time.monotonic()
-    words = ("--steps", "6", "--save-every", "3", "--mesh.timeout", "30")
-    done = runs.launch(2, tmp_path / "run", data, *words, stop=(2, "SIGSTOP"), timeout=200)
+    words = ("--steps", "6", "--save-every", "3", "--mesh.timeout", str(seconds))
+    done = runs.launch(3, tmp_path / "run", data, *words, stop=(after, what), timeout=200)
     assert done.returncode != 0
-    assert "process 1 gives no sign of life" in done.stderr, done.stderr
-    assert time.monotonic() - begun < 150
+    for rank in range(2):
+        assert sum(line.startswith(f"error: process {rank}: {says}") for line in done.stderr.splitlines()) == 1, (
+            done.stderr
+        )
+    assert "gloo" not in done.stderr
+    if what == "SIGSTOP":
+        assert "warning: waiting for" in done.stderr and "process 2 gives no sign of life" in done.stderr

@@ -13,7 +13,7 @@ from smolseek.cli.preparing import prepare
 from smolseek.cli.reporting import report
 from smolseek.cli.training import heal, train
 from smolseek.cli.writing import chat, generate
-from smolseek.errors import SmolseekError, Stopped, nearest
+from smolseek.errors import PeerLost, SmolseekError, Stopped, nearest
 
 OVERVIEW = """\
 usage: smolseek VERB ...
@@ -97,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         ours = not isinstance(error, SmolseekError | OSError)
-        if isinstance(error, SmolseekError) and os.environ.get("RANK", "0") != "0":
-            return 2  # of the processes that torchrun starts the first one speaks
+        common = isinstance(error, SmolseekError) and not isinstance(error, PeerLost)
+        if common and os.environ.get("LOCAL_RANK", "0") != "0":
+            return 2  # of the processes that torchrun starts on a machine the first one speaks
         what = " ".join(str(error).split())
         console.complain(f"error: {type(error).__name__}: {what} (--debug shows why)" if ours else f"error: {what}")
         return 1 if ours else 2

@@ -9,9 +9,10 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 from smolseek import console
 from smolseek.config import ModelConfig, TrainConfig
 from smolseek.data.retries import HubAway
-from smolseek.errors import SmolseekError, Stopped
+from smolseek.errors import PeerLost, SmolseekError, Stopped
 from smolseek.model.parts import Part, whole
 from smolseek.model.transformer import CausalLM, draw_weight
 from smolseek.parallel.alone import Alone, Named, Stream
@@ -36,28 +37,59 @@ from smolseek.parallel.watch import Watch
 _AWAY = -1
 
 
+class _Ended(Stopped):
+    """A SIGTERM outside the steps; torchrun sends it to all when one has ended."""
+
+
 class Team(Alone):
     """This process among those of `mesh`."""
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
-        """Meet the others, at most for `timeout` seconds; so long a collective may take as well."""
+        """Meet the others, at most for `timeout` seconds; so long a collective may take as well.
+
+        Raises:
+            PeerLost: if some do not come; every process that did names them.
+        """
         self.mesh = mesh
         self.rank, self.size, self.in_parts = int(os.environ["RANK"]), mesh.size, mesh.in_parts
-        limit = datetime.timedelta(seconds=timeout)
-        kept, _, _ = next(iter(rendezvous("env://", timeout=limit)))
-        self.store = meet(kept, self.rank, self.size, timeout)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=self.store,
-            rank=self.rank,
-            world_size=self.size,
-            timeout=limit,
-            device_id=device if device.type == "cuda" else None,
-        )
-        self.groups = make_groups(mesh, device.type)
-        self.watch = Watch(self.store, self.rank, self.size, timeout)
         self.where: dict[str, Where] = {}
         self._trained: Named = []
+        if device.type == "cuda" and not dist.is_nccl_available():
+            raise SmolseekError("this PyTorch has no NCCL, which several GPUs need: use --device cpu, or one process")
+        self._before = _on_sigterm(_end)
+        try:
+            self._join(device, timeout)
+        except BaseException:
+            _on_sigterm(signal.SIG_IGN)
+            raise
+
+    def _join(self, device: torch.device, timeout: float) -> None:
+        limit = datetime.timedelta(seconds=timeout)
+        try:
+            kept, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+        except (RuntimeError, ValueError) as error:  # nothing answers, or the environment does not say where
+            at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise PeerLost(
+                f"process {self.rank}: process 0 is missing, its store at {at} does not answer within {timeout:g} "
+                "seconds: start all processes with torchrun"
+            ) from error
+        self.store = meet(kept, self.rank, self.size, timeout)
+        self.watch = Watch(self.store, self.rank, self.size, timeout)
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=self.store,
+                rank=self.rank,
+                world_size=self.size,
+                timeout=limit,
+                device_id=device if device.type == "cuda" else None,
+            )
+            self.groups = make_groups(self.mesh, device.type)
+        except (RuntimeError, _Ended) as error:
+            lost = self._lost()
+            if lost is None:
+                raise
+            raise lost from error
 
     def __enter__(self) -> Self:
         self._stdout = sys.stdout
@@ -68,22 +100,51 @@ class Team(Alone):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the others. What ends all of them is said by one."""
+        """Leave the others. What ends all of them is said by one, and that somebody is missing by everyone else.
+
+        Raises:
+            PeerLost: instead of what a collective that failed says.
+        """
         sys.stdout = self._stdout
-        self.watch.close()
+        # torchrun sends a SIGTERM as soon as the first one has ended: the last words are said all the same.
+        _on_sigterm(self._before if error is None else signal.SIG_IGN)
         code = None
+        if isinstance(error, RuntimeError | _Ended) and not self._ended(0):
+            lost = self._lost()
+            if lost is not None:
+                raise lost from error
         if isinstance(error, Stopped | SmolseekError):
-            first = self.store.add("ended", 1) == 1
+            first = self._ended(1) == 1
             if first and not self.lead:
-                console.complain(f"process {self.rank}: {error}")
+                console.complain(f"{'' if isinstance(error, Stopped) else 'error: '}process {self.rank}: {error}")
             if not (first and self.lead):
                 code = error.code if isinstance(error, Stopped) else 2
-        elif isinstance(error, RuntimeError) and self.store.add("ended", 0):
+        elif isinstance(error, RuntimeError) and self._ended(0):
             code = 1  # the other end of a broken connection has spoken
+        elif isinstance(error, Exception):
+            self.watch.blame(f"process {self.rank} has failed ({type(error).__name__}: {' '.join(str(error).split())})")
+        self.watch.close(left=error is None)
         if error is None or isinstance(error, Stopped):
             dist.destroy_process_group()
         if code is not None:
             raise SystemExit(code)
+
+    def _ended(self, more: int) -> int:
+        """Return how many have ended with words of their own, with `more` added."""
+        try:
+            return self.store.add("ended", more)
+        except RuntimeError:  # the store has gone
+            return more
+
+    def _lost(self) -> PeerLost | None:
+        """Return what this process says if others are missing; None if all are there."""
+        words = self.watch.lost()
+        if words is None:
+            return None
+        return PeerLost(
+            f"process {self.rank}: {words}; go on from the newest checkpoint with --resume, or start torchrun with "
+            "--max-restarts"
+        )
 
     def describe(self, device: torch.device) -> str:
         """Return in a few words where they compute."""
@@ -275,6 +336,17 @@ class _Standing:
 
     def close(self) -> None:
         pass
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise _Ended("stopped by SIGTERM; what was saved before counts: go on with --resume", 128 + number)
+
+
+def _on_sigterm(handler: Any) -> Any:
+    """Set what a SIGTERM does, where that can be set, and return what it did before."""
+    if threading.current_thread() is not threading.main_thread():
+        return signal.SIG_DFL
+    return signal.signal(signal.SIGTERM, handler) or signal.SIG_DFL
 
 
 def _nonempty(model: CausalLM) -> list[nn.Parameter]:

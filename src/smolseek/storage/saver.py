@@ -139,6 +139,11 @@ class PartSaver(Saver):
         self._weights: dict[str, torch.Tensor] = {}
         self._obstacle: str | None = None
 
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Otherwise a process may be missing, and its part with it: that is not waited for.
+        if kind is None or issubclass(kind, SmolseekError):
+            super().__exit__(kind)
+
     def _copy_weights(self, step: int) -> None:
         # Told only when the folder is made, so that nobody writes before.
         self._obstacle = self._tell(lambda: prepare(self.run, step))

@@ -1,8 +1,7 @@
 """Checkpoints that many processes write together, each a part.
 
-torch.distributed.checkpoint is not used: its file of contents is a pickle, and its safetensors writer keeps stacks and
-slices that no other program opens. Here the folder is the same as one process writes, in more files: a Hugging Face
-folder with an index, and the training state cut along first dimensions (`pieces.py`).
+The folder is the same as one process writes, in more files: a Hugging Face folder with an index, and the training state
+cut along first dimensions (`pieces.py`). docs/scale.md says why torch.distributed.checkpoint is not used.
 """
 
 import contextlib

@@ -15,14 +15,22 @@ def choose_device(name: str) -> torch.device:
     """Return the device called `name`; auto is CUDA where there is one.
 
     Raises:
-        SmolseekError: when CUDA is asked for and not there.
+        SmolseekError: when CUDA is asked for and not there, or there are fewer devices than processes on this machine.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise SmolseekError("--device cuda: no CUDA device is visible here: use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if "LOCAL_RANK" not in os.environ:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SmolseekError("LOCAL_RANK is not set, so all processes would take one GPU: start them with torchrun")
         return torch.device("cuda")
+    local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if local > there:
+        raise SmolseekError(
+            f"{local} processes on this machine and {there} CUDA device{'s' if there > 1 else ''}: "
+            f"use torchrun --nproc-per-node {there}, or --device cpu"
+        )
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
