@@ -34,9 +34,9 @@ def later(watches):
 def test_who_gives_no_sign_of_life_is_named_by_all(watches):
     watches[2].close(left=False)
     later(watches)
-    assert watches[0].lost() == "process 2 has ended or does not answer"
+    assert watches[0].lost() == "nothing is heard of process 2 any more"
     watches[0].close(left=False)  # it has found the reason, and is not missing itself
-    assert watches[1].lost() == "process 2 has ended or does not answer"
+    assert watches[1].lost() == "nothing is heard of process 2 any more"
 
 
 def test_nobody_is_named_where_all_live(watches):

@@ -81,7 +81,7 @@ class Watch:
             now = self._read()
             silent = [rank for rank in silent if now.get(rank) == first.get(rank)]
         if silent:
-            return f"{_named(silent)} has ended or does not answer"
+            return f"nothing is heard of {_named(silent)} any more"
         if waited < self.timeout:
             return None
         # All live, and yet a collective has had no end: who does not know of it never came to it.
