@@ -117,6 +117,10 @@ class LocalDispatcher:
 
 # oneDNN's and MKL's float32 products take other kernels, which round otherwise, below this many rows.
 _FEW_ROWS = 12
+# Products of a training step have a multiple of this many rows. oneDNN writes a program for each shape, in milliseconds
+# and up to half a megabyte, and keeps a thousand of them: with the experts' own numbers of rows nearly every
+# product would be a new shape.
+_ROWS = 16
 
 
 def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:
@@ -131,12 +135,14 @@ def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) ->
     return F.linear(x_XD, w_FD, b_F)
 
 
-def _write_linear(x_XD: torch.Tensor, w_FD: torch.Tensor, out_XF: torch.Tensor) -> None:
-    """Write `_linear` of x and w into `out_XF`."""
-    if x_XD.shape[0] < _FEW_ROWS:
-        out_XF.copy_(_linear(x_XD, w_FD, None))
-    else:
-        torch.mm(x_XD, w_FD.T, out=out_XF)
+def _round_up(count: int) -> int:
+    return -(-count // _ROWS) * _ROWS
+
+
+def _rows(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
+    """Return `count` rows from `begin` on; zeros beyond the last."""
+    missing = begin + count - x_MX.shape[0]
+    return x_MX[begin : begin + count] if missing <= 0 else F.pad(x_MX[begin:], (0, 0, 0, missing))
 
 
 @torch.library.custom_op("smolseek::swiglu_experts", mutates_args=())
@@ -147,16 +153,18 @@ def swiglu_experts(
 
     An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
     """
-    h_MX = x_MD.new_empty(x_MD.shape[0], up_EXD.shape[1])
-    y_MD = torch.empty_like(x_MD)
+    M = x_MD.shape[0]
+    h_MX = x_MD.new_empty(_round_up(M) + _ROWS, up_EXD.shape[1])
+    y_MD = x_MD.new_empty(_round_up(M) + _ROWS, x_MD.shape[1])
     begin = 0
     for e, count in enumerate(counts):
         if count:
-            part = slice(begin, begin + count)
-            _write_linear(x_MD[part], up_EXD[e].to(x_MD.dtype), h_MX[part])
-            _write_linear(rows.stacked_swiglu(h_MX[part]), down_EDF[e].to(x_MD.dtype), y_MD[part])
+            # The rows beyond its own are the next expert's, who writes them anew.
+            part = slice(begin, begin + _round_up(count))
+            torch.mm(_rows(x_MD, begin, _round_up(count)), up_EXD[e].to(x_MD.dtype).T, out=h_MX[part])
+            torch.mm(rows.stacked_swiglu(h_MX[part]), down_EDF[e].to(x_MD.dtype).T, out=y_MD[part])
         begin += count
-    return y_MD, h_MX
+    return y_MD[:M], h_MX[:M]
 
 
 class _LoopedSwiGLU(torch.autograd.Function):
@@ -185,7 +193,8 @@ class _LoopedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
-        dx_MD = torch.empty_like(x_MD)
+        M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
+        dx_MD = x_MD.new_empty(_round_up(M) + _ROWS, x_MD.shape[1])
         up_place, down_place = ctx.in_place.place(up_EXD), ctx.in_place.place(down_EDF)
         d_up = torch.empty_like(up_EXD) if up_place is None else None
         d_down = torch.empty_like(down_EDF) if down_place is None else None
@@ -196,18 +205,20 @@ class _LoopedSwiGLU(torch.autograd.Function):
                     if new is not None:
                         new[e].zero_()
                 continue
-            part = slice(begin, begin + count)
-            x, dy = x_MD[part], dy_MD[part]
-            dh, a = rows.stacked_swiglu_back(h_MX[part], dy @ down_EDF[e].to(dy.dtype))
+            more = _round_up(count)
+            x, dy, h = (_rows(t, begin, more) for t in (x_MD, dy_MD, h_MX))
+            dh, a = rows.stacked_swiglu_back(h, dy @ down_EDF[e].to(dy.dtype))
+            # The rows beyond its own are the next expert's: they are to count for nothing here.
+            dh[count:], a[count:] = 0, 0
             for new, place, d in ((d_down, down_place, dy.T @ a), (d_up, up_place, dh.T @ x)):
                 if new is not None:
                     new[e] = d
                 else:
                     assert place is not None
                     place[e].add_(d)
-            torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[part])
+            torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
             begin += count
-        return dx_MD, d_up, d_down, None, None
+        return dx_MD[:M], d_up, d_down, None, None
 
 
 class Experts(nn.Module):
