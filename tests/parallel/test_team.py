@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from smolseek.config import MeshConfig, OptimConfig, TrainConfig
@@ -100,7 +101,18 @@ def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with Alone() if size == 1 else Team(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as team:
         found = train(team, RunFolder(folder, writes=team.lead), steps, kind, resume)
+        found["timeouts"] = timeouts(team)
     (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
+
+
+def timeouts(team: Alone) -> list[float]:
+    """Return after how many seconds a collective of each group gives up."""
+    if not isinstance(team, Team):
+        return []
+    meshes = [mesh for mesh in team.groups if mesh is not None]
+    groups = [None, *(group for mesh in meshes for group in mesh.get_all_groups())]
+    backends = [(group or dist.group.WORLD)._get_backend(torch.device("cpu")) for group in groups]
+    return [backend.options._timeout.total_seconds() for backend in backends]
 
 
 def together(size: int, folder: Path, steps: int, resume: int = 0, kind: str = "adamw", **mesh: int) -> list[dict]:
@@ -160,6 +172,7 @@ def test_many_processes_step_as_one(size, mesh, share, alone, tmp_path):
     found = together(size, tmp_path / "run", 4, **mesh)
     for each in found:
         check_same(each, expected)
+        assert set(each["timeouts"]) == {60.0}
     if share is not None:
         assert max(each["held"] for each in found) <= 1.1 * share * expected["held"]
     check_checkpoint(RunFolder(tmp_path / "run"), run, 4)

@@ -70,9 +70,9 @@ def run_verb(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit status.
 
-    0 done; 1 a failure of ours; 2 a mistake of the user's, or a disk or a file that fails; 75 the training data is
-    away for now; 130 interrupted (SIGINT); 141 nobody reads the output any more; 143 ended by SIGTERM. A training run
-    that exits with 75, 130 or 143 and says so has saved, and goes on with --resume.
+    0 done; 1 a failure of ours; 2 a mistake of the user's, or a disk, a file or another process that fails; 75 the
+    training data is away for now; 130 interrupted (SIGINT); 141 nobody reads the output any more; 143 ended by
+    SIGTERM. A training run that exits with 75, 130 or 143 and says so has saved, and goes on with --resume.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words

@@ -5,12 +5,14 @@ meshes: `fully_shard` over a mesh of copies and shards is hybrid sharding, with 
 parallelism, and with one copy full sharding.
 """
 
+import datetime
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
@@ -44,15 +46,18 @@ class Groups(NamedTuple):
     """[copies, shards, expert neighbours] of the routed experts; None where they are cut like the rest."""
 
 
-def make_groups(mesh: Mesh, kind: str) -> Groups:
+def make_groups(mesh: Mesh, kind: str, timeout: datetime.timedelta) -> Groups:
     """Make the process groups of a mesh on devices of type `kind`; every process calls it."""
-    dense = init_device_mesh(kind, (mesh.copies, mesh.shard), mesh_dim_names=("copy", "shard"))
-    if mesh.expert == 1:
-        return Groups(dense, None)
     names = ("copy", "shard", "expert")
-    return Groups(
-        dense, init_device_mesh(kind, (mesh.expert_copies, mesh.expert_shard, mesh.expert), mesh_dim_names=names)
-    )
+    dense = init_device_mesh(kind, (mesh.copies, mesh.shard), mesh_dim_names=names[:2])
+    experts = None
+    if mesh.expert > 1:
+        shape = (mesh.expert_copies, mesh.expert_shard, mesh.expert)
+        experts = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for group in dense.get_all_groups() + (experts.get_all_groups() if experts else []):
+        # Private; init_device_mesh leaves groups of some processes half an hour on gloo, ten minutes on NCCL.
+        _set_pg_timeout(timeout, group)
+    return Groups(dense, experts)
 
 
 def cut(config: ModelConfig, groups: Groups) -> tuple[CausalLM, dict[str, Where]]:

@@ -75,16 +75,10 @@ class Team(Alone):
             ) from error
         self.store = meet(kept, self.rank, self.size, timeout)
         self.watch = Watch(self.store, self.rank, self.size, timeout)
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=self.store,
-                rank=self.rank,
-                world_size=self.size,
-                timeout=limit,
-                device_id=device if device.type == "cuda" else None,
-            )
-            self.groups = make_groups(self.mesh, device.type)
+            dist.init_process_group(backends, store=self.store, rank=self.rank, world_size=self.size, timeout=limit)
+            self.groups = make_groups(self.mesh, device.type, limit)
         except (RuntimeError, _Ended) as error:
             lost = self._lost()
             if lost is None:

@@ -88,7 +88,8 @@ class Watch:
         while idle and time.monotonic() < until:
             time.sleep(self.every / 4)
             idle = [rank for rank in idle if not self.store.check([f"waits/{rank}"])]
-        return f"{_named(idle) if idle else 'another process'} did not come to the same point in {waited:.0f} seconds"
+        who = _named(idle) if idle else "another process"
+        return f"{who} did not come to the same point in {waited:.0f} seconds (--mesh.timeout)"
 
     def _run(self) -> None:
         life, looked = 0, time.monotonic()
