@@ -8,7 +8,7 @@ Every model is made by the code of `smolseek convert`, calibrated on built-in te
 transformers and compared with the original, opened likewise: weights in float32, matrix products of the layers in
 bfloat16 (which adds to all divergences alike, about 1e-3), the head's in float32. The published method gets the
 FreqFold that is best on the first `--trial-tokens`, an equal share of each file. Prints a line a model and writes
-docs/results/dial.json after each; a model that stands there is not measured again, so a run cut short goes on.
+the results after each; a model that stands there is not measured again, so a run cut short goes on.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from smolseek.convert.refit import refit
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
 from smolseek.storage.hf_folder import load_model, save_folder
 
-OUT = Path("docs/results/dial.json")
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
 
 
@@ -48,11 +47,12 @@ def main() -> None:
     parser.add_argument("--shares", nargs="*", default=list(SHARES))
     parser.add_argument("--models", nargs="*", default=[], help="NAME=FOLDER")
     parser.add_argument("--conversion", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/dial.json"))
     args = parser.parse_args()
-    found = json.loads(OUT.read_text()) if OUT.exists() else {"models": {}}
+    found = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
     if args.conversion:
         found["conversion"] = conversion(args.calibration_tokens)
-        OUT.write_text(json.dumps(found, indent=2) + "\n")
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
         return
     measure(args, found)
 
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
 
     def keep(name: str, row: dict) -> None:
         found["models"][name] = row
-        OUT.write_text(json.dumps(found, indent=2) + "\n")
+        args.out.write_text(json.dumps(found, indent=2) + "\n")
         by_domain = ", ".join(f"{domain} {one['kl']:.3f}" for domain, one in row["domains"].items())
         print(
             f"{name}: rank {row['kv_lora_rank']}, rope {row['qk_rope_head_dim']}, KL {row['kl']:.4f} ({by_domain}), "

@@ -106,7 +106,7 @@ class ConvertArgs:
     """exact computes what the source computes; grow does so with new experts beside, to be trained; compress comes
     near it with a smaller cache."""
     experts: int | None = None
-    """Routed experts: parts of the dense layers (exact) or new ones (grow). None leaves the layers dense."""
+    """Routed experts: parts of the dense layers (exact, compress) or new ones (grow). None leaves the layers dense."""
     shared: int | None = None
     """Shared experts; None is 1."""
     neurons: Literal["contiguous", "clustered"] = "contiguous"
@@ -125,6 +125,8 @@ class ConvertArgs:
     """Adjacent frequencies treated as one: FreqFold of the published method (compress)."""
     prune: float | None = None
     """Share of the neurons of each feed-forward layer that is kept, for example 0.75 (compress)."""
+    active: int | None = None
+    """Routed experts that a token uses, beside the shared ones (compress, with --experts)."""
     calibration: str = "builtin"
     """Text that the smaller model is fitted to: builtin, a file or folder, or self, which the source writes
     (compress)."""

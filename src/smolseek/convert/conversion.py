@@ -8,9 +8,20 @@ from smolseek.convert import experts as mixture
 from smolseek.convert import lossless
 from smolseek.convert.compress import Method
 from smolseek.convert.experts import Neurons
+from smolseek.convert.sparse import sparse_config
 from smolseek.errors import SmolseekError
 
-_COMPRESSING = ("cache", "kv_rank", "rope_dim", "method", "freq_fold", "prune", "calibration", "calibration_tokens")
+_COMPRESSING = (
+    "cache",
+    "kv_rank",
+    "rope_dim",
+    "method",
+    "freq_fold",
+    "prune",
+    "active",
+    "calibration",
+    "calibration_tokens",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +32,7 @@ class Conversion:
     """`exact` computes what the source computes; `grow` does so with new experts beside, to be trained; `compress`
     comes near it with a smaller cache."""
     experts: int | None = None
-    """Routed experts: parts of the dense layers (exact) or new ones (grow); None leaves the layers dense."""
+    """Routed experts: parts of the dense layers (exact, compress) or new ones (grow); None leaves the layers dense."""
     shared: int | None = None
     """Shared experts; None is 1."""
     neurons: Neurons = "contiguous"
@@ -40,6 +51,8 @@ class Conversion:
     """Adjacent frequencies that are treated as one (compress)."""
     prune: float | None = None
     """Share of the neurons of each feed-forward layer that is kept (compress, with a smaller cache or without)."""
+    active: int | None = None
+    """Routed experts that a token uses, beside the shared ones (compress, with `experts`)."""
     calibration: str = "builtin"
     """Text that the smaller model is fitted to: `builtin`, files, or `self`, which the source writes (compress)."""
     calibration_tokens: int = 16_384
@@ -68,16 +81,28 @@ class Conversion:
                 raise SmolseekError("--shared and --neurons need --experts E: without it the layers stay dense")
 
     def _check_compression(self) -> None:
-        if self.experts is not None or self.shared is not None or self.top_k is not None:
-            raise SmolseekError("--mode compress leaves the layers dense: --experts belongs to --mode exact and grow")
+        if self.top_k is not None:
+            raise SmolseekError("--top-k belongs to --mode grow: --mode compress has --active A")
+        if self.experts is None and (self.shared is not None or self.active is not None):
+            raise SmolseekError(
+                "--shared and --active need --experts E: for example --experts 48 --shared 80 --active 16"
+            )
+        if self.experts is not None and self.active is None:
+            raise SmolseekError(
+                "--mode compress --experts needs --active A, the routed experts that a token uses: with all of them it "
+                "is --mode exact"
+            )
+        if self.experts is not None and self.prune is not None:
+            raise SmolseekError("--prune and --experts both leave neurons out: choose one of them")
         if self.neurons != "contiguous":
-            raise SmolseekError("--neurons clustered belongs to --mode exact: compress leaves the layers dense")
+            raise SmolseekError("--neurons clustered belongs to --mode exact: compress clusters by what neurons write")
         if self.cache is not None and self.kv_rank is not None:
             raise SmolseekError("--cache and --kv-rank say the same: leave one of them out")
         if self.cache is None and self.kv_rank is None:
-            if self.prune is None:
+            if self.prune is None and self.experts is None:
                 raise SmolseekError(
-                    "--mode compress needs --cache SHARE, --kv-rank R with --rope-dim D, or --prune SHARE: --cache 0.5"
+                    "--mode compress needs --cache SHARE, --kv-rank R with --rope-dim D, --prune SHARE or --experts E: "
+                    "--cache 0.5"
                 )
             if self.rope_dim is not None or self.method != "smolseek" or self.freq_fold != 1:
                 raise SmolseekError("--rope-dim, --method and --freq-fold need a smaller cache: add --cache SHARE")
@@ -99,13 +124,15 @@ class Conversion:
         return (self.kv_rank or 0) + (self.rope_dim or 0)
 
     def config(self, source: ModelConfig) -> ModelConfig:
-        """Return the exact shape, experts included. Raises SmolseekError if the experts do not fit."""
+        """Return the shape with the whole cache, experts included. Raises SmolseekError if the experts do not fit."""
         config = lossless.target_config(source)
         if self.experts is None:
             return config
         shared = 1 if self.shared is None else self.shared
         if self.mode == "grow":
             return mixture.grow_config(config, self.experts, shared, self.top_k or 0)
+        if self.mode == "compress":
+            return sparse_config(config, self.experts, shared, self.active or 0)
         return mixture.split_config(config, self.experts, shared)
 
     def words(self) -> str:
@@ -114,6 +141,8 @@ class Conversion:
         if self.mode == "compress":
             what: list[str] = [] if self.cache is None and self.kv_rank is None else [self.method]
             what += [] if self.prune is None else [f"{self.prune:.0%} of the neurons"]
+            if self.experts is not None:
+                what.append(f"{shared} shared and {self.active} of {self.experts} routed experts a token")
             text = f"{self.calibration_tokens:,} tokens of {self.calibration}"
             return f"compress, {', '.join(what)}, calibrated on {text}"
         if self.mode == "grow":

@@ -93,9 +93,7 @@ def split(
         order_I = clustered(gate_ID, up_ID, down_DI, shared * size, experts, seed)
     else:
         order_I = torch.arange(gate_ID.shape[0])
-    out = _expert("shared_experts", gate_ID, up_ID, down_DI, order_I[: shared * size])
-    for n, members in enumerate(order_I[shared * size :].split(size)):
-        out |= _expert(f"experts.{n}", gate_ID, up_ID, down_DI, members)
+    out = layer_tensors(gate_ID, up_ID, down_DI, order_I, shared * size, size)
     return out | {"gate.weight": gate_ID.new_zeros(experts, gate_ID.shape[1])} | _no_bias(experts)
 
 
@@ -123,6 +121,21 @@ def grow(
     return out | {"gate.weight": drawn(experts, width)} | _no_bias(experts)
 
 
+def layer_tensors(
+    gate_ID: torch.Tensor,
+    up_ID: torch.Tensor,
+    down_DI: torch.Tensor,
+    order_I: torch.Tensor,
+    shared_neurons: int,
+    size: int,
+) -> dict[str, torch.Tensor]:
+    """Return the experts: the first neurons of `order_I` are shared, then each `size` of them are a routed one."""
+    out = _expert("shared_experts", gate_ID, up_ID, down_DI, order_I[:shared_neurons])
+    for n, members in enumerate(order_I[shared_neurons:].split(size)):
+        out |= _expert(f"experts.{n}", gate_ID, up_ID, down_DI, members)
+    return out
+
+
 def _expert(
     name: str, gate_ID: torch.Tensor, up_ID: torch.Tensor, down_DI: torch.Tensor, members: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -145,28 +158,35 @@ def clustered(
     shared_neurons: int,
     experts: int,
     seed: int,
-    rounds: int = 8,
 ) -> torch.Tensor:
     """Return an order of the neurons [I]: the heaviest first, for the shared experts, then cluster after cluster.
 
     The heaviest have the largest product of the norms of their three weight vectors. The others are clustered by the
-    directions of their gates, which decide when a neuron is active, into clusters of one size (spherical k-means with
-    balanced assignment, in `rounds` rounds). The same weights and seed give the same order.
+    directions of their gates, which decide when a neuron is active. The same weights and seed give the same order.
     """
     gate, up, down = gate_ID.float(), up_ID.float(), down_DI.float()
     weight_I = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
     by_weight = weight_I.argsort(descending=True, stable=True)
     heavy, rest = by_weight[:shared_neurons].sort().values, by_weight[shared_neurons:].sort().values
-    x_ND = F.normalize(gate[rest], dim=1)
-    size = len(rest) // experts
+    owner_N = clusters(gate[rest], experts, seed)
+    return torch.cat((heavy, rest[owner_N.argsort(stable=True)]))
+
+
+def clusters(x_ND: torch.Tensor, count: int, seed: int, rounds: int = 8) -> torch.Tensor:
+    """Return the cluster of each row [N]: `count` clusters of one size by the rows' directions.
+
+    Spherical k-means with balanced assignment, in `rounds` rounds.
+    """
+    x_ND = F.normalize(x_ND, dim=1)
+    size = len(x_ND) // count
     generator = torch.Generator().manual_seed(seed)
-    centre_ED = x_ND[torch.randperm(len(rest), generator=generator)[:experts]]
-    owner_N = torch.zeros(len(rest), dtype=torch.int64)
+    centre_ED = x_ND[torch.randperm(len(x_ND), generator=generator)[:count]]
+    owner_N = torch.zeros(len(x_ND), dtype=torch.int64)
     for _ in range(rounds):
         owner_N = _balanced(x_ND @ centre_ED.T, size)
         sums = torch.zeros_like(centre_ED).index_add_(0, owner_N, x_ND)
         centre_ED = F.normalize(sums, dim=1)
-    return torch.cat((heavy, rest[owner_N.argsort(stable=True)]))
+    return owner_N
 
 
 def _balanced(similarity_NE: torch.Tensor, size: int) -> torch.Tensor:

@@ -6,8 +6,10 @@ import json
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from smolseek.convert.conversion import Conversion
 from smolseek.convert.prune import prune
 from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
+from smolseek.convert.sparse import Fitted, active_neurons, sparse, sparse_config
 from smolseek.errors import SmolseekError
 from smolseek.model.summary import count
 from smolseek.run_folder import write_text
@@ -67,6 +70,7 @@ def convert(
         config = conversion.config(opened.config)
         part = out.with_name(f".{out.name}.unfinished")
         needed = count(config).total * getattr(torch, conversion.dtype).itemsize
+        needed *= 1 + (conversion.active is not None and verify is not None)  # the control stands beside it for a while
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)  # left by a conversion that was killed
@@ -99,26 +103,45 @@ def _write(
     if conversion.mode == "compress":
         config, attention = _compressed(opened, conversion)
     layers = _layers(opened, config, attention, conversion)
+    control = None
     if conversion.prune is not None:
         config, layers = _pruned(opened, config, layers, conversion)
-    _write_weights(part, layers, config.num_hidden_layers, getattr(torch, conversion.dtype))
+    elif conversion.active is not None:
+        ours, control = _sparse(opened, config, conversion)
+        if verify is not None:
+            again = _layers(opened, config, attention, conversion)
+            control_line = _control(opened, config, _replaced(again, control.layers), conversion, out, verify)
+        config = _shape(config, conversion)
+        layers = _replaced(layers, ours.layers)
+    values = _write_model(part, config, layers, conversion.dtype)
     console.say(
         f"Converted {config.num_hidden_layers} layers of {source} ({conversion.words()}, {conversion.dtype}); "
         f"peak memory {_peak_bytes() / 1e6:,.0f} MB"
     )
-    values = config_to_hf(config, conversion.dtype)
-    write_text(part / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     _write_text_files(opened.path, part, values)
     line = None
     if verify is not None:
         line = verify(opened.path, part)
         console.say(line)
+        if control is not None:
+            console.say(control_line)
+            line = f"{line}. {control_line}"
     command = " ".join(["smolseek convert", source, str(out), *_words_of(conversion)])
     card = model_card(source, opened.path, opened.config, config, conversion.words(), conversion.dtype, command, line)
     write_text(part / "README.md", card)
     part.rename(out)
     console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
     return out
+
+
+def _write_model(
+    folder: Path, config: ModelConfig, layers: Iterator[dict[str, torch.Tensor]], dtype: str
+) -> dict[str, Any]:
+    """Write weights and config.json, and return the latter's values."""
+    _write_weights(folder, layers, config.num_hidden_layers, getattr(torch, dtype))
+    values = config_to_hf(config, dtype)
+    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    return values
 
 
 def _words_of(conversion: Conversion) -> list[str]:
@@ -175,12 +198,55 @@ def _pruned(
         f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at most"
     )
 
-    def replaced() -> Iterator[dict[str, torch.Tensor]]:
-        for n, tensors in enumerate(layers, -1):
-            new = found[n] if 0 <= n < len(found) else {}
-            yield tensors | {f"model.layers.{n}.mlp.{name}": tensor for name, tensor in new.items()}
+    return dataclasses.replace(config, intermediate_size=kept), _replaced(layers, found)
 
-    return dataclasses.replace(config, intermediate_size=kept), replaced()
+
+def _sparse(opened: Source, config: ModelConfig, conversion: Conversion) -> tuple[Fitted, Fitted]:
+    """Return the sparse experts, and the control: the same number of neurons, chosen once and for all."""
+    shape = _shape(config, conversion)
+    rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
+    ours, control = sparse(load_model(opened.path).model, shape, rows, conversion.seed)
+    active = active_neurons(shape)
+    said = [f"{sum(one.errors) / len(one.errors):.3f}" for one in (ours, control)]
+    console.say(
+        f"Experts: {active:,} of {config.intermediate_size:,} neurons a token in each layer; relative squared error of "
+        f"a layer's output {said[0]} on average; control, --prune {active / config.intermediate_size:.4g}: {said[1]}"
+    )
+    return ours, control
+
+
+def _shape(config: ModelConfig, conversion: Conversion) -> ModelConfig:
+    """Return the shape with sparse experts instead of the dense layers of `config`."""
+    shared = 1 if conversion.shared is None else conversion.shared
+    return sparse_config(config, conversion.experts or 0, shared, conversion.active or 0)
+
+
+def _control(
+    opened: Source,
+    config: ModelConfig,
+    layers: Iterator[dict[str, torch.Tensor]],
+    conversion: Conversion,
+    out: Path,
+    verify: Callable[[Path, Path], str],
+) -> str:
+    """Return the line of fidelity of the control, whose folder is there only as long."""
+    kept = active_neurons(_shape(config, conversion))
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.control.unfinished") as folder:
+        shape = dataclasses.replace(config, intermediate_size=kept)
+        _write_model(Path(folder), shape, layers, conversion.dtype)
+        return f"Control, --prune {kept / config.intermediate_size:.4g} instead: {verify(opened.path, Path(folder))}"
+
+
+def _replaced(
+    layers: Iterator[dict[str, torch.Tensor]], found: list[dict[str, torch.Tensor]]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield `layers` with the feed-forward tensors `found` instead of their own."""
+    for n, tensors in enumerate(layers, -1):
+        prefix = f"model.layers.{n}.mlp."
+        if 0 <= n < len(found):
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
+            tensors |= {f"{prefix}{name}": tensor for name, tensor in found[n].items()}
+        yield tensors
 
 
 def _layers(
@@ -197,7 +263,7 @@ def _layers(
         out = {f"{layer}{name}": read(f"{layer}{name}") for name in _UNCHANGED}
         out |= {f"{layer}self_attn.{name}": tensor for name, tensor in attention(n).items()}
         gate, up, down = (read(f"{layer}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
-        if conversion.experts is None:
+        if conversion.experts is None or conversion.mode == "compress":
             new = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
         elif conversion.mode == "grow":
             new = mixture.grow(config, gate, up, down, seed=conversion.seed * config.num_hidden_layers + n)

@@ -1,0 +1,130 @@
+"""Sparse experts: exact where the idle ones do nothing, nearer than pruning, and stock transformers opens them."""
+
+import pytest
+import torch
+
+from smolseek.cli import main
+from smolseek.config import ModelConfig
+from smolseek.convert.lossless import target_config
+from smolseek.convert.sparse import layer, sparse, sparse_config
+from smolseek.model.moe import MoE
+from smolseek.model.transformer import new_model
+from smolseek.storage.hf_folder import load_model, save_folder
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=61,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    eos_token_id=0,
+)
+OPTIONS = ["--mode", "compress", "--calibration", "self", "--calibration-tokens", "630"]
+EXPERTS = ["--experts", "8", "--shared", "4", "--active", "5"]
+
+
+@pytest.fixture
+def llama(tmp_path):
+    save_folder(new_model(CONFIG), tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@torch.no_grad()
+def test_neurons_of_which_each_token_needs_some_are_found():
+    """Half of the routed neurons answer to one kind of token and half to another: the gate has to learn which."""
+    model = new_model(CONFIG)
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
+    kind = torch.where(x[:, 0] > 0, 1.0, -1.0)
+    x[:, 0] = kind * 8
+    shape = sparse_config(target_config(CONFIG), 2, 1, 1)  # 16 neurons shared, 16 of 32 routed
+    gate = mlp.gate_proj.weight.detach().clone()
+    gate[:, 0] = 0
+    gate[16:32, 0], gate[32:, 0] = 5, -5  # silu(-40) is nothing
+    up, down = mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach().clone()
+    down[:, :16] *= 100
+    h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    tensors, error = layer(shape, gate, up, down, x, h, seed=0)
+    assert error < 1e-6
+    moe = MoE(shape)
+    routed = [[tensors[f"experts.{n}.{name}_proj.weight"] for name in ("gate", "up", "down")] for n in range(2)]
+    moe.load_state_dict(
+        {
+            "gate.weight": tensors["gate.weight"],
+            "gate.e_score_correction_bias": tensors["gate.e_score_correction_bias"],
+            "experts.gate_up_proj": torch.stack([torch.cat(one[:2]) for one in routed]),
+            "experts.down_proj": torch.stack([one[2] for one in routed]),
+            **{name: tensor for name, tensor in tensors.items() if name.startswith("shared")},
+        }
+    )
+    y = h @ down.T
+    assert float((moe(x[None])[0][0] - y).square().sum() / y.square().sum()) < 1e-6
+
+
+def test_nearer_than_the_control_on_its_text():
+    model = new_model(CONFIG)
+    rows = torch.randint(61, (16, 65), generator=torch.Generator().manual_seed(0))
+    ours, control = sparse(model, sparse_config(target_config(CONFIG), 8, 16, 2), rows, seed=0)
+    assert all(0 < a < b for a, b in zip(ours.errors, control.errors, strict=True))
+    again, _ = sparse(model, sparse_config(target_config(CONFIG), 8, 16, 2), rows, seed=0)
+    for a, b in zip(ours.layers, again.layers, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("more", [[], ["--cache", "0.7"]])
+def test_from_the_command_line_to_stock_transformers(llama, tmp_path, capsys, more):
+    assert main(["convert", str(llama), str(tmp_path / "few"), *OPTIONS, *EXPERTS, *more]) == 0
+    said = capsys.readouterr().out
+    assert "Experts: 36 of 48 neurons" in said and "Distance: mean KL" in said
+    assert "Control, --prune 0.75 instead: Distance: mean KL" in said
+    assert "Control, --prune 0.75" in (tmp_path / "few" / "README.md").read_text()
+    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+    from transformers import AutoModelForCausalLM
+
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "few").eval()
+    assert type(stock).__name__ == "DeepseekV3ForCausalLM"
+    assert (stock.config.n_routed_experts, stock.config.num_experts_per_tok, stock.config.n_shared_experts) == (8, 5, 4)
+    rows = torch.randint(61, (4, 40), generator=torch.Generator().manual_seed(1))
+    ours = load_model(tmp_path / "few").model
+    assert (ours.config.cache_features < 32) == bool(more)
+    with torch.no_grad():
+        torch.testing.assert_close(stock(rows).logits, ours(rows), rtol=1e-4, atol=1e-4)
+
+
+def test_the_chosen_experts_weigh_nearly_one():
+    model = new_model(CONFIG)
+    shape = sparse_config(target_config(CONFIG), 8, 4, 5)
+    rows = torch.randint(61, (8, 65), generator=torch.Generator().manual_seed(0))
+    ours, _ = sparse(model, shape, rows, seed=0)
+    moe = MoE(shape)
+    moe.gate.weight.data = ours.layers[0]["gate.weight"]
+    x = model.model.layers[0].post_attention_layernorm(model.model.embed_tokens(rows.flatten()))
+    weights = moe.gate(x).weights_NK
+    torch.testing.assert_close(weights.sum(dim=1), torch.full((len(x),), 5.0))
+    assert (weights - 1).abs().max().item() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mode", "compress", "--experts", "8"], "--active"),
+        (["--mode", "compress", "--active", "2"], "--experts"),
+        (["--mode", "compress", "--experts", "8", "--active", "8"], "--mode exact"),
+        (["--mode", "compress", "--experts", "8", "--active", "0"], "between 1 and 7"),
+        (["--mode", "compress", "--experts", "7", "--shared", "4", "--active", "2"], "48 neurons"),
+        (["--mode", "compress", "--experts", "8", "--shared", "-2", "--active", "2"], "below 0"),
+        (["--mode", "compress", "--experts", "1", "--active", "1"], "below 2"),
+        (["--mode", "compress", "--experts", "8", "--active", "2", "--prune", "0.5"], "choose one"),
+        (["--mode", "compress", "--experts", "8", "--active", "2", "--top-k", "2"], "--top-k"),
+        (["--experts", "8", "--active", "2"], "--mode compress"),
+    ],
+)
+def test_refused(llama, tmp_path, options, words, capsys):
+    assert main(["convert", str(llama), str(tmp_path / "out"), *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()
