@@ -29,8 +29,10 @@ from machine import describe
 
 from smolseek.convert.calibrate import calibration_rows, statistics
 from smolseek.convert.compress import Budget, assemble, compress
+from smolseek.convert.portable import one_epsilon
 from smolseek.convert.refit import refit
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
+from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_model, save_folder
 
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--folds", type=int, nargs="*", default=[1, 2, 4, 8], help="FreqFold of the published method")
     parser.add_argument("--shares", nargs="*", default=list(SHARES))
+    parser.add_argument("--methods", nargs="*", default=["smolseek", "portable", "transmla"])
     parser.add_argument("--models", nargs="*", default=[], help="NAME=FOLDER")
     parser.add_argument("--conversion", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/results/dial.json"))
@@ -106,6 +109,8 @@ def measure(args: argparse.Namespace, found: dict) -> None:
             "perplexity_change": math.exp(mean["loss_b"] - mean["loss_a"]) - 1,
             "kv_lora_rank": model.config.kv_lora_rank,
             "qk_rope_head_dim": model.config.qk_rope_head_dim,
+            "rope_type": model.config.rope_parameters["rope_type"],
+            "rope_theta": model.config.rope_parameters["rope_theta"],
             "tokens": tokens,
             "domains": {name: asdict(one) for name, one in domains.items()},
             "engine": "transformers",
@@ -124,7 +129,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
 
     for share in args.shares:
         features = round(SHARES[share] * source.config.cache_features)
-        for method in ("smolseek", "transmla"):
+        for method in args.methods:
             name = f"{share} {method}"
             if name in found["models"]:
                 continue
@@ -133,11 +138,18 @@ def measure(args: argparse.Namespace, found: dict) -> None:
                 stats = statistics(source.model, calibration)
             tried: dict[int, float] = {}
             for fold in args.folds if method == "transmla" else [1]:
-                budget = Budget(features, None, method, fold)
+                if method == "transmla":
+                    budget = Budget(features, None, method, fold)
+                else:  # our method, under either profile
+                    budget = Budget(features, profile="portable" if method == "portable" else "hf-exact")
                 shape, layers = compress(source.model, budget, stats)
-                if method == "smolseek":
+                if method != "transmla":
                     layers = refit(source.model, shape, layers, calibration)
                 model = assemble(source.model, shape, layers)
+                if method == "portable":
+                    shape, tensors = one_epsilon(shape, [model.state_dict()])
+                    model = CausalLM(shape).eval()
+                    model.load_state_dict(next(tensors))
                 if method == "transmla":
                     new = last_states(model, trial)
                     of_trial = (trial_states, head, new, model.lm_head.weight, trial)

@@ -7,7 +7,7 @@ import torch
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig
-from smolseek.convert import compress, lossless, pipeline
+from smolseek.convert import components, compress, lossless, pipeline
 from smolseek.convert.calibrate import _by_distance, calibration_rows, held_out_rows, statistics
 from smolseek.convert.compress import Budget
 from smolseek.convert.pipeline import Conversion, convert
@@ -77,11 +77,11 @@ def test_nothing_left_out_is_exact(llama, method):
     found = statistics(model, random_rows())
     blocks = model.model.layers
     layers = [
-        compress.layer(CONFIG, stats, [getattr(b.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"], method, 1)
+        components.layer(CONFIG, stats, [getattr(b.self_attn, f"{x}_proj").weight.detach() for x in "qkvo"], method, 1)
         for stats, b in zip(found, blocks, strict=True)
     ]
-    chosen = compress.plan(layers, whole, whole // 2, 1)
-    shape = compress.config(CONFIG, chosen, layers[0].frequency_C)
+    chosen = compress.plan(CONFIG, layers, Budget(whole, method=method), whole // 2)
+    shape = compress.config(CONFIG, chosen)
     assert (shape.kv_lora_rank, shape.qk_rope_head_dim) == (whole // 2, whole // 2)
     new = [
         compress.attention(at, chosen) | {"o_proj.weight": block.self_attn.o_proj.weight}

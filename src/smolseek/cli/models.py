@@ -119,6 +119,8 @@ class ConvertArgs:
     """Features of the latent, with --rope-dim, instead of --cache (compress)."""
     rope_dim: int | None = None
     """Rotary features; None has them searched (compress)."""
+    profile: Literal["hf-exact", "portable"] = "hf-exact"
+    """portable does without longrope, for engines that have one ladder of frequencies and one epsilon (compress)."""
     method: Literal["smolseek", "transmla"] = "smolseek"
     """transmla is the published method, to compare with (compress)."""
     freq_fold: int = 1

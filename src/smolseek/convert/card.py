@@ -13,6 +13,11 @@ _CLAIMS = (
     "is smaller, and comes near the function of the original as far as the line `Measured` says.",
 )
 
+_NEEDS = (
+    "It has one ladder of rotary frequencies and one epsilon, as DeepSeek's own models.",
+    "It uses the rope type `longrope` with latent attention, which transformers and smolseek compute; others may not.",
+)
+
 
 def model_card(
     source: str,
@@ -64,9 +69,8 @@ def model_card(
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
         "",
-        "It needs no remote code. It uses the rope type `longrope` with latent attention, which transformers and",
-        "smolseek compute; other engines may not. Use float32 or bfloat16, never float16: the weights of the latent",
-        "are too small for it.",
+        "It needs no remote code. " + _NEEDS[after.rope_parameters.rope_type == "longrope"],
+        "Use float32 or bfloat16, never float16: the weights of the latent are too small for it.",
         "",
     ]
     return "\n".join([*front, "", *body])

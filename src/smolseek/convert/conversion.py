@@ -6,7 +6,8 @@ from typing import Literal
 from smolseek.config import ModelConfig
 from smolseek.convert import experts as mixture
 from smolseek.convert import lossless
-from smolseek.convert.compress import Method
+from smolseek.convert.components import Method
+from smolseek.convert.compress import Profile
 from smolseek.convert.experts import Neurons
 from smolseek.convert.sparse import sparse_config
 from smolseek.errors import SmolseekError
@@ -15,6 +16,7 @@ _COMPRESSING = (
     "cache",
     "kv_rank",
     "rope_dim",
+    "profile",
     "method",
     "freq_fold",
     "prune",
@@ -45,6 +47,8 @@ class Conversion:
     """Features of the latent (compress, with `rope_dim`, instead of `cache`)."""
     rope_dim: int | None = None
     """Rotary features; None has them searched, or is one head's for the published method (compress)."""
+    profile: Profile = "hf-exact"
+    """`portable` is for engines that have one ladder of frequencies and one epsilon, and no `longrope` (compress)."""
     method: Method = "smolseek"
     """`transmla` is the published method, to compare with (compress)."""
     freq_fold: int = 1
@@ -104,8 +108,17 @@ class Conversion:
                     "--mode compress needs --cache SHARE, --kv-rank R with --rope-dim D, --prune SHARE or --experts E: "
                     "--cache 0.5"
                 )
-            if self.rope_dim is not None or self.method != "smolseek" or self.freq_fold != 1:
-                raise SmolseekError("--rope-dim, --method and --freq-fold need a smaller cache: add --cache SHARE")
+            if (
+                self.rope_dim is not None
+                or self.profile != "hf-exact"
+                or self.method != "smolseek"
+                or self.freq_fold != 1
+            ):
+                raise SmolseekError(
+                    "--rope-dim, --profile, --method and --freq-fold need a smaller cache: add --cache SHARE"
+                )
+        if self.profile == "portable" and self.method == "transmla":
+            raise SmolseekError("--profile portable belongs to --method smolseek: leave one of them out")
         if self.kv_rank is not None and self.rope_dim is None:
             raise SmolseekError(f"--kv-rank {self.kv_rank} needs --rope-dim D beside it: for example 48")
         if self.cache is not None and not 0 < self.cache < 1:
@@ -140,6 +153,7 @@ class Conversion:
         shared = 1 if self.shared is None else self.shared
         if self.mode == "compress":
             what: list[str] = [] if self.cache is None and self.kv_rank is None else [self.method]
+            what += ["portable"] if self.profile == "portable" else []
             what += [] if self.prune is None else [f"{self.prune:.0%} of the neurons"]
             if self.experts is not None:
                 what.append(f"{shared} shared and {self.active} of {self.experts} routed experts a token")

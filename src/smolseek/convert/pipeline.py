@@ -15,7 +15,7 @@ import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig
-from smolseek.convert import compress, lossless
+from smolseek.convert import compress, lossless, portable
 from smolseek.convert import experts as mixture
 from smolseek.convert.calibrate import calibration_rows, statistics
 from smolseek.convert.card import model_card
@@ -113,6 +113,8 @@ def _write(
             control_line = _control(opened, config, _replaced(again, control.layers), conversion, out, verify)
         config = _shape(config, conversion)
         layers = _replaced(layers, ours.layers)
+    if conversion.profile == "portable":
+        config, layers = portable.one_epsilon(config, layers)
     values = _write_model(part, config, layers, conversion.dtype)
     console.say(
         f"Converted {config.num_hidden_layers} layers of {source} ({conversion.words()}, {conversion.dtype}); "
@@ -169,7 +171,11 @@ def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, At
     if conversion.cache is None and conversion.kv_rank is None:
         return lossless.target_config(opened.config), functools.partial(_exact_attention, opened)
     budget = compress.Budget(
-        conversion.budget(opened.config), conversion.rope_dim, conversion.method, conversion.freq_fold
+        conversion.budget(opened.config),
+        conversion.rope_dim,
+        conversion.method,
+        conversion.freq_fold,
+        conversion.profile,
     )
     budget.check(opened.config)
     rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
