@@ -113,8 +113,8 @@ def test_the_chosen_experts_weigh_nearly_one():
     [
         (["--mode", "compress", "--experts", "8"], "--active"),
         (["--mode", "compress", "--active", "2"], "--experts"),
-        (["--mode", "compress", "--experts", "8", "--active", "8"], "--mode exact"),
-        (["--mode", "compress", "--experts", "8", "--active", "0"], "between 1 and 7"),
+        (["--mode", "compress", "--experts", "8", "--shared", "4", "--active", "8"], "--mode exact"),
+        (["--mode", "compress", "--experts", "8", "--shared", "4", "--active", "0"], "between 1 and 7"),
         (["--mode", "compress", "--experts", "7", "--shared", "4", "--active", "2"], "48 neurons"),
         (["--mode", "compress", "--experts", "8", "--shared", "-2", "--active", "2"], "below 0"),
         (["--mode", "compress", "--experts", "1", "--active", "1"], "below 2"),

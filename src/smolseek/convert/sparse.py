@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.convert.calibrate import observe
-from smolseek.convert.experts import clusters, layer_tensors
+from smolseek.convert.experts import clusters, layer_tensors, split_config
 from smolseek.convert.prune import fit, solve
 from smolseek.errors import SmolseekError
 from smolseek.model.moe import Router
@@ -33,31 +33,13 @@ def sparse_config(config: ModelConfig, experts: int, shared: int, active: int) -
     Raises:
         SmolseekError: if the neurons do not fall into so many experts, or `active` is not a part of them.
     """
-    if experts < 2:
-        raise SmolseekError(f"experts {experts} is below 2: transformers rates a group by its two best experts")
-    if shared < 0:
-        raise SmolseekError(f"shared {shared} is below 0: use 0 or more")
+    split = split_config(config, experts, shared)
     if not 1 <= active < experts:
         raise SmolseekError(
             f"--active {active} is not between 1 and {experts - 1}, a part of the {experts} routed experts: change "
             "--active or --experts (all of them are --mode exact)"
         )
-    neurons, parts = config.intermediate_size, experts + shared
-    if neurons % parts:
-        raise SmolseekError(
-            f"{neurons} neurons do not fall into {shared} shared and {experts} routed experts of equal size: "
-            f"make their sum a divisor of {neurons}"
-        )
-    return dataclasses.replace(
-        config,
-        n_routed_experts=experts,
-        n_shared_experts=shared,
-        num_experts_per_tok=active,
-        moe_intermediate_size=neurons // parts,
-        first_k_dense_replace=0,
-        norm_topk_prob=True,
-        routed_scaling_factor=float(active),
-    )
+    return dataclasses.replace(split, num_experts_per_tok=active, routed_scaling_factor=float(active))
 
 
 def active_neurons(shape: ModelConfig) -> int:
