@@ -115,24 +115,20 @@ class LocalDispatcher:
         return rows.combine(y_MD, way, weights_NK)
 
 
-# oneDNN's and MKL's float32 products take other kernels, which round otherwise, below this many rows.
-_FEW_ROWS = 12
-# Products of a training step have a multiple of this many rows. oneDNN writes a program for each shape, in milliseconds
+# An expert's products have a multiple of this many rows. oneDNN writes a program for each shape, in milliseconds
 # and up to half a megabyte, and keeps a thousand of them: with the experts' own numbers of rows nearly every
-# product would be a new shape.
+# product would be a new shape. Below 12 rows its and MKL's float32 products take other kernels, which round otherwise.
 _ROWS = 16
 
 
 def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:
-    """Return x w^T + b, with rounding that does not depend on how many rows `x_XD` has.
+    """Return x w^T + b for a multiple of `_ROWS` rows, so never for few.
 
     An expert's tokens are those that chose it, so a later token changes the number of rows that an earlier one is
-    computed among. Padding small products keeps the earlier token's result the same to the last bit.
+    computed among. Padding keeps the earlier token's result the same to the last bit.
     """
-    rows = x_XD.shape[0]
-    if rows < _FEW_ROWS:
-        return F.linear(F.pad(x_XD, (0, 0, 0, _FEW_ROWS - rows)), w_FD, b_F)[:rows]
-    return F.linear(x_XD, w_FD, b_F)
+    count = x_XD.shape[0]
+    return F.linear(_rows(x_XD, 0, _round_up(count)), w_FD, b_F)[:count]
 
 
 def _round_up(count: int) -> int:

@@ -30,7 +30,7 @@ from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.ends import Ends, is_complete
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
-from smolseek.train.memory import keep_freed_memory
+from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.train.optim import decay_factor, lr_factor, make_optimizer, numbered
 from smolseek.train.samples import write_samples
 from smolseek.train.state import TrainState
@@ -236,6 +236,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
         raise _stopped(run, at.step, received, away)
 
     optimizer.state.clear()  # it is saved; the audit needs the room
+    give_back_freed_memory()
     last = run.checkpoint_path(at.step)
     if text:
         ends.finish(text, at)
