@@ -32,6 +32,13 @@ def test_warnings_go_to_stderr(capsys):
     assert capsys.readouterr() == ("", "warning: careful\n")
 
 
+def test_a_complaint_is_written_in_one_piece(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", type("Unbuffered", (), {"write": pieces.append, "flush": lambda self: None})())
+    console.complain("what is wrong")
+    assert [piece for piece in pieces if piece] == ["what is wrong\n"]
+
+
 def test_a_silent_bar_speaks_once_an_interval(capsys, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(console.time, "monotonic", lambda: now)

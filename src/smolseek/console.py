@@ -15,13 +15,13 @@ _last_said = time.monotonic()
 def say(line: str = "") -> None:
     """Print a line to stdout at once; above the bar where one is drawn."""
     global _last_said
-    print(line, flush=True)
+    print(f"{line}\n", end="", flush=True)
     _last_said = time.monotonic()
 
 
 def complain(line: str) -> None:
-    """Print a line to stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line to stderr: in one piece, for without buffering another process's line could come before its end."""
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def warn(line: str) -> None:

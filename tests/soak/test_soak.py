@@ -147,7 +147,7 @@ def test_twenty_kills_change_no_bit(nursery: Nursery, data: Path, tmp_path: Path
             if kind == "saving":
                 while alive(pid) and not list(run.checkpoints.glob(".tmp-step-*")):
                     time.sleep(0.0002)
-                time.sleep(rng.uniform(0, 0.02))
+                time.sleep(rng.uniform(0, 0.005))
             else:
                 time.sleep(rng.uniform(0, 0.2))
         os.kill(pid, signal.SIGKILL)
