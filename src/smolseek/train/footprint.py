@@ -24,8 +24,8 @@ from smolseek.train.device import autocast
 from smolseek.train.loss import held_bytes
 from smolseek.train.optim import parameter_groups
 
-PROGRAM = 360_000_000
-"""Python, torch, the tokenizer and the built-in text, as one process holds them on a CPU."""
+PROGRAM = 400_000_000
+"""Python, torch with the programs that oneDNN writes, the tokenizer and the built-in text, as one process holds them."""
 # The audit's probe (evaluate/causality.py): logits of 3 x 48 tokens in float64, four of them at a time.
 _PROBE = 3 * 48 * 8 * 4
 
@@ -80,14 +80,15 @@ def lines(config: ModelConfig, run: Run) -> list[str]:
     head = f"Memory to train at {run.batch_size} x {run.seq_len} tokens, {run.grad_accum} a step, {how}"
     said = [f"{head}: {size_text(sum(parts.values()))} at the peak"]
     said += [f"  {name:16}{size_text(size):>10}" for name, size in parts.items() if size]
-    return said if run.cuda else [*said, "  and the gaps that malloc leaves between them (docs/training.md)"]
+    return said
 
 
 def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     """Return the bytes of each part at the peak of a training run; their sum is the peak.
 
-    They are the bytes that torch has allocated on the device. On a CPU the copy that checkpoints are written from is
-    among them, and the program itself is added; the gaps that malloc leaves between them are not.
+    They are the bytes that torch has allocated on the device. On a CPU, where the process's resident memory is meant,
+    the copy that checkpoints are written from, the program itself and malloc's gaps are added: gradients that appear
+    while activations go do not fit where those were, for a matrix is larger than most of them.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -98,7 +99,7 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     parts = max(moments, key=lambda parts: sum(parts.values()))
     found = {"weights": weights, "gradients": 0, "optimizer": state, **parts}
     if not run.cuda:
-        found |= {"checkpoint copy": weights + state, "program": PROGRAM}
+        found |= {"gaps": 4 * size - found["gradients"], "checkpoint copy": weights + state, "program": PROGRAM}
     audit = {"weights": weights, "audit": 8 * size + _PROBE * config.vocab_size}
     if not run.cuda:
         audit["program"] = PROGRAM
