@@ -111,10 +111,10 @@ def model(sources: list[str], seconds: float) -> None:
     import torch
 
     from smolseek.config import OptimConfig
+    from smolseek.memory import keep_freed_memory
     from smolseek.model.transformer import new_model
     from smolseek.presets import preset
     from smolseek.train.loss import losses
-    from smolseek.train.memory import keep_freed_memory
     from smolseek.train.optim import make_optimizer
 
     keep_freed_memory()

@@ -35,6 +35,7 @@ from machine import describe
 from torch._C._profiler import _EventType
 
 from smolseek.config import DataConfig, OptimConfig, TrainConfig
+from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model.transformer import new_model
 from smolseek.parallel import alone
 from smolseek.presets import preset
@@ -42,7 +43,6 @@ from smolseek.train import loop
 from smolseek.train.device import autocast
 from smolseek.train.footprint import PROGRAM, Run, footprint
 from smolseek.train.loss import linear_cross_entropy, losses
-from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.train.optim import make_optimizer
 
 HOWS = ("none", "selective", "full")

@@ -27,13 +27,13 @@ import torch.nn.functional as F
 from machine import describe
 
 from smolseek.config import OptimConfig
+from smolseek.memory import keep_freed_memory
 from smolseek.model.moe import Experts
 from smolseek.model.summary import flops_per_token
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.train.loss import linear_cross_entropy, losses
-from smolseek.train.memory import keep_freed_memory
 from smolseek.train.optim import make_optimizer
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")

@@ -22,6 +22,7 @@ from smolseek.evaluate.plausibility import check_plausibility, reported, yardsti
 from smolseek.evaluate.probe import device_of
 from smolseek.evaluate.routing import check_routing
 from smolseek.evaluate.subject import Subject
+from smolseek.memory import give_back_freed_memory
 from smolseek.storage.checkpoint import load_state
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -91,6 +92,7 @@ def audit_model(
         findings += check_routing(model, vocab, rows, trained=trained, steps=steps, step=step)
         if thorough:
             findings += check_decoding(model, vocab, context, remake=remake)
+    give_back_freed_memory()  # of the copies in float64
     return findings
 
 

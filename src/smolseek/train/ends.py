@@ -18,7 +18,6 @@ from smolseek.storage.checkpoint import load_weights
 from smolseek.storage.target import resolve
 from smolseek.train import metrics
 from smolseek.train.loss import losses
-from smolseek.train.memory import give_back_freed_memory
 from smolseek.train.samples import write_samples
 from smolseek.train.state import Progress
 from smolseek.train.text import Text
@@ -48,7 +47,6 @@ class Ends:
             sizes = self.config.model.vocab_size, self.config.model.max_position_embeddings
             found = audit.audit_model(whole, *sizes, loss=_total, eos_id=self.eos_id, thorough=False)
             self._tell(0, "start", found)
-            give_back_freed_memory()
 
     def finish(self, text: Text, at: Progress) -> None:
         """Write the samples, audit the run and sum it up."""

@@ -25,7 +25,7 @@ from smolseek.train.loss import held_bytes
 from smolseek.train.optim import parameter_groups
 
 PROGRAM = 400_000_000
-"""Python, torch with the programs that oneDNN writes, the tokenizer and the built-in text, as one process holds them."""
+"""Python, torch, the programs that oneDNN writes, the tokenizer and the built-in text, as one process holds them."""
 # The audit's probe (evaluate/causality.py): logits of 3 x 48 tokens in float64, four of them at a time.
 _PROBE = 3 * 48 * 8 * 4
 
@@ -88,7 +88,8 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
 
     They are the bytes that torch has allocated on the device. On a CPU, where the process's resident memory is meant,
     the copy that checkpoints are written from, the program itself and malloc's gaps are added: gradients that appear
-    while activations go do not fit where those were, for a matrix is larger than most of them.
+    while activations go do not fit where those were, for a matrix is larger than most of them, nor the head's buffers
+    where they were in the step before, for something that stays has taken a piece of it.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -99,7 +100,8 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     parts = max(moments, key=lambda parts: sum(parts.values()))
     found = {"weights": weights, "gradients": 0, "optimizer": state, **parts}
     if not run.cuda:
-        found |= {"gaps": 4 * size - found["gradients"], "checkpoint copy": weights + state, "program": PROGRAM}
+        gaps = 4 * size - found["gradients"] + moments[0]["head"]
+        found |= {"gaps": gaps, "checkpoint copy": weights + state, "program": PROGRAM}
     audit = {"weights": weights, "audit": 8 * size + _PROBE * config.vocab_size}
     if not run.cuda:
         audit["program"] = PROGRAM

@@ -16,6 +16,7 @@ from smolseek.config import TrainConfig
 from smolseek.data.feed import pin
 from smolseek.data.retries import HubAway
 from smolseek.errors import SmolseekError, Stopped
+from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM
 from smolseek.parallel.alone import Alone
@@ -30,7 +31,6 @@ from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.ends import Ends, is_complete
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
-from smolseek.train.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.train.optim import decay_factor, lr_factor, make_optimizer, numbered
 from smolseek.train.samples import write_samples
 from smolseek.train.state import TrainState

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from smolseek.train.memory import keep_freed_memory
+from smolseek.memory import keep_freed_memory
 
 # Counts the page faults of making 40 MB ten times more, in a process of its own: the setting is the whole process's.
 PROGRAM = """
 import resource, sys
 import torch
-from smolseek.train.memory import keep_freed_memory
+from smolseek.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for _ in range(30):  # malloc's free pieces have to join first
