@@ -114,6 +114,7 @@ def model(sources: list[str], seconds: float) -> None:
     from smolseek.memory import keep_freed_memory
     from smolseek.model.transformer import new_model
     from smolseek.presets import preset
+    from smolseek.train.device import autocast
     from smolseek.train.loss import losses
     from smolseek.train.optim import make_optimizer
 
@@ -128,7 +129,7 @@ def model(sources: list[str], seconds: float) -> None:
         begun = time.perf_counter()
         rows = next_rows()
         waited = time.perf_counter() - begun
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("auto", torch.device("cpu")):
             loss = losses(net, rows).total
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
