@@ -69,17 +69,20 @@ def is_restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has bfloat16 products; where it has not, their emulation is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Private, so it may go: float32 is then the safe answer.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported()
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
     """Return the context of the forward pass: bfloat16 products over float32 weights, or plain float32.
 
-    auto is bfloat16 where the device multiplies in it; elsewhere its emulation would be slower than float32.
+    auto is bfloat16 where the device multiplies in it.
     """
     if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            # Private, so it may go: float32 is then the safe answer.
-            supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-            native = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported()
-        precision = "bfloat16" if native else "float32"
+        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()

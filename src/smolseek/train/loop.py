@@ -26,7 +26,7 @@ from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
 from smolseek.train import metrics
 from smolseek.train.balance import Balancer
-from smolseek.train.device import autocast, choose_device, is_restarted, open_team
+from smolseek.train.device import autocast, choose_device, is_restarted, multiplies_bfloat16, open_team
 from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.ends import Ends, is_complete
 from smolseek.train.guard import Guard, StopRequest
@@ -63,6 +63,11 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
         begun = run.read_config().data if run.config.exists() else None
         config = dataclasses.replace(config, data=pin(config.data, begun))
         run.check(config, resume)
+        if config.precision == "bfloat16" and not multiplies_bfloat16(device):
+            console.warn(
+                f"this {device.type} has no bfloat16 products and emulates them, many times slower: "
+                "leave out --precision"
+            )
     tracker = Tracker(config.track if team.lead else "none", run, config)
 
     if not config.model.eos_ids:
