@@ -5,7 +5,11 @@ import subprocess
 from smolseek.train import metrics
 
 
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def describe() -> dict:
-    """Return date, machine, versions and commit, as JSON types."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return metrics.describe() | {"commit": git.stdout.strip() or None}
+    """Return date, machine, versions and commit, as JSON types; the commit is dirty by more than other results."""
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results")
+    return metrics.describe() | {"commit": (git("describe", "--always") + ("-dirty" if changed else "")) or None}
