@@ -3,12 +3,14 @@
     python bench/dial.py --data FILE ...                      held-out text of several domains, each file one of them
     python bench/dial.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that is there already
     python bench/dial.py --conversion                         seconds and memory of the command
+    python bench/dial.py --plot docs/dial.png                 the curves of what has been measured
 
 Every model is made by the code of `smolseek convert`, calibrated on built-in text, written to a folder, opened by stock
 transformers and compared with the original, opened likewise: weights in float32, matrix products of the layers in
-bfloat16 (which adds to all divergences alike, about 1e-3), the head's in float32. The published method gets the
-FreqFold that is best on the first `--trial-tokens`, an equal share of each file. Prints a line a model and writes
-the results after each; a model that stands there is not measured again, so a run cut short goes on.
+bfloat16 where the processor has it (which adds to all divergences alike, about 1e-3), the head's in float32. The
+published method gets the FreqFold that is best on the first `--trial-tokens`, an equal share of each file. Prints a
+line a model and writes the results after each; a model that stands there is not measured again, so a run cut short
+goes on.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from smolseek.convert.refit import refit
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_model, save_folder
+from smolseek.train.device import autocast
 
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
 
@@ -50,9 +53,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=["smolseek", "portable", "transmla"])
     parser.add_argument("--models", nargs="*", default=[], help="NAME=FOLDER")
     parser.add_argument("--conversion", action="store_true")
+    parser.add_argument("--plot", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/results/dial.json"))
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
+    if args.plot:
+        plot(found["models"], args.plot)
+        return
     if args.conversion:
         found["conversion"] = conversion(args.calibration_tokens)
         args.out.write_text(json.dumps(found, indent=2) + "\n")
@@ -72,10 +79,39 @@ def conversion(tokens: int) -> dict:
     return {"options": options, "seconds": seconds, "peak_bytes": peak, "load": os.getloadavg(), "measured": describe()}
 
 
+def plot(models: dict, path: Path) -> None:
+    """Draw the divergence over the share of the cache, a curve for each method (matplotlib draws it)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for method, label, style in (
+        ("transmla", "published method, one shot", "s-"),
+        ("portable", "smolseek, portable, one shot", "^-"),
+        ("smolseek", "smolseek, one shot", "o-"),
+        ("healed", "smolseek, healed", "D--"),
+    ):
+        rows = [(SHARES[share], models[f"{share} {method}"]["kl"]) for share in SHARES if f"{share} {method}" in models]
+        if rows:
+            axes.plot(*zip(*rows, strict=True), style, label=label)
+            for share, kl in rows:
+                axes.annotate(f"{kl:.3f}", (share, kl), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set_yscale("log")
+    axes.margins(x=0.12)
+    axes.set_xticks(list(SHARES.values()), list(SHARES))
+    axes.set_xlabel("share of SmolLM2-135M-Instruct's cache")
+    axes.set_ylabel("KL to the original, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
 @torch.no_grad()
 def last_states(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
     """Return the last hidden states [T, D] of each of the windows `rows` [N, T+1]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("auto", torch.device("cpu")):
         return [state.float() for state in hidden_states(model, rows)]
 
 
