@@ -166,3 +166,15 @@ def test_sequence_balance_is_one_when_even_and_grows_with_the_imbalance():
         experts_NK=torch.zeros_like(even.experts_NK), scores_NE=F.one_hot(torch.zeros(128).long(), 8) + 1e-3
     )
     assert float(sequence_balance(skewed, 4)) > 7
+
+
+def test_products_without_gradients_have_multiples_of_16_rows(monkeypatch):
+    experts = Experts(preset("tiny"))
+    for p in experts.parameters():
+        torch.nn.init.normal_(p)
+    rows, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x.shape[0]) or linear(x, *rest))
+    counts = torch.tensor([3, 17, 33, *[0] * (preset("tiny").n_routed_experts - 3)])
+    with torch.no_grad():
+        experts(torch.randn(53, preset("tiny").hidden_size), counts)
+    assert rows == [16, 16, 32, 32, 48, 48]
