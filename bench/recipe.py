@@ -4,6 +4,7 @@
     python bench/recipe.py dense --data FILES      experts against a Llama of equal active parameters, three seeds
     python bench/recipe.py pair --data FILES       the two models of the experiment, scaled down, 1,500 steps each
     python bench/recipe.py balance --data FILES    loss-free, unbalanced and by an auxiliary loss, 1,500 steps each
+    python bench/recipe.py speed                   tokens/s of experts and of the dense model, in turn
     python bench/recipe.py show                    the tables of what has been run
 
 Every run goes into docs/results/recipe.json as soon as it has ended, and is not done again: an interrupted series
@@ -14,13 +15,14 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from machine import describe
+from machine import describe, seconds
 
 from smolseek.config import BalanceConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
 from smolseek.model import summary
@@ -134,6 +136,41 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     }
 
 
+def speed(rounds: int = 5, steps: int = 6) -> dict:
+    """Return tokens/s of the experts and of the dense model, which train in turn in batches of 4 x 256 tokens."""
+    import torch
+
+    from smolseek.memory import keep_freed_memory
+    from smolseek.model.transformer import new_model
+    from smolseek.train.device import autocast
+    from smolseek.train.loss import losses
+    from smolseek.train.optim import make_optimizer
+
+    keep_freed_memory()
+    spent: dict[str, list[float]] = {"moe": [], "dense": []}
+    models = {name: new_model(SHAPES[name]()).train() for name in spent}
+    optimizers = {name: make_optimizer(model, OptimConfig()) for name, model in models.items()}
+    for _ in range(rounds + 1):
+        for name, model in models.items():
+
+            def some(model=model, optimizer=optimizers[name]):
+                for _ in range(steps):
+                    rows = torch.randint(model.config.vocab_size, (4, 257))
+                    with model.in_place.during():
+                        with autocast("auto", torch.device("cpu")):
+                            loss = losses(model, rows).total
+                        loss.backward()
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+            spent[name].append(seconds(some))
+    rates = {name: sorted(steps * 1024 / one for one in times[1:]) for name, times in spent.items()}
+    for name, found in rates.items():
+        print(f"{name}: {found[len(found) // 2]:,.0f} tokens/s ({found[0]:,.0f}-{found[-1]:,.0f})")
+    return {"tokens_per_second": rates, "threads": torch.get_num_threads(), "load": os.getloadavg(), **describe()}
+
+
 class Series:
     """The runs in the file, and those that are wanted."""
 
@@ -150,9 +187,14 @@ class Series:
             running = {pool.submit(execute, run, self.args.data, threads): run for run in missing}
             for done in as_completed(running):
                 self.held["runs"][running[done].name] = done.result()
-                lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(run)}" for key, run in self.held["runs"].items())
-                self.args.out.write_text(f'{{"runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
+                self.write()
         return [self.held["runs"][run.name] for run in wanted]
+
+    def write(self) -> None:
+        """Write the file, one line a run."""
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(run)}" for key, run in self.held["runs"].items())
+        rate = json.dumps(self.held.get("speed"))
+        self.args.out.write_text(f'{{"speed": {rate}, "runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
     def best(self, kind: str) -> Run:
         """Return the run of `kind` with the lowest validation loss among its rates at seed 0."""
@@ -219,7 +261,7 @@ def cached(model: ModelConfig) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plans", nargs="+", choices=("muon", "dense", "balance", "pair", "show"))
+    parser.add_argument("plans", nargs="+", choices=("muon", "dense", "balance", "pair", "speed", "show"))
     parser.add_argument("--data", nargs="+", default=["builtin"])
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/recipe.json"))
@@ -229,6 +271,10 @@ def main() -> None:
         series.do = lambda wanted: [series.held["runs"][run.name] for run in wanted]  # type: ignore[method-assign]
         args.plans = ["muon", "dense", "balance", "pair"]
     for name in args.plans:
+        if name == "speed":
+            series.held["speed"] = speed()
+            series.write()
+            continue
         try:
             plan = series.plan(name)
             flat = series.do([run for runs in plan.values() for run in runs])

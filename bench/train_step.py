@@ -1,11 +1,13 @@
-"""The training step, ours beside transformers with the same weights, tokens and bfloat16 autocast.
+"""The training step, ours beside transformers with the same weights, tokens and number format.
 
     python bench/train_step.py --quick           under a minute on two cores: one shape, no accumulation
     python bench/train_step.py                   both shapes, accumulation 4, parts, layers and sequences: ten minutes
+    python bench/train_step.py --precision float32       for a processor without bfloat16 products
 
 Each contender is a process of its own, so that neither's allocator settings nor memory touch the other's; they take
 turns. A step is `--accumulation` micro-batches of 4 x 256 tokens, clipping and fused AdamW. Utilisation is the active
-floating point operations over the bfloat16 matrix product's peak measured between the rounds. The parts are timed
+floating point operations over the peak of a matrix product in the same format, measured between the rounds. bfloat16 is
+autocast, float32 plain; auto, as in training, is bfloat16 where the device multiplies in it. The parts are timed
 apart, forward and backward, on inputs of the step's shape; "rest" is the step less the parts. Writes
 docs/results/train_step.json (not with --quick), where a run replaces only what it measured.
 """
@@ -17,22 +19,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from machine import describe
+from machine import describe, seconds
+from peers import PEERS, open_peer, unable
+from shapes import layer_times, sequence_times
 
 from smolseek.config import OptimConfig
 from smolseek.memory import keep_freed_memory
-from smolseek.model.moe import Experts
 from smolseek.model.summary import flops_per_token
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model, save_folder
+from smolseek.train.device import autocast
 from smolseek.train.loss import linear_cross_entropy, losses
 from smolseek.train.optim import make_optimizer
 
@@ -46,22 +49,17 @@ def config_of(name: str):
     return replace(preset("deepseek_159m"), n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=1344)
 
 
-def seconds(run) -> float:
-    """Wall time of `run`, the device's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def gemm_peak(device: str) -> float:
-    """Operations a second of a large bfloat16 product: the best of a few."""
+def gemm_peak(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large product: the best of a few."""
     n = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(6))
+
+
+def number_format(precision: str, device: str) -> torch.dtype:
+    """Return the type of the products: what `--precision` says, as in training."""
+    with autocast(precision, torch.device(device)):
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
 
 class Contender:
@@ -69,11 +67,16 @@ class Contender:
 
     def __init__(self, kind: str, folder: str, args: argparse.Namespace) -> None:
         self.ours, self.accumulation, self.device = kind == "ours", args.accumulation, args.device
+        self.precision, self.peer_loss = args.precision, None
         if self.ours:
             if self.device == "cpu":
                 keep_freed_memory()
             self.model = load_model(folder, device=self.device).model.train()
             self.decoder, params = self.model.model, make_optimizer(self.model, OptimConfig())
+        elif kind in PEERS:
+            self.model, self.peer_loss = open_peer(kind, load_model(folder).config, self.device)
+            self.model.train()
+            params = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         else:
             from transformers import AutoModelForCausalLM
 
@@ -89,7 +92,7 @@ class Contender:
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, not from loading
 
     def context(self):
-        return torch.autocast(self.device, torch.bfloat16)
+        return autocast(self.precision, torch.device(self.device))
 
     def step(self) -> dict:
         """One optimizer step: seconds, of them clipping and the optimizer, and the loss of the last micro-batch."""
@@ -102,6 +105,8 @@ class Contender:
                     with self.context():
                         if self.ours:
                             loss = losses(self.model, self.rows).total
+                        elif self.peer_loss:
+                            loss = self.peer_loss(self.rows)
                         else:
                             ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
                             loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
@@ -158,76 +163,14 @@ class Contender:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
-def layer_times(device: str) -> dict:
-    """Seconds of an expert layer: 4 to 32 experts at equal active parameters, and a skewed router."""
-
-    def one(n_experts: int, top_k: int, skew: bool):
-        config = replace(
-            preset("deepseek_159m"),
-            n_routed_experts=n_experts,
-            num_experts_per_tok=top_k,
-            moe_intermediate_size=3072 // top_k,
-        )
-        experts = Experts(config).to(device)
-        for p in experts.parameters():
-            torch.nn.init.normal_(p, std=0.02)
-        pairs = BATCH * LENGTH * top_k
-        counts = torch.full((n_experts,), pairs // n_experts)
-        if skew:  # nine tenths to one expert
-            counts = torch.full((n_experts,), pairs // 10 // (n_experts - 1))
-            counts[0] += pairs - int(counts.sum())
-        x = torch.randn(pairs, config.hidden_size, device=device).requires_grad_()
-
-        def run():
-            with torch.autocast(device, torch.bfloat16):
-                y = experts(x, counts.to(device))
-            with experts.in_place.during():  # as in the training loop
-                y.sum().backward()
-            experts.zero_grad()
-
-        return run
-
-    # Chosen of 4, 8, 16, 32: the neurons per token and all neurons stay the same.
-    runs = {n: one(n, n // 4, False) for n in (4, 8, 16, 32)} | {"even": one(16, 1, False), "skewed": one(16, 1, True)}
-    times: dict = {name: [] for name in runs}
-    for _ in range(12):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    found = {str(name): statistics.median(values[3:]) for name, values in times.items()}
-    return {
-        "seconds": found,
-        "experts_4_to_32": found["32"] / found["4"],
-        "nine_tenths_to_one": found["skewed"] / found["even"],
-    }
-
-
-def sequence_times(device: str) -> dict:
-    """Seconds of a micro-batch of 2,048 tokens as 8 x 256 and as 1 x 2,048."""
-    model = new_model(preset("deepseek_159m"), device=device)
-    times: dict[int, list[float]] = {256: [], 2048: []}
-    for _ in range(5):
-        for length, values in times.items():
-            rows = torch.randint(49_152, (2048 // length, length + 1), device=device)
-
-            def run(rows=rows):
-                with model.in_place.during():
-                    with torch.autocast(device, torch.bfloat16):
-                        out = losses(model, rows)
-                    out.total.backward()
-                model.zero_grad()
-
-            values.append(seconds(run))
-    found = {length: statistics.median(values[1:]) for length, values in times.items()}
-    return {"seconds": found, "sequence_256_to_2048": found[2048] / found[256]}
-
-
 def work(args: argparse.Namespace) -> None:
     """Answer the commands that come in, one JSON line each."""
     torch.set_num_threads(args.threads)
     if args.worker == "shapes":
         if args.device == "cpu":
             keep_freed_memory()
-        answers = {"layers": lambda: layer_times(args.device), "sequences": lambda: sequence_times(args.device)}
+        shape = args.device, args.precision
+        answers = {"layers": lambda: layer_times(*shape), "sequences": lambda: sequence_times(*shape)}
     else:
         contender = Contender(args.worker, args.folder, args)
         answers = {"step": contender.step, "parts": contender.parts, "peak": contender.peak}
@@ -240,6 +183,7 @@ class Worker:
 
     def __init__(self, kind: str, folder: str, args: argparse.Namespace) -> None:
         own = ["--threads", str(args.threads), "--accumulation", str(args.accumulation), "--device", args.device]
+        own += ["--precision", args.precision]
         command = [sys.executable, __file__, "--worker", kind, "--folder", folder, *own]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -284,12 +228,12 @@ def compare(name: str, args: argparse.Namespace) -> dict:
                 tried[kind] = found["seconds"]
             worker.close()
         best = min(tried, key=tried.__getitem__) if tried else kinds[0]
-        contenders = {"ours": Worker("ours", folder, args), best: Worker(best, folder, args)}
+        contenders = {kind: Worker(kind, folder, args) for kind in ("ours", best, *args.against)}
         losses_seen = {kind: worker.ask("step")["loss"] for kind, worker in contenders.items()}
         rounds: dict[str, list[dict]] = {kind: [] for kind in contenders}
         peaks = []
         for _ in range(args.rounds):
-            peaks.append(gemm_peak(args.device))
+            peaks.append(gemm_peak(args.device, number_format(args.precision, args.device)))
             for kind, worker in contenders.items():
                 rounds[kind].append(worker.ask("step"))
         peak = statistics.median(peaks)
@@ -299,36 +243,40 @@ def compare(name: str, args: argparse.Namespace) -> dict:
             spent = [r["seconds"] for r in rounds[kind]]
             own = {"tokens_s": tokens / statistics.median(spent), "peak_bytes": worker.ask("peak"), "seconds": spent}
             own["utilisation"] = own["tokens_s"] * 3 * flops_per_token(config, LENGTH) / peak
-            if not args.quick:
+            if not (args.quick or kind in args.against):
                 parts = worker.ask("parts") | {"optimizer": statistics.median(r["optimizer"] for r in rounds[kind])}
                 parts["rest"] = statistics.median(spent) - sum(parts.values())
                 own["parts_seconds"] = parts
                 flops = part_flops(config)
                 own["parts_utilisation"] = {n: flops[n] * tokens / parts[n] / peak for n in flops}
-            row["ours" if kind == "ours" else "transformers"] = own
+            row["transformers" if kind == best else kind] = own
             worker.close()
-    pairs = zip(rounds[best], rounds["ours"], strict=True)
-    ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
-    row |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
-    row["memory_ratio"] = row["ours"]["peak_bytes"] / row["transformers"]["peak_bytes"]
+    for name, kind in {"transformers": best, **{peer: peer for peer in args.against}}.items():
+        pairs = zip(rounds[kind], rounds["ours"], strict=True)
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
+        row[name] |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
+        row[name]["memory_ratio"] = row["ours"]["peak_bytes"] / row[name]["peak_bytes"]
     return row
 
 
-def show(row: dict) -> None:
-    for who in ("ours", "transformers"):
+def show(row: dict, against: list[str]) -> None:
+    """Print the contenders, and ours over each of the others; transformers comes last."""
+    for who in ("ours", *against, "transformers"):
         own = row[who]
         parts = ", ".join(f"{n} {s:.2f}" for n, s in own.get("parts_seconds", {}).items())
         print(
             f"{row['model']} {who}: {own['tokens_s']:.0f} tokens/s, peak {own['peak_bytes'] / 1e6:,.0f} MB, "
             f"utilisation {own['utilisation']:.0%}" + (f"; seconds: {parts}" if parts else "")
         )
-    low, high = row["ratio_spread"]
-    print(
-        f"{row['model']}: ratio {row['ratio']:.2f} ({low:.2f}-{high:.2f}) to {row['transformers_experts']}, memory "
-        f"{row['memory_ratio']:.2f}, utilisation {row['ours']['utilisation']:.0%} of {row['gemm_peak'] / 1e9:,.0f} "
-        "GFLOP/s",
-        flush=True,
-    )
+    for who in (*against, "transformers"):
+        low, high = row[who]["ratio_spread"]
+        name = who if who in against else f"{who} ({row['transformers_experts']})"
+        print(
+            f"{row['model']}: ratio {row[who]['ratio']:.2f} ({low:.2f}-{high:.2f}) to {name}, memory "
+            f"{row[who]['memory_ratio']:.2f}, utilisation {row['ours']['utilisation']:.0%} of "
+            f"{row['gemm_peak'] / 1e9:,.0f} GFLOP/s",
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -340,10 +288,12 @@ def main() -> None:
         help="what to measure: models, and `shapes`: layers of experts and lengths of sequences, ours alone",
     )
     parser.add_argument("--experts", nargs="*", default=[], help="transformers' implementations; none: try all")
+    parser.add_argument("--against", nargs="*", default=[], choices=PEERS, help="other trainers that are installed")
     parser.add_argument("--accumulation", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "bfloat16", "float32"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("docs/results/train_step.json"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -352,11 +302,14 @@ def main() -> None:
     if args.worker:
         work(args)
         return
+    if lacking := [reason for peer in args.against if (reason := unable(peer, args.device))]:
+        sys.exit("; ".join(lacking))
     torch.set_num_threads(args.threads)
     if args.quick:
         args.model, args.accumulation, args.rounds, args.experts = args.model[:1], 1, 3, args.experts or ["eager"]
     measured = {**describe(), "command": "python " + " ".join(sys.argv)}
-    measured["settings"] = {k: v for k, v in vars(args).items() if k in ("accumulation", "rounds", "device", "threads")}
+    measured["settings"] = {k: getattr(args, k) for k in ("accumulation", "rounds", "device", "threads")}
+    measured["settings"]["products"] = str(number_format(args.precision, args.device)).removeprefix("torch.")
     found: dict[str, dict] = {}
     if not args.quick and "shapes" in args.model:
         worker = Worker("shapes", "", args)
@@ -369,7 +322,7 @@ def main() -> None:
     for name in args.model:
         if name != "shapes":
             found[name] = {**measured, **compare(name, args)}
-            show(found[name])
+            show(found[name], args.against)
     if args.quick:
         return
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}

@@ -1,0 +1,78 @@
+"""Layers of experts and lengths of sequences, ours alone: the last part of bench/train_step.py."""
+
+import statistics
+from dataclasses import replace
+
+import torch
+from machine import seconds
+
+from smolseek.model.moe import Experts
+from smolseek.model.transformer import new_model
+from smolseek.presets import preset
+from smolseek.train.device import autocast
+from smolseek.train.loss import losses
+
+TOKENS = 1024
+
+
+def layer_times(device: str, precision: str) -> dict:
+    """Seconds of an expert layer: 4 to 32 experts at equal active parameters, and a skewed router."""
+
+    def one(n_experts: int, top_k: int, skew: bool):
+        config = replace(
+            preset("deepseek_159m"),
+            n_routed_experts=n_experts,
+            num_experts_per_tok=top_k,
+            moe_intermediate_size=3072 // top_k,
+        )
+        experts = Experts(config).to(device)
+        for p in experts.parameters():
+            torch.nn.init.normal_(p, std=0.02)
+        pairs = TOKENS * top_k
+        counts = torch.full((n_experts,), pairs // n_experts)
+        if skew:  # nine tenths to one expert
+            counts = torch.full((n_experts,), pairs // 10 // (n_experts - 1))
+            counts[0] += pairs - int(counts.sum())
+        x = torch.randn(pairs, config.hidden_size, device=device).requires_grad_()
+
+        def run():
+            with autocast(precision, torch.device(device)):
+                y = experts(x, counts.to(device))
+            with experts.in_place.during():  # as in the training loop
+                y.sum().backward()
+            experts.zero_grad()
+
+        return run
+
+    # Chosen of 4, 8, 16, 32: the neurons per token and all neurons stay the same.
+    runs = {n: one(n, n // 4, False) for n in (4, 8, 16, 32)} | {"even": one(16, 1, False), "skewed": one(16, 1, True)}
+    times: dict = {name: [] for name in runs}
+    for _ in range(12):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    found = {str(name): statistics.median(values[3:]) for name, values in times.items()}
+    return {
+        "seconds": found,
+        "experts_4_to_32": found["32"] / found["4"],
+        "nine_tenths_to_one": found["skewed"] / found["even"],
+    }
+
+
+def sequence_times(device: str, precision: str) -> dict:
+    """Seconds of a micro-batch of 2,048 tokens as 8 x 256 and as 1 x 2,048."""
+    model = new_model(preset("deepseek_159m"), device=device)
+    times: dict[int, list[float]] = {256: [], 2048: []}
+    for _ in range(5):
+        for length, values in times.items():
+            rows = torch.randint(49_152, (2048 // length, length + 1), device=device)
+
+            def run(rows=rows):
+                with model.in_place.during():
+                    with autocast(precision, torch.device(device)):
+                        out = losses(model, rows)
+                    out.total.backward()
+                model.zero_grad()
+
+            values.append(seconds(run))
+    found = {length: statistics.median(values[1:]) for length, values in times.items()}
+    return {"seconds": found, "sequence_256_to_2048": found[2048] / found[256]}
