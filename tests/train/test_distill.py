@@ -128,6 +128,23 @@ def heal(base, run, *words):
 
 
 @needs_tokenizer
+def test_healing_leaves_the_fitted_gate_of_sparse_experts_as_it_is(compressed):
+    text = str(compressed / "text.jsonl")
+    experts = Conversion(mode="compress", experts=4, shared=2, active=2, calibration=text, calibration_tokens=256)
+    convert(str(compressed / "llama"), compressed / "sparse", experts)
+    options = ["--teacher", str(compressed / "llama"), "--run", str(compressed / "healed"), "--seq-len", "16"]
+    options += ["--calibration", text, "--tokens", "64", "--held-out-tokens", "16"]
+    assert main(["heal", str(compressed / "sparse"), *options]) == 0
+    before, after = (load_model(p).model for p in (compressed / "sparse", compressed / "healed"))
+    assert any(router.e_score_correction_bias.any() for router in before.routers)
+    assert not torch.equal(
+        after.model.layers[0].self_attn.o_proj.weight, before.model.layers[0].self_attn.o_proj.weight
+    )
+    for old, new in zip(before.routers, after.routers, strict=True):
+        assert torch.equal(new.e_score_correction_bias, old.e_score_correction_bias)
+
+
+@needs_tokenizer
 def test_a_healing_tells_where_it_stands_and_one_that_is_resumed_ends_at_the_same_weights(compressed, monkeypatch):
     assert heal(compressed, "whole") == 0
     records = [json.loads(line) for line in (compressed / "whole" / "metrics.jsonl").read_text().splitlines()]

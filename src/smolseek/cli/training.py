@@ -144,7 +144,7 @@ def heal(argv: Sequence[str]) -> None:
     for name in ("tokens", "held_out_tokens", "batch_size", "seq_len", "evaluations"):
         if getattr(args, name) < 1:
             raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} is below 1: use a positive number")
-    from smolseek.config import DataConfig, DistillConfig, OptimConfig, ScheduleConfig
+    from smolseek.config import BalanceConfig, DataConfig, DistillConfig, OptimConfig, ScheduleConfig
     from smolseek.run_folder import RunFolder
     from smolseek.train import loop
     from smolseek.train.distill import write_own_text
@@ -161,6 +161,7 @@ def heal(argv: Sequence[str]) -> None:
         distill=DistillConfig(teacher=args.teacher, attention_only=True),
         optim=OptimConfig(lr=args.lr, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=10, final_factor=0.0),
+        balance=BalanceConfig(gamma=0.0),  # a sparse model's gate was fitted: equal loads would undo it
         steps=steps,
         batch_size=args.batch_size,
         seq_len=args.seq_len,
