@@ -1,16 +1,19 @@
 """The published rule, token for token: b_i += gamma * sign(mean - count_i) over the whole global batch."""
 
 import json
+import shutil
 from dataclasses import replace
 
+import pytest
 import torch
 
 from smolseek.config import BalanceConfig, DataConfig, ScheduleConfig, TrainConfig
+from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import loop
-from smolseek.train.balance import Balancer, maxvio
+from smolseek.train.balance import Balancer, gamma_share, maxvio
 from smolseek.train.loss import losses
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=64)
@@ -58,30 +61,88 @@ def test_a_share_of_gamma_moves_the_bias_by_that_share():
     assert 0.125 in sizes
 
 
-def test_in_a_training_gamma_falls_with_the_learning_rate(tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text(
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("balance") / "text.jsonl"
+    path.write_text(
         "".join(json.dumps({"text": f"The sea is wide, and ship {n} comes home. " * 3}) + "\n" for n in range(40))
     )
-    last = loop.train(
-        TrainConfig(
-            model=replace(preset("tiny"), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16),
-            run=str(tmp_path / "run"),
-            data=DataConfig(sources=(str(text),), val_fraction=0.5),
-            schedule=ScheduleConfig(final_factor=0.0),
-            balance=BalanceConfig(gamma=0.25),
-            steps=2,
-            batch_size=1,
-            seq_len=32,
-            eval_tokens=64,
-            sample_tokens=0,
-        )
+    return path
+
+
+def training(text, run, *, steps: int = 2, save_every: int = 500, **balance: float) -> TrainConfig:
+    return TrainConfig(
+        model=replace(preset("tiny"), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16),
+        run=str(run),
+        data=DataConfig(sources=(str(text),), val_fraction=0.5),
+        schedule=ScheduleConfig(final_factor=0.0),
+        balance=BalanceConfig(gamma=0.25, **balance),
+        steps=steps,
+        batch_size=1,
+        seq_len=32,
+        eval_tokens=64,
+        save_every=save_every,
+        sample_tokens=0,
     )
-    model = load_model(str(last)).model
+
+
+def test_in_a_training_gamma_falls_with_the_learning_rate(text, tmp_path):
+    model = load_model(str(loop.train(training(text, tmp_path / "run")))).model
     # A cosine over two steps without a warm-up: one half after the first, nothing after the second.
     sizes = {round(float(b), 6) for router in model.routers for b in router.e_score_correction_bias.abs()}
     assert sizes <= {0.0, 0.125}
     assert 0.125 in sizes
+
+
+def test_steps_that_settle_change_the_biases_alone_and_are_resumed_to_the_last_bit(text, tmp_path):
+    short = load_model(str(loop.train(training(text, tmp_path / "short")))).model.state_dict()
+    config = training(text, tmp_path / "settled", steps=5, settle_steps=3, save_every=1)
+    last = loop.train(config)
+    settled = load_model(str(last)).model.state_dict()
+    moved = {name for name in short if not torch.equal(short[name], settled[name])}
+    assert moved == {"model.layers.0.mlp.gate.e_score_correction_bias"}
+    shutil.rmtree(last)
+    again = load_model(str(loop.train(config, resume=True))).model.state_dict()
+    assert all(torch.equal(again[name], settled[name]) for name in settled)
+    records = [json.loads(line) for line in (tmp_path / "settled" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["lr"] for record in records if record["step"] == 5 and "lr" in record] == [0.0]
+
+
+def test_gamma_begins_anew_with_a_quarter_when_the_weights_rest(text):
+    config = training(text, "runs/none", steps=6, settle_steps=4)
+    assert [gamma_share(step, config) for step in range(6)] == pytest.approx([0.5, 0.0, 0.25, 0.1875, 0.125, 0.0625])
+
+
+def test_settling_brings_loads_together():
+    """The biases of a router at rest, moved as in the last steps of a run, halve its MaxVio many times over."""
+    model, settling = new_model(CONFIG), 400
+    with torch.no_grad():
+        for router in model.routers:
+            router.e_score_correction_bias.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(
+        model=CONFIG, run="runs/none", steps=500, balance=BalanceConfig(gamma=0.01, settle_steps=settling)
+    )
+    balancer = Balancer(model, 0.01)
+    held_out = torch.randint(64, (64, 33), generator=torch.Generator().manual_seed(9999))
+
+    def violation() -> float:
+        return float(maxvio(losses(model, held_out).load_LE).mean())
+
+    with torch.no_grad():
+        before = violation()
+        for step in range(100, 500):
+            balancer.add(losses(model, rows(step)).load_LE)
+            balancer.step(gamma_share(step, config))
+        assert violation() < 0.1 * before
+
+
+def test_what_cannot_settle_is_refused(text):
+    with pytest.raises(SmolseekError, match="part of steps 2"):
+        training(text, "runs/none", settle_steps=2)
+    with pytest.raises(SmolseekError, match="leave one out"):
+        BalanceConfig(gamma=0, settle_steps=1)
+    with pytest.raises(SmolseekError, match="without experts"):
+        TrainConfig(model=preset("smollm2_135m"), run="runs/none", balance=BalanceConfig(settle_steps=1))
 
 
 def test_gamma_zero_never_moves():

@@ -95,10 +95,16 @@ class BalanceConfig:
     """Step of the loss-free bias update, which falls with the learning rate; 0 leaves the biases as they are."""
     alpha: float = 0.0
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
+    settle_steps: int = 0
+    """How many of the run's last steps only move the biases, towards equal loads of the final weights, which rest."""
 
     def __post_init__(self) -> None:
         if self.gamma < 0 or self.alpha < 0:
             raise SmolseekError(f"balance.gamma {self.gamma} and balance.alpha {self.alpha} must be 0 or more")
+        if self.settle_steps < 0:
+            raise SmolseekError(f"balance.settle_steps {self.settle_steps} must be 0 or more")
+        if self.settle_steps and not self.gamma:
+            raise SmolseekError("balance.settle_steps moves the biases, and balance.gamma 0 leaves them: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +239,11 @@ class TrainConfig:
         for name in ("sample_tokens", "sample_every", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        settling = self.balance.settle_steps
+        if settling >= self.steps:
+            raise SmolseekError(f"balance.settle_steps {settling} are part of steps {self.steps}: raise --steps")
+        if settling and not self.model.n_routed_experts:
+            raise SmolseekError(f"balance.settle_steps {settling} without experts: leave it out")
         if self.distill.teacher is not None and self.optim.z_loss:
             raise SmolseekError(
                 f"optim.z_loss {self.optim.z_loss} with a teacher, which is what is learnt: leave it out"

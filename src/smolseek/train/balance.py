@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 
+from smolseek.config import TrainConfig
 from smolseek.model.transformer import CausalLM
+from smolseek.train.optim import decay_factor
 
 
 def maxvio(load_LE: torch.Tensor) -> torch.Tensor:
@@ -16,12 +18,25 @@ def maxvio(load_LE: torch.Tensor) -> torch.Tensor:
     return load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-12) - 1
 
 
+def gamma_share(step: int, config: TrainConfig) -> float:
+    """Return the share of gamma that the biases move by after `step` steps.
+
+    It falls with the learning rate, since a sign never comes to rest: DeepSeek-V3 ends with gamma 0 (section 4.2). In
+    the steps in which the weights rest it begins anew with a quarter and falls to 0: what the biases lag behind the
+    last weights is made up for, and the noise of single batches is averaged out.
+    """
+    settling = config.balance.settle_steps
+    moving = config.steps - settling
+    if step < moving:
+        return decay_factor(step, moving, config.schedule)
+    return 0.25 * (config.steps - step) / settling
+
+
 class Balancer:
     """Moves each expert's selection bias by gamma, after every optimizer step, towards an equal load.
 
     b_i += gamma * sign(mean load - load_i), over all tokens of the step: every micro-batch is added once, by the
-    caller, from what the forward pass returned (recomputation and evaluation never reach it). A sign never comes to
-    rest, so the caller lets gamma fall with the learning rate: DeepSeek-V3 ends with gamma 0 (section 4.2).
+    caller, from what the forward pass returned (recomputation and evaluation never reach it).
     """
 
     def __init__(self, model: CausalLM, gamma: float) -> None:

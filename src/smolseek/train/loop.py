@@ -25,13 +25,13 @@ from smolseek.storage.checkpoint import load_weights, newest_valid
 from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
 from smolseek.train import metrics
-from smolseek.train.balance import Balancer
+from smolseek.train.balance import Balancer, gamma_share
 from smolseek.train.device import autocast, choose_device, is_restarted, multiplies_bfloat16, open_team
 from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.ends import Ends, is_complete
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
-from smolseek.train.optim import decay_factor, lr_factor, make_optimizer, numbered
+from smolseek.train.optim import lr_factor, make_optimizer, numbered
 from smolseek.train.samples import write_samples
 from smolseek.train.state import TrainState
 from smolseek.train.text import open_text
@@ -86,7 +86,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     if config.distill.attention_only:
         attention_only(model)
     objective = partial(losses, z_loss=config.optim.z_loss) if teacher is None else teacher.losses
-    trained = team.trained(model)
+    trained, moving = team.trained(model), config.steps - config.balance.settle_steps
     optimizer = make_optimizer(model, config.optim, trained)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
     state = TrainState(model, optimizer, balancer, stream, guard, team, numbered(optimizer, trained))
@@ -159,7 +159,8 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             if stopping or finished:
                 break
 
-            lr = config.optim.lr * lr_factor(at.step, config.steps, config.schedule)
+            resting = at.step >= moving  # the weights rest, and only the balancing biases move
+            lr = 0.0 if resting else config.optim.lr * lr_factor(at.step, moving, config.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             position = stream.position()
@@ -171,14 +172,15 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             step_loss, step_kl = torch.zeros(2, device=device)
             for number, (rows, share) in enumerate(micro_batches, 1):
                 team.last_of_step(model, number == config.grad_accum)
-                with team.backward(model):
+                with team.backward(model), torch.set_grad_enabled(not resting):
                     with context:
                         out = objective(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
-                    (out.total * share / config.grad_accum).backward()
+                    if not resting:
+                        (out.total * share / config.grad_accum).backward()
                 step_loss += out.next_token * share
                 step_kl += 0 if out.kl is None else out.kl
                 balancer.add(out.load_LE)
-            norm_tensor = team.clip(model, config.optim.clip or math.inf)
+            norm_tensor = step_loss.new_zeros(()) if resting else team.clip(model, config.optim.clip or math.inf)
             # The one place where a step waits for the device.
             loss, norm, kl = torch.stack((team.sum(step_loss), norm_tensor, step_kl)).tolist()
             loss, kl = loss / config.grad_accum, kl / config.grad_accum
@@ -193,9 +195,10 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
                     clock.restart()
                     timed, saved = 0, at.step
                 continue
-            optimizer.step()
+            if not resting:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            violation = balancer.step(decay_factor(at.step, config.steps, config.schedule), team.sum)
+            violation = balancer.step(gamma_share(at.step, config), team.sum)
             at.step += 1
             at.tokens += config.step_tokens
             at.interval.append(loss)
