@@ -32,7 +32,7 @@ from smolseek.run_folder import RunFolder
 SEEDS = (0, 1, 2)
 RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
 GAMMA = 3e-3  # 200 steps are too few for the published 1e-3
-SHORT, LONG, SETTLING = 200, 1500, 600
+SHORT, LONG, SETTLING = 200, 1500, 1500
 FINAL_TOKENS = 65_536
 LOAD_TOKENS = 262_144
 """MaxVio needs more: the loads of these documents differ by a tenth between 4,096 tokens and the next."""

@@ -14,7 +14,7 @@ _spec = importlib.util.spec_from_file_location("launch", Path(__file__).with_nam
 runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 
-STEPS = ("--steps", "6", "--save-every", "3")
+STEPS = ("--steps", "6", "--save-every", "3", "--balance.settle-steps", "2")
 LAST = "checkpoints/step-000006"
 
 
