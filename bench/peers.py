@@ -22,9 +22,9 @@ def unable(peer: str, device: str) -> str | None:
     if peer == "torchtitan":
         return "torchtitan's attention trains on CUDA only" if device == "cpu" else "torchtitan was never tried on CUDA"
     try:
-        import litgpt  # noqa: F401
+        from litgpt.model import MultiheadLatentAttention  # noqa: F401
     except ImportError as absent:
-        return f"{absent}: pip install litgpt"
+        return f"{absent}: pip install 'litgpt>=0.5.13'"
     return None
 
 

@@ -7,6 +7,7 @@
     python bench/recipe.py speed                   tokens/s of experts and of the dense model, in turn
     python bench/recipe.py show                    the tables of what has been run
 
+With loss-free balancing as many steps follow in which the weights rest and the biases settle; no speed is of these.
 Every run goes into docs/results/recipe.json as soon as it has ended, and is not done again: an interrupted series
 goes on where it was. `--jobs 2` trains two at once, one thread each; losses do not depend on it, speeds do.
 """
@@ -135,7 +136,7 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     if run.steps == LONG:
         final["of_load"] = judged(LOAD_TOKENS)
     evaluated = [r for r in records if "val_loss" in r]
-    logged = [r for r in records if "tokens_per_second" in r]
+    logged = [r for r in records if "tokens_per_second" in r and r["lr"]]  # not those in which the weights rest
     return {
         **vars(run),
         "validation": [(r["tokens"], r["val_loss"]) for r in evaluated],
@@ -280,7 +281,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/recipe.json"))
     args = parser.parse_args()
     series = Series(args)
-    if args.plans == ["show"]:
+    if "show" in args.plans:
+        if len(args.plans) > 1:
+            parser.error("show goes alone")
         series.do = lambda wanted: [series.held["runs"][run.name] for run in wanted]  # type: ignore[method-assign]
         args.plans = ["muon", "dense", "balance", "pair"]
     for name in args.plans:

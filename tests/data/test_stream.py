@@ -11,6 +11,7 @@ import torch
 
 from smolseek.config import DataConfig
 from smolseek.data import stream as module
+from smolseek.data.feed import open_data
 from smolseek.data.stream import TrainStream, is_validation, open_corpus, validation_rows
 from smolseek.errors import SmolseekError
 
@@ -209,6 +210,21 @@ def test_split_by_hash(tmp_path: Path) -> None:
 
 def test_split_stays_as_it_was_in_earlier_releases() -> None:
     assert [i for i in range(60) if is_validation(f"document {i}", 0.1)] == [2, 10, 17, 37, 57]
+
+
+def test_other_text_takes_the_place_of_the_validation_side(tmp_path: Path) -> None:
+    """So the audit judges the text that the reported loss is on."""
+    for name, words in (("mine", "trained on"), ("other", "validated on")):
+        lines = (json.dumps({"text": f"Document {n} is {words}. " + 40 * "word "}) + "\n" for n in range(200))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = DataConfig(sources=(str(tmp_path / "mine.jsonl"),), val_sources=(str(tmp_path / "other.jsonl"),))
+    corpus, split = open_data(data, 1_000_000), open_corpus(data)
+    assert len(corpus.validation) == 200 and all("validated" in text for text in corpus.validation)
+    assert corpus.train == split.train and len(corpus.train) < 200  # the split holds on
+    few = open_data(data, 100).validation
+    assert few == corpus.validation[: len(few)] and 600 <= sum(map(len, few)) < 1200
+    rows = [validation_rows(texts, encode, EOS, 8, 96, BYTES)[0] for texts in (few, corpus.validation)]
+    assert torch.equal(*rows)
 
 
 def test_one_sided_corpora(tmp_path: Path) -> None:

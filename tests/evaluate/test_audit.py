@@ -231,6 +231,12 @@ def test_a_bias_of_ours_that_never_moved_is_found() -> None:
     assert check not in failed(check_routing(model, 256, steps=10))
 
 
+def test_where_every_expert_is_chosen_no_bias_has_to_move() -> None:
+    model = new_model(replace(tiny(), **SMALL, num_experts_per_tok=8))
+    found = [f.status for f in check_routing(model, 256, steps=10) if f.check == "routing: biases move"]
+    assert found == ["pass"]
+
+
 def test_dead_experts_and_uneven_load_are_found_on_trained_weights() -> None:
     model = new_model(replace(tiny(), **SMALL))
     ids = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))

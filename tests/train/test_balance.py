@@ -137,7 +137,7 @@ def test_settling_brings_loads_together():
 
 
 def test_what_cannot_settle_is_refused(text):
-    with pytest.raises(SmolseekError, match="part of steps 2"):
+    with pytest.raises(SmolseekError, match="last of --steps 2"):
         training(text, "runs/none", settle_steps=2)
     with pytest.raises(SmolseekError, match="leave one out"):
         BalanceConfig(gamma=0, settle_steps=1)

@@ -55,6 +55,16 @@ def test_nothing_is_to_be_learned_from_oneself():
     assert w.grad is None
 
 
+def test_without_gradients_none_are_made(monkeypatch):
+    h, w, taught, v, targets = inputs(20)
+    expected = linear_kl(h, w, taught, v, targets).kl
+    products, real = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b, **given: products.append(b.shape) or real(a, b, **given))
+    with torch.no_grad():
+        found = linear_kl(h, w, taught, v, targets).kl
+    assert torch.equal(found, expected) and products == [(64, 1000), (64, 1000)]  # both models' logits
+
+
 def test_under_autocast_it_stays_near():
     h, w, taught, v, targets = inputs(100)
     with torch.autocast("cpu", torch.bfloat16):

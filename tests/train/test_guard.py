@@ -260,6 +260,9 @@ def test_a_spike_is_skipped_only_if_asked_for():
     assert calm.judge(30.0, 1.0) is None and calm.losses == []
     assert "loss is 30" in str(asked.judge(30.0, 1.0)) and "gradient norm is 9" in str(asked.judge(3.0, 9.0))
     assert asked.judge(3.2, 1.1) is None and asked.judge(0.1, 0.1) is None
+    for step in range(WINDOW + 1, 3 * WINDOW):  # the weights rest: no gradients to measure later ones against
+        asked.passed(step, 3.0, None)
+    assert asked.judge(3.2, 1.1) is None and asked.furthest == 3 * WINDOW - 1
     other = Guard(GuardConfig(spike=6))
     other.load_state_dict(json.loads(json.dumps(asked.state_dict())))
     assert other == asked

@@ -45,12 +45,13 @@ def test_figures_arrive_in_order_and_once(tmp_path, monkeypatch, kind):
     run.append_metrics({"step": 0, "machine": {"cores": 2}})
     with Tracker(kind, run, config) as tracker:
         tracker.open(0)
+        run.append_metrics({"step": 0, "val_kl": 0.5})  # a healing says where it began
         run.append_metrics({"step": 10, "loss": 9.5, "maxvio_layers": [1, 2], "finished": True, "note": "x"})
         tracker.follow()
         tracker.follow()
         run.append_metrics({"step": 10, "samples": [["a", "b"]]})
         run.append_metrics({"step": 20, "val_loss": 9.0, "tokens": 4})
-    assert module.logged == [(10, {"loss": 9.5}), (20, {"val_loss": 9.0, "tokens": 4})]
+    assert module.logged == [(0, {"val_kl": 0.5}), (10, {"loss": 9.5}), (20, {"val_loss": 9.0, "tokens": 4})]
     assert module.begun["name"] == "mine" and module.begun["config"]["optim.lr"] == config.optim.lr and module.finished
 
 

@@ -88,6 +88,10 @@ def inspect(argv: Sequence[str]) -> None:
 
         mesh = choose(MeshConfig(**asdict(args.mesh)), config, None)
         given = ("grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
+        if args.optim.kind != "adamw":
+            raise SmolseekError(
+                f"--optim.kind {args.optim.kind} with --mesh: what processes hold is known of adamw only"
+            )
         rows = max(args.batch_size, mesh.size)
         run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in given}, optimizer="adamw")
         for line in scale.lines(config, mesh, run, args.interconnect):

@@ -104,7 +104,9 @@ class BalanceConfig:
         if self.settle_steps < 0:
             raise SmolseekError(f"balance.settle_steps {self.settle_steps} must be 0 or more")
         if self.settle_steps and not self.gamma:
-            raise SmolseekError("balance.settle_steps moves the biases, and balance.gamma 0 leaves them: leave one out")
+            raise SmolseekError(
+                "--balance.settle-steps moves the biases, and --balance.gamma 0 leaves them: leave one out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +243,11 @@ class TrainConfig:
                 raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
         settling = self.balance.settle_steps
         if settling >= self.steps:
-            raise SmolseekError(f"balance.settle_steps {settling} are part of steps {self.steps}: raise --steps")
+            raise SmolseekError(
+                f"--balance.settle-steps {settling} are the last of --steps {self.steps}: raise these, or lower those"
+            )
         if settling and not self.model.n_routed_experts:
-            raise SmolseekError(f"balance.settle_steps {settling} without experts: leave it out")
+            raise SmolseekError(f"--balance.settle-steps {settling} without experts: leave it out")
         if self.distill.teacher is not None and self.optim.z_loss:
             raise SmolseekError(
                 f"optim.z_loss {self.optim.z_loss} with a teacher, which is what is learnt: leave it out"

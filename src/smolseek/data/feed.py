@@ -72,12 +72,31 @@ def open_data(
 ) -> Corpus:
     """Return the documents of `data`, split; of what is too large to hold the first ones, enough for `eval_tokens`.
 
-    `tokenizer` gives the text of prepared tokens back.
+    Those of `data.val_sources` take the place of the validation side. `tokenizer` gives the text of prepared tokens
+    back.
 
     Raises:
         SmolseekError: as `stream.open_corpus`, `hub.find_files` and `shards.Prepared`, or for prepared tokens without
             a tokenizer or with another than theirs.
     """
+    corpus = _split(data, eval_tokens, tokenizer)
+    if data.val_sources:
+        corpus.validation = _other_text(data, eval_tokens * CHARACTERS_PER_TOKEN)
+    return corpus
+
+
+def _other_text(data: DataConfig, characters: int) -> list[str]:
+    """Return documents of `val_sources` in the order in which they are evaluated on, until they have `characters`."""
+    kept, held = [], 0
+    for text in sorted(set(read_documents(data.val_sources, data.text_column)), key=text_key):
+        if held >= characters:
+            break
+        kept.append(text)
+        held += len(text)
+    return kept
+
+
+def _split(data: DataConfig, eval_tokens: int, tokenizer: "PreTrainedTokenizerFast | None") -> Corpus:
     names = parse_names(data.sources)
     if names:
         corpus = _sample_hub(data, HubData(tuple(find_files(name, data.give_up_after) for name in names)), eval_tokens)

@@ -132,7 +132,7 @@ def audit(
     steps = 0
     if subject.run and subject.config:
         taken = [path.name for path in subject.run.checkpoint_paths()[:1]]
-        balancing = subject.config.balance.alpha == 0
+        balancing = subject.config.balance.alpha == 0 and subject.config.balance.gamma > 0
         steps = int(taken[0].removeprefix("step-")) if taken and balancing else 0
     documents = corpus.validation if corpus is not None else reading
     rows = None

@@ -283,7 +283,12 @@ def _moving(
         return judged(check, done, still, 0, **advice)
     if not steps:
         return skipped(check, "nothing is known of a training step: give --step, or a run")
-    zero = sum(not bool(_bias(router).any()) for router in biased.values())  # type: ignore[union-attr]
+    # Where every expert is chosen by every token, loads are equal and no bias moves.
+    zero = sum(
+        not bool(bias.any()) and getattr(router, "top_k", 0) < len(bias)
+        for router in biased.values()
+        if (bias := _bias(router)) is not None
+    )
     return judged(check, f"layers of {len(biased)} whose biases are all zero after {steps:,} steps", zero, 0, **advice)
 
 

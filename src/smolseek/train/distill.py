@@ -76,7 +76,9 @@ def linear_kl(
     """
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
-    return Divergence(*_LinearKL.apply(h_ND, w_VD, taught_ND, taught_VD, targets_N, dtype))
+    # Asked out here, as in train/loss.py.
+    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in (h_ND, w_VD))
+    return Divergence(*_LinearKL.apply(h_ND, w_VD, taught_ND, taught_VD, targets_N, dtype, wanted))
 
 
 class _LinearKL(torch.autograd.Function):
@@ -89,13 +91,14 @@ class _LinearKL(torch.autograd.Function):
         taught_VD: torch.Tensor,
         targets_N: torch.Tensor,
         dtype: torch.dtype,
+        wanted_of: tuple[bool, bool],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         (N, _), V = h_ND.shape, w_VD.shape[0]
         h_ND, w_VD, taught_ND, taught_VD = (t.to(dtype) for t in (h_ND, w_VD, taught_ND, taught_VD))
         kl = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         loss = torch.zeros_like(kl)
-        dh_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        dw_VD = torch.zeros_like(w_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        dh_ND = torch.empty_like(h_ND) if wanted_of[0] else None
+        dw_VD = torch.zeros_like(w_VD, dtype=torch.float32) if wanted_of[1] else None
         wanted = dh_ND is not None or dw_VD is not None
         # Made once and used by every chunk, as in train/loss.py.
         logits_CV, taught_CV = (h_ND.new_empty(min(N, _CHUNK), V) for _ in range(2))
@@ -138,7 +141,7 @@ class _LinearKL(torch.autograd.Function):
         assert ctx.gradients is not None, "this divergence is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
         dh_ND = None if dh_ND is None else dh_ND * grad
-        return dh_ND, None if dw_VD is None else dw_VD.mul_(grad), None, None, None, None
+        return dh_ND, None if dw_VD is None else dw_VD.mul_(grad), None, None, None, None, None
 
 
 def write_own_text(model: str, out: Path, tokens: int, seed: int) -> None:

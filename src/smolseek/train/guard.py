@@ -52,12 +52,12 @@ class Guard:
                     return f"its {name} is {value:.4g}, against {mean:.4g} +- {deviation:.2g} before"
         return None
 
-    def passed(self, step: int, loss: float, norm: float) -> None:
-        """Count a good step, the run's `step`-th."""
+    def passed(self, step: int, loss: float, norm: float | None) -> None:
+        """Count a good step, the run's `step`-th; `norm` is None where the weights rest, which tells of no spikes."""
         self.in_a_row, self.returned_to = [], -1
         if step > self.furthest:
             self.furthest, self.vain = step, 0
-        if self.config.spike:
+        if self.config.spike and norm is not None:
             self.losses, self.norms = [*self.losses, loss][-WINDOW:], [*self.norms, norm][-WINDOW:]
 
     def skip(self, position: dict[str, Any], tokens: int) -> bool:

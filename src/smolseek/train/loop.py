@@ -203,7 +203,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             at.tokens += config.step_tokens
             at.interval.append(loss)
             at.kls.append(kl)
-            guard.passed(at.step, loss, norm)
+            guard.passed(at.step, loss, None if resting else norm)
             timed += 1  # fewer than the interval's steps after a resume in its middle
             seconds = clock.seconds()
             rate = config.step_tokens * timed / max(seconds, 1e-9)

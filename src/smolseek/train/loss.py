@@ -67,7 +67,9 @@ def _head(
     """Return `linear_cross_entropy` and the cross-entropy alone, which is not differentiated."""
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
-    return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss, in_place)
+    # Asked out here: within `forward` gradients are off, and `needs_input_grad` is true without them, too.
+    wanted = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)
+    return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss, in_place, wanted)
 
 
 class _Softmax:
@@ -114,13 +116,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         z_loss: float,
         in_place: InPlace,
+        wanted: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.weight, ctx.in_place = w_VD, in_place
         (N, _), V = h_ND.shape, w_VD.shape[0]
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        wanted = any(ctx.needs_input_grad)
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
         # take the logits' place.
         d_SV = h_ND.new_empty(min(N, _BLOCK if wanted else _CHUNK), V)
@@ -153,9 +155,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
         place = ctx.in_place.place(ctx.weight)
         if place is None:
-            return dh_ND * grad, dw_VD.float().mul_(grad), None, None, None, None
+            return dh_ND * grad, dw_VD.float().mul_(grad), None, None, None, None, None
         _add(place, dw_VD, grad.item())
-        return dh_ND * grad, None, None, None, None, None
+        return dh_ND * grad, None, None, None, None, None, None
 
 
 def _add(sum_VD: torch.Tensor | None, part_VD: torch.Tensor, factor: float = 1.0) -> torch.Tensor:

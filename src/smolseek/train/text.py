@@ -8,7 +8,6 @@ import torch
 from smolseek.config import TrainConfig
 from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream
-from smolseek.data.sources import read_documents
 from smolseek.data.stream import Corpus, Encode, TrainStream, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_bytes
@@ -45,10 +44,8 @@ def open_text(config: TrainConfig, eos_id: int) -> Text:
     encode = encoder(tokenizer)
     corpus = open_data(config.data, config.eval_tokens, tokenizer)
     stream = open_stream(config, corpus, encode, eos_id, min_tokens=config.step_tokens + 1)
-    data = config.data
-    validation = read_documents(data.val_sources, data.text_column) if data.val_sources else corpus.validation
     rows, size = validation_rows(
-        validation,
+        corpus.validation,
         encode,
         eos_id,
         config.seq_len,

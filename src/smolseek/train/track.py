@@ -70,7 +70,7 @@ class Tracker:
         self._read += len(text)
         for line in text.decode("utf-8").splitlines():
             record = json.loads(line)
-            if step := record.get("step"):
+            if (step := record.get("step")) is not None:
                 self._hand_on(step, record)
 
     def _hand_on(self, step: int, record: dict[str, Any]) -> None:
