@@ -207,7 +207,7 @@ def compare(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class EvalArgs:
-    """Score a model on tasks of lm-eval, with their standard settings. Needs the extra: pip install smolseek[eval]."""
+    """Score a model on tasks of lm-eval, with their standard settings. Needs the extra `eval`."""
 
     model: str
     """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
@@ -237,7 +237,7 @@ def evaluate(argv: Sequence[str]) -> None:
         if (value := getattr(args, name)) is not None and value < 1:
             raise SmolseekError(f"{name.replace('_', '-')} {value} is below 1: use a positive number")
     if importlib.util.find_spec("lm_eval") is None:
-        raise SmolseekError("eval needs lm-eval, which is not installed: pip install 'smolseek[eval]'")
+        raise SmolseekError("eval needs lm-eval, which is not installed: pip install '.[eval]' in a clone of smolseek")
     from smolseek.evaluate import harness
 
     found = harness.evaluate_tasks(
