@@ -199,6 +199,8 @@ class TrainConfig:
     grad_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again rather than keeps: nothing; all but attention's results and the
     feed-forward products; or each layer whole."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Whether the layers are compiled (torch.compile): auto is on CUDA, by one process, from 1,000 steps on."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     seed: int = 0
@@ -241,6 +243,11 @@ class TrainConfig:
         for name in ("sample_tokens", "sample_every", "keep_last", "keep_every"):
             if getattr(self, name) < 0:
                 raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.compile == "on" and self.grad_checkpointing != "none":
+            raise SmolseekError(
+                f"--compile on with --grad-checkpointing {self.grad_checkpointing}: what is computed again is not "
+                "compiled: leave one of them out"
+            )
         settling = self.balance.settle_steps
         if settling >= self.steps:
             raise SmolseekError(

@@ -239,9 +239,13 @@ class Experts(nn.Module):
             return self._grouped(x_MD.to(torch.get_autocast_dtype("cuda")), counts_E)
         if self.gated and not x_MD.is_cuda and torch.is_grad_enabled():
             x_MD = x_MD.to(_product_type(x_MD))
-            with torch.autocast("cpu", enabled=False):
-                return _LoopedSwiGLU.apply(x_MD, self.gate_up_proj, self.down_proj, counts_E.tolist(), self.in_place)
+            return self._looped_in_place(x_MD, counts_E)
         return self._looped(x_MD, counts_E)
+
+    @torch.compiler.disable  # a compiled backward pass would not see that it adds to `.grad`
+    def _looped_in_place(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return _LoopedSwiGLU.apply(x_MD, self.gate_up_proj, self.down_proj, counts_E.tolist(), self.in_place)
 
     def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """One product per expert. `unbind` once: indexing would add a full-size gradient per expert."""

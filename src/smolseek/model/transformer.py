@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, D hidden_size, V vocab_size, L layers with experts, E routed experts.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,6 +47,11 @@ class Block(nn.Module):
         return x_BTD + self.mlp(h_BTD), None
 
 
+def call_block(block: Any, x_BTD: torch.Tensor, cos_sin: CosSin) -> tuple[torch.Tensor, Load | None]:
+    """Call one layer as in training; compiled, it is one piece of code for all layers."""
+    return block(x_BTD, cos_sin)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and the last norm; its name in a checkpoint is `model`."""
 
@@ -79,6 +84,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpointing: How = "none"
+        self.call_block = call_block
         self.model = Decoder(config)
         # One for all: where the training loop allows it, gradients of experts, embedding and head are added in place.
         self.in_place = InPlace()
@@ -119,6 +125,8 @@ class CausalLM(nn.Module):
         for block in self.model.layers:
             if self.grad_checkpointing != "none" and torch.is_grad_enabled():
                 x_BTD, load = recomputed(block, x_BTD, cos_sin, self.grad_checkpointing)
+            elif cache is None and torch.is_grad_enabled():
+                x_BTD, load = self.call_block(block, x_BTD, cos_sin)
             else:
                 x_BTD, load = block(x_BTD, cos_sin, cache)
             if load is not None:

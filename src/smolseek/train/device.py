@@ -55,6 +55,7 @@ def open_team(config: TrainConfig, device: torch.device) -> Alone:
         ("distill.teacher", config.distill.teacher is not None),
         ("distill.attention-only", config.distill.attention_only),
         ("sample-every", config.sample_every > 0),
+        ("compile on", config.compile == "on"),
         ("grad-checkpointing selective", config.grad_checkpointing == "selective"),
     ):
         if given:

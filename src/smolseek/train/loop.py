@@ -18,13 +18,13 @@ from smolseek.data.retries import HubAway
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model import summary
-from smolseek.model.transformer import CausalLM
+from smolseek.model.transformer import CausalLM, call_block
 from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_weights, newest_valid
 from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
-from smolseek.train import metrics
+from smolseek.train import compiling, metrics
 from smolseek.train.balance import Balancer, gamma_share
 from smolseek.train.device import autocast, choose_device, is_restarted, multiplies_bfloat16, open_team
 from smolseek.train.distill import Teacher, attention_only
@@ -113,6 +113,8 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             ends.begin()
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
+    if compiling.wanted(config, device, team.size):
+        compiling.compile_blocks(model, objective, config, context, team.backward)
     if teacher is not None and begun_from is None:
         at.evaluated = -1  # a healing says where it began
 
@@ -243,6 +245,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     if stopping:
         raise _stopped(run, at.step, received, away)
 
+    model.call_block = call_block  # the audit's sizes are others
     optimizer.state.clear()  # it is saved; the audit needs the room
     give_back_freed_memory()
     last = run.checkpoint_path(at.step)

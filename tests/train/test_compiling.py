@@ -1,0 +1,135 @@
+"""Compiled layers compute what plain ones do, and a failure leaves the model as it was."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.config import DataConfig, TrainConfig
+from smolseek.errors import SmolseekError
+from smolseek.model import kernels
+from smolseek.model.moe import Experts
+from smolseek.model.transformer import call_block, new_model
+from smolseek.parallel.alone import Alone
+from smolseek.presets import preset
+from smolseek.storage.hf_folder import load_model
+from smolseek.train import compiling
+from smolseek.train.loop import train
+from smolseek.train.loss import losses
+
+CONFIG = TrainConfig(
+    model=replace(preset("tiny"), num_hidden_layers=2, vocab_size=64),
+    run="runs/none",
+    batch_size=2,
+    seq_len=24,
+)
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    """No C++ compiler: what dynamo and autograd make of the layers is run as it is."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+
+
+def compiled(model, context=None):
+    return compiling.compile_blocks(model, losses, CONFIG, context or nullcontext(), Alone().backward)
+
+
+def gradients(model, context=None):
+    rows = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(3))
+    with Alone().backward(model):
+        with context or nullcontext():
+            loss = losses(model, rows).total
+        loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_gradients_are_those_of_plain_layers(monkeypatch, grouped):
+    """Also through the grouped products that CUDA takes, in bfloat16."""
+    context = torch.autocast("cpu", torch.bfloat16) if grouped else None
+    if grouped:
+        monkeypatch.setattr(Experts, "forward", lambda self, x, counts: self._grouped(x.to(torch.bfloat16), counts))
+        monkeypatch.setattr(kernels, "kernels", lambda: None)  # CUDA has none of them
+    model = new_model(CONFIG.model)
+    expected = gradients(model, context)
+    assert compiled(model, context) is None and model.call_block is not call_block
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    if grouped:
+        assert not torch._dynamo.utils.counters["graph_break"]  # a layer is one piece
+    for name, found in gradients(model, context).items():
+        far = (found - expected[name]).norm() / expected[name].norm()
+        assert far < (2e-2 if grouped else 1e-5), name
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all layers, each time, are one code
+
+
+def fails(graph, inputs):
+    raise RuntimeError("no compiler\nand much more about it")
+
+
+def wrong(graph, inputs):
+    return lambda *given: [1.5 * out if out.is_floating_point() else out for out in graph(*given)]
+
+
+@pytest.mark.parametrize(("code", "says"), [(fails, "no compiler"), (wrong, "loss and gradient norm are")])
+def test_what_goes_wrong_is_said_in_one_line_and_leaves_the_model_as_it_was(monkeypatch, capsys, code, says):
+    monkeypatch.setattr(compiling, "BACKEND", code)
+    model = new_model(CONFIG.model)
+    expected = gradients(model)
+    assert says in str(compiled(model)) and model.call_block is call_block
+    error = capsys.readouterr().err
+    assert "the layers are not compiled, which only costs time" in error and error.count("\n") == 1
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(found, expected[name]) for name, found in gradients(model).items())
+
+
+def test_where_it_is_wanted():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    long = replace(CONFIG, steps=1000)
+    assert compiling.wanted(long, cuda, 1)
+    assert not any(
+        (
+            compiling.wanted(long, cpu, 1),
+            compiling.wanted(long, cuda, 2),
+            compiling.wanted(CONFIG, cuda, 1),
+            compiling.wanted(replace(long, grad_checkpointing="full"), cuda, 1),
+            compiling.wanted(replace(long, compile="off"), cuda, 1),
+        )
+    )
+    assert compiling.wanted(replace(CONFIG, compile="on"), cpu, 1)
+    with pytest.raises(SmolseekError, match="leave one of them out"):
+        replace(CONFIG, compile="on", grad_checkpointing="full")
+
+
+def test_a_training_is_the_same(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"The sea is wide, says ship {n}. " * 3}) + "\n" for n in range(40)))
+    ended = {}
+    for how in ("off", "on"):
+        config = TrainConfig(
+            model=replace(preset("tiny"), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16),
+            run=str(tmp_path / how),
+            data=DataConfig(sources=(str(text),), val_fraction=0.5),
+            steps=3,
+            batch_size=1,
+            seq_len=32,
+            eval_tokens=64,
+            log_every=1,
+            sample_tokens=0,
+            compile=how,
+        )
+        model = load_model(str(train(config))).model
+        assert model.call_block is call_block
+        records = [json.loads(line) for line in (tmp_path / how / "metrics.jsonl").read_text().splitlines()]
+        ended[how] = [record["loss"] for record in records if "grad_norm" in record], model.state_dict()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert ended["on"][0] == pytest.approx(ended["off"][0], rel=1e-6) and len(ended["on"][0]) == 3
+    for name, tensor in ended["off"][1].items():
+        torch.testing.assert_close(ended["on"][1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
