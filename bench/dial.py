@@ -87,17 +87,17 @@ def plot(models: dict, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, label, style in (
-        ("transmla", "published method, one shot", "s-"),
-        ("portable", "smolseek, portable, one shot", "^-"),
-        ("smolseek", "smolseek, one shot", "o-"),
-        ("healed", "smolseek, healed", "D--"),
+    for method, label, style, beside in (
+        ("transmla", "published method, one shot", "s-", (5, 5)),
+        ("portable", "smolseek, portable, one shot", "^-", (5, 15)),
+        ("smolseek", "smolseek, one shot", "o-", (5, 4)),
+        ("healed", "smolseek, healed", "D--", (-34, -11)),
     ):
         rows = [(SHARES[share], models[f"{share} {method}"]["kl"]) for share in SHARES if f"{share} {method}" in models]
         if rows:
             axes.plot(*zip(*rows, strict=True), style, label=label)
             for share, kl in rows:
-                axes.annotate(f"{kl:.3f}", (share, kl), textcoords="offset points", xytext=(5, 5), fontsize=8)
+                axes.annotate(f"{kl:.3f}", (share, kl), textcoords="offset points", xytext=beside, fontsize=8)
     axes.set_yscale("log")
     axes.margins(x=0.12)
     axes.set_xticks(list(SHARES.values()), list(SHARES))
