@@ -90,7 +90,8 @@ def inspect(argv: Sequence[str]) -> None:
         given = ("grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
         if args.optim.kind != "adamw":
             raise SmolseekError(
-                f"--optim.kind {args.optim.kind} with --mesh: what processes hold is known of adamw only"
+                f"--optim.kind {args.optim.kind} with --mesh: what processes hold is known of adamw only, "
+                "so leave one of them out"
             )
         rows = max(args.batch_size, mesh.size)
         run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in given}, optimizer="adamw")
