@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smolseek.config import BalanceConfig, DataConfig, ScheduleConfig, TrainConfig
+from smolseek.config import BalanceConfig, DataConfig, GuardConfig, ScheduleConfig, TrainConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
+from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import loop
 from smolseek.train.balance import Balancer, gamma_share, maxvio
@@ -97,10 +98,12 @@ def test_in_a_training_gamma_falls_with_the_learning_rate(text, tmp_path):
 def test_steps_that_settle_change_the_biases_alone_and_are_resumed_to_the_last_bit(text, tmp_path):
     short = load_model(str(loop.train(training(text, tmp_path / "short")))).model.state_dict()
     config = training(text, tmp_path / "settled", steps=5, settle_steps=3, save_every=1)
+    config = replace(config, guard=GuardConfig(spike=6))
     last = loop.train(config)
     settled = load_model(str(last)).model.state_dict()
     moved = {name for name in short if not torch.equal(short[name], settled[name])}
     assert moved == {"model.layers.0.mlp.gate.e_score_correction_bias"}
+    assert len(load_state(last)[1]["guard"]["norms"]) == 2  # a norm of 0 says nothing of spikes
     shutil.rmtree(last)
     again = load_model(str(loop.train(config, resume=True))).model.state_dict()
     assert all(torch.equal(again[name], settled[name]) for name in settled)
