@@ -23,7 +23,7 @@ def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     header, source = tmp_path / "registers.h", tmp_path / "one.c"
     source.write_text('#include "registers.h"\nint one(void) { return NUMBER; }\n')
-    monkeypatch.setattr(compiled, "_HEADER", header)
+    monkeypatch.setattr(compiled, "_FOLDER", tmp_path)
     for number in (1, 2):
         header.write_text(f"#define NUMBER {number}\n")
         compiled.library.cache_clear()

@@ -10,21 +10,21 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
-_HEADER = Path(__file__).with_name("registers.h")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_FOLDER = Path(__file__).parent
 
 
 @functools.cache
 def library(*sources: Path) -> ctypes.CDLL | None:
     """Return the compiled `sources` as one library, or None where they cannot be built: nothing may depend on it.
 
-    It is kept under a hash of the sources, their header, the flags and the processor, so it is built once on a machine
+    It is kept under a hash of the sources, the headers, the flags and the processor, so it is built once on a machine
     (a few seconds).
     """
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None or os.name != "posix":
         return None
-    texts = (path.read_text(encoding="utf-8") for path in (*sources, _HEADER))
+    texts = (path.read_text(encoding="utf-8") for path in (*sources, *sorted(_FOLDER.glob("*.h"))))
     key = hashlib.sha256("\0".join([*texts, *FLAGS, _processor()]).encode()).hexdigest()
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     path = Path(home).expanduser() / "smolseek" / f"{sources[0].stem}-{key[:16]}.so"
@@ -51,6 +51,6 @@ def _build(compiler: str, sources: tuple[Path, ...], path: Path) -> None:
     """Compile under another name, then rename: processes may build at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "made.so"
-        command = [compiler, *FLAGS, "-o", str(made), f"-I{_HEADER.parent}", *map(str, sources), "-lm"]
+        command = [compiler, *FLAGS, "-o", str(made), f"-I{_FOLDER}", *map(str, sources), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         made.replace(path)

@@ -38,9 +38,10 @@ def test_they_equal_autograds(tied, autocast):
             assert (a.grad - b.grad).norm() <= 1e-6 * b.grad.norm(), name
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("how", ["selective", "full"])
-def test_recomputation_changes_none_of_them(how):
-    ours, plain = step(CONFIG, True, True, how=how), step(CONFIG, True, True)
+def test_recomputation_changes_none_of_them(how, autocast):
+    ours, plain = step(CONFIG, autocast, True, how=how), step(CONFIG, autocast, True)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from smolseek.model import kernels
 from smolseek.train.loss import linear_cross_entropy
 
 
@@ -18,15 +19,28 @@ def plain(h, w, targets):
     return F.cross_entropy(F.linear(h, w).float(), targets)
 
 
-@pytest.mark.parametrize("n", [1, 16, 250, 300, 1024, 1100])  # around the sizes of rows, chunk and block
-def test_value_and_gradients_equal_the_plain_loss(n):
-    h, w, targets = inputs(n)
+def assert_equals_the_plain_loss(n: int, vocab: int = 1000) -> None:
+    h, w, targets = inputs(n, vocab)
     (3 * linear_cross_entropy(h, w, targets)).backward()
-    h2, w2, _ = inputs(n)
+    h2, w2, _ = inputs(n, vocab)
     (3 * plain(h2, w2, targets)).backward()
     torch.testing.assert_close(linear_cross_entropy(h, w, targets), plain(h2, w2, targets), rtol=1e-6, atol=1e-6)
     for ours, reference in ((h.grad, h2.grad), (w.grad, w2.grad)):
         assert (ours - reference).norm() <= 1e-5 * reference.norm()
+
+
+@pytest.mark.parametrize("n", [1, 16, 250, 300, 1024, 1100])  # around the sizes of rows, chunk and block
+def test_value_and_gradients_equal_the_plain_loss(n):
+    assert_equals_the_plain_loss(n)
+
+
+def test_also_with_more_words_than_one_product_has():
+    assert_equals_the_plain_loss(300, vocab=2500)
+
+
+def test_also_without_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "kernels", lambda: None)
+    assert_equals_the_plain_loss(300)
 
 
 @pytest.mark.parametrize("vocab", [1000, 1008])  # through PyTorch's operations, and through rows.c

@@ -9,6 +9,8 @@
    B sequences, D hidden_size, H query heads, G groups of key/value heads, L kv_lora_rank, N and R features of a head
    without and with position, E experts, K chosen, F neurons of an expert, C capacity of the cache in tokens. */
 
+#include "exponential.h"
+
 #include <math.h>
 #include <omp.h>
 #include <sched.h>
@@ -200,24 +202,6 @@ static void rotate(const float *x, const float *cos, const float *sin, int64_t R
         y[i] = a * cos[i] - b * sin[i];
         y[i + P] = b * cos[i] + a * sin[i];
     }
-}
-
-/* e^x for x <= 0, to about two units of the last place: 2^n times a polynomial on [-ln2/2, ln2/2]. */
-INLINE float exp_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = __builtin_floorf(x * 1.44269504f + 0.5f);
-    float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return p * power;
 }
 
 INLINE float silu(float x) { return x / (1.0f + expf(-x)); }

@@ -27,7 +27,8 @@ class _Attention(ctypes.Structure):
 
 def fits(q_BTX: torch.Tensor, nope: int, rope: int, value: int) -> bool:
     """Return whether `latent_attention` can take these queries: on a CPU, in bfloat16, heads of whole registers."""
-    return nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0 and fit(q_BTX)
+    sizes = nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0
+    return sizes and q_BTX.dtype == torch.bfloat16 and fit(q_BTX)
 
 
 def latent_attention(

@@ -1,6 +1,7 @@
-"""attention.c and rows.c: the operations of a training step on a CPU whose products are in bfloat16.
+"""attention.c, rows.c and rows_float.c: the operations of a training step on a CPU, between its products.
 
-Nothing depends on them: without a compiler or such a processor the model takes PyTorch's operations.
+Those in bfloat16 are for processors that multiply pairs of it. Nothing depends on any of them: where they are not, the
+model takes PyTorch's operations.
 """
 
 import ctypes
@@ -11,22 +12,19 @@ import torch
 
 from smolseek import compiled
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "rows.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "rows.c", "rows_float.c"))
+_SUFFIX = {torch.bfloat16: "", torch.float32: "_float"}
 
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """Return the compiled files, or None without a compiler or a processor that multiplies pairs of bfloat16."""
+    """Return the compiled files, or None without a compiler."""
     found = compiled.library(*_SOURCES)
     if found is None:
         return None
     found.has_pairs.argtypes, found.has_pairs.restype = (), ctypes.c_int64
-    if not found.has_pairs():
-        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name, arguments in {
-        "attend_forward": (pointer,),
-        "attend_backward": (pointer,),
+    rows = {
         "swiglu": (pointer,) * 2 + (number,) * 3 + (pointer, number),
         "swiglu_back": (pointer,) * 2 + (number,) * 3 + (pointer,) * 4 + (number,),
         "spread": (pointer,) * 2 + (number,) * 3 + (pointer, number),
@@ -34,26 +32,34 @@ def kernels() -> ctypes.CDLL | None:
         "combine": (pointer,) * 3 + (number,) * 3 + (pointer, number),
         "combine_back": (pointer,) * 4 + (number,) * 3 + (pointer,) * 2 + (number,),
         "cross_entropy": (pointer,) * 2 + (number,) * 2 + (ctypes.c_float,) + (pointer,) * 2 + (number,),
-    }.items():
+    }
+    functions: dict[str, tuple] = {f"{name}_float": arguments for name, arguments in rows.items()}
+    if found.has_pairs():
+        functions |= rows | {"attend_forward": (pointer,), "attend_backward": (pointer,)}
+    for name, arguments in functions.items():
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
     return found
 
 
-def fit(x: torch.Tensor, multiple: int = 16) -> bool:
-    """Return whether `x` is on a CPU, in bfloat16, with rows of whole registers, and the kernels are there."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and x.shape[-1] % multiple == 0
-        and x.stride(-1) == 1
-        and kernels() is not None
-    )
+def pairs() -> bool:
+    """Return whether the kernels are there in bfloat16, too: the processor multiplies pairs of it."""
+    found = kernels()
+    return found is not None and bool(found.has_pairs())
 
 
-def call(name: str, *arguments: torch.Tensor | int | float | None) -> None:
-    """Call a function of rows.c: tensors as where they lie, the number of threads last."""
+def fit(x: torch.Tensor) -> bool:
+    """Return whether the kernels take `x`: on a CPU, in float32 or in bfloat16 with rows of whole registers."""
+    if x.device.type != "cpu" or x.stride(-1) != 1 or torch.compiler.is_compiling():
+        return False
+    if x.dtype == torch.bfloat16:
+        return x.shape[-1] % 16 == 0 and pairs()
+    return x.dtype == torch.float32 and kernels() is not None
+
+
+def call(name: str, dtype: torch.dtype, *arguments: torch.Tensor | int | float | None) -> None:
+    """Call a function of rows.c or rows_float.c: tensors as where they lie, the number of threads last."""
     found = kernels()
     assert found is not None
     plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    getattr(found, name)(*plain, torch.get_num_threads())
+    getattr(found, name + _SUFFIX[dtype])(*plain, torch.get_num_threads())

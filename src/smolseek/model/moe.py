@@ -141,6 +141,16 @@ def _rows(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
     return x_MX[begin : begin + count] if missing <= 0 else F.pad(x_MX[begin:], (0, 0, 0, missing))
 
 
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """Write a b into `out`, or add it there: by the product itself where the types are the same."""
+    if a.dtype != out.dtype:
+        out.add_(a @ b) if add else out.copy_(a @ b)
+    elif add:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+
+
 @torch.library.custom_op("smolseek::swiglu_experts", mutates_args=())
 def swiglu_experts(
     x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
@@ -206,12 +216,12 @@ class _LoopedSwiGLU(torch.autograd.Function):
             dh, a = rows.stacked_swiglu_back(h, dy @ down_EDF[e].to(dy.dtype))
             # The rows beyond its own are the next expert's: they are to count for nothing here.
             dh[count:], a[count:] = 0, 0
-            for new, place, d in ((d_down, down_place, dy.T @ a), (d_up, up_place, dh.T @ x)):
-                if new is not None:
-                    new[e] = d
+            for new, place, left, right in ((d_down, down_place, dy.T, a), (d_up, up_place, dh.T, x)):
+                if place is None:
+                    assert new is not None
+                    _product(left, right, new[e])
                 else:
-                    assert place is not None
-                    place[e].add_(d)
+                    _product(left, right, place[e], add=True)
             torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
             begin += count
         return dx_MD[:M], d_up, d_down, None, None

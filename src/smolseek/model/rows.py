@@ -1,4 +1,4 @@
-"""What happens between the products of a training step, through rows.c where it fits.
+"""What happens between the products of a training step, through rows.c and rows_float.c where they fit.
 
 Shapes: N tokens, D features, K experts of a token, M = N*K pairs of token and expert sorted by expert, F neurons.
 """
@@ -12,7 +12,7 @@ from smolseek.model.kernels import call, fit
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [..., F]; keeps only its inputs for the backward pass where rows.c fits."""
+    """Return silu(gate) * up [..., F]; keeps only its inputs for the backward pass where the kernels fit."""
     if torch.is_grad_enabled() and fit(gate) and gate.is_contiguous() and up.is_contiguous():
         return _SwiGLU.apply(gate, up)
     return F.silu(gate) * up
@@ -23,7 +23,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         y, size = torch.empty_like(gate), gate.shape[-1]
-        call("swiglu", gate, up, size, gate.numel() // size, size, y)
+        call("swiglu", gate.dtype, gate, up, size, gate.numel() // size, size, y)
         return y
 
     @staticmethod
@@ -31,7 +31,7 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         d_gate, d_up, size = torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
         y = torch.empty_like(gate)
-        call("swiglu_back", gate, up, size, gate.numel() // size, size, dy.contiguous(), d_gate, d_up, y)
+        call("swiglu_back", gate.dtype, gate, up, size, gate.numel() // size, size, dy.contiguous(), d_gate, d_up, y)
         return d_gate, d_up
 
 
@@ -41,7 +41,7 @@ def stacked_swiglu(h_MX: torch.Tensor) -> torch.Tensor:
     if not fit(gate):
         return F.silu(gate).mul_(up)
     y = gate.new_empty(gate.shape)
-    call("swiglu", gate, up, h_MX.stride(0), *gate.shape, y)
+    call("swiglu", gate.dtype, gate, up, h_MX.stride(0), *gate.shape, y)
     return y
 
 
@@ -52,7 +52,7 @@ def stacked_swiglu_back(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.
     d_gate, d_up = dh_MX.chunk(2, dim=-1)
     if fit(gate) and dy_MF.is_contiguous() and h_MX.is_contiguous():
         y = torch.empty_like(dy_MF)
-        call("swiglu_back", gate, up, h_MX.stride(0), *gate.shape, dy_MF, d_gate, d_up, y)
+        call("swiglu_back", gate.dtype, gate, up, h_MX.stride(0), *gate.shape, dy_MF, d_gate, d_up, y)
         return dh_MX, y
     silu = F.silu(gate)
     torch.mul(dy_MF, silu, out=d_up)
@@ -84,7 +84,7 @@ class _Spread(torch.autograd.Function):
         if x_ND.dtype == torch.float32 and x_ND.is_contiguous():
             y_MD = x_ND.new_empty(order_M.shape[0], x_ND.shape[1], dtype=dtype)
             if fit(y_MD):
-                call("spread", x_ND, order_M, order_M.shape[0], top_k, x_ND.shape[1], y_MD)
+                call("spread", dtype, x_ND, order_M, order_M.shape[0], top_k, x_ND.shape[1], y_MD)
                 return y_MD
         return x_ND.to(dtype)[order_M // top_k]
 
@@ -95,7 +95,7 @@ class _Spread(torch.autograd.Function):
         if ctx.dtype == torch.float32 and d_MD.is_contiguous() and fit(d_MD):
             (M, D), K = d_MD.shape, ctx.top_k
             dx_ND = d_MD.new_empty(M // K, D, dtype=torch.float32)
-            call("gather", d_MD, places_M, M // K, K, D, dx_ND)
+            call("gather", d_MD.dtype, d_MD, places_M, M // K, K, D, dx_ND)
             return dx_ND, None, None, None
         d_NKD = d_MD[places_M].unflatten(0, (-1, ctx.top_k))
         summed = d_NKD.sum(dim=1, dtype=torch.promote_types(ctx.dtype, torch.float32))
@@ -117,7 +117,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y_MD: torch.Tensor, places_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(y_MD, places_M, weights_NK)
         out_ND = y_MD.new_empty(weights_NK.shape[0], y_MD.shape[1])
-        call("combine", y_MD, places_M, weights_NK, *weights_NK.shape, y_MD.shape[1], out_ND)
+        call("combine", y_MD.dtype, y_MD, places_M, weights_NK, *weights_NK.shape, y_MD.shape[1], out_ND)
         return out_ND
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Combine(torch.autograd.Function):
         y_MD, places_M, weights_NK = ctx.saved_tensors
         dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
         sizes = (*weights_NK.shape, y_MD.shape[1])
-        call("combine_back", y_MD, places_M, weights_NK, d_ND.contiguous(), *sizes, dy_MD, dw_NK)
+        call("combine_back", y_MD.dtype, y_MD, places_M, weights_NK, d_ND.contiguous(), *sizes, dy_MD, dw_NK)
         return dy_MD, None, dw_NK
 
 
