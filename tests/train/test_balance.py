@@ -111,9 +111,31 @@ def test_steps_that_settle_change_the_biases_alone_and_are_resumed_to_the_last_b
     assert [record["lr"] for record in records if record["step"] == 5 and "lr" in record] == [0.0]
 
 
-def test_gamma_begins_anew_with_a_quarter_when_the_weights_rest(text):
-    config = training(text, "runs/none", steps=6, settle_steps=4)
-    assert [gamma_share(step, config) for step in range(6)] == pytest.approx([0.5, 0.0, 0.25, 0.1875, 0.125, 0.0625])
+def test_when_the_weights_rest_gamma_begins_with_ten_and_falls_with_the_number_of_steps(text):
+    config = training(text, "runs/none", steps=43, settle_steps=41)
+    shares = [gamma_share(step, config) for step in (0, 1, 2, 22, 42)]
+    assert shares == pytest.approx([0.5, 0.0, 10, 5, 10 / 3])
+
+
+def test_to_settle_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full():
+    """Expert 0 is called by one step in four, with all of it: its load is equal in the mean, and its median is none."""
+    model = new_model(CONFIG)
+    some, burst = torch.full((2, 8), 4), torch.zeros(2, 8, dtype=torch.long)
+    some[:, 0], some[:, 1:5] = 0, 5
+    burst[:, 0], burst[:, 5:] = 16, 4
+    burst[:, 1:5] = 1
+    assert (3 * some + burst).unique().tolist() == [16]
+    moved = {}
+    for name in ("step", "settle"):
+        balancer = Balancer(model, gamma=0.5)
+        for load in (some, some, some, burst):
+            balancer.add(load)
+            assert len(getattr(balancer, name)(0.25)) == 2
+        moved[name] = model.routers[1].e_score_correction_bias.clone()
+        for router in model.routers:
+            router.e_score_correction_bias.zero_()
+    assert moved["step"][0] == 0.25  # up, though it gets its share
+    assert moved["settle"].abs().max() < 1e-6
 
 
 def test_settling_brings_loads_together():
@@ -135,7 +157,7 @@ def test_settling_brings_loads_together():
         before = violation()
         for step in range(100, 500):
             balancer.add(losses(model, rows(step)).load_LE)
-            balancer.step(gamma_share(step, config))
+            balancer.settle(gamma_share(step, config))
         assert violation() < 0.1 * before
 
 

@@ -223,9 +223,9 @@ def record(findings: Sequence[Finding], when: str) -> dict[str, Any]:
     return {"audit": when, "audit_counts": count, "audit_findings": [finding.record() for finding in findings]}
 
 
-def lines(findings: Sequence[Finding], *, fix_hints: bool = False) -> Iterator[str]:
-    """Yield the findings as lines of text."""
-    for finding in findings:
+def lines(findings: Sequence[Finding], *, fix_hints: bool = False, failed_only: bool = False) -> Iterator[str]:
+    """Yield the findings, or those that failed, as lines of text, and the outcome of all."""
+    for finding in failures(findings) if failed_only else findings:
         figure = ""
         if finding.figure is not None:
             figure = f"  {_number(finding.figure)} (limit {_number(finding.threshold or 0.0)})"

@@ -22,14 +22,17 @@ def gamma_share(step: int, config: TrainConfig) -> float:
     """Return the share of gamma that the biases move by after `step` steps.
 
     It falls with the learning rate, since a sign never comes to rest: DeepSeek-V3 ends with gamma 0 (section 4.2). In
-    the steps in which the weights rest it begins anew with a quarter and falls to 0: what the biases lag behind the
-    last weights is made up for, and the noise of single batches is averaged out.
+    the steps in which the weights rest (`Balancer.settle`) it begins with ten and falls as 1 / (1 + t / 20): a step in
+    proportion that shrinks with the number of steps is an average over all of them.
     """
-    settling = config.balance.settle_steps
-    moving = config.steps - settling
+    moving = config.steps - config.balance.settle_steps
     if step < moving:
         return decay_factor(step, moving, config.schedule)
-    return 0.25 * (config.steps - step) / settling
+    return 10 / (1 + (step - moving) / 20)
+
+
+def _own(load_LE: torch.Tensor) -> torch.Tensor:
+    return load_LE
 
 
 class Balancer:
@@ -48,23 +51,37 @@ class Balancer:
         """Add the load of one micro-batch."""
         self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
 
-    @torch.no_grad()
-    def step(
-        self, share: float = 1.0, total: Callable[[torch.Tensor], torch.Tensor] = lambda load_LE: load_LE
-    ) -> list[float]:
+    def step(self, share: float = 1.0, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> list[float]:
         """Move the biases by `share` of gamma for the load of the whole step, and forget it.
 
         `total` adds up the loads of all processes. Returns the step's MaxVio for each layer.
         """
+        return self._move(share, total, torch.sign)
+
+    def settle(self, share: float, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> list[float]:
+        """As `step`, but in proportion: b_i += share * gamma * (1 - load_i / mean load).
+
+        A sign makes the median of the steps' loads even. Where a step is half a document, an expert that few documents
+        need, but then for all their tokens, is overloaded in the mean when its median is right.
+        """
+        return self._move(share, total, lambda missing: missing)
+
+    @torch.no_grad()
+    def _move(
+        self,
+        share: float,
+        total: Callable[[torch.Tensor], torch.Tensor],
+        direction: Callable[[torch.Tensor], torch.Tensor],
+    ) -> list[float]:
         if not self.routers:
             return []
-        assert self.load_LE is not None, "add() comes before step()"
+        assert self.load_LE is not None, "add() comes before the move"
         self.load_LE = total(self.load_LE)
         load = self.load_LE.double()
         if self.gamma:
-            direction_LE = torch.sign(load.mean(dim=1, keepdim=True) - load)
-            for router, direction_E in zip(self.routers, direction_LE, strict=True):
-                router.e_score_correction_bias += share * self.gamma * direction_E.to(torch.float32)
+            missing_LE = 1 - load / load.mean(dim=1, keepdim=True)
+            for router, move_E in zip(self.routers, direction(missing_LE), strict=True):
+                router.e_score_correction_bias += share * self.gamma * move_E.to(torch.float32)
         violation = maxvio(self.load_LE)
         self.load_LE = None
         return violation.tolist()

@@ -88,11 +88,8 @@ class Ends:
     def _tell(self, step: int, when: str, findings: list[Finding]) -> None:
         """Put an audit's findings into the metrics, and say the outcome with what failed."""
         self.run.append_metrics({"step": step, **audit.record(findings, when)})
-        failed = audit.failures(findings)
-        for line in audit.lines(failed) if failed else ():
+        for line in audit.lines(findings, failed_only=True):
             self.log.say(line)
-        if not failed:
-            self.log.say(audit.verdict(findings))
 
 
 def _total(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:

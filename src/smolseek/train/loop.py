@@ -200,7 +200,8 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             if not resting:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            violation = balancer.step(gamma_share(at.step, config), team.sum)
+            move = balancer.settle if resting else balancer.step
+            violation = move(gamma_share(at.step, config), team.sum)
             at.step += 1
             at.tokens += config.step_tokens
             at.interval.append(loss)
