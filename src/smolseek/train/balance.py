@@ -22,13 +22,13 @@ def gamma_share(step: int, config: TrainConfig) -> float:
     """Return the share of gamma that the biases move by after `step` steps.
 
     It falls with the learning rate, since a sign never comes to rest: DeepSeek-V3 ends with gamma 0 (section 4.2). In
-    the steps in which the weights rest (`Balancer.settle`) it begins with ten and falls as 1 / (1 + t / 20): a step in
+    the steps in which the weights rest (`Balancer.settle`) it begins with ten and falls as 1 / (1 + t / 5): a step in
     proportion that shrinks with the number of steps is an average over all of them.
     """
     moving = config.steps - config.balance.settle_steps
     if step < moving:
         return decay_factor(step, moving, config.schedule)
-    return 10 / (1 + (step - moving) / 20)
+    return 10 / (1 + (step - moving) / 5)
 
 
 def _own(load_LE: torch.Tensor) -> torch.Tensor:
