@@ -383,6 +383,17 @@ def test_a_run_whose_record_is_of_other_data_fails(finished_run: Path, run_cli: 
     assert "Audit FAILED: plausibility: validation loss;" in said
 
 
+def test_told_are_the_failures_alone_with_the_outcome_of_all() -> None:
+    def found(check: str, status) -> Finding:
+        return Finding(check=check, done="it was looked at", status=status)
+
+    findings = [found("one", "pass"), found("two", "fail"), found("three", "skip"), found("four", "pass")]
+    told = list(audit.lines(findings, failed_only=True))
+    assert told[0] == "FAIL  two" and not any("one" in line or "three" in line for line in told)
+    assert told[-1] == "Audit FAILED: two; 2 checks passed, 1 skipped"
+    assert list(audit.lines(findings[::2], failed_only=True)) == ["Audit passed: 1 checks passed, 1 skipped"]
+
+
 def test_the_audit_leaves_random_numbers_alone() -> None:
     model = leak("right").model()
     torch.manual_seed(5)

@@ -1,6 +1,6 @@
 /* What happens between the products of a training step, row by row, in one pass each: activations, the tokens' way to
-   their experts and back, norms, the loss. Built and called by fused.py. Numbers are bfloat16 (half) or float32; sums are
-   float32 and always in the same order, for any number of threads.
+   their experts and back, the loss. Built by kernels.py; rows_float.c has the same for float32. Numbers are bfloat16
+   (half) or float32; sums are float32 and always in the same order, for any number of threads.
 
    Shapes: N tokens, D features, K experts of a token, M = N * K pairs sorted by expert, F neurons, V vocabulary. D, F and
    V are multiples of 16. */
