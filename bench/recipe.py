@@ -228,11 +228,8 @@ class Series:
                 few = replace(balanced, shape="seed", settle=0)
                 return {"deepseek, scaled down": [balanced], "seed, scaled down": [few]}
             unbalanced = replace(balanced, gamma=0.0, settle=0)
-            return {
-                "gamma 0.002": [balanced, replace(balanced, seed=1)],
-                "gamma 0": [unbalanced],
-                "alpha 0.01": [replace(unbalanced, alpha=0.01)],
-            }
+            alpha = replace(unbalanced, alpha=0.01)
+            columns = {"gamma 0.002": balanced, "gamma 0": unbalanced, "alpha 0.01": alpha}
         return {title: [replace(run, seed=seed) for seed in SEEDS] for title, run in columns.items()}
 
 
