@@ -6,13 +6,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISAB
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from smolseek import compiled
 from smolseek.cli import main
+from smolseek.generate import native
+from smolseek.model import kernels
 
 
 class Result(NamedTuple):
@@ -40,3 +44,27 @@ def run_cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def pairs(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[None]:
+    """The C files that multiply pairs of bfloat16; on a processor that cannot, lane by lane (tests/pairs), slowly."""
+    if kernels.kernels() is None:
+        pytest.skip("no C compiler")
+    caches = (compiled.library, kernels.kernels, native.library)
+    if not kernels.pairs():
+        names = ("__AVX512BF16__", "__AVX512BW__", "__AVX512DQ__")
+        flags = ("-O2", "-Wno-psabi", f"-I{Path(__file__).parent / 'pairs'}", *(f"-D{name}" for name in names))
+        monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
+        monkeypatch.setenv("XDG_CACHE_HOME", _emulated)
+        for cached in caches:
+            cached.cache_clear()
+    assert kernels.pairs()
+    yield
+    for cached in caches:
+        cached.cache_clear()

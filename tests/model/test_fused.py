@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from smolseek.model import fused
-from smolseek.model.kernels import pairs
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 
@@ -17,10 +16,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _needs_the_library():
-    if not pairs():
-        pytest.skip("no compiler, or a processor without products of bfloat16 pairs")
+pytestmark = pytest.mark.usefixtures("pairs")
 
 
 def attention(name: str, length: int, how: str, monkeypatch) -> dict[str, torch.Tensor]:

@@ -6,13 +6,11 @@ import torch.nn.functional as F
 
 from smolseek.model import kernels as kernels_module
 from smolseek.model import rows
-from smolseek.model.kernels import call, fit, kernels, pairs
+from smolseek.model.kernels import call, fit
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def dtype(request) -> torch.dtype:
-    if kernels() is None or (request.param == torch.bfloat16 and not pairs()):
-        pytest.skip("no compiler, or a processor without products of bfloat16 pairs")
+def dtype(request, pairs) -> torch.dtype:
     return request.param
 
 

@@ -1,0 +1,161 @@
+/* The instructions that registers.h, rows.c, attention.c and prefill.c use, lane by lane, as Intel's Intrinsics Guide
+   says: for testing these files on processors that have not got them. Found in place of the compiler's header. */
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#define EMULATED static inline __attribute__((always_inline))
+#define VECTOR(type, bytes, name) typedef type name __attribute__((vector_size(bytes), may_alias))
+
+VECTOR(float, 16, lanes4);
+VECTOR(float, 64, lanes16);
+VECTOR(uint16_t, 16, shorts8);
+VECTOR(uint16_t, 32, shorts16);
+VECTOR(int32_t, 64, ints16);
+VECTOR(int64_t, 64, longs8);
+typedef uint16_t mask16;
+
+#undef _CMP_NLT_UQ
+#undef _CMP_LT_OQ
+#define _CMP_LT_OQ 0x11
+#define _CMP_NLT_UQ 0x15
+
+/* Other names than the compiler's own types and functions have, lest they clash. */
+#define __m128 lanes4
+#define __m512 lanes16
+#define __m512i longs8
+#define __m256i shorts16
+#define __m128bh shorts8
+#define __m256bh shorts16
+#define __m512bh ints16
+#define __mmask16 mask16
+
+/* To bfloat16: the nearest, ties to even; what is no number stays so; what is below the normal range is 0. */
+EMULATED uint16_t bfloat16_bits(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if (x != x) return bits >> 16 | 0x40;
+    if (!(bits & 0x7f800000)) return bits >> 16 & 0x8000;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+#define LANES(expression)                                                                                              \
+    lanes16 y;                                                                                                         \
+    for (int i = 0; i < 16; i++) y[i] = (expression);                                                                  \
+    return y
+
+EMULATED lanes16 _mm512_set1_ps(float a) { LANES(a); }
+EMULATED lanes16 _mm512_setzero_ps(void) { LANES(0.0f); }
+EMULATED lanes16 _mm512_add_ps(lanes16 a, lanes16 b) { return a + b; }
+EMULATED lanes16 _mm512_sub_ps(lanes16 a, lanes16 b) { return a - b; }
+EMULATED lanes16 _mm512_mul_ps(lanes16 a, lanes16 b) { return a * b; }
+EMULATED lanes16 _mm512_div_ps(lanes16 a, lanes16 b) { return a / b; }
+EMULATED lanes16 _mm512_max_ps(lanes16 a, lanes16 b) { LANES(a[i] > b[i] ? a[i] : b[i]); }
+EMULATED lanes16 _mm512_abs_ps(lanes16 a) { LANES(__builtin_fabsf(a[i])); }
+EMULATED lanes16 _mm512_fmadd_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(a[i], b[i], c[i])); }
+EMULATED lanes16 _mm512_fmsub_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(a[i], b[i], -c[i])); }
+EMULATED lanes16 _mm512_fnmadd_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(-a[i], b[i], c[i])); }
+
+EMULATED lanes16 _mm512_roundscale_ps(lanes16 a, int how) {
+    (void)how; /* 0: to whole numbers, ties to even */
+    LANES(__builtin_rintf(a[i]));
+}
+
+EMULATED lanes16 _mm512_maskz_scalef_ps(mask16 k, lanes16 a, lanes16 b) {
+    LANES(k >> i & 1 ? __builtin_ldexpf(a[i], (int)__builtin_floorf(b[i])) : 0.0f);
+}
+
+EMULATED lanes16 _mm512_mask_mov_ps(lanes16 other, mask16 k, lanes16 a) { LANES(k >> i & 1 ? a[i] : other[i]); }
+EMULATED lanes16 _mm512_maskz_mov_ps(mask16 k, lanes16 a) { LANES(k >> i & 1 ? a[i] : 0.0f); }
+
+EMULATED lanes16 _mm512_mask_mul_ps(lanes16 other, mask16 k, lanes16 a, lanes16 b) {
+    LANES(k >> i & 1 ? a[i] * b[i] : other[i]);
+}
+
+EMULATED mask16 _mm512_cmp_ps_mask(lanes16 a, lanes16 b, int how) {
+    mask16 k = 0;
+    for (int i = 0; i < 16; i++) k |= (mask16)((a[i] < b[i]) == (how == _CMP_LT_OQ)) << i;
+    return k;
+}
+
+EMULATED float _mm512_reduce_add_ps(lanes16 a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    return a[0];
+}
+
+EMULATED float _mm512_reduce_max_ps(lanes16 a) {
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+    return a[0];
+}
+
+EMULATED lanes16 _mm512_loadu_ps(const void *at) {
+    lanes16 y;
+    memcpy(&y, at, sizeof y);
+    return y;
+}
+
+EMULATED longs8 _mm512_loadu_si512(const void *at) {
+    longs8 y;
+    memcpy(&y, at, sizeof y);
+    return y;
+}
+
+EMULATED shorts16 _mm256_loadu_si256(const void *at) {
+    shorts16 y;
+    memcpy(&y, at, sizeof y);
+    return y;
+}
+
+EMULATED void _mm512_storeu_ps(void *at, lanes16 a) { memcpy(at, &a, sizeof a); }
+EMULATED void _mm512_storeu_si512(void *at, longs8 a) { memcpy(at, &a, sizeof a); }
+
+EMULATED lanes16 _mm512_castsi512_ps(longs8 a) { return (lanes16)a; }
+EMULATED longs8 _mm512_setzero_si512(void) { return (longs8){0}; }
+EMULATED longs8 _mm512_set1_epi32(int32_t a) { return (longs8)((ints16){0} + a); }
+EMULATED longs8 _mm512_or_si512(longs8 a, longs8 b) { return a | b; }
+EMULATED longs8 _mm512_slli_epi32(longs8 a, int by) { return (longs8)((ints16)a << by); }
+EMULATED longs8 _mm512_cvtepu16_epi32(shorts16 a) { return (longs8)__builtin_convertvector(a, ints16); }
+
+/* In each quarter of the register by itself, as the instructions have it. */
+EMULATED longs8 unpack32(longs8 a, longs8 b, int high) {
+    ints16 x = (ints16)a, z = (ints16)b, y;
+    for (int i = 0; i < 16; i++) y[i] = (i % 2 ? z : x)[i / 4 * 4 + 2 * high + i % 4 / 2];
+    return (longs8)y;
+}
+
+EMULATED longs8 unpack64(longs8 a, longs8 b, int high) {
+    longs8 y;
+    for (int i = 0; i < 8; i++) y[i] = (i % 2 ? b : a)[i / 2 * 2 + high];
+    return y;
+}
+
+EMULATED longs8 _mm512_unpacklo_epi32(longs8 a, longs8 b) { return unpack32(a, b, 0); }
+EMULATED longs8 _mm512_unpackhi_epi32(longs8 a, longs8 b) { return unpack32(a, b, 1); }
+EMULATED longs8 _mm512_unpacklo_epi64(longs8 a, longs8 b) { return unpack64(a, b, 0); }
+EMULATED longs8 _mm512_unpackhi_epi64(longs8 a, longs8 b) { return unpack64(a, b, 1); }
+
+/* Quarters of a, a, b and b, each chosen by two bits. */
+EMULATED longs8 _mm512_shuffle_i32x4(longs8 a, longs8 b, int which) {
+    longs8 y;
+    for (int i = 0; i < 8; i++) y[i] = (i < 4 ? a : b)[(which >> i / 2 * 2 & 3) * 2 + i % 2];
+    return y;
+}
+
+EMULATED shorts16 _mm512_cvtneps_pbh(lanes16 a) {
+    shorts16 y;
+    for (int i = 0; i < 16; i++) y[i] = bfloat16_bits(a[i]);
+    return y;
+}
+
+EMULATED lanes4 _mm_set_ss(float a) { return (lanes4){a}; }
+EMULATED shorts8 _mm_cvtneps_pbh(lanes4 a) { return (shorts8){bfloat16_bits(a[0])}; }
+
+/* sums + the products of each lane's pair. */
+EMULATED lanes16 _mm512_dpbf16_ps(lanes16 sums, ints16 a, ints16 b) {
+    lanes16 high = (lanes16)(a & (int32_t)0xffff0000) * (lanes16)(b & (int32_t)0xffff0000);
+    return sums + high + (lanes16)(a << 16) * (lanes16)(b << 16);
+}
