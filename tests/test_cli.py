@@ -189,6 +189,12 @@ def test_inspect_says_what_a_run_will_hold(run_cli):
     assert "checkpoint copy" not in run_cli("inspect", "tiny", "--memory", "--device", "cuda").out
 
 
+def test_inspect_says_when_processes_need_a_larger_batch(run_cli):
+    words = ("inspect", "tiny", "--mesh.data", "8", "--batch-size")
+    assert "Batch size 8, not 4: each of 8 processes takes a row or more" in run_cli(*words, "4").out
+    assert "Batch size" not in run_cli(*words, "8").out
+
+
 @pytest.fixture
 def small_model(monkeypatch):
     """Let the name `small` stand for a random model with SmolLM2's tokenizer, and return what was asked of it."""

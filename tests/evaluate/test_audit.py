@@ -19,7 +19,7 @@ from smolseek.evaluate.copying import check_copying
 from smolseek.evaluate.finding import Finding
 from smolseek.evaluate.labels import check_loss
 from smolseek.evaluate.overlap import check_data
-from smolseek.evaluate.plausibility import check_plausibility
+from smolseek.evaluate.plausibility import check_plausibility, reported
 from smolseek.evaluate.routing import check_routing
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, tiny
@@ -298,6 +298,12 @@ def test_the_mean_over_wrong_tokens_is_found() -> None:
 def test_plausibility_of_a_loss_for_its_tokens(loss: float, tokens: float, ok: bool) -> None:
     (finding,) = check_plausibility({"training": loss}, tokens=tokens)
     assert (finding.status == "pass") == ok
+
+
+def test_steps_in_which_the_weights_rest_train_on_no_token() -> None:
+    records = [{"loss": 4.0, "lr": 1e-3, "tokens": 512}, {"val_loss": 4.1}, {"loss": 3.0, "lr": 0.0, "tokens": 1024}]
+    assert reported(records) == ({"training": 3.0, "validation": 4.1}, 512.0)
+    assert reported(records[1:]) == ({"training": 3.0, "validation": 4.1}, None)
 
 
 def test_rote_learning_over_many_epochs_is_not_judged_by_the_training_loss() -> None:

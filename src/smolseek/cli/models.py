@@ -94,6 +94,8 @@ def inspect(argv: Sequence[str]) -> None:
                 "so leave one of them out"
             )
         rows = max(args.batch_size, mesh.size)
+        if rows > args.batch_size:
+            console.say(f"Batch size {rows}, not {args.batch_size}: each of {mesh.size} processes takes a row or more")
         run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in given}, optimizer="adamw")
         for line in scale.lines(config, mesh, run, args.interconnect):
             console.say(line)

@@ -90,7 +90,10 @@ def check_plausibility(
 
 
 def reported(records: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float | None]:
-    """Return the last losses that a run's metrics report, by name, and its number of training tokens."""
+    """Return the last losses that a run's metrics report, by name, and its number of training tokens.
+
+    Steps at a rate of 0, in which the weights rest and the biases settle, train on no token.
+    """
     training = [r for r in records if "loss" in r and "lr" in r]
     validation = [r["val_loss"] for r in records if "val_loss" in r]
     losses: dict[str, float] = {}
@@ -99,4 +102,5 @@ def reported(records: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float
         losses["training"] = sum(r["loss"] for r in last) / len(last)
     if validation:
         losses["validation"] = validation[-1]
-    return losses, (float(training[-1]["tokens"]) if training and "tokens" in training[-1] else None)
+    trained = [r["tokens"] for r in training if "tokens" in r and r["lr"]]
+    return losses, float(trained[-1]) if trained else None
