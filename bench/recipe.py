@@ -136,7 +136,7 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     if run.steps == LONG:
         final["of_load"] = judged(LOAD_TOKENS)
     evaluated = [r for r in records if "val_loss" in r]
-    logged = [r for r in records if "tokens_per_second" in r and r["lr"]]  # not those in which the weights rest
+    logged = [r for r in records if "tokens_per_second" in r and "settling" not in r]  # not those in which the weights rest
     return {
         **vars(run),
         "validation": [(r["tokens"], r["val_loss"]) for r in evaluated],

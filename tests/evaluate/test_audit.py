@@ -301,7 +301,8 @@ def test_plausibility_of_a_loss_for_its_tokens(loss: float, tokens: float, ok: b
 
 
 def test_steps_in_which_the_weights_rest_train_on_no_token() -> None:
-    records = [{"loss": 4.0, "lr": 1e-3, "tokens": 512}, {"val_loss": 4.1}, {"loss": 3.0, "lr": 0.0, "tokens": 1024}]
+    records = [{"loss": 4.0, "lr": 1e-3, "tokens": 512}, {"val_loss": 4.1}, {"loss": 3.0, "lr": 0.0}]
+    records[-1] |= {"tokens": 1024, "settling": True}
     assert reported(records) == ({"training": 3.0, "validation": 4.1}, 512.0)
     assert reported(records[1:]) == ({"training": 3.0, "validation": 4.1}, None)
 

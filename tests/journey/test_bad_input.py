@@ -49,6 +49,7 @@ def refuse(result, *words: str) -> None:
         (["--model.n-group", "3"], ["n_routed_experts 8", "n_group 3"]),
         (["--model.qk-rope-head-dim", "7"], ["7", "even"]),
         (["--model.n-group", "0"], ["n_group 0"]),
+        (["--model.eos-token-id", "49152"], ["eos_token_id 49152", "vocab_size 49152"]),
         (["--model.no-mlp-gated"], ["mlp_gated False"]),
         (["--model.mlp-bias"], ["mlp_bias True"]),
         (["--model.kv-lora-rank", "None"], ["deepseek_v3", "kv_lora_rank None"]),

@@ -3,14 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from smolseek.model import kernels as kernels_module
 from smolseek.model import rows
-from smolseek.model.kernels import call, fit
+from smolseek.model.kernels import call, fit, kernels
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-def dtype(request, pairs) -> torch.dtype:
+def dtype(request) -> torch.dtype:
+    if request.param == torch.bfloat16:
+        request.getfixturevalue("pairs")
+    elif kernels() is None:
+        pytest.skip("no C compiler")
     return request.param
 
 
@@ -100,6 +105,23 @@ def test_the_loss_of_given_logits_is_exact_to_float32(dtype, words):
     right = logits.double().softmax(-1) - F.one_hot(targets, words)
     # A logit 20 below the best is known to 1e-6 when that is taken from it in float32.
     torch.testing.assert_close(gradients_of.double(), right, rtol=max(near(dtype), 3e-6), atol=1e-30)
+
+
+def test_what_is_differentiated_twice_says_that_it_is_not(dtype):
+    gate, up = (numbers(4, 16, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
+    (slope,) = torch.autograd.grad(rows.swiglu(gate, up).float().square().sum(), gate, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.float().sum().backward()
+
+
+def test_in_compiled_code_and_where_no_numbers_are_pytorchs_operations_are_taken(dtype, monkeypatch):
+    monkeypatch.setattr(rows, "call", None)
+    gate, up = numbers(4, 16, dtype=dtype).requires_grad_(), numbers(4, 16, dtype=dtype, seed=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(rows.swiglu, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(gate, up), F.silu(gate) * up)
+    with FakeTensorMode():
+        assert rows.swiglu(torch.empty(4, 16, requires_grad=True), torch.empty(4, 16)).shape == (4, 16)
 
 
 def test_without_kernels_pytorchs_operations_are_taken(monkeypatch):

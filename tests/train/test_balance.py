@@ -9,8 +9,12 @@ import torch
 
 from smolseek.config import BalanceConfig, DataConfig, GuardConfig, ScheduleConfig, TrainConfig
 from smolseek.errors import SmolseekError
+from smolseek.evaluate.plausibility import reported
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
+from smolseek.report.page import tiles
+from smolseek.report.plots import number
+from smolseek.report.read import read_run
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import loop
@@ -111,6 +115,18 @@ def test_steps_that_settle_change_the_biases_alone_and_are_resumed_to_the_last_b
     assert all(torch.equal(again[name], settled[name]) for name in settled)
     records = [json.loads(line) for line in (tmp_path / "settled" / "metrics.jsonl").read_text().splitlines()]
     assert [record["lr"] for record in records if record["step"] == 5 and "lr" in record] == [0.0]
+
+
+def test_where_the_weights_come_to_rest_a_line_is_logged(text, tmp_path):
+    """So no line's loss, speed or tokens are of both kinds of steps."""
+    config = training(text, tmp_path / "run", steps=5, settle_steps=2, save_every=5)
+    loop.train(replace(config, log_every=4))
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "lr" in record] == [3, 4, 5]
+    tokens = config.step_tokens
+    assert reported(records)[1] == 3 * tokens
+    assert f"tokens: {3 * tokens:,} and {2 * tokens:,} read while" in (tmp_path / "run" / "train.log").read_text()
+    assert ("tokens", number(3 * tokens)) in tiles(read_run(str(tmp_path / "run")))
 
 
 def test_when_the_weights_rest_gamma_begins_with_ten_and_falls_with_the_number_of_steps(text):

@@ -38,11 +38,20 @@ def test_also_with_more_words_than_one_product_has():
     assert_equals_the_plain_loss(300, vocab=2500)
 
 
+@pytest.mark.parametrize("target", [-100, -1, 1000, 2**34])
+def test_a_target_that_is_no_word_is_refused(target):
+    h, w, targets = inputs(30)
+    targets[7] = target
+    with pytest.raises(IndexError, match=f"{target} .*1000 words|to {target} are"):
+        linear_cross_entropy(h, w, targets)
+
+
 def test_also_without_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "kernels", lambda: None)
     assert_equals_the_plain_loss(300)
 
 
+@pytest.mark.usefixtures("pairs")
 @pytest.mark.parametrize("vocab", [1000, 1008])  # through PyTorch's operations, and through rows.c
 def test_under_autocast_it_is_no_further_from_float64_than_the_plain_loss(vocab):
     h, w, targets = inputs(300, vocab)

@@ -202,6 +202,8 @@ def _check_sizes(c: ModelConfig) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         if getattr(c, name) < 1:
             refuse(f"{name} {getattr(c, name)} is below 1", "use a positive number")
+    if any(not 0 <= end < c.vocab_size for end in c.eos_ids):
+        refuse(f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}", "use a word that there is")
     if c.max_position_embeddings < 2:
         refuse(f"max_position_embeddings {c.max_position_embeddings} is below 2", "use a longer context")
     if c.num_attention_heads % c.num_key_value_heads:

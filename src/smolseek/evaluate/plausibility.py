@@ -92,7 +92,7 @@ def check_plausibility(
 def reported(records: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float | None]:
     """Return the last losses that a run's metrics report, by name, and its number of training tokens.
 
-    Steps at a rate of 0, in which the weights rest and the biases settle, train on no token.
+    Steps in which the weights rest and the biases settle train on no token.
     """
     training = [r for r in records if "loss" in r and "lr" in r]
     validation = [r["val_loss"] for r in records if "val_loss" in r]
@@ -102,5 +102,5 @@ def reported(records: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float
         losses["training"] = sum(r["loss"] for r in last) / len(last)
     if validation:
         losses["validation"] = validation[-1]
-    trained = [r["tokens"] for r in training if "tokens" in r and r["lr"]]
+    trained = [r["tokens"] for r in training if "tokens" in r and "settling" not in r]
     return losses, float(trained[-1]) if trained else None

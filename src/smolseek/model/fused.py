@@ -10,6 +10,7 @@ import ctypes
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from smolseek.model.kernels import fit, kernels
 
@@ -103,6 +104,7 @@ class _LatentAttention(torch.autograd.Function):
         return out_BTX
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout_BTX: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, out_BTX, log_BHT = ctx.saved_tensors
         dout_BTX = dout_BTX.contiguous()

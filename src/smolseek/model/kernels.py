@@ -52,6 +52,8 @@ def fit(x: torch.Tensor) -> bool:
     """Return whether the kernels take `x`: on a CPU, in float32 or in bfloat16 with rows of whole registers."""
     if x.device.type != "cpu" or x.stride(-1) != 1 or torch.compiler.is_compiling():
         return False
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a FakeTensor's numbers, for one, lie nowhere
+        return False
     if x.dtype == torch.bfloat16:
         return x.shape[-1] % 16 == 0 and pairs()
     return x.dtype == torch.float32 and kernels() is not None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from smolseek.config import ModelConfig
 from smolseek.model import rows
@@ -197,6 +198,7 @@ class _LoopedSwiGLU(torch.autograd.Function):
         return y_MD
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
         M, dy_MD = x_MD.shape[0], dy_MD.contiguous()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from smolseek.model.kernels import call, fit
 
@@ -27,6 +28,7 @@ class _SwiGLU(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
         d_gate, d_up, size = torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
@@ -89,6 +91,7 @@ class _Spread(torch.autograd.Function):
         return x_ND.to(dtype)[order_M // top_k]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
         (order_M,) = ctx.saved_tensors
         places_M = inverse(order_M)
@@ -121,6 +124,7 @@ class _Combine(torch.autograd.Function):
         return out_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
         y_MD, places_M, weights_NK = ctx.saved_tensors
         dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)

@@ -87,9 +87,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
             ("perplexity", f"{best['val_perplexity']:,.2f}"),
             ("bits per byte", f"{best['val_bits_per_byte']:.4f}"),
         ]
-    found += [("training loss", f"{last['loss']:.4f}"), ("tokens", number(last["tokens"]))]
-    # Steps in which the weights rest are several times as fast.
-    moving = [record for record in run.training if record["lr"]] or run.training
+    # Steps in which the weights rest train on no token and are several times as fast.
+    moving = [record for record in run.training if "settling" not in record] or run.training
+    found += [("training loss", f"{last['loss']:.4f}"), ("tokens", number(moving[-1]["tokens"]))]
     rates = sorted(record["tokens_per_second"] for record in moving)
     found.append(("tokens a second", f"{rates[len(rates) // 2]:,.0f}"))
     # Records carry a rate, not a duration: the time is what the tokens took at it.

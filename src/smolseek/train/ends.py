@@ -102,7 +102,9 @@ def _closing(config: TrainConfig, at: Progress, run: RunFolder) -> list[str]:
     lines = ["", "Training summary"]
     lines += [f"  {line}" for line in summary.parameter_lines(config.model)]
     lines += [f"  {line}" for line in summary.architecture(config.model)]
-    lines.append(f"  Steps: {at.step:,}, tokens: {at.tokens:,}")
+    settling = config.balance.settle_steps * config.step_tokens
+    also = f" and {settling:,} read while the biases settled" if settling else ""
+    lines.append(f"  Steps: {at.step:,}, tokens: {at.tokens - settling:,}{also}")
     if at.seconds:
         lines.append(f"  Training time: {at.seconds:.1f}s, tokens/sec: {at.tokens / at.seconds:.2f}")
     lines.append(f"  Final training loss: {at.loss:.4f}, final validation loss: {at.val_loss:.4f}")

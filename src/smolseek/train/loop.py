@@ -213,7 +213,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             left = (config.steps - at.step) * config.step_tokens / rate
             bar.update(at.step, f"loss {loss:.3f}, {rate:,.0f} tokens/s, {left / 60:.1f} min left")
 
-            if at.step % config.log_every == 0 or at.step == config.steps:
+            if at.step % config.log_every == 0 or at.step in (moving, config.steps):
                 at.loss = sum(at.interval) / len(at.interval)
                 at.seconds += seconds
                 now, peak = metrics.memory(device)
@@ -228,6 +228,8 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
                     "peak_memory": peak,
                     "data": stream.record(),
                 }
+                if resting:
+                    record["settling"] = True
                 if teacher is not None:
                     record["kl"] = sum(at.kls) / len(at.kls)
                 if violation:

@@ -21,7 +21,7 @@ _ROWS = 16
 _BLOCK = 4 * _CHUNK
 # Words whose gradients are added at one time: PyTorch casts what it adds to another type, and first makes the cast.
 _SLICE = 4096
-# Words whose logits are one product, in float32 on a CPU: MKL is a third slower when it writes whole rows of 49,152.
+# Words whose logits are one product, in float32 on a CPU: MKL is a fifth slower when it writes whole rows of 49,152.
 _WORDS = 1024
 
 
@@ -59,6 +59,9 @@ def linear_cross_entropy(
     in the processor's caches, of both gradients. Under autocast the products are in its number format, everything
     between them in float32. Added is `z_loss` times the mean of log^2 Z, Z being the softmax's sum, which keeps the
     logits from drifting (PaLM, 2204.02311, section 5).
+
+    Raises:
+        IndexError: on a CPU for a target that is no word; none is ignored.
     """
     return _head(h_ND, w_VD, targets_N, z_loss, InPlace())[0]
 
@@ -68,6 +71,10 @@ def _head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `linear_cross_entropy` and the cross-entropy alone, which is not differentiated."""
     device = h_ND.device.type
+    if device == "cpu" and len(targets_N):  # CUDA's own operations check, and to ask here would make the host wait
+        least, most = (int(number) for number in targets_N.aminmax())
+        if least < 0 or most >= len(w_VD):
+            raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
     # Asked out here: within `forward` gradients are off, and `needs_input_grad` is true without them, too.
     wanted = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)
