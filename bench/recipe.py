@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -136,7 +137,7 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     if run.steps == LONG:
         final["of_load"] = judged(LOAD_TOKENS)
     evaluated = [r for r in records if "val_loss" in r]
-    logged = [r for r in records if "tokens_per_second" in r and "settling" not in r]  # not those in which the weights rest
+    logged = [r for r in records if "tokens_per_second" in r and "settling" not in r]
     return {
         **vars(run),
         "validation": [(r["tokens"], r["val_loss"]) for r in evaluated],
@@ -254,13 +255,21 @@ def show(name: str, columns: dict[str, list[dict]]) -> None:
         print(f"  {title} ({first['kind']}, rate {first['lr']:g}, {first['steps']} steps; {size.total:,} parameters, ")
         print(f"    {size.active:,} active; {cached(SHAPES[first['shape']]())} cached bytes a token)")
         print(f"    validation loss  {numbers([run['final']['val_loss'] for run in runs], 4)}")
+        many = [run["final"]["of_load"] for run in runs if "of_load" in run["final"]]
+        if many:
+            print(f"      over {many[0]['tokens']:,} tokens  {numbers([found['val_loss'] for found in many], 4)}")
         print(f"    tokens/s         {numbers([run['tokens_per_second'] for run in runs], 0)}")
         if "val_maxvio" in first["final"]:
             print(f"    MaxVio (global)  {numbers([run['final']['val_maxvio'] for run in runs])}")
-            loads = [run["final"]["of_load"] for run in runs if "of_load" in run["final"]]
-            if loads:
-                of = f"{loads[0]['tokens']:,} tokens"
-                print(f"      over {of}  {numbers([load['val_maxvio'] for load in loads])}")
+            if many:
+                print(f"      over {many[0]['tokens']:,} tokens  {numbers([found['val_maxvio'] for found in many])}")
+    if name == "balance":
+        (title, own), *others = columns.items()
+        for other, runs in others:
+            pairs = [[run["final"]["of_load"]["val_loss"] for run in pair] for pair in zip(own, runs, strict=True)]
+            apart = [ours - theirs for ours, theirs in pairs]
+            error = statistics.stdev(apart) / len(apart) ** 0.5
+            print(f"  loss over the many tokens, {title} minus {other}: {numbers(apart, 4)}, error {error:.4f}")
     if name == "muon":
         ratios = []
         for one, other in zip(*columns.values(), strict=True):
