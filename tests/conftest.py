@@ -13,6 +13,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, where there is one
+
 from smolseek import compiled
 from smolseek.cli import main
 from smolseek.generate import native

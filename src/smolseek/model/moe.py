@@ -105,7 +105,8 @@ class LocalDispatcher:
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
         """Return the tokens sorted by expert; the way back is their order."""
         experts_M = experts_NK.flatten()
-        order_M = experts_M.argsort(stable=True)
+        # Small keys: a GPU sorts by digits, and eight bytes have four times as many as two.
+        order_M = experts_M.to(torch.int16).argsort(stable=True)
         # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
         counts_E = experts_M.new_zeros(n_experts).scatter_add_(0, experts_M, torch.ones_like(experts_M))
         x_MD = rows.spread(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND))

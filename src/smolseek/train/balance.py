@@ -51,14 +51,15 @@ class Balancer:
         """Add the load of one micro-batch."""
         self.load_LE = load_LE.clone() if self.load_LE is None else self.load_LE + load_LE
 
-    def step(self, share: float = 1.0, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> list[float]:
+    def step(self, share: float = 1.0, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> torch.Tensor:
         """Move the biases by `share` of gamma for the load of the whole step, and forget it.
 
-        `total` adds up the loads of all processes. Returns the step's MaxVio for each layer.
+        `total` adds up the loads of all processes. Returns the step's MaxVio for each
+        layer [L], for which nobody has to wait.
         """
         return self._move(share, total, torch.sign)
 
-    def settle(self, share: float, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> list[float]:
+    def settle(self, share: float, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> torch.Tensor:
         """As `step`, but in proportion: b_i += share * gamma * (1 - load_i / mean load).
 
         A sign makes the median of the steps' loads even. Where a step is half a document, an expert that few documents
@@ -72,9 +73,9 @@ class Balancer:
         share: float,
         total: Callable[[torch.Tensor], torch.Tensor],
         direction: Callable[[torch.Tensor], torch.Tensor],
-    ) -> list[float]:
+    ) -> torch.Tensor:
         if not self.routers:
-            return []
+            return torch.zeros(0)
         assert self.load_LE is not None, "add() comes before the move"
         self.load_LE = total(self.load_LE)
         load = self.load_LE.double()
@@ -84,7 +85,7 @@ class Balancer:
                 router.e_score_correction_bias += share * self.gamma * move_E.to(torch.float32)
         violation = maxvio(self.load_LE)
         self.load_LE = None
-        return violation.tolist()
+        return violation
 
     def forget(self) -> None:
         """Drop the load of a step that is not taken."""

@@ -1,4 +1,4 @@
-"""Layers as compiled code (`torch.compile`), where that pays and works.
+"""Layers as compiled code (`torch.compile`) and passes as CUDA graphs, where that pays and works.
 
 On a CPU it is not tried by itself: what compiling would join is one pass in C already (`model/rows.c`,
 `model/attention.c`), or little beside the products. On CUDA it joins norms, rotations, activations and the router's
@@ -7,14 +7,13 @@ small steps.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
 
 import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.model.transformer import CausalLM, call_block
+from smolseek.model.transformer import call_block
+from smolseek.train.passes import Passes
 
 BACKEND = "inductor"
 STEPS = 1000
@@ -31,44 +30,54 @@ def wanted(config: TrainConfig, device: torch.device, processes: int) -> bool:
     return fits and device.type == "cuda" and config.steps >= STEPS
 
 
-def compile_blocks(
-    model: CausalLM,
-    objective: Callable[..., Any],
-    config: TrainConfig,
-    context: Any,
-    backward: Callable[[CausalLM], AbstractContextManager[None]],
-) -> str | None:
-    """Compile the model's layers for training; return None, or in one line why they stay as they were.
+def recorded(config: TrainConfig, device: torch.device, processes: int) -> bool:
+    """Return whether a micro-batch's passes are to be recorded as a CUDA graph."""
+    return device.type == "cuda" and processes == 1 and config.compile != "off" and config.distill.teacher is None
 
-    A pass over random tokens is made once without and once with compiling. Loss and gradients have to be the same;
-    whatever goes wrong leaves the model as it was.
+
+def prepare(passes: Passes, config: TrainConfig, device: torch.device, processes: int) -> None:
+    """Compile the layers and record the passes, each where it pays, compared with what is there without it.
+
+    Passes over random tokens are made before and after. Loss and gradients have to be the same; whatever goes wrong
+    is said in one line, and leaves the run as it was.
     """
-    device = model.lm_head.weight.device
+    model = passes.model
+    compiles, records = wanted(config, device, processes), recorded(config, device, processes)
+    if not (compiles or records):
+        return
     drawn = torch.Generator().manual_seed(config.seed)  # its own: the run's numbers stay as they would have been
-    ids = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=drawn).to(device)
+    rows = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=drawn)
+    plain = _one_pass(passes, rows)
 
-    def one_pass() -> tuple[float, float]:
-        with backward(model):
-            with context:
-                loss = objective(model, ids, alpha=config.balance.alpha).total
-            loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        found = float(loss.detach()), float(torch.nn.utils.get_total_norm(gradients))
-        model.zero_grad(set_to_none=True)
-        return found
+    def compile_layers() -> None:
+        model.call_block = torch.compile(call_block, backend=BACKEND, dynamic=False)
 
-    plain = one_pass()
-    model.call_block = torch.compile(call_block, backend=BACKEND, dynamic=False)
+    if compiles and (reason := _compared(passes, rows, plain, compile_layers)):
+        model.call_block = call_block
+        console.warn(f"the layers are not compiled, which only costs time: {reason}")
+    if records and (reason := _compared(passes, rows, plain, lambda: passes.record(rows))):
+        passes.forget()
+        console.warn(f"no CUDA graph is recorded, which only costs time: {reason}")
+
+
+def _one_pass(passes: Passes, rows: torch.Tensor) -> tuple[float, float]:
+    """Return the loss and the norm of the gradients, which are dropped."""
+    out = passes(rows)
+    gradients = [p.grad for p in passes.model.parameters() if p.grad is not None]
+    found = float(out.total), float(torch.nn.utils.get_total_norm(gradients))
+    passes.model.zero_grad(set_to_none=True)
+    return found
+
+
+def _compared(passes: Passes, rows: torch.Tensor, plain: tuple[float, float], change: Callable[[], None]) -> str | None:
+    """Make a change and a pass; return None if loss and norm are `plain`, or in one line what is wrong."""
     try:
-        found = one_pass()
+        change()
+        found = _one_pass(passes, rows)
     except Exception as error:  # dynamo's, inductor's, a C++ compiler's: each may end in errors of its own kinds
         cause = getattr(error, "inner_exception", error)
-        reason = f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"
-    else:
-        if all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(found, plain, strict=True)):
-            return None
-        reason = "loss and gradient norm are {:.4f} and {:.4f}, not {:.4f} and {:.4f}".format(*found, *plain)
-    model.zero_grad(set_to_none=True)
-    model.call_block = call_block
-    console.warn(f"the layers are not compiled, which only costs time: {reason}")
-    return reason
+        passes.model.zero_grad(set_to_none=True)
+        return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"
+    if all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(found, plain, strict=True)):
+        return None
+    return "loss and gradient norm are {:.4f} and {:.4f}, not {:.4f} and {:.4f}".format(*found, *plain)

@@ -32,6 +32,7 @@ from smolseek.train.ends import Ends, is_complete
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
 from smolseek.train.optim import lr_factor, make_optimizer, numbered
+from smolseek.train.passes import Passes
 from smolseek.train.samples import write_samples
 from smolseek.train.state import TrainState
 from smolseek.train.text import open_text
@@ -113,8 +114,8 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             ends.begin()
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
-    if compiling.wanted(config, device, team.size):
-        compiling.compile_blocks(model, objective, config, context, team.backward)
+    passes = Passes(model, objective, config, context, team)
+    compiling.prepare(passes, config, device, team.size)
     if teacher is not None and begun_from is None:
         at.evaluated = -1  # a healing says where it began
 
@@ -174,11 +175,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             step_loss, step_kl = torch.zeros(2, device=device)
             for number, (rows, share) in enumerate(micro_batches, 1):
                 team.last_of_step(model, number == config.grad_accum)
-                with team.backward(model), torch.set_grad_enabled(not resting):
-                    with context:
-                        out = objective(model, rows.to(device, non_blocking=True), alpha=config.balance.alpha)
-                    if not resting:
-                        (out.total * share / config.grad_accum).backward()
+                out = passes.forward(rows) if resting else passes(rows, share)
                 step_loss += out.next_token * share
                 step_kl += 0 if out.kl is None else out.kl
                 balancer.add(out.load_LE)
@@ -232,8 +229,8 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
                     record["settling"] = True
                 if teacher is not None:
                     record["kl"] = sum(at.kls) / len(at.kls)
-                if violation:
-                    record |= {"maxvio": sum(violation) / len(violation), "maxvio_layers": violation}
+                if len(violation):
+                    record |= {"maxvio": float(violation.mean()), "maxvio_layers": violation.tolist()}
                 if guard.skipped_tokens:
                     record |= {"skipped_steps": guard.skipped_steps, "skipped_tokens": guard.skipped_tokens}
                 run.append_metrics(record)
@@ -248,6 +245,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     if stopping:
         raise _stopped(run, at.step, received, away)
 
+    passes.forget()
     model.call_block = call_block  # the audit's sizes are others
     optimizer.state.clear()  # it is saved; the audit needs the room
     give_back_freed_memory()

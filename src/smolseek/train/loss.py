@@ -4,6 +4,8 @@ Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, S of a bl
 V vocab_size, L layers with experts, E routed experts.
 """
 
+import functools
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +14,11 @@ from smolseek.model.gradients import InPlace
 from smolseek.model.kernels import call, fit
 from smolseek.model.transformer import CausalLM
 
-# Tokens whose logits exist at one time: 256 x 49,152 numbers are 25 MB in bfloat16. Fewer make slower products.
+# Tokens whose logits exist at one time on a CPU: 256 x 49,152 are 25 MB in bfloat16. Fewer make slower products.
 _CHUNK = 256
+# Logits that exist at one time on a GPU: 8,192 tokens' of 49,152 words, 805 MB in bfloat16. Of fewer tokens the product
+# with the weights has too few tiles for the processor.
+_LOGITS = 8192 * 49_152
 # Tokens whose exponentials exist at one time on a CPU: 16 x 49,152 numbers in float32 are about two cores' caches.
 _ROWS = 16
 # Tokens whose gradients of the logits are kept, in the products' type, for one product with the hidden states: each
@@ -81,6 +86,20 @@ def _head(
     return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss, in_place, wanted)
 
 
+@functools.cache
+def has_triton() -> bool:
+    """Return whether the kernel for GPUs can be built here (`train/softmax.py`)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _sizes(vocab: int, cuda: bool, wanted: bool = True) -> tuple[int, int]:
+    """Return how many tokens a chunk and a block have."""
+    if not cuda:
+        return _CHUNK, _BLOCK if wanted else _CHUNK
+    chunk = max(_CHUNK, 1 << (_LOGITS // vocab).bit_length() - 1)
+    return chunk, chunk
+
+
 class _Softmax:
     """Turns a chunk's logits into their gradients, where they are wanted, and gives the sum of its losses."""
 
@@ -95,6 +114,14 @@ class _Softmax:
             losses_C = logits_CV.new_empty(len(logits_CV), dtype=torch.float32)
             d_CV = logits_CV if self.wanted else None
             call("cross_entropy", logits_CV.dtype, logits_CV, targets_C, *logits_CV.shape, self.factor, losses_C, d_CV)
+            return losses_C.sum()
+        if logits_CV.is_cuda and has_triton():
+            from smolseek.train import softmax
+
+            given = logits_CV, targets_C, self.factor, self.z_loss, self.wanted
+            losses_C, log_sums_C = softmax.cross_entropy(*given)
+            if self.z_loss:
+                self.squares += log_sums_C.square().sum()
             return losses_C.sum()
         rows = _ROWS if logits_CV.device.type == "cpu" else _CHUNK
         pieces = zip(logits_CV.split(rows), targets_C[:, None].split(rows), strict=True)
@@ -134,12 +161,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
         # take the logits' place.
-        d_SV = h_ND.new_empty(min(N, _BLOCK if wanted else _CHUNK), V)
+        chunk, block = _sizes(V, h_ND.is_cuda, wanted)
+        d_SV = h_ND.new_empty(min(N, block), V)
         dh_ND, dw_VD = torch.empty_like(h_ND) if wanted else None, None
         softmax = _Softmax(targets_N, 1 / N, wanted, z_loss)
         with torch.autocast(h_ND.device.type, enabled=False):
-            for begin in range(0, N, _CHUNK):
-                h_CD = h_ND[begin : begin + _CHUNK]
+            for begin in range(0, N, chunk):
+                h_CD = h_ND[begin : begin + chunk]
                 C, first = len(h_CD), begin % len(d_SV)
                 logits_CV = _logits(h_CD, w_VD, d_SV[first : first + C])
                 loss += softmax(logits_CV, begin)
@@ -147,9 +175,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(logits_CV, w_VD, out=dh_ND[begin : begin + C])
                     if begin + C == N:
                         del w_VD  # nobody reads the cast again: room for the gradient
-                    if first + C == _BLOCK or begin + C == N:
+                    if first + C == block or begin + C == N:
                         part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
-                        dw_VD = part_VD if N <= _BLOCK else _add(dw_VD, part_VD)
+                        dw_VD = part_VD if block >= N else _add(dw_VD, part_VD)
                         del part_VD
         if wanted:
             ctx.gradients = dh_ND, dw_VD
@@ -181,7 +209,8 @@ def _add(sum_VD: torch.Tensor | None, part_VD: torch.Tensor, factor: float = 1.0
     """Return `sum_VD` with factor times `part_VD` added to it in place; without one the part in float32."""
     if sum_VD is None:
         return part_VD.float()
-    for sum_SD, part_SD in zip(sum_VD.split(_SLICE), part_VD.split(_SLICE), strict=True):
+    words = _SLICE if sum_VD.device.type == "cpu" else len(sum_VD)
+    for sum_SD, part_SD in zip(sum_VD.split(words), part_VD.split(words), strict=True):
         sum_SD.add_(part_SD, alpha=factor)
     return sum_VD
 
@@ -191,11 +220,12 @@ def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: 
 
     The weight's gradient is among it, h itself is not. `earlier`: there is one already that it is added to in place.
     """
-    a, weight, several = 2 if bfloat16 else 4, vocab * features, tokens > _BLOCK
-    logits = vocab * min(tokens, _BLOCK) * a
+    _, block = _sizes(vocab, cuda)
+    a, weight, several = 2 if bfloat16 else 4, vocab * features, tokens > block
+    logits = vocab * min(tokens, block) * a
     exponentials = 0
-    if cuda or not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
-        exponentials = vocab * min(tokens, _CHUNK if cuda else _ROWS) * 4
+    if not cuda and not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
+        exponentials = vocab * min(tokens, _ROWS) * 4
     cast = weight * a if bfloat16 else 0
     # One block's product is the gradient; several are added in float32, all but the last while the cast is there.
     product, added = weight * a, weight * 4 if several else 0

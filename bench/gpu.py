@@ -1,0 +1,244 @@
+"""What a GPU gives: the training step at the original's batch and at larger ones, decoding, and where the time goes.
+
+    python bench/gpu.py                          all parts, about four minutes; docs/results/gpu.json
+    python bench/gpu.py --device cpu --model tiny --batches 2x2 --modes plain     the same code on a CPU, to try it
+
+A step is what the training loop makes of it: `grad_accum` micro-batches of `batch` x 256 tokens of random words,
+clipping, the guard's look at loss and norm, fused AdamW and the balancing biases. Modes: `plain` (PyTorch's operations
+one by one), `graph` (both passes recorded as a CUDA graph), `auto` (the layers compiled as well: what a run of 1,000
+steps or more takes by itself), `recompute` (as the original, --grad-checkpointing full). Utilisation is the active
+floating point operations over the peak of an 8,192^3 bfloat16 product in the same process.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from machine import describe, seconds
+
+from smolseek.config import TrainConfig
+from smolseek.model.summary import flops_per_token
+from smolseek.model.transformer import call_block, new_model
+from smolseek.parallel.alone import Alone
+from smolseek.presets import preset
+from smolseek.train import compiling
+from smolseek.train.balance import Balancer
+from smolseek.train.device import autocast
+from smolseek.train.loss import losses
+from smolseek.train.optim import make_optimizer
+from smolseek.train.passes import Passes
+
+TOKENS = 40_960_000  # of the original's 10,000 steps
+
+
+def gemm_peak(device: str) -> float:
+    n = 8192 if device == "cuda" else 512
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    return 2 * n**3 / statistics.median(sorted(seconds(lambda: a @ b) for _ in range(12))[:6])
+
+
+def copy_rate(device: str) -> float:
+    a = torch.randn(2**28 if device == "cuda" else 2**20, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / statistics.median(seconds(lambda: b.copy_(a)) for _ in range(10))
+
+
+class Trainer:
+    """A model with all that a step of the training loop needs."""
+
+    def __init__(self, name: str, batch: int, accum: int, mode: str, device: str) -> None:
+        model = preset(name)
+        steps = 10_000 if mode == "auto" else 100
+        config = TrainConfig(
+            model=model, run="none", batch_size=batch, grad_accum=accum, seq_len=256, steps=steps,
+            compile="off" if mode in ("plain", "recompute") else "auto",
+            grad_checkpointing="full" if mode == "recompute" else "none",
+        )  # fmt: skip
+        self.config, self.device = config, torch.device(device)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.model = new_model(model, device=self.device)
+        self.model.grad_checkpointing = config.grad_checkpointing
+        self.team, self.optimizer = Alone(), make_optimizer(self.model, config.optim)
+        self.balancer = Balancer(self.model, config.balance.gamma)
+        context = autocast("bfloat16" if device == "cuda" else "auto", self.device)
+        self.passes = Passes(self.model, losses, config, context, self.team)
+        begun = time.perf_counter()
+        compiling.prepare(self.passes, config, self.device, 1)
+        self.preparing = time.perf_counter() - begun
+        self.compiled = self.model.call_block is not call_block
+        self.graph = self.passes._graph is not None
+        shape = (accum, batch, config.seq_len + 1)
+        self.rows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+    def step(self) -> float:
+        total = torch.zeros((), device=self.device)
+        for rows in self.rows:
+            out = self.passes(rows)
+            total += out.next_token
+            self.balancer.add(out.load_LE)
+        norm = self.team.clip(self.model, 1.0)
+        loss, _ = torch.stack((total, norm)).tolist()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.balancer.step()
+        return loss / len(self.rows)
+
+    def measure(self, least: float) -> dict:
+        first = self.step()
+        for _ in range(3):
+            self.step()
+        times, last = [], first
+        while sum(times) < least or len(times) < 5:
+
+            def one():
+                nonlocal last
+                last = self.step()
+
+            times.append(seconds(one))
+        found = {
+            "tokens_s": self.config.step_tokens / statistics.median(times),
+            "seconds": statistics.median(times),
+            "spread": [min(times), max(times)],
+            "steps": len(times),
+            "compiled": self.compiled,
+            "graph": self.graph,
+            "preparing_s": self.preparing,
+            "first_loss": first,
+            "last_loss": last,
+        }
+        if self.device.type == "cuda":
+            found |= {
+                "peak_bytes": torch.cuda.max_memory_allocated(),
+                "reserved_bytes": torch.cuda.max_memory_reserved(),
+            }
+        return found
+
+    def profile(self, path: Path) -> None:
+        """Write where the device's time goes, kernel by kernel."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        with profile(activities=kinds) as found:
+            for _ in range(2):
+                self.step()
+        order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table = found.key_averages().table(sort_by=order, row_limit=70, max_name_column_width=110)
+        path.write_text(table, encoding="utf-8")
+
+
+def train_worker(args: argparse.Namespace) -> None:
+    """Measure the batches and modes of one model; a JSON line for each."""
+    peak = gemm_peak(args.device)
+    name = args.model[0]
+    flops = 3 * flops_per_token(preset(name), 256)
+    for size in args.batches:
+        batch, accum = (int(number) for number in size.split("x"))
+        for mode in args.modes:
+            try:
+                trainer = Trainer(name, batch, accum, mode, args.device)
+                row = {"model": name, "batch": batch, "grad_accum": accum, "mode": mode, **trainer.measure(args.least)}
+                row |= {"utilisation": row["tokens_s"] * flops / peak, "gemm_peak": peak}
+                row["minutes_of_40960000"] = TOKENS / row["tokens_s"] / 60
+                if args.profile and mode in ("auto", "plain"):
+                    trainer.profile(args.profile / f"{name}_{size}_{mode}.txt")
+            except Exception as error:
+                row = {"model": name, "batch": batch, "grad_accum": accum, "mode": mode, "error": str(error)[:400]}
+            trainer = None
+            torch._dynamo.reset()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+            print(json.dumps(row), flush=True)
+
+
+@torch.inference_mode()
+def decode_worker(args: argparse.Namespace) -> None:
+    """Milliseconds of a decoding step, recorded and one by one; a JSON line for each."""
+    from smolseek.generate.engine import Decoder
+
+    for name in args.model:
+        model = new_model(preset(name), device=args.device).to(torch.bfloat16).eval()
+        for rows, held in ((1, 128), (1, 2048 - 80), (16, 512)):
+            times = {}
+            for mode in ("graph", "plain"):
+                decoder = Decoder(model, rows, held + 72, native=mode == "graph")
+                for layer in decoder.cache.layers:
+                    layer.normal_()
+                decoder.lengths = [held] * rows
+                tokens, spent = [1] * rows, []
+                for _ in range(64):
+                    begun = time.perf_counter()
+                    tokens = decoder.step(tokens).argmax(dim=-1).tolist()
+                    spent.append(time.perf_counter() - begun)
+                times[mode] = statistics.median(spent[8:])
+            tokens_s = {mode: rows / spent for mode, spent in times.items()}
+            print(json.dumps({"model": name, "rows": rows, "held": held, "tokens_s": tokens_s}), flush=True)
+
+
+def call(kind: str, args: argparse.Namespace, model: str, limit: float, **changed: list[str]) -> list[dict]:
+    """Run a worker as a process of its own and return its lines."""
+    words = [sys.executable, __file__, "--worker", kind, "--device", args.device, "--model", *model.split()]
+    words += ["--least", str(args.least)]
+    for option, values in {"batches": args.batches, "modes": args.modes, **changed}.items():
+        words += [f"--{option}", *values]
+    if args.profile:
+        words += ["--profile", str(args.profile)]
+    lines: list[str] = []
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
+        lines = done.stdout.splitlines()
+        if done.returncode:
+            lines.append(json.dumps({"model": model, "error": f"exit code {done.returncode}"}))
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode().splitlines() if isinstance(error.stdout, bytes) else []
+        lines.append(json.dumps({"model": model, "error": f"stopped after {limit:g} seconds"}))
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["deepseek_159m", "seed_159m"])
+    parser.add_argument("--batches", nargs="+", default=["4x4", "16x1", "256x1"], help="BATCHxGRAD_ACCUM")
+    parser.add_argument("--modes", nargs="+", default=["auto", "graph", "plain"])
+    parser.add_argument("--parts", nargs="+", default=["train", "decode"])
+    parser.add_argument("--least", type=float, default=1.0, help="seconds that each is measured for")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds after which a process is stopped")
+    parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
+    parser.add_argument("--profile", type=Path, help="folder for tables of kernels")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/gpu.json"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        {"train": train_worker, "decode": decode_worker}[args.worker](args)
+        return
+    if args.profile:
+        args.profile.mkdir(parents=True, exist_ok=True)
+    found: dict = {**describe(), "command": "python " + " ".join(sys.argv)}
+    found |= {"gemm_peak": gemm_peak(args.device), "copy_bytes_s": copy_rate(args.device)}
+    print(json.dumps(found), flush=True)
+    if "train" in args.parts:
+        found["train"] = []
+        for model in args.model:
+            found["train"] += call("train", args, model, args.limit)
+            save(args.out, found)
+    if "decode" in args.parts:
+        found["decode"] = call("decode", args, " ".join(args.model), args.limit)
+    save(args.out, found)
+
+
+def save(path: Path, found: dict) -> None:
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(before | found, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""What only a GPU can show: passes against float64 on a CPU, recorded ones against plain ones, whole trainings."""
+
+import copy
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.config import DataConfig, TrainConfig
+from smolseek.model.transformer import call_block, new_model
+from smolseek.parallel.alone import Alone
+from smolseek.presets import preset
+from smolseek.train import compiling
+from smolseek.train.device import autocast
+from smolseek.train.loop import train
+from smolseek.train.loss import losses
+from smolseek.train.passes import Passes
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = torch.device("cuda")
+
+
+def config(name: str, **changed) -> TrainConfig:
+    shape = replace(preset(name), num_hidden_layers=2, vocab_size=512)
+    return TrainConfig(model=shape, run="none", batch_size=4, grad_accum=2, seq_len=64, **changed)
+
+
+def rows_of(run: TrainConfig, seed: int) -> torch.Tensor:
+    shape = run.batch_size, run.seq_len + 1
+    return torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(passes: Passes, batches: list[torch.Tensor]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return losses and gradients of a step, which are then dropped."""
+    found = [float(passes(rows).total) for rows in batches]
+    grads = {n: p.grad.cpu().double() for n, p in passes.model.named_parameters() if p.grad is not None}
+    passes.model.zero_grad(set_to_none=True)
+    return found, grads
+
+
+def far(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Return the relative error of the whole gradient."""
+    off = sum(float((found[n] - g).square().sum()) for n, g in exact.items())
+    return (off / sum(float(g.square().sum()) for g in exact.values())) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["deepseek_159m", "seed_159m"])
+def test_float32_is_float64_on_a_cpu_to_rounding(name):
+    run = config(name)
+    model = new_model(run.model, seed=1)
+    batches = [rows_of(run, 0), rows_of(run, 1)]
+    exact = Passes(copy.deepcopy(model).double(), losses, run, nullcontext(), Alone())
+    values, expected = gradients(exact, batches)
+    found, grads = gradients(Passes(model.to(CUDA), losses, run, nullcontext(), Alone()), batches)
+    assert found == pytest.approx(values, rel=1e-5)
+    assert far(grads, expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["deepseek_159m", "seed_159m", "smollm2_135m"])
+@pytest.mark.parametrize("how", ["graph", "compiled"])
+def test_recorded_and_compiled_passes_are_the_plain_ones(name, how, capsys):
+    run = config(name)
+    batches = [rows_of(run, 0), rows_of(run, 1)]
+    model = new_model(run.model, seed=1, device="cpu").to(CUDA)
+    exact = Passes(copy.deepcopy(model).double(), losses, run, nullcontext(), Alone())
+    _, expected = gradients(exact, batches)
+    passes = Passes(model, losses, run, autocast("bfloat16", CUDA), Alone())
+    values, plain = gradients(passes, batches)
+    compiling.prepare(passes, replace(run, steps=1000 if how == "compiled" else 10), CUDA, 1)
+    assert capsys.readouterr().err == ""
+    assert passes._graph is not None
+    assert (passes.model.call_block is not call_block) == (how == "compiled")
+    for _ in range(2):  # the second time gradients have been dropped in between
+        found, grads = gradients(passes, batches)
+        assert found == pytest.approx(values, rel=2e-3)
+        if how == "graph":
+            assert far(grads, plain) < 1e-3
+        assert far(grads, expected) < 1.1 * far(plain, expected)
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_recomputation_is_recorded_too(how, capsys):
+    run = config("deepseek_159m", grad_checkpointing=how)
+    batches = [rows_of(run, 0), rows_of(run, 1)]
+    model = new_model(run.model, seed=1, device="cpu").to(CUDA)
+    model.grad_checkpointing = how
+    passes = Passes(model, losses, run, autocast("bfloat16", CUDA), Alone())
+    values, plain = gradients(passes, batches)
+    compiling.prepare(passes, run, CUDA, 1)
+    assert capsys.readouterr().err == "" and passes._graph is not None
+    found, grads = gradients(passes, batches)
+    assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
+
+
+def test_a_failed_recording_leaves_plain_passes(monkeypatch, capsys):
+    run = config("deepseek_159m")
+    batches = [rows_of(run, 0), rows_of(run, 1)]
+    model = new_model(run.model, seed=1, device="cpu").to(CUDA)
+
+    def waits(*args, **kwargs):
+        out = losses(*args, **kwargs)
+        if torch.cuda.is_current_stream_capturing():
+            float(out.total)
+        return out
+
+    passes = Passes(model, waits, run, autocast("bfloat16", CUDA), Alone())
+    values, plain = gradients(passes, batches)
+    compiling.prepare(passes, run, CUDA, 1)
+    assert "no CUDA graph is recorded, which only costs time" in capsys.readouterr().err
+    found, grads = gradients(passes, batches)
+    assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
+
+
+def test_no_operation_of_a_plain_pass_makes_the_host_wait():
+    run = config("deepseek_159m")
+    passes = Passes(new_model(run.model, device=CUDA), losses, run, autocast("bfloat16", CUDA), Alone())
+    rows = rows_of(run, 0)
+    passes(rows)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        passes(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_training_is_repeatable_and_ends_alike_with_and_without_recording(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"The sea is wide, says ship {n}. " * 9}) + "\n" for n in range(60)))
+    ended = {}
+    for how in ("off", "auto", "again"):
+        run = TrainConfig(
+            model=replace(preset("tiny"), num_hidden_layers=2),
+            run=str(tmp_path / how),
+            data=DataConfig(sources=(str(text),), val_fraction=0.3),
+            steps=20,
+            batch_size=4,
+            grad_accum=2,
+            seq_len=64,
+            eval_tokens=256,
+            eval_every=10,
+            save_every=10,
+            log_every=1,
+            sample_tokens=0,
+            device="cuda",
+            compile="off" if how == "off" else "auto",
+        )
+        train(run)
+        lines = (tmp_path / how / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        ended[how] = [record["loss"] for record in records if "grad_norm" in record]
+    assert len(ended["auto"]) == 20 and ended["auto"][-1] < ended["auto"][0] - 1
+    assert ended["auto"] == ended["again"]
+    assert ended["auto"] == pytest.approx(ended["off"], rel=1e-2)
