@@ -6,8 +6,9 @@
 A step is what the training loop makes of it: `grad_accum` micro-batches of `batch` x 256 tokens of random words,
 clipping, the guard's look at loss and norm, fused AdamW and the balancing biases. Modes: `plain` (PyTorch's operations
 one by one), `graph` (both passes recorded as a CUDA graph), `auto` (the layers compiled as well: what a run of 1,000
-steps or more takes by itself), `recompute` (as the original, --grad-checkpointing full). Utilisation is the active
-floating point operations over the peak of an 8,192^3 bfloat16 product in the same process.
+steps or more takes by itself), `recompute` (as the original, --grad-checkpointing full), `transformers` (stock modeling
+code, grouped products, bfloat16 autocast, fused AdamW). Utilisation is the active floating point operations over the
+peak of an 8,192^3 bfloat16 product in the same process.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from smolseek.model.summary import flops_per_token
 from smolseek.model.transformer import call_block, new_model
 from smolseek.parallel.alone import Alone
 from smolseek.presets import preset
+from smolseek.storage.hf_folder import save_folder
 from smolseek.train import compiling
 from smolseek.train.balance import Balancer
 from smolseek.train.device import autocast
@@ -34,6 +37,7 @@ from smolseek.train.optim import make_optimizer
 from smolseek.train.passes import Passes
 
 TOKENS = 40_960_000  # of the original's 10,000 steps
+BLOCK = 5  # steps that are timed together, as the loop makes them: it waits for the device once a step
 
 
 def gemm_peak(device: str) -> float:
@@ -72,7 +76,7 @@ class Trainer:
         compiling.prepare(self.passes, config, self.device, 1)
         self.preparing = time.perf_counter() - begun
         self.compiled = self.model.call_block is not call_block
-        self.graph = self.passes._graph is not None
+        self.graph = self.passes.recorded
         shape = (accum, batch, config.seq_len + 1)
         self.rows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
@@ -90,22 +94,23 @@ class Trainer:
         return loss / len(self.rows)
 
     def measure(self, least: float) -> dict:
-        first = self.step()
+        first = last = self.step()
         for _ in range(3):
             self.step()
-        times, last = [], first
-        while sum(times) < least or len(times) < 5:
+        times: list[float] = []
+        while sum(times) * BLOCK < least or len(times) < 3:
 
-            def one():
+            def steps():
                 nonlocal last
-                last = self.step()
+                for _ in range(BLOCK):
+                    last = self.step()
 
-            times.append(seconds(one))
+            times.append(seconds(steps) / BLOCK)
         found = {
             "tokens_s": self.config.step_tokens / statistics.median(times),
             "seconds": statistics.median(times),
             "spread": [min(times), max(times)],
-            "steps": len(times),
+            "steps": len(times) * BLOCK,
             "compiled": self.compiled,
             "graph": self.graph,
             "preparing_s": self.preparing,
@@ -132,6 +137,41 @@ class Trainer:
         path.write_text(table, encoding="utf-8")
 
 
+class Theirs(Trainer):
+    """Transformers' model of the same shape, in the loop that its documentation shows."""
+
+    def __init__(self, name: str, batch: int, accum: int, mode: str, device: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        config = preset(name)
+        with tempfile.TemporaryDirectory() as folder:
+            save_folder(new_model(config), folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).train()
+        model.set_experts_implementation("grouped_mm")
+        self.config = TrainConfig(model=config, run="none", batch_size=batch, grad_accum=accum, seq_len=256)
+        self.device, self.theirs = torch.device(device), model
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
+        self.compiled, self.graph, self.preparing = False, False, 0.0
+        shape = (accum, batch, 257)
+        self.rows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def step(self) -> float:
+        total = torch.zeros((), device=self.device)
+        for rows in self.rows:
+            ids, labels = rows[:, :-1], rows[:, 1:].contiguous()
+            with autocast("bfloat16" if self.device.type == "cuda" else "auto", self.device):
+                loss = self.theirs(ids, labels=labels, shift_labels=labels, use_cache=False).loss
+            (loss / len(self.rows)).backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.theirs.parameters(), 1.0)
+        value, _ = torch.stack((total, norm)).tolist()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value / len(self.rows)
+
+
 def train_worker(args: argparse.Namespace) -> None:
     """Measure the batches and modes of one model; a JSON line for each."""
     peak = gemm_peak(args.device)
@@ -141,7 +181,8 @@ def train_worker(args: argparse.Namespace) -> None:
         batch, accum = (int(number) for number in size.split("x"))
         for mode in args.modes:
             try:
-                trainer = Trainer(name, batch, accum, mode, args.device)
+                kind = Theirs if mode == "transformers" else Trainer
+                trainer = kind(name, batch, accum, mode, args.device)
                 row = {"model": name, "batch": batch, "grad_accum": accum, "mode": mode, **trainer.measure(args.least)}
                 row |= {"utilisation": row["tokens_s"] * flops / peak, "gemm_peak": peak}
                 row["minutes_of_40960000"] = TOKENS / row["tokens_s"] / 60

@@ -6,6 +6,7 @@ model takes PyTorch's operations.
 
 import ctypes
 import functools
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -40,6 +41,12 @@ def kernels() -> ctypes.CDLL | None:
         function = getattr(found, name)
         function.argtypes, function.restype = arguments, None
     return found
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether kernels for a GPU can be built here (`model/swiglu.py`, `train/softmax.py`)."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def pairs() -> bool:

@@ -62,7 +62,7 @@ class Router(nn.Module):
             choice_NE = scores_NE + self.e_score_correction_bias
             if self.groups > 1:
                 choice_NE = self._keep_best_groups(choice_NE)
-            experts_NK = choice_NE.topk(self.top_k, dim=-1, sorted=False).indices
+            experts_NK = _best(choice_NE, self.top_k)
         weights_NK = scores_NE.gather(1, experts_NK)
         if self.normalise:
             weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -75,6 +75,20 @@ class Router(nn.Module):
         best = group_NG.topk(self.top_groups, dim=-1, sorted=False).indices
         shut_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(1, best, False)
         return choice_NGX.masked_fill(shut_NG[..., None], float("-inf")).flatten(1)
+
+
+def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
+    """Return the indices of the k largest numbers of each row [N, k], in no particular order."""
+    if not (choice_NE.is_cuda and torch.compiler.is_compiling()) or k > 8:
+        return choice_NE.topk(k, dim=-1, sorted=False).indices
+    # CUDA's topk takes a block of threads for each row; compiled, these few reductions are as fast as reading the rows.
+    number_E = torch.arange(choice_NE.shape[1], device=choice_NE.device)
+    found = []
+    for _ in range(k):
+        best_N1 = choice_NE.argmax(dim=-1, keepdim=True)
+        choice_NE = choice_NE.masked_fill(number_E == best_N1, float("-inf"))
+        found.append(best_N1)
+    return torch.cat(found, dim=-1)
 
 
 def _product_type(x: torch.Tensor) -> torch.dtype:
@@ -106,9 +120,10 @@ class LocalDispatcher:
         """Return the tokens sorted by expert; the way back is their order."""
         experts_M = experts_NK.flatten()
         # Small keys: a GPU sorts by digits, and eight bytes have four times as many as two.
-        order_M = experts_M.to(torch.int16).argsort(stable=True)
+        sorted_M, order_M = experts_M.to(torch.int16).sort(stable=True)
         # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
-        counts_E = experts_M.new_zeros(n_experts).scatter_add_(0, experts_M, torch.ones_like(experts_M))
+        all_E = torch.arange(n_experts, dtype=sorted_M.dtype, device=sorted_M.device)
+        counts_E = torch.searchsorted(sorted_M, all_E, right=True).diff(prepend=experts_M.new_zeros(1))
         x_MD = rows.spread(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND))
         return Dispatched(x_MD, counts_E, counts_E, order_M)
 
@@ -230,6 +245,23 @@ class _LoopedSwiGLU(torch.autograd.Function):
         return dx_MD[:M], d_up, d_down, None, None
 
 
+class _Rows(torch.autograd.Function):
+    """b[expert], whose gradients a product adds up in a fixed order; the backward pass of an index takes atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, b_EF: torch.Tensor, expert_M: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(expert_M)
+        ctx.experts = b_EF.shape[0]
+        return b_EF[expert_M]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_MF: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (expert_M,) = ctx.saved_tensors
+        own_EM = (expert_M == torch.arange(ctx.experts, device=d_MF.device)[:, None]).to(d_MF.dtype)
+        return own_EM @ d_MF, None
+
+
 class Experts(nn.Module):
     """The routed experts, stacked. SwiGLU: `gate_up_proj` holds the gate's rows first, then the up-projection's."""
 
@@ -284,18 +316,16 @@ class Experts(nn.Module):
         h = F.grouped_mm(x_MD, first.to(x_MD.dtype).transpose(1, 2), offs=ends_E)
         if self.up_bias is None or self.down_bias is None:
             return F.grouped_mm(self._activate(h), self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
-        # One where a row is an expert's: a product with it adds the biases, and their gradients up in a fixed order.
         row_M1 = torch.arange(x_MD.shape[0], device=x_MD.device)[:, None]
-        own_ME = ((row_M1 < ends_E) & (row_M1 >= ends_E - counts_E)).to(h.dtype)
-        h = self._activate(h + own_ME @ self.up_bias.to(h.dtype))
+        expert_M = (row_M1 >= ends_E).sum(dim=1)
+        h = self._activate(h + _Rows.apply(self.up_bias.to(h.dtype), expert_M))
         y = F.grouped_mm(h, self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
-        return y + own_ME @ self.down_bias.to(h.dtype)
+        return y + _Rows.apply(self.down_bias.to(h.dtype), expert_M)
 
     def _activate(self, h: torch.Tensor) -> torch.Tensor:
         if not self.gated:
             return F.silu(h)
-        gate, up = h.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return rows.activate(h)
 
 
 class Load(NamedTuple):

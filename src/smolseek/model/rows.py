@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from smolseek.model.kernels import call, fit
+from smolseek.model.kernels import call, fit, has_triton
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -35,6 +35,41 @@ class _SwiGLU(torch.autograd.Function):
         y = torch.empty_like(gate)
         call("swiglu_back", gate.dtype, gate, up, size, gate.numel() // size, size, dy.contiguous(), d_gate, d_up, y)
         return d_gate, d_up
+
+
+def activate(h_MX: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up [M, F] for rows [gate; up] of 2F numbers."""
+    if h_MX.is_cuda and has_triton() and torch.is_grad_enabled():
+        return _StackedSwiGLU.apply(h_MX)
+    gate, up = h_MX.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _StackedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_MX: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h_MX)
+        gate, up = h_MX.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (h_MX,) = ctx.saved_tensors
+        return activate_back(h_MX, dy_MF)
+
+
+@torch.library.custom_op("smolseek::activate_back", mutates_args=())
+def activate_back(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `h_MX` for that of `activate`, where there is Triton."""
+    from smolseek.model import swiglu
+
+    return swiglu.backward(h_MX, dy_MF)
+
+
+@activate_back.register_fake
+def _(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
+    return h_MX.new_empty(h_MX.shape)
 
 
 def stacked_swiglu(h_MX: torch.Tensor) -> torch.Tensor:

@@ -4,14 +4,12 @@ Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, S of a bl
 V vocab_size, L layers with experts, E routed experts.
 """
 
-import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import torch
 
 from smolseek.model.gradients import InPlace
-from smolseek.model.kernels import call, fit
+from smolseek.model.kernels import call, fit, has_triton
 from smolseek.model.transformer import CausalLM
 
 # Tokens whose logits exist at one time on a CPU: 256 x 49,152 are 25 MB in bfloat16. Fewer make slower products.
@@ -84,12 +82,6 @@ def _head(
     # Asked out here: within `forward` gradients are off, and `needs_input_grad` is true without them, too.
     wanted = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)
     return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss, in_place, wanted)
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Return whether the kernel for GPUs can be built here (`train/softmax.py`)."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def _sizes(vocab: int, cuda: bool, wanted: bool = True) -> tuple[int, int]:

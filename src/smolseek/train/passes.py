@@ -25,7 +25,8 @@ class Passes:
         self._objective, self._alpha, self._context = objective, config.balance.alpha, context
         self._parts = config.grad_accum
         self._device = model.lm_head.weight.device
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._first: torch.cuda.CUDAGraph | None = None
+        self._later: torch.cuda.CUDAGraph | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._gradients: list[torch.Tensor] = []
 
@@ -34,15 +35,17 @@ class Passes:
 
         The losses of a recorded pass are overwritten by the next one.
         """
-        if self._graph is None:
+        if self._first is None:
             return self._both(self._bring(rows), share)
+        self._rows.copy_(rows.pin_memory(), non_blocking=True)
         if self._parameters[0].grad is None:  # the step before has been taken, or dropped
-            torch._foreach_zero_(self._gradients)
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
-        self._rows.copy_(rows.pin_memory(), non_blocking=True)
-        self._graph.replay()
-        return self._losses
+            self._first.replay()
+            return self._first_losses
+        assert self._later is not None
+        self._later.replay()
+        return self._later_losses
 
     @torch.no_grad()
     def forward(self, rows: torch.Tensor) -> Losses:
@@ -52,29 +55,44 @@ class Passes:
     def record(self, rows: torch.Tensor) -> None:
         """Record both passes over micro-batches of the shape of `rows`, on CUDA; gradients are None before and after.
 
-        If it raises, passes go on as before, and gradients are to be dropped.
+        A step's first pass writes its gradients, later ones add theirs. If it raises, passes go on as before, and
+        gradients are to be dropped.
         """
+        torch.cuda.empty_cache()  # what was freed on this stream serves no other
         self._rows = self._bring(rows).clone()
-        # Libraries make their plans and workspaces first, and gradients come into being that the graph then adds to.
+        # Libraries make their plans and workspaces before they are recorded.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
                 self._both(self._rows, 1.0)
+                self.model.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # what the passes left is another stream's
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._losses = self._both(self._rows, 1.0)
+        torch.cuda.empty_cache()
+        first, later = torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(first):
+            self._first_losses = self._both(self._rows, 1.0)
         self._parameters = [p for p in self.model.parameters() if p.grad is not None]
         self._gradients = [p.grad for p in self._parameters if p.grad is not None]
-        self._graph = graph
         self.model.zero_grad(set_to_none=True)
+        if self._parts > 1:
+            later = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(later, pool=first.pool()):
+                self._later_losses = self._both(self._rows, 1.0)
+                # All at once: autograd would add each by a kernel of its own.
+                torch._foreach_add_(self._gradients, [p.grad for p in self._parameters if p.grad is not None])
+                self.model.zero_grad(set_to_none=True)
+        self._first, self._later = first, later
 
     def forget(self) -> None:
         """Free what was recorded."""
-        self._graph, self._gradients, self._parameters = None, [], []
+        self._first, self._later, self._gradients, self._parameters = None, None, [], []
+
+    @property
+    def recorded(self) -> bool:
+        """Whether `record` has been called."""
+        return self._first is not None
 
     def _bring(self, rows: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda" and rows.device.type == "cpu":

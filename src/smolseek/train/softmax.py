@@ -8,8 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 8192
-"""Words that one program holds in registers at one time; SmolLM2's 49,152 are six times as many."""
+_BLOCK = 16384
+"""Words that one program holds in registers at one time; SmolLM2's 49,152 are three times as many."""
+_WARPS = 32
+"""Two programs to a multiprocessor: the rows of all of them, 26 MB, stay in the cache between the two readings."""
 
 
 @triton.jit
@@ -52,6 +54,6 @@ def cross_entropy(
     losses_C, sums_C = (torch.empty(C, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     _cross_entropy[(C,)](
         logits_CV, targets_C, losses_C, sums_C, V, factor, z_loss, wanted, min(_BLOCK, triton.next_power_of_2(V)),
-        num_warps=16,
+        num_warps=_WARPS,
     )  # fmt: skip
     return losses_C, sums_C
