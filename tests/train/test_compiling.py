@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+import smolseek.model
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.errors import SmolseekError
-from smolseek.model import kernels
+from smolseek.model import kernels, moe, rows
 from smolseek.model.moe import Experts
 from smolseek.model.transformer import call_block, new_model
 from smolseek.parallel.alone import Alone
@@ -52,15 +53,38 @@ def gradients(model, context=None):
     return found
 
 
-@pytest.mark.parametrize("grouped", [False, True])
-def test_gradients_are_those_of_plain_layers(monkeypatch, grouped):
-    """Also through the grouped products that CUDA takes, in bfloat16."""
+class Gpu:
+    """What model/gpu.py computes, by PyTorch."""
+
+    @staticmethod
+    def swiglu_back(h, dy):
+        (gate, up), dy = h.float().chunk(2, dim=-1), dy.float()
+        s = gate.sigmoid()
+        return torch.cat((dy * up * s * (1 + gate * (1 - s)), dy * gate * s), dim=-1).to(h.dtype)
+
+    @staticmethod
+    def combine_back(y, places, weights, d):
+        d = d.float()[:, None]
+        dy = torch.empty_like(y)
+        dy[places] = (weights[..., None] * d).flatten(0, 1).to(y.dtype)
+        return dy, (y[places].view(*weights.shape, -1) * d).sum(dim=-1)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny on a GPU", "seed_159m on a GPU"])
+def test_gradients_are_those_of_plain_layers(monkeypatch, name):
+    """Also through all that CUDA takes, in bfloat16: grouped products, kernels and few experts' choice."""
+    grouped = name.endswith("GPU")
     context = torch.autocast("cpu", torch.bfloat16) if grouped else None
+    shape = replace(preset(name.split()[0]), hidden_size=128, num_hidden_layers=2, vocab_size=64)
+    model = new_model(replace(shape, moe_intermediate_size=64), seed=4)
     if grouped:
         monkeypatch.setattr(Experts, "forward", lambda self, x, counts: self._grouped(x.to(torch.bfloat16), counts))
         monkeypatch.setattr(kernels, "kernels", lambda: None)  # CUDA has none of them
-    model = new_model(CONFIG.model)
     expected = gradients(model, context)
+    if grouped:
+        monkeypatch.setattr(smolseek.model, "gpu", Gpu, raising=False)
+        for room in (rows, moe):
+            monkeypatch.setattr(room, "on_gpu", lambda x: True)
     compiled(model, context)
     assert model.call_block is not call_block
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -14,6 +14,7 @@ import torch
 from smolseek import compiled
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "rows.c", "rows_float.c"))
+TRITON = importlib.util.find_spec("triton") is not None
 _SUFFIX = {torch.bfloat16: "", torch.float32: "_float"}
 
 
@@ -43,10 +44,9 @@ def kernels() -> ctypes.CDLL | None:
     return found
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Return whether kernels for a GPU can be built here (`model/swiglu.py`, `train/softmax.py`)."""
-    return importlib.util.find_spec("triton") is not None
+def on_gpu(x: torch.Tensor) -> bool:
+    """Return whether `x` is for the kernels of `model/gpu.py` and `train/softmax.py`."""
+    return x.is_cuda and TRITON
 
 
 def pairs() -> bool:

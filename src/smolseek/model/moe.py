@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from smolseek.config import ModelConfig
 from smolseek.model import rows
 from smolseek.model.gradients import InPlace
+from smolseek.model.kernels import on_gpu
 
 
 class MLP(nn.Module):
@@ -79,7 +80,7 @@ class Router(nn.Module):
 
 def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
     """Return the indices of the k largest numbers of each row [N, k], in no particular order."""
-    if not (choice_NE.is_cuda and torch.compiler.is_compiling()) or k > 8:
+    if not (on_gpu(choice_NE) and torch.compiler.is_compiling()) or k > 8:
         return choice_NE.topk(k, dim=-1, sorted=False).indices
     # CUDA's topk takes a block of threads for each row; compiled, these few reductions are as fast as reading the rows.
     number_E = torch.arange(choice_NE.shape[1], device=choice_NE.device)

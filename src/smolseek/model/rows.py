@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from smolseek.model.kernels import call, fit, has_triton
+from smolseek.model.kernels import call, fit, on_gpu
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -39,7 +39,7 @@ class _SwiGLU(torch.autograd.Function):
 
 def activate(h_MX: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up [M, F] for rows [gate; up] of 2F numbers."""
-    if h_MX.is_cuda and has_triton() and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and on_gpu(h_MX):
         return _StackedSwiGLU.apply(h_MX)
     gate, up = h_MX.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -62,9 +62,9 @@ class _StackedSwiGLU(torch.autograd.Function):
 @torch.library.custom_op("smolseek::activate_back", mutates_args=())
 def activate_back(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
     """Return the gradient of `h_MX` for that of `activate`, where there is Triton."""
-    from smolseek.model import swiglu
+    from smolseek.model import gpu
 
-    return swiglu.backward(h_MX, dy_MF)
+    return gpu.swiglu_back(h_MX, dy_MF)
 
 
 @activate_back.register_fake
@@ -145,6 +145,8 @@ def combine(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor)
     if torch.is_grad_enabled() and fit(y_MD) and y_MD.is_contiguous() and weights_NK.dtype == torch.float32:
         return _Combine.apply(y_MD, inverse(order_M), weights_NK.contiguous())
     N, K = weights_NK.shape
+    if torch.is_grad_enabled() and on_gpu(y_MD) and weights_NK.dtype == torch.float32:
+        return _GpuCombine.apply(y_MD, inverse(order_M), weights_NK)
     # A gather by the inverse order; a scatter would add with atomics.
     y_NKD = _Permute.apply(y_MD, inverse(order_M), order_M).view(N, K, -1)
     return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
@@ -166,6 +168,37 @@ class _Combine(torch.autograd.Function):
         sizes = (*weights_NK.shape, y_MD.shape[1])
         call("combine_back", y_MD.dtype, y_MD, places_M, weights_NK, d_ND.contiguous(), *sizes, dy_MD, dw_NK)
         return dy_MD, None, dw_NK
+
+
+class _GpuCombine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_MD: torch.Tensor, places_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_MD, places_M, weights_NK)
+        y_NKD = y_MD[places_M].view(*weights_NK.shape, -1)
+        return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+        dy_MD, dw_NK = combine_back(*ctx.saved_tensors, d_ND)
+        return dy_MD, None, dw_NK
+
+
+@torch.library.custom_op("smolseek::combine_back", mutates_args=())
+def combine_back(
+    y_MD: torch.Tensor, places_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the experts' results and weights for that of their sum, where there is Triton."""
+    from smolseek.model import gpu
+
+    return gpu.combine_back(y_MD, places_M, weights_NK, d_ND)
+
+
+@combine_back.register_fake
+def _(
+    y_MD: torch.Tensor, places_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return y_MD.new_empty(y_MD.shape), weights_NK.new_empty(weights_NK.shape)
 
 
 class _Permute(torch.autograd.Function):

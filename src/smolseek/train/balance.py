@@ -54,8 +54,8 @@ class Balancer:
     def step(self, share: float = 1.0, total: Callable[[torch.Tensor], torch.Tensor] = _own) -> torch.Tensor:
         """Move the biases by `share` of gamma for the load of the whole step, and forget it.
 
-        `total` adds up the loads of all processes. Returns the step's MaxVio for each
-        layer [L], for which nobody has to wait.
+        `total` adds up the loads of all processes. Returns the step's MaxVio for each layer
+        [L]; it is where the load is, and nobody has waited for it.
         """
         return self._move(share, total, torch.sign)
 
@@ -81,8 +81,8 @@ class Balancer:
         load = self.load_LE.double()
         if self.gamma:
             missing_LE = 1 - load / load.mean(dim=1, keepdim=True)
-            for router, move_E in zip(self.routers, direction(missing_LE), strict=True):
-                router.e_score_correction_bias += share * self.gamma * move_E.to(torch.float32)
+            moves_LE = share * self.gamma * direction(missing_LE).to(torch.float32)
+            torch._foreach_add_([router.e_score_correction_bias for router in self.routers], moves_LE.unbind())
         violation = maxvio(self.load_LE)
         self.load_LE = None
         return violation

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from smolseek.model.gradients import InPlace
-from smolseek.model.kernels import call, fit, has_triton
+from smolseek.model.kernels import call, fit, on_gpu
 from smolseek.model.transformer import CausalLM
 
 # Tokens whose logits exist at one time on a CPU: 256 x 49,152 are 25 MB in bfloat16. Fewer make slower products.
 _CHUNK = 256
-# Logits that exist at one time on a GPU: 8,192 tokens' of 49,152 words, 805 MB in bfloat16. Of fewer tokens the product
-# with the weights has too few tiles for the processor.
-_LOGITS = 8192 * 49_152
+# Logits that exist at one time on a GPU: 16,384 tokens' of 49,152 words, 1.6 GB in bfloat16. Below 8,192 tokens the
+# product with the weights has too few tiles for the processor, and each chunk adds a whole gradient of the weights.
+_LOGITS = 16384 * 49_152
 # Tokens whose exponentials exist at one time on a CPU: 16 x 49,152 numbers in float32 are about two cores' caches.
 _ROWS = 16
 # Tokens whose gradients of the logits are kept, in the products' type, for one product with the hidden states: each
@@ -107,7 +107,7 @@ class _Softmax:
             d_CV = logits_CV if self.wanted else None
             call("cross_entropy", logits_CV.dtype, logits_CV, targets_C, *logits_CV.shape, self.factor, losses_C, d_CV)
             return losses_C.sum()
-        if logits_CV.is_cuda and has_triton():
+        if on_gpu(logits_CV):
             from smolseek.train import softmax
 
             given = logits_CV, targets_C, self.factor, self.z_loss, self.wanted

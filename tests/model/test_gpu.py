@@ -1,0 +1,43 @@
+"""The kernels for GPUs against float64; without a GPU in Triton's interpreter, where Triton is installed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+gpu = pytest.importorskip("smolseek.model.gpu", exc_type=ImportError)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("rows", "size"), [(1, 5), (3, 384), (700, 48), (0, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swiglus_gradients_are_those_of_float64(rows, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(rows, 2 * size, generator=generator).mul(3).to(dtype)
+    dy = torch.randn(rows, size, generator=generator).to(dtype)
+    exact = h.double().requires_grad_()
+    gate, up = exact.chunk(2, dim=1)
+    (F.silu(gate) * up).backward(dy.double())
+    found = gpu.swiglu_back(h.to(DEVICE), dy.to(DEVICE)).cpu().double()
+    assert found.shape == exact.grad.shape
+    off = (found - exact.grad).norm() / exact.grad.norm().clamp(min=1e-9)
+    assert off < (1e-5 if dtype == torch.float32 else 3e-3 if DEVICE == "cuda" else 5e-3)  # the interpreter cuts bits
+
+
+@pytest.mark.parametrize(("tokens", "chosen", "size"), [(1, 1, 8), (40, 3, 512), (13, 8, 100), (0, 2, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weighted_sums_gradients_are_those_of_float64(tokens, chosen, size, dtype):
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(tokens * chosen, size, generator=generator).to(dtype)
+    d = torch.randn(tokens, size, generator=generator).to(dtype)
+    weights = torch.rand(tokens, chosen, generator=generator)
+    places = torch.randperm(tokens * chosen, generator=generator)
+    exact_y, exact_w = y.double().requires_grad_(), weights.double().requires_grad_()
+    (exact_y[places].view(tokens, chosen, size) * exact_w[..., None]).sum(dim=1).backward(d.double())
+    dy, dw = gpu.combine_back(*(t.to(DEVICE) for t in (y, places, weights, d)))
+    for found, expected, most in (
+        (dy, exact_y.grad, 5e-3 if dtype == torch.bfloat16 else 1e-6),
+        (dw, exact_w.grad, 1e-5),
+    ):
+        found = found.cpu().double()
+        assert found.shape == expected.shape
+        assert (found - expected).norm() <= most * expected.norm()
