@@ -10,8 +10,9 @@ import torch
 import smolseek.model
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.errors import SmolseekError
-from smolseek.model import kernels, moe, rows
+from smolseek.model import fused, kernels, moe, rows
 from smolseek.model.moe import Experts
+from smolseek.model.rope import rotate
 from smolseek.model.transformer import call_block, new_model
 from smolseek.parallel.alone import Alone
 from smolseek.presets import preset
@@ -69,6 +70,29 @@ class Gpu:
         dy[places] = (weights[..., None] * d).flatten(0, 1).to(y.dtype)
         return dy, (y[places].view(*weights.shape, -1) * d).sum(dim=-1)
 
+    @staticmethod
+    def join(q, kv, pe, cos, sin, sizes, interleave):
+        (B, T, _), (H, N, V) = q.shape, sizes
+        q_nope, q_pe = q.view(B, T, H, -1).split([N, pe.shape[2]], dim=-1)
+        k_nope, v = kv.view(B, T, H, N + V).split([N, V], dim=-1)
+        k_pe = rotate(pe, cos, sin, interleave=interleave)[:, :, None].expand(-1, -1, H, -1)
+        q_pe = rotate(q_pe, cos[:, None], sin[:, None], interleave=interleave)
+        return torch.cat((q_nope, q_pe), dim=-1), torch.cat((k_nope, k_pe), dim=-1), v.contiguous()
+
+    @staticmethod
+    def join_back(dq, dk, dv, cos, sin, interleave):
+        N = dq.shape[3] - 2 * cos.shape[1]
+
+        def back(d, c, s):
+            a, b = d.float().chunk(2, dim=-1)
+            turned = a * c + b * s, b * c - a * s
+            found = torch.stack(turned, dim=-1).flatten(-2) if interleave else torch.cat(turned, dim=-1)
+            return found.to(d.dtype)
+
+        dq = torch.cat((dq[..., :N], back(dq[..., N:], cos[:, None], sin[:, None])), dim=-1).flatten(2)
+        dkv = torch.cat((dk[..., :N], dv), dim=-1).flatten(2)
+        return dq, dkv, back(dk[..., N:].float().sum(dim=2), cos, sin).to(dk.dtype)
+
 
 @pytest.mark.parametrize("name", ["tiny", "tiny on a GPU", "seed_159m on a GPU"])
 def test_gradients_are_those_of_plain_layers(monkeypatch, name):
@@ -83,7 +107,7 @@ def test_gradients_are_those_of_plain_layers(monkeypatch, name):
     expected = gradients(model, context)
     if grouped:
         monkeypatch.setattr(smolseek.model, "gpu", Gpu, raising=False)
-        for room in (rows, moe):
+        for room in (rows, moe, fused):
             monkeypatch.setattr(room, "on_gpu", lambda x: True)
     compiled(model, context)
     assert model.call_block is not call_block

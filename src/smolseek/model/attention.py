@@ -84,6 +84,8 @@ class MLA(nn.Module):
             q = self.q_proj(x_BTD)
         if cache is None and torch.is_grad_enabled() and fused.fits(q, self.nope, self.rope, self.value):
             return self._fused(q, x_BTD, cos_sin)
+        if cache is None and fused.joins(q):
+            return self._joined(q, x_BTD, cos_sin)
         q_BHTQ = q.view(B, T, self.heads, self.nope + self.rope).transpose(1, 2)
         q_nope, q_pe = q_BHTQ.split([self.nope, self.rope], dim=-1)
         cos, sin = cos_sin
@@ -108,6 +110,14 @@ class MLA(nn.Module):
         kv_BTX = self.kv_b_proj(self.kv_a_layernorm(c_BTL))
         sizes = self.heads, self.nope, self.value
         return self.o_proj(fused.latent_attention(q_BTX, kv_BTX, pe_BTR, *cos_sin, sizes, self.scale, self.interleave))
+
+    def _joined(self, q_BTX: torch.Tensor, x_BTD: torch.Tensor, cos_sin: CosSin) -> torch.Tensor:
+        """The same, with one kernel between the projections and PyTorch's attention."""
+        c_BTL, pe_BTR = self.kv_a_proj_with_mqa(x_BTD).split([self.rank, self.rope], dim=-1)
+        kv_BTX = self.kv_b_proj(self.kv_a_layernorm(c_BTL))
+        sizes = self.heads, self.nope, self.value
+        q, k, v = fused.join(q_BTX, kv_BTX, pe_BTR, *cos_sin, sizes, self.interleave)
+        return self.o_proj(attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.scale))
 
     def _expanded(
         self, q_nope: torch.Tensor, q_pe: torch.Tensor, c_BSL: torch.Tensor, k_pe: torch.Tensor

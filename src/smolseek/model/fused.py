@@ -1,6 +1,6 @@
-"""Attention of a training step on a CPU with bfloat16 products, through attention.c.
+"""Attention of a training step on a CPU with bfloat16 products, through attention.c; and on a GPU what comes before it.
 
-Nothing depends on it: where it does not fit (`fits`), the model takes PyTorch's operations.
+Nothing depends on either: where they do not fit (`fits`, `joins`), the model takes PyTorch's operations.
 
 Shapes: B sequences, T tokens, H query heads, Q = N + R features of a query head (N without and R with position), E = N
 + V features of a head's key and value, X features of all heads.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from smolseek.model.kernels import fit, kernels
+from smolseek.model.kernels import fit, kernels, on_gpu
 
 
 class _Attention(ctypes.Structure):
@@ -119,3 +119,87 @@ class _LatentAttention(torch.autograd.Function):
         assert found is not None
         found.attend_backward(ctypes.byref(call))
         return dq_BTX, dkv_BTX, dpe_BTR, None, None, None, None, None
+
+
+def joins(q_BTX: torch.Tensor) -> bool:
+    """Return whether `join` can take these queries: on a GPU, for a training step under autocast."""
+    return torch.is_grad_enabled() and q_BTX.dtype == torch.bfloat16 and on_gpu(q_BTX)
+
+
+def join(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: tuple[int, int, int],
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries [q_nope; RoPE(q_pe)] and keys [k_nope; RoPE(k_pe)] [B, T, H, Q], and values [B, T, H, V].
+
+    Arguments as those of `latent_attention`.
+    """
+    return _Join.apply(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, interleave)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, ctx.interleave = arguments
+        ctx.save_for_backward(cos_TP, sin_TP)
+        return join_forward(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, list(sizes), ctx.interleave)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        dq_BTX, dkv_BTX, dpe_BTR = join_backward(*gradients, *ctx.saved_tensors, ctx.interleave)
+        return dq_BTX, dkv_BTX, dpe_BTR, None, None, None, None
+
+
+@torch.library.custom_op("smolseek::join", mutates_args=())
+def join_forward(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `join` does, where there is Triton."""
+    from smolseek.model import gpu
+
+    H, N, V = sizes
+    return gpu.join(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, (H, N, V), interleave)
+
+
+@join_forward.register_fake
+def _(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (B, T, _), (H, N, V), R = q_BTX.shape, sizes, pe_BTR.shape[2]
+    return q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, V)
+
+
+@torch.library.custom_op("smolseek::join_back", mutates_args=())
+def join_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of `join`'s first three arguments, where there is Triton."""
+    from smolseek.model import gpu
+
+    return gpu.join_back(dq, dk, dv, cos_TP, sin_TP, interleave)
+
+
+@join_backward.register_fake
+def _(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (B, T, H, Q), V, R = dq.shape, dv.shape[3], 2 * cos_TP.shape[1]
+    return dq.new_empty(B, T, H * Q), dq.new_empty(B, T, H * (Q - R + V)), dq.new_empty(B, T, R)

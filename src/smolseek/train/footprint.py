@@ -177,7 +177,8 @@ def attention_half(config: ModelConfig, run: Run) -> Half:
         kept = _norm(D, run, readers=2) + _latent(L, R, run, config.latent_norm)
         if config.q_lora_rank:
             kept += _latent(config.q_lora_rank, 0, run, True)
-        kept += a * H * (Q + Q - R + X)  # the query, and what the latent became
+        # The query, and what the latent became; of that only the value where a GPU puts the key together.
+        kept += a * H * (Q + X if run.cuda and run.bfloat16 else Q + Q - R + X)
         if not in_c:
             kept += a * H * Q  # the key, put together
         elif config.latent_norm:
