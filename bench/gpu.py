@@ -186,7 +186,7 @@ def train_worker(args: argparse.Namespace) -> None:
                 row = {"model": name, "batch": batch, "grad_accum": accum, "mode": mode, **trainer.measure(args.least)}
                 row |= {"utilisation": row["tokens_s"] * flops / peak, "gemm_peak": peak}
                 row["minutes_of_40960000"] = TOKENS / row["tokens_s"] / 60
-                if args.profile and mode == "auto":
+                if args.profile and mode == "auto" and size == args.batches[0]:
                     trainer.profile(args.profile / f"{name}_{size}_{mode}.txt")
             except Exception as error:
                 row = {"model": name, "batch": batch, "grad_accum": accum, "mode": mode, "error": str(error)[:400]}
