@@ -200,7 +200,8 @@ class TrainConfig:
     """What the backward pass computes again rather than keeps: nothing; all but attention's results and the
     feed-forward products; or each layer whole."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Whether the layers are compiled (torch.compile): auto is on CUDA, by one process, from 1,000 steps on."""
+    """Whether the layers are compiled (torch.compile): auto is on CUDA, by one process, from 1,000 steps on. There the
+    passes are also recorded as a CUDA graph, unless it is off."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto is cuda where there is one."""
     seed: int = 0

@@ -58,7 +58,7 @@ class Router(nn.Module):
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """Choose K experts for each token, in float32 also under autocast."""
         with torch.autocast(x_ND.device.type, enabled=False):
-            scores_NE = _scores(x_ND.float(), self.weight.float()).sigmoid()
+            scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
         with torch.no_grad():
             choice_NE = scores_NE + self.e_score_correction_bias
             if self.groups > 1:
@@ -76,31 +76,6 @@ class Router(nn.Module):
         best = group_NG.topk(self.top_groups, dim=-1, sorted=False).indices
         shut_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(1, best, False)
         return choice_NGX.masked_fill(shut_NG[..., None], float("-inf")).flatten(1)
-
-
-def _scores(x_ND: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
-    """Return x w^T."""
-    if on_gpu(x_ND) and torch.compiler.is_compiling() and w_ED.shape[0] <= 32:
-        return _FewScores.apply(x_ND, w_ED)
-    return F.linear(x_ND, w_ED)
-
-
-class _FewScores(torch.autograd.Function):
-    """x w^T whose gradient of x is a sum written out: compiled it is added up where the norm before reads it."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x_ND, w_ED)
-        return F.linear(x_ND, w_ED)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_NE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-        x_ND, w_ED = ctx.saved_tensors
-        dx_ND = d_NE[:, :1] * w_ED[0]
-        for e in range(1, w_ED.shape[0]):
-            dx_ND = dx_ND + d_NE[:, e : e + 1] * w_ED[e]
-        return dx_ND, d_NE.T @ x_ND
 
 
 def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ small steps.
 """
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -72,8 +73,10 @@ def _one_pass(passes: Passes, rows: torch.Tensor) -> tuple[float, float]:
 def _compared(passes: Passes, rows: torch.Tensor, plain: tuple[float, float], change: Callable[[], None]) -> str | None:
     """Make a change and a pass; return None if loss and norm are `plain`, or in one line what is wrong."""
     try:
-        change()
-        found = _one_pass(passes, rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a user can do nothing about inductor's advice
+            change()
+            found = _one_pass(passes, rows)
     except Exception as error:  # dynamo's, inductor's, a C++ compiler's: each may end in errors of its own kinds
         cause = getattr(error, "inner_exception", error)
         passes.model.zero_grad(set_to_none=True)
