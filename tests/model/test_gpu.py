@@ -25,7 +25,12 @@ def test_swiglus_gradients_are_those_of_float64(rows, size, dtype):
     assert off < (1e-5 if dtype == torch.float32 else 3e-3 if DEVICE == "cuda" else 5e-3)  # the interpreter cuts bits
 
 
-@pytest.mark.parametrize(("tokens", "chosen", "size"), [(1, 1, 8), (40, 3, 512), (13, 8, 100), (0, 2, 16)])
+@pytest.mark.parametrize("numbers", [0, 1, 768, 960, 1536, 7168, 128 * 128])
+def test_warps_are_a_power_of_two(numbers):
+    assert gpu._warps(numbers) in (1, 2, 4, 8, 16)
+
+
+@pytest.mark.parametrize(("tokens", "chosen", "size"), [(1, 1, 8), (40, 3, 512), (13, 8, 100), (5, 2, 960), (0, 2, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_weighted_sums_gradients_are_those_of_float64(tokens, chosen, size, dtype):
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +50,7 @@ def test_the_weighted_sums_gradients_are_those_of_float64(tokens, chosen, size, 
         assert (found - expected).norm() <= most * expected.norm()
 
 
-@pytest.mark.parametrize("sizes", [(8, 64, 32, 96), (3, 20, 8, 12), (1, 16, 2, 16)])
+@pytest.mark.parametrize("sizes", [(8, 64, 32, 96), (3, 20, 8, 12), (1, 16, 2, 16), (2, 0, 8, 4), (2, 8, 0, 4)])
 @pytest.mark.parametrize("interleave", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_heads_are_joined_and_parted_as_by_pytorch(sizes, interleave, dtype):

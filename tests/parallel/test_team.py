@@ -81,7 +81,7 @@ def train(team: Alone, run: RunFolder, steps: int, kind: str, resume: int = 0) -
         found.append(float(team.sum(total)) / CONFIG.grad_accum)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        load.append(balancer.step(1.0, team.sum))
+        load.append(balancer.step(1.0, team.sum).tolist())
         state.at.step += 1
     rows = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
     record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), team=team)

@@ -80,6 +80,31 @@ def test_recorded_and_compiled_passes_are_the_plain_ones(name, how, capsys):
         assert far(grads, expected) < 1.1 * far(plain, expected)
 
 
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_recorded_pass_sees_what_the_run_changes(accumulation):
+    """Weights that the optimizer moved and biases that the balancing did, in a step's first and later passes."""
+    run = replace(config("deepseek_159m"), grad_accum=accumulation)
+    batches = [rows_of(run, seed) for seed in range(accumulation)]
+    passes = Passes(
+        new_model(run.model, seed=1, device="cpu").to(CUDA), losses, run, autocast("bfloat16", CUDA), Alone()
+    )
+    plain = Passes(copy.deepcopy(passes.model), losses, run, autocast("bfloat16", CUDA), Alone())
+    passes.record(batches[0])
+    for model in (passes.model, plain.model):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.5)
+        for router in model.routers:
+            router.e_score_correction_bias[3] += 10
+    loads = [[each(rows).load_LE.clone() for rows in batches] for each in (passes, plain)]
+    for recorded, expected in zip(*loads, strict=True):
+        assert torch.equal(recorded, expected)
+        assert (recorded[:, 3] == run.batch_size * run.seq_len).all()  # every token chooses it
+    found, expected = ([p.grad for p in each.model.parameters() if p.grad is not None] for each in (passes, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
+
+
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_recomputation_is_recorded_too(how, capsys):
     run = config("deepseek_159m", grad_checkpointing=how)

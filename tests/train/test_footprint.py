@@ -82,3 +82,13 @@ def test_a_gpu_has_no_copy_and_keeps_the_activations_of_its_grouped_products():
         assert 2 * (parts["gradients"] + parts["gaps"] - parts["head"]) == parts["optimizer"]
     assert again["gradients"] > on_cpu["gradients"]
     assert on_gpu["weights"] == on_cpu["weights"] and on_gpu["optimizer"] == on_cpu["optimizer"]
+
+
+def test_a_graph_keeps_the_first_gradients_beside_those_that_are_added():
+    run = footprint.Run(cuda=True)
+    one, two = (footprint.footprint(preset("deepseek_159m"), replace(run, grad_accum=n)) for n in (1, 2))
+    assert 2 * (two["gradients"] - one["gradients"]) == two["optimizer"]
+    assert {name for name in one if one[name] != two[name]} == {"gradients"}
+    # On an H200 PyTorch held 4.73 GB for 16 x 256 tokens, without evaluation.
+    large = footprint.footprint(preset("deepseek_159m"), replace(run, batch_size=16))
+    assert sum(large.values()) - large["evaluation"] == pytest.approx(4.73e9, rel=0.15)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from smolseek.model import kernels
+from smolseek.train import loss
 from smolseek.train.loss import linear_cross_entropy
 
 
@@ -32,6 +33,18 @@ def assert_equals_the_plain_loss(n: int, vocab: int = 1000) -> None:
 @pytest.mark.parametrize("n", [1, 16, 250, 300, 1024, 1100])  # around the sizes of rows, chunk and block
 def test_value_and_gradients_equal_the_plain_loss(n):
     assert_equals_the_plain_loss(n)
+
+
+def test_also_in_chunks_as_a_gpu_has_them(monkeypatch):
+    """Each is a block of its own, and of 300 tokens some are left over."""
+    monkeypatch.setattr(loss, "_sizes", lambda *_: (128, 128))
+    assert_equals_the_plain_loss(300)
+
+
+def test_a_gpus_chunk_is_a_power_of_two_whose_logits_fit():
+    for vocab in (512, 49_152, 129_280):
+        chunk, block = loss._sizes(vocab, True)
+        assert chunk == block and chunk & (chunk - 1) == 0 and chunk * vocab <= loss._LOGITS < 2 * chunk * vocab
 
 
 def test_also_with_more_words_than_one_product_has():

@@ -13,6 +13,11 @@ import triton.language as tl
 _BLOCK = 1024
 
 
+def _warps(numbers: int) -> int:
+    """Return how many warps a program over so many numbers gets: eight for each thread; Triton wants a power of two."""
+    return min(16, triton.next_power_of_2(max(1, numbers // 256)))
+
+
 @triton.jit
 def _swiglu_back(h, dy, dh, count, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
@@ -33,7 +38,8 @@ def swiglu_back(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
     dh_MX = torch.empty_like(h_MX)
     count = dy_MF.numel()
     if count:
-        _swiglu_back[(triton.cdiv(count, _BLOCK),)](h_MX, dy_MF, dh_MX, count, dy_MF.shape[1], _BLOCK)
+        with torch.cuda.device_of(h_MX):
+            _swiglu_back[(triton.cdiv(count, _BLOCK),)](h_MX, dy_MF, dh_MX, count, dy_MF.shape[1], _BLOCK)
     return dh_MX
 
 
@@ -62,10 +68,9 @@ def combine_back(
     (N, K), D = weights_NK.shape, y_MD.shape[1]
     dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
     if N:
-        _combine_back[(N,)](
-            y_MD, places_M, weights_NK, d_ND, dy_MD, dw_NK, D, K, triton.next_power_of_2(D),
-            num_warps=min(8, max(1, D // 256)),
-        )  # fmt: skip
+        given = y_MD, places_M, weights_NK, d_ND, dy_MD, dw_NK, D, K
+        with torch.cuda.device_of(y_MD):
+            _combine_back[(N,)](*given, triton.next_power_of_2(D), num_warps=_warps(D))
     return dy_MD, dw_NK
 
 
@@ -141,7 +146,7 @@ def _join_back(  # type: ignore[no-untyped-def]
 
 
 def _blocks(*sizes: int) -> tuple[int, ...]:
-    return tuple(triton.next_power_of_2(size) for size in sizes)
+    return tuple(triton.next_power_of_2(max(1, size)) for size in sizes)
 
 
 def join(
@@ -162,7 +167,10 @@ def join(
     v = q_BTX.new_empty(B, T, H, V)
     if B * T:
         given = q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, q, k, v, T, pe_BTR.stride(1)
-        _join[(B * T,)](*given, H, N, R, V, interleave, *_blocks(H, N, R // 2, V))
+        blocks = _blocks(H, N, R // 2, V)
+        warps = _warps(blocks[0] * max(blocks[1:]))
+        with torch.cuda.device_of(q_BTX):
+            _join[(B * T,)](*given, H, N, R, V, interleave, *blocks, num_warps=warps)
     return q, k, v
 
 
@@ -181,5 +189,8 @@ def join_back(
     dpe_BTR = dq.new_empty(B, T, R)
     if B * T:
         given = dq, dk, dv, cos_TP, sin_TP, dq_BTX, dkv_BTX, dpe_BTR, T
-        _join_back[(B * T,)](*given, H, Q - R, R, V, interleave, *_blocks(H, Q - R, R // 2, V))
+        blocks = _blocks(H, Q - R, R // 2, V)
+        warps = _warps(blocks[0] * max(blocks[1:]))
+        with torch.cuda.device_of(dq):
+            _join_back[(B * T,)](*given, H, Q - R, R, V, interleave, *blocks, num_warps=warps)
     return dq_BTX, dkv_BTX, dpe_BTR

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from smolseek import compiled
+from smolseek import compiled, console
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("attention.c", "rows.c", "rows_float.c"))
-TRITON = importlib.util.find_spec("triton") is not None
+TRITON: bool | None = None
+"""Whether Triton's kernels run here; None until the first tensor on a GPU asks. A plain name, which dynamo reads."""
 _SUFFIX = {torch.bfloat16: "", torch.float32: "_float"}
 
 
@@ -45,8 +46,26 @@ def kernels() -> ctypes.CDLL | None:
 
 
 def on_gpu(x: torch.Tensor) -> bool:
-    """Return whether `x` is for the kernels of `model/gpu.py` and `train/softmax.py`."""
-    return x.is_cuda and TRITON
+    """Return whether `x` is for the kernels of `model/gpu.py` and `train/softmax.py`, which compute in float32."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    return triton_runs(x.device) if TRITON is None else TRITON
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Try a kernel on `device`: Triton may lack a C compiler, or not know the GPU. Said once; nothing depends on it."""
+    global TRITON
+    TRITON = False
+    if importlib.util.find_spec("triton") is not None:
+        try:
+            from smolseek.model import gpu
+
+            found = gpu.swiglu_back(torch.ones(1, 2, device=device), torch.ones(1, 1, device=device))
+            TRITON = bool(found.isfinite().all())
+        except Exception as error:  # its compiler's, the driver's, a C compiler's: each of kinds of its own
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            console.warn(f"Triton does not run here, so PyTorch's operations do, which only costs time: {reason}")
+    return TRITON
 
 
 def pairs() -> bool:

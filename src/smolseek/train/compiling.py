@@ -59,11 +59,15 @@ def prepare(passes: Passes, config: TrainConfig, device: torch.device, processes
     if records and (reason := _compared(passes, rows, plain, lambda: passes.record(rows))):
         passes.forget()
         console.warn(f"no CUDA graph is recorded, which only costs time: {reason}")
+    if device.type == "cuda":  # the run's peak is to be that of its steps
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _one_pass(passes: Passes, rows: torch.Tensor) -> tuple[float, float]:
-    """Return the loss and the norm of the gradients, which are dropped."""
-    out = passes(rows)
+    """Return the loss and the norm of the gradients, of two micro-batches where a step has more; they are dropped."""
+    for _ in range(min(2, passes.parts)):
+        out = passes(rows)
     gradients = [p.grad for p in passes.model.parameters() if p.grad is not None]
     found = float(out.total), float(torch.nn.utils.get_total_norm(gradients))
     passes.model.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from smolseek.model.recompute import How
 from smolseek.model.summary import size_text
 from smolseek.model.transformer import CausalLM
 from smolseek.train.device import autocast
-from smolseek.train.loss import held_bytes
+from smolseek.train.loss import held_bytes, logits_bytes
 from smolseek.train.optim import parameter_groups
 
 PROGRAM = 380_000_000
@@ -99,7 +99,12 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     moments = _moments(config, run, model)
     parts = max(moments, key=lambda parts: sum(parts.values()))
     found = {"weights": weights, "gradients": 0, "optimizer": state, **parts}
-    if not run.cuda:
+    if run.cuda:
+        # What a CUDA graph writes into serves nothing else: neither the first pass's gradients, which later ones are
+        # added to, nor an evaluation.
+        found["gradients"] += 4 * size if run.grad_accum > 1 else 0
+        found["evaluation"] = logits_bytes(run.tokens, config.vocab_size, bfloat16=run.bfloat16)
+    else:
         gaps = 4 * size - found["gradients"] + moments[0]["head"]
         found |= {"gaps": gaps, "checkpoint copy": weights + state, "program": PROGRAM}
     audit = {"weights": weights, "audit": 8 * size + _PROBE * config.vocab_size}
@@ -131,21 +136,19 @@ def _moments(config: ModelConfig, run: Run, model: CausalLM) -> list[dict[str, i
     routed = config.num_experts_per_tok if config.n_moe_layers else 0
     on_the_way = N * D * 4 * (1 + routed)
     # On a CPU the loop adds the gradients of gated experts, head and embedding in place (`model/gradients.py`). Else
-    # new ones lie beside the old ones until they are added; the parts of a stack until it is made.
+    # new ones lie beside the old ones until they are added; the parts of a stack until it is made. On a GPU each pass
+    # makes all of them anew (`train/passes.py`).
     stacks = [4 * p.numel() for name, p in model.model.layers[L - 1].named_parameters() if ".experts." in name]
-    if not config.mlp_gated:
+    if not config.mlp_gated and not run.cuda:
         on_the_way += sum(stacks) if run.grad_accum > 1 else max(stacks, default=0)
-    elif run.cuda and run.grad_accum > 1:
-        on_the_way += sum(stacks)
     head = V * D * 4
-    earlier = 4 * size if run.grad_accum > 1 else 0
-    new = earlier + head if run.cuda or not earlier else earlier
-    beside = head if run.cuda and earlier else 0
+    earlier = 4 * size if run.grad_accum > 1 and not run.cuda else 0
+    new = earlier or head
     return [
         {
             "gradients": earlier,
             "activations": kept + (0 if how == "none" else cached),
-            "head": held_bytes(N, V, D, bfloat16=run.bfloat16, cuda=run.cuda, earlier=bool(earlier) and not run.cuda),
+            "head": held_bytes(N, V, D, bfloat16=run.bfloat16, cuda=run.cuda, earlier=bool(earlier)),
         },
         {
             "gradients": new,
@@ -154,14 +157,14 @@ def _moments(config: ModelConfig, run: Run, model: CausalLM) -> list[dict[str, i
         },
         {
             # The first layer, last in the backward pass: only an embedding of its own has no gradient yet.
-            "gradients": 4 * size + beside - (0 if earlier or config.tie_word_embeddings else head),
+            "gradients": 4 * size - (0 if earlier or config.tie_word_embeddings else head),
             "activations": before,
             "buffers": on_the_way,
         },
         {
-            # A tied embedding has two gradients until they are added; an accumulated one is added to the old one.
-            "gradients": 4 * size + beside,
-            "buffers": N * D * 4 + (head if run.cuda and (config.tie_word_embeddings or earlier) else 0),
+            # A tied embedding has two gradients until they are added.
+            "gradients": 4 * size,
+            "buffers": N * D * 4 + (head if run.cuda and config.tie_word_embeddings else 0),
         },
         {"gradients": 4 * size, "buffers": _muon_buffers(model) if run.optimizer == "muon" else 0},
     ]
@@ -208,7 +211,7 @@ def feed_half(config: ModelConfig, run: Run, layer: int) -> Half:
     kept += a * K * D * 2 + swiglu * shared  # the experts' inputs and results, the shared experts
     first = (2 if config.mlp_gated else 1) * a * K * F
     looped = config.mlp_gated and not run.cuda  # computes the activation again by itself
-    activated = 0 if looped else (2 if config.mlp_gated else 1) * a * K * F
+    activated = 0 if looped else a * K * F
     selected = first + a * K * D + 4 * E + (2 * a * shared + a * D if shared else 0)
     return Half(whole=4 * D + kept + first + activated, selected=4 * D + selected)
 

@@ -74,7 +74,9 @@ def _head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `linear_cross_entropy` and the cross-entropy alone, which is not differentiated."""
     device = h_ND.device.type
-    if device == "cpu" and len(targets_N):  # CUDA's own operations check, and to ask here would make the host wait
+    if device == "cpu" and len(
+        targets_N
+    ):  # on CUDA to ask would make the host wait: the loss is NaN there, or an error
         least, most = (int(number) for number in targets_N.aminmax())
         if least < 0 or most >= len(w_VD):
             raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
@@ -205,6 +207,11 @@ def _add(sum_VD: torch.Tensor | None, part_VD: torch.Tensor, factor: float = 1.0
     for sum_SD, part_SD in zip(sum_VD.split(words), part_VD.split(words), strict=True):
         sum_SD.add_(part_SD, alpha=factor)
     return sum_VD
+
+
+def logits_bytes(tokens: int, vocab: int, *, bfloat16: bool) -> int:
+    """Return what the logits take that exist at one time on a GPU."""
+    return vocab * min(tokens, _sizes(vocab, True)[0]) * (2 if bfloat16 else 4)
 
 
 def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: bool, earlier: bool = False) -> int:

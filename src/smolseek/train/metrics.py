@@ -32,9 +32,9 @@ def describe() -> dict:
 
 
 def memory(device: torch.device) -> tuple[int, int]:
-    """Return current and peak memory in bytes: of the GPU, or of this process (resident)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    """Return current and peak memory in bytes: what PyTorch holds of the GPU, or resident of this process."""
+    if device.type == "cuda":  # not what tensors take: what a CUDA graph writes into is held, and seen by no tensor
+        return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
     try:

@@ -23,8 +23,11 @@ class Passes:
     ) -> None:
         self.model, self.team = model, team
         self._objective, self._alpha, self._context = objective, config.balance.alpha, context
-        self._parts = config.grad_accum
+        self.parts = config.grad_accum
         self._device = model.lm_head.weight.device
+        self._rows = torch.empty(0)
+        self._first_losses: Losses | None = None
+        self._later_losses: Losses | None = None
         self._first: torch.cuda.CUDAGraph | None = None
         self._later: torch.cuda.CUDAGraph | None = None
         self._parameters: list[torch.nn.Parameter] = []
@@ -42,10 +45,13 @@ class Passes:
             for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
                 parameter.grad = gradient
             self._first.replay()
-            return self._first_losses
-        assert self._later is not None
-        self._later.replay()
-        return self._later_losses
+            losses = self._first_losses
+        else:
+            assert self._later is not None
+            self._later.replay()
+            losses = self._later_losses
+        assert losses is not None
+        return losses
 
     @torch.no_grad()
     def forward(self, rows: torch.Tensor) -> Losses:
@@ -76,7 +82,7 @@ class Passes:
         self._parameters = [p for p in self.model.parameters() if p.grad is not None]
         self._gradients = [p.grad for p in self._parameters if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
-        if self._parts > 1:
+        if self.parts > 1:
             later = torch.cuda.CUDAGraph()
             with torch.cuda.graph(later, pool=first.pool()):
                 self._later_losses = self._both(self._rows, 1.0)
@@ -86,12 +92,13 @@ class Passes:
         self._first, self._later = first, later
 
     def forget(self) -> None:
-        """Free what was recorded."""
+        """Free what was recorded, and go through micro-batches without it."""
         self._first, self._later, self._gradients, self._parameters = None, None, [], []
+        self._first_losses, self._later_losses, self._rows = None, None, torch.empty(0)
 
     @property
     def recorded(self) -> bool:
-        """Whether `record` has been called."""
+        """Whether passes are played."""
         return self._first is not None
 
     def _bring(self, rows: torch.Tensor) -> torch.Tensor:
@@ -106,5 +113,5 @@ class Passes:
     def _both(self, rows: torch.Tensor, share: float) -> Losses:
         with self.team.backward(self.model):
             out = self._losses_of(rows)
-            (out.total * share / self._parts).backward()
+            (out.total * share / self.parts).backward()
         return out._replace(total=out.total.detach())

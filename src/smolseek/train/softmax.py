@@ -72,7 +72,7 @@ def cross_entropy(
     C, V = logits_CV.shape
     losses_C, sums_C = (torch.empty(C, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     block = min(_BLOCK, triton.next_power_of_2(V))
-    _cross_entropy[(C,)](
-        logits_CV, targets_C, losses_C, sums_C, V, factor, z_loss, wanted, V % block == 0, block, num_warps=_WARPS
-    )
+    given = logits_CV, targets_C, losses_C, sums_C, V, factor, z_loss, wanted, V % block == 0, block
+    with torch.cuda.device_of(logits_CV):
+        _cross_entropy[(C,)](*given, num_warps=_WARPS)
     return losses_C, sums_C
