@@ -101,7 +101,7 @@ class Contender:
         def micro_batches():
             nonlocal loss
             for _ in range(self.accumulation):
-                with self.model.in_place.during() if self.ours else nullcontext():
+                with self.model.in_place.during(1 / self.accumulation) if self.ours else nullcontext():
                     with self.context():
                         if self.ours:
                             loss = losses(self.model, self.rows).total
@@ -111,6 +111,7 @@ class Contender:
                             ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
                             loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
                     (loss / self.accumulation).backward()
+                    loss = loss.detach()  # as training loops do: else the graph's leavings lie beside the next one
 
         def update():
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -13,7 +13,9 @@ from smolseek.train.loss import losses
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=512)
 
 
-def step(config, autocast: bool, in_place: bool, frozen: str = "", how: str = "none") -> CausalLM:
+def step(
+    config, autocast: bool, in_place: bool, frozen: str = "", how: str = "none", factor: float | None = None
+) -> CausalLM:
     """Accumulate two micro-batches."""
     model = new_model(config)
     model.grad_checkpointing = how
@@ -21,7 +23,7 @@ def step(config, autocast: bool, in_place: bool, frozen: str = "", how: str = "n
         p.requires_grad_(not frozen or frozen not in name)
     rows = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
     for part in rows.split(2):
-        with model.in_place.during() if in_place else nullcontext():
+        with model.in_place.during(factor) if in_place else nullcontext():
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 total = losses(model, part, alpha=0.01).total
             (total / 2).backward()
@@ -32,10 +34,29 @@ def step(config, autocast: bool, in_place: bool, frozen: str = "", how: str = "n
 @pytest.mark.parametrize("tied", [False, True])
 def test_they_equal_autograds(tied, autocast):
     config = replace(CONFIG, tie_word_embeddings=tied)
-    ours, plain = (step(config, autocast, in_place) for in_place in (True, False))
-    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
-        if a.numel():
-            assert (a.grad - b.grad).norm() <= 1e-6 * b.grad.norm(), name
+    plain = step(config, autocast, False)
+    for factor in (None, 1 / 2):  # known, the head adds its own in the forward pass
+        ours = step(config, autocast, True, factor=factor)
+        for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+            if a.numel():
+                assert (a.grad - b.grad).norm() <= 1e-6 * b.grad.norm(), name
+
+
+def test_another_factor_than_the_one_that_was_said_is_an_error():
+    model = new_model(CONFIG)
+    with (
+        model.in_place.during(1 / 4),
+        pytest.raises(RuntimeError, match=r"added times 0.25, and is asked for 0.5 times"),
+    ):
+        (losses(model, torch.randint(512, (2, 33))).total / 2).backward()
+
+
+def test_a_frozen_head_gets_none_whatever_is_said():
+    model = new_model(replace(CONFIG, tie_word_embeddings=False))
+    model.lm_head.weight.requires_grad_(False)
+    with model.in_place.during(1.0):
+        losses(model, torch.randint(512, (2, 33))).total.backward()
+    assert model.lm_head.weight.grad is None and model.model.norm.weight.grad is not None
 
 
 @pytest.mark.parametrize("autocast", [False, True])

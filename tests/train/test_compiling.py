@@ -45,7 +45,7 @@ def compiled(model, context=None):
 
 def gradients(model, context=None):
     rows = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(3))
-    with Alone().backward(model):
+    with Alone().backward(model, 1.0):
         with context or nullcontext():
             loss = losses(model, rows).total
         loss.backward()

@@ -18,15 +18,20 @@ class InPlace:
 
     def __init__(self) -> None:
         self.active = False
+        self.factor: float | None = None
 
     @contextmanager
-    def during(self) -> Iterator[None]:
-        """Allow it within; for a `backward()` that is to give every weight's gradient, on a CPU."""
-        self.active = True
+    def during(self, factor: float | None = None) -> Iterator[None]:
+        """Allow it within; for a `backward()` that is to give every weight's gradient, on a CPU.
+
+        `factor` is what the objective will be multiplied by for that backward pass, if it is known: the head, which
+        has its gradient in the forward pass already, then adds it there instead of holding it.
+        """
+        self.active, self.factor = True, factor
         try:
             yield
         finally:
-            self.active = False
+            self.active, self.factor = False, None
 
     def place(self, weight: torch.Tensor) -> torch.Tensor | None:
         """Return where to add the gradient of `weight`, zeros at first; None where autograd is to have it."""

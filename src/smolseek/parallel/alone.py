@@ -108,9 +108,12 @@ class Alone:
     def last_of_step(self, model: CausalLM, last: bool) -> None:
         """Prepare a backward pass: is it the last one before the optimizer's step?"""
 
-    def backward(self, model: CausalLM) -> AbstractContextManager[None]:
-        """Return what a micro-batch's two passes run in: gradients are added in place where one process has them."""
-        return model.in_place.during()
+    def backward(self, model: CausalLM, factor: float) -> AbstractContextManager[None]:
+        """Return what a micro-batch's two passes run in: gradients are added in place where one process has them.
+
+        `factor` is that of the objective in the backward pass.
+        """
+        return model.in_place.during(factor)
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of every process's `x`."""

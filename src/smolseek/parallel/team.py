@@ -225,7 +225,7 @@ class Team(Alone):
         else:
             model.set_requires_all_reduce(last)  # type: ignore[operator]
 
-    def backward(self, model: CausalLM) -> AbstractContextManager[None]:
+    def backward(self, model: CausalLM, factor: float) -> AbstractContextManager[None]:
         """Nothing is added in place: FSDP2 has to see every gradient."""
         return nullcontext()
 

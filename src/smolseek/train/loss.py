@@ -4,6 +4,7 @@ Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, S of a bl
 V vocab_size, L layers with experts, E routed experts.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +154,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        ctx.added = in_place.factor if wanted else None
+        place = in_place.place(ctx.weight) if ctx.added is not None else None
+        if place is None:
+            ctx.added = None
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
         # take the logits' place.
         chunk, block = _sizes(V, h_ND.is_cuda, wanted)
@@ -170,9 +175,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     if begin + C == N:
                         del w_VD  # nobody reads the cast again: room for the gradient
                     if first + C == block or begin + C == N:
-                        part_VD = d_SV[: first + C].T @ h_ND[begin - first : begin + C]
-                        dw_VD = part_VD if block >= N else _add(dw_VD, part_VD)
-                        del part_VD
+                        factors = d_SV[: first + C].T, h_ND[begin - first : begin + C]
+                        if place is not None:
+                            _add_product(place, *factors, ctx.added)
+                        else:
+                            part_VD = factors[0] @ factors[1]
+                            dw_VD = part_VD if block >= N else _add(dw_VD, part_VD)
+                            del part_VD
         if wanted:
             ctx.gradients = dh_ND, dw_VD
         next_token = loss / N
@@ -184,6 +193,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Handed over, not kept: the weight's gradient is scaled where it lies.
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
+        if ctx.added is not None:
+            if not math.isclose(grad.item(), ctx.added, rel_tol=1e-5):
+                raise RuntimeError(
+                    f"the head's gradient was added times {ctx.added}, and is asked for {grad.item()} times"
+                )
+            return dh_ND * grad, None, None, None, None, None, None
         place = ctx.in_place.place(ctx.weight)
         if place is None:
             return dh_ND * grad, dw_VD.float().mul_(grad), None, None, None, None, None
@@ -209,6 +224,14 @@ def _add(sum_VD: torch.Tensor | None, part_VD: torch.Tensor, factor: float = 1.0
     return sum_VD
 
 
+def _add_product(sum_VD: torch.Tensor, d_VS: torch.Tensor, h_SD: torch.Tensor, factor: float) -> None:
+    """Add factor times d h to `sum_VD`: by the product itself where the types are the same."""
+    if d_VS.dtype == sum_VD.dtype:
+        torch.addmm(sum_VD, d_VS, h_SD, alpha=factor, out=sum_VD)
+    else:
+        _add(sum_VD, d_VS @ h_SD, factor)
+
+
 def logits_bytes(tokens: int, vocab: int, *, bfloat16: bool) -> int:
     """Return what the logits take that exist at one time on a GPU."""
     return vocab * min(tokens, _sizes(vocab, True)[0]) * (2 if bfloat16 else 4)
@@ -218,22 +241,27 @@ def held_bytes(tokens: int, vocab: int, features: int, *, bfloat16: bool, cuda: 
     """Return what `linear_cross_entropy` holds at its peak for h [tokens, features] and w [vocab, features], float32.
 
     The weight's gradient is among it, h itself is not. `earlier`: there is one already that it is added to in place.
+    On a CPU as in a training step, which knows what the gradient will be multiplied by.
     """
     _, block = _sizes(vocab, cuda)
     a, weight, several = 2 if bfloat16 else 4, vocab * features, tokens > block
     logits = vocab * min(tokens, block) * a
-    exponentials = 0
-    if not cuda and not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
-        exponentials = vocab * min(tokens, _ROWS) * 4
     cast = weight * a if bfloat16 else 0
-    # One block's product is the gradient; several are added in float32, all but the last while the cast is there.
-    product, added = weight * a, weight * 4 if several else 0
-    # Handed over it becomes float32; on a CPU it is added to what is there, or to zeros, a slice at a time.
-    new = 0 if earlier or (cuda and (several or not bfloat16)) else weight * 4
-    one_slice = min(vocab, _SLICE) * features * 4 if bfloat16 and not cuda else 0
-    return tokens * features * (2 * a if bfloat16 else a) + max(
-        logits + cast + added + exponentials,
-        logits + cast + added + product + one_slice if several else 0,
-        logits + added + product + (one_slice if several else 0),
-        (added or product) + new + (0 if several else one_slice),
-    )
+    hidden = tokens * features * (2 * a if bfloat16 else a)
+    if cuda:
+        # One block's product is the gradient; several are added in float32, all but the last while the cast is there.
+        product, added = weight * a, weight * 4 if several else 0
+        new = 0 if several or not bfloat16 else weight * 4  # handed over it becomes float32
+        return hidden + max(
+            logits + cast + added,
+            logits + cast + added + product if several else 0,
+            logits + added + product,
+            (added or product) + new,
+        )
+    exponentials = 0
+    if not fit(torch.empty(0, dtype=torch.bfloat16 if bfloat16 else torch.float32)):
+        exponentials = vocab * min(tokens, _ROWS) * 4
+    # Added to what is there, or to zeros, by a product that may be in another type: then a slice at a time.
+    new = 0 if earlier else weight * 4
+    product = weight * a + min(vocab, _SLICE) * features * 4 if bfloat16 else 0
+    return hidden + logits + new + max(cast + exponentials, product + (cast if several else 0))

@@ -111,7 +111,7 @@ class Passes:
             return self._objective(self.model, rows, alpha=self._alpha)
 
     def _both(self, rows: torch.Tensor, share: float) -> Losses:
-        with self.team.backward(self.model):
+        with self.team.backward(self.model, share / self.parts):
             out = self._losses_of(rows)
             (out.total * share / self.parts).backward()
         return out._replace(total=out.total.detach())
