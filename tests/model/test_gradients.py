@@ -51,6 +51,13 @@ def test_another_factor_than_the_one_that_was_said_is_an_error():
         (losses(model, torch.randint(512, (2, 33))).total / 2).backward()
 
 
+def test_a_factor_that_is_not_finite_leaves_no_finite_gradient():
+    model = new_model(CONFIG)
+    with model.in_place.during(1.0):
+        (losses(model, torch.randint(512, (2, 33))).total * float("nan")).backward()
+    assert not any(p.grad.isfinite().any() for p in (model.lm_head.weight, model.model.norm.weight))
+
+
 def test_a_frozen_head_gets_none_whatever_is_said():
     model = new_model(replace(CONFIG, tie_word_embeddings=False))
     model.lm_head.weight.requires_grad_(False)

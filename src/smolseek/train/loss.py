@@ -194,10 +194,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
         if ctx.added is not None:
-            if not math.isclose(grad.item(), ctx.added, rel_tol=1e-5):
-                raise RuntimeError(
-                    f"the head's gradient was added times {ctx.added}, and is asked for {grad.item()} times"
-                )
+            factor = grad.item()
+            if not math.isfinite(factor):  # the loss was not either; what was added before is lost in such a sum
+                ctx.weight.grad.fill_(math.nan)
+            elif not math.isclose(factor, ctx.added, rel_tol=1e-5):
+                raise RuntimeError(f"the head's gradient was added times {ctx.added}, and is asked for {factor} times")
             return dh_ND * grad, None, None, None, None, None, None
         place = ctx.in_place.place(ctx.weight)
         if place is None:
