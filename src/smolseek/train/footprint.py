@@ -86,7 +86,7 @@ def lines(config: ModelConfig, run: Run) -> list[str]:
 def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     """Return the bytes of each part at the peak of a training run; their sum is the peak.
 
-    They are the bytes that torch has allocated on the device. On a CPU, where the process's resident memory is meant,
+    They are the bytes that torch holds on the device. On a CPU, where the process's resident memory is meant,
     the copy that checkpoints are written from, the program itself and malloc's gaps are added: gradients that appear
     while activations go do not fit where those were, for a matrix is larger than most of them, nor the head's buffers
     where they were in the step before, for something that stays has taken a piece of it.
