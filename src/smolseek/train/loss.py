@@ -75,9 +75,8 @@ def _head(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return `linear_cross_entropy` and the cross-entropy alone, which is not differentiated."""
     device = h_ND.device.type
-    if device == "cpu" and len(
-        targets_N
-    ):  # on CUDA to ask would make the host wait: the loss is NaN there, or an error
+    # On CUDA to ask would make the host wait: there the loss of such a target is NaN, or an error of the device.
+    if device == "cpu" and len(targets_N):
         least, most = (int(number) for number in targets_N.aminmax())
         if least < 0 or most >= len(w_VD):
             raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
@@ -154,10 +153,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        ctx.added = in_place.factor if wanted else None
-        place = in_place.place(ctx.weight) if ctx.added is not None else None
-        if place is None:
-            ctx.added = None
+        place = in_place.place(ctx.weight) if wanted and in_place.factor is not None else None
+        ctx.added = None if place is None else in_place.factor
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
         # take the logits' place.
         chunk, block = _sizes(V, h_ND.is_cuda, wanted)
