@@ -1,16 +1,17 @@
 """The dial: distance to SmolLM2-135M-Instruct at smaller caches, ours beside the published method.
 
     python bench/dial.py --data FILE ...                      held-out text of several domains, each file one of them
+    python bench/dial.py --data FILE ... --calibration self   calibrated on text that the original wrote itself
     python bench/dial.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that is there already
     python bench/dial.py --conversion                         seconds and memory of the command
     python bench/dial.py --plot docs/dial.png                 the curves of what has been measured
 
-Every model is made by the code of `smolseek convert`, calibrated on built-in text, written to a folder, opened by stock
-transformers and compared with the original, opened likewise: weights in float32, matrix products of the layers in
-bfloat16 where the processor has it (which adds to all divergences alike, about 1e-3), the head's in float32. The
-published method gets the FreqFold that is best on the first `--trial-tokens`, an equal share of each file. Prints a
-line a model and writes the results after each; a model that stands there is not measured again, so a run cut short
-goes on.
+Every model is made by the code of `smolseek convert`, calibrated on `--calibration` (built-in text unless it is given),
+written to a folder, opened by stock transformers and compared with the original, opened likewise: weights in float32,
+matrix products of the layers in bfloat16 where the processor has it (which adds to all divergences alike, about 1e-3),
+the head's in float32. The published method gets the FreqFold that is best on the first `--trial-tokens`, an equal share
+of each file. Standard errors are taken over the windows of 512 tokens. Prints a line a model and writes the results
+after each; a model that stands there is not measured again, so a run cut short goes on.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[])
     parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, an equal share of each file")
     parser.add_argument("--trial-tokens", type=int, default=1024, help="tokens that FreqFold is chosen on")
+    parser.add_argument("--calibration", default="builtin", help="builtin, self, or a file or folder")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
     parser.add_argument("--folds", type=int, nargs="*", default=[1, 2, 4, 8], help="FreqFold of the published method")
     parser.add_argument("--shares", nargs="*", default=list(SHARES))
@@ -64,6 +67,8 @@ def main() -> None:
         found["conversion"] = conversion(args.calibration_tokens)
         args.out.write_text(json.dumps(found, indent=2) + "\n")
         return
+    if args.tokens < 1024 * len(args.data):
+        parser.error("--tokens: a standard error takes two windows of 512 tokens of each file")
     measure(args, found)
 
 
@@ -115,6 +120,25 @@ def last_states(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
         return [state.float() for state in hidden_states(model, rows)]
 
 
+def by_window(
+    states_a: list[torch.Tensor], head_a: torch.Tensor, states_b: list[torch.Tensor], head_b: torch.Tensor, rows: Any
+) -> dict:
+    """Compare two models on the windows `rows` [N, T+1], one by one: means, and the standard error of the KL."""
+    windows = [
+        asdict(compare_states([a], head_a, [b], head_b, row[None], dtype=torch.float32))
+        for a, b, row in zip(states_a, states_b, rows, strict=True)
+    ]
+    kls = [one["kl"] for one in windows]
+    means = {field: fmean(one[field] for one in windows) for field in ("loss_a", "loss_b", "agreement")}
+    return {
+        "tokens": sum(one["tokens"] for one in windows),
+        "kl": fmean(kls),
+        "kl_error": stdev(kls) / math.sqrt(len(kls)),
+        **means,
+        "max_difference": max(one["max_difference"] for one in windows),
+    }
+
+
 @torch.no_grad()
 def measure(args: argparse.Namespace, found: dict) -> None:
     """Measure the models at `args.shares` and those of `args.models`."""
@@ -134,11 +158,11 @@ def measure(args: argparse.Namespace, found: dict) -> None:
         for file, part in zip(args.data, parts, strict=True):
             end = at + len(part)
             pair = (states[at:end], head, new[at:end], model.lm_head.weight, part)
-            domains[Path(file).stem] = compare_states(*pair, dtype=torch.float32)
+            domains[Path(file).stem] = by_window(*pair)
             at = end
-        tokens = sum(one.tokens for one in domains.values())
+        tokens = sum(one["tokens"] for one in domains.values())
         mean = {
-            field: sum(getattr(one, field) * one.tokens for one in domains.values()) / tokens
+            field: sum(one[field] * one["tokens"] for one in domains.values()) / tokens
             for field in ("kl", "loss_a", "loss_b", "agreement")
         }
         return mean | {
@@ -148,7 +172,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
             "rope_type": model.config.rope_parameters["rope_type"],
             "rope_theta": model.config.rope_parameters["rope_theta"],
             "tokens": tokens,
-            "domains": {name: asdict(one) for name, one in domains.items()},
+            "domains": domains,
             "engine": "transformers",
             "measured": describe(),
         }
@@ -156,7 +180,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
     def keep(name: str, row: dict) -> None:
         found["models"][name] = row
         args.out.write_text(json.dumps(found, indent=2) + "\n")
-        by_domain = ", ".join(f"{domain} {one['kl']:.3f}" for domain, one in row["domains"].items())
+        by_domain = ", ".join(f"{d} {one['kl']:.3f} +- {one['kl_error']:.3f}" for d, one in row["domains"].items())
         print(
             f"{name}: rank {row['kv_lora_rank']}, rope {row['qk_rope_head_dim']}, KL {row['kl']:.4f} ({by_domain}), "
             f"perplexity {row['perplexity_change']:+.1%}, {row['tokens']:,} tokens",
@@ -166,11 +190,11 @@ def measure(args: argparse.Namespace, found: dict) -> None:
     for share in args.shares:
         features = round(SHARES[share] * source.config.cache_features)
         for method in args.methods:
-            name = f"{share} {method}"
+            name = f"{share} {method}" + ("" if args.calibration == "builtin" else f", {Path(args.calibration).name}")
             if name in found["models"]:
                 continue
             if stats is None:
-                calibration = calibration_rows(source.path, "builtin", args.calibration_tokens, seed=0)
+                calibration = calibration_rows(source.path, args.calibration, args.calibration_tokens, seed=0)
                 stats = statistics(source.model, calibration)
             tried: dict[int, float] = {}
             for fold in args.folds if method == "transmla" else [1]:
@@ -199,7 +223,8 @@ def measure(args: argparse.Namespace, found: dict) -> None:
                 save_folder(best, folder)
                 del best, model
                 row = judged(folder)
-            row |= {"share": share, "method": method, "calibration_tokens": args.calibration_tokens}
+            row |= {"share": share, "method": method, "calibration": Path(args.calibration).name}
+            row |= {"calibration_tokens": args.calibration_tokens}
             if tried:
                 row |= {"freq_fold": min(tried, key=lambda fold: tried[fold]), "freq_folds_tried": tried}
             keep(name, row)
