@@ -1,6 +1,7 @@
 """The loader beside the model: tokens a second of the data alone, of a training step alone, and of both together.
 
-    python bench/loader.py        a minute and a half on two cores
+    python bench/loader.py            a minute and a half on two cores
+    python bench/loader.py --serve    the stand-in for the hub alone, for trying the commands that read from it
 
 The text is the English of the running Python, cut into documents of Cosmopedia's length, several numbered copies of it
 in parquet shards of Cosmopedia's columns. It is streamed from a stand-in for the hub on loopback (tests/data), a
@@ -33,6 +34,10 @@ configs:
   data_files:
   - split: train
     path: cosmopedia-v2/train-*
+- config_name: fineweb-edu-dedup
+  data_files:
+  - split: train
+    path: cosmopedia-v2/train-*
 ---
 """
 
@@ -59,14 +64,14 @@ def parquet_shards() -> dict[str, bytes]:
 
 
 def serve() -> None:
-    """Serve the shards until stdin ends."""
+    """Serve the shards until stdin ends, and print the settings that lead there as a line of JSON."""
     spec = importlib.util.spec_from_file_location("stand_in_hub", ROOT / "tests/data/stand_in_hub.py")
     assert spec and spec.loader
     stand_in = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(stand_in)
     files = parquet_shards()
     hub = stand_in.StandInHub("HuggingFaceTB/smollm-corpus", files)
-    print(json.dumps({"url": hub.url, "bytes": sum(map(len, files.values()))}), flush=True)
+    print(json.dumps({"HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"}), flush=True)
     sys.stdin.read()
 
 
@@ -169,11 +174,12 @@ def ask(*words: object, env: dict[str, str] | None = None) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/loader.json")
+    parser.add_argument("--serve", action="store_true", help="serve until the end of input (Ctrl-D)")
     parser.add_argument("--part", nargs="*", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.serve:
+        return serve()
     match args.part:
-        case ["serve"]:
-            return serve()
         case ["first"]:
             return first_batch()
         case ["loader", source, seconds]:
@@ -189,14 +195,13 @@ def main() -> None:
     print("first batch of builtin: " + ", ".join(f"{seconds:.1f} s" for seconds in firsts), flush=True)
     found["first_batch_builtin_seconds"] = firsts
     server = subprocess.Popen(
-        [sys.executable, __file__, "--part", "serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert server.stdin and server.stdout
     try:
         hub = json.loads(server.stdout.readline())
         with tempfile.TemporaryDirectory() as folder:
-            env = os.environ | {"HF_ENDPOINT": hub["url"], "HF_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "0"}
-            env |= {"NO_PROXY": "127.0.0.1"}
+            env = os.environ | hub | {"HF_HOME": f"{folder}/home"}
             words = ["-m", "smolseek", "prepare", f"{folder}/tokens", "--data", "cosmopedia-v2"]
             begun = time.perf_counter()
             subprocess.run([sys.executable, *words], env=env, stdout=subprocess.PIPE, check=True)
