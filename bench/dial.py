@@ -10,8 +10,9 @@ Every model is made by the code of `smolseek convert`, calibrated on `--calibrat
 written to a folder, opened by stock transformers and compared with the original, opened likewise: weights in float32,
 matrix products of the layers in bfloat16 where the processor has it (which adds to all divergences alike, about 1e-3),
 the head's in float32. The published method gets the FreqFold that is best on the first `--trial-tokens`, an equal share
-of each file. Standard errors are taken over the windows of 512 tokens. Prints a line a model and writes the results
-after each; a model that stands there is not measured again, so a run cut short goes on.
+of each file. Text is measured in windows of 512 tokens, spread evenly over each file; standard errors are taken over
+these windows. Prints a line a model and writes the results after each; a model that stands there is not measured again,
+so a run cut short goes on.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from smolseek.convert.refit import refit
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_model, save_folder
-from smolseek.train.device import autocast
+from smolseek.train.device import autocast, multiplies_bfloat16
 
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
 
@@ -47,7 +48,9 @@ def main() -> None:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", nargs="+", default=[])
-    parser.add_argument("--tokens", type=int, default=20_480, help="held-out tokens, an equal share of each file")
+    parser.add_argument(
+        "--tokens", type=int, default=20_480, help="held-out tokens, an equal share of each file, spread"
+    )
     parser.add_argument("--trial-tokens", type=int, default=1024, help="tokens that FreqFold is chosen on")
     parser.add_argument("--calibration", default="builtin", help="builtin, self, or a file or folder")
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
@@ -120,6 +123,11 @@ def last_states(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
         return [state.float() for state in hidden_states(model, rows)]
 
 
+def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `count` of the windows `rows` [N, T+1], evenly spread: one passage is not yet a text."""
+    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+
+
 def by_window(
     states_a: list[torch.Tensor], head_a: torch.Tensor, states_b: list[torch.Tensor], head_b: torch.Tensor, rows: Any
 ) -> dict:
@@ -144,7 +152,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
     """Measure the models at `args.shares` and those of `args.models`."""
     source = load_model("smollm2")
     each = args.tokens // len(args.data)
-    parts = [text_rows([file], "text", source.tokenizer, 512, each) for file in args.data]
+    parts = [spread(text_rows([file], "text", source.tokenizer, 512, 10**9), each // 512) for file in args.data]
     trial = torch.cat([part[0, : args.trial_tokens // len(parts) + 1][None] for part in parts])
     stock = open_model(source.path, "transformers", "float32")
     states, head = last_states(stock, torch.cat(parts)), stock.lm_head.weight.detach()
@@ -172,6 +180,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
             "rope_type": model.config.rope_parameters["rope_type"],
             "rope_theta": model.config.rope_parameters["rope_theta"],
             "tokens": tokens,
+            "products": "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32",
             "domains": domains,
             "engine": "transformers",
             "measured": describe(),
