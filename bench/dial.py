@@ -4,7 +4,7 @@
     python bench/dial.py --data FILE ... --calibration self   calibrated on text that the original wrote itself
     python bench/dial.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that is there already
     python bench/dial.py --conversion                         seconds and memory of the command
-    python bench/dial.py --plot docs/dial.png                 the curves of what has been measured
+    python bench/dial.py --plot docs/dial.png                 the curves of docs/results/dial.json and domains.json
 
 Every model is made by the code of `smolseek convert`, calibrated on `--calibration` (built-in text unless it is given),
 written to a folder, opened by stock transformers and compared with the original, opened likewise: weights in float32,
@@ -42,6 +42,10 @@ from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.train.device import autocast, multiplies_bfloat16
 
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
+PANELS = {
+    "manuals, like the calibration text": "docs/results/dial.json",
+    "novel, jargon, quotations, encyclopedia": "docs/results/domains.json",
+}
 
 
 def main() -> None:
@@ -64,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     found = json.loads(args.out.read_text()) if args.out.exists() else {"models": {}}
     if args.plot:
-        plot(found["models"], args.plot)
+        plot(args.plot)
         return
     if args.conversion:
         found["conversion"] = conversion(args.calibration_tokens)
@@ -87,32 +91,36 @@ def conversion(tokens: int) -> dict:
     return {"options": options, "seconds": seconds, "peak_bytes": peak, "load": os.getloadavg(), "measured": describe()}
 
 
-def plot(models: dict, path: Path) -> None:
-    """Draw the divergence over the share of the cache, a curve for each method (matplotlib draws it)."""
+def plot(path: Path) -> None:
+    """Draw the divergence over the share of the cache, a panel for each kind of text (matplotlib draws it)."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for method, label, style, beside in (
-        ("transmla", "published method, one shot", "s-", (5, 5)),
-        ("portable", "smolseek, portable, one shot", "^-", (5, 15)),
-        ("smolseek", "smolseek, one shot", "o-", (5, 4)),
-        ("healed", "smolseek, healed", "D--", (-34, -11)),
-    ):
-        rows = [(SHARES[share], models[f"{share} {method}"]["kl"]) for share in SHARES if f"{share} {method}" in models]
-        if rows:
-            axes.plot(*zip(*rows, strict=True), style, label=label)
-            for share, kl in rows:
-                axes.annotate(f"{kl:.3f}", (share, kl), textcoords="offset points", xytext=beside, fontsize=8)
-    axes.set_yscale("log")
-    axes.margins(x=0.12)
-    axes.set_xticks(list(SHARES.values()), list(SHARES))
-    axes.set_xlabel("share of SmolLM2-135M-Instruct's cache")
-    axes.set_ylabel("KL to the original, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
+    for axes, (title, file) in zip(panels, PANELS.items(), strict=True):
+        models = json.loads(Path(file).read_text())["models"]
+        for method, label, style, beside in (
+            ("transmla", "published method (TransMLA)", "C0s-", (-7, 7)),
+            ("portable", "smolseek, portable", "C1^-", None),
+            ("smolseek", "smolseek", "C2o-", (-7, 7)),
+            ("smolseek, self", "smolseek, calibrated on its own text", "C4v:", None),
+            ("healed", "smolseek, healed", "C3D--", None),
+        ):
+            rows = [(SHARES[s], models[f"{s} {method}"]["kl"]) for s in SHARES if f"{s} {method}" in models]
+            if rows:
+                axes.plot(*zip(*rows, strict=True), style, label=label)
+            for share, kl in rows if beside else ():
+                axes.annotate(f"{kl:.2f}", (share, kl), textcoords="offset points", xytext=beside, fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.set_yscale("log")
+        axes.margins(x=0.12, y=0.1)
+        axes.set_xticks(list(SHARES.values()), list(SHARES))
+        axes.set_xlabel("share of SmolLM2-135M-Instruct's KV cache")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("KL divergence from the original, nats/token")
     figure.savefig(path, dpi=110)
 
 

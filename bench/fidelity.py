@@ -1,4 +1,4 @@
-"""How exact the conversion of SmolLM2-135M-Instruct is: every figure of docs/conversion.md.
+"""How exact the exact conversion of SmolLM2-135M-Instruct is: the first figures of docs/conversion.md.
 
     python bench/fidelity.py --data FILE_OR_FOLDER     held-out text; `builtin` is the default
 
