@@ -17,8 +17,9 @@ import torch
 
 from smolseek.data.ahead import Ahead
 from smolseek.data.retries import Traffic
-from smolseek.data.stream import CHUNK, Encode, Texts, cut_rows, encode_documents, is_validation
+from smolseek.data.stream import CHUNK, Texts, cut_rows, encode_documents, is_validation
 from smolseek.errors import SmolseekError
+from smolseek.tokenizer import Encode
 
 BLOCK = 4096
 """Documents shuffled together: some 16 MB of text."""

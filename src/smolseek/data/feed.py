@@ -15,9 +15,9 @@ from smolseek.data.preparing import TextSource
 from smolseek.data.retries import Traffic
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import Corpus, Encode, TrainStream, is_validation, open_corpus, text_key
+from smolseek.data.stream import Corpus, TrainStream, is_validation, open_corpus, text_key
 from smolseek.errors import SmolseekError
-from smolseek.tokenizer import decoder, vocabulary_digest
+from smolseek.tokenizer import Encode, decoder, vocabulary_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

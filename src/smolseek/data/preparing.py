@@ -14,8 +14,9 @@ import numpy as np
 
 from smolseek import console
 from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum
-from smolseek.data.stream import Encode, Texts, encode_documents, text_key
+from smolseek.data.stream import Texts, encode_documents, text_key
 from smolseek.errors import SmolseekError, Stopped
+from smolseek.tokenizer import Encode
 
 PART_TOKENS = 1 << 25
 """Tokens of a part: what an interruption can cost."""

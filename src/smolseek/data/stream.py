@@ -19,8 +19,7 @@ from smolseek.config import DataConfig
 from smolseek.data.ahead import Ahead
 from smolseek.data.sources import read_documents
 from smolseek.errors import SmolseekError
-
-Encode = Callable[[list[str]], list[list[int]]]
+from smolseek.tokenizer import Encode
 
 CHUNK = 64
 """Documents encoded at a time: enough to keep all cores busy."""
@@ -314,7 +313,8 @@ def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[
     """Return each document's tokens with EOS behind them, uint32."""
     if not documents:
         return []
-    return [np.array([*ids, eos_id], dtype=np.uint32) for ids in encode(documents)]
+    end = np.array([eos_id], dtype=np.uint32)
+    return [np.concatenate((np.asarray(ids, dtype=np.uint32), end)) for ids in encode(documents)]
 
 
 def cut_rows(flat: np.ndarray, seq_len: int) -> torch.Tensor:

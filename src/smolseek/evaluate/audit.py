@@ -24,8 +24,7 @@ from smolseek.evaluate.routing import check_routing
 from smolseek.evaluate.subject import Subject
 from smolseek.memory import give_back_freed_memory
 from smolseek.storage.checkpoint import load_state
-
-Encode = Callable[[list[str]], list[list[int]]]
+from smolseek.tokenizer import Encode
 
 ROWS, ROW_TOKENS = 16, 128
 """Validation text that a model reads for copying and the load of its experts."""
@@ -193,7 +192,7 @@ def text_rows(documents: Sequence[str], encode: Encode, vocab: int, context: int
         return None
     rows = [ids[i : i + T] for ids in pieces for i in range(0, len(ids) - T + 1, T)]
     # Spread over the documents rather than all from the first.
-    rows_NT = torch.tensor(rows[:: max(1, len(rows) // ROWS)][:ROWS])
+    rows_NT = torch.tensor([list(row) for row in rows[:: max(1, len(rows) // ROWS)][:ROWS]])
     if int(rows_NT.max()) >= vocab:
         raise SmolseekError(
             f"the text has token {int(rows_NT.max())}, the model a vocabulary of {vocab}: give its own --tokenizer"

@@ -14,6 +14,7 @@ from smolseek.config import TrainConfig
 from smolseek.data.stream import Corpus, TrainStream, is_validation
 from smolseek.evaluate.finding import Finding, judged, skipped
 from smolseek.run_folder import RunFolder
+from smolseek.tokenizer import Encode
 
 WORDS = 13
 """Length of the n-grams of words whose overlap counts as contamination (GPT-3, 2005.14165, appendix C)."""
@@ -92,9 +93,7 @@ def _normal(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8"), digest_size=16).digest()
 
 
-def check_record(
-    config: TrainConfig, corpus: Corpus, encode: Callable[[list[str]], list[list[int]]], eos_id: int, state: dict | None
-) -> list[Finding]:
+def check_record(config: TrainConfig, corpus: Corpus, encode: Encode, eos_id: int, state: dict | None) -> list[Finding]:
     """Return the findings on a run's own record of its data.
 
     Args:
@@ -134,7 +133,7 @@ def check_record(
 def _rows(
     stream: TrainStream,
     documents: Sequence[str],
-    encode: Callable[[list[str]], list[list[int]]],
+    encode: Encode,
     eos_id: int,
     config: TrainConfig,
 ) -> Finding:

@@ -8,9 +8,9 @@ import torch
 from smolseek.config import TrainConfig
 from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream
-from smolseek.data.stream import Corpus, Encode, TrainStream, validation_rows
+from smolseek.data.stream import Corpus, TrainStream, validation_rows
 from smolseek.errors import SmolseekError
-from smolseek.tokenizer import encoder, for_training, load_tokenizer, token_bytes
+from smolseek.tokenizer import Encode, encoder, for_training, load_tokenizer, token_bytes
 
 
 @dataclass(frozen=True)
