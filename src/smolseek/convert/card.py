@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from smolseek.config import ModelConfig
-from smolseek.gguf_metadata import read_metadata
+from smolseek.gguf_header import read_metadata
 from smolseek.model.summary import cache_bytes, count
 from smolseek.tokenizer import SMOLLM2_HUB
 

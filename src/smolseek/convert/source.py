@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.gguf_file import open_gguf
+from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf
 from smolseek.storage.hf_folder import config_json, file_views, weight_files
 from smolseek.storage.safetensors_file import FLOAT_TYPES, damage_named
@@ -26,7 +26,7 @@ class Source(NamedTuple):
     """Its folder or .gguf file."""
     config: ModelConfig
     """Its shape."""
-    tensors: "FolderTensors | GgufTensors"
+    tensors: "FolderTensors | GgufFile"
     """`tensors[name]` reads the tensor with Hugging Face's name `name`."""
 
 
@@ -40,9 +40,10 @@ def open_source(target: str) -> Iterator[Source]:
     """
     path = resolve(target)
     if path.is_file():
-        opened = open_gguf(path)
-        _plain(opened.config, path)
-        yield Source(path, opened.config, GgufTensors(opened.tensors, path))
+        file = GgufFile(path)
+        _plain(file.config, path)
+        _fits(file.config, file, path)
+        yield Source(path, file.config, file)
         return
     config = config_from_hf(config_json(path), str(path / "config.json"))
     _plain(config, path)
@@ -60,12 +61,12 @@ def _plain(config: ModelConfig, path: Path) -> None:
 _ADDITIONS = {r"\.bias$": "biases", r"\.[qk]_norm\.": "QK-norm"}
 
 
-def _fits(config: ModelConfig, tensors: "FolderTensors", path: Path) -> None:
+def _fits(config: ModelConfig, tensors: "FolderTensors | GgufFile", path: Path) -> None:
     """Hold the names and shapes in the files against those that `config` makes."""
     with torch.device("meta"):
         expected = {name: tuple(view.shape) for name, view in file_views(CausalLM(config)).items()}
     for name, shape in expected.items():
-        if name not in tensors.files:
+        if name not in tensors:
             raise SmolseekError(f"{path}: {name} is missing: copy or download the model anew")
         found = tensors.shape(name)
         if found != shape:
@@ -73,14 +74,14 @@ def _fits(config: ModelConfig, tensors: "FolderTensors", path: Path) -> None:
                 f"{path}: {name} has shape {list(found)}, but config.json makes it {list(shape)}: "
                 "config.json and the weights are not of one model"
             )
-    for name in tensors.files:
+    for name in tensors:
         if name in expected or name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight":
             continue
         what = next((words for pattern, words in _ADDITIONS.items() if re.search(pattern, name)), "an unknown tensor")
         raise SmolseekError(f"{path} has {what} ({name}): only plain Llama models are converted")
 
 
-class FolderTensors:
+class FolderTensors(Mapping[str, torch.Tensor]):
     """The tensors of safetensors files, mapped into memory."""
 
     def __init__(self, paths: Iterable[Path], stack: contextlib.ExitStack) -> None:
@@ -89,6 +90,12 @@ class FolderTensors:
             with damage_named(path):
                 file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
                 self.files |= dict.fromkeys(file.keys(), (path, file))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the file's header."""
@@ -102,24 +109,3 @@ class FolderTensors:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise SmolseekError(f"{path}: {name} is stored as {kind}: take the model's bfloat16 or float32 version")
         return tensor
-
-
-class GgufTensors:
-    """The tensors of a GGUF file in float32, dequantised one by one.
-
-    The file is read from its beginning to its end, once: what is passed over on the way to a tensor is kept until it
-    is asked for. llama.cpp writes a model layer by layer, so that is not much.
-    """
-
-    def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]], path: Path) -> None:
-        self._ahead, self._path = tensors, path
-        self._passed: dict[str, torch.Tensor] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        while name not in self._passed:
-            try:
-                found, tensor = next(self._ahead)
-            except StopIteration:
-                raise SmolseekError(f"{self._path}: {name} is missing: download the file anew") from None
-            self._passed[found] = tensor
-        return self._passed.pop(name)

@@ -1,17 +1,24 @@
 """Llama models in llama.cpp's GGUF files, quantised or not, as Hugging Face's tensors in float32."""
 
+import dataclasses
+import functools
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import gguf
 import numpy as np
 import torch
 
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, RopeConfig
 from smolseek.errors import SmolseekError
+from smolseek.gguf_header import Header, TensorInfo, read_header, special_ids
 from smolseek.model.llama import llama_config
+
+_ROPE_FACTORS = "rope_freqs.weight"
+"""One divisor for each frequency: how llama.cpp stores the scaled RoPE of Llama 3.1 and later."""
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -31,52 +38,80 @@ _IN_BLOCK = {
 }
 
 
-class GGUF(NamedTuple):
-    """An opened file; its tensors are read when they are iterated over."""
+class GgufFile(Mapping[str, torch.Tensor]):
+    """A Llama's GGUF file, memory-mapped: `file[name]` dequantises the tensor with Hugging Face's name `name`.
 
-    config: ModelConfig
-    """Shape of the model."""
-    tensors: Iterator[tuple[str, torch.Tensor]]
-    """Hugging Face's name and the float32 tensor, one after the other."""
-
-
-class _Reader(gguf.GGUFReader):
-    """The library's reader over a plain array: a vocabulary is 250,000 slices, and numpy's mapped ones are slow."""
-
-    @property
-    def data(self) -> np.ndarray:
-        return self._plain
-
-    @data.setter
-    def data(self, mapped: np.ndarray) -> None:
-        self._plain = np.asarray(mapped)  # a view: the file stays mapped, not read
-
-
-def open_gguf(path: Path) -> GGUF:
-    """Open a Llama's GGUF file, memory-mapped.
-
-    Raises:
-        SmolseekError: if the file is damaged, of another architecture, or of a kind our transformer does not compute.
+    Each time a tensor is asked for it is read anew, in float32, and nothing is kept.
     """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`, the first file where a model is split over several. Reads no weights.
+
+        Raises:
+            SmolseekError: if a file is damaged or missing, or the model is of another architecture, or of a kind our
+                transformer does not compute.
+        """
+        header = read_header(path)
+        self.path = path
+        self._tensors: dict[str, TensorInfo] = {}
+        self._mapped: dict[Path, np.ndarray] = {}
+        for name, info in header.tensors.items():
+            _check(name, info)
+            if name != _ROPE_FACTORS:
+                self._tensors[_hf_name(name, path)] = info
+        factors = header.tensors.get(_ROPE_FACTORS)
+        self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, from the header."""
+        return self._tensors[name].shape
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self._read(self._tensors[name])
+        if ".self_attn.q_proj" in name:
+            return _halves(weight, self.config.num_attention_heads)
+        if ".self_attn.k_proj" in name:
+            return _halves(weight, self.config.num_key_value_heads)
+        return weight
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        if info.file not in self._mapped:
+            self._mapped[info.file] = np.memmap(info.file, mode="r")
+        kind, shape = _format(info)
+        data = self._mapped[info.file][info.start : info.start + math.prod(shape)].reshape(shape)
+        values = gguf.quants.dequantize(np.asarray(data), kind)
+        # "Dequantising" an F32 tensor gives the read-only mapped file itself.
+        return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _format(info: TensorInfo) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...]]:
+    """Return a tensor's number format, and its shape in bytes. Raises ValueError for one that there is not."""
+    kind = gguf.GGMLQuantizationType(info.format)
+    return kind, gguf.quant_shape_to_byte_shape(info.shape, kind)
+
+
+def _check(name: str, info: TensorInfo) -> None:
+    """Raise SmolseekError for a tensor that cannot be read."""
     try:
-        reader = _Reader(path)
-    except FileNotFoundError:
-        raise SmolseekError(f"{path} does not exist: give the path of a .gguf file") from None
-    except Exception as error:  # a damaged file shows in many ways: the reader checks little itself
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SmolseekError(f"{path} is truncated or no GGUF file ({reason}): download it anew") from None
-    config = _config(reader, path)
-    return GGUF(config, _tensors(reader, config, path))
+        _, shape = _format(info)
+        _try(info.format)
+    except (NotImplementedError, ValueError) as error:
+        raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
+    if info.start + math.prod(shape) > info.file.stat().st_size:
+        raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it anew")
 
 
-def read_gguf_config(path: Path) -> ModelConfig:
-    """Return the shape of the model in a GGUF file. Raises SmolseekError as `open_gguf`."""
-    return open_gguf(path).config
-
-
-def gguf_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield Hugging Face's name and the float32 tensor for each tensor. Raises SmolseekError as `open_gguf`."""
-    return open_gguf(path).tensors
+@functools.cache
+def _try(number: int) -> None:
+    """Dequantise nothing of ggml's format `number`. Raises NotImplementedError for one that cannot be."""
+    kind = gguf.GGMLQuantizationType(number)
+    gguf.quants.dequantize(np.zeros((1, *gguf.quant_shape_to_byte_shape((256,), kind)), np.uint8), kind)
 
 
 def _decimal(value: float) -> float:
@@ -84,81 +119,82 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _config(reader: gguf.GGUFReader, path: Path) -> ModelConfig:
-    """Read the shape from the file's metadata."""
+def _config(header: Header, rope_factors: list[float] | None, path: Path) -> ModelConfig:
+    """Read the shape from the file's metadata; `rope_factors` divide the frequencies, one each."""
+    meta = header.metadata
 
-    def value(key: str, default: Any = None) -> Any:
-        field = reader.get_field(key)
-        return default if field is None else field.contents()
-
-    def refuse(what: str) -> None:
+    def refuse(what: str) -> NoReturn:
         raise SmolseekError(f"{path}: {what} is not supported: give a plain Llama's GGUF, or a Hugging Face folder")
 
-    kind = value("general.architecture")
+    def number(key: str, default: float) -> float:
+        value = meta.get(key, default)
+        if not isinstance(value, int | float):
+            refuse(f"{key} {value!r}")
+        return _decimal(value) if isinstance(value, float) else value
+
+    kind = meta.get("general.architecture")
     if kind != "llama":
         refuse(f"architecture {kind!r}")
-    if value("llama.expert_count", 0):
-        refuse(f"llama.expert_count {value('llama.expert_count')}")
-    shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
-    if "rope_freqs.weight" in shapes:
-        refuse("rope_freqs.weight (Llama 3's rope scaling)")
-    if "token_embd.weight" not in shapes:
+    if meta.get("llama.expert_count", 0):
+        refuse(f"llama.expert_count {meta['llama.expert_count']}")
+    if "token_embd.weight" not in header.tensors:
         raise SmolseekError(f"{path}: token_embd.weight is missing: download the file anew")
-    heads, width = value("llama.attention.head_count"), value("llama.embedding_length")
-    head_dim = value("llama.attention.key_length") or (width // heads if heads and width else None)
-    if value("llama.rope.dimension_count", head_dim) != head_dim:
-        refuse(f"llama.rope.dimension_count {value('llama.rope.dimension_count')} of heads of {head_dim}")
-    rope: dict[str, Any] = {"rope_theta": _decimal(value("llama.rope.freq_base", 10_000.0)), "rope_type": "default"}
-    scaling = value("llama.rope.scaling.type", "none")
-    if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": _decimal(value("llama.rope.scaling.factor", 1.0))}
+    heads, width = number("llama.attention.head_count", 0), number("llama.embedding_length", 0)
+    head_dim = meta.get("llama.attention.key_length") or (int(width // heads) if heads > 0 else None)
+    if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
+        refuse(f"llama.rope.dimension_count {meta['llama.rope.dimension_count']} of heads of {head_dim}")
+    context = meta.get("llama.context_length", 2048)
+    rope: dict[str, Any] = {"rope_theta": number("llama.rope.freq_base", 10_000.0), "rope_type": "default"}
+    scaling = meta.get("llama.rope.scaling.type", "none")
+    if rope_factors is not None:  # of Llama 3's scaling, which the file does not name
+        if scaling != "none":
+            refuse(f"llama.rope.scaling.type {scaling!r} beside {_ROPE_FACTORS}")
+    elif scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": number("llama.rope.scaling.factor", 1.0)}
     elif scaling != "none":
         refuse(f"llama.rope.scaling.type {scaling!r}")
+    ids, ends = special_ids(meta), meta.get("tokenizer.ggml.eot_token_id")
+    eos = ids.get("eos")
     values = {
-        "vocab_size": shapes["token_embd.weight"][1],
-        "hidden_size": width,
-        "intermediate_size": value("llama.feed_forward_length"),
-        "num_hidden_layers": value("llama.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": value("llama.attention.head_count_kv"),
+        "vocab_size": header.tensors["token_embd.weight"].shape[0],
+        "hidden_size": width or None,
+        "intermediate_size": meta.get("llama.feed_forward_length"),
+        "num_hidden_layers": meta.get("llama.block_count"),
+        "num_attention_heads": heads or None,
+        "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
         "head_dim": head_dim,
-        "max_position_embeddings": value("llama.context_length", 2048),
-        "rms_norm_eps": _decimal(value("llama.attention.layer_norm_rms_epsilon", 1e-5)),
-        "tie_word_embeddings": "output.weight" not in shapes,
-        "bos_token_id": value("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": value("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": value("tokenizer.ggml.padding_token_id"),
+        "max_position_embeddings": context,
+        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon", 1e-5),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": ids.get("bos"),
+        "eos_token_id": [eos, ends] if isinstance(ends, int) and eos is not None and ends != eos else eos,
+        "pad_token_id": ids.get("padding"),
         "rope_parameters": rope,
     }
-    return llama_config(values, str(path))
+    config = llama_config(values, str(path))
+    if rope_factors is None:
+        return config
+    factors = tuple(rope_factors)
+    return dataclasses.replace(
+        config,
+        rope_parameters=RopeConfig(
+            rope_type="longrope",
+            rope_theta=config.rope_parameters.rope_theta,
+            attention_factor=1.0,
+            short_factor=factors,
+            long_factor=factors,
+            original_max_position_embeddings=config.max_position_embeddings,
+        ),
+    )
 
 
-def _tensors(reader: gguf.GGUFReader, config: ModelConfig, path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Dequantise and rename the tensors."""
-    for tensor in reader.tensors:
-        name = _hf_name(tensor.name)
-        if name is None:
-            raise SmolseekError(f"{path}: tensor {tensor.name} is not known: a plain Llama has none of that name")
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except (NotImplementedError, ValueError) as error:
-            raise SmolseekError(f"{path}: {tensor.name}: {error}: give a file in another quantisation") from None
-        # "Dequantising" an F32 tensor gives the read-only mapped file itself.
-        weight = torch.from_numpy(values if values.flags.writeable else values.copy())
-        if ".self_attn.q_proj" in name:
-            weight = _halves(weight, config.num_attention_heads)
-        elif ".self_attn.k_proj" in name:
-            weight = _halves(weight, config.num_key_value_heads)
-        yield name, weight
-
-
-def _hf_name(name: str) -> str | None:
-    """Return Hugging Face's name for llama.cpp's, None for an unknown one."""
+def _hf_name(name: str, path: Path) -> str:
+    """Return Hugging Face's name for llama.cpp's. Raises SmolseekError for an unknown one."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
     if found is None or found[2] not in _IN_BLOCK:
-        return None
+        raise SmolseekError(f"{path}: tensor {name} is not known: a plain Llama has none of that name")
     return f"model.layers.{found[1]}.{_IN_BLOCK[found[2]]}.weight"
 
 

@@ -18,7 +18,7 @@ from smolseek.model.parts import Part, all_parts
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import write_text
 from smolseek.storage import latent_norm, safetensors_file
-from smolseek.storage.gguf_file import open_gguf, read_gguf_config
+from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf
 from smolseek.storage.target import MODEL_MAY_BE, resolve
 from smolseek.tokenizer import load_tokenizer
@@ -168,7 +168,7 @@ def read_config(target: str | Path) -> ModelConfig:
         SmolseekError: if there is no such model, or it is none of those we compute.
     """
     path = resolve(target)
-    return read_gguf_config(path) if path.is_file() else config_from_hf(config_json(path), str(path / "config.json"))
+    return GgufFile(path).config if path.is_file() else config_from_hf(config_json(path), str(path / "config.json"))
 
 
 def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> LoadedModel:
@@ -187,7 +187,8 @@ def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device:
     path = resolve(target)
     types: dict[str, str] = {}
     if path.is_file():
-        config, tensors = open_gguf(path)
+        file = GgufFile(path)
+        config, tensors = file.config, iter(file.items())
         tokenizer = load_tokenizer(str(path))
     else:
         values = config_json(path)

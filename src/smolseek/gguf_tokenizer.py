@@ -1,0 +1,148 @@
+"""The tokenizer that a GGUF file describes, as a transformers fast tokenizer.
+
+A GGUF file holds a vocabulary, merges or scores, and the name of the rule by which text is split beforehand. The rules
+are llama.cpp's. transformers reads such files, too, but does not know SmolLM2's rule, and merges pieces of Llama 3's
+whole words. Heavy imports stand inside the functions.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from smolseek import console
+from smolseek.errors import SmolseekError
+from smolseek.gguf_header import SPECIAL_IDS, read_metadata, special_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+
+
+class _Rule(NamedTuple):
+    """How text is split before pairs are merged."""
+
+    patterns: tuple[str, ...]
+    """Each splits what the ones before it left, into its matches and what is between them."""
+    whole_words: bool = False
+    """A word that is a token is taken whole, whatever the merges say."""
+    bos: bool = False
+    """A text begins with the begin token where the file does not say."""
+    compose: bool = False
+    """Unicode's composed form (NFC) first."""
+
+
+_LLAMA3 = _Rule((_WORDS + r"|\p{N}{1,3}" + _REST,), whole_words=True, bos=True)
+_RULES = {
+    "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": _Rule((_GPT2,)),
+    "smollm": _Rule((r"\p{N}", _GPT2)),
+    "llama-bpe": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama3": _LLAMA3,
+    "qwen2": _Rule((_WORDS + r"|\p{N}" + _REST,), compose=True),
+}
+
+
+def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
+    """Build the tokenizer of a GGUF file: byte-level BPE, or SentencePiece's BPE with scores.
+
+    Raises:
+        SmolseekError: for another kind, a vocabulary that is incomplete, or a file that cannot be read.
+    """
+    meta = read_metadata(path)
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre is not None and pre not in _RULES):
+        what = f"tokenizer {kind!r}" + (f" with pre-tokenizer {pre!r}" if kind == "gpt2" else "")
+        raise SmolseekError(
+            f"{path}: {what} is not supported ('llama', and 'gpt2' with {', '.join(map(repr, _RULES))}, are): "
+            "give the model's own by --tokenizer FOLDER or hub name (convert, generate and chat have it)"
+        )
+    from tokenizers import AddedToken, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = special_ids(meta)
+    try:
+        tokens = [str(token) for token in meta["tokenizer.ggml.tokens"]]
+        types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+        special = {name: tokens[i] for name, i in ids.items()}
+        if kind == "llama":
+            backend, bos = _sentencepiece(meta, tokens, types, special["unknown"]), True
+        else:
+            rule = _RULES[pre or "default"]
+            backend, bos = _byte_level(meta, tokens, rule), rule.bos
+        added = [
+            (AddedToken(t, normalized=False, special=n == _CONTROL), n) for t, n in zip(tokens, types, strict=True)
+        ]
+    except Exception as error:  # a missing key, or the Rust constructor's bare Exception for merges that do not fit
+        raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): fetch the file again") from None
+    if kind == "gpt2" and pre is None:
+        console.warn(
+            f"{path} names no pre-tokenizer, so text is split by llama.cpp's default, which need not be the model's: "
+            "better give the model's own tokenizer by --tokenizer"
+        )
+    backend.add_special_tokens([token for token, n in added if n == _CONTROL])
+    backend.add_tokens([token for token, n in added if n == _USER_DEFINED])
+    begin = ["bos"] if meta.get("tokenizer.ggml.add_bos_token", bos) and "bos" in ids else []
+    end = ["eos"] if meta.get("tokenizer.ggml.add_eos_token", False) and "eos" in ids else []
+    if begin or end:
+        single = [*(special[name] for name in begin), "$A", *(special[name] for name in end)]
+        backend.post_processor = processors.TemplateProcessing(
+            single=single,
+            pair=[*single, *(f"{special[name]}:1" for name in begin), "$B:1", *(f"{special[name]}:1" for name in end)],
+            special_tokens=[(special[name], ids[name]) for name in begin + end],
+        )
+    options: dict[str, Any] = {SPECIAL_IDS[name]: token for name, token in special.items()}
+    length = meta.get(f"{meta.get('general.architecture')}.context_length")
+    if length:
+        options["model_max_length"] = length
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
+    tokenizer.chat_template = meta.get("tokenizer.chat_template")
+    return tokenizer
+
+
+def _byte_level(meta: dict[str, Any], tokens: list[str], rule: _Rule) -> "Tokenizer":
+    """Return BPE over the bytes of a text, each written as a character of GPT-2's alphabet."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.whole_words))
+    if rule.compose:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in rule.patterns),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(meta: dict[str, Any], tokens: list[str], types: list[int], unknown: str) -> "Tokenizer":
+    """Return SentencePiece's BPE: spaces are U+2581, one is put before a text, and unknown characters are bytes.
+
+    The file gives no merges but a score for each token: of all pairs that make a token, the one with the highest score
+    is merged first.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    scores = meta["tokenizer.ggml.scores"]
+    pieces = {t: i for t, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
+    made = sorted(pieces.items(), key=lambda item: (-scores[item[1]], item[1]))
+    halves = ((token[:n], token[n:]) for token, _ in made for n in range(1, len(token)))
+    merges = [pair for pair in halves if pair[0] in pieces and pair[1] in pieces]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    backend.normalizer = normalizers.Sequence(
+        [*([normalizers.Prepend("\u2581")] if prefix else []), normalizers.Replace(" ", "\u2581")]
+    )
+    decoding = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*decoding, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return backend
