@@ -1,12 +1,19 @@
-"""The C files: what they need is in the package, and a changed header is a changed library."""
+"""The C files: what they need is in the package, when they are built anew, and what happens where they cannot be."""
 
+import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import smolseek
 from smolseek import compiled
+from smolseek.generate import native
+from smolseek.generate.engine import Decoder
+from smolseek.model.transformer import new_model
+from smolseek.presets import tiny
 
 ROOT = Path(smolseek.__file__).parent
 
@@ -32,3 +39,92 @@ def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
             pytest.skip("no C compiler")
         assert library.one() == number
     compiled.library.cache_clear()
+
+
+@pytest.fixture
+def one(tmp_path, monkeypatch):
+    """A C file of its own, an empty cache folder, and a function that builds the file as a new process would."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    source = tmp_path / "one.c"
+    source.write_text("#ifdef WRONG\n#error it is wrong\n#endif\nint one(void) { return 1; }\n")
+    if not compiled._compilers():
+        pytest.skip("no C compiler")
+
+    def build():
+        compiled.library.cache_clear()
+        compiled._say.cache_clear()
+        return compiled.library(source)
+
+    yield build
+    compiled.library.cache_clear()
+
+
+def a_compiler(path, line):
+    """Write a program that is called as a C compiler is."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("refused", ["-fopenmp", "-march=native"])
+def test_a_flag_that_the_compiler_refuses_is_left_out(one, tmp_path, monkeypatch, capsys, refused):
+    (real,) = compiled._compilers()[0]
+    line = f'case " $* " in *" {refused} "*) echo "error: unsupported option" >&2; exit 1;; esac\nexec {real} "$@"'
+    monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", line)))
+    assert one().one() == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_compiler_that_fails_is_told_once_in_one_line(one, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", "echo error: no cc1 >&2; echo stop >&2; exit 1")))
+    assert one() is None
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no cc1" in error and "PyTorch's operations" in error
+    assert one() is None and capsys.readouterr().err == ""  # a later start, the same failure
+    monkeypatch.setenv("CC", "false -x")  # with arguments
+    assert one() is None and "false -x fails (exit code 1)" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert one() is None and "no C compiler is found" in capsys.readouterr().err
+
+
+def test_another_compiler_is_tried_where_none_is_named(one, tmp_path, monkeypatch):
+    (real,) = compiled._compilers()[0]
+    a_compiler(tmp_path / "bin" / "cc", "exit 1")
+    a_compiler(tmp_path / "bin" / "gcc", f'exec {real} "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert one().one() == 1
+
+
+def test_a_damaged_library_is_built_again(one, tmp_path):
+    one()
+    (built,) = (tmp_path / "cache").rglob("*.so")
+    whole = built.read_bytes()
+    built.unlink()  # not changed where it lies: this process has it open
+    built.write_bytes(whole[: len(whole) // 2])
+    assert one().one() == 1 and built.read_bytes() != whole[: len(whole) // 2]
+
+
+def test_without_a_place_to_keep_it_it_is_built_all_the_same(one, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    assert one().one() == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "set XDG_CACHE_HOME" in error
+
+
+def test_without_openmp_native_decodes_on_one_thread(monkeypatch, tmp_path):
+    if not compiled._compilers():
+        pytest.skip("no C compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiled, "FLAGS", ("-O1", *compiled.FLAGS[1:3], "-shared", "-fPIC"))
+    model = new_model(replace(tiny(), vocab_size=64, num_hidden_layers=2), seed=1)
+    expected = Decoder(model, 2, 4).step([3, 5])
+    caches = (compiled.library, native.library)
+    for cached in caches:
+        cached.cache_clear()
+    decoder = Decoder(model, 2, 4)
+    assert decoder.native is not None
+    torch.testing.assert_close(decoder.step([3, 5]), expected, rtol=1e-4, atol=1e-5)
+    for cached in caches:
+        cached.cache_clear()

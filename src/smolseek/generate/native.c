@@ -12,11 +12,16 @@
 #include "exponential.h"
 
 #include <math.h>
-#include <omp.h>
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else /* a compiler without it: one thread */
+static int omp_get_thread_num(void) { return 0; }
+static int omp_get_num_threads(void) { return 1; }
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define CHUNK 64 /* cached tokens that one thread attends to at a time */
@@ -100,7 +105,10 @@ static void store(void *w, int64_t i, float value, int64_t bfloat16) {
     }
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    bits += 0x7FFF + ((bits >> 16) & 1); /* to the nearest, ties to even */
+    if (value != value)
+        bits = 0x7FC00000; /* rounding could carry NaN over into another number */
+    else
+        bits += 0x7FFF + ((bits >> 16) & 1); /* to the nearest, ties to even */
     ((uint16_t *)w)[i] = (uint16_t)(bits >> 16);
 }
 
@@ -287,10 +295,20 @@ static void combine(const float *part, int64_t chunks, int64_t stride, int64_t w
     for (int64_t j = 0; j < width; j++) out[j] /= total;
 }
 
-/* The K experts of one token and their weights (DeepSeek-V3, equations 12-16), as Router of model/moe.py. */
+/* The largest of n numbers that was not chosen before, marked in `chosen`. As in torch.topk, NaN is the largest. */
+static int64_t choose(const float *x, int64_t n, float *chosen) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < n; i++)
+        if (!chosen[i] && (best < 0 || x[i] > x[best] || (x[i] != x[i] && x[best] == x[best]))) best = i;
+    chosen[best] = 1;
+    return best;
+}
+
+/* The K experts of one token, no two of them the same, and their weights (DeepSeek-V3, equations 12-16), as Router of
+   model/moe.py. */
 static void route(const Model *m, const Layer *l, const float *x, float *scratch, int64_t *experts, float *weights) {
     int64_t E = m->E, size = E / m->groups;
-    float *scores = scratch, *choice = scratch + E, *group = choice + E, total = 0;
+    float *scores = scratch, *choice = scratch + E, *group = choice + E, *chosen = group + E, total = 0;
     rows(l->router, 0, m->D, m->D, &x, &scores, 1, 0, E);
     for (int64_t e = 0; e < E; e++) {
         scores[e] = 1.0f / (1.0f + expf(-scores[e]));
@@ -298,27 +316,24 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
     }
     if (m->groups > 1) {
         for (int64_t g = 0; g < m->groups; g++) { /* a group counts by its two best experts */
-            float a = -INFINITY, b = -INFINITY;
+            float a = -INFINITY, b = -INFINITY, none = 0;
             for (int64_t e = g * size; e < (g + 1) * size; e++) {
                 if (choice[e] > a)
                     b = a, a = choice[e];
                 else if (choice[e] > b)
                     b = choice[e];
+                if (choice[e] != choice[e]) none = choice[e];
             }
-            group[g] = a + b;
+            group[g] = a + b + none; /* NaN where one of its experts is */
         }
-        for (int64_t n = 0; n < m->top_groups; n++) {
-            int64_t best = 0;
-            for (int64_t g = 1; g < m->groups; g++) best = group[g] > group[best] ? g : best;
-            group[best] = -INFINITY; /* kept */
-        }
+        memset(chosen, 0, m->groups * sizeof *chosen);
+        for (int64_t n = 0; n < m->top_groups; n++) choose(group, m->groups, chosen);
         for (int64_t e = 0; e < E; e++)
-            if (group[e / size] != -INFINITY) choice[e] = -INFINITY;
+            if (!chosen[e / size]) choice[e] = -INFINITY;
     }
+    memset(chosen, 0, E * sizeof *chosen);
     for (int64_t k = 0; k < m->K; k++) {
-        int64_t best = 0;
-        for (int64_t e = 1; e < E; e++) best = choice[e] > choice[best] ? e : best;
-        choice[best] = -INFINITY;
+        int64_t best = choose(choice, E, chosen);
         experts[k] = best;
         weights[k] = scores[best];
         total += scores[best];
@@ -328,7 +343,7 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
 
 /* Where the intermediate results lie. With a NULL base only the size is counted. */
 typedef struct {
-    float *x, *h, *q_a, *q, *k, *query, *part, *head, *heads, *up, *shared, *out, *weights, *scratch;
+    float *x, *h, *q_a, *q, *k, *row, *query, *part, *head, *heads, *up, *shared, *out, *weights, *scratch;
     int64_t *experts, floats;
     Gate *gate;
 } Work;
@@ -344,6 +359,7 @@ static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
     PLACE(q_a, B * m->q_rank * (1 + threads));
     PLACE(q, B * m->H * (m->N + m->R));
     PLACE(k, B * m->cached);
+    PLACE(row, m->cached * threads);
     PLACE(query, B * m->H * ((m->mla ? m->L : 0) + m->R));
     PLACE(part, B * chunks * part_size(m));
     PLACE(head, B * m->H * width);
@@ -352,7 +368,7 @@ static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
     PLACE(shared, B * 2 * m->widest);
     PLACE(out, B * m->K * m->D);
     PLACE(weights, B * m->K * threads);
-    PLACE(scratch, 3 * m->E * threads + B * m->D);
+    PLACE(scratch, 4 * m->E * threads + B * m->D);
     w.experts = (int64_t *)(base + at);
     w.floats = at + 2 * B * m->K * threads;
     return w;
@@ -382,12 +398,12 @@ static void attention(const Model *m, const Layer *l, const Work *w, const int64
         for (int64_t b = 0; b < B; b++)
             normalise(w->q_a + b * m->q_rank, l->q_a_norm, m->latent_eps, m->q_rank, normed + b * m->q_rank);
         product(m, l->q, 0, H * q_size, m->q_rank, normed, w->q, B, me, all);
-    meet(w->gate, all);
+        meet(w->gate, all);
     }
     for (int64_t b = 0; b < B; b++) {
         const float *cos = m->cos + positions[b] * P, *sin = m->sin + positions[b] * P;
         if ((all - 1 - b % all) == me) { /* the new token's row of the cache */
-            float row[m->cached];
+            float *row = w->row + me * m->cached;
             if (m->mla) {
                 const float *k = w->k + b * key;
                 if (l->k_norm)
@@ -431,9 +447,9 @@ static void attention(const Model *m, const Layer *l, const Work *w, const int64
     }
     meet(w->gate, all);
     share(D, me, all, &lo, &hi);
-    product(m, l->o, l->o_bias, D, H * value, w->heads, w->scratch + 3 * m->E * all, B, me, all);
+    product(m, l->o, l->o_bias, D, H * value, w->heads, w->scratch + 4 * m->E * all, B, me, all);
     for (int64_t b = 0; b < B; b++)
-        for (int64_t i = lo; i < hi; i++) w->x[b * D + i] += w->scratch[3 * m->E * all + b * D + i];
+        for (int64_t i = lo; i < hi; i++) w->x[b * D + i] += w->scratch[4 * m->E * all + b * D + i];
     meet(w->gate, all);
 }
 
@@ -445,7 +461,7 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     float *ys[MAX_BATCH], *zs[MAX_BATCH];
     for (int64_t b = 0; b < B; b++) {
         normalise(w->x + b * D, l->post_norm, m->eps, D, h + b * D);
-        if (K) route(m, l, h + b * D, w->scratch + 3 * m->E * me, experts + b * K, weights + b * K);
+        if (K) route(m, l, h + b * D, w->scratch + 4 * m->E * me, experts + b * K, weights + b * K);
     }
     share(F, me, all, &lo, &hi);
     for (int64_t e = 0; e < (K ? m->E : 0); e++) {
@@ -483,7 +499,7 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     for (int64_t i = 0; i < B * K; i++)
         for (int64_t d = lo; d < hi; d++) w->x[i / K * D + d] += weights[i] * w->out[i * D + d];
     if (S) {
-        float *y = w->scratch + 3 * m->E * all;
+        float *y = w->scratch + 4 * m->E * all;
         for (int64_t b = 0; b < B; b++) xs[b] = w->shared + b * 2 * S, ys[b] = y + b * D;
         rows(l->down_shared, kind, S, S, xs, ys, B, lo, hi);
         for (int64_t b = 0; b < B; b++)

@@ -101,7 +101,7 @@ class Native:
 
     def __init__(self, found: ctypes.CDLL, model: CausalLM, cache: Cache) -> None:
         self._step = found.step
-        self._vocab = model.config.vocab_size
+        self._vocab, self._rows, self._capacity = model.config.vocab_size, cache.rows, cache.capacity
         self._alive: list[torch.Tensor] = []
         self._model = self._bind(model, cache)
         self._address = ctypes.addressof(self._model)
@@ -112,6 +112,7 @@ class Native:
     def step(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
         """Run one token (int64) of each row at its position and cache it -> logits [B, V] in float32."""
         B = ids_B.shape[0]
+        assert self._rows >= B and int(positions_B.max()) < self._capacity  # it writes there without a check of its own
         logits = torch.empty(B, self._vocab, dtype=torch.float32)
         pointers = [tensor.data_ptr() for tensor in (ids_B, positions_B, self._work, logits)]
         threads = self._team.choose()

@@ -15,7 +15,6 @@
 #include "registers.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 
 #define WIDE 64  /* columns of a tile */

@@ -1,0 +1,38 @@
+"""What native.c does with numbers that are none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolseek.generate.engine import Decoder
+from smolseek.generate.native import library
+from smolseek.model.transformer import new_model
+from smolseek.presets import tiny
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_row_of_nan_stays_in_its_row_and_in_memory(groups):
+    """Experts that are chosen by NaN are as many and as unlike as any: 200 rows to 3 experts are 600 pairs."""
+    if library() is None:
+        pytest.skip("no C compiler")
+    chosen = {"num_experts_per_tok": 3, "n_group": groups, "topk_group": min(2, groups)}
+    model = new_model(replace(tiny(), vocab_size=64, num_hidden_layers=2, **chosen), seed=1).eval()
+    rows = 200
+    tokens = [5 + n % 7 for n in range(rows)]
+    good = Decoder(model, rows, 4).step(tokens)
+    assert good.isfinite().all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = torch.nan
+    some = [3 if n % 3 == 0 else token for n, token in enumerate(tokens)]
+    decoder = Decoder(model, rows, 4)
+    assert decoder.native is not None
+    mixed = decoder.step(some)
+    spoilt = torch.tensor([token == 3 for token in some])
+    assert mixed[spoilt].isnan().all() and torch.equal(mixed[~spoilt][:, 5:], good[~spoilt][:, 5:])
+    assert Decoder(model, rows, 4).step([3] * rows).isnan().all()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3] = 0.0
+        model.model.layers[1].mlp.gate.weight[2] = torch.nan  # one expert's score alone
+    assert Decoder(model, rows, 4).step(tokens).isnan().all()
+    assert Decoder(model, rows, 4, native=False).step(tokens).isnan().all()
