@@ -120,7 +120,11 @@ def test_debug_adds_the_traceback(run_cli):
     ("raised", "code", "said"),
     [
         (SmolseekError("x 1: use 2"), 2, "error: x 1: use 2\n"),
-        (FileNotFoundError(2, "No such file", "a.txt"), 2, "error: [Errno 2] No such file: 'a.txt'\n"),
+        (
+            FileNotFoundError(2, "No such file", "a.txt"),
+            2,
+            "error: a.txt: No such file: check that path, or give another\n",
+        ),
         (RuntimeError("two\nlines"), 1, "error: RuntimeError: two lines (--debug shows why)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (BrokenPipeError(), 141, ""),

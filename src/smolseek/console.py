@@ -5,23 +5,26 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, TextIO
 
 # When something was last said. The terminal is one for the whole process, and so is this: a bar that is not drawn
 # speaks only after a silence.
 _last_said = time.monotonic()
 
+_LONG = 300
+"""Characters of a word in a message, at most."""
+
 
 def say(line: str = "") -> None:
     """Print a line to stdout at once; above the bar where one is drawn."""
     global _last_said
-    print(f"{line}\n", end="", flush=True)
+    stream(f"{line}\n")
     _last_said = time.monotonic()
 
 
 def complain(line: str) -> None:
     """Print a line to stderr: in one piece, for without buffering another process's line could come before its end."""
-    print(f"{line}\n", end="", file=sys.stderr, flush=True)
+    _print(f"{line}\n", sys.stderr)
 
 
 def warn(line: str) -> None:
@@ -31,7 +34,25 @@ def warn(line: str) -> None:
 
 def stream(piece: str) -> None:
     """Print a piece of text to stdout at once, without a newline."""
-    print(piece, end="", flush=True)
+    _print(piece, sys.stdout)
+
+
+def _print(text: str, file: TextIO) -> None:
+    """Print; a sign that the terminal's encoding does not have becomes a question mark."""
+    try:
+        print(text, end="", file=file, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode(file.encoding, "replace").decode(file.encoding), end="", file=file, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return `text` as one line for a message: what would move the cursor or hide text is escaped, long words are cut.
+
+    Names of files and values of options come from outside, and may hold anything.
+    """
+    words = (word if len(word) <= _LONG else f"{word[: _LONG // 2]}...{word[-_LONG // 2 :]}" for word in text.split())
+    signs = (sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in " ".join(words))
+    return "".join(signs)
 
 
 def alert(line: str) -> None:

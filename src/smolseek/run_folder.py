@@ -97,8 +97,9 @@ class RunFolder:
             values = json.loads(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SmolseekError(f"{self.path} is no run folder: it has no config.json") from None
-        except (OSError, ValueError) as error:
-            raise SmolseekError(f"{self.config} cannot be read ({error}): restore it or delete the run") from None
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SmolseekError(f"{self.config} cannot be read ({reason}): restore it or delete the run") from None
         if not isinstance(values, dict) or "model" not in values or "run" not in values:
             raise SmolseekError(f"{self.config} is no training configuration: choose another --run")
         return from_dict(TrainConfig, values, str(self.config))

@@ -49,6 +49,7 @@ def test_processes_that_do_not_know_their_gpu_are_refused(four_gpus, monkeypatch
 @pytest.mark.parametrize(("local", "lines"), [(0, 1), (1, 0)])
 def test_one_process_of_each_machine_says_what_all_of_it_find_wrong(local, lines, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", str(local))
     assert main(["train", "tiny", "--device", "cuda", "--run", "unused"]) == 2
     assert capsys.readouterr().err.count("no CUDA device is visible") == lines

@@ -1,12 +1,13 @@
 """The command line: one verb a function, heavy imports inside, one line for an error."""
 
 import contextlib
+import io
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from smolseek import __version__, console
+from smolseek import __version__, console, launch
 from smolseek.cli.auditing import audit
 from smolseek.cli.models import compare, convert, evaluate, inspect
 from smolseek.cli.preparing import prepare
@@ -76,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # told of where the text is used
     try:
         run_verb([word for word in words if word != "--debug"])
         sys.stdout.flush()
@@ -96,10 +99,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        ours = not isinstance(error, SmolseekError | OSError)
         common = isinstance(error, SmolseekError) and not isinstance(error, PeerLost)
-        if common and os.environ.get("LOCAL_RANK", "0") != "0":
-            return 2  # of the processes that torchrun starts on a machine the first one speaks
-        what = " ".join(str(error).split())
-        console.complain(f"error: {type(error).__name__}: {what} (--debug shows why)" if ours else f"error: {what}")
+        if common and words[:1] == ["train"] and not launch.speaks():
+            return 2
+        what = _told(error)
+        ours = what is None
+        line = f"{type(error).__name__}: {error} (--debug shows why)" if what is None else what
+        console.complain(f"error: {console.printable(line)}")
         return 1 if ours else 2
+
+
+def _told(error: Exception) -> str | None:
+    """Return an error of the user's, of a disk, or of a memory that is too small, in words; None for one of ours."""
+    if isinstance(error, SmolseekError):
+        return str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+        return "the memory does not suffice: take a smaller model, batch or text, or close other programs"
+    if isinstance(error, OSError):
+        if error.filename is None or error.strerror is None:
+            return str(error) or type(error).__name__
+        return f"{os.fsdecode(error.filename)}: {error.strerror}: check that path, or give another"
+    return None

@@ -89,10 +89,12 @@ def _from_model(init: str) -> "TrainConfig":
     if path.is_file():
         raise SmolseekError(f"--init {init} is a GGUF file: convert it first (smolseek convert {init} FOLDER)")
     own = any((path / name).exists() for name in TOKENIZER_FILES)
+    model = read_config(init)
     return TrainConfig(
-        model=read_config(init),
+        model=model,
         run=f"runs/{path.name}",
         init=init,
+        seq_len=min(TrainConfig.seq_len, model.max_position_embeddings),
         optim=OptimConfig(lr=1e-4),
         tokenizer=str(path) if own else "smollm2",
     )

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from smolseek import console
+from smolseek import console, launch
 from smolseek.config import ModelConfig, TrainConfig
 from smolseek.data.retries import HubAway
 from smolseek.errors import PeerLost, SmolseekError, Stopped
@@ -51,7 +51,7 @@ class Team(Alone):
             PeerLost: if some do not come; every process that did names them.
         """
         self.mesh = mesh
-        self.rank, self.size, self.in_parts = int(os.environ["RANK"]), mesh.size, mesh.in_parts
+        self.rank, self.size, self.in_parts = launch.number("RANK", 0), mesh.size, mesh.in_parts
         self.where: dict[str, Where] = {}
         self._trained: Named = []
         if device.type == "cuda" and not dist.is_nccl_available():

@@ -1,10 +1,10 @@
 """Where a run computes, and in which number format."""
 
-import os
 from contextlib import nullcontext
 
 import torch
 
+from smolseek import launch
 from smolseek.config import TrainConfig
 from smolseek.errors import SmolseekError
 from smolseek.parallel.alone import Alone
@@ -21,17 +21,18 @@ def choose_device(name: str) -> torch.device:
         raise SmolseekError("--device cuda: no CUDA device is visible here: use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if "LOCAL_RANK" not in os.environ:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise SmolseekError("LOCAL_RANK is not set, so all processes would take one GPU: start them with torchrun")
+    if launch.number("WORLD_SIZE", 1) <= 1:
         return torch.device("cuda")
-    local, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    local_rank = launch.number("LOCAL_RANK", -1)
+    if local_rank < 0:
+        raise SmolseekError("LOCAL_RANK is not set, so all processes would take one GPU: start them with torchrun")
+    local, there = max(launch.number("LOCAL_WORLD_SIZE", 1), local_rank + 1), torch.cuda.device_count()
     if local > there:
         raise SmolseekError(
             f"{local} processes on this machine and {there} CUDA device{'s' if there > 1 else ''}: "
             f"use torchrun --nproc-per-node {there}, or --device cpu"
         )
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -42,7 +43,7 @@ def open_team(config: TrainConfig, device: torch.device) -> Alone:
     Raises:
         SmolseekError: for sizes that do not divide, and an optimizer that needs what no process holds.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launch.world_size()
     mesh = choose(config.mesh, config.model, size, config.batch_size)
     if mesh.shard > 1 and config.optim.kind == "muon":
         raise SmolseekError(
@@ -67,7 +68,7 @@ def open_team(config: TrainConfig, device: torch.device) -> Alone:
 
 def is_restarted() -> bool:
     """Return whether torchrun started this process again after one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return launch.number("TORCHELASTIC_RESTART_COUNT", 0) > 0
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
