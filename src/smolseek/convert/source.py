@@ -17,6 +17,7 @@ from smolseek.storage.hf_config import config_from_hf
 from smolseek.storage.hf_folder import config_json, file_views, weight_files
 from smolseek.storage.safetensors_file import FLOAT_TYPES, damage_named
 from smolseek.storage.target import resolve
+from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
 
 class Source(NamedTuple):
@@ -28,29 +29,44 @@ class Source(NamedTuple):
     """Its shape."""
     tensors: "FolderTensors | GgufFile"
     """`tensors[name]` reads the tensor with Hugging Face's name `name`."""
+    tokenizer: Any
+    """Its tokenizer; None for a folder without one."""
 
 
 @contextlib.contextmanager
-def open_source(target: str) -> Iterator[Source]:
+def open_source(target: str, tokenizer: str | None = None) -> Iterator[Source]:
     """Open the Llama `target`: a hub name, a Hugging Face folder, a .gguf file or `smollm2`. Reads no weights yet.
 
+    `tokenizer` names another tokenizer than the model's own.
+
     Raises:
-        SmolseekError: if there is no such model, it is damaged, its architecture is another, or it has parts that a
-            plain Llama has not (biases, norms of queries and keys).
+        SmolseekError: if there is no such model, it is damaged, its architecture is another, it has parts that a
+            plain Llama has not (biases, norms of queries and keys), or the tokenizer cannot be loaded.
     """
     path = resolve(target)
     if path.is_file():
         file = GgufFile(path)
         _plain(file.config, path)
         _fits(file.config, file, path)
-        yield Source(path, file.config, file)
+        yield Source(path, file.config, file, _tokenizer(file.config, path, tokenizer))
         return
     config = config_from_hf(config_json(path), str(path / "config.json"))
     _plain(config, path)
     with contextlib.ExitStack() as stack:
         tensors = FolderTensors(weight_files(path), stack)
         _fits(config, tensors, path)
-        yield Source(path, config, tensors)
+        yield Source(path, config, tensors, _tokenizer(config, path, tokenizer))
+
+
+def _tokenizer(config: ModelConfig, path: Path, name: str | None) -> Any:
+    if name is None:
+        return tokenizer_of(path)
+    tokenizer = load_tokenizer(name)
+    if len(tokenizer) > config.vocab_size:
+        raise SmolseekError(
+            f"--tokenizer {name} has {len(tokenizer):,} tokens and {path} {config.vocab_size:,}: give the model's own"
+        )
+    return tokenizer
 
 
 def _plain(config: ModelConfig, path: Path) -> None:

@@ -273,6 +273,17 @@ class TrainStream:
         return self._known_fingerprint
 
 
+class TooFewTokens(SmolseekError):
+    """Validation text that does not fill one row; it has `held` tokens."""
+
+    def __init__(self, held: int, seq_len: int) -> None:
+        super().__init__(
+            f"the validation documents hold {held:,} tokens and one row takes {seq_len + 1:,}: "
+            "raise --data.val-fraction, give more text or lower --seq-len"
+        )
+        self.held = held
+
+
 def validation_rows(
     documents: Iterable[str],
     encode: Encode,
@@ -301,10 +312,7 @@ def validation_rows(
         pieces += encode_documents(ordered[start : start + CHUNK], encode, eos_id)
         held = sum(map(len, pieces))
     if held < seq_len + 1:
-        raise SmolseekError(
-            f"the validation documents hold {held:,} tokens and one row takes {seq_len + 1:,}: "
-            "raise --data.val-fraction, give more text or lower --seq-len"
-        )
+        raise TooFewTokens(held, seq_len)
     rows = cut_rows(np.concatenate(pieces)[:limit], seq_len)
     return rows, int(bytes_per_token[rows[:, 1:].numpy()].sum())
 

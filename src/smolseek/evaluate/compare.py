@@ -9,19 +9,19 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import validation_rows
+from smolseek.data.stream import TooFewTokens, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.model.summary import count
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.hf_folder import TOKENIZER_FILES, load_model, read_config, resolve, save_folder
-from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
+from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, save_folder
+from smolseek.tokenizer import encoder, token_bytes, tokenizer_of
 
 Engine = Literal["native", "transformers"]
 
@@ -143,7 +143,12 @@ def text_rows(sources: Iterable[str], text_column: str, tokenizer: Any, seq_len:
 
 def _rows(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
     eos_id = tokenizer.eos_token_id or 0
-    rows, _ = validation_rows(documents, encoder(tokenizer), eos_id, seq_len, max_tokens, token_bytes(tokenizer))
+    try:
+        rows, _ = validation_rows(documents, encoder(tokenizer), eos_id, seq_len, max_tokens, token_bytes(tokenizer))
+    except TooFewTokens as error:
+        raise SmolseekError(
+            f"the text holds {error.held:,} tokens and one window takes {seq_len + 1:,}: give more, or lower --seq-len"
+        ) from None
     return rows
 
 
@@ -163,21 +168,21 @@ def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
     Raises:
         SmolseekError: if the converted model is further from the source than its number format explains.
     """
-    loaded = load_model(source)
-    rows = _own_rows(loaded.tokenizer, loaded.config, tokens)
-    before, head = list(hidden_states(loaded.model, rows)), loaded.model.lm_head.weight.detach()
-    converted = load_model(out, dtype="auto")
-    rounded = converted.model.lm_head.weight.dtype == torch.bfloat16
+    original = load_causal_lm(source)
+    rows = _own_rows(tokenizer_of(out), original.config, tokens)
+    before, head = list(hidden_states(original, rows)), original.lm_head.weight.detach()
+    converted = load_causal_lm(out, dtype="auto")
+    rounded = converted.lm_head.weight.dtype == torch.bfloat16
     allowed = 1e-6
     if rounded:
         head = head.clone()
         with torch.no_grad():
-            for parameter in loaded.model.parameters():
+            for parameter in original.parameters():
                 parameter.copy_(parameter.bfloat16())
-        own = compare_states(before, head, hidden_states(loaded.model, rows), loaded.model.lm_head.weight, rows)
+        own = compare_states(before, head, hidden_states(original, rows), original.lm_head.weight, rows)
         allowed = max(allowed, 2 * own.kl)
-    del loaded
-    model = converted.model.float()
+    del original
+    model = converted.float()
     found = compare_states(before, head, hidden_states(model, rows), model.lm_head.weight, rows)
     if not found.kl <= allowed:
         raise SmolseekError(
@@ -194,10 +199,10 @@ def measure_conversion(source: Path, out: Path, rows: torch.Tensor) -> str:
     Raises:
         SmolseekError: if the converted model is broken: not finite, or no better than a guess.
     """
-    loaded = load_model(source)
-    before, head = list(hidden_states(loaded.model, rows)), loaded.model.lm_head.weight.detach()
-    del loaded
-    model = load_model(out).model
+    original = load_causal_lm(source)
+    before, head = list(hidden_states(original, rows)), original.lm_head.weight.detach()
+    del original
+    model = load_causal_lm(out)
     found = compare_states(before, head, hidden_states(model, rows), model.lm_head.weight, rows)
     guess = max(math.log(model.config.vocab_size), found.loss_a) + 1
     if not found.loss_b < guess:
@@ -222,11 +227,39 @@ class Side:
     """Parameters that a token uses."""
 
 
-def open_models(a: str, b: str, engine: Engine, dtype: str) -> tuple[Any, Any, Any]:
-    """Return both models and the tokenizer of the first.
+class Pair(NamedTuple):
+    """Two models that can be compared, before their weights are read."""
+
+    paths: list[Path]
+    """Their folders or .gguf files."""
+    context: int
+    """Tokens that both have positions for."""
+    tokenizer: Any
+    """The first one's, or else the second one's; None where neither has one."""
+
+    def rows(self, sources: Iterable[str], text_column: str, seq_len: int, max_tokens: int) -> torch.Tensor:
+        """Return what `text_rows` does.
+
+        Raises:
+            SmolseekError: as `text_rows`, or for a window that the models have no positions for.
+        """
+        if not 1 <= seq_len <= self.context:
+            raise SmolseekError(
+                f"--seq-len {seq_len:,} is not between 1 and {self.context:,}, the positions that both models have: "
+                "change it"
+            )
+        if max_tokens < seq_len:
+            raise SmolseekError(
+                f"--tokens {max_tokens:,} do not fill a window of {seq_len:,}: raise them, or lower --seq-len"
+            )
+        return text_rows(sources, text_column, self.tokenizer, seq_len, max_tokens)
+
+
+def find_models(a: str, b: str) -> Pair:
+    """Find both models.
 
     Raises:
-        SmolseekError: if one cannot be opened, or they do not have the same vocabulary.
+        SmolseekError: if one cannot be found, or they do not have the same vocabulary.
     """
     paths, configs = [resolve(a), resolve(b)], [read_config(a), read_config(b)]
     if configs[0].vocab_size != configs[1].vocab_size:
@@ -234,17 +267,10 @@ def open_models(a: str, b: str, engine: Engine, dtype: str) -> tuple[Any, Any, A
             f"{a} has {configs[0].vocab_size:,} tokens and {b} {configs[1].vocab_size:,}: "
             "only models with one vocabulary are compared"
         )
-    tokenizers = [_tokenizer(path) for path in paths]
-    if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+    tokenizers = [tokenizer for path in paths if (tokenizer := tokenizer_of(path)) is not None]
+    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise SmolseekError(f"{a} and {b} have different tokenizers: only models with one vocabulary are compared")
-    models = [open_model(path, engine, dtype) for path in paths]
-    return models[0], models[1], next((t for t in tokenizers if t is not None), None)
-
-
-def _tokenizer(path: Path) -> Any:
-    if path.is_dir() and not any((path / name).exists() for name in TOKENIZER_FILES):
-        return None
-    return load_tokenizer(str(path))
+    return Pair(paths, min(config.max_position_embeddings for config in configs), next(iter(tokenizers), None))
 
 
 def open_model(path: Path, engine: Engine, dtype: str) -> Any:
@@ -254,13 +280,13 @@ def open_model(path: Path, engine: Engine, dtype: str) -> Any:
         SmolseekError: if that engine cannot open it.
     """
     if engine == "native":
-        return load_model(path, dtype=dtype).model
+        return load_causal_lm(path, dtype=dtype)
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
         if path.is_file():
             # transformers reads GGUF files only beside another package; the Llama folder has the same weights.
-            save_folder(load_model(path).model, folder)
+            save_folder(load_causal_lm(path), folder)
         try:
             return AutoModelForCausalLM.from_pretrained(
                 folder if path.is_file() else path, dtype=getattr(torch, dtype), trust_remote_code=False

