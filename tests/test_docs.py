@@ -1,0 +1,70 @@
+"""README and docs: commands can be pasted word for word, their options exist, and links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Words before the first option; everything else in a command is an option's value.
+WORDS = {"inspect": 1, "train": 1, "heal": 1, "prepare": 1, "convert": 2, "compare": 2, "eval": 1, "generate": 2}
+WORDS |= {"chat": 1, "audit": 1, "report": 2}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of the commands in the page's blocks of code, as a shell would split them."""
+    fenced, lines = False, []
+    for line in page.read_text(encoding="utf-8").replace("\\\n", "").splitlines():
+        fenced ^= line.startswith("```")
+        if fenced or line.startswith("    "):
+            lines.append(line.strip().removeprefix("$ "))
+    starts = re.compile(r"(smolseek|torchrun|python bench/\S+\.py|python examples/\S+\.py)\s")
+    return [shlex.split(line, comments=True) for line in lines if starts.match(line)]
+
+
+def options(words: list[str]) -> list[str]:
+    return [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
+
+
+@pytest.fixture(scope="module")
+def helped() -> dict[str, str]:
+    return {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_what_the_program_takes(page, helped, run_cli):
+    for words in commands(page):
+        if words[0] == "torchrun":
+            words = words[words.index("--") + 1 :]
+        if words[0] == "python":
+            source = (ROOT / words[1]).read_text(encoding="utf-8")
+            assert [o for o in options(words) if f'"{o}"' not in source] == [], words
+            continue
+        verb, rest = words[1], words[2:]
+        assert verb in WORDS, words
+        before = next((n for n, word in enumerate(rest) if word.startswith("--")), len(rest))
+        assert before <= WORDS[verb], f"{page.name}: more than a command: {' '.join(words)}"
+        if verb not in helped:
+            helped[verb] = run_cli(verb, *(["tiny"] if verb == "train" else []), "--help").out
+        unknown = [o for o in options(rest) if not re.search(rf"{re.escape(o)}\b", helped[verb])]
+        assert unknown == [], f"{page.name}: {' '.join(words)}"
+
+
+def anchors(page: Path) -> set[str]:
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_named_files_are_there(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("http"):
+            file, _, anchor = link.partition("#")
+            target = page.parent / file if file else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+    for file in re.findall(r"\b((?:docs/results|bench|examples)/[\w/]+\.(?:json|py))\b", text):
+        assert (ROOT / file).exists(), file
