@@ -76,3 +76,61 @@ def test_lines_stand_above_the_bar_on_a_terminal():
     assert all(f"line {n} [bold]\r\n" in text for n in (1, 2, 3))
     assert "training" in text and "3/3" in text and "loss 3.5 [x]" in text
     assert text.rindex("line 3") < text.rindex("3/3") < text.rindex("warning: careful")
+
+
+SPEAKER = """
+import sys
+from smolseek import console
+with console.unattended() if sys.argv[1] == "job" else console.contextlib.nullcontext():
+    for n in range(2000):
+        console.say(f"line {n}")
+console.complain("done")
+"""
+
+
+def speak(how, **streams):
+    return subprocess.run(
+        [sys.executable, "-c", f"from smolseek.cli import main\n{SPEAKER}", how],
+        stderr=subprocess.PIPE,
+        text=True,
+        **streams,
+    )
+
+
+def test_a_job_goes_on_when_nobody_reads_it(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = speak("job", stdout=full)
+    assert done.stderr.splitlines()[0].startswith("warning: standard output takes no more lines (No space left")
+    assert done.stderr.splitlines()[1] == "done"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = speak("job", stdout=writer)
+    os.close(writer)
+    assert done.returncode == 0 and done.stderr.count("\n") == 2 and "(Broken pipe)" in done.stderr
+
+
+def test_what_is_written_for_a_reader_ends_without_one():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = speak("text", stdout=writer)
+    os.close(writer)
+    assert "BrokenPipeError" in done.stderr and "done" not in done.stderr
+
+
+def test_streams_that_the_caller_has_closed():
+    code = "import os, sys; from smolseek.cli import main; sys.exit(main(['--version']) or os.fstat(2).st_size)"
+    done = subprocess.run(["sh", "-c", f'exec "$0" -c "{code}" >&- 2>&- <&-', sys.executable])
+    assert done.returncode == 0
+
+
+def test_lines_that_wait_for_a_full_disk_are_counted_and_cut(tmp_path, monkeypatch):
+    file = console.Appended(tmp_path / "lines")
+    file.add("one\n")
+    with monkeypatch.context() as full:
+        full.setattr(console, "open", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")), raising=False)
+        file.add("two\n")
+        file.add("three\n")
+    assert file.size() == 14 and (tmp_path / "lines").read_text() == "one\n"
+    file.cut(8)
+    file.add("four\n")
+    assert (tmp_path / "lines").read_text() == "one\ntwo\nfour\n"

@@ -1,6 +1,7 @@
 """The run folder: one configuration a folder, and metrics that survive a crash."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -45,9 +46,12 @@ def test_another_configuration_is_refused_with_both_values(run):
     before = run.config.read_text()
     for resume in (False, True):
         with pytest.raises(SmolseekError) as caught:
-            run.create(config(run, steps=500, optim=OptimConfig(lr=2e-3)), resume)
-        assert "optim.lr 0.001, not 0.002; steps 300, not 500" in str(caught.value)
+            run.create(config(run, seed=500, optim=OptimConfig(eps=2e-3)), resume)
+        assert "optim.eps 1e-08, not 0.002; seed 0, not 500" in str(caught.value)
         assert "another --run" in str(caught.value) and "\n" not in str(caught.value)
+        assert "delete" not in str(caught.value)
+    with pytest.raises(SmolseekError, match="steps 300, not 500"):  # a new run is not what is there
+        run.create(config(run, steps=500), resume=False)
     assert run.config.read_text() == before
     many = config(run, steps=1, precision="float32", tokenizer="t", seq_len=8, seed=1)
     with pytest.raises(SmolseekError, match="; and 2 more"):
@@ -63,6 +67,11 @@ def test_another_configuration_is_refused_with_both_values(run):
         {"sample_tokens": 1},
         {"batch_size": 2},
         {"keep_last": 2},
+        {"steps": 900},
+        {"precision": "float32"},
+        {"compile": "off"},
+        {"optim": OptimConfig(lr=1e-4)},
+        {"tokenizer": "elsewhere", "init": "moved"},
     ],
 )
 def test_what_moves_no_weight_may_change_on_resume(run, change):
@@ -135,6 +144,27 @@ def test_a_damaged_line_is_named(run):
     run.metrics.write_text('{"step": 10}\nxx\n{"step": 20}\n')
     with pytest.raises(SmolseekError, match="line 2 is damaged"):
         run.read_metrics()
+
+
+def test_a_damaged_line_ends_no_run(run, capsys):
+    run.create(config(run), resume=False)
+    run.metrics.write_text('{"step": 10}\nxx\n{"step": 20}\n')
+    run.cut_back(run.sizes(), 20)
+    assert [r["step"] for r in run.read_metrics()] == [10, 20]
+    assert "metrics.jsonl, line 2 is damaged and left out" in capsys.readouterr().err
+
+
+def test_files_that_cannot_be_shortened_end_no_run(run, monkeypatch, capsys):
+    run.create(config(run), resume=False)
+    run.append_metrics({"step": 10})
+    run.append_samples("text")
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "truncate", refused)
+    run.cut_back({}, 10)
+    assert capsys.readouterr().err.count("it cannot be shortened (Permission denied)") == 2
 
 
 def test_a_run_without_checkpoints_begins_its_metrics_anew(run):

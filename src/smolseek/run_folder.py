@@ -6,40 +6,40 @@ A checkpoint is a model folder with `training_state.safetensors`, `training_stat
 holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes it; judging one needs no model.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from smolseek import console
 from smolseek.config import TrainConfig, flatten, from_dict, to_dict
 from smolseek.errors import SmolseekError
+from smolseek.files import FolderLock
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.safetensors"
 STATE_JSON = "training_state.json"
 
-# Settings that a resumed run may change: the data go on at the next token, whatever their number in a step.
-FREE_ON_RESUME = frozenset(
+# Settings that move no weight: a run that is started again may change them, the data go on at the next token.
+FREE = frozenset(
     {
-        *(
-            "log_every",
-            "eval_every",
-            "save_every",
-            "eval_tokens",
-            "sample_tokens",
-            "sample_every",
-            "track",
-            "device",
-            "run",
-        ),
+        *("log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "sample_every", "track", "run"),
         *("keep_last", "keep_every", "guard.patience", "guard.spike", "data.give_up_after"),
-        *("batch_size", "grad_accum", "grad_checkpointing"),
+        *("device", "batch_size", "grad_accum", "grad_checkpointing"),
         *("mesh.data", "mesh.expert", "mesh.shard", "mesh.timeout"),
     }
 )
+# Settings that a resumed run may change for the steps to come, and says so.
+FREE_ON_RESUME = FREE | {
+    *("steps", "compile", "precision", "optim.lr", "optim.weight_decay", "optim.clip"),
+    *("schedule.kind", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.final_factor"),
+}
+# Names of what a run reads. It may have moved: the checkpoint holds fingerprints of the contents, which decide.
+MOVABLE = frozenset({"data.sources", "data.val_sources", "init", "tokenizer", "distill.teacher"})
 
 
 class RunFolder:
@@ -49,7 +49,11 @@ class RunFolder:
         """Name a run; where many processes share it, all but one leave the writing to that one."""
         self.path, self.writes = Path(path), writes
         # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
-        self._appended = console.Appended(self.metrics, sync=True)
+        self._lock, self._held = FolderLock(path), False
+        self._records = console.Appended(self.metrics, sync=True)
+        self._texts = console.Appended(self.samples)
+        self.unread: list[dict[str, Any]] | None = None
+        """Records since a tracker last took them; None where none follows the run."""
 
     @property
     def config(self) -> Path:
@@ -108,7 +112,7 @@ class RunFolder:
         """Raise SmolseekError if the run cannot be started (or resumed) here; write nothing.
 
         A folder with another configuration is refused, as are checkpoints without `resume` and `resume` without a
-        run. When resuming, the settings of `FREE_ON_RESUME` may differ.
+        run. The settings of `FREE` may differ; when resuming, those of `FREE_ON_RESUME` and `MOVABLE`.
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
@@ -118,19 +122,42 @@ class RunFolder:
             if self.checkpoint_paths():
                 raise SmolseekError(f"{self.path} holds checkpoints but no config.json: choose another --run")
             return
-        old, new = flatten(to_dict(self.read_config())), flatten(to_dict(config))
-        differing = [key for key in sorted(old | new) if key not in FREE_ON_RESUME and old.get(key) != new.get(key)]
+        free = FREE_ON_RESUME | MOVABLE if resume else FREE
+        differing = {key: pair for key, pair in differences(self.read_config(), config).items() if key not in free}
         if differing:
-            shown = "; ".join(f"{key} {_shown(old, key)}, not {_shown(new, key)}" for key in differing[:3])
+            shown = "; ".join(f"{key} {_shown(old)}, not {_shown(new)}" for key, (old, new) in [*differing.items()][:3])
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            way_out = "leave such options out to go on with its own, or choose another --run"
             raise SmolseekError(
-                f"{self.path} holds a run with {shown}{more}: choose another --run, or delete that folder"
+                f"{self.path} holds a run with {shown}{more}: {way_out if resume else 'choose another --run'}"
             )
         if not resume and self.checkpoint_paths():
             raise SmolseekError(
                 f"{self.path} already holds checkpoints of this run (the newest is {self.checkpoint_paths()[0].name}): "
                 "add --resume to go on, or choose another --run"
             )
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it no other process writes the run: at once where there is one, else from `create` on.
+
+        Raises:
+            SmolseekError: if another process does.
+        """
+        self._held = True
+        try:
+            if self.config.exists():
+                self._lock_folder()
+            yield
+        finally:
+            self._held = False
+            self._lock.release()
+
+    def _lock_folder(self) -> None:
+        if self._held and self.writes:
+            self._lock.acquire()
+            if not self._lock.supported:
+                console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
 
     def create(self, config: TrainConfig, resume: bool) -> None:
         """Make the folder and write `config.json` atomically; a new run begins with no metrics, log and samples.
@@ -143,17 +170,27 @@ class RunFolder:
         self.check(config, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock_folder()
+            self.check(config, resume)  # what another process wrote before it gave the lock back
             if self.config.exists() and not resume:
                 # Left by a run of the same configuration that ended before its first checkpoint.
                 self.cut_back({}, -1)
-            write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
+            if not self.config.exists() or to_dict(self.read_config()) != to_dict(config):
+                write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one record to `metrics.jsonl`, visible to readers at once; on a full disk, as soon as it can be."""
         if self.writes:
-            self._appended.add(json.dumps(record) + "\n")
+            self._records.add(json.dumps(record) + "\n")
+            if self.unread is not None:
+                self.unread.append(record)
+
+    def append_samples(self, text: str) -> None:
+        """Add a text to `samples.md`; on a full disk, as soon as it can be."""
+        if self.writes:
+            self._texts.add(text)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return all records; a last line that was cut off by a crash is left out.
@@ -163,43 +200,61 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8", errors="replace").split("\n")
-        records = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise ValueError("no object")
-            except ValueError:
-                if number == len(lines):  # a whole line ends with a newline, so the last piece is empty
-                    break
-                raise SmolseekError(
-                    f"{self.metrics}, line {number} is damaged: delete that line (the others stay as they are)"
-                ) from None
-            records.append(record)
+        records, damaged = _parse(self.metrics.read_text(encoding="utf-8", errors="replace"))
+        if damaged:
+            raise SmolseekError(
+                f"{self.metrics}, line {damaged[0]} is damaged: delete that line (the others stay as they are)"
+            )
         return records
 
     def sizes(self) -> dict[str, int]:
-        """Return the present sizes in bytes of the files that grow, for `cut_back`."""
-        return {p.name: p.stat().st_size for p in (self.metrics, self.log, self.samples) if p.exists()}
+        """Return the present sizes in bytes of the files that grow, for `cut_back`, with what a full disk delays."""
+        log = {self.log.name: self.log.stat().st_size} if self.log.exists() else {}
+        return {self.metrics.name: self._records.size(), self.samples.name: self._texts.size(), **log}
 
     def cut_back(self, sizes: dict[str, int], step: int, keep_log: bool = False) -> None:
         """Drop what was written after a checkpoint, before the run goes on from it; a line cut off by a crash too.
 
         `sizes` are the files' at the checkpoint, which stands after `step` steps; `keep_log` leaves train.log whole.
+        Lines of `metrics.jsonl` that are damaged go as well. What cannot be cut stays, and is said: it ends no run.
         """
         if not self.writes:
             return
-        for path in (self.metrics, self.samples, *(() if keep_log else (self.log,))):
-            if path.exists() and path.stat().st_size > sizes.get(path.name, 0):
-                os.truncate(path, sizes.get(path.name, 0))
-        if self.metrics.exists():  # whose user may have deleted a line, as `read_metrics` asks for
-            kept = [record for record in self.read_metrics() if record.get("step", 0) <= step]
-            text = "".join(json.dumps(record) + "\n" for record in kept)
-            if text != self.metrics.read_text(encoding="utf-8", errors="replace"):
-                write_text(self.metrics, text)
+        for file in (self._records, self._texts, *(() if keep_log else (console.Appended(self.log),))):
+            file.cut(sizes.get(Path(file.path).name, 0))
+        if not self.metrics.exists():
+            return
+        try:
+            text = self.metrics.read_text(encoding="utf-8", errors="replace")
+            records, damaged = _parse(text)
+            for number in damaged:
+                console.warn(f"{self.metrics}, line {number} is damaged and left out")
+            kept = "".join(json.dumps(record) + "\n" for record in records if record.get("step", 0) <= step)
+            if kept != text:
+                write_text(self.metrics, kept)
+        except OSError as error:
+            console.warn(f"{self.metrics} keeps what was undone: it cannot be written ({error.strerror})")
+
+
+def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the records of `metrics.jsonl` and the numbers of damaged lines.
+
+    A last line that a crash cut off is neither.
+    """
+    records, damaged = [], []
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            records.append(record)
+        elif number < len(lines):  # a whole line ends with a newline, so the last piece is empty
+            damaged.append(number)
+    return records, damaged
 
 
 def is_state_file(name: str) -> bool:
@@ -222,8 +277,15 @@ def write_text(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _shown(flat: dict[str, Any], key: str) -> str:
-    text = json.dumps(flat[key]) if key in flat else "unset"
+def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ, by their dotted names: the value in `old` and that in `new`."""
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    pairs = {key: (before.get(key), after.get(key)) for key in sorted(before | after)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _shown(value: Any) -> str:
+    text = "unset" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -1,6 +1,7 @@
 """Bad steps are skipped and named, too many in a row lead back to a checkpoint, and none of it is lost by a kill."""
 
 import builtins
+import contextlib
 import errno
 import json
 import math
@@ -270,6 +271,64 @@ def test_a_spike_is_skipped_only_if_asked_for():
         assert "inf" in str(guard.judge(math.inf, 1.0)) and "norm is nan" in str(guard.judge(1.0, math.nan))
 
 
+def at_step(monkeypatch, step, number):
+    """Have the process send itself a signal in the given step."""
+    real, left = Guard.judge, [step]
+
+    def judge(*words):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+        return real(*words)
+
+    monkeypatch.setattr(Guard, "judge", judge)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"])
+def test_signals_of_batch_systems_and_closed_terminals_save(text, whole, tmp_path, monkeypatch, name):
+    number = getattr(signal, name)
+    run, handler = tmp_path / "run with a space", signal.getsignal(number)
+    monkeypatch.setattr(console, "on_terminal", lambda: True)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, number)
+        patch.setattr(console, "progress", lambda *_: contextlib.nullcontext(console._PlainBar(1, "", 1e9)))
+        with pytest.raises(
+            Stopped, match=f"{name} after step 3.*go on with: smolseek train --run '.*a space' --resume"
+        ) as stopped:
+            loop.train(config(run, text))
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is handler
+    monkeypatch.undo()
+    assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
+
+
+def test_a_closed_terminal_saves_a_run_that_writes_to_a_file_and_it_goes_on(text, whole, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    monkeypatch.setattr(console, "on_terminal", lambda: False)
+    at_step(monkeypatch, 3, signal.SIGHUP)
+    assert weights(loop.train(config(run, text))) == weights(whole)
+    assert (RunFolder(run).checkpoint_path(3) / "manifest.json").exists()
+    assert "SIGHUP: step 3 is saved, and the run goes on" in (run / "train.log").read_text()
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert stop.received is None and stop.save_wanted() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_after_a_batch_systems_signal_the_first_sigterm_waits_for_the_save():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGUSR1
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(text, whole, tmp_path, monkeypatch, number):
     """Also one that comes in an evaluation, which is made up for after the resume."""
@@ -311,7 +370,7 @@ def test_a_second_signal_stops_at_once(capfd, python_answers_interrupts):
         assert stop.received is signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("still here")
-    assert "SIGINT: this step is finished and saved; a second one stops at once" in capfd.readouterr().err
+    assert "SIGINT: this step is finished and saved; a second SIGINT or SIGTERM stops at once" in capfd.readouterr().err
 
 
 def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():

@@ -99,3 +99,52 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
     shown = EventAccumulator(str(run.path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in shown.Scalars("loss")] == [(10, 9.5), (20, 9.0)]
     assert "samples/text_summary" in shown.Tags()["tensors"] and "settings/text_summary" in shown.Tags()["tensors"]
+
+
+class Broken(StandIn):
+    """A tracker whose server goes away."""
+
+    def log(self, figures, step):
+        raise ConnectionError("no route\nto host")
+
+
+def test_one_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
+    run, config = a_run(tmp_path / "mine")
+    with Tracker("wandb", run, config) as tracker:
+        tracker.open(0)
+        for step in (1, 2):
+            run.append_metrics({"step": step, "loss": 3.0})
+            tracker.follow()
+    assert capsys.readouterr().err == (
+        "warning: --track wandb ends here, and the run goes on: ConnectionError: no route to host\n"
+    )
+    assert len(run.read_metrics()) == 2
+
+
+def test_one_that_cannot_begin_ends_no_run(tmp_path, monkeypatch, capsys):
+    module = StandIn("trackio")
+    module.init = lambda **_: {}["no server"]
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    run, config = a_run(tmp_path / "mine")
+    with Tracker("trackio", run, config) as tracker:
+        tracker.open(0)
+        run.append_metrics({"step": 1, "loss": 3.0})
+    assert "--track trackio ends here" in capsys.readouterr().err
+
+
+def test_a_file_that_a_return_has_cut_is_not_read(tmp_path, monkeypatch):
+    """Records of the new beginning may end in the middle of a line of the old file."""
+    module = StandIn("trackio")
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    run, config = a_run(tmp_path / "mine")
+    with Tracker("trackio", run, config) as tracker:
+        tracker.open(0)
+        sizes = run.sizes()
+        run.append_metrics({"step": 1, "loss": 3.0})
+        run.append_metrics({"step": 2, "loss": 2.0})
+        tracker.follow()
+        run.cut_back(sizes, 0)
+        run.append_metrics({"step": 1, "skipped": {"reason": "x" * 200}})
+        run.append_metrics({"step": 1, "loss": 3.5})
+    assert [figures["loss"] for _, figures in module.logged if "loss" in figures] == [3.0, 2.0, 3.5]

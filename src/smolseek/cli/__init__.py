@@ -53,6 +53,9 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "audit": audit,
 }
 
+JOBS = frozenset({"train", "prepare", "convert", "heal", "report", "audit"})
+"""Verbs whose result is in files or in the exit status: they go on when nobody reads what they print."""
+
 
 def run_verb(argv: Sequence[str]) -> None:
     """Carry out a command line."""
@@ -62,7 +65,8 @@ def run_verb(argv: Sequence[str]) -> None:
     elif verb == "--version":
         console.say(f"smolseek {__version__}")
     elif verb in VERBS:
-        VERBS[verb](argv[1:])
+        with console.unattended() if verb in JOBS else contextlib.nullcontext():
+            VERBS[verb](argv[1:])
     else:
         hint = nearest(verb, VERBS) or f": choose one of {', '.join(VERBS)}"
         raise SmolseekError(f"unknown {'option' if verb.startswith('-') else 'verb'} {verb!r}{hint}")
@@ -72,16 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit status.
 
     0 done; 1 a failure of ours; 2 a mistake of the user's, or a disk, a file or another process that fails; 75 the
-    training data is away for now; 130 interrupted (SIGINT); 141 nobody reads the output any more; 143 ended by
-    SIGTERM. A training run that exits with 75, 130 or 143 and says so has saved, and goes on with --resume.
+    training data is away for now; 130 interrupted (SIGINT); 141 nobody reads the output any more; 128 + N ended by
+    signal N (143 for SIGTERM). A training run that exits with 75 or more and says so has saved, and goes on with
+    --resume.
     """
+    console.open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # told of where the text is used
     try:
         run_verb([word for word in words if word != "--debug"])
-        sys.stdout.flush()
         return 0
     except SystemExit as stop:  # tyro's --help
         return int(stop.code or 0)
@@ -92,9 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.complain("interrupted")
         return 130
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends; that must not fail again.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         if debug:
@@ -107,6 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = f"{type(error).__name__}: {error} (--debug shows why)" if what is None else what
         console.complain(f"error: {console.printable(line)}")
         return 1 if ours else 2
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would flush it once more at its end, and exit with a status of its own
+            console.discard_output()
 
 
 def _told(error: Exception) -> str | None:

@@ -1,5 +1,6 @@
 """Making text into tokens once: `smolseek prepare`."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,4 +58,4 @@ def prepare(argv: Sequence[str]) -> None:
         tokenizer_name=args.tokenizer,
     )
     held = preparing.prepare(feed.open_texts(data), target, args.tokens)
-    console.say(f"{args.out} holds {held:,} tokens: smolseek train PRESET --data {args.out}")
+    console.say(f"{args.out} holds {held:,} tokens: smolseek train PRESET --data {shlex.quote(args.out)}")

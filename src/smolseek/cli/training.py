@@ -1,11 +1,13 @@
 """Training a model: `smolseek train` and `smolseek heal`."""
 
 import dataclasses
+import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from smolseek.cli.words import option, parse
 from smolseek.errors import SmolseekError
@@ -35,8 +37,9 @@ def train(argv: Sequence[str]) -> None:
         """
 
         preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help=choices)]
-        resume: bool = False
-        """Go on from the run's newest checkpoint; PRESET may then be left out, for the run's settings."""
+        resume: Literal["no", "yes", "auto"] = "no"
+        """Go on from the run's newest checkpoint; PRESET may then be left out, for the run's settings. `--resume` alone
+        means yes; auto goes on where there is a run and else begins it, so that one command serves for both."""
 
     @dataclass(frozen=True, kw_only=True)
     class TrainHelp(TrainArgs):
@@ -51,15 +54,23 @@ def train(argv: Sequence[str]) -> None:
 
     wants_help = not {"-h", "--help", "--help-model"}.isdisjoint(argv)
     name, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    run, init = option(options, "--run"), option(options, "--init")
-    if init is not None and "--resume" not in options and not wants_help:
+    options = resume_with_value(options)
+    run, init, resume = (option(options, name) for name in ("--run", "--init", "--resume"))
+    # A run that goes on keeps its settings, whatever the preset or the model says that are named beside it.
+    going_on = None
+    if resume in ("yes", "auto") and not wants_help:
+        folder = run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
+        going_on = RunFolder(folder) if folder and RunFolder(folder).config.exists() else None
+    if name is not None and Path(name).name == "config.json":
+        config = RunFolder(Path(name).parent).read_config()
+    elif going_on is not None and name is None:
+        config = dataclasses.replace(going_on.read_config(), run=str(going_on.path))
+    elif init is not None and not wants_help:
         if name is not None:
             raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
         config = _from_model(init)
-    elif name is not None and Path(name).name == "config.json":
-        config = RunFolder(Path(name).parent).read_config()
     elif name is None and not wants_help:
-        if run is None or "--resume" not in options:
+        if run is None or resume != "yes":
             raise SmolseekError(
                 f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, "
                 "or --run RUN --resume to go on"
@@ -70,14 +81,29 @@ def train(argv: Sequence[str]) -> None:
 
     if "--help-model" in options:
         parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
-    values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
     kind = TrainHelp if wants_help else TrainArgs
     aliased = [re.sub(r"^--text[-_]column(?=$|=)", "--data.text-column", word) for word in options]
-    args = parse(kind, "train", [name or "-", *aliased], kind(**values, preset=tyro.MISSING))
-    config = TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+
+    def parsed(config: TrainConfig) -> TrainConfig:
+        values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
+        args = parse(kind, "train", [name or "-", *aliased], kind(**values, preset=tyro.MISSING))
+        return TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+
+    given = parsed(config)
+    if going_on is not None and name is not None:
+        going_on.check(given, resume=True)
+        given = parsed(dataclasses.replace(going_on.read_config(), run=given.run))
     from smolseek.train import loop
 
-    loop.train(config, resume=args.resume)
+    loop.train(given, resume="auto" if resume == "auto" else resume == "yes")
+
+
+def resume_with_value(argv: Sequence[str]) -> list[str]:
+    """Return the words of a command line with the value that `--resume` alone stands for."""
+    words: list[str] = []
+    for word, following in itertools.pairwise([*argv, ""]):
+        words += [word, "yes"] if word == "--resume" and following not in ("no", "yes", "auto") else [word]
+    return words
 
 
 def _from_model(init: str) -> "TrainConfig":
@@ -87,7 +113,9 @@ def _from_model(init: str) -> "TrainConfig":
 
     path = resolve(init)
     if path.is_file():
-        raise SmolseekError(f"--init {init} is a GGUF file: convert it first (smolseek convert {init} FOLDER)")
+        raise SmolseekError(
+            f"--init {init} is a GGUF file: convert it first (smolseek convert {shlex.quote(init)} FOLDER)"
+        )
     own = any((path / name).exists() for name in TOKENIZER_FILES)
     model = read_config(init)
     return TrainConfig(
@@ -137,13 +165,14 @@ class HealArgs:
     """How often KL and loss are told on the way; a checkpoint goes with each."""
     seed: int = 0
     """Seed of the order of the text, and of what the source writes."""
-    resume: bool = False
-    """Go on from the newest checkpoint of RUN."""
+    resume: Literal["no", "yes", "auto"] = "no"
+    """Go on from the newest checkpoint of RUN. `--resume` alone means yes; auto goes on where there is a run and else
+    begins it."""
 
 
 def heal(argv: Sequence[str]) -> None:
     """Carry out `smolseek heal MODEL --teacher SOURCE --tokens N`."""
-    args = parse(HealArgs, "heal", argv)
+    args = parse(HealArgs, "heal", resume_with_value(argv))
     for name in ("tokens", "held_out_tokens", "batch_size", "seq_len", "evaluations"):
         if getattr(args, name) < 1:
             raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} is below 1: use a positive number")
@@ -174,7 +203,8 @@ def heal(argv: Sequence[str]) -> None:
         keep_last=1,
         eval_tokens=max(args.held_out_tokens, args.seq_len),
     )
-    RunFolder(run).check(config, args.resume)
+    resume = args.resume == "yes" or (args.resume == "auto" and RunFolder(run).config.exists())
+    RunFolder(run).check(config, resume)
     if "self" in args.calibration and not own.exists():
         write_own_text(args.teacher, own, min(args.tokens // 2, 65_536), args.seed)
-    loop.train(config, resume=args.resume)
+    loop.train(config, resume=resume)

@@ -17,7 +17,7 @@ import torch
 
 from smolseek.data.ahead import Ahead
 from smolseek.data.retries import Traffic
-from smolseek.data.stream import CHUNK, Texts, cut_rows, encode_documents, is_validation
+from smolseek.data.stream import CHUNK, Texts, cut_rows, encode_documents, is_validation, other_data
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
@@ -208,10 +208,7 @@ class MixedStream:
             SmolseekError: when the data, the seed or the tokenizer are others than when the state was saved.
         """
         if state["fingerprint"] != self._fingerprint:
-            raise SmolseekError(
-                f"the training data is not what the checkpoint saw ({state['fingerprint']} then, {self._fingerprint} "
-                "now): resume with the same --data, or start anew with another --run"
-            )
+            raise other_data(state["fingerprint"], self._fingerprint)
         if state["seed"] != self._seed:
             raise SmolseekError(
                 f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"

@@ -195,10 +195,7 @@ class TrainStream:
         """
         saved, here = state["fingerprint"], self._fingerprint()
         if saved != here:
-            raise SmolseekError(
-                f"the training data is not what the checkpoint saw ({saved} then, {here} now): "
-                "resume with the same --data, or start anew with another --run"
-            )
+            raise other_data(saved, here)
         if state["seed"] != self._seed:
             raise SmolseekError(
                 f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"
@@ -315,6 +312,14 @@ def validation_rows(
         raise TooFewTokens(held, seq_len)
     rows = cut_rows(np.concatenate(pieces)[:limit], seq_len)
     return rows, int(bytes_per_token[rows[:, 1:].numpy()].sum())
+
+
+def other_data(saved: str, here: str) -> SmolseekError:
+    """Return what is said where the data with the fingerprint `here` are not those of the checkpoint, `saved`."""
+    return SmolseekError(
+        f"the training data is not what the checkpoint saw ({saved} then, {here} now): resume with --data naming the "
+        "text as it was, wherever it lies now, or train on this text from the run's weights: --init RUN --run OTHER"
+    )
 
 
 def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[np.ndarray]:

@@ -6,7 +6,6 @@ file's SHA-256. It is written under another name, forced to the disk, and rename
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from smolseek.errors import SmolseekError
+from smolseek.files import sync
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import (
     MANIFEST,
@@ -30,7 +30,7 @@ from smolseek.storage import safetensors_file
 from smolseek.storage.hf_folder import load_weights, save_folder
 from smolseek.storage.pieces import read_state
 
-__all__ = ["discard", "load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
+__all__ = ["discard", "load_progress", "load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
 
 UNFINISHED = ".tmp-"
 """How the name of a checkpoint begins while it is written, or about to be deleted."""
@@ -112,20 +112,20 @@ def load_state(
     Raises:
         SmolseekError: if there is none, as in a model folder that is no checkpoint, or it is damaged.
     """
+    state = load_progress(path)
+    return read_state(Path(path), rows), state
+
+
+def load_progress(path: str | Path) -> dict[str, Any]:
+    """Return the training state of a checkpoint without its tensors.
+
+    Raises:
+        SmolseekError: as `load_state`.
+    """
     path = Path(path)
     if not (path / STATE_JSON).exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: training goes on from checkpoints only")
-    tensors = read_state(path, rows)
     try:
-        return tensors, json.loads((path / STATE_JSON).read_text(encoding="utf-8"))
+        return json.loads((path / STATE_JSON).read_text(encoding="utf-8"))
     except ValueError as error:
         raise SmolseekError(f"{path / STATE_JSON} is damaged ({error}): use an older checkpoint") from None
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder's list of files, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,9 +16,10 @@ import torch
 
 from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
+from smolseek.files import sync
 from smolseek.run_folder import MANIFEST, STATE_JSON, STATE_TENSORS, RunFolder, digest, manifest_text, write_text
 from smolseek.storage import safetensors_file
-from smolseek.storage.checkpoint import UNFINISHED, put_in_place, sync
+from smolseek.storage.checkpoint import UNFINISHED, put_in_place
 from smolseek.storage.hf_folder import write_index, write_rest
 
 _POLL = 0.02

@@ -3,6 +3,7 @@
 Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, R of some rows, D hidden_size, V vocab_size.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,13 @@ class Teacher:
                 f"teacher {path} has {self.model.config.vocab_size:,} tokens and the model {vocab:,}: "
                 "only a model with the same vocabulary can be learned from"
             )
+
+    def fingerprint(self) -> str:
+        """Return a name of the model for checkpoints: of each parameter its name, shape and first values."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, tensor in self.model.named_parameters():
+            found.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
+        return found.hexdigest()
 
     def losses(self, model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0) -> Losses:
         """Return the losses of `rows` [B, T+1]; differentiated is the divergence, on the whole vocabulary."""

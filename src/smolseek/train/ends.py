@@ -1,5 +1,6 @@
 """What a run does before its first step and after its last: audits, samples and its summary."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from smolseek.train.state import Progress
 from smolseek.train.text import Text
 
 
-def is_complete(run: RunFolder) -> bool:
-    """Return whether the run's final audit has been made."""
-    return any(record.get("audit") == "end" for record in run.read_metrics())
+def is_complete(run: RunFolder, step: int) -> bool:
+    """Return whether the final audit of a run of `step` steps has been made."""
+    return any(record.get("audit") == "end" and record["step"] >= step for record in run.read_metrics())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class Ends:
             return self.model
         if 8 * summary.count(config.model).total > metrics.free_memory(self.device):
             self.log.say(
-                f"One process cannot hold the model twice, so it is not looked at here: smolseek audit {config.run}"
+                "One process cannot hold the model twice, so it is not looked at here: "
+                + shlex.join(["smolseek", "audit", config.run])
             )
             return None
         whole = new_model(config.model, config.seed, self.device)

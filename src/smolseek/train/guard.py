@@ -14,6 +14,11 @@ WINDOW = 128
 """Steps that a spike is measured against (OLMo-core's SkipStepOptimizer has the same rule and window)."""
 VAIN_RETURNS = 3
 """Returns to a checkpoint, without the run getting further than ever before, after which it gives up."""
+AT_ONCE = ("SIGINT", "SIGTERM")
+"""Signals that stop a run at once where they come a second time."""
+SAVING = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+"""Further signals that end a run saved: of closed terminals, of batch systems before their time limit, and of a limit
+of processor time."""
 
 
 @dataclasses.dataclass
@@ -92,7 +97,10 @@ class Guard:
 
 
 class StopRequest:
-    """Within it, a first SIGINT or SIGTERM is only noted in `received`; a second one acts as it always does.
+    """Within it, signals that ask a run to end are noted in `received`, and the run saves before it ends.
+
+    A second SIGINT or SIGTERM acts as it always does. A SIGHUP (the terminal is closed) ends only a run whose output is
+    a terminal: another one saves and goes on. Signals that the caller ignores, as `nohup` does, stay ignored.
 
     One of many processes (`alone` false) notes silently and any number of them: torchrun sends one after that of the
     terminal, and kills what stays too long.
@@ -100,23 +108,42 @@ class StopRequest:
 
     def __init__(self, alone: bool = True) -> None:
         self.alone = alone
+        self.on_terminal = console.on_terminal()  # asked for now: of a terminal that is closed nothing is learnt
         self.received: signal.Signals | None = None
+        self._save: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            for name in (*AT_ONCE, *SAVING):
+                number = getattr(signal, name, None)
+                if number is not None and (name in AT_ONCE or signal.getsignal(number) is not signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._note) or signal.SIG_DFL
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._put_back(list(self._before))
+
+    def save_wanted(self) -> signal.Signals | None:
+        """Return the signal that asked for a checkpoint and not for the end, once each time."""
+        wanted, self._save = self._save, None
+        return wanted
+
+    def _put_back(self, numbers: list[signal.Signals]) -> None:
+        for number in numbers:
+            signal.signal(number, self._before.pop(number))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
+        received = signal.Signals(number)
         if not self.alone:
+            self.received = received
             return
-        self.__exit__()
-        console.alert(f"{self.received.name}: this step is finished and saved; a second one stops at once")
+        if received.name == "SIGHUP" and not self.on_terminal:
+            self._save = received
+            return
+        if received.name in AT_ONCE:
+            self._put_back([number for number in self._before if number.name in AT_ONCE])
+        elif self.received is not None:
+            return
+        self.received = self.received or received
+        console.alert(f"{received.name}: this step is finished and saved; a second SIGINT or SIGTERM stops at once")

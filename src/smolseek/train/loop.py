@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import os
+import shlex
 import signal
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,10 +22,10 @@ from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, call_block
 from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
-from smolseek.storage.checkpoint import load_weights, newest_valid
+from smolseek.storage.checkpoint import load_progress, load_weights, newest_valid
 from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
-from smolseek.train import compiling, metrics
+from smolseek.train import compiling, inputs, metrics
 from smolseek.train.balance import Balancer, gamma_share
 from smolseek.train.device import autocast, choose_device, is_restarted, multiplies_bfloat16, open_team
 from smolseek.train.distill import Teacher, attention_only
@@ -35,16 +36,16 @@ from smolseek.train.optim import lr_factor, make_optimizer, numbered
 from smolseek.train.passes import Passes
 from smolseek.train.samples import write_samples
 from smolseek.train.state import TrainState
-from smolseek.train.text import open_text
+from smolseek.train.text import Text, open_text
 from smolseek.train.track import Tracker
 from smolseek.train.validation import evaluate
 
 
-def train(config: TrainConfig, resume: bool = False) -> Path:
+def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
     """Train a model as `config` says and return its last checkpoint.
 
     With `resume` the run continues from its newest valid checkpoint, with the same losses, bit for bit on a CPU, as
-    if it had never stopped.
+    if it had never stopped; `auto` begins it where there is none yet.
 
     Raises:
         SmolseekError: for data, sizes or a run folder that do not fit; nothing has been written then.
@@ -52,17 +53,21 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with open_team(config, device) as team:
-        return _train(config, resume, device, team)
+    with console.unattended(), open_team(config, device) as team:
+        run = RunFolder(Path(config.run), writes=team.lead)
+        with run.held():
+            resumed = resume is True or ((bool(resume) or is_restarted()) and run.config.exists())
+            return _train(run, config, team.tell(lambda: resumed), device, team)
 
 
-def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone) -> Path:
+def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.device, team: Alone) -> Path:
     context = autocast(config.precision, device)
-    run = RunFolder(Path(config.run), writes=team.lead)
-    resume = team.tell(lambda: resume or (is_restarted() and run.config.exists()))
+    begun: TrainConfig | None = None
     if team.lead:
-        begun = run.read_config().data if run.config.exists() else None
-        config = dataclasses.replace(config, data=pin(config.data, begun))
+        if run.config.exists():
+            begun = run.read_config()
+            config = inputs.follow(config, begun) if resume else config
+        config = dataclasses.replace(config, data=pin(config.data, None if begun is None else begun.data))
         run.check(config, resume)
         if config.precision == "bfloat16" and not multiplies_bfloat16(device):
             console.warn(
@@ -71,10 +76,25 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             )
     tracker = Tracker(config.track if team.lead else "none", run, config)
 
+    begun_from = _checkpoint(run, team) if resume else None
+    saved = load_progress(begun_from) if begun_from is not None else {}
+    if begun_from is not None:
+        done = saved["progress"]["step"]
+        if done > config.steps:
+            raise SmolseekError(f"{run.path} has done {done} steps, and --steps is {config.steps}: raise it")
+        if done == config.steps and team.tell(lambda: is_complete(run, done)):
+            console.say(f"The run is complete: {done} of {config.steps} steps are done; a higher --steps goes on")
+            return begun_from
+
     if not config.model.eos_ids:
         raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
     eos_id = config.model.eos_ids[0]
-    text = open_text(config, eos_id) if team.lead else None
+    text: Text | None = None
+    if team.lead:
+        copy = inputs.find(config, begun, begun_from) if resume and begun is not None else None
+        if resume and begun_from is None:
+            console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
+        text = open_text(config, eos_id, copy)
     stream = team.follow(text.stream if text else None)
     val_rows = team.send_rows(text.val_rows if text else None)
     val_bytes = team.tell(lambda: text.val_bytes if text else 0)
@@ -92,14 +112,17 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
     state = TrainState(model, optimizer, balancer, stream, guard, team, numbered(optimizer, trained))
     at = state.at
-    begun_from, file_sizes = _resume(run, state, team) if resume else (None, {})
-    if begun_from is not None and at.step >= config.steps and team.tell(lambda: is_complete(run)):
-        console.say(f"The run is complete: {at.step} of {config.steps} steps are done")
-        return begun_from
-    if config.init is not None and begun_from is None:
+    prints = inputs.fingerprints(text, teacher)
+    if begun_from is not None:
+        state.restore(begun_from, whole=True)
+        if begun is not None:
+            inputs.check(prints, saved, config, begun)
+    elif config.init is not None:
         load_weights(model, resolve(config.init), team.parts(model))
+    # What a run that had ended said after its last checkpoint stays, though it goes on.
+    extended = begun is not None and at.step == begun.steps and is_complete(run, at.step)
     run.create(config, resume)
-    run.cut_back(file_sizes, -1 if begun_from is None else at.step)
+    run.cut_back(run.sizes() if extended else saved.get("files", {}), -1 if begun_from is None else at.step)
     tracker.open(at.step)
     log = console.Log(run.log if team.lead else os.devnull)
     size = summary.count(config.model)
@@ -114,12 +137,14 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
             ends.begin()
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
+    for line in inputs.changes(begun, config, at.step) if resume and begun is not None else ():
+        log.say(line)
     passes = Passes(model, objective, config, context, team)
     compiling.prepare(passes, config, device, team.size)
     if teacher is not None and begun_from is None:
         at.evaluated = -1  # a healing says where it began
 
-    clock, timed, saved = metrics.Clock(), 0, at.step
+    clock, timed, saved_step = metrics.Clock(), 0, at.step
     away: HubAway | None = None
     saver = _saver(run, model, text.tokenizer if text else None, config, team)
     stop = StopRequest(alone=team.size == 1)
@@ -145,17 +170,23 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
                         at.evaluated, at.val_loss = at.step, found["val_loss"]
                         run.append_metrics({"step": at.step, "tokens": at.tokens, **found})
                         log.say(metrics.validation_line({"step": at.step, **found}))
-                due = config.sample_every and at.step % config.sample_every == 0
-                if text and due and at.sampled < at.step and not finished:
+                sampling = config.sample_every and at.step % config.sample_every == 0
+                if text and sampling and at.sampled < at.step and not finished:
                     write_samples(run, at.step, model, text.tokenizer, config.sample_tokens, config.seed, log)
                     at.sampled = at.step
                 tracker.follow()
                 received = team.agree(stop.received)
                 stopping = received is not None or away is not None
-                if stopping or (at.step != saved and (at.step % config.save_every == 0 or finished)):
+                asked = stop.save_wanted()
+                due = asked is not None or finished or at.step % config.save_every == 0
+                if stopping or (at.step != saved_step and due):
                     tensors, rest = state.capture(spent)
-                    saver.save(at.step, tensors, rest | {"files": run.sizes()})
-                    saved = at.step
+                    saver.save(at.step, tensors, rest | {"files": run.sizes(), "inputs": prints})
+                    saved_step = at.step
+                if asked is not None:
+                    log.say(
+                        f"{asked.name}: step {at.step} is saved, and the run goes on, for its output is no terminal"
+                    )
                 for line in saver.news():
                     log.say(f"Training goes on, but {line}")
                     run.append_metrics({"step": at.step, "save_failed": line})
@@ -192,7 +223,7 @@ def _train(config: TrainConfig, resume: bool, device: torch.device, team: Alone)
                     saver.wait()
                     _go_back(config, run, log, state, team)
                     clock.restart()
-                    timed, saved = 0, at.step
+                    timed, saved_step = 0, at.step
                 continue
             if not resting:
                 optimizer.step()
@@ -272,21 +303,17 @@ def _saver(run: RunFolder, model: CausalLM, tokenizer: Any, config: TrainConfig,
     )
 
 
-def _resume(run: RunFolder, state: TrainState, team: Alone) -> tuple[Path | None, dict[str, int]]:
-    """Put everything back to where the newest valid checkpoint stood.
-
-    Returns the checkpoint, None if there is none yet, and the sizes of the run's files at its time. Writes nothing.
-    """
+def _checkpoint(run: RunFolder, team: Alone) -> Path | None:
+    """Return the checkpoint to resume from, the newest valid one; None if there is none yet."""
     path, skipped = _newest(run, team)
     if path is None:
         if skipped:
             reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
             raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
-        console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
-        return None, {}
+        return None
     for bad, reason in skipped:
         console.warn(f"checkpoint {bad.name} is not used: {reason}; using {path.name}")
-    return path, state.restore(path, whole=True)["files"]
+    return path
 
 
 def _newest(run: RunFolder, team: Alone, below: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -307,7 +334,7 @@ def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: H
     else:
         assert away is not None
         why, code = f"{away.what}; stopped", away.code
-    way = f"go on with: smolseek train --run {run.path} --resume"
+    way = f"go on with: {shlex.join(['smolseek', 'train', '--run', str(run.path), '--resume'])}"
     return Stopped(f"{why} after step {step}, which is saved; {way}", code)
 
 
@@ -328,7 +355,7 @@ def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: Train
     if guard.hopeless:
         raise SmolseekError(
             f"{len(guard.in_a_row)} bad steps in a row after step {at.step}, and {guard.vain} returns to a checkpoint "
-            "did not help: start anew with a lower --optim.lr or other --data"
+            "did not help: go on with --resume and a lower --optim.lr, or start anew with other --data"
         )
     step, tokens = at.step, at.tokens
     path, _ = _newest(run, team, below=guard.returned_to if guard.returned_to >= 0 else None)

@@ -30,11 +30,12 @@ def write_samples(
     lines = [f"## Step {step}", "", "Temperature 0.8, top-k 50, top-p 0.95.", ""]
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        if len(ids) >= model.config.max_position_embeddings:
+            ids = ids[-(model.config.max_position_embeddings // 2) :]  # a run must not end for want of context
         written = list(generate(model, ids, sampling, max_tokens, stop_ids=model.config.eos_ids))
         text = tokenizer.decode(written).strip()
         lines += [f"**{prompt}** {text}", ""]
         texts.append((prompt, text))
         log.say(f"> {prompt} ... {' '.join(text.split())}")
-    with run.samples.open("a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    run.append_samples("\n".join(lines) + "\n")
     run.append_metrics({"step": step, "samples": texts})

@@ -1,10 +1,13 @@
 """The text of a run, ready for training: opened by one process, whatever their number."""
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from smolseek import console
 from smolseek.config import TrainConfig
 from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream
@@ -26,14 +29,29 @@ class Text:
     val_bytes: int
     """UTF-8 bytes that their targets stand for."""
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return names of the tokenizer (by what it makes of some text) and of the validation rows, for checkpoints.
 
-def open_text(config: TrainConfig, eos_id: int) -> Text:
+        The training data's own is in the stream's state.
+        """
+        beginnings = [text[:2000] for text in self.corpus.train[:8]]
+        tokens = hashlib.blake2b(repr(self.encode(beginnings)).encode(), digest_size=16)
+        validation = hashlib.blake2b(self.val_rows.numpy().tobytes(), digest_size=16)
+        return {"tokens": tokens.hexdigest(), "validation": validation.hexdigest()}
+
+
+def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = None) -> Text:
     """Open what `config.data` names.
+
+    Args:
+        config: the run's settings.
+        eos_id: token between documents.
+        tokenizer_copy: where else to find the tokenizer of a run that is resumed, if `config.tokenizer` has moved.
 
     Raises:
         SmolseekError: for data that cannot be read or are too few, or a tokenizer larger than the model's vocabulary.
     """
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = _open_tokenizer(config.tokenizer, tokenizer_copy)
     if len(tokenizer) > config.model.vocab_size:
         raise SmolseekError(
             f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size {config.model.vocab_size}: "
@@ -53,3 +71,17 @@ def open_text(config: TrainConfig, eos_id: int) -> Text:
         token_bytes(tokenizer),
     )
     return Text(tokenizer, encode, corpus, stream, rows, size)
+
+
+def _open_tokenizer(name: str, copy: Path | None) -> Any:
+    try:
+        return load_tokenizer(name)
+    except SmolseekError as error:
+        if copy is None:
+            raise
+        try:
+            found = load_tokenizer(str(copy))
+        except SmolseekError:
+            raise error from None
+        console.warn(f"the tokenizer of this run, {name}, is not there any more: using its copy in {copy}")
+        return found

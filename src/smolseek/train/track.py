@@ -1,13 +1,16 @@
-"""A run's figures in TensorBoard, Trackio or Weights & Biases, beside metrics.jsonl, which they are read from.
+"""A run's figures in TensorBoard, Trackio or Weights & Biases, beside metrics.jsonl.
 
 None of the three is needed: what a run says is in its folder. They are extras of the package, imported where they are
-asked for.
+asked for. One that fails later (its server is away, its disk is full) ends no run.
 """
 
+import contextlib
 import importlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
+from smolseek import console
 from smolseek.config import TrainConfig, flatten, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.run_folder import RunFolder
@@ -18,7 +21,7 @@ PROJECT = "smolseek"
 
 
 class Tracker:
-    """Hands the figures of a run on as they appear in its metrics.jsonl; with `kind` none it does nothing."""
+    """Hands on the records of a run that it appends to metrics.jsonl; with `kind` none it does nothing."""
 
     def __init__(self, kind: str, run: RunFolder, config: TrainConfig) -> None:
         """Import what `kind` needs, and write nothing yet.
@@ -29,7 +32,6 @@ class Tracker:
         self.kind, self.run, self.config = kind, run, config
         self._module: Any = None
         self._to: Any = None
-        self._read = 0
         if kind != "none":
             try:
                 self._module = importlib.import_module(_MODULES[kind])
@@ -40,39 +42,44 @@ class Tracker:
                 ) from None
 
     def open(self, step: int) -> None:
-        """Begin after `step` steps: what metrics.jsonl says from now on is handed on."""
+        """Begin after `step` steps: what the run records from now on is handed on."""
         if self._module is None:
             return
-        self._read = self.run.metrics.stat().st_size if self.run.metrics.exists() else 0
+        self.run.unread = []
+        with self._survived():
+            self._to = self._begun(step)
+
+    def follow(self) -> None:
+        """Hand on what the run has recorded since the last call."""
+        records, self.run.unread = self.run.unread or [], None if self._to is None else []
+        with self._survived():
+            for record in records:
+                if self._to is not None and (step := record.get("step")) is not None:
+                    self._hand_on(step, record)
+
+    @contextlib.contextmanager
+    def _survived(self) -> Iterator[None]:
+        """Within it, whatever the tracker raises ends the tracking, in one line, and not the run."""
+        try:
+            yield
+        except Exception as error:
+            self._to = None
+            what = " ".join(str(error).split())[:200]
+            console.warn(f"--track {self.kind} ends here, and the run goes on: {type(error).__name__}: {what}")
+
+    def _begun(self, step: int) -> Any:
         name = self.run.path.name
         settings = flatten(to_dict(self.config))
         if self.kind == "tensorboard":
             # Later steps of a run that was killed after its last checkpoint are hidden.
-            self._to = self._module.SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
+            to = self._module.SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
             if step == 0:
-                self._to.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
-        elif self.kind == "trackio":
-            self._to = self._module.init(project=PROJECT, name=name, config=settings, resume="allow")
-        else:
-            own = {"dir": str(self.run.path), "id": name, "resume": "allow"}
-            self._to = self._module.init(project=PROJECT, name=name, config=settings, **own)
-
-    def follow(self) -> None:
-        """Hand on what was added to metrics.jsonl since the last call."""
-        if self._to is None or not self.run.metrics.exists():
-            return
-        size = self.run.metrics.stat().st_size
-        if size < self._read:  # the run went back to a checkpoint
-            self._read = size
-        with self.run.metrics.open("rb") as file:
-            file.seek(self._read)
-            text = file.read()
-        text = text[: text.rfind(b"\n") + 1]
-        self._read += len(text)
-        for line in text.decode("utf-8").splitlines():
-            record = json.loads(line)
-            if (step := record.get("step")) is not None:
-                self._hand_on(step, record)
+                to.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
+            return to
+        if self.kind == "trackio":
+            return self._module.init(project=PROJECT, name=name, config=settings, resume="allow")
+        own = {"dir": str(self.run.path), "id": name, "resume": "allow"}
+        return self._module.init(project=PROJECT, name=name, config=settings, **own)
 
     def _hand_on(self, step: int, record: dict[str, Any]) -> None:
         figures = {
@@ -93,7 +100,8 @@ class Tracker:
         """Hand on the rest and end."""
         self.follow()
         if self._to is not None:
-            (self._to.close if self.kind == "tensorboard" else self._to.finish)()
+            with self._survived():
+                (self._to.close if self.kind == "tensorboard" else self._to.finish)()
             self._to = None
 
     def __enter__(self) -> "Tracker":

@@ -1,0 +1,244 @@
+"""A run can always go on: what it reads may move, it may get more steps, and one command begins and resumes it."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from smolseek.config import ModelConfig
+from smolseek.model.transformer import new_model
+from smolseek.run_folder import RunFolder
+from smolseek.storage.hf_folder import save_folder
+
+TINY = ["tiny", "--model.num-hidden-layers", "1", "--model.hidden-size", "16", "--model.max-position-embeddings", "32"]
+TINY += ["--model.vocab-size", "300", "--tokenizer", "words"]
+SIZES = ["--seq-len", "16", "--batch-size", "1", "--eval-tokens", "32", "--sample-tokens", "0", "--log-every", "1"]
+SIZES += ["--data.val-fraction", "0.2"]
+WORDS = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No audits, which have tests of their own, and one thread, which is faster for so small a model."""
+    from smolseek.train import ends
+
+    monkeypatch.setattr(ends.audit, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(ends.audit, "audit_model", lambda *_, **__: [])
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Byte-level pairs of some words: quicker to load than SmolLM2's."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([" ".join(WORDS)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tokenizer):
+    """The current folder, with documents of drawn words in a.jsonl and a tokenizer in words."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer.save_pretrained("words")
+    rng = random.Random(0)
+    lines = (json.dumps({"text": " ".join(rng.choices(WORDS, k=40))}) for _ in range(40))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory, tokenizer):
+    shape = ModelConfig(
+        model_type="llama",
+        vocab_size=300,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        eos_token_id=0,
+    )
+    path = tmp_path_factory.mktemp("model") / "llama"
+    save_folder(new_model(shape), path, tokenizer)
+    return path
+
+
+def begin(run_cli, run, *words, model=TINY):
+    found = run_cli("train", *model, "--data", "a.jsonl", "--run", run, *SIZES, *words)
+    assert found.code == 0, found.err
+    return found
+
+
+def final(run):
+    return (RunFolder(run).checkpoint_paths()[0] / "model.safetensors").read_bytes()
+
+
+def interrupted(run, step):
+    """Leave a run as if it had been killed after the checkpoint of `step`."""
+    for path in RunFolder(run).checkpoint_paths():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+def test_the_same_data_elsewhere(run_cli, here):
+    begin(run_cli, "whole", "--steps", "4")
+    begin(run_cli, "run", "--steps", "4", "--save-every", "2")
+    interrupted("run", 2)
+    (here / "b").mkdir()
+    (here / "a.jsonl").rename(here / "b" / "moved text.jsonl")
+
+    code, _, err = run_cli("train", "--run", "run", "--resume")
+    assert code == 2 and "a.jsonl of this run is not there: if it has moved, add --data" in err and err.count("\n") == 1
+
+    (here / "a.jsonl").write_text('{"text": "another"}\n' * 3 + '{"text": "and one more"}\n')
+    before = (here / "run" / "config.json").read_bytes()
+    code, _, err = run_cli("train", "--run", "run", "--resume", "--data.val-fraction", "0.2")
+    assert code == 2 and err.count("\n") == 1 and "delete" not in err
+    shutil.copy(here / "b" / "moved text.jsonl", here / "a.jsonl")
+    with open(here / "a.jsonl", "a") as file:
+        file.write('{"text": "a document that came later"}\n')
+    code, _, err = run_cli("train", "--run", "run", "--resume")
+    assert code == 2 and "not what the checkpoint saw" in err and "--data" in err and "--init RUN" in err
+    assert (here / "run" / "config.json").read_bytes() == before
+
+    code, out, err = run_cli("train", "--run", "run", "--resume", "--data", "b/moved text.jsonl")
+    assert code == 0, err
+    assert "data.sources is now b/moved text.jsonl, and was a.jsonl" in out
+    assert final("run") == final("whole")
+
+
+def test_model_tokenizer_and_run_folder_elsewhere(run_cli, here, llama):
+    shutil.copytree(llama, here / "m")
+    begin(run_cli, "whole", "--init", "m", "--steps", "4", model=[])
+    begin(run_cli, "run", "--init", "m", "--steps", "4", "--save-every", "2", model=[])
+    interrupted("run", 2)
+    (here / "m").rename(here / "m2")
+    (here / "run").rename(here / "new place")
+    code, _, err = run_cli("train", "--run", "new place", "--resume")
+    assert code == 0 and "the tokenizer of this run, m, is not there any more: using its copy" in err
+    assert final("new place") == final("whole")
+
+    # Without a checkpoint the first weights are needed, and may lie elsewhere.
+    interrupted("new place", 0)
+    code, _, err = run_cli("train", "--run", "new place", "--resume")
+    assert code == 2 and "add --init with its new place" in err and err.count("\n") == 1
+    code, out, _ = run_cli("train", "--run", "new place", "--resume", "--init", "m2")
+    assert code == 0 and "init is now m2, and was m" in out
+    assert final("new place") == final("whole")
+
+
+def test_another_tokenizer_is_refused(run_cli, here, llama):
+    shutil.copytree(llama, here / "m")
+    begin(run_cli, "run", "--init", "m", "--steps", "3", "--save-every", "2", model=[])
+    interrupted("run", 2)
+    shutil.copytree(here / "m", here / "other")
+    values = json.loads((here / "other" / "tokenizer.json").read_text())
+    values["model"]["merges"] = values["model"]["merges"][:20]
+    (here / "other" / "tokenizer.json").write_text(json.dumps(values))
+    code, _, err = run_cli("train", "--run", "run", "--resume", "--tokenizer", "other")
+    assert code == 2 and err.count("\n") == 1 and "tokenizer" in err
+    copy = RunFolder("run").checkpoint_path(2)
+    assert run_cli("train", "--run", "run", "--resume", "--tokenizer", copy).code == 0
+
+
+def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
+    (here / "a.jsonl").unlink()
+    rng = random.Random(1)
+    for n in range(40):
+        (here / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=40)))
+    words = ["train", *TINY, "--data", ".", "--run", "runs/a", *SIZES, "--steps", "4", "--save-every", "2"]
+    assert run_cli(*words).code == 0
+    weights = final("runs/a")
+    interrupted("runs/a", 2)
+    assert run_cli("train", "--run", "runs/a", "--resume").code == 0
+    assert final("runs/a") == weights
+
+
+def test_more_steps_for_a_run_that_has_ended(run_cli, here):
+    """With a constant learning rate the longer run is the one that would have been made at once."""
+    constant = ["--schedule.kind", "constant", "--schedule.warmup-steps", "0", "--sample-tokens", "1"]
+    begin(run_cli, "whole", "--steps", "6", "--eval-every", "3", *constant)
+    begin(run_cli, "run", "--steps", "3", *constant)
+    code, out, _ = run_cli("train", "--run", "run", "--resume")
+    assert code == 0 and "The run is complete: 3 of 3 steps are done" in out
+    code, out, err = run_cli("train", "--run", "run", "--resume", "--steps", "6", "--precision", "float32")
+    assert code == 0, err
+    assert "precision float32 (was auto); steps 6 (was 3)" in out
+    assert "follows the schedule (constant) of a run of 6 steps from here on: 1.00e-03 in step 4, after 1.00e-03" in out
+    records = RunFolder("run").read_metrics()
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in records if "samples" in r] == [3, 6]  # what was said at the first end stays
+    assert [r["step"] for r in records if r.get("audit") == "end"] == [3, 6]
+    assert RunFolder("run").read_config().steps == 6
+    code, _, err = run_cli("train", "--run", "run", "--resume", "--steps", "5")
+    assert code == 2 and "has done 6 steps, and --steps is 5" in err
+    assert "The run is complete: 6 of 6" in run_cli("train", "--run", "run", "--resume").out
+
+
+def test_a_decayed_learning_rate_is_said(run_cli, here):
+    begin(run_cli, "run", "--steps", "3")
+    code, out, _ = run_cli("train", "--run", "run", "--resume", "--steps", "6")
+    assert code == 0 and "schedule (cosine) of a run of 6 steps from here on: 3.25e-04 in step 4, after 1.00e-04" in out
+
+
+def test_a_preset_beside_resume_changes_nothing_that_was_not_said(run_cli, here):
+    """Steps and learning rate of the run stay, though the preset has others; another model is refused."""
+    begin(run_cli, "run", "--steps", "4", "--save-every", "2", "--optim.lr", "5e-4")
+    interrupted("run", 2)
+    same = ["--run", "run", "--resume", *SIZES]
+    assert run_cli("train", *TINY, *same).code == 0
+    config = RunFolder("run").read_config()
+    assert config.steps == 4 and config.optim.lr == 5e-4 and config.data.sources == ("a.jsonl",)
+    code, _, err = run_cli("train", "tiny", *same)
+    assert code == 2 and "model.hidden_size 16, not 128" in err and "another --run" in err
+
+
+def test_one_command_begins_and_goes_on(run_cli, here, llama):
+    for model in (TINY, ["--init", str(llama)]):
+        run = f"run{len(model)}"
+        words = ["train", *model, "--data", "a.jsonl", "--run", run, *SIZES, "--steps", "4", "--save-every", "2"]
+        assert run_cli(*words, "--resume", "auto").code == 0
+        weights = final(run)
+        interrupted(run, 2)
+        code, out, _ = run_cli(*words, "--resume=auto")
+        assert code == 0 and f"Resuming {run} from step-000002" in out and final(run) == weights
+        assert "The run is complete" in run_cli(*words, "--resume", "auto").out
+    code, _, err = run_cli("train", "--run", "none", "--resume")
+    assert code == 2 and "none is no run folder" in err
+
+
+def test_a_second_process_is_refused(run_cli, here):
+    words = ["train", *TINY, "--data", "a.jsonl", "--run", "run", *SIZES, "--steps", "100000"]
+    words += ["--save-every", "100000", "--eval-every", "100000"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, "-m", "smolseek", *words], stdout=subprocess.PIPE, env=environment) as first:
+        for line in first.stdout:
+            if line.startswith(b"Step "):
+                break
+        began = time.monotonic()
+        code, _, err = run_cli("train", "--run", "run", "--resume")
+        assert code == 2 and err.count("\n") == 1 and f"process {first.pid} on " in err, began
+        first.stdout.close()  # nobody reads on, and it ends saved all the same
+        first.terminate()
+    assert first.returncode == 143 and len(RunFolder("run").checkpoint_paths()) == 1
+    assert run_cli("train", "--run", "run", "--resume", "--steps", str(steps_done("run"))).code == 0
+
+
+def steps_done(run):
+    return int(RunFolder(run).checkpoint_paths()[0].name.removeprefix("step-"))

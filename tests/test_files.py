@@ -1,0 +1,63 @@
+"""Files that must outlast a crash, and folders that one process at a time may write."""
+
+import errno
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from smolseek import console, files
+from smolseek.errors import SmolseekError
+from smolseek.files import LOCK, FolderLock, sync
+
+HOLDER = """
+import sys, time
+from smolseek.files import FolderLock
+lock = FolderLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_lock(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(SmolseekError) as caught:
+            FolderLock(tmp_path).acquire()
+        assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value) and "\n" not in str(caught.value)
+        holder.send_signal(signal.SIGKILL)  # gone with its process, whatever the file says
+    assert (tmp_path / LOCK).read_text().startswith("process ")
+    with FolderLock(tmp_path) as lock:
+        assert lock.supported
+        with pytest.raises(SmolseekError, match=f"process {os.getpid()} "):
+            FolderLock(tmp_path).acquire()
+    FolderLock(tmp_path).acquire()
+
+
+def test_file_systems_without_locks_or_syncs_are_written_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    assert not lock.supported
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    sync(tmp_path)
+    file = console.Appended(tmp_path / "lines", sync=True)
+    file.add("one\n")
+    assert (tmp_path / "lines").read_text() == "one\n" and file.size() == 4
+
+
+def test_a_broken_disk_is_still_an_error(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(files.os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        sync(tmp_path)
