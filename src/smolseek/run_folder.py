@@ -103,7 +103,10 @@ class RunFolder:
             raise SmolseekError(f"{self.path} is no run folder: it has no config.json") from None
         except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise SmolseekError(f"{self.config} cannot be read ({reason}): restore it or delete the run") from None
+            raise SmolseekError(
+                f"{self.config} cannot be read ({reason}): restore it, or train on from the run's weights: "
+                "--init RUN --run OTHER"
+            ) from None
         if not isinstance(values, dict) or "model" not in values or "run" not in values:
             raise SmolseekError(f"{self.config} is no training configuration: choose another --run")
         return from_dict(TrainConfig, values, str(self.config))

@@ -58,13 +58,16 @@ def train(argv: Sequence[str]) -> None:
     run, init, resume = (option(options, name) for name in ("--run", "--init", "--resume"))
     # A run that goes on keeps its settings, whatever the preset or the model says that are named beside it.
     going_on = None
+    written = Path(name).parent if name is not None and Path(name).name == "config.json" else None
     if resume in ("yes", "auto") and not wants_help:
+        if run is None and written is not None:
+            run, name = str(written), None
         folder = run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
         going_on = RunFolder(folder) if folder and RunFolder(folder).config.exists() else None
-    if name is not None and Path(name).name == "config.json":
-        config = RunFolder(Path(name).parent).read_config()
-    elif going_on is not None and name is None:
+    if going_on is not None and name is None:
         config = dataclasses.replace(going_on.read_config(), run=str(going_on.path))
+    elif written is not None:
+        config = RunFolder(written).read_config()
     elif init is not None and not wants_help:
         if name is not None:
             raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")

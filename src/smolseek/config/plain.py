@@ -45,7 +45,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     built: dict[str, Any] = {}
     for key, value in values.items():
         if key not in names:
-            raise SmolseekError(f"{where}: unknown key {key!r}{nearest(key, names)}")
+            hint = nearest(key, names) or ": delete it, or use the release of smolseek that wrote it"
+            raise SmolseekError(f"{where}: unknown key {key!r}{hint}")
         built[key] = _restore(hints[key], value, f"{where}: {key}")
     try:
         return cls(**built)

@@ -26,8 +26,7 @@ _SKIPPED |= {"site-packages", "dist-packages", "lib-dynload"}
 def read_documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
     """Yield every document of `sources` whole, in an order that depends only on names and contents.
 
-    A source is `builtin`, a file, or a folder, walked in sorted order without its hidden files, .json files and the
-    folders of training runs in it.
+    A source is `builtin`, a file, or a folder, walked in sorted order without its hidden files and .json files.
     Text files are one document each; JSON lines hold theirs under the key `text_column`, parquet files in the column
     of that name. Documents of nothing but white space are passed over, and so are files of a folder that are no text by
     neither name nor content (pictures, archives).
@@ -51,9 +50,6 @@ def read_documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
 def _from_path(path: Path, text_column: str) -> Iterator[str]:
     if path.is_dir():
         for folder, folders, files in os.walk(path):
-            if Path(folder) != path and _is_run(folders, files):
-                folders.clear()
-                continue
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in sorted(files):
                 # A .json file that nobody named is as likely a configuration as lines of documents.
@@ -63,11 +59,6 @@ def _from_path(path: Path, text_column: str) -> Iterator[str]:
         yield from _from_file(path, text_column, named=True)
     else:
         raise SmolseekError(f"data {path} does not exist: give a file or folder that does, or builtin")
-
-
-def _is_run(folders: list[str], files: list[str]) -> bool:
-    """Return whether a folder of these names holds a training run, which may lie among its own data and grows."""
-    return "config.json" in files and ("metrics.jsonl" in files or "checkpoints" in folders)
 
 
 def _from_file(path: Path, text_column: str, named: bool) -> Iterator[str]:

@@ -62,7 +62,7 @@ def save_checkpoint(
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for left_over in run.checkpoints.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left_over)
+            shutil.rmtree(left_over, ignore_errors=True)
         part.mkdir()
         save_folder(model, part, tokenizer)
         safetensors_file.write(part / STATE_TENSORS, [(name, t, t.dtype) for name, t in tensors.items()])

@@ -31,7 +31,7 @@ def prepare(run: RunFolder, step: int) -> str | None:
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for left_over in run.checkpoints.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left_over)
+            shutil.rmtree(left_over, ignore_errors=True)
         _folder(run, step).mkdir()
     except OSError as error:
         return str(error.strerror or error)
