@@ -7,17 +7,24 @@ for piece in model.stream("The structure of DNA"):
     print(piece, end="")
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
+from smolseek.generate import generation_config
 from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Result, Writer
 from smolseek.generate.sampling import Sampling
-from smolseek.storage.hf_folder import LoadedModel, load_model
-from smolseek.tokenizer import TextStream
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.hf_folder import LoadedModel, generation_settings, load_causal_lm, load_model
+from smolseek.tokenizer import TextStream, require_known
 
 Message = Mapping[str, str]
 """`{"role": "user" | "assistant" | "system", "content": text}`."""
@@ -137,18 +144,53 @@ class Model:
     """A model with its tokenizer, for text. `load` gives one.
 
     The options of a strategy are the fields of `smolseek.generate.sampling.Sampling`; `bad_words` and `prefix` may be
-    given as text here. Left out, the temperature is 0.8.
+    given as text here. Left out, they are those of the model's `generation_config.json`, and else the temperature is
+    0.8.
     """
 
-    def __init__(self, loaded: LoadedModel, name: str) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        name: str,
+        strategy: Mapping[str, Any] | None = None,
+        unrounded: Path | None = None,
+    ) -> None:
+        """Take what `load_model` gave.
+
+        Args:
+            loaded: the model.
+            name: what to call it.
+            strategy: fields of `Sampling` that the model itself sets.
+            unrounded: where its weights are in the file's number format, if those of `loaded` were rounded.
+
+        Raises:
+            SmolseekError: for a model without a tokenizer.
+        """
         if loaded.tokenizer is None:
             raise SmolseekError(f"{name} has no tokenizer: put its tokenizer.json into the folder")
         self.model, self.tokenizer, self.config = loaded.model, loaded.tokenizer, loaded.config
-        self.name = name
+        self.name, self.strategy, self._unrounded = name, dict(strategy or {}), unrounded
+
+    @property
+    def number_format(self) -> str:
+        """Number format of the weights that write: "float32", "bfloat16" or "float16"."""
+        return str(self.model.lm_head.weight.dtype).removeprefix("torch.")
 
     def tokens(self, text: str) -> list[int]:
+        """Return the tokens of `text`, with what the tokenizer itself adds: BOS for many models, nothing for SmolLM2.
+
+        Raises:
+            SmolseekError: for a token that the model does not have.
+        """
+        return self._known(list(self.tokenizer(text)["input_ids"]))
+
+    def _encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, nothing added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self._known(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+    def _known(self, ids: list[int]) -> list[int]:
+        require_known(max(ids, default=0), self.tokenizer, self.config.vocab_size)
+        return ids
 
     def stream(
         self,
@@ -221,6 +263,8 @@ class Model:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if n < 1:
             raise SmolseekError(f"n {n} is below 1: ask for at least one continuation")
+        if not texts:
+            return []
         ids = [self._ids(text) for text in texts]
         stops, stop_ids = _strings(stop), self.stop_ids(stop_tokens)
         if beams is not None:
@@ -266,45 +310,60 @@ class Model:
     def score(self, text: str) -> list[tuple[str, float]]:
         """Return each token of `text` with its log-probability (nats) after those before it; the first has none (nan).
 
+        The numbers are those of the model's own number format. Where `load` chose bfloat16 for writing, the first call
+        loads the model a second time.
+
         Raises:
             SmolseekError: for an empty text, or one beyond the context.
         """
-        import torch
-
         ids = self._ids(text)
         context = self.config.max_position_embeddings
         if len(ids) > context:
             raise SmolseekError(f"the text has {len(ids)} tokens, the model's context {context}: shorten the text")
         with torch.inference_mode():
-            ids_1T = torch.tensor([ids], device=self.model.lm_head.weight.device)
-            hidden_TD, values = self.model.hidden(ids_1T).hidden_BTD[0, :-1], []
+            model = self._scoring
+            ids_1T = torch.tensor([ids], device=model.lm_head.weight.device)
+            hidden_TD, values = model.hidden(ids_1T).hidden_BTD[0, :-1], []
             # In pieces: the logits of a long text would take gigabytes.
             for h_XD, next_X in zip(hidden_TD.split(512), ids_1T[0, 1:].split(512), strict=True):
-                logp_XV = self.model.lm_head(h_XD).float().log_softmax(dim=-1)
+                logp_XV = model.lm_head(h_XD).float().log_softmax(dim=-1)
                 values += logp_XV.gather(1, next_X[:, None])[:, 0].tolist()
         return list(zip((self.tokenizer.decode([i]) for i in ids), [math.nan, *values], strict=True))
+
+    @functools.cached_property
+    def _scoring(self) -> CausalLM:
+        return self.model if self._unrounded is None else load_causal_lm(self._unrounded)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> TextWriter:
         """Write the answer to a conversation in the model's own chat template; options as in `stream`.
 
         Raises:
-            SmolseekError: for a model without a chat template, or as `stream`.
+            SmolseekError: for a model without a chat template, messages that it refuses, or as `stream`.
         """
         if not self.tokenizer.chat_template:
             raise SmolseekError(f"{self.name} has no chat template: use generate, or a model made for chatting")
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.stream(text, **options)
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of its author's, which may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            system = any(message.get("role") == "system" for message in messages)
+            way_out = "leave out the system message" if system else "say it in another way, or use generate"
+            raise SmolseekError(
+                f"{self.name}: its chat template refuses these messages ({reason}): {way_out}"
+            ) from error
+        # The template has written BOS itself where the model wants it.
+        return self.stream(self._encode(text), **options)
 
     def sampling(self, **strategy: Any) -> Sampling:
-        """Return the strategy; `bad_words` and `prefix` as text become tokens."""
+        """Return the strategy; `bad_words` and `prefix` as text become tokens. What is left out is the model's own."""
         if bad := strategy.get("bad_words"):
             # A word in the middle of a text begins with a space.
-            found = [self._ids(form) for word in _strings(bad) for form in (word, " " + word.lstrip())]
-            strategy["bad_words"] = tuple(tuple(ids) for ids in found)
+            forms = [form for word in _strings(bad) for form in (word, " " + word.lstrip())]
+            strategy["bad_words"] = tuple(tuple(self._encode(form)) for form in forms)
         if isinstance(strategy.get("prefix"), str):
-            strategy["prefix"] = tuple(self.tokens(strategy["prefix"]))
+            strategy["prefix"] = tuple(self._encode(strategy["prefix"]))
         try:
-            return Sampling(**strategy)
+            return Sampling(**{**self.strategy, **strategy})
         except TypeError as error:
             raise SmolseekError(f"unknown option of a strategy ({error}): see Sampling for their names") from None
 
@@ -336,10 +395,20 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Model:
 
     Args:
         name: the model.
-        dtype: float32, bfloat16 or float16; auto keeps that of the file.
+        dtype: float32, bfloat16 or float16; auto takes the file's, or bfloat16 where the file has float32 and the CPU
+            multiplies bfloat16 (`score` keeps to float32 then).
         device: where it goes, for example "cuda".
 
     Raises:
-        SmolseekError: if there is no such model, it is damaged, or it has no tokenizer.
+        SmolseekError: if there is no such model, it is damaged, it has no tokenizer, or its `generation_config.json`
+            has settings that are not supported.
     """
-    return Model(load_model(name, dtype=dtype, device=device), name)
+    loaded = load_model(name, dtype=dtype, device=device)
+    strategy = generation_config.settings(*generation_settings(loaded.path))
+    weight = loaded.model.lm_head.weight
+    rounds = dtype == "auto" and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    if not (rounds and multiplies_bfloat16(weight.device)):
+        return Model(loaded, name, strategy)
+    for parameter in loaded.model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return Model(loaded, name, strategy, unrounded=loaded.path)

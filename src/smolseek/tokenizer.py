@@ -117,6 +117,8 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
 def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrainedTokenizerFast":
     """Return a copy for a model trained from scratch: `eos_id` is its only special role, and it has no chat template.
 
+    The copy adds nothing to a text, whatever the original adds.
+
     Raises:
         SmolseekError: when the tokenizer has no token `eos_id`, or that token is ordinary text.
     """
@@ -132,14 +134,36 @@ def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrain
     trained = copy.deepcopy(tokenizer)
     trained.eos_token = trained.bos_token = trained.unk_token = trained.pad_token = token
     trained.chat_template = None
+    if tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
+        from tokenizers import processors
+
+        # Some classes rebuild what they add from these two settings when they are loaded.
+        trained.add_bos_token = trained.add_eos_token = False
+        trained.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return trained
+
+
+def begin_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """Return the tokens that the tokenizer puts before a text: BOS for many models, none for SmolLM2."""
+    found = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    return found.ids[: found.special_tokens_mask.index(0)]
+
+
+def require_known(largest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
+    """Raise SmolseekError, which names the token, if the `largest` id of a text is beyond a model's `vocab_size`."""
+    if largest >= vocab_size:
+        raise SmolseekError(
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest} of the tokenizer, "
+            f"and the model knows {vocab_size:,}: take it out of the text, or use the model's own tokenizer"
+        )
 
 
 def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
     """Return a function from texts to token ids, for text that is data rather than a prompt.
 
-    Nothing is added, cut or padded, and a control token written out in the text ("<|im_end|>") is spelt with ordinary
-    tokens: a document cannot end itself. It runs on all cores.
+    A text begins with what the tokenizer puts before it (`begin_ids`). Nothing is added behind it, nothing is cut or
+    padded, and a control token written out in the text ("<|im_end|>") is spelt with ordinary tokens: a document cannot
+    end itself. It runs on all cores.
 
     A long text is encoded in pieces, which gives the same ids with a fraction of the memory: it is cut only where the
     tokenizer itself cuts (`_cuts`). Its ids come as an array, which takes a tenth of a list's memory.
@@ -159,6 +183,7 @@ def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
     def cuts(text: str, place: int) -> bool:
         return _cuts(backend, encode_pieces, text, place)
 
+    begin = begin_ids(tokenizer)
     can_cut = cuts("The river\nruns", 9) or cuts("The river runs", 9)
 
     def encode(texts: list[str]) -> list[Sequence[int]]:
@@ -171,7 +196,7 @@ def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
         for group in _groups(pieces):
             for (number, _), ids in zip(group, encode_pieces([piece for _, piece in group]), strict=True):
                 if number == len(encoded):
-                    encoded.append(ids)
+                    encoded.append(begin + ids)
                 else:  # a further piece of the text before
                     if isinstance(encoded[-1], list):
                         encoded[-1] = array("I", encoded[-1])
@@ -234,15 +259,24 @@ def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 
 
 def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
-    """Return a function from the token ids of a text to that text, special tokens included."""
-    backend = tokenizer.backend_tokenizer
-    return lambda ids: backend.decode(ids, skip_special_tokens=False)
+    """Return a function that takes the ids of `encoder` back to the text; special tokens in the text are included."""
+    backend, begin = tokenizer.backend_tokenizer, begin_ids(tokenizer)
+
+    def decode(ids: list[int]) -> str:
+        start = len(begin) if ids[: len(begin)] == begin else 0
+        return backend.decode(ids[start:], skip_special_tokens=False)
+
+    return decode
 
 
 def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return a name of the vocabulary: which token has which id. It is the same for a GGUF file and its original."""
+    """Return a name of what `encoder` makes of a text: which token has which id, and what a text begins with.
+
+    It is the same for a GGUF file and its original.
+    """
     tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
-    return hashlib.blake2b(repr(tokens).encode("utf-8"), digest_size=16).hexdigest()
+    begin = begin_ids(tokenizer)
+    return hashlib.blake2b(repr((tokens, begin) if begin else tokens).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":

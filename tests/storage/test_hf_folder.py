@@ -233,13 +233,19 @@ def test_misfits_are_named(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_head_that_contradicts_the_tie_is_refused(tmp_path):
+def test_a_head_that_contradicts_the_tie_is_taken(tmp_path):
     save_folder(random_model(LLAMA), tmp_path)
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    load_model(tmp_path)
+    assert load_model(tmp_path).config.tie_word_embeddings
     rewrite(tmp_path, lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(SmolseekError, match=r"lm_head\.weight differs"):
-        load_model(tmp_path)
+    ours, theirs = load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert not ours.config.tie_word_embeddings and read_config(tmp_path) == ours.config
+    assert (logits(theirs) - logits(ours.model)).abs().max() <= 2e-5
+    with pytest.raises(SmolseekError, match=r"lm_head\.weight differs"):  # a model that is told to be tied
+        load_weights(new_model(LLAMA), tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
+    ours, theirs = load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert ours.config.tie_word_embeddings and (logits(theirs) - logits(ours.model)).abs().max() <= 2e-5
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5_000, -1])

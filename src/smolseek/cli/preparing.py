@@ -27,6 +27,9 @@ class PrepareArgs:
     """`smollm2`, a hub name, a folder or a .gguf file."""
     eos_id: int = 0
     """Token that ends each document: the model's eos_token_id."""
+    init: str | None = None
+    """Model that the training goes on from (train --init): its tokenizer and its end token are taken, and a document
+    begins with BOS where its tokenizer writes that."""
     text_column: str = "text"
     """Column (parquet) or key (JSONL) that holds the text."""
     give_up_after: float = 1800.0
@@ -43,8 +46,12 @@ def prepare(argv: Sequence[str]) -> None:
     from smolseek.data.shards import prepared_names
     from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    for_training(tokenizer, args.eos_id)  # refuses an end token that is none
+    if args.init is None:
+        name, eos_id = args.tokenizer, args.eos_id
+        tokenizer = for_training(load_tokenizer(name), eos_id)
+    else:
+        name, eos_id = _text_of(args.init, args)
+        tokenizer = load_tokenizer(name)
     data = DataConfig(sources=args.data, text_column=args.text_column, give_up_after=args.give_up_after)
     begun = prepared_names(args.out)
     data = feed.pin(data, DataConfig(sources=begun) if begun else None)
@@ -52,10 +59,26 @@ def prepare(argv: Sequence[str]) -> None:
         path=Path(args.out),
         encode=encoder(tokenizer),
         decode=decoder(tokenizer),
-        eos_id=args.eos_id,
+        eos_id=eos_id,
         vocab=len(tokenizer),
         tokenizer=vocabulary_digest(tokenizer),
-        tokenizer_name=args.tokenizer,
+        tokenizer_name=name,
     )
     held = preparing.prepare(feed.open_texts(data), target, args.tokens)
     console.say(f"{args.out} holds {held:,} tokens: smolseek train PRESET --data {shlex.quote(args.out)}")
+
+
+def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
+    """Return the tokenizer's name and the end token of the model `init`.
+
+    Raises:
+        SmolseekError: if there is no such model, it has no tokenizer or no end token, or one is given beside it.
+    """
+    from smolseek.storage.hf_folder import read_config, resolve
+
+    if (args.tokenizer, args.eos_id) != (PrepareArgs.tokenizer, PrepareArgs.eos_id):
+        raise SmolseekError(f"--init {init} has a tokenizer and an end token: leave out --tokenizer and --eos-id")
+    ends = read_config(init).eos_ids
+    if not ends:
+        raise SmolseekError(f"--init {init} has no end token: set eos_token_id in its generation_config.json")
+    return str(resolve(init)), ends[0]

@@ -71,7 +71,7 @@ def train(argv: Sequence[str]) -> None:
     elif init is not None and not wants_help:
         if name is not None:
             raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
-        config = _from_model(init)
+        config = _from_model(init, option(options, "--tokenizer"))
     elif name is None and not wants_help:
         if run is None or resume != "yes":
             raise SmolseekError(
@@ -109,17 +109,19 @@ def resume_with_value(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _from_model(init: str) -> "TrainConfig":
-    """Return the settings of a training that goes on from the model `init`."""
+def _from_model(init: str, tokenizer: str | None = None) -> "TrainConfig":
+    """Return the settings of a training that goes on from the model `init`, with its own tokenizer or another."""
     from smolseek.config import OptimConfig, TrainConfig
-    from smolseek.storage.hf_folder import TOKENIZER_FILES, read_config, resolve
+    from smolseek.storage.hf_folder import read_config, resolve
+    from smolseek.tokenizer import has_tokenizer
 
     path = resolve(init)
     if path.is_file():
         raise SmolseekError(
             f"--init {init} is a GGUF file: convert it first (smolseek convert {shlex.quote(init)} FOLDER)"
         )
-    own = any((path / name).exists() for name in TOKENIZER_FILES)
+    if tokenizer is None and not has_tokenizer(path):
+        raise SmolseekError(f"{init} has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer")
     model = read_config(init)
     return TrainConfig(
         model=model,
@@ -127,7 +129,7 @@ def _from_model(init: str) -> "TrainConfig":
         init=init,
         seq_len=min(TrainConfig.seq_len, model.max_position_embeddings),
         optim=OptimConfig(lr=1e-4),
-        tokenizer=str(path) if own else "smollm2",
+        tokenizer=tokenizer or str(path),
     )
 
 

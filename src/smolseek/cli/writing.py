@@ -4,12 +4,15 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from smolseek import console
-from smolseek.cli.words import parse
+from smolseek.cli.words import option, parse
 from smolseek.errors import SmolseekError
 from smolseek.generate.strategy import Strategy
+
+if TYPE_CHECKING:
+    from smolseek.api import Model
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,9 @@ class GenerateArgs(Strategy):
     json: bool = False
     """Print a line of JSON for each continuation: text, tokens, log-probabilities, why it ended, times."""
     stats: bool = False
-    """Print tokens per second and the size of the cache."""
+    """Print tokens per second, the number format and the size of the cache."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto keeps the file's."""
+    """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +68,14 @@ class ChatArgs(Strategy):
     top_p: float | None = 0.95
     """Keep the fewest likeliest tokens that make up this probability (1904.09751)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto keeps the file's."""
+    """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
 
 
-def _strategy(args: Strategy) -> dict[str, Any]:
-    """Return the fields of `Strategy` of a verb's arguments."""
-    return {field.name: getattr(args, field.name) for field in fields(Strategy)}
+def _strategy(args: Strategy, argv: Sequence[str], model: "Model") -> dict[str, Any]:
+    """Return the strategy that `argv` gives; the verb's defaults stand for what neither it nor the model says."""
+    spelt = {f.name: (f"--{f.name}", f"--{f.name.replace('_', '-')}") for f in fields(Strategy)}
+    given = {name for name, options in spelt.items() if any(option(argv, word) is not None for word in options)}
+    return {f.name: getattr(args, f.name) for f in fields(Strategy) if f.name in given or f.name not in model.strategy}
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -79,15 +84,14 @@ def generate(argv: Sequence[str]) -> None:
     prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise SmolseekError("the prompt is empty: give some text, or - to read it from stdin")
-    options = _strategy(args) | ({"temperature": 0.0} if args.greedy else {})
-    names = ("max_tokens", "bad_words", "prefix", "stop", "stop_tokens", "max_time")
-    options |= {name: getattr(args, name) for name in names}
-
     import torch
 
     from smolseek.api import Continuation, load
 
     model = load(args.model, dtype=args.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    options = _strategy(args, argv, model) | ({"temperature": 0.0} if args.greedy else {})
+    options |= {name: getattr(args, name) for name in ("max_tokens", "prefix", "stop", "stop_tokens", "max_time")}
+    options |= {"bad_words": args.bad_words} if args.bad_words else {}
     if args.n == 1 and args.beams is None and not args.json:
         writer = model.stream(prompt, **options)
         console.stream(prompt)
@@ -104,10 +108,10 @@ def generate(argv: Sequence[str]) -> None:
             else:
                 console.say((f"--- {number}\n" if len(found) > 1 else "") + prompt + one.text)
     if args.stats:
-        _say_stats([one.result for one in found])
+        _say_stats([one.result for one in found], model.number_format)
 
 
-def _say_stats(results: Sequence[Any]) -> None:
+def _say_stats(results: Sequence[Any], number_format: str) -> None:
     """Say on stderr how fast a call was; the prompt was read once, and its time is in every result."""
     first, written = results[0], sum(len(result.tokens) for result in results)
     seconds = max(result.decode_seconds for result in results)
@@ -115,7 +119,7 @@ def _say_stats(results: Sequence[Any]) -> None:
     console.complain(
         f"prompt {first.prompt_tokens} tokens, {first.prompt_tokens / max(first.prompt_seconds, 1e-9):,.1f} tokens/s; "
         f"written {written} tokens, {written / max(seconds, 1e-9):,.1f} tokens/s; "
-        f"cache {first.cache_bytes:,} bytes; ended by {', '.join(reasons)}"
+        f"{number_format}; cache {first.cache_bytes:,} bytes; ended by {', '.join(reasons)}"
     )
 
 
@@ -128,4 +132,4 @@ def chat(argv: Sequence[str]) -> None:
     from smolseek.chat import Chat, talk
 
     model = load(args.model, dtype=args.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
-    talk(Chat(model, _strategy(args), args.max_tokens, args.system))
+    talk(Chat(model, _strategy(args, argv, model), args.max_tokens, args.system))

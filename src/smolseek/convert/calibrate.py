@@ -21,7 +21,7 @@ from smolseek.generate.sampling import Sampling
 from smolseek.model.rope import rotate
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config
-from smolseek.tokenizer import encoder, token_bytes, tokenizer_of
+from smolseek.tokenizer import begin_ids, encoder, require_known, token_bytes, tokenizer_of
 
 _HELD_OUT = 0.1
 _WINDOW = 512
@@ -102,8 +102,8 @@ def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:
 def calibration_rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None) -> torch.Tensor:
     """Return windows [N, T+1] of text for the model at `path`, which `tokenizer` reads, the model's own where None.
 
-    `calibration` is `builtin`, `self` (the model writes it, sampling at temperature 1 from an end token on), or a file
-    or folder. A tenth of the documents is left for `held_out_rows`.
+    `calibration` is `builtin`, `self` (the model writes it, sampling at temperature 1 from BOS or an end token on), or
+    a file or folder. A tenth of the documents is left for `held_out_rows`.
 
     Raises:
         SmolseekError: if the model has no tokenizer, or the text is too short.
@@ -118,8 +118,9 @@ def held_out_rows(path: Path, calibration: str, tokens: int, seed: int, tokenize
 
 def _rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any, *, held_out: bool) -> torch.Tensor:
     if calibration == "self":
-        return _written(path, tokens, seed)
-    tokenizer, length = tokenizer or tokenizer_of(path), _length(read_config(path).max_position_embeddings, tokens)
+        return _written(path, tokens, seed, tokenizer or tokenizer_of(path))
+    tokenizer, config = tokenizer or tokenizer_of(path), read_config(path)
+    length = _length(config.max_position_embeddings, tokens)
     if tokenizer is None:
         raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
     documents = [t for t in read_documents([calibration], "text") if is_validation(t, _HELD_OUT) == held_out]
@@ -133,22 +134,26 @@ def _rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any, 
             f"calibration {calibration} is too short: {part} not fill one window of {length:,} tokens: "
             "give more documents, or use builtin"
         ) from None
+    require_known(int(rows.max()), tokenizer, config.vocab_size)
     return rows
 
 
-def _written(path: Path, tokens: int, seed: int) -> torch.Tensor:
-    """Return windows that the model at `path` writes itself, each from an end token on."""
+def _written(path: Path, tokens: int, seed: int, tokenizer: Any) -> torch.Tensor:
+    """Return windows that the model at `path` writes itself, each from the token on that begins a text: BOS where the
+    tokenizer writes one, else an end token.
+    """
     model = load_causal_lm(path)
-    length, start = _length(model.config.max_position_embeddings, tokens), (model.config.eos_ids or (0,))[0]
-    prompts = [[start]] * max(tokens // length, 1)
+    length = _length(model.config.max_position_embeddings, tokens)
+    start = (begin_ids(tokenizer) if tokenizer else []) or [*model.config.eos_ids, 0][:1]
+    prompts = [start] * max(tokens // length, 1)
     console.say(f"The source writes {len(prompts) * length:,} tokens to calibrate with")
     # A seed a row, or all rows would say the same.
     sampling = [Sampling(temperature=1.0, seed=seed * 100_003 + row) for row in range(len(prompts))]
     rows: list[list[int]] = []
     with console.progress(len(prompts), "writing") as bar:
         for lot in range(0, len(prompts), _LOT):
-            writer = Writer(model, prompts[lot : lot + _LOT], sampling[lot : lot + _LOT], length)
-            rows += [[start, *result.tokens] for result in writer.finish()]
+            writer = Writer(model, prompts[lot : lot + _LOT], sampling[lot : lot + _LOT], length + 1 - len(start))
+            rows += [[*start, *result.tokens] for result in writer.finish()]
             bar.update(len(rows))
     return torch.tensor(rows)
 

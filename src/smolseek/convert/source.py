@@ -13,8 +13,7 @@ from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.gguf_file import GgufFile
-from smolseek.storage.hf_config import config_from_hf
-from smolseek.storage.hf_folder import config_json, file_views, weight_files
+from smolseek.storage.hf_folder import file_views, folder_config, weight_files
 from smolseek.storage.safetensors_file import FLOAT_TYPES, damage_named
 from smolseek.storage.target import resolve
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
@@ -50,7 +49,7 @@ def open_source(target: str, tokenizer: str | None = None) -> Iterator[Source]:
         _fits(file.config, file, path)
         yield Source(path, file.config, file, _tokenizer(file.config, path, tokenizer))
         return
-    config = config_from_hf(config_json(path), str(path / "config.json"))
+    config = folder_config(path)
     _plain(config, path)
     with contextlib.ExitStack() as stack:
         tensors = FolderTensors(weight_files(path), stack)

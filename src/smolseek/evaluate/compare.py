@@ -21,7 +21,7 @@ from smolseek.errors import SmolseekError
 from smolseek.model.summary import count
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, save_folder
-from smolseek.tokenizer import encoder, token_bytes, tokenizer_of
+from smolseek.tokenizer import encoder, require_known, token_bytes, tokenizer_of
 
 Engine = Literal["native", "transformers"]
 
@@ -157,7 +157,10 @@ def _own_rows(tokenizer: Any, config: ModelConfig, tokens: int) -> torch.Tensor:
     length = min(tokens, config.max_position_embeddings - 1)
     if tokenizer is None:
         return torch.randint(config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
-    return _rows(itertools.islice(read_documents(["builtin"], "text"), 40), tokenizer, length, length)
+    documents = itertools.islice(read_documents(["builtin"], "text"), 40)
+    rows = _rows(documents, tokenizer, length, length)
+    require_known(int(rows.max()), tokenizer, config.vocab_size)
+    return rows
 
 
 def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
@@ -234,6 +237,8 @@ class Pair(NamedTuple):
     """Their folders or .gguf files."""
     context: int
     """Tokens that both have positions for."""
+    vocab_size: int
+    """Tokens that both know."""
     tokenizer: Any
     """The first one's, or else the second one's; None where neither has one."""
 
@@ -241,7 +246,8 @@ class Pair(NamedTuple):
         """Return what `text_rows` does.
 
         Raises:
-            SmolseekError: as `text_rows`, or for a window that the models have no positions for.
+            SmolseekError: as `text_rows`, for a window that the models have no positions for, or for a token that
+                they do not have.
         """
         if not 1 <= seq_len <= self.context:
             raise SmolseekError(
@@ -252,7 +258,9 @@ class Pair(NamedTuple):
             raise SmolseekError(
                 f"--tokens {max_tokens:,} do not fill a window of {seq_len:,}: raise them, or lower --seq-len"
             )
-        return text_rows(sources, text_column, self.tokenizer, seq_len, max_tokens)
+        rows = text_rows(sources, text_column, self.tokenizer, seq_len, max_tokens)
+        require_known(int(rows.max()), self.tokenizer, self.vocab_size)
+        return rows
 
 
 def find_models(a: str, b: str) -> Pair:
@@ -270,7 +278,8 @@ def find_models(a: str, b: str) -> Pair:
     tokenizers = [tokenizer for path in paths if (tokenizer := tokenizer_of(path)) is not None]
     if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise SmolseekError(f"{a} and {b} have different tokenizers: only models with one vocabulary are compared")
-    return Pair(paths, min(config.max_position_embeddings for config in configs), next(iter(tokenizers), None))
+    context = min(config.max_position_embeddings for config in configs)
+    return Pair(paths, context, configs[0].vocab_size, next(iter(tokenizers), None))
 
 
 def open_model(path: Path, engine: Engine, dtype: str) -> Any:

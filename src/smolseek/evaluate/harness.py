@@ -20,6 +20,7 @@ from smolseek.errors import SmolseekError, nearest
 from smolseek.generate.engine import Writer
 from smolseek.generate.sampling import Sampling
 from smolseek.storage.hf_folder import LoadedModel, load_model
+from smolseek.tokenizer import require_known
 
 _Request = tuple[Any, list[int], list[int]]
 """The texts or None, the tokens of the context, those of the continuation."""
@@ -35,19 +36,18 @@ class NativeLM(TemplateLM):
             raise SmolseekError(f"{loaded.path} has no tokenizer to read the tasks with: put its tokenizer.json there")
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.max_length, self.batch_size = loaded.config.max_position_embeddings, batch_size
-        ids = (loaded.tokenizer.eos_token_id, *loaded.config.eos_ids)
-        self._end = next((i for i in ids if i is not None), 0)
+        self._ends = [i for i in (loaded.tokenizer.eos_token_id, *loaded.config.eos_ids) if i is not None]
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return self._end
+        return self._ends[0] if self._ends else 0
 
     @property
     def prefix_token_id(self) -> int:
         """The token that stands before a text without context."""
         begin = self.tokenizer.bos_token_id
-        return self._end if begin is None else begin
+        return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
@@ -57,7 +57,9 @@ class NativeLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the tokens of a text."""
         given = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **given)
+        ids = self.tokenizer.encode(string, **given)
+        require_known(max(ids, default=0), self.tokenizer, self.model.config.vocab_size)
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as the text that the model was taught."""
@@ -124,7 +126,7 @@ class NativeLM(TemplateLM):
             text = self.tokenizer.decode(written)
             return any(stop in text for stop in stops)
 
-        writer = Writer(self.model, [prompt], sampling, length, stop_ids=[self.eot_token_id], until=stopped)
+        writer = Writer(self.model, [prompt], sampling, length, stop_ids=self._ends, until=stopped)
         text = self.tokenizer.decode(writer.finish()[0].tokens)
         for stop in stops:
             text = text.split(stop)[0]

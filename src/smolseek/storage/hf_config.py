@@ -13,6 +13,11 @@ ARCHITECTURES = {
     "smolseek_gqa_moe": "SmolseekGqaMoeForCausalLM",
 }
 
+# Names under which plain Llamas are published. transformers goes by model_type alone.
+_LLAMA_NAMES = ("LlamaForCausalLM", "LLaMAForCausalLM", "YiForCausalLM", "MistralForCausalLM")
+# What MistralConfig means by a key that its config.json leaves out, where that is not what LlamaConfig means.
+_MISTRAL_DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
+
 _SHARED = (
     "vocab_size",
     "hidden_size",
@@ -119,14 +124,18 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
 def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     """Return the model that a `config.json` describes; `where` names the file in error messages.
 
-    Reads the old style of RoPE settings (`rope_theta`, `rope_scaling`) and the new one (`rope_parameters`).
+    Reads the old style of RoPE settings (`rope_theta`, `rope_scaling`) and the new one (`rope_parameters`), and other
+    names of plain Llamas. End tokens are those of config.json; `generation_config.end_ids` has the last word.
 
     Raises:
         SmolseekError: for an architecture or a setting that our transformer does not compute, by name.
     """
     names = values.get("architectures") or []
     kind = values.get("model_type")
-    if kind not in ARCHITECTURES or (names and ARCHITECTURES[kind] not in names):
+    if kind == "mistral":
+        values, kind = _mistral_as_llama(values, where), "llama"
+    known = _LLAMA_NAMES if kind == "llama" else (ARCHITECTURES.get(str(kind)),)
+    if kind not in ARCHITECTURES or (names and not any(name in known for name in names)):
         found = f"model_type {kind!r}" + (f" ({', '.join(map(str, names))})" if names else "")
         supported = ", ".join(f"{kind} ({name})" for kind, name in ARCHITECTURES.items())
         raise SmolseekError(f"{where}: {found} is not supported: smolseek reads {supported}")
@@ -136,6 +145,18 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         return from_dict(ModelConfig, {k: v for k, v in values.items() if k not in _BOOKKEEPING}, where)
     values = {**values, "rope_parameters": _rope_parameters(values, where)}
     return llama_config(values, where) if kind == "llama" else _deepseek_config(values, where)
+
+
+def _mistral_as_llama(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the Llama that a Mistral is where its sliding window is null or holds the whole context."""
+    values = {**_MISTRAL_DEFAULTS, **values}
+    window, context = values.pop("sliding_window"), values["max_position_embeddings"]
+    if window is not None and not (isinstance(window, int) and isinstance(context, int) and window >= context):
+        raise SmolseekError(
+            f"{where}: sliding_window {window!r} with a context of {context!r} is not supported: "
+            "only Mistral models without a window, or with one that holds the context, are plain Llamas"
+        )
+    return values
 
 
 def _deepseek_config(values: Mapping[str, Any], where: str) -> ModelConfig:
@@ -169,6 +190,9 @@ def _rope_parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope.setdefault("rope_theta", values.get("rope_theta", 10_000.0))
     if rope.pop("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0) != 1.0:
         raise SmolseekError(f"{where}: partial_rotary_factor is not supported: RoPE turns whole heads here")
-    if rope["rope_type"] in ("llama3", "yarn", "longrope") and values.get("max_position_embeddings"):
-        rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        if values.get("original_max_position_embeddings"):  # beside the RoPE settings it comes first
+            rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
+        elif values.get("max_position_embeddings"):
+            rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     return rope

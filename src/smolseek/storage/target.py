@@ -42,6 +42,8 @@ def resolve(target: str | Path) -> Path:
             why = f" whole one ({skipped[0][0].name}: {skipped[0][1]})" if skipped else ""
             raise SmolseekError(f"run folder {path} holds no{why} checkpoint: train it further")
         return newest
+    if (path / "adapter_config.json").exists():
+        raise SmolseekError(f"{path} holds an adapter (LoRA) to another model: merge it into that model first")
     if not (path / "config.json").exists():
         raise SmolseekError(f"{path} holds no config.json: a model is {MODEL_MAY_BE}")
     return path

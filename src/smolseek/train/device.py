@@ -6,6 +6,7 @@ import torch
 
 from smolseek import launch
 from smolseek.config import TrainConfig
+from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
 from smolseek.parallel.alone import Alone
 from smolseek.parallel.mesh import choose
@@ -69,15 +70,6 @@ def open_team(config: TrainConfig, device: torch.device) -> Alone:
 def is_restarted() -> bool:
     """Return whether torchrun started this process again after one had died."""
     return launch.number("TORCHELASTIC_RESTART_COUNT", 0) > 0
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether the device has bfloat16 products; where it has not, their emulation is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Private, so it may go: float32 is then the safe answer.
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported()
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:

@@ -29,7 +29,7 @@ def write_samples(
     texts = []
     lines = [f"## Step {step}", "", "Temperature 0.8, top-k 50, top-p 0.95.", ""]
     for prompt in PROMPTS:
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(prompt)["input_ids"]
         if len(ids) >= model.config.max_position_embeddings:
             ids = ids[-(model.config.max_position_embeddings // 2) :]  # a run must not end for want of context
         written = list(generate(model, ids, sampling, max_tokens, stop_ids=model.config.eos_ids))

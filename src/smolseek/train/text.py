@@ -52,10 +52,19 @@ def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = No
         SmolseekError: for data that cannot be read or are too few, or a tokenizer larger than the model's vocabulary.
     """
     tokenizer = _open_tokenizer(config.tokenizer, tokenizer_copy)
-    if len(tokenizer) > config.model.vocab_size:
+    vocab = config.model.vocab_size
+    if len(tokenizer) > vocab:
+        if config.init is None:
+            way_out = f"use --model.vocab-size {len(tokenizer)} or another --tokenizer"
+        else:
+            way_out = (
+                f"give a --tokenizer of at most {vocab} tokens, or enlarge the model first "
+                f"(transformers: model.resize_token_embeddings({len(tokenizer)}))"
+            )
+        first = tokenizer.convert_ids_to_tokens(vocab)
         raise SmolseekError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size {config.model.vocab_size}: "
-            f"use --model.vocab-size {len(tokenizer)} or another --tokenizer"
+            f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size {vocab} ({first!r} is the first one "
+            f"beyond): {way_out}"
         )
     if config.init is None:
         tokenizer = for_training(tokenizer, eos_id)
