@@ -36,7 +36,20 @@ def test_a_second_process_is_refused_and_told_who_holds_the_lock(tmp_path):
         assert lock.supported
         with pytest.raises(SmolseekError, match=f"process {os.getpid()} "):
             FolderLock(tmp_path).acquire()
+    second = FolderLock(tmp_path)
+    second.acquire()
+    second.release()
+
+
+def test_a_look_at_the_lock_writes_nothing(tmp_path):
+    with FolderLock(tmp_path / "run") as lock:
+        lock.acquire(create=False)
+    assert not list(tmp_path.iterdir())
     FolderLock(tmp_path).acquire()
+    before = (tmp_path / LOCK).stat().st_mtime_ns
+    with pytest.raises(SmolseekError, match=f"process {os.getpid()} "):
+        FolderLock(tmp_path).acquire(create=False)
+    assert (tmp_path / LOCK).stat().st_mtime_ns == before
 
 
 def test_file_systems_without_locks_or_syncs_are_written_all_the_same(tmp_path, monkeypatch):

@@ -50,50 +50,57 @@ class FolderLock:
         self.supported = True
         """False after `acquire` if the file system has no locks."""
         self._handle: int | None = None
+        self._named = False
 
-    def acquire(self) -> None:
+    def acquire(self, create: bool = True) -> None:
         """Take the lock, if this object does not hold it yet. The folder must exist.
 
-        A folder that cannot be written gives no lock and no error: the first real write says why.
+        Without `create` nothing is written: the lock is taken where an earlier process has left its file. A folder that
+        cannot be written gives no lock and no error: the first real write says why.
 
         Raises:
             SmolseekError: if another process holds it.
         """
-        if self._handle is not None:
-            return
+        if self._handle is None:
+            self._handle = self._locked(os.O_RDWR | (os.O_CREAT if create else 0))
+        if self._handle is not None and create:
+            with contextlib.suppress(OSError):  # on a full disk the lock holds without its text
+                os.truncate(self._handle, 0)
+                os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                self._named = True
+
+    def _locked(self, flags: int) -> int | None:
         try:
             import fcntl
         except ImportError:  # not a POSIX system
             self.supported = False
-            return
+            return None
         try:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(self.path, flags, 0o666)
         except OSError:
-            return
+            return None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(handle, 300).decode("utf-8", "replace").strip()
+            holder = os.read(handle, 300).decode("utf-8", "replace").strip() or "which is starting"
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):  # not taken by another: there are no locks here
                 self.supported = False
-                return
+                return None
             raise SmolseekError(
-                f"{self.path.parent} is being written by another process ({holder or 'unknown'}): wait for it, end "
-                f"it, or choose another folder (if that process is gone, delete {self.path})"
+                f"{self.path.parent} is being written by another process ({holder}): wait for it, end it, or choose "
+                f"another folder (if that process is gone, delete {self.path})"
             ) from None
-        self._handle = handle
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without its text
-            os.truncate(handle, 0)
-            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return handle
 
     def release(self) -> None:
         """Give the lock back."""
         if self._handle is not None:
-            with contextlib.suppress(OSError):
-                os.truncate(self._handle, 0)
+            if self._named:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._handle, 0)
             os.close(self._handle)
-            self._handle = None
+            self._handle, self._named = None, False
 
     def __enter__(self) -> Self:
         self.acquire()

@@ -150,16 +150,16 @@ class RunFolder:
         self._held = True
         try:
             if self.config.exists():
-                self._lock_folder()
+                self._lock_folder(create=False)
             yield
         finally:
             self._held = False
             self._lock.release()
 
-    def _lock_folder(self) -> None:
+    def _lock_folder(self, create: bool) -> None:
         if self._held and self.writes:
-            self._lock.acquire()
-            if not self._lock.supported:
+            self._lock.acquire(create)
+            if create and not self._lock.supported:
                 console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
 
     def create(self, config: TrainConfig, resume: bool) -> None:
@@ -173,7 +173,7 @@ class RunFolder:
         self.check(config, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_folder()
+            self._lock_folder(create=True)
             self.check(config, resume)  # what another process wrote before it gave the lock back
             if self.config.exists() and not resume:
                 # Left by a run of the same configuration that ended before its first checkpoint.
