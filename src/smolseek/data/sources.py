@@ -1,151 +1,192 @@
-"""Documents from files, folders, or the running Python itself."""
+"""Documents from files, folders, or the running Python itself; what is left out is counted by reason."""
 
 import ast
-import json
 import os
+import stat
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+from smolseek.data.formats import ENDINGS, Format, NotText, rows
+from smolseek.data.shards import is_prepared
 from smolseek.errors import SmolseekError
-
-TEXT = (".txt", ".text", ".md", ".rst")
-JSON_LINES = (".jsonl", ".ndjson", ".json")
-PARQUET = (".parquet",)
 
 SHORTEST_DOCSTRINGS = 200
 """Built-in documents with fewer characters are left out: they are little more than a name."""
+
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
+"""Signs that stand between the documents of many text files."""
+OFTEN = 3
+"""How often such a sign must stand in the text for it to be offered."""
+
+REASONS = {
+    "copy": ("copy of another document", "copies of other documents"),
+    "blank": ("blank document", "blank documents"),
+    "empty": ("empty file", "empty files"),
+    "hidden": ("hidden file or folder", "hidden files and folders"),
+    "json": (".json file (name it to have it read)", ".json files (name them to have them read)"),
+    "binary": ("file that is no text", "files that are no text"),
+    "run": ("run, model or token folder", "run, model or token folders"),
+    "seen": ("folder linked to twice", "folders linked to twice"),
+    "broken": ("broken link", "broken links"),
+    "special": ("pipe, socket or device", "pipes, sockets and devices"),
+}
+"""Why something is left out, for one and for several."""
 
 # Folders of the standard library that hold tests, bundled programs or other people's packages.
 _SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "__pycache__"}
 _SKIPPED |= {"site-packages", "dist-packages", "lib-dynload"}
 
 
-def read_documents(sources: Sequence[str], text_column: str) -> Iterator[str]:
+class ReadReport:
+    """What was met in reading documents beside the documents."""
+
+    def __init__(self) -> None:
+        self.left_out: Counter[str] = Counter()
+        """How many of each of `REASONS`."""
+        self.separators: Counter[str] = Counter()
+        """How often each of `SEPARATORS` stands in text files that were not split."""
+
+    def left_out_words(self) -> str:
+        """Return in a few words what was left out, nothing if that is nothing."""
+        return ", ".join(f"{n:,} {REASONS[reason][n != 1]}" for reason in REASONS if (n := self.left_out[reason]) > 0)
+
+    def separator_hint(self) -> str:
+        """Return one line that offers to split the text, empty if nothing suggests it."""
+        found = self.separators.most_common(1)
+        if not found or found[0][1] < OFTEN:
+            return ""
+        sign, n = found[0]
+        return f"the text holds {sign} {n:,} times: --data.document-separator '{sign}' makes separate documents of it"
+
+
+def read_documents(
+    sources: Sequence[str], text_column: str, separator: str | None = None, report: ReadReport | None = None
+) -> Iterator[str]:
     """Yield every document of `sources` whole, in an order that depends only on names and contents.
 
-    A source is `builtin`, a file, or a folder, walked in sorted order without its hidden files and .json files.
-    Text files are one document each; JSON lines hold theirs under the key `text_column`, parquet files in the column
-    of that name. Documents of nothing but white space are passed over, and so are files of a folder that are no text by
-    neither name nor content (pictures, archives).
+    A source is `builtin`, a file, or a folder, walked in sorted order. Text files are one document each, or several
+    with `separator` between them; JSON files hold theirs under the key `text_column`, csv and parquet files in the
+    column of that name; any of them may be compressed. What is left out is counted in `report`: blank documents and,
+    of a folder, hidden files, .json files, files that are no text by neither name nor content (pictures, archives),
+    folders of runs and models, and what cannot be opened for good (pipes, broken links).
 
     Raises:
-        SmolseekError: for a path that is missing or gives no document, a file that is no text, a line that is no
-            JSON object, or a key or column that is not there.
+        SmolseekError: for a path that is missing or gives no document, a file that is no text or damaged, a line that
+            is no JSON object, or a key or column that is not there.
     """
+    report = ReadReport() if report is None else report
     for source in sources:
-        documents = _builtin() if source == "builtin" else _from_path(Path(source).expanduser(), text_column)
         found = False
-        for text in documents:
-            if text.strip():
+        for text in _builtin() if source == "builtin" else _from_path(source, text_column, separator, report):
+            if text is not None and text.strip():
                 found = True
                 yield text
-        if not found:
-            kinds = " ".join(TEXT + JSON_LINES + PARQUET)
-            raise SmolseekError(f"data {source} holds no text: give text, JSONL or parquet files ({kinds}), or builtin")
-
-
-def _from_path(path: Path, text_column: str) -> Iterator[str]:
-    if path.is_dir():
-        for folder, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                # A .json file that nobody named is as likely a configuration as lines of documents.
-                if not name.startswith(".") and not name.lower().endswith(".json"):
-                    yield from _from_file(Path(folder, name), text_column, named=False)
-    elif path.exists():
-        yield from _from_file(path, text_column, named=True)
-    else:
-        raise SmolseekError(f"data {path} does not exist: give a file or folder that does, or builtin")
-
-
-def _from_file(path: Path, text_column: str, named: bool) -> Iterator[str]:
-    """Yield a file's documents; one that the user did not name himself may be no text if its ending says nothing."""
-    kind = path.suffix.lower()
-    try:
-        if kind in PARQUET:
-            yield from _parquet(path, text_column)
-        elif kind in JSON_LINES:
-            yield from _json_lines(path, text_column)
-        else:
-            data = path.read_bytes()
-            if b"\0" in data:
-                problem = "it has NUL bytes"
             else:
-                try:
-                    yield data.decode("utf-8-sig").replace("\r\n", "\n")
-                    return
-                except UnicodeDecodeError as error:
-                    problem = f"byte {error.start:,} is no UTF-8"
-            if named or kind in TEXT:
-                raise SmolseekError(f"data {path} is no text ({problem}): convert it to UTF-8 or leave it out")
-    except OSError as error:
-        raise SmolseekError(f"data {path} cannot be read ({error.strerror or error}): check the file") from None
+                report.left_out["blank"] += 1
+        if not found:
+            left_out = report.left_out_words()
+            beside = f" ({left_out} left out)" if left_out else ""
+            raise SmolseekError(f"data {source} holds no text{beside}: give files ({ENDINGS}), folders, or builtin")
 
 
-def _json_lines(path: Path, key: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"data {path} line {number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                problem = f"is no UTF-8 (byte {error.start:,})"
-                raise SmolseekError(f"{where} {problem}: convert the file to UTF-8 or leave it out") from None
-            except (ValueError, RecursionError) as error:
-                way_out = "write one JSON object a line, or name a text file .txt"
-                raise SmolseekError(f"{where} is no JSON ({error}): {way_out}") from None
-            if not isinstance(record, dict):
-                kind = type(record).__name__
-                raise SmolseekError(f"{where} is a JSON {kind}, not an object: write one JSON object a line")
-            if key not in record:
-                raise SmolseekError(f"{where} has no key {key!r}, only {_names(record)}: set --data.text-column")
-            yield from _checked(record[key], where, key)
+def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
+    """Yield the files that are read of a file or folder, in their order.
 
-
-def _parquet(path: Path, column: str) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    Raises:
+        SmolseekError: for a path that is missing, a pipe, or a folder that cannot be read.
+    """
+    report = ReadReport() if report is None else report
+    path = Path(source).expanduser()
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise SmolseekError(
-                    f"data {path} has no column {column!r}, only {_names(names)}: set --data.text-column"
-                )
-            for group in range(file.num_row_groups):
-                for row, value in enumerate(file.read_row_group(group, columns=[column]).column(column).to_pylist()):
-                    yield from _checked(value, f"data {path} row group {group} row {row}", column)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # the file system's, told by the caller; arrow's own for damaged pages has no number
-        reason = str(error).splitlines()[0]
-        raise SmolseekError(f"data {path} is no sound parquet file ({reason}): fetch or write it again") from None
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise SmolseekError(f"data {path} does not exist: give a file or folder that does, or builtin") from None
+    except (OSError, ValueError) as error:
+        raise SmolseekError(f"data {path} cannot be read ({_reason(error)}): check its name and rights") from None
+    if stat.S_ISDIR(mode):
+        yield from _walk(path, report)
+    elif stat.S_ISREG(mode):
+        yield path
+    else:
+        raise SmolseekError(f"data {path} is a pipe or device, and text is read more than once: write it to a file")
 
 
-def _checked(value: Any, where: str, name: str) -> Iterator[str]:
-    """Yield `value` if it is text, nothing if it is null."""
-    if value is None:
-        return
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise SmolseekError(f"{where}: {name!r} is a {kind}, not text: set --data.text-column to one that holds text")
+def _walk(root: Path, report: ReadReport) -> Iterator[Path]:
+    def unreadable(error: OSError) -> None:
+        raise SmolseekError(f"data {error.filename} cannot be read ({_reason(error)}): check its rights")
+
+    seen = {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        if Path(folder) != root and _is_run_or_model(folder, folders, files):
+            report.left_out["run"] += 1
+            folders.clear()
+            continue
+        inside = []
+        for name in sorted(folders):
+            place = os.path.realpath(os.path.join(folder, name))
+            if name.startswith("."):
+                report.left_out["hidden"] += 1
+            elif place in seen:  # by a link, perhaps to a folder around it
+                report.left_out["seen"] += 1
+            else:
+                seen.add(place)
+                inside.append(name)
+        folders[:] = inside
+        for name in sorted(files):
+            reason = _why_not(os.path.join(folder, name), name)
+            if reason:
+                report.left_out[reason] += 1
+            else:
+                yield Path(folder, name)
+
+
+def _why_not(path: str, name: str) -> str:
+    """Return why a file of a folder is not read, empty if it is."""
+    if name.startswith("."):
+        return "hidden"
+    if name.lower().endswith(".json"):  # one that nobody named is as likely a configuration as documents
+        return "json"
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which no UTF-8 text can hold
-        value = value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-    yield value
+        return "" if stat.S_ISREG(os.stat(path).st_mode) else "special"
+    except OSError:
+        return "broken"
 
 
-def _names(names: Any) -> str:
-    """Return up to eight names for a message."""
-    names = list(names)
-    return ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "") if names else "none at all"
+def _is_run_or_model(folder: str, folders: list[str], files: list[str]) -> bool:
+    """Return whether a folder inside a data folder is a run, a checkpoint, a model or prepared tokens: no data."""
+    if "index.json" in files and is_prepared(folder):
+        return True
+    signs = {"metrics.jsonl", "train.log", "manifest.json", "tokenizer.json", "tokenizer_config.json"}
+    weights = any(name.endswith((".safetensors", ".bin")) for name in files)
+    return "config.json" in files and ("checkpoints" in folders or weights or not signs.isdisjoint(files))
+
+
+def _from_path(source: str, text_column: str, separator: str | None, report: ReadReport) -> Iterator[str | None]:
+    is_folder = os.path.isdir(Path(source).expanduser())
+    for path in list_files(source, report):
+        form, empty = Format.of(path.name), True
+        try:
+            for _, text in rows(path, form, f"data {path}", column=text_column, separator=separator):
+                empty = False
+                if separator is None and text and form.kind in ("text", ""):
+                    report.separators.update({sign: n for sign in SEPARATORS if (n := text.count(sign))})
+                yield text
+        except NotText:
+            if not is_folder or form.kind:
+                raise
+            report.left_out["binary"] += 1
+            continue
+        except OSError as error:
+            raise SmolseekError(f"data {path} cannot be read ({_reason(error)}): check the file") from None
+        if empty:
+            report.left_out["empty"] += 1
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _builtin() -> Iterator[str]:
