@@ -302,6 +302,15 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
     return lengths
 
 
+def missing_bytes(tokenizer: "PreTrainedTokenizerFast") -> bytes | None:
+    """Return the bytes that a tokenizer has no token for, so that it drops them; None for one without byte tokens."""
+    vocabulary = tokenizer.get_vocab()
+    if _is_byte_level(tokenizer):
+        return bytes(byte for sign, byte in _byte_of_character().items() if sign not in vocabulary)
+    falls_back = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("byte_fallback")
+    return b"" if falls_back and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) else None
+
+
 def _is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
     decoder = tokenizer.backend_tokenizer.decoder
     return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"

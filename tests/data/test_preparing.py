@@ -3,17 +3,21 @@
 import json
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from smolseek.data import blocks, preparing
+from smolseek.config import DataConfig
+from smolseek.data import blocks, feed, preparing
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
+from smolseek.data.feed import open_texts
 from smolseek.data.preparing import Target, TextSource, prepare
 from smolseek.data.retries import HubAway
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
+from smolseek.data.spelling import Spelling
 from smolseek.data.stream import is_validation
 from smolseek.errors import SmolseekError, Stopped
 
@@ -234,3 +238,118 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run_cli, monke
     assert done.code == 2 and done.out == "" and done.err.count("\n") == 1, done
     assert done.err.startswith("error: ") and message in done.err
     assert not Path("out").exists() or not any(Path("out").iterdir())
+
+
+def local(*sources: Path, **options: str) -> list[TextSource]:
+    return open_texts(DataConfig(sources=tuple(map(str, sources)), **options))
+
+
+def write_lines(path: Path, n: int, key: str = "text") -> None:
+    path.write_text("".join(json.dumps({key: f"{path.name} {i} {'word ' * (i % 9)}"}) + "\n" for i in range(n)))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """Interrupt a `prepare` when it has written so many parts."""
+    write, written = preparing._write_part, []
+
+    def counted(*given: object) -> object:
+        if len(written) == parts:
+            raise KeyboardInterrupt
+        written.append(write(*given))
+        return written[-1]
+
+    monkeypatch.setattr(preparing, "_write_part", counted)
+
+
+def test_local_text_is_read_once_for_all_parts(tmp_path: Path, monkeypatch) -> None:
+    write_lines(tmp_path / "a.jsonl", 300)
+    sources, begun = local(tmp_path / "a.jsonl"), []
+    rows = feed.read_documents
+    monkeypatch.setattr(feed, "read_documents", lambda *given: begun.append(1) or rows(*given))
+    prepare(sources, target(tmp_path / "out"))
+    assert len(Prepared(tmp_path / "out").index["sources"][0]["parts"]) > 4 and len(begun) == 1
+
+
+def test_text_that_has_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        write_lines(tmp_path / name, 200)
+    names = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    prepare(local(*names), target(tmp_path / "plain"))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Stopped):
+            prepare(local(*names), target(tmp_path / "out"))
+    before = contents(tmp_path / "out")
+
+    def refused(*sources: Path, **options: str) -> str:
+        with pytest.raises(SmolseekError) as caught:
+            prepare(local(*sources, **options), target(tmp_path / "out"))
+        assert contents(tmp_path / "out") == before
+        return str(caught.value)
+
+    data = names[0].read_text()
+    names[0].write_text(data + data)
+    assert "has changed since" in refused(*names), "other sizes"
+    names[0].write_text(data.replace("a.jsonl 3 ", "a.jsonl 4 "))
+    assert "has changed since" in refused(*names), "the same sizes, other text"
+    names[0].write_text(data)
+    assert "was begun with --document-separator left out, not <>" in refused(*names, document_separator="<>")
+    for name in names:
+        write_lines(name, 200, "body")
+    assert "--text-column text, not body" in refused(*names, text_column="body")
+    for name in names:
+        write_lines(name, 200)
+    prepare(local(*names), target(tmp_path / "out"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    names[0].write_text(data + data)
+    with pytest.raises(SmolseekError, match="has changed since"):
+        prepare(local(*names), target(tmp_path / "plain"))
+
+
+def test_a_folder_that_an_earlier_release_began(tmp_path: Path, monkeypatch) -> None:
+    write_lines(tmp_path / "a.jsonl", 300)
+    prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "plain"))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        with pytest.raises(Stopped):
+            prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out"))
+    index = json.loads((tmp_path / "out/index.json").read_text())
+    for source in index["sources"]:
+        del source["text"], source["read"]
+    (tmp_path / "out/index.json").write_text(json.dumps(index))
+    prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out"))
+    parts = [
+        [part["tokens"] for source in Prepared(tmp_path / name).index["sources"] for part in source["parts"]]
+        for name in ("out", "plain")
+    ]
+    assert parts[0] == parts[1]
+
+
+def test_a_single_document_is_prepared_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n\n".join(f"Paragraph {i} of it." * 4 for i in range(200)))
+    sources = local(tmp_path / "a.txt")
+    prepare(sources, target(tmp_path / "out"))
+    whole = Prepared(tmp_path / "out")
+    text = "".join(
+        bytes(tokens[:-1].tolist()).decode()
+        for side in (False, True)
+        for _, tokens in TokenShards(whole, 0, VAL, validation=side).rows(0, 0, threading.Event())
+    )
+    assert text == (tmp_path / "a.txt").read_text(), "the last parts are those held out"
+    assert "cut into parts at paragraph borders" in sources[0].texts.notes()
+
+
+def test_what_only_later_documents_lose_is_found(tmp_path: Path) -> None:
+    class Loses(Spelling):
+        def __init__(self) -> None:
+            self._name, self._missing, self._backend = "bytes", "\u00e9".encode(), None
+            self._seen, self._lost = 0, Counter()
+
+    texts = ["plain text " * 9] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t + str(i)}) for i, t in enumerate(texts)))
+    spelling = Loses()
+    prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out", spelling=spelling))
+    assert spelling.lost == 0
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "plain"}) + "\n" + json.dumps({"text": "\u00e9" * 9}))
+    with pytest.raises(SmolseekError, match="the tokenizer bytes cannot spell 64% of the text's characters"):
+        prepare(local(tmp_path / "b.jsonl"), target(tmp_path / "lossy", spelling=Loses()))

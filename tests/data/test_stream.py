@@ -1,6 +1,7 @@
 """The split, the packing and the position of the training stream."""
 
 import json
+import random
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from smolseek.config import DataConfig
 from smolseek.data import stream as module
+from smolseek.data.cutting import cut_documents
 from smolseek.data.feed import open_data
 from smolseek.data.stream import TrainStream, is_validation, open_corpus, validation_rows
 from smolseek.errors import SmolseekError
@@ -199,7 +201,7 @@ def write(folder: Path, texts: list[str]) -> DataConfig:
 def test_split_by_hash(tmp_path: Path) -> None:
     texts = documents(500)
     corpus = open_corpus(write(tmp_path, texts + texts[:7]))
-    assert sorted(corpus.train + corpus.validation) == sorted(texts) and corpus.duplicates == 7
+    assert sorted(corpus.train + corpus.validation) == sorted(texts) and corpus.report.left_out["copy"] == 7
     assert 60 < len(corpus.validation) < 140
     (tmp_path / "0.txt").write_text("one more document that comes first")
     more = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.2))
@@ -254,3 +256,52 @@ def test_too_little_validation_text() -> None:
     assert validation_rows(["a" * 16], encode, EOS, 16, 100, BYTES)[0].shape == (1, 17)
     with pytest.raises(SmolseekError, match="raise --eval-tokens"):
         validation_rows(["a" * 100], encode, EOS, 16, 15, BYTES)
+
+
+def test_one_long_document_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    paragraphs = [" ".join(str(draw.random()) for _ in range(draw.randrange(3, 9))) + "." for _ in range(600)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(paragraphs))
+    corpus = open_corpus(DataConfig(sources=(str(path),), val_fraction=0.1))
+    assert "".join(corpus.train + corpus.validation) == path.read_text()
+    held_out = sum(map(len, corpus.validation)) / path.stat().st_size
+    assert 0.08 < held_out < 0.15 and len(corpus.validation) == 1 + (len(corpus.train) + len(corpus.validation)) // 10
+    assert all(text.endswith("\n\n") for text in corpus.train)
+    told = "1 document cut into parts at paragraph borders, the last ones held out"
+    assert told in corpus.summary()
+    assert len(open_corpus(DataConfig(sources=(str(path),), val_fraction=1e-9)).validation) == 1
+
+    # Also beside another text to validate on, and two documents.
+    path.with_name("b.txt").write_text("Validated on. " * 40)
+    data = DataConfig(sources=(str(path),), val_fraction=0.1, val_sources=(str(path.with_name("b.txt")),))
+    other = open_data(data, 1000)
+    assert other.train == corpus.train and other.validation == ["Validated on. " * 40]
+    assert f"left out: {len(corpus.validation)} of --data.val-fraction" in other.summary()
+    path.with_name("b.txt").write_text("word " * 2000)
+    both = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=1e-9))
+    assert "2 documents cut into parts at word borders, the last ones of each held out" in both.summary()
+    assert len(both.validation) == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 5000, "x" * 1500 + "\n\n" + " " * 5000, "\n\n".join("y" * 300 for _ in range(40))]
+)
+def test_every_text_is_cut_without_loss(text: str) -> None:
+    parts = [part.text for part in cut_documents([text]).parts]
+    assert "".join(parts) == text and all(part.strip() for part in parts)
+    assert [part.key for part in cut_documents([text]).parts][-1] in (0, None)
+
+
+def test_a_short_document_is_not_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("short " * 30)
+    with pytest.raises(SmolseekError, match=r"no validation document: none of the 1 documents .*give more text"):
+        open_corpus(DataConfig(sources=(str(tmp_path),)))
+
+
+def test_the_split_of_separated_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(documents(200)))
+    corpus = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.1, document_separator="<|endoftext|>"))
+    assert sorted(corpus.train + corpus.validation) == sorted({text.strip() for text in documents(200)})
+    with pytest.raises(SmolseekError, match="document_separator is empty"):
+        DataConfig(document_separator="")

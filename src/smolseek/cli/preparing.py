@@ -31,7 +31,9 @@ class PrepareArgs:
     """Model that the training goes on from (train --init): its tokenizer and its end token are taken, and a document
     begins with BOS where its tokenizer writes that."""
     text_column: str = "text"
-    """Column (parquet) or key (JSONL) that holds the text."""
+    """Column (parquet, csv) or key (JSON) that holds the text."""
+    document_separator: str | None = None
+    """What stands between the documents of a text file, such as "<|endoftext|>"; None takes each file as one."""
     give_up_after: float = 1800.0
     """Seconds without an answer of the hub after which to stop."""
 
@@ -44,6 +46,7 @@ def prepare(argv: Sequence[str]) -> None:
     from smolseek.config import DataConfig
     from smolseek.data import feed, preparing
     from smolseek.data.shards import prepared_names
+    from smolseek.data.spelling import Spelling
     from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
 
     if args.init is None:
@@ -52,9 +55,15 @@ def prepare(argv: Sequence[str]) -> None:
     else:
         name, eos_id = _text_of(args.init, args)
         tokenizer = load_tokenizer(name)
-    data = DataConfig(sources=args.data, text_column=args.text_column, give_up_after=args.give_up_after)
+    data = DataConfig(
+        sources=args.data,
+        text_column=args.text_column,
+        document_separator=args.document_separator,
+        give_up_after=args.give_up_after,
+    )
     begun = prepared_names(args.out)
     data = feed.pin(data, DataConfig(sources=begun) if begun else None)
+    spelling = Spelling(tokenizer, name)
     target = preparing.Target(
         path=Path(args.out),
         encode=encoder(tokenizer),
@@ -63,8 +72,18 @@ def prepare(argv: Sequence[str]) -> None:
         vocab=len(tokenizer),
         tokenizer=vocabulary_digest(tokenizer),
         tokenizer_name=name,
+        spelling=spelling,
     )
-    held = preparing.prepare(feed.open_texts(data), target, args.tokens)
+    sources = feed.open_texts(data)
+    held = preparing.prepare(sources, target, args.tokens)
+    for texts in (source.texts for source in sources):
+        if isinstance(texts, feed.LocalTexts):
+            if hint := texts.report.separator_hint():
+                console.warn(hint)
+            if notes := texts.notes():
+                console.say(f"{' '.join(args.data)}: {notes}")
+    if spelling.lost:
+        console.say(f"The tokenizer cannot spell {spelling.lost:.2%} of the characters: they are left out")
     console.say(f"{args.out} holds {held:,} tokens: smolseek train PRESET --data {shlex.quote(args.out)}")
 
 

@@ -14,10 +14,13 @@ class DataConfig:
     """Where the text comes from."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = ("builtin",)
-    """`builtin` (the English of the running Python); text, JSONL and parquet files or folders of them; or hub data
-    sets, read as they are needed: cosmopedia-v2, fineweb-edu-dedup or REPO:CONFIG, with weights as in A=0.7,B=0.3."""
+    """`builtin` (the English of the running Python); text, JSON, csv and parquet files, compressed or not, or folders
+    of them; or hub data sets, read as they are needed: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]],
+    with weights as in A=0.7,B=0.3."""
     text_column: str = "text"
-    """Column (parquet) or key (JSONL) that holds the text."""
+    """Column (parquet, csv) or key (JSON) that holds the text."""
+    document_separator: str | None = None
+    """What stands between the documents of a text file, such as "<|endoftext|>"; None takes each file as one."""
     val_fraction: float = 0.02
     """Share of the documents kept for validation, chosen by a hash of each text."""
     val_sources: tuple[str, ...] = ()
@@ -30,6 +33,8 @@ class DataConfig:
             raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
         if self.give_up_after < 0:
             raise SmolseekError(f"data.give_up_after {self.give_up_after:g} must be 0 or more seconds")
+        if self.document_separator is not None and not self.document_separator.strip(" "):
+            raise SmolseekError("data.document_separator is empty: give what stands between two documents")
         if not self.sources:
             raise SmolseekError("no data: give --data builtin, or files or folders")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -10,11 +11,12 @@ import numpy as np
 
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
+from smolseek.data.cutting import Cut, cut_documents
 from smolseek.data.hub import HubFiles, HubShards, find_files, parse_names
 from smolseek.data.preparing import TextSource
 from smolseek.data.retries import Traffic
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
-from smolseek.data.sources import read_documents
+from smolseek.data.sources import ReadReport, list_files, read_documents
 from smolseek.data.stream import Corpus, TrainStream, is_validation, open_corpus, text_key
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode, decoder, vocabulary_digest
@@ -81,6 +83,7 @@ def open_data(
     """
     corpus = _split(data, eval_tokens, tokenizer)
     if data.val_sources:
+        corpus.unused = len(corpus.validation) if corpus.whole is None else 0
         corpus.validation = _other_text(data, eval_tokens * CHARACTERS_PER_TOKEN)
     return corpus
 
@@ -88,7 +91,8 @@ def open_data(
 def _other_text(data: DataConfig, characters: int) -> list[str]:
     """Return documents of `val_sources` in the order in which they are evaluated on, until they have `characters`."""
     kept, held = [], 0
-    for text in sorted(set(read_documents(data.val_sources, data.text_column)), key=text_key):
+    documents = read_documents(data.val_sources, data.text_column, data.document_separator)
+    for text in sorted(set(documents), key=text_key):
         if held >= characters:
             break
         kept.append(text)
@@ -194,24 +198,74 @@ def open_stream(
 
 
 class LocalTexts:
-    """Files, folders and builtin as one shard; exact copies of an earlier document come as None."""
+    """Files, folders and builtin as one shard; exact copies of an earlier document come as None.
+
+    A single long document comes in parts, as training on the text itself takes it.
+    """
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
+        self.report = ReadReport()
+        """What the last reading left out."""
+        self.cut: Cut | None = None
+        """How it cut a single document."""
         for source in data.sources:  # what cannot be read is told before anything is written
-            next(iter(read_documents((source,), data.text_column)), None)
+            next(iter(read_documents((source,), data.text_column, data.document_separator)), None)
 
     def __len__(self) -> int:
         return 1
 
     def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
         """Yield (number, text) from document number `row` on."""
-        seen: set[int] = set()
-        for number, text in enumerate(read_documents(self._data.sources, self._data.text_column)):
-            key = text_key(text)
+        self.report, self.cut = ReadReport(), None
+        documents = self._distinct()
+        head: list[str | None] = []
+        for text in documents:  # until a second one shows that there are several
+            head.append(text)
+            if text is not None and len(head) > 1:
+                break
+        else:
+            cut = cut_documents([text for text in head if text is not None])
+            if cut.documents:
+                self.cut, head = cut, [part.text for part in cut.parts]
+        for number, text in enumerate(itertools.chain(head, documents)):
             if number >= row:
-                yield number, None if key in seen else text
+                yield number, text
+
+    def key(self, number: int, text: str) -> int:
+        """Return the place in the split of a document that `rows` gave."""
+        key = None if self.cut is None else self.cut.parts[number].key
+        return text_key(text) if key is None else key
+
+    def identity(self) -> dict[str, str]:
+        """Return what must not change until everything is prepared: the options, and the files' names and sizes."""
+        files = [
+            (str(path), path.stat().st_size)
+            for source in self._data.sources
+            if source != "builtin"
+            for path in list_files(source)
+        ]
+        return _options(self._data) | {"files": hashlib.blake2b(repr(files).encode(), digest_size=16).hexdigest()}
+
+    def notes(self) -> str:
+        """Return in a few words what the last reading left out and cut, nothing if that is nothing."""
+        return Corpus([], [], report=self.report, cut=self.cut).notes()
+
+    def _distinct(self) -> Iterator[str | None]:
+        seen: set[int] = set()
+        for text in read_documents(
+            self._data.sources, self._data.text_column, self._data.document_separator, self.report
+        ):
+            key = text_key(text)
+            if key in seen:
+                self.report.left_out["copy"] += 1
+            yield None if key in seen else text
             seen.add(key)
+
+
+def _options(data: DataConfig) -> dict[str, str]:
+    """Return the options on which it depends what the documents are."""
+    return {"text_column": data.text_column, "document_separator": data.document_separator or ""}
 
 
 def open_texts(data: DataConfig) -> list[TextSource]:
@@ -224,9 +278,12 @@ def open_texts(data: DataConfig) -> list[TextSource]:
         raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")
     names = parse_names(data.sources)
     if not names:
-        return [TextSource(" ".join(data.sources), LocalTexts(data))]
+        texts = LocalTexts(data)
+        return [TextSource(" ".join(data.sources), texts, identity=texts.identity(), may_change=True, key=texts.key)]
     found = [find_files(name, data.give_up_after) for name in names]
     return [
-        TextSource(files.pinned, HubShards(files, data.text_column, data.give_up_after), files.name.weight)
+        TextSource(
+            files.pinned, HubShards(files, data.text_column, data.give_up_after), files.name.weight, _options(data)
+        )
         for files in found
     ]

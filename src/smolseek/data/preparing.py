@@ -1,11 +1,12 @@
 """`smolseek prepare`: text made into tokens once, part by part; what was finished stays and is gone on from."""
 
+import hashlib
 import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from smolseek import console
 from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum
+from smolseek.data.spelling import Spelling
 from smolseek.data.stream import Texts, encode_documents, text_key
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.tokenizer import Encode
@@ -33,6 +35,12 @@ class TextSource:
     """As `--data` takes it, with its commit."""
     texts: Texts
     weight: float = 1.0
+    identity: dict[str, str] = field(default_factory=dict)
+    """What a call that goes on must find unchanged: options by their names, and `files`."""
+    may_change: bool = False
+    """Whether its text may be another one at the next call: what was prepared is then read again and compared."""
+    key: Callable[[int, str], int] = lambda number, text: text_key(text)
+    """Place in the split of document `number`, as `stream.text_key` gives it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Target:
     tokenizer: str
     """Fingerprint of the tokenizer."""
     tokenizer_name: str
+    spelling: Spelling | None = None
+    """Counts what the tokenizer loses."""
 
 
 def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None) -> int:
@@ -58,7 +68,8 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
         tokens: how many are wanted in all, by the sources' weights; all there are where None.
 
     Raises:
-        SmolseekError: if the folder holds something else, or the tokenizer does not give a text back.
+        SmolseekError: if the folder holds something else, the text has changed since an earlier call, or the tokenizer
+            does not give a text back.
         HubAway: when the data do not come; what was finished stays.
         Stopped: for a KeyboardInterrupt, likewise.
     """
@@ -89,8 +100,9 @@ def _write(sources: Sequence[TextSource], index: dict[str, Any], to: Target, tok
 
         for source, entry in zip(sources, index["sources"], strict=True):
             wanted = None if tokens is None else round(tokens * source.weight / total)
+            reader = _Reader(source, entry.get("read"))
             while not entry["done"]:
-                part = _write_part(source, entry, to, np.dtype(index["dtype"]), wanted, tell)
+                part = _write_part(source, reader, entry, to, np.dtype(index["dtype"]), wanted, tell)
                 if part is not None:
                     entry["parts"].append(part)
                 _write_index(to.path, index)
@@ -111,6 +123,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None) -> dic
                 "name": source.name,
                 "weight": source.weight,
                 "shards": len(source.texts),
+                "text": source.identity,
                 "done": False,
                 "at": {"shard": 0, "row": 0},
                 "parts": [],
@@ -127,6 +140,8 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None) -> dic
             found = {}
         if _identity(found) != _identity(index):
             raise SmolseekError(f"{to.path} holds other data, or is of another tokenizer or --tokens: choose another")
+        for source, entry in zip(sources, found["sources"], strict=True):
+            _require_unchanged(source, entry, to)
         index = found
     elif to.path.exists() and (not to.path.is_dir() or any(to.path.iterdir())):
         raise SmolseekError(f"{to.path} is there and not empty: choose another folder")
@@ -145,13 +160,72 @@ def _identity(index: dict[str, Any]) -> Any:
     return [index.get(key) for key in ("format", "tokenizer", "eos_id", "dtype", "limit")], named
 
 
+def _require_unchanged(source: TextSource, entry: dict[str, Any], to: Target) -> None:
+    begun = entry.get("text", source.identity)  # earlier releases wrote none
+    for name, value in source.identity.items():
+        if begun.get(name, value) == value:
+            continue
+        if name == "files":
+            raise _changed(source, to)
+        option = "--" + name.replace("_", "-")
+        raise SmolseekError(
+            f"{to.path} was begun with {option} {begun[name] or 'left out'}, not {value or 'left out'}: "
+            "give the same, or choose another folder"
+        )
+
+
+def _changed(source: TextSource, to: Target) -> SmolseekError:
+    return SmolseekError(
+        f"the text of {source.name} has changed since {to.path} was begun: choose another folder, or put the text back"
+    )
+
+
 def _held(index: dict[str, Any]) -> int:
     held = sum(part["tokens"]["bytes"] for source in index["sources"] for part in source["parts"])
     return held // np.dtype(index["dtype"]).itemsize
 
 
+class _Reader:
+    """The documents of a source in one pass, from where an earlier call stopped."""
+
+    def __init__(self, source: TextSource, digest: str | None) -> None:
+        """`digest` is that of the documents already prepared, if they may have changed since."""
+        self._source, self._begun = source, digest
+        self._shard = -1
+        self._rows: Iterator[tuple[int, str | None]] = iter(())
+        self._keys = hashlib.blake2b(digest_size=16)
+
+    def take(self, shard: int, row: int, n: int, to: Target) -> list[tuple[int, str | None]]:
+        """Return the next `n` documents of a shard with their numbers, of which the first is `row` or later.
+
+        Raises:
+            SmolseekError: if the documents before `row` are not those that were prepared.
+        """
+        if shard != self._shard:
+            self._shard = shard
+            again = self._source.may_change
+            self._rows = self._source.texts.rows(shard, 0 if again else row, threading.Event())
+            if again and row:
+                for _ in self._counted(islice(self._rows, row)):
+                    pass
+                if self._begun is not None and self._begun != self.digest:
+                    raise _changed(self._source, to)
+        return list(self._counted(islice(self._rows, n)))
+
+    @property
+    def digest(self) -> str:
+        """Name of all documents up to here."""
+        return self._keys.hexdigest()
+
+    def _counted(self, found: Iterator[tuple[int, str | None]]) -> Iterator[tuple[int, str | None]]:
+        for number, text in found:
+            self._keys.update(bytes(8) if text is None else text_key(text).to_bytes(8, "big"))
+            yield number, text
+
+
 def _write_part(
     source: TextSource,
+    reader: _Reader,
     entry: dict[str, Any],
     to: Target,
     dtype: np.dtype,
@@ -171,21 +245,27 @@ def _write_part(
     pieces: list[np.ndarray] = []
     keys: list[int] = []
     held, ended = 0, True
-    rows = source.texts.rows(shard, row, threading.Event())
-    while found := list(islice(rows, ENCODED)):
+    while found := reader.take(shard, row, ENCODED, to):
         row = found[-1][0] + 1
-        texts = [text for _, text in found if text and text.strip()]
+        chosen = [(number, text) for number, text in found if text and text.strip()]
+        texts = [text for _, text in chosen]
         tokens = encode_documents(texts, to.encode, to.eos_id)
         if texts and not entry["parts"] and not pieces:
             _require_exact(texts[0], tokens[0], to)
+        if to.spelling is not None:
+            to.spelling.add(texts)
         pieces += [piece.astype(dtype) for piece in tokens]
-        keys += [text_key(text) for text in texts]
+        keys += [source.key(number, text) for number, text in chosen]
         held += sum(map(len, tokens))
         tell(held)
         if held >= limit:
             ended = False
             break
+    if to.spelling is not None:
+        to.spelling.require()
     entry["at"] = {"shard": shard + 1, "row": 0} if ended else {"shard": shard, "row": row}
+    if source.may_change:
+        entry["read"] = reader.digest
     if not pieces:
         return None
     documents = np.zeros(len(pieces), DOCUMENT)

@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,8 @@ import torch
 
 from smolseek.config import DataConfig
 from smolseek.data.ahead import Ahead
-from smolseek.data.sources import read_documents
+from smolseek.data.cutting import Cut, Part, cut_documents
+from smolseek.data.sources import ReadReport, read_documents
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
@@ -56,37 +57,91 @@ class Corpus:
     """Documents to train on."""
     validation: list[str]
     """Documents never trained on."""
-    duplicates: int = 0
-    """Exact copies of an earlier document that were dropped."""
     whole: Whole | None = None
     """What the documents are only a sample of; None where they are all there is."""
+    report: ReadReport = field(default_factory=ReadReport)
+    """What was left out in reading them."""
+    cut: Cut | None = None
+    """How they were cut, where they were too few to be split whole."""
+    unused: int = 0
+    """Documents of the validation side that `data.val_sources` took the place of."""
+    unspelled: float = 0.0
+    """Share of the text's characters that the tokenizer cannot spell."""
 
     def summary(self) -> str:
-        """Return in a few words what there is to train on."""
+        """Return in a few words what there is to train on, and what was left out of it."""
         what = f"{len(self.train):,} training" if self.whole is None else f"{self.whole.summary()};"
-        return f"{what} {'and ' if self.whole is None else ''}{len(self.validation):,} validation documents"
+        sides = f"{what} {'and ' if self.whole is None else ''}{len(self.validation):,} validation documents"
+        return "; ".join(filter(None, (sides, self.notes())))
+
+    def notes(self) -> str:
+        """Return in a few words how documents were cut and what was left out, nothing if neither happened."""
+        told = []
+        if self.cut is not None:
+            n = self.cut.documents
+            told.append(
+                f"{n:,} document{'s' * (n > 1)} cut into parts at {self.cut.border} borders, "
+                f"the last ones {'of each ' * (n > 1)}held out"
+            )
+        left_out = [self.report.left_out_words()]
+        if self.unused:
+            left_out.append(f"{self.unused:,} of --data.val-fraction, since --data.val-sources are validated on")
+        if self.unspelled:
+            left_out.append(f"{self.unspelled:.2%} of the characters, which the tokenizer cannot spell")
+        if any(left_out):
+            told.append(f"left out: {', '.join(filter(None, left_out))}")
+        return "; ".join(told)
 
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Read the documents and split them; a document's side depends on its text alone.
 
+    Where that leaves one side empty, long documents are cut into parts, and the last ones of each are held out.
+
     Raises:
         SmolseekError: for sources that cannot be read, or when one side of the split has no document.
     """
-    corpus, seen = Corpus([], []), set()
-    for text in read_documents(config.sources, config.text_column):
+    report = ReadReport()
+    documents, seen = [], set()
+    for text in read_documents(config.sources, config.text_column, config.document_separator, report):
         digest = _digest(text)
         if digest in seen:
-            corpus.duplicates += 1
-            continue
-        seen.add(digest)
-        (corpus.validation if is_validation(text, config.val_fraction) else corpus.train).append(text)
+            report.left_out["copy"] += 1
+        else:
+            seen.add(digest)
+            documents.append(text)
+    corpus = split(documents, config.val_fraction, needs_validation=not config.val_sources)
+    corpus.report = report
+    return corpus
+
+
+def split(documents: list[str], fraction: float, needs_validation: bool = True) -> Corpus:
+    """Split distinct documents by their hashes; where one side stays empty, cut them into parts first.
+
+    Raises:
+        SmolseekError: when a side stays empty then, too; without `needs_validation` that one may.
+    """
+
+    def place(parts: Iterable[Part]) -> Corpus:
+        corpus = Corpus([], [])
+        for text, key in parts:
+            held_out = (text_key(text) if key is None else key) < fraction * 2.0**64
+            (corpus.validation if held_out else corpus.train).append(text)
+        return corpus
+
+    corpus = place(Part(text, None) for text in documents)
+    if corpus.train and corpus.validation:
+        return corpus
+    cut = cut_documents(documents)
+    if cut.documents:
+        corpus = place(cut.parts)
+        corpus.cut = cut
     for side, way in ((corpus.validation, "raise"), (corpus.train, "lower")):
-        if not side:
+        if not side and (needs_validation or side is corpus.train):
             name = "validation" if side is corpus.validation else "training"
             raise SmolseekError(
-                f"no {name} document: none of the {len(seen)} documents falls on that side at data.val_fraction "
-                f"{config.val_fraction}: {way} --data.val-fraction or give more documents"
+                f"no {name} document: none of the {len(documents)} documents falls on that side at data.val_fraction "
+                f"{fraction}: {way} --data.val-fraction or give more text"
             )
     return corpus
 

@@ -94,7 +94,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
         copy = inputs.find(config, begun, begun_from) if resume and begun is not None else None
         if resume and begun_from is None:
             console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
-        text = open_text(config, eos_id, copy)
+        text = open_text(config, eos_id, copy, resumed=begun_from is not None)
     stream = team.follow(text.stream if text else None)
     val_rows = team.send_rows(text.val_rows if text else None)
     val_bytes = team.tell(lambda: text.val_bytes if text else 0)

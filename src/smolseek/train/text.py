@@ -11,6 +11,7 @@ from smolseek import console
 from smolseek.config import TrainConfig
 from smolseek.data.blocks import MixedStream
 from smolseek.data.feed import open_data, open_stream
+from smolseek.data.spelling import Spelling, sample
 from smolseek.data.stream import Corpus, TrainStream, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode, encoder, for_training, load_tokenizer, token_bytes
@@ -40,16 +41,18 @@ class Text:
         return {"tokens": tokens.hexdigest(), "validation": validation.hexdigest()}
 
 
-def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = None) -> Text:
+def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = None, *, resumed: bool = False) -> Text:
     """Open what `config.data` names.
 
     Args:
         config: the run's settings.
         eos_id: token between documents.
         tokenizer_copy: where else to find the tokenizer of a run that is resumed, if `config.tokenizer` has moved.
+        resumed: whether the run has said and judged before what its text lacks.
 
     Raises:
-        SmolseekError: for data that cannot be read or are too few, or a tokenizer larger than the model's vocabulary.
+        SmolseekError: for data that cannot be read or are too few, a tokenizer larger than the model's vocabulary, or
+            one that cannot spell the text.
     """
     tokenizer = _open_tokenizer(config.tokenizer, tokenizer_copy)
     vocab = config.model.vocab_size
@@ -70,6 +73,14 @@ def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = No
         tokenizer = for_training(tokenizer, eos_id)
     encode = encoder(tokenizer)
     corpus = open_data(config.data, config.eval_tokens, tokenizer)
+    if not resumed:
+        spelling = Spelling(tokenizer, config.tokenizer)
+        for text in sample(corpus.train):
+            spelling.add([text])
+        spelling.require()
+        corpus.unspelled = spelling.lost
+        if hint := corpus.report.separator_hint():
+            console.warn(hint)
     stream = open_stream(config, corpus, encode, eos_id, min_tokens=config.step_tokens + 1)
     rows, size = validation_rows(
         corpus.validation,
