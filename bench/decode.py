@@ -3,6 +3,7 @@
     python bench/decode.py                       about five minutes on two cores
     python bench/decode.py --rounds 3 --model deepseek_159m --batch 1
     smolseek convert smollm2 FOLDER; python bench/decode.py --model FOLDER --name smollm2_exact
+    OMP_NUM_THREADS=2 taskset -c 0,1 python bench/decode.py --generate smollm2      what --dtype auto brings, one minute
 
 Both alternate within every round; a round is the median over `--steps` tokens, and the table shows the median round
 and the spread. Prints a table and writes docs/results/decode.json: a row measured again takes the place of the old
@@ -11,8 +12,10 @@ one, the others stay, each with its own date, commit and command.
 
 import argparse
 import json
+import re
 import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -140,7 +143,39 @@ def command(args) -> str:
     return " ".join(["python", "bench/decode.py", *map(str, words)])
 
 
-def write(out: Path, rows: list[dict], prompts: list[dict]) -> None:
+def generate(target: str, dtype: str) -> tuple[str, float]:
+    """Run `smolseek generate --stats` -> the number format that it tells, and tokens a second of decoding."""
+    words = [target, "The structure of DNA contains", "--greedy", "--max-tokens", "100", "--dtype", dtype, "--stats"]
+    run = subprocess.run(["smolseek", "generate", *words], capture_output=True, text=True, check=True)
+    found = re.search(r"written 100 tokens, ([\d.,]+) tokens/s; (\w+)", run.stderr)
+    assert found is not None, run.stderr
+    return found[2], float(found[1].replace(",", ""))
+
+
+def number_formats(target: str, rounds: int) -> dict:
+    """Decode from the command line in float32 and in the format that `auto` takes, alternating."""
+    rates: dict[str, list[float]] = {"float32": [], "auto": []}
+    taken = ""
+    for _ in range(rounds):
+        for dtype, found in rates.items():
+            taken, rate = generate(target, dtype)
+            found.append(rate)
+    ratios = [auto / exact for auto, exact in zip(rates["auto"], rates["float32"], strict=True)]
+    print(
+        f"{target}: --dtype auto takes {taken} and writes {median(rates['auto']):.1f} tokens/s, float32 "
+        f"{median(rates['float32']):.1f}; ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+    )
+    return {
+        "model": target,
+        "auto": taken,
+        "auto_tokens_s": median(rates["auto"]),
+        "float32_tokens_s": median(rates["float32"]),
+        "ratio": median(ratios),
+        "ratio_spread": [min(ratios), max(ratios)],
+    }
+
+
+def write(out: Path, rows: list[dict], prompts: list[dict], formats: list[dict]) -> None:
     """Put the new rows in the place of those measured before under the same conditions; keep the others."""
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     common = {key: before[key] for key in ("date", "machine", "versions", "commit", "command") if key in before}
@@ -148,6 +183,7 @@ def write(out: Path, rows: list[dict], prompts: list[dict]) -> None:
     for part, new, keys in (
         ("decode", rows, ("model", "dtype", "batch", "held")),
         ("prompt", prompts, ("model", "dtype", "tokens")),
+        ("generate", formats, ("model", "auto")),
     ):
         # Older files say once for all rows when and where they were measured.
         found = {tuple(row[key] for key in keys): {**common, **row} for row in before.get(part, [])}
@@ -167,11 +203,17 @@ def main() -> None:
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--held", nargs="*", type=int, default=[128, 2048])
     parser.add_argument("--prompt", nargs="*", type=int, default=[128, 1024], help="lengths to measure prefill with")
+    parser.add_argument("--generate", metavar="MODEL", help="measure only what --dtype auto brings to this model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/results/decode.json"))
     args = parser.parse_args()
+    if args.generate:
+        command_line = f"python bench/decode.py --generate {args.generate} --rounds {args.rounds}"
+        found = describe() | {"command": command_line} | number_formats(args.generate, args.rounds)
+        write(args.out, [], [], [found])
+        return
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -249,7 +291,7 @@ def main() -> None:
     print(f"peak memory of the process, both models in it: {peak / 1e6:,.0f} MB")
     for row in [*rows, *prompts]:
         row["peak_bytes"] = peak
-    write(args.out, rows, prompts)
+    write(args.out, rows, prompts, [])
 
 
 if __name__ == "__main__":
