@@ -182,11 +182,22 @@ class Model:
         Raises:
             SmolseekError: for a token that the model does not have.
         """
-        return self._known(list(self.tokenizer(text)["input_ids"]))
+        return self._known(self._read(text, True))
 
     def _encode(self, text: str) -> list[int]:
         """Return the tokens of `text`, nothing added."""
-        return self._known(list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return self._known(self._read(text, False))
+
+    def _read(self, text: str, special: bool) -> list[int]:
+        """Return the tokens of `text`. Raises SmolseekError for one that UTF-8 cannot hold."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SmolseekError(
+                f"the text is no UTF-8 at position {error.start:,} ({error.object[error.start]!r}): give it in UTF-8"
+            ) from None
+        # Not verbose: a text beyond the context is told of once, and by us.
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
     def _known(self, ids: list[int]) -> list[int]:
         require_known(max(ids, default=0), self.tokenizer, self.config.vocab_size)

@@ -10,7 +10,7 @@ from typing import Any
 
 from smolseek import console
 from smolseek.api import Message, Model
-from smolseek.config import from_dict
+from smolseek.config import from_dict, parse_json
 from smolseek.errors import SmolseekError
 from smolseek.generate.strategy import Strategy
 
@@ -79,7 +79,10 @@ class Chat:
             if not rest:
                 raise SmolseekError("/save needs a file: /save talk.json")
             text = json.dumps(self.messages, indent=2, ensure_ascii=False)
-            Path(rest).expanduser().write_text(text + "\n", encoding="utf-8")
+            try:
+                Path(rest).expanduser().write_text(text + "\n", encoding="utf-8", errors="replace")
+            except (RuntimeError, ValueError) as error:  # no such home, or a name that no file system takes
+                raise SmolseekError(f"/save {rest!r}: {error}: give another file") from None
             return f"saved {len(self.messages)} messages to {rest}"
         if name == "/help":
             return HELP
@@ -87,13 +90,17 @@ class Chat:
 
     def _changed(self, words: str) -> dict[str, Any]:
         changed = dict(self.strategy)
-        for word in shlex.split(words):
+        try:
+            parted = shlex.split(words)
+        except ValueError as error:
+            raise SmolseekError(f"/params {words}: {error}: for example /params temperature=0.5") from None
+        for word in parted:
             key, _, value = word.partition("=")
             key = key.replace("-", "_")
             if key not in SETTABLE:
                 raise SmolseekError(f"unknown parameter {key!r}: {', '.join(SETTABLE)}")
             try:
-                changed[key] = json.loads(value)
+                changed[key] = parse_json(value)
             except ValueError:
                 raise SmolseekError(f"{key} {value!r} is not a number: for example /params temperature=0.5") from None
         from_dict(Strategy, {key: value for key, value in changed.items() if key in SETTABLE}, "/params")

@@ -1,6 +1,7 @@
 """The exceptions that reach the user as one line, and what suggests the nearest name."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 
 class SmolseekError(ValueError):
@@ -17,6 +18,22 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.code = code
+
+
+@contextlib.contextmanager
+def damage_told(file: object, way_out: str) -> Iterator[None]:
+    """Turn what the contents of `file` make Python or a library raise into a SmolseekError that names it.
+
+    For the few lines that interpret a file which anyone may have written or altered, and for nothing else: a fault of
+    ours must stay one.
+    """
+    try:
+        yield
+    except SmolseekError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or "its contents do not fit"
+        raise SmolseekError(f"{file} is damaged ({type(error).__name__}: {reason}): {way_out}") from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smolseek import console
-from smolseek.config import TrainConfig, flatten, from_dict, to_dict
+from smolseek.config import TrainConfig, flatten, from_dict, parse_json, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.files import FolderLock
 
@@ -98,10 +98,10 @@ class RunFolder:
             SmolseekError: if there is none, or it is no training configuration.
         """
         try:
-            values = json.loads(self.config.read_text(encoding="utf-8"))
+            values = parse_json(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise SmolseekError(f"{self.path} is no run folder: it has no config.json") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SmolseekError(
                 f"{self.config} cannot be read ({reason}): restore it, or train on from the run's weights: "
@@ -250,8 +250,8 @@ def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = parse_json(line)
+        except ValueError:
             record = None
         if isinstance(record, dict):
             records.append(record)
@@ -273,11 +273,16 @@ def step_of(checkpoint: Path) -> int:
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` atomically: a crash leaves the old text or the new one, never a part."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
@@ -318,7 +323,7 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     try:
-        files = json.loads(text)["files"]
+        files = parse_json(text)["files"]
         if manifest_text(files) != text:
             return f"{MANIFEST} is altered"
         for name, expected in files.items():

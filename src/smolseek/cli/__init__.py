@@ -122,6 +122,10 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return "the memory does not suffice: take a smaller model, batch or text, or close other programs"
+    if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
+        return f"{error.object!r} is no text of UTF-8: correct that name or text"
+    if isinstance(error, ValueError) and str(error).startswith("embedded null"):
+        return "a name has a NUL character in it, which no file system takes: correct it"
     if isinstance(error, OSError):
         if error.filename is None or error.strerror is None:
             return str(error) or type(error).__name__

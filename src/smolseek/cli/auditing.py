@@ -1,6 +1,7 @@
 """Whether a model can be believed: `smolseek audit`."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,8 +51,8 @@ class AuditArgs:
 def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
     args = parse(AuditArgs, "audit", argv)
-    if args.reported_tokens is not None and args.reported_tokens < 1:
-        raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is below 1: give the tokens trained on")
+    if args.reported_tokens is not None and not 1 <= args.reported_tokens < math.inf:
+        raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is no number of tokens: give those trained on")
     from smolseek.data.feed import open_data
     from smolseek.evaluate import audit as auditing
     from smolseek.evaluate import subject as subjects
@@ -64,6 +65,13 @@ def audit(argv: Sequence[str]) -> None:
     subject = subjects.open_subject(args.target, args.dtype)
     subject.pad_id = subject.pad_id if args.pad_id is None else args.pad_id
     subject.eos_id = subject.eos_id if args.eos_id is None else args.eos_id
+    for name in ("pad_id", "eos_id"):
+        number = getattr(args, name)
+        if number is not None and not 0 <= number < subject.vocab:
+            raise SmolseekError(
+                f"{name.replace('_', '-')} {number} is not among the model's {subject.vocab:,} tokens: "
+                "give the number of one, or leave it out"
+            )
     if loss is None and isinstance(subject.model, CausalLM):
         loss = lambda model, ids: losses(model, ids).total  # noqa: E731
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else subject.tokenizer

@@ -64,9 +64,9 @@ def condense(box: str, verb: str) -> str:
         where, what = found.groups()
         if not where.startswith("-"):
             return what  # a check of ours, which names its values itself
-        what = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is not a whole number", what)
+        what = re.sub(r"invalid literal for int\(\) with base 10: (['\"].*['\"])", r"\1 is not a whole number", what)
         what = re.sub(r"no type matching (?:{None}\|)?(\S+) could be .* from \[(.*)\]\.", r"\2 is no \1", what)
-        what = re.sub(r"could not convert string to float: ('.*')", r"\1 is not a number", what)
+        what = re.sub(r"could not convert string to float: (['\"].*['\"])", r"\1 is not a number", what)
         return f"{where}: {what}"
     message = message.replace(" Expected 1 values.", "").rstrip(".")
     return message[:1].lower() + message[1:] + see

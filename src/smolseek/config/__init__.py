@@ -1,6 +1,6 @@
 """Every setting of a model (shape.py) and of a training run (training.py), as frozen dataclasses. Imports no torch."""
 
-from smolseek.config.plain import flatten, from_dict, to_dict
+from smolseek.config.plain import flatten, from_dict, parse_json, to_dict
 from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType
 from smolseek.config.training import (
     BalanceConfig,
@@ -28,5 +28,6 @@ __all__ = [
     "TrainConfig",
     "flatten",
     "from_dict",
+    "parse_json",
     "to_dict",
 ]

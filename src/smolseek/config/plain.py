@@ -1,6 +1,7 @@
 """A configuration as plain JSON types, and back with every type checked. Imports no torch."""
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping
@@ -24,6 +25,14 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = to_dict(value)
         out[f.name] = list(value) if isinstance(value, tuple) else value
     return out
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError for any other text, also for one of too many levels."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it has too many levels") from None
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -69,6 +78,12 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
                 return _restore(option, value, where)
             except SmolseekError:
                 continue
+    elif origin is list:
+        if isinstance(value, list):
+            return [_restore(args[0], item, where) for item in value]
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
     elif origin is tuple:
         if isinstance(value, list | tuple):
             return tuple(_restore(args[0], item, where) for item in value)

@@ -4,13 +4,29 @@
 needs no mapping; the few fields that DeepSeek-V3 does not have are named as `LlamaConfig` names them.
 """
 
+import math
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from smolseek.errors import SmolseekError
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
+
+
+def check_numbers(config: typing.Any, prefix: str = "") -> None:
+    """Refuse numbers at the edge of their types: not finite, or whole ones beyond 64 bits; all others are judged alone.
+
+    Raises:
+        SmolseekError: for the first such number, with `prefix` before its name.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        for number in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise SmolseekError(f"{prefix}{f.name} {number} is no finite number: use one")
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise SmolseekError(f"{prefix}{f.name} {number:.3e} does not fit 64 bits: use a smaller number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,7 @@ class RopeConfig:
     """longrope: one divisor per frequency, beyond the original context."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         needed = {
             "default": (),
             "linear": ("factor",),
@@ -59,6 +76,18 @@ class RopeConfig:
         missing = [name for name in needed[self.rope_type] if getattr(self, name) is None]
         if missing:
             raise SmolseekError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}: set them, or use 'default'")
+        positive = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor")
+        for name in (*positive, "original_max_position_embeddings"):
+            value, least = getattr(self, name), 0 if name in positive else 1
+            if value is not None and value <= least:
+                raise SmolseekError(f"{name} {value} must be above {least}: leave it out, or use rope_type 'default'")
+        for name in ("short_factor", "long_factor"):
+            if any(divisor <= 0 for divisor in getattr(self, name) or ()):
+                raise SmolseekError(f"{name} holds a divisor that is not above 0: take the model's own factors")
+        if self.low_freq_factor is not None and self.low_freq_factor == self.high_freq_factor:
+            raise SmolseekError(
+                f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}: raise the latter"
+            )
         # longrope's factors can make up all frequencies by themselves, over a ladder of base 1.
         if self.rope_theta < 1 or (self.rope_theta == 1 and self.rope_type != "longrope"):
             raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
@@ -190,6 +219,7 @@ class ModelConfig:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         _check_sizes(self)
 
 
@@ -202,6 +232,21 @@ def _check_sizes(c: ModelConfig) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         if getattr(c, name) < 1:
             refuse(f"{name} {getattr(c, name)} is below 1", "use a positive number")
+    for name in ("qk_rope_head_dim", "n_routed_experts", "rms_norm_eps", "initializer_range"):
+        if getattr(c, name) < 0:
+            refuse(f"{name} {getattr(c, name)} is below 0", "use 0 or a positive number")
+    if c.head_dim is not None and c.head_dim < 1:
+        refuse(f"head_dim {c.head_dim} is below 1", "use a positive number, or None for hidden_size / heads")
+    most = {f.name: 2**31 for f in fields(c) if isinstance(getattr(c, f.name), int)} | {"num_hidden_layers": 10_000}
+    for name, limit in most.items():
+        if getattr(c, name) > limit:
+            refuse(f"{name} {getattr(c, name):,} is above {limit:,}", "use a smaller number")
+    width = c.qk_head_dim * c.num_attention_heads
+    largest = c.hidden_size * max(
+        c.vocab_size, c.intermediate_size, width, 2 * c.n_routed_experts * c.moe_intermediate_size
+    )
+    if largest > 10**11:
+        refuse(f"the sizes make a matrix of {largest:,} numbers", "no memory holds it, so make them smaller")
     if any(not 0 <= end < c.vocab_size for end in c.eos_ids):
         refuse(f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}", "use a word that there is")
     if c.max_position_embeddings < 2:

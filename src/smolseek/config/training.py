@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from smolseek.config.shape import ModelConfig
+from smolseek.config.shape import ModelConfig, check_numbers
 from smolseek.errors import SmolseekError
 
 
@@ -29,6 +29,7 @@ class DataConfig:
     """Seconds without an answer of the hub after which the run saves and stops."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "data.")
         if not 0 < self.val_fraction < 1:
             raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
         if self.give_up_after < 0:
@@ -59,6 +60,7 @@ class OptimConfig:
     """Weight of the z-loss on the logits (1e-4 in PaLM, 2204.02311); 0 leaves it out."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "optim.")
         if self.lr <= 0:
             raise SmolseekError(f"optim.lr {self.lr} must be above 0")
         if self.weight_decay < 0 or self.clip < 0:
@@ -83,6 +85,7 @@ class ScheduleConfig:
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "schedule.")
         if self.warmup_steps < 0:
             raise SmolseekError(f"schedule.warmup_steps {self.warmup_steps} must be 0 or more")
         if not 0 <= self.final_factor <= 1 or not 0 < self.decay_fraction <= 1:
@@ -104,6 +107,7 @@ class BalanceConfig:
     """How many of the run's last steps only move the biases, towards equal loads of the final weights, which rest."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "balance.")
         if self.gamma < 0 or self.alpha < 0:
             raise SmolseekError(f"balance.gamma {self.gamma} and balance.alpha {self.alpha} must be 0 or more")
         if self.settle_steps < 0:
@@ -125,6 +129,7 @@ class GuardConfig:
     steps; 0 never does, 6 is usual."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "guard.")
         if self.patience < 1:
             raise SmolseekError(f"guard.patience {self.patience} must be 1 or more")
         if self.spike < 0:
@@ -156,6 +161,7 @@ class MeshConfig:
     """Seconds that a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "mesh.")
         if self.data < 0 or self.expert < 1 or self.shard < 1:
             raise SmolseekError(
                 f"mesh.data {self.data}, mesh.expert {self.expert} and mesh.shard {self.shard} count processes: "
@@ -236,6 +242,7 @@ class TrainConfig:
         return self.batch_size * self.grad_accum * self.seq_len
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("steps", "batch_size", "grad_accum", "seq_len", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")

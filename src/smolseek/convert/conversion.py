@@ -69,6 +69,8 @@ class Conversion:
     """Seed of the clustering, of the new experts and of the text that the source writes."""
 
     def __post_init__(self) -> None:
+        if not -(2**31) <= self.seed < 2**31:  # seeds of layers and rows are made of it
+            raise SmolseekError(f"--seed {self.seed:.3e} does not fit 32 bits: use a smaller number")
         if self.mode == "compress":
             self._check_compression()
             return

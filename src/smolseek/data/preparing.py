@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from smolseek import console
-from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum
+from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum, is_prepared, read_index
 from smolseek.data.spelling import Spelling
 from smolseek.data.stream import Texts, encode_documents, text_key
 from smolseek.errors import SmolseekError, Stopped
@@ -133,11 +133,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None) -> dic
     }
     path = to.path / INDEX
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            found = found if isinstance(found, dict) else {}
-        except ValueError:
-            found = {}
+        found = read_index(to.path) if is_prepared(to.path) else {}
         if _identity(found) != _identity(index):
             raise SmolseekError(f"{to.path} holds other data, or is of another tokenizer or --tokens: choose another")
         for source, entry in zip(sources, found["sources"], strict=True):

@@ -7,22 +7,104 @@ that it would have streamed.
 """
 
 import hashlib
-import json
 import math
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from smolseek.config import from_dict, parse_json
 from smolseek.errors import SmolseekError
 
 INDEX = "index.json"
 FORMAT = "smolseek tokens 1"
 DOCUMENT = np.dtype([("tokens", "<u4"), ("key", "<u8")])
 """What is kept of each document."""
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    bytes: int
+    blake2b: str
+
+
+@dataclass(frozen=True)
+class _Part:
+    name: str
+    shard: int
+    tokens: _Bytes
+    documents: _Bytes
+
+
+@dataclass(frozen=True)
+class _At:
+    shard: int
+    row: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    number: int
+    name: str
+    weight: float
+    shards: int
+    done: bool
+    at: _At
+    parts: tuple[_Part, ...]
+    text: dict[str, Any] = field(default_factory=dict)
+    read: str | None = None
+
+
+@dataclass(frozen=True)
+class _Index:
+    format: Literal["smolseek tokens 1"]
+    tokenizer: str
+    tokenizer_name: str
+    eos_id: int
+    dtype: Literal["<u2", "<u4"]
+    limit: int | None
+    sources: tuple[_Source, ...]
+
+
+def read_index(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the index of a prepared folder, every value checked.
+
+    Raises:
+        SmolseekError: if it cannot be read, or is none that `smolseek prepare` writes.
+    """
+    file = Path(path, INDEX)
+    try:
+        values = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
+        index = from_dict(_Index, _known(_Index, values), "index")
+        for source in index.sources:
+            if not 0 < source.weight < math.inf or min(source.shards, source.at.shard, source.at.row) < 0:
+                raise ValueError(f"source {source.name!r} has a weight or a count that is none")
+            for part in source.parts:
+                wrong = part.tokens.bytes % np.dtype(index.dtype).itemsize or part.documents.bytes % DOCUMENT.itemsize
+                if wrong or not 0 <= part.shard < source.shards or Path(part.name).name != part.name:
+                    raise ValueError(f"part {part.name!r} does not fit")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SmolseekError(f"{file} cannot be read ({reason}): prepare the data anew") from None
+    return values
+
+
+def _known(kind: type, value: Any) -> Any:
+    """Return `value` with the keys of `kind` alone, at all levels: another version may write more of them."""
+    if not isinstance(value, dict):
+        return value
+    inner = {"sources": _Source, "parts": _Part}
+    known = {field.name: value[field.name] for field in fields(kind) if field.name in value}
+    for key, of in inner.items():
+        if isinstance(known.get(key), list):
+            known[key] = [_known(of, item) for item in known[key]]
+    return known
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
@@ -33,12 +115,12 @@ def is_prepared(path: str | os.PathLike[str]) -> bool:
 def prepared_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
     """Return the sources of a folder that `smolseek prepare` began, none for anything else."""
     try:
-        values = json.loads(Path(path, INDEX).read_text(encoding="utf-8"))
+        values = parse_json(Path(path, INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return ()
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return ()
-    return tuple(source["name"] for source in values["sources"])
+    return tuple(source["name"] for source in read_index(path)["sources"])
 
 
 class Prepared:
@@ -50,10 +132,7 @@ class Prepared:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        try:
-            self.index: dict[str, Any] = json.loads((self.path / INDEX).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise SmolseekError(f"{self.path / INDEX} cannot be read ({error}): prepare the data anew") from None
+        self.index = read_index(self.path)
         if not all(source["done"] for source in self.index["sources"]):
             raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare again, it goes on")
         for source in self.index["sources"]:

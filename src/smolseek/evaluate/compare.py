@@ -18,6 +18,7 @@ from smolseek.config import ModelConfig
 from smolseek.data.sources import read_documents
 from smolseek.data.stream import TooFewTokens, validation_rows
 from smolseek.errors import SmolseekError
+from smolseek.evaluate.foreign import open_with_transformers
 from smolseek.model.summary import count
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, save_folder
@@ -126,8 +127,20 @@ def compare_states(
 
 
 def compare(a: Any, b: Any, rows: torch.Tensor) -> Comparison:
-    """Compare models A and B, ours or transformers', on the windows `rows` [N, T+1]."""
-    return compare_states(hidden_states(a, rows), a.lm_head.weight, hidden_states(b, rows), b.lm_head.weight, rows)
+    """Compare models A and B, ours or transformers', on the windows `rows` [N, T+1].
+
+    Raises:
+        SmolseekError: if the logits of one are not finite.
+    """
+    states = hidden_states(a, rows), hidden_states(b, rows)
+    found = compare_states(states[0], a.lm_head.weight, states[1], b.lm_head.weight, rows)
+    for name, loss in (("first", found.loss_a), ("second", found.loss_b)):
+        if not math.isfinite(loss):
+            raise SmolseekError(
+                f"the {name} model's logits are not finite: its weights are damaged, or too large for their number "
+                "format: try --dtype float32, or take another checkpoint"
+            )
+    return found
 
 
 def text_rows(sources: Iterable[str], text_column: str, tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
@@ -290,19 +303,12 @@ def open_model(path: Path, engine: Engine, dtype: str) -> Any:
     """
     if engine == "native":
         return load_causal_lm(path, dtype=dtype)
-    from transformers import AutoModelForCausalLM
-
     with tempfile.TemporaryDirectory() as folder:
         if path.is_file():
             # transformers reads GGUF files only beside another package; the Llama folder has the same weights.
             save_folder(load_causal_lm(path), folder)
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                folder if path.is_file() else path, dtype=getattr(torch, dtype), trust_remote_code=False
-            ).eval()
-        except (OSError, ValueError, KeyError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise SmolseekError(f"transformers cannot open {path} ({reason[:200]}): try --engine native") from None
+        place = Path(folder) if path.is_file() else path
+        return open_with_transformers(place, getattr(torch, dtype), str(path), "try --engine native")
 
 
 def sides(names: tuple[str, str], found: Comparison) -> list[Side]:

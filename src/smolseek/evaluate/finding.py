@@ -1,5 +1,6 @@
 """What one check of the audit found."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -26,8 +27,12 @@ class Finding:
     """For a failure, how such a thing is usually mended."""
 
     def record(self) -> dict[str, Any]:
-        """Return it in JSON types, empty fields left out."""
-        return {name: value for name, value in asdict(self).items() if value not in ("", None)}
+        """Return it in JSON types, empty fields left out; a figure that is no number is its name, "nan" or "inf"."""
+        held = {name: value for name, value in asdict(self).items() if value not in ("", None)}
+        return {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in held.items()
+        }
 
 
 def skipped(check: str, reason: str) -> Finding:

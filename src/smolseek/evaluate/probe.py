@@ -148,14 +148,15 @@ def rounding_noise(model: nn.Module, ids_BT: torch.Tensor, eps: float) -> float:
     64 units of rounding of the largest logit stand for it. A model that differs from call to call adds that.
     """
     base = call(model, ids_BT).float()
+    least = torch.finfo(torch.float32).tiny  # of a model whose logits are all zero
     floor = 4 * eps * float(base.abs().max()) + float((call(model, ids_BT).float() - base).abs().max())
     embedding = find_embedding(model, ids_BT)
     if embedding is None:
-        return 16 * floor
+        return max(16 * floor, least)
     generator = torch.Generator().manual_seed(2)
     with embedding_output(embedding, lambda x: _shaken(x, eps, generator)):
         moved = call(model, ids_BT).float()
-    return max(floor, float((moved - base).abs().max()))
+    return max(floor, least, float((moved - base).abs().max()))
 
 
 def _shaken(x: torch.Tensor, eps: float, generator: torch.Generator) -> torch.Tensor:

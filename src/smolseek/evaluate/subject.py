@@ -1,7 +1,6 @@
 """What `smolseek audit TARGET` can be given, made ready: a preset, a model or run of ours, any folder, any function."""
 
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolseek.config import DataConfig, TrainConfig
+from smolseek.config import DataConfig, TrainConfig, parse_json
 from smolseek.data.feed import open_data
 from smolseek.data.stream import Corpus
 from smolseek.errors import SmolseekError
+from smolseek.evaluate.foreign import open_with_transformers, quiet
 from smolseek.evaluate.probe import call
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, preset
@@ -144,7 +144,7 @@ def _probed(subject: Subject) -> Subject:
 
 def _model_type(path: Path) -> str | None:
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        values = parse_json((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values.get("model_type") if isinstance(values, dict) else None
@@ -152,17 +152,9 @@ def _model_type(path: Path) -> str | None:
 
 def _foreign(target: str, path: Path, dtype: str) -> Subject:
     """Load a folder of another architecture with transformers' own classes: no remote code, no pickles."""
-    from transformers import AutoModelForCausalLM
-
     from smolseek.tokenizer import load_tokenizer
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        ).eval()
-    except Exception as error:  # a wrong folder shows itself in many ways
-        reason = " ".join(str(error).split())[:200]
-        raise SmolseekError(f"{target}: transformers cannot load it ({type(error).__name__}: {reason})") from error
+    model = open_with_transformers(path, dtype, target, "copy or download it anew")
     try:
         tokenizer = load_tokenizer(str(path))
     except SmolseekError:
@@ -176,7 +168,8 @@ def _foreign(target: str, path: Path, dtype: str) -> Subject:
 
 def transformers_loss(model: nn.Module) -> Callable[..., Any] | None:
     """Return the loss that a transformers model computes from labels; padding is the collator's affair there."""
-    own = getattr(model, "loss_function", None)
+    with quiet():  # its choice of a loss is told in a warning
+        own = getattr(model, "loss_function", None)
     if own is None:
         return None
     return lambda logits, ids: own(logits=logits, labels=ids, vocab_size=logits.shape[-1])

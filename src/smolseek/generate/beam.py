@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.generate.engine import Decoder, Result, StopReason, check_request
+from smolseek.generate.engine import Decoder, Result, StopReason, check_request, require_finite
 from smolseek.generate.sampling import Sampling, processors
 from smolseek.model.transformer import CausalLM
 
@@ -59,6 +59,8 @@ def beam_search(
     check_request(model, [ids], max_tokens)
     if beams < 1 or not 1 <= returned <= beams:
         raise SmolseekError(f"beams {beams} and n {returned} do not fit: n is at most the beams, and both at least 1")
+    if not -1000 <= length_penalty <= 1000:
+        raise SmolseekError(f"length-penalty {length_penalty} is out of range: 1 is usual")
     sampling = sampling or Sampling()
     begun = time.perf_counter()
     stops = sorted(set(stop_ids))
@@ -80,6 +82,7 @@ def beam_search(
     paths: list[list[float]] = [[] for _ in range(beams)]
     finished: list[_Finished] = []
     for length in range(1, most + 1):
+        require_finite(logits_WV)
         own_WV = logits_WV.cpu().log_softmax(dim=-1)
         changed_WV = own_WV
         if changes:

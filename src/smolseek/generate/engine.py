@@ -136,6 +136,21 @@ def check_request(model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens:
         raise SmolseekError(f"max-tokens {max_tokens} is below 1: ask for at least one")
 
 
+def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
+    """Return the logsumexp [...] of logits [..., V].
+
+    Raises:
+        SmolseekError: for logits that are no finite numbers, as those of damaged weights.
+    """
+    total_X = logits_XV.logsumexp(dim=-1)
+    if not total_X.isfinite().all():
+        raise SmolseekError(
+            "the model's logits are not finite: its weights are damaged, or too large for their number format: "
+            "try --dtype float32, or take another checkpoint"
+        )
+    return total_X
+
+
 class Writer:
     """Writes after one or more prompts: an iterator of tokens, with the `results` beside it.
 
@@ -237,6 +252,7 @@ class Writer:
             return None, "cancelled"
         if self._max_time is not None and time.perf_counter() - begun >= self._max_time:
             return None, "time"
+        total = require_finite(logits_V)
         if len(result.tokens) < len(prefix):
             token = prefix[len(result.tokens)]
         else:
@@ -244,7 +260,7 @@ class Writer:
             if token in self._stop_ids:
                 return None, "stop_token"
         picker.take(token)
-        written = Token(row, token, float(logits_V[token] - logits_V.logsumexp(dim=-1)))
+        written = Token(row, token, float(logits_V[token] - total))
         result.tokens.append(token)
         result.logprobs.append(written.logprob)
         if self._until is not None and self._until(row, token):

@@ -77,7 +77,12 @@ def _penalty(sampling: Sampling, prompt: int) -> Processor:
 
 def candidates(logits_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits [C] and ids [C] of the tokens still in the draw, after the temperature and the filters."""
-    logits_V = logits_V.float() / sampling.temperature
+    given_V = logits_V.float()
+    logits_V = given_V / sampling.temperature
+    if (
+        sampling.temperature < 1e-3 and not logits_V.isfinite().all()
+    ):  # a temperature so low that the quotient is no float32
+        logits_V = (given_V - given_V.max()).double() / sampling.temperature
     V = logits_V.shape[-1]
     top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
     if sampling.top_k is not None and sampling.top_k < V:
@@ -146,6 +151,8 @@ class Picker:
         if self.sampling.temperature == 0:
             return int(logits_V.argmax())
         logits_C, ids_C = candidates(logits_V, self.sampling)
+        if self.processors and logits_C.max() == -torch.inf:
+            raise SmolseekError("no token is left to choose from: leave out a bad word or a penalty")
         drawn = torch.multinomial(logits_C.softmax(dim=-1).cpu(), 1, generator=self.generator)
         return int(ids_C[drawn.to(ids_C.device)])
 

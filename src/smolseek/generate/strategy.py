@@ -40,6 +40,8 @@ class Strategy:
         for name in ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             if not -1e30 < getattr(self, name) < 1e30:
                 raise SmolseekError(f"{_option(name)} {getattr(self, name)} is no finite number: use one")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SmolseekError(f"seed {self.seed:.3e} does not fit 64 bits: use a smaller number")
         if self.temperature < 0:
             raise SmolseekError(f"temperature {self.temperature} is below 0: use 0 for greedy, or a positive number")
         if self.top_k is not None and self.top_k < 1:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from smolseek.errors import SmolseekError
+from smolseek.config import parse_json
+from smolseek.errors import SmolseekError, damage_told
 from smolseek.files import sync
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import (
@@ -125,7 +126,8 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not (path / STATE_JSON).exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: training goes on from checkpoints only")
-    try:
-        return json.loads((path / STATE_JSON).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SmolseekError(f"{path / STATE_JSON} is damaged ({error}): use an older checkpoint") from None
+    with damage_told(path / STATE_JSON, "use an older checkpoint"):
+        state = parse_json((path / STATE_JSON).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("it is no JSON object")
+        return state

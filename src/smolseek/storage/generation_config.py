@@ -1,11 +1,10 @@
 """A model folder's `generation_config.json`, and the tokens that end a text. Imports no torch."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError
 
 NAME = "generation_config.json"
@@ -19,7 +18,7 @@ def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     file = path / NAME
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return config_json
     except (OSError, ValueError) as error:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from smolseek.config import ModelConfig, RopeConfig
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, damage_told
 from smolseek.gguf_header import Header, TensorInfo, read_header, special_ids
 from smolseek.model.llama import llama_config
 
@@ -60,7 +60,8 @@ class GgufFile(Mapping[str, torch.Tensor]):
             if name != _ROPE_FACTORS:
                 self._tensors[_hf_name(name, path)] = info
         factors = header.tensors.get(_ROPE_FACTORS)
-        self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
+        with damage_told(path, "download it anew"):
+            self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

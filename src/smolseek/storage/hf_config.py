@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smolseek.config import ModelConfig, from_dict, to_dict
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, damage_told
 from smolseek.model.llama import llama_config
 
 ARCHITECTURES = {
@@ -130,6 +130,11 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         SmolseekError: for an architecture or a setting that our transformer does not compute, by name.
     """
+    with damage_told(where, "copy or download it anew"):
+        return _config(values, where)
+
+
+def _config(values: Mapping[str, Any], where: str) -> ModelConfig:
     names = values.get("architectures") or []
     kind = values.get("model_type")
     if kind == "mistral":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError
 from smolseek.model.parts import Part, all_parts
 from smolseek.model.transformer import CausalLM
@@ -314,7 +314,7 @@ def config_json(path: Path) -> dict[str, Any]:
     """Read `config.json` of a model folder."""
     file = path / "config.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SmolseekError(f"{path} holds no config.json: a model is {MODEL_MAY_BE}") from None
     except (OSError, ValueError) as error:
@@ -335,7 +335,7 @@ def weight_files(path: Path) -> list[Path]:
         hint = f"{pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else "add one"
         raise SmolseekError(f"{path} holds no {WEIGHTS}: {hint}")
     try:
-        names = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise SmolseekError(f"{path / INDEX} cannot be read ({error}): copy or download it anew") from None
     for name in names:
@@ -352,7 +352,8 @@ def _used(tensors: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, Any]
     """
     layers = values.get("num_hidden_layers") or 0
     extra = values.get("num_nextn_predict_layers") or values.get("num_mtp_layers") or 0
-    mtp = tuple(f"model.layers.{layers + k}." for k in range(extra))
+    known = isinstance(extra, int) and extra <= 1000  # a file that says anything else is damaged
+    mtp = tuple(f"model.layers.{layers + k}." for k in range(extra if known else 0))
     for name, tensor in tensors:
         if not (name.endswith("rotary_emb.inv_freq") or (mtp and name.startswith(mtp))):
             yield name, tensor

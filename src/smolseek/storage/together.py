@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError
 from smolseek.files import sync
 from smolseek.run_folder import MANIFEST, STATE_JSON, STATE_TENSORS, RunFolder, digest, manifest_text, write_text
@@ -130,7 +130,7 @@ def _gathered(folder: Path, step: int, size: int, timeout: float) -> list[dict[s
             if (folder / f".failed-{rank}").exists():
                 raise _failure(step, f"process {rank} cannot write to {folder}")
             if (folder / f".part-{rank}.json").exists():
-                records[rank] = json.loads((folder / f".part-{rank}.json").read_text(encoding="utf-8"))
+                records[rank] = parse_json((folder / f".part-{rank}.json").read_text(encoding="utf-8"))
         if len(records) == size:
             return [records[rank] for rank in range(size)]
         if time.monotonic() > until:

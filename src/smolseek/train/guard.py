@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 from smolseek import console
-from smolseek.config import GuardConfig
+from smolseek.config import GuardConfig, from_dict
 
 WINDOW = 128
 """Steps that a spike is measured against (OLMo-core's SkipStepOptimizer has the same rule and window)."""
@@ -92,8 +92,8 @@ class Guard:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        restored = from_dict(Guard, {**state, "config": dataclasses.asdict(self.config)}, "guard")
+        self.__dict__.update(restored.__dict__)
 
 
 class StopRequest:

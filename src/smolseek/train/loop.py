@@ -35,7 +35,7 @@ from smolseek.train.loss import losses
 from smolseek.train.optim import lr_factor, make_optimizer, numbered
 from smolseek.train.passes import Passes
 from smolseek.train.samples import write_samples
-from smolseek.train.state import TrainState
+from smolseek.train.state import TrainState, progress_of
 from smolseek.train.text import Text, open_text
 from smolseek.train.track import Tracker
 from smolseek.train.validation import evaluate
@@ -79,7 +79,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     begun_from = _checkpoint(run, team) if resume else None
     saved = load_progress(begun_from) if begun_from is not None else {}
     if begun_from is not None:
-        done = saved["progress"]["step"]
+        done = progress_of(saved, begun_from).step
         if done > config.steps:
             raise SmolseekError(f"{run.path} has done {done} steps, and --steps is {config.steps}: raise it")
         if done == config.steps and team.tell(lambda: is_complete(run, done)):

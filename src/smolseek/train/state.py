@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from smolseek.config import TrainConfig
+from smolseek.config import TrainConfig, from_dict
+from smolseek.errors import damage_told
 from smolseek.model.transformer import CausalLM
 from smolseek.parallel.alone import Alone, Stream
+from smolseek.run_folder import STATE_JSON, STATE_TENSORS
 from smolseek.storage.checkpoint import load_state, load_weights
 from smolseek.storage.pieces import piece_name
 from smolseek.storage.target import resolve
@@ -40,6 +42,23 @@ class Progress:
     """Its loss."""
     sampled: int = 0
     """Step of the last samples."""
+
+
+def progress_of(saved: dict[str, Any], path: Path) -> Progress:
+    """Return where the run stood in the JSON state `saved` of the checkpoint `path`.
+
+    Raises:
+        SmolseekError: if it does not say so, or has no position in the data, no guard or no sizes of the run's files.
+    """
+    with damage_told(path / STATE_JSON, "use an older checkpoint"):
+        progress = from_dict(Progress, saved["progress"], f"{path / STATE_JSON}: progress")
+        files = saved.get("files", {})
+        if not all(isinstance(held, dict) for held in (saved["data"], saved["guard"], files, saved.get("inputs", {}))):
+            raise ValueError("data, guard, files or inputs are no objects")
+        counts = [progress.step, progress.tokens, *files.values()]
+        if not all(isinstance(count, int) and count >= 0 for count in counts):
+            raise ValueError("a count of steps, tokens or bytes is none")
+        return progress
 
 
 @dataclasses.dataclass
@@ -87,14 +106,18 @@ class TrainState:
         When `whole`, data and guard go back as well, as if the run had never stopped; else they stay, so that the run
         does not meet the same data again.
         """
-        tensors, saved = load_state(path, self._rows)
+        with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
+            tensors, saved = load_state(path, self._rows)
         load_weights(self.model, path, self.team.parts(self.model))
         device = self.model.lm_head.weight.device
-        load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
-        self._go_to(saved["progress"])
-        if whole:
-            self.stream.load_state_dict(saved["data"])
-            self.guard.load_state_dict(saved["guard"])
+        with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
+            self._check_shapes(tensors)
+            load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
+        with damage_told(path / STATE_JSON, "use an older checkpoint"):
+            self._go_to(dataclasses.asdict(progress_of(saved, path)))
+            if whole:
+                self.stream.load_state_dict(saved["data"])
+                self.guard.load_state_dict(saved["guard"])
         return saved
 
     def drop_step(self) -> None:
@@ -105,6 +128,14 @@ class TrainState:
     def _rows(self, name: str) -> slice | None:
         """Return which rows of a tensor of the training state are this process's."""
         return self.team.rows(self.names[int(name.split(".")[1])])
+
+    def _check_shapes(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raise ValueError for a moment that is not its parameter's; of a parameter in parts the rows are counted."""
+        shapes = {name: part.tensor.shape for name, part in self.team.parts(self.model).items()}
+        for name, value in tensors.items():
+            shape = shapes[self.names[int(name.split(".")[1])]]
+            if value.ndim and not self.team.in_parts and value.shape != shape:
+                raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
 
     def _go_to(self, progress: dict[str, Any]) -> None:
         for name, value in progress.items():

@@ -1,0 +1,44 @@
+"""Models opened by stock transformers: no remote code, no pickles, nothing printed."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smolseek.errors import SmolseekError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it, transformers prints neither bars nor warnings."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def open_with_transformers(path: Path, dtype: Any, name: str, way_out: str) -> Any:
+    """Return the causal language model in the folder `path`, in evaluation mode.
+
+    `name` is what the user called it, `way_out` what else to do when transformers cannot open it.
+
+    Raises:
+        SmolseekError: when transformers cannot open it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            ).eval()
+    except Exception as error:  # a folder that does not fit shows itself in many ways
+        reason = " ".join(str(error).split())[:200]
+        raise SmolseekError(f"transformers cannot open {name} ({type(error).__name__}: {reason}): {way_out}") from error

@@ -1,0 +1,274 @@
+"""A folder of small models, runs and texts, and a process that carries out command lines in copies of it.
+
+The process has loaded everything and forks for each command, which therefore costs a fraction of a second, has an
+environment, limits and streams of its own, and may die without taking the tests along.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+SMALL = "--seq-len 16 --batch-size 1 --eval-tokens 32 --sample-tokens 3 --data.val-fraction 0.3 --log-every 1"
+SHAPE = (
+    "--model.vocab-size 320 --model.hidden-size 16 --model.num-hidden-layers 2 --model.max-position-embeddings 64 "
+    "--model.intermediate-size 32 --model.moe-intermediate-size 8 --model.num-attention-heads 2 "
+    "--model.num-key-value-heads 2 --model.n-routed-experts 4 --model.num-experts-per-tok 2"
+)
+
+NURSERY = r"""
+import contextlib, importlib, io, json, os, resource, signal, sys, time
+import torch
+from smolseek.cli import main
+
+torch.set_num_threads(1)  # and so no thread that a fork would lose
+
+
+def live(job):
+    os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(job[name], flags), number)
+    sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding=job["encoding"])
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(io.FileIO(2, "w")), encoding=job["encoding"], errors="backslashreplace", line_buffering=True
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    # A model too large for memory has to be told, and must not take the machine down.
+    resource.setrlimit(resource.RLIMIT_AS, (size + job["memory"], resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        code = main(job["words"])
+        sys.stdout.flush()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    with open(job["modules"], "w") as file:
+        json.dump([name for name in sys.modules if name not in loaded], file)
+    os._exit(code)
+
+
+for line in sys.stdin:
+    job, loaded = json.loads(line), set(sys.modules)
+    began, pid, asked = time.monotonic(), os.fork(), False
+    if pid == 0:
+        live(job)
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        spent = time.monotonic() - began
+        if spent > job["seconds"] + 60:
+            os.kill(pid, signal.SIGKILL)
+        elif spent > job["seconds"] and not asked:  # what was asked for may take days: an interrupt ends it
+            os.kill(pid, signal.SIGINT)
+            asked = True
+        time.sleep(0.005)
+    with contextlib.suppress(OSError), open(job["modules"]) as file:
+        for name in json.load(file):  # the next command finds what this one had to import
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    with contextlib.suppress(OSError):
+        os.unlink(job["modules"])
+    print(json.dumps([os.waitstatus_to_exitcode(status), asked]), flush=True)
+"""
+
+
+class Outcome(NamedTuple):
+    """What a command line left behind."""
+
+    code: int
+    """Exit code; the signal's number, below 0, for a process that a signal ended."""
+    out: str
+    err: str
+    interrupted: bool
+    """Whether it was interrupted because it took long."""
+
+
+class Nursery:
+    """Carries out command lines, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep streams and temporary files in `folder`."""
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def run(
+        self,
+        words: list[str],
+        folder: Path,
+        *,
+        stdin: bytes = b"",
+        environment: dict[str, str | None] | None = None,
+        encoding: str = "utf-8",
+        seconds: float = 4.0,
+    ) -> Outcome:
+        """Carry out `smolseek *words` in `folder`; None takes a variable out of the environment."""
+        streams = {name: str(self.folder / name) for name in ("stdin", "stdout", "stderr", "modules")}
+        Path(streams["stdin"]).write_bytes(stdin)
+        variables = {**home(self.folder), **(environment or {})}
+        job = {
+            "words": words,
+            "folder": str(folder),
+            "environment": {name: value for name, value in variables.items() if value is not None},
+            "encoding": encoding,
+            "memory": 3 << 30,
+            "seconds": seconds,
+            **streams,
+        }
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        code, interrupted = json.loads(self._process.stdout.readline())
+        out, err = (Path(streams[name]).read_bytes().decode("utf-8", "replace") for name in ("stdout", "stderr"))
+        return Outcome(code, out, err, interrupted)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def home(folder: Path) -> dict[str, str]:
+    """Return an environment whose folders lie in `folder`, but for the cache of what the C compiler has made."""
+    made = {name: folder / name for name in ("home", "tmp", "hf")}
+    for path in made.values():
+        path.mkdir(exist_ok=True)
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    kept = {name: os.environ[name] for name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV") if name in os.environ}
+    return kept | {
+        "HOME": str(made["home"]),
+        "TMPDIR": str(made["tmp"]),
+        "HF_HOME": str(made["hf"]),
+        "XDG_CACHE_HOME": cache,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "LANG": "C.UTF-8",
+    }
+
+
+def build(folder: Path, nursery: Nursery) -> None:
+    """Fill `folder` with everything that the good commands name: models of each kind, texts, runs, tokens."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    said = [f"The old river number {i} runs under a small red house near the light." for i in range(400)]
+    texts = [" ".join(said[i * 6 : i * 6 + 6]) for i in range(60)]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pq.write_table(pa.table({"text": texts, "number": list(range(60))}), folder / "table.parquet")
+    (folder / "texts").mkdir()
+    for number, text in enumerate(texts[:8]):
+        (folder / "texts" / f"{number}.txt").write_text(text)
+
+    tokenizer = tokenizer_of(said)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    llama = LlamaConfig(hidden_size=32, intermediate_size=32, max_position_embeddings=128, **sizes, **ends)
+    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    tokenizer.save_pretrained(folder / "llama")
+    gpt2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=128, vocab_size=320, **ends)
+    GPT2LMHeadModel(gpt2).save_pretrained(folder / "foreign")
+    tokenizer.save_pretrained(folder / "foreign")
+    write_gguf(folder / "model.gguf", folder / "llama", tokenizer)
+
+    for command in (
+        "convert llama deep --no-verify",
+        "convert llama half --mode compress --cache 0.5 --calibration text.jsonl --calibration-tokens 64 --no-verify",
+        f"train tiny --data text.jsonl --run run --tokenizer llama {SMALL} {SHAPE} --steps 4 --save-every 2",
+        "prepare tokens --data text.jsonl --tokenizer llama",
+    ):
+        done = nursery.run(command.split(), folder, seconds=60)
+        assert done.code == 0, (command, done)
+    # As if it had been killed after its third step.
+    shutil.rmtree(folder / "run/checkpoints/step-000004")
+
+
+def tokenizer_of(texts: list[str]):  # type: ignore[no-untyped-def]
+    """Return a byte-level tokenizer with a chat template, which splits text as SmolLM2's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    made.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    found = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[0])
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    found.chat_template = turns + "<|im_start|>assistant\n"
+    return found
+
+
+def write_gguf(path: Path, llama: Path, tokenizer) -> None:  # type: ignore[no-untyped-def]
+    """Write the model in the folder `llama` as llama.cpp does, but for the order of the rows of queries and keys."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    writer = gguf.GGUFWriter(path, "llama")
+    numbers = {
+        "block_count": 2,
+        "context_length": 128,
+        "embedding_length": 32,
+        "feed_forward_length": 32,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "rope.dimension_count": 8,
+    }
+    for key, value in numbers.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-6)
+    writer.add_float32("llama.rope.freq_base", 10_000.0)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = {"embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm"}
+    parts = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+    parts |= {"gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down"}
+    parts |= {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+    for name, tensor in load_file(llama / "model.safetensors").items():
+        pieces = name.split(".")
+        if pieces[1] == "layers":
+            place = f"blk.{pieces[2]}.{next(new for old, new in parts.items() if old in pieces)}"
+        else:
+            place = next(new for old, new in names.items() if old in name)
+        writer.add_tensor(f"{place}.weight", tensor)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,247 @@
+"""Files whose contents do not fit, and numbers at the edge of their types: one line that names them, exit status 2."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolseek.chat import Chat
+from smolseek.cli import main
+from smolseek.config import parse_json
+from smolseek.errors import SmolseekError, damage_told
+from smolseek.evaluate.audit import audit_model, lines, record
+from smolseek.evaluate.compare import compare
+from smolseek.generate.beam import beam_search
+from smolseek.generate.engine import Writer
+from smolseek.generate.sampling import Sampling
+from smolseek.model.transformer import CausalLM, new_model
+from smolseek.presets import tiny
+from smolseek.run_folder import MANIFEST, digest, manifest_text
+
+_spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).parents[1] / "fuzz" / "sandbox.py")
+sandbox = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(sandbox)
+
+SMALL = "--model.num-hidden-layers 1 --model.hidden-size 16 --seq-len 16 --batch-size 1 --eval-tokens 32 --steps 2"
+REST = "--save-every 1 --sample-tokens 0 --data.val-fraction 0.2"
+
+
+def refuse(result, *words: str) -> None:
+    assert result.code == 2, result
+    assert result.err.count("\n") == 1 and result.err.startswith("error: "), result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A text, and a run of two steps on it whose last checkpoint is gone."""
+    folder = tmp_path_factory.mktemp("made")
+    sandbox.tokenizer_of(["The quick brown fox jumps."]).save_pretrained(folder / "tokenizer")
+    lines = (json.dumps({"text": f"Document {i}. " + "The quick brown fox jumps. " * 30}) for i in range(60))
+    (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = f"train tiny {SMALL} {REST} --device cpu --model.vocab-size 320".split()
+    words += ["--tokenizer", str(folder / "tokenizer")]
+    assert main([*words, "--data", str(folder / "text.jsonl"), "--run", str(folder / "run")]) == 0
+    shutil.rmtree(folder / "run/checkpoints/step-000002")
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    shutil.copytree(made / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+def sign(checkpoint: Path) -> None:
+    """Let the manifest name the files as they are, so that they are read."""
+    files = [path for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST]
+    text = manifest_text({p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in files})
+    (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("--optim.lr", value) for value in ("nan", "inf", "1e400")),
+        ("--optim.eps", "nan"),
+        ("--optim.clip", "nan"),
+        ("--schedule.final-factor", "-inf"),
+        ("--balance.gamma", "nan"),
+        ("--guard.spike", "nan"),
+        ("--mesh.timeout", "inf"),
+        ("--data.give-up-after", "nan"),
+        ("--seed", "9" * 30),
+        ("--steps", "9" * 30),
+        ("--model.hidden-size", "9" * 12),
+        ("--model.num-hidden-layers", "2147483647"),
+        ("--model.vocab-size", "2147483647"),
+        ("--model.moe-intermediate-size", "2147483647"),
+        ("--model.rms-norm-eps", "nan"),
+        ("--model.initializer-range", "-1"),
+        ("--model.head-dim", "-4"),
+        ("--model.rope-parameters.rope-theta", "inf"),
+        ("--model.rope-parameters.mscale", "nan"),
+    ],
+)
+def test_numbers_at_the_edge_of_their_types(run_cli, tmp_path, option, value):
+    name = option.rpartition(".")[2].removeprefix("--").replace("-", "_")
+    result = run_cli("train", "tiny", "--run", tmp_path / "run", option, value)
+    refuse(result)
+    assert name in result.err.replace("-", "_") or "matrix" in result.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_number_that_is_none_is_told_alike(run_cli):
+    refuse(run_cli("train", "tiny", "--steps", "{'a': 1}"), "is not a whole number")
+    refuse(run_cli("train", "tiny", "--optim.lr", "it's"), "is not a number")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000, "9" * 5000, "{", "\0"])
+def test_json_of_any_kind_is_an_error_of_its_text(text):
+    with pytest.raises(ValueError):
+        parse_json(text)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"run": "a\\u0000b", "model": 3}'),
+        ("checkpoints/step-000001/manifest.json", "[" * 100_000),
+        ("checkpoints/step-000001/training_state.json", "[]"),
+        ("checkpoints/step-000001/training_state.json", '{"progress": {"step": "x"}, "data": {}, "guard": {}}'),
+        ("checkpoints/step-000001/training_state.json", '{"progress": {}, "data": {}, "guard": {}, "files": {}}'),
+        ("checkpoints/step-000001/training_state.json", '{"progress": {"interval": 3}, "data": {}, "guard": {}}'),
+    ],
+)
+def test_a_run_whose_files_say_something_else(run_cli, run, file, text):
+    (run / file).write_text(text, encoding="utf-8")
+    if not file.endswith("manifest.json"):
+        sign(run / "checkpoints/step-000001")
+    refuse(run_cli("train", "--run", run, "--resume"), Path(file).name)
+
+
+def test_moments_of_another_shape(run_cli, run):
+    path = run / "checkpoints/step-000001/training_state.safetensors"
+    tensors = load_file(path)
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    save_file(tensors | {name: tensors[name].T.contiguous()}, path)
+    sign(path.parent)
+    refuse(run_cli("train", "--run", run, "--resume"), path.name, name, "older checkpoint")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda index: index.pop("sources"),
+        lambda index: index.update(dtype="<f8"),
+        lambda index: index.update(eos_id="0"),
+        lambda index: index["sources"].append(3),
+        lambda index: index["sources"][0].pop("name"),
+        lambda index: index["sources"][0].update(weight=float("nan")),
+        lambda index: index["sources"][0].update(shards=0),
+        lambda index: index["sources"][0]["parts"][0].update(name="../../x"),
+        lambda index: index["sources"][0]["parts"][0]["tokens"].update(bytes=3),
+    ],
+)
+def test_tokens_whose_index_says_something_else(run_cli, made, tmp_path, change):
+    words = ("--data", made / "text.jsonl", "--tokenizer", made / "tokenizer")
+    if not (made / "tokens").exists():
+        assert run_cli("prepare", made / "tokens", *words).code == 0
+    shutil.copytree(made / "tokens", tmp_path / "tokens")
+    path = tmp_path / "tokens/index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+    refuse(run_cli("train", "tiny", "--data", tmp_path / "tokens", "--run", tmp_path / "new"), "index.json", "anew")
+    refuse(run_cli("prepare", tmp_path / "tokens", *words), "index.json")
+    assert json.loads(path.read_text()) == json.loads(json.dumps(index)) or "nan" in str(index)
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(run_cli, run, tmp_path):
+    (tmp_path / "page").mkdir()
+    refuse(run_cli("report", run, "--out", tmp_path / "page"), "Is a directory")
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("prompt", ["\udcff", "a \ud83d b"])
+def test_a_prompt_that_is_no_text(run_cli, run, prompt):
+    refuse(run_cli("generate", run, prompt), "no UTF-8")
+
+
+@pytest.fixture
+def small() -> CausalLM:
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "max_position_embeddings": 32}
+    return new_model(dataclasses.replace(tiny(), **sizes)).eval()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 3e38])
+def test_an_audit_and_a_comparison_of_any_numbers(small, value):
+    rows = torch.randint(64, (2, 17))
+    assert compare(small, small, rows).kl == 0
+    for parameter in small.parameters():
+        parameter.data.fill_(value)
+    findings = audit_model(small, 64, 32, rows=rows, thorough=False)
+    assert list(lines(findings))
+    json.dumps(record(findings, "end"), allow_nan=False)
+    if not math.isfinite(value):
+        with pytest.raises(SmolseekError, match="first model's logits are not finite"):
+            compare(small, small, rows)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.9}])
+def test_writing_with_weights_that_are_no_numbers(small, value, options):
+    small.lm_head.weight.data[5] = value
+    with pytest.raises(SmolseekError, match="logits are not finite"):
+        Writer(small, [[1, 2]], Sampling(**options), 3).finish()
+    with pytest.raises(SmolseekError, match="logits are not finite"):
+        beam_search(small, [1, 2], beams=2, max_tokens=3)
+
+
+def test_a_temperature_just_above_zero_takes_the_likeliest_token(small):
+    cold = Writer(small, [[1, 2]], Sampling(temperature=1e-300), 4).finish()[0].tokens
+    assert cold == Writer(small, [[1, 2]], Sampling(temperature=0.0), 4).finish()[0].tokens
+
+
+@pytest.mark.parametrize("line", ["/params 'a", "/save ~nobody-here/x", "/save a\0b", "/params top_k=[[", "/nothing"])
+def test_a_command_of_a_conversation_that_does_not_fit(line):
+    chat = Chat.__new__(Chat)
+    chat.strategy, chat.system, chat.history = {}, None, []
+    with pytest.raises(SmolseekError):
+        chat.command(line)
+
+
+def test_when_no_token_is_left_to_draw(small):
+    words = tuple((n,) for n in range(64))
+    with pytest.raises(SmolseekError, match="no token is left"):
+        Writer(small, [[1, 2]], Sampling(temperature=1.0, bad_words=words), 4).finish()
+
+
+@pytest.mark.parametrize("options", [{"seed": 10**30}, {"temperature": float("nan")}, {"min_p": float("nan")}])
+def test_a_strategy_with_numbers_at_the_edge(options):
+    with pytest.raises(SmolseekError):
+        Sampling(**options)
+
+
+@pytest.mark.parametrize("option", ["--pad-id", "--eos-id"])
+def test_an_audit_with_a_token_that_there_is_not(run_cli, run, option):
+    for number in ("-1", "9223372036854775808", "320"):
+        refuse(run_cli("audit", run, option, number), option[2:], number)
+
+
+def test_what_is_told_as_damage():
+    with (
+        pytest.raises(SmolseekError, match=r"x.json is damaged \(KeyError: 'a'\): use another"),
+        damage_told("x.json", "use another"),
+    ):
+        {}["a"]
+    with pytest.raises(KeyboardInterrupt), damage_told("x.json", "use another"):
+        raise KeyboardInterrupt
