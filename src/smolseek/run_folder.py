@@ -119,6 +119,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
+        require_writable(self.path, "--run")
         if not self.config.exists():
             if resume:
                 raise SmolseekError(f"{self.path} holds no run to resume: leave out --resume, or correct --run")
@@ -268,6 +269,20 @@ def is_state_file(name: str) -> bool:
 def step_of(checkpoint: Path) -> int:
     """Return the number of steps in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def require_writable(path: Path, name: str) -> None:
+    """Raise SmolseekError if `path`, which the user gave as `name`, cannot be written; to be known before the work."""
+    folder = path if path.is_dir() else path.parent
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        why = f"{folder} is no folder"
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        why = f"{folder} may not be written to"
+    else:
+        return
+    raise SmolseekError(f"{name} {path} cannot be written ({why}): choose another")
 
 
 def write_text(path: Path, text: str) -> None:

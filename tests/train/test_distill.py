@@ -1,10 +1,13 @@
 """The chunked divergence against the plain one, and a model that learns from another."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig, OptimConfig
@@ -184,16 +187,91 @@ def test_the_source_writes_text_to_learn_from(compressed):
     assert len(written) == 1 and len(written[0]) > 50
 
 
-@needs_tokenizer
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of few tokens, half of its cache, and text: what is checked before a healing needs no more."""
+    base = tmp_path_factory.mktemp("tiny")
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    save_folder(
+        new_model(small(260)), base / "llama", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    )
+    lines = "".join(
+        json.dumps({"text": f"Line {n} of some text, and {n * n} more to learn."}) + "\n" for n in range(300)
+    )
+    (base / "text.jsonl").write_text(lines)
+    (base / "content.jsonl").write_text(lines.replace('"text"', '"content"'))
+    half = Conversion(mode="compress", cache=0.5, calibration=str(base / "text.jsonl"), calibration_tokens=256)
+    convert(str(base / "llama"), base / "half", half)
+    return base
+
+
+def test_the_text_that_the_source_writes_is_enough_to_train_and_to_validate_on(tiny):
+    """However little is asked for, and wherever its few documents fall in the split."""
+    run = tiny / "from-self"
+    words = ["--calibration", "self", "--tokens", "64", "--seq-len", "32", "--held-out-tokens", "64"]
+    assert main(["heal", str(tiny / "half"), "--run", str(run), *words]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["distill"]["teacher"] == str(tiny / "llama"), "the model card names it"
+    assert config["data"]["val_sources"] == [str(run / "held-out.jsonl")]
+    learned, held_out = ((run / name).read_text().splitlines() for name in ("self.jsonl", "held-out.jsonl"))
+    assert learned and held_out and not set(learned) & set(held_out)
+    assert main(["heal", str(tiny / "half"), "--run", str(run), *words, "--resume"]) == 0
+
+
+def test_the_source_writes_under_the_key_of_the_other_text(tiny):
+    text = (tiny / "text.jsonl").read_text().replace('"text"', '"content"')
+    (tiny / "content.jsonl").write_text(text)
+    run = tiny / "content"
+    words = ["--calibration", str(tiny / "content.jsonl"), "self", "--text-column", "content"]
+    words += ["--tokens", "64", "--seq-len", "16", "--held-out-tokens", "16"]
+    assert main(["heal", str(tiny / "half"), "--run", str(run), *words]) == 0
+    assert not (run / "held-out.jsonl").exists(), "the files hold enough"
+    assert "content" in json.loads((run / "self.jsonl").read_text().splitlines()[0])
+    assert main(["heal", str(run), "--run", str(tiny / "again"), *words]) == 0
+    config = json.loads((tiny / "again" / "config.json").read_text())
+    assert config["distill"]["teacher"] == str(tiny / "llama"), "the run knows it"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--tokens", "0"], "tokens 0 is below 1"),
-        (["--calibration", "self", "--seq-len", "1000"], "max_position_embeddings"),
+        (["--seq-len", "1000"], "max_position_embeddings"),
+        (["--teacher", "{}/other"], "its hidden_size is 32, and that one's 16"),
+        (["--teacher", "{}/nowhere"], "nowhere"),
+        (["--calibration", "{}/nowhere.txt", "self"], "nowhere.txt"),
+        (["--calibration", "{}/few.jsonl"], "--held-out"),
+        (["--calibration", "{}/text.jsonl", "self", "--text-column", "content"], "'content'"),
+        (["--held-out", "{}/short.txt"], "--held-out"),
+        (["--run", "{}/file/run"], "cannot be written"),
     ],
 )
-def test_refused(compressed, capsys, words, said):
-    assert heal(compressed, "refused", *words) == 2
+def test_refused_before_the_source_writes(tiny, capsys, monkeypatch, words, said):
+    def write(*_, **__):
+        raise AssertionError("the source writes")
+
+    monkeypatch.setattr("smolseek.train.distill.write_own_text", write)
+    save_folder(new_model(dataclasses.replace(small(260), hidden_size=16)), tiny / "other")
+    for name, text in (("few.jsonl", '{"text": "One document."}\n'), ("short.txt", "Short."), ("file", "")):
+        (tiny / name).write_text(text)
+    given = ["--calibration", "self", "--seq-len", "16", "--run", str(tiny / "refused")]
+    assert main(["heal", str(tiny / "half"), *given, *(word.format(tiny) for word in words)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and error.count("\n") == 0, error
-    assert not (compressed / "refused").exists()
+    assert not (tiny / "refused").exists()
+
+
+def test_a_model_that_does_not_say_what_it_was_made_of(tiny, capsys):
+    card = tiny / "half" / "README.md"
+    text = card.read_text()
+    try:
+        card.write_text(text.replace(str(tiny / "llama"), str(tiny / "moved")))
+        assert main(["heal", str(tiny / "half"), "--run", str(tiny / "refused")]) == 2
+        said = capsys.readouterr().err
+        assert "moved" in said and "give --teacher, where that model is" in said and said.count("\n") == 1
+        card.unlink()
+        assert main(["heal", str(tiny / "half"), "--run", str(tiny / "refused")]) == 2
+        assert "give --teacher" in capsys.readouterr().err
+    finally:
+        card.write_text(text)

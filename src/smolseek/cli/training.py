@@ -143,8 +143,8 @@ class HealArgs:
 
     model: str
     """Folder that `smolseek convert --mode compress` wrote."""
-    teacher: str = "smollm2"
-    """The model that it was made of."""
+    teacher: str | None = None
+    """The model that it was made of; None takes the one that its model card names."""
     run: str | None = None
     """Run folder to write; None is MODEL-healed."""
     tokens: int = 200_000
@@ -154,7 +154,7 @@ class HealArgs:
     65,536, into RUN/self.jsonl."""
     held_out: tuple[str, ...] = ()
     """Text that KL and loss are told on before, during and after, best of other domains; without it a part of the
-    calibration text that is not learned from."""
+    calibration text that is not learned from, or more text that the source writes, into RUN/held-out.jsonl."""
     held_out_tokens: int = 8_192
     """Tokens of it, at most."""
     text_column: str = "text"
@@ -183,19 +183,24 @@ def heal(argv: Sequence[str]) -> None:
             raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} is below 1: use a positive number")
     from smolseek.config import BalanceConfig, DataConfig, DistillConfig, OptimConfig, ScheduleConfig
     from smolseek.run_folder import RunFolder
-    from smolseek.train import loop
-    from smolseek.train.distill import write_own_text
+    from smolseek.train import distill, loop
 
     run = args.run or f"{args.model.rstrip('/')}-healed"
-    own = Path(run) / "self.jsonl"
+    folder = RunFolder(run)
+    own, own_held_out = folder.path / "self.jsonl", folder.path / "held-out.jsonl"
     sources = tuple(str(own) if source == "self" else source for source in args.calibration)
+    config = _from_model(args.model)
+    resume = args.resume == "yes" or (args.resume == "auto" and folder.config.exists())
+    begun = folder.read_config() if resume and folder.config.exists() else None
+    teacher = args.teacher or (begun and begun.distill.teacher) or distill.source_of_model(args.model)
+    distill.check_teacher(teacher, args.model)
     steps = max(1, round(args.tokens / (args.batch_size * args.seq_len)))
     every = max(1, -(-steps // args.evaluations))
     config = dataclasses.replace(
-        _from_model(args.model),
+        config,
         run=run,
         data=DataConfig(sources=sources, text_column=args.text_column, val_sources=args.held_out),
-        distill=DistillConfig(teacher=args.teacher, attention_only=True),
+        distill=DistillConfig(teacher=teacher, attention_only=True),
         optim=OptimConfig(lr=args.lr, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=10, final_factor=0.0),
         balance=BalanceConfig(gamma=0.0),  # a sparse model's gate was fitted: equal loads would undo it
@@ -208,8 +213,33 @@ def heal(argv: Sequence[str]) -> None:
         keep_last=1,
         eval_tokens=max(args.held_out_tokens, args.seq_len),
     )
-    resume = args.resume == "yes" or (args.resume == "auto" and RunFolder(run).config.exists())
-    RunFolder(run).check(config, resume)
+    if not config.model.eos_ids:
+        raise SmolseekError(f"{args.model} has no eos_token_id to part documents with: set it in its config.json")
+    if args.held_out:
+        if not distill.holds_out(config, args.held_out, whole=True):
+            raise SmolseekError(
+                f"--held-out {' '.join(args.held_out)} does not fill {args.seq_len:,} tokens: give more text, or lower "
+                "--seq-len"
+            )
+    else:
+        others = tuple(source for source in args.calibration if source != "self")
+        held_out: tuple[str, ...] = ()
+        if begun is not None:
+            held_out = begun.data.val_sources
+        elif not others or not distill.holds_out(config, others):
+            if "self" not in args.calibration:
+                raise SmolseekError(
+                    f"the calibration text is too little to hold a part of it out, {args.seq_len:,} tokens at least: "
+                    "give --held-out FILES, or lower --seq-len"
+                )
+            held_out = (str(own_held_out),)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_sources=held_out))
+    folder.check(config, resume)
+    # What is written here takes minutes, so all that can be refused has been.
     if "self" in args.calibration and not own.exists():
-        write_own_text(args.teacher, own, min(args.tokens // 2, 65_536), args.seed)
+        amount = min(args.tokens // 2, 65_536)
+        distill.write_own_text(teacher, own, amount, args.seed, args.text_column, config.step_tokens + 1)
+    if config.data.val_sources == (str(own_held_out),) and not own_held_out.exists():
+        amount, least = config.eval_tokens, config.seq_len + 1
+        distill.write_own_text(teacher, own_held_out, amount, args.seed + 1, args.text_column, least)
     loop.train(config, resume=resume)

@@ -93,6 +93,10 @@ class Corpus:
         return "; ".join(told)
 
 
+class EmptySide(SmolseekError):
+    """Documents that all fall on one side of the split."""
+
+
 def open_corpus(config: DataConfig) -> Corpus:
     """Read the documents and split them; a document's side depends on its text alone.
 
@@ -130,7 +134,7 @@ def split(documents: list[str], fraction: float, needs_validation: bool = True) 
         return corpus
 
     corpus = place(Part(text, None) for text in documents)
-    if corpus.train and corpus.validation:
+    if corpus.train and (corpus.validation or not needs_validation):
         return corpus
     cut = cut_documents(documents)
     if cut.documents:
@@ -139,7 +143,7 @@ def split(documents: list[str], fraction: float, needs_validation: bool = True) 
     for side, way in ((corpus.validation, "raise"), (corpus.train, "lower")):
         if not side and (needs_validation or side is corpus.train):
             name = "validation" if side is corpus.validation else "training"
-            raise SmolseekError(
+            raise EmptySide(
                 f"no {name} document: none of the {len(documents)} documents falls on that side at data.val_fraction "
                 f"{fraction}: {way} --data.val-fraction or give more text"
             )

@@ -3,24 +3,34 @@
 Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, R of some rows, D hidden_size, V vocab_size.
 """
 
+import dataclasses
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from smolseek.config import DataConfig, TrainConfig
 from smolseek.convert.calibrate import calibration_rows
+from smolseek.convert.card import source_of
+from smolseek.data.feed import open_data
+from smolseek.data.sources import read_documents
+from smolseek.data.stream import EmptySide, TooFewTokens, is_validation, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
-from smolseek.run_folder import write_text
-from smolseek.storage.hf_folder import load_model, resolve
-from smolseek.tokenizer import load_tokenizer
+from smolseek.run_folder import RunFolder, write_text
+from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
+from smolseek.tokenizer import encoder, load_tokenizer, token_bytes, tokenizer_of, vocabulary_digest
 from smolseek.train.loss import Losses
 
 # As in train/loss.py: tokens whose logits exist at one time, and tokens whose exponentials fit in the caches.
 _CHUNK = 256
 _ROWS = 16
+
+_ROUNDS = 8
+"""How often a model is asked for more text, at most."""
 
 
 class Divergence(NamedTuple):
@@ -37,7 +47,7 @@ class Teacher:
 
     def __init__(self, path: str, vocab: int, device: torch.device) -> None:
         """Open the model `path`. Raises SmolseekError if it cannot be opened, or has not `vocab` tokens."""
-        self.model = load_model(path, device=str(device)).model.requires_grad_(False)
+        self.model = load_causal_lm(path, device=str(device)).requires_grad_(False)
         if self.model.config.vocab_size != vocab:
             raise SmolseekError(
                 f"teacher {path} has {self.model.config.vocab_size:,} tokens and the model {vocab:,}: "
@@ -152,15 +162,87 @@ class _LinearKL(torch.autograd.Function):
         return dh_ND, None if dw_VD is None else dw_VD.mul_(grad), None, None, None, None, None
 
 
-def write_own_text(model: str, out: Path, tokens: int, seed: int) -> None:
-    """Have the model `model` write `tokens` tokens of text, a document a window, into the JSON lines `out`.
+def source_of_model(model: str) -> str:
+    """Return the model that the converted one called `model` was made of: its card says it, or the run that it is of.
 
     Raises:
-        SmolseekError: if the model cannot be opened or has no tokenizer.
+        SmolseekError: if nothing does, or that model is not to be found any more.
     """
     path = resolve(model)
-    tokenizer = load_tokenizer(str(path))
-    rows = calibration_rows(path, "self", tokens, seed)
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
+    name, run = source_of(path), RunFolder(path.parent.parent)
+    if name is None and path.parent == run.checkpoints and run.config.exists():
+        config = run.read_config()
+        name = config.distill.teacher or (source_of_model(config.init) if config.init else None)
+    if name is None:
+        raise SmolseekError(f"{model} does not say what it was made of: give --teacher, the model that it was made of")
+    try:
+        resolve(name)
+    except SmolseekError as error:
+        raise SmolseekError(f"{model} was made of {name}, and {error}: give --teacher, where that model is") from None
+    return name
+
+
+def check_teacher(teacher: str, model: str) -> None:
+    """Raise SmolseekError if the model called `model` cannot have been made of the one called `teacher`.
+
+    A conversion keeps the vocabulary, the width, and the numbers of layers and heads.
+    """
+    theirs, ours = read_config(teacher), read_config(model)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise SmolseekError(
+                f"{model} was not made of {teacher}: its {name} is {getattr(ours, name):,}, and that one's "
+                f"{getattr(theirs, name):,}: leave out --teacher, or learn from any model with the same vocabulary by "
+                f"smolseek train --init {shlex.quote(model)} --distill.teacher {shlex.quote(teacher)} "
+                "--distill.attention-only"
+            )
+    tokenizers = [tokenizer for name in (teacher, model) if (tokenizer := tokenizer_of(resolve(name))) is not None]
+    if len(tokenizers) == 2 and vocabulary_digest(tokenizers[0]) != vocabulary_digest(tokenizers[1]):
+        raise SmolseekError(f"{teacher} and {model} have different tokenizers: give the model that it was made of")
+
+
+def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False) -> bool:
+    """Return whether a part of the text `sources`, or with `whole` all of it, is enough for the validation of `config`.
+
+    Raises:
+        SmolseekError: if it cannot be read.
+    """
+    tokenizer, data = (
+        load_tokenizer(config.tokenizer),
+        dataclasses.replace(config.data, sources=sources, val_sources=()),
+    )
+    try:
+        if whole:
+            documents = list(read_documents(sources, data.text_column))
+        else:
+            documents = open_data(data, config.eval_tokens, tokenizer).validation
+        lengths = config.seq_len, config.eval_tokens
+        validation_rows(documents, encoder(tokenizer), 0, *lengths, token_bytes(tokenizer))
+    except (TooFewTokens, EmptySide):
+        return False
+    return True
+
+
+def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "text", least: int = 0) -> None:
+    """Have the model `model` write `tokens` tokens of text, a document a window, into the JSON lines `out`.
+
+    It goes on until a training on the text has at least `least` tokens; `key` is the one that holds a document.
+
+    Raises:
+        SmolseekError: if the model cannot be opened or has no tokenizer, or its text is no more than control tokens.
+    """
+    path = resolve(model)
+    tokenizer = tokenizer_of(path)
+    if tokenizer is None:
+        raise SmolseekError(f"{model} has no tokenizer to write text with: put its tokenizer.json into the folder")
+    encode, texts, held = encoder(tokenizer), [], 0
+    for round_ in range(_ROUNDS):
+        rows = calibration_rows(path, "self", tokens, seed + round_ * 1_000_003, tokenizer)
+        texts += [tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
+        held = sum(len(ids) + 1 for ids in encode([t for t in texts if not is_validation(t, DataConfig.val_fraction)]))
+        if held >= least:
+            break
+    else:
+        raise SmolseekError(f"{model} writes {held:,} tokens of text where {least:,} are needed: give files instead")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_text(out, "".join(json.dumps({key: text}) + "\n" for text in texts))
