@@ -225,7 +225,7 @@ def heal(argv: Sequence[str]) -> None:
         others = tuple(source for source in args.calibration if source != "self")
         held_out: tuple[str, ...] = ()
         if begun is not None:
-            held_out = begun.data.val_sources
+            held_out = (str(own_held_out),) if own_held_out.exists() else begun.data.val_sources
         elif not others or not distill.holds_out(config, others):
             if "self" not in args.calibration:
                 raise SmolseekError(
