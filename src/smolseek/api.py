@@ -401,7 +401,7 @@ def _strings(value: Sequence[str] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Model:
+def load(name: str, *, dtype: str = "auto", device: str = "cpu", tokenizer: str | None = None) -> Model:
     """Load the model that `name` stands for: a run, a folder, a .gguf file, a hub name or `smollm2`.
 
     Args:
@@ -409,12 +409,13 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu") -> Model:
         dtype: float32, bfloat16 or float16; auto takes the file's, or bfloat16 where the file has float32 and the CPU
             multiplies bfloat16 (`score` keeps to float32 then).
         device: where it goes, for example "cuda".
+        tokenizer: name of another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported.
 
     Raises:
         SmolseekError: if there is no such model, it is damaged, it has no tokenizer, or its `generation_config.json`
             has settings that are not supported.
     """
-    loaded = load_model(name, dtype=dtype, device=device)
+    loaded = load_model(name, dtype=dtype, device=device, tokenizer=tokenizer)
     strategy = generation_config.settings(*generation_settings(loaded.path))
     weight = loaded.model.lm_head.weight
     rounds = dtype == "auto" and weight.dtype == torch.float32 and weight.device.type == "cpu"

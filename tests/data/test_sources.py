@@ -214,7 +214,7 @@ def test_columns_of_tables(tmp_path: Path) -> None:
     assert read(path) == ["one", "two"], "spreadsheets of many countries write semicolons"
     path.write_text("id,body\n1,one\n")
     assert read(path, text_column="body") == ["one"]
-    assert "a.csv has no column 'text', only 'id', 'body': set --data.text-column" in refused(path)
+    assert "a.csv has no column 'text', only 'id', 'body': set --text-column" in refused(path)
     path.write_text("id,text\n1,one\n2,two, and more\n")
     assert "line 3 has 3 fields and the header 2" in refused(path)
     path.write_text('id,text\n1,"one\n2,two\n')

@@ -141,6 +141,8 @@ class ConvertArgs:
     (compress)."""
     calibration_tokens: int = 16_384
     """Tokens of it (compress)."""
+    text_column: str = "text"
+    """Column (parquet, csv) or key (JSON) that holds the text (compress)."""
     tokenizer: str | None = None
     """Another tokenizer than the source's own, for a .gguf file whose tokenizer is not supported: a folder or hub name
     of the same model."""
@@ -240,6 +242,8 @@ def evaluate(argv: Sequence[str]) -> None:
     for name in ("limit", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise SmolseekError(f"{name.replace('_', '-')} {value} is below 1: use a positive number")
+    if args.fewshot is not None and args.fewshot < 0:
+        raise SmolseekError(f"fewshot {args.fewshot} is below 0: use 0 for none")
     if importlib.util.find_spec("lm_eval") is None:
         raise SmolseekError("eval needs lm-eval, which is not installed: pip install '.[eval]' in a clone of smolseek")
     from smolseek.evaluate import harness

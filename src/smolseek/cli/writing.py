@@ -49,6 +49,8 @@ class GenerateArgs(Strategy):
     """Print a line of JSON for each continuation: text, tokens, log-probabilities, why it ended, times."""
     stats: bool = False
     """Print tokens per second, the number format and the size of the cache."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
 
@@ -67,6 +69,8 @@ class ChatArgs(Strategy):
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float | None = 0.95
     """Keep the fewest likeliest tokens that make up this probability (1904.09751)."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
 
@@ -88,7 +92,8 @@ def generate(argv: Sequence[str]) -> None:
 
     from smolseek.api import Continuation, load
 
-    model = load(args.model, dtype=args.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.model, dtype=args.dtype, device=device, tokenizer=args.tokenizer)
     options = _strategy(args, argv, model) | ({"temperature": 0.0} if args.greedy else {})
     options |= {name: getattr(args, name) for name in ("max_tokens", "prefix", "stop", "stop_tokens", "max_time")}
     options |= {"bad_words": args.bad_words} if args.bad_words else {}
@@ -131,5 +136,6 @@ def chat(argv: Sequence[str]) -> None:
     from smolseek.api import load
     from smolseek.chat import Chat, talk
 
-    model = load(args.model, dtype=args.dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load(args.model, dtype=args.dtype, device=device, tokenizer=args.tokenizer)
     talk(Chat(model, _strategy(args, argv, model), args.max_tokens, args.system))

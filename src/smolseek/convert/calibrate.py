@@ -99,31 +99,38 @@ def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:
     return wide.unflatten(1, (T, 2 * T - 1)).sum(dim=1)[:, T - 1 :]
 
 
-def calibration_rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None) -> torch.Tensor:
+def calibration_rows(
+    path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None, text_column: str = "text"
+) -> torch.Tensor:
     """Return windows [N, T+1] of text for the model at `path`, which `tokenizer` reads, the model's own where None.
 
     `calibration` is `builtin`, `self` (the model writes it, sampling at temperature 1 from BOS or an end token on), or
-    a file or folder. A tenth of the documents is left for `held_out_rows`.
+    a file or folder, whose column or key `text_column` holds the text. A tenth of the documents is left for
+    `held_out_rows`.
 
     Raises:
         SmolseekError: if the model has no tokenizer, or the text is too short.
     """
-    return _rows(path, calibration, tokens, seed, tokenizer, held_out=False)
+    return _rows(path, calibration, tokens, seed, tokenizer, text_column, held_out=False)
 
 
-def held_out_rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None) -> torch.Tensor:
+def held_out_rows(
+    path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any = None, text_column: str = "text"
+) -> torch.Tensor:
     """Return windows of text of the same kind that `calibration_rows` never returns; raises as it does."""
-    return _rows(path, calibration, tokens, seed + 1, tokenizer, held_out=True)
+    return _rows(path, calibration, tokens, seed + 1, tokenizer, text_column, held_out=True)
 
 
-def _rows(path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any, *, held_out: bool) -> torch.Tensor:
+def _rows(
+    path: Path, calibration: str, tokens: int, seed: int, tokenizer: Any, text_column: str, *, held_out: bool
+) -> torch.Tensor:
     if calibration == "self":
         return _written(path, tokens, seed, tokenizer or tokenizer_of(path))
     tokenizer, config = tokenizer or tokenizer_of(path), read_config(path)
     length = _length(config.max_position_embeddings, tokens)
     if tokenizer is None:
         raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
-    documents = [t for t in read_documents([calibration], "text") if is_validation(t, _HELD_OUT) == held_out]
+    documents = [t for t in read_documents([calibration], text_column) if is_validation(t, _HELD_OUT) == held_out]
     try:
         rows, _ = validation_rows(
             documents, encoder(tokenizer), tokenizer.eos_token_id or 0, length, tokens, token_bytes(tokenizer)

@@ -23,6 +23,7 @@ _COMPRESSING = (
     "active",
     "calibration",
     "calibration_tokens",
+    "text_column",
 )
 
 
@@ -61,6 +62,8 @@ class Conversion:
     """Text that the smaller model is fitted to: `builtin`, files, or `self`, which the source writes (compress)."""
     calibration_tokens: int = 16_384
     """Tokens of it (compress)."""
+    text_column: str = "text"
+    """Column or key that holds the text of files (compress)."""
     tokenizer: str | None = None
     """Name of another tokenizer than the source's own, for a .gguf file whose tokenizer is not supported."""
     dtype: Literal["float32", "bfloat16"] = "float32"

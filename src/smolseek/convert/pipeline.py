@@ -121,11 +121,14 @@ def _write(
 ) -> None:
     """Fill the folder `part`, and verify it."""
     rows = held_out = None
+    words = conversion.words()
     if conversion.mode == "compress":
-        text = opened.path, conversion.calibration
-        rows = calibration_rows(*text, conversion.calibration_tokens, conversion.seed, opened.tokenizer)
+        source_text, read_by = (opened.path, conversion.calibration), (opened.tokenizer, conversion.text_column)
+        rows = calibration_rows(*source_text, conversion.calibration_tokens, conversion.seed, *read_by)
         if verify is not None:
-            held_out = held_out_rows(*text, _HELD_OUT_TOKENS, conversion.seed, opened.tokenizer)
+            held_out = held_out_rows(*source_text, _HELD_OUT_TOKENS, conversion.seed, *read_by)
+        # There may be less text than was asked for.
+        words = dataclasses.replace(conversion, calibration_tokens=rows[:, 1:].numel()).words()
     attention: Attention = functools.partial(_exact_attention, opened)
     if rows is not None and (budget := conversion.budget(opened.config)) is not None:
         config, attention = _compressed(opened, budget, rows)
@@ -148,7 +151,7 @@ def _write(
         config, layers = portable.one_epsilon(config, layers)
     values = _write_model(part, config, layers, conversion.dtype)
     console.say(
-        f"Converted {config.num_hidden_layers} layers of {source} ({conversion.words()}, {conversion.dtype}); "
+        f"Converted {config.num_hidden_layers} layers of {source} ({words}, {conversion.dtype}); "
         f"peak memory {_peak_bytes() / 1e6:,.0f} MB"
     )
     _write_text_files(opened, part, values, conversion.tokenizer is None)
@@ -164,7 +167,7 @@ def _write(
     if held_out is not None:
         console.say(UNLIKE_CALIBRATION)
     command = shlex.join(["smolseek", "convert", source, str(out), *_words_of(conversion)])
-    card = model_card(source, opened.path, opened.config, config, conversion.words(), conversion.dtype, command, line)
+    card = model_card(source, opened.path, opened.config, config, words, conversion.dtype, command, line)
     write_text(part / "README.md", card)
 
 

@@ -193,13 +193,13 @@ def _value(record: Any, key: str, place: str, way_out: str) -> str | None:
     if not isinstance(record, dict):
         raise SmolseekError(f"{place} is a JSON {type(record).__name__}, not an object: {way_out}")
     if key not in record:
-        raise SmolseekError(f"{place} has no key {key!r}, only {_names(record)}: set --data.text-column")
+        raise SmolseekError(f"{place} has no key {key!r}, only {_names(record)}: set --text-column")
     value = record[key]
     if value is None:
         return None
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise SmolseekError(f"{place}: {key!r} is a {kind}, not text: set --data.text-column to one that holds text")
+        raise SmolseekError(f"{place}: {key!r} is a {kind}, not text: set --text-column to one that holds text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:  # JSON can escape half of a surrogate pair, which no UTF-8 text can hold
@@ -221,7 +221,7 @@ def _table(file: BinaryIO, where: str, column: str, delimiters: str) -> Iterator
                 break
         else:
             header = next(csv.reader([head], delimiter=delimiters[0], strict=True))
-            raise SmolseekError(f"{where} has no column {column!r}, only {_names(header)}: set --data.text-column")
+            raise SmolseekError(f"{where} has no column {column!r}, only {_names(header)}: set --text-column")
         place = header.index(column)
         found = csv.reader(lines, delimiter=delimiter, strict=True)
         for row in found:
@@ -248,15 +248,13 @@ def _parquet(source: Any, where: str, column: str, first: int) -> Iterator[tuple
         with pq.ParquetFile(source, pre_buffer=False) as file:
             schema = file.schema_arrow
             if column not in schema.names:
-                raise SmolseekError(
-                    f"{where} has no column {column!r}, only {_names(schema.names)}: set --data.text-column"
-                )
+                raise SmolseekError(f"{where} has no column {column!r}, only {_names(schema.names)}: set --text-column")
             kind = schema.field(column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
             if not any(check(kind) for check in is_text):
                 raise SmolseekError(
-                    f"{where}: {column!r} is {kind}, not text: set --data.text-column to one that holds text"
+                    f"{where}: {column!r} is {kind}, not text: set --text-column to one that holds text"
                 )
             begin = 0
             for group in range(file.num_row_groups):

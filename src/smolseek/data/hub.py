@@ -263,10 +263,10 @@ class HubShards:
                 schema = file.schema_arrow
                 if self._column not in schema.names:
                     names = ", ".join(schema.names[:8])
-                    raise SmolseekError(f"{where} has no column {self._column!r}, only {names}: set --data.text-column")
+                    raise SmolseekError(f"{where} has no column {self._column!r}, only {names}: set --text-column")
                 kind = schema.field(self._column).type
                 if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise SmolseekError(f"{where}: {self._column!r} is {kind}, not text: set --data.text-column")
+                    raise SmolseekError(f"{where}: {self._column!r} is {kind}, not text: set --text-column")
                 first = 0
                 for group in range(file.num_row_groups):
                     count = file.metadata.row_group(group).num_rows
