@@ -98,7 +98,7 @@ def plot(path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharex=True, sharey=True)
     for axes, (title, file) in zip(panels, PANELS.items(), strict=True):
         models = json.loads(Path(file).read_text())["models"]
         for method, label, style, beside in (
