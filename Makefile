@@ -16,9 +16,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
 
-# Twenty SIGKILLs of one run, and a disk that is full (as root): minutes, figures into docs/results/soak.json.
+# Twenty SIGKILLs of one run, a disk that is full (as root), 400 damaged commands and files: minutes, figures into
+# docs/results/soak.json, processes.json and fuzz.json.
 soak: $(STAMP)
-	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json $(PY) -m pytest -m soak tests/soak
+	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json \
+		FUZZ_RESULT=docs/results/fuzz.json $(PY) -m pytest -m soak tests/soak tests/fuzz
 
 check: $(STAMP)
 	.venv/bin/ruff format --check

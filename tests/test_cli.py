@@ -58,6 +58,14 @@ def test_help_of_train_leaves_the_model_to_a_help_of_its_own(run_cli):
 
 
 MISTAKES = [
+    (["INSPECT", "tiny"], "unknown verb 'INSPECT' (did you mean inspect?)"),
+    (["generate", "llama", "--", "-x", "--max-tokens", "2"], "--max-tokens stands behind --"),
+    (["inspect", ""], "target is empty: give a name"),
+    (["train", "tiny", "--run", ""], "run is empty"),
+    (["train", "tiny", "--data", ""], "data.sources is empty"),
+    (["prepare", ""], "out is empty"),
+    (["report", "run", ""], "runs is empty"),
+    (["heal", "model", "--calibration", "builtin", ""], "calibration is empty"),
     (["trian"], "unknown verb 'trian' (did you mean train?)"),
     (["--verbose"], "unknown option '--verbose'"),
     (["inspect"], "TARGET missing"),

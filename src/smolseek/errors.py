@@ -40,5 +40,5 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """Return " (did you mean X?)" for the closest of `names`, or an empty string when none is close."""
     from difflib import get_close_matches
 
-    found = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    found = get_close_matches(name.lower(), list(names), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""

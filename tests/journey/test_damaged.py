@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from smolseek.chat import Chat
 from smolseek.cli import main
-from smolseek.config import parse_json
+from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError, damage_told
 from smolseek.evaluate.audit import audit_model, lines, record
 from smolseek.evaluate.compare import compare
@@ -23,6 +23,8 @@ from smolseek.generate.sampling import Sampling
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import tiny
 from smolseek.run_folder import MANIFEST, digest, manifest_text
+from smolseek.storage.hf_folder import save_folder
+from smolseek.tokenizer import load_tokenizer
 
 _spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).parents[1] / "fuzz" / "sandbox.py")
 sandbox = importlib.util.module_from_spec(_spec)
@@ -235,6 +237,20 @@ def test_a_strategy_with_numbers_at_the_edge(options):
 def test_an_audit_with_a_token_that_there_is_not(run_cli, run, option):
     for number in ("-1", "9223372036854775808", "320"):
         refuse(run_cli("audit", run, option, number), option[2:], number)
+
+
+@pytest.mark.parametrize("mode", [(), ("--mode", "compress", "--cache", "0.75")])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_source_whose_weights_are_no_numbers(run_cli, made, tmp_path, mode, value):
+    folder = tmp_path / "llama"
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    config = ModelConfig(model_type="llama", vocab_size=320, num_hidden_layers=1, max_position_embeddings=64, **sizes)
+    model = new_model(config)
+    model.model.layers[0].mlp.down_proj.weight.data[3] = value
+    save_folder(model, folder, load_tokenizer(str(made / "tokenizer")))
+    fit = ("--calibration", made / "text.jsonl", "--calibration-tokens", "64") if mode else ()
+    refuse(run_cli("convert", folder, tmp_path / "new", "--no-verify", *mode, *fit), "not finite", "anew")
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_told_as_damage():

@@ -1,6 +1,7 @@
 """From the words of a command line to the arguments of a verb, and from tyro's boxes to one line."""
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import re
@@ -27,11 +28,30 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, prog=f"smolseek {verb}", args=list(argv), config=markers, **given)
+            args = tyro.cli(kind, prog=f"smolseek {verb}", args=list(argv), config=markers, **given)
+        _require_names(args)
+        return args
     except SystemExit as stop:
         if not stop.code:
             raise
     raise SmolseekError(condense(said.getvalue(), verb))
+
+
+_TEXTS = {"prompt", "prefix", "system", "stop", "bad_words", "stop_tokens", "tasks"}
+"""Arguments that are text: an empty one means none, or is told of by whoever uses it."""
+
+
+def _require_names(args: Any, prefix: str = "") -> None:
+    """Raise SmolseekError for an empty name of a file, folder or model: it would be the current folder's.
+
+    A script whose variable is not set gives one.
+    """
+    for field in dataclasses.fields(args):
+        value, name = getattr(args, field.name), f"{prefix}{field.name}".replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            _require_names(value, f"{name}.")
+        elif field.name not in _TEXTS and "" in (value if isinstance(value, tuple) else (value,)):
+            raise SmolseekError(f"{name} is empty: give a name (. is the current folder), or leave it out")
 
 
 def condense(box: str, verb: str) -> str:
@@ -55,6 +75,8 @@ def condense(box: str, verb: str) -> str:
         name = message.removeprefix("Unrecognized options: ").split(", ")[0]
         for heading, *rows in filter(None, sections[1:]):
             if rows and heading in ("Perhaps you meant:", f"Arguments similar to {name}:"):
+                if rows[0].split()[0].rstrip(",") == name:
+                    return f"{name} stands behind --, where no options are: put it before"
                 return f"unknown option {name} (did you mean {rows[0].split()[0].rstrip(',')}?)"
         return (f"unknown option {name}" if name.startswith("-") else f"unexpected {name!r}") + see
     if message.startswith("Missing from "):

@@ -80,12 +80,20 @@ def statistics(model: CausalLM, rows: torch.Tensor) -> list[Statistics]:
     return found
 
 
+NOT_FINITE = "what the source computes is not finite: its weights are damaged, so copy or download it anew"
+
+
 def observe(model: CausalLM, rows: torch.Tensor, hooks: Sequence[RemovableHandle], doing: str) -> None:
-    """Run the model over the windows `rows` [N, T+1], one at a time, for what `hooks` see, and remove these."""
+    """Run the model over the windows `rows` [N, T+1], one at a time, for what `hooks` see, and remove these.
+
+    Raises:
+        SmolseekError: if what the model computes is not finite.
+    """
     try:
         with console.progress(len(rows), doing) as bar:
             for done, row in enumerate(rows, 1):
-                model.hidden(row[None, :-1])
+                if not model.hidden(row[None, :-1]).hidden_BTD.isfinite().all():
+                    raise SmolseekError(NOT_FINITE)
                 bar.update(done)
     finally:
         for hook in hooks:

@@ -123,4 +123,6 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         if tensor.dtype not in FLOAT_TYPES.values():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise SmolseekError(f"{path}: {name} is stored as {kind}: take the model's bfloat16 or float32 version")
+        if not tensor.isfinite().all():
+            raise SmolseekError(f"{path}: {name} holds numbers that are not finite: copy or download the model anew")
         return tensor

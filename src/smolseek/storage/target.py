@@ -57,13 +57,14 @@ def _from_hub(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise SmolseekError(f"{name} does not exist{nearest(key, PRESETS)}: a model is {MODEL_MAY_BE}")
     import huggingface_hub
+    from huggingface_hub import errors
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
-    except huggingface_hub.errors.RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         reason = "the hub has no public model of that name"
     except Exception as error:  # whatever a network can do
-        offline = isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError)
+        offline = isinstance(error, errors.LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
     raise SmolseekError(f"{name} is no folder here, and {reason}: a model is {MODEL_MAY_BE}")
 

@@ -1,0 +1,68 @@
+"""What must be true of the outcome of every case."""
+
+import re
+from pathlib import Path
+
+import mutations
+import sandbox
+
+from smolseek.cli import VERBS
+
+GOOD_CODES = (0, 2, 75, 130, 141, 143)
+
+
+def options_of(nursery: sandbox.Nursery, folder: Path) -> mutations.Options:
+    """Return the options of each verb as its help tells them."""
+    found = mutations.Options()
+    for verb in VERBS:
+        texts = [nursery.run([verb, *words], folder).out for words in (["--help"], ["tiny", "--help-model"])]
+        found[verb] = sorted({name for text in texts for name in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)})
+    return found
+
+
+def carry_out(
+    nursery: sandbox.Nursery, seed: str, number: int, folder: Path, options: mutations.Options
+) -> tuple[mutations.Case, sandbox.Outcome, list[str]]:
+    """Draw a case into `folder`, carry it out, and return it, its outcome, and what is wrong with that."""
+    case = mutations.draw(seed, folder, options, number)
+    before = mutations.snapshot(folder)
+    outcome = nursery.run(case.words, folder, stdin=case.stdin, environment=case.environment, encoding=case.encoding)
+    return case, outcome, faults(case, outcome, before, mutations.snapshot(folder))
+
+
+def failed_audit(words: list[str], outcome: sandbox.Outcome) -> bool:
+    """Return whether exit code 1 is the verdict of an audit."""
+    return words[:1] == ["audit"] and outcome.code == 1 and not outcome.err
+
+
+def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: dict) -> list[str]:
+    """Return what is wrong with an outcome; `before` and `after` are what lay in the folder."""
+    wrong = []
+    if "Traceback (most recent call last)" in outcome.out + outcome.err:
+        wrong.append("traceback")
+    if outcome.code not in GOOD_CODES and not failed_audit(case.words, outcome):
+        wrong.append(f"exit code {outcome.code}")
+    if outcome.code == 130 and not outcome.interrupted:
+        wrong.append("interrupted by nobody")
+    lines = outcome.err.splitlines()
+    errors = sum(line.startswith("error: ") for line in lines)
+    if errors != (outcome.code == 2):
+        wrong.append(f"{errors} error lines")
+    noise = [line for line in lines if not line.startswith(("error: ", "warning: "))]
+    if outcome.code == 2 and noise:
+        wrong.append(f"noise {noise[0][:80]!r}")
+    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    changed = [name for name in changed if not name.endswith(".lock")]  # of a folder that was there already
+    if outcome.code not in (0, 1) and changed and not _goes_on(case, outcome, changed):
+        wrong.append(f"left behind {changed[:5]}")
+    return wrong
+
+
+def _goes_on(case: mutations.Case, outcome: sandbox.Outcome, changed: list[str]) -> bool:
+    """Return whether what changed is a run or a preparation that had begun: it is gone on from."""
+    verb = case.words[0] if case.words else ""
+    if verb in ("train", "heal"):
+        return "\nStep " in outcome.out or any(name.endswith("metrics.jsonl") for name in changed)
+    if verb == "chat":
+        return all(name == "talk.json" for name in changed)  # what was said until then was asked for
+    return verb == "prepare" and any(name.endswith("index.json") for name in changed)
