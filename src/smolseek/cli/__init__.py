@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # told of where the text is used
+        with contextlib.suppress(io.UnsupportedOperation):  # a caller has read of it already
+            sys.stdin.reconfigure(errors="surrogateescape")  # told of where the text is used
     try:
         run_verb([word for word in words if word != "--debug"])
         return 0
