@@ -42,7 +42,8 @@ def sync_handle(handle: int) -> None:
 class FolderLock:
     """Keeps a second process from writing a folder: an flock on a file in it, which holds this host and process.
 
-    The system releases the lock when the process ends, however it ends, so a file that is left over is harmless.
+    The system releases the lock when the process ends, however it ends, so a file that is left over is harmless. `with`
+    takes it where that file is there already, so that nothing is written yet; `acquire` makes the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -103,7 +104,7 @@ class FolderLock:
             self._handle, self._named = None, False
 
     def __enter__(self) -> Self:
-        self.acquire()
+        self.acquire(create=False)
         return self
 
     def __exit__(

@@ -1,6 +1,7 @@
 """Tokens prepared once: the same rows as the stream's, whole after any interruption, checked when read."""
 
 import json
+import os
 import shutil
 import threading
 from collections import Counter
@@ -123,7 +124,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
 
 def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None:
     prepare(sources(), target(tmp_path / "plain"))
-    written, real = 0, preparing.os.fsync
+    written, real = 0, os.fsync
 
     def fsync(file: int) -> None:
         nonlocal written
@@ -132,10 +133,10 @@ def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None
             raise OSError(28, "No space left on device")
         real(file)
 
-    monkeypatch.setattr(preparing.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(SmolseekError, match=r"No space left on device.*same command"):
         prepare(sources(), target(tmp_path / "out"))
-    monkeypatch.setattr(preparing.os, "fsync", real)
+    monkeypatch.setattr(os, "fsync", real)
     assert not list((tmp_path / "out").glob("*.tmp"))
     prepare(sources(), target(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from smolseek.config import ModelConfig
+from smolseek.files import FolderLock
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import save_folder
@@ -157,6 +158,19 @@ def test_another_tokenizer_is_refused(run_cli, here, llama):
     assert run_cli("train", "--run", "run", "--resume", "--tokenizer", copy).code == 0
 
 
+def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
+    (here / "a.jsonl").unlink()
+    rng = random.Random(1)
+    for n in range(40):
+        (here / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=40)))
+    words = ["train", *TINY, "--data", ".", "--run", "runs/a", *SIZES, "--steps", "4", "--save-every", "2"]
+    assert run_cli(*words).code == 0
+    weights = final("runs/a")
+    interrupted("runs/a", 2)
+    assert run_cli("train", "--run", "runs/a", "--resume").code == 0
+    assert final("runs/a") == weights
+
+
 def test_more_steps_for_a_run_that_has_ended(run_cli, here):
     """With a constant learning rate the longer run is the one that would have been made at once."""
     constant = ["--schedule.kind", "constant", "--precision", "float32", "--sample-tokens", "1"]
@@ -226,6 +240,16 @@ def test_a_second_process_is_refused(run_cli, here):
         first.terminate()
     assert first.returncode == 143 and len(RunFolder("run").checkpoint_paths()) == 1
     assert run_cli("train", "--run", "run", "--resume", "--steps", str(steps_done("run"))).code == 0
+
+
+def test_a_second_prepare_is_refused(run_cli, here):
+    words = ["prepare", "tokens", "--data", "a.jsonl", "--tokenizer", "words"]
+    assert run_cli(*words).code == 0
+    with FolderLock("tokens") as lock:
+        lock.acquire()
+        code, _, err = run_cli(*words)
+        assert code == 2 and err.count("\n") == 1 and f"process {os.getpid()} on " in err
+    assert run_cli(*words).code == 0
 
 
 def steps_done(run):

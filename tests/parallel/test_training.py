@@ -75,6 +75,7 @@ def test_when_one_dies_every_other_names_it_in_one_line(data, tmp_path):
 
 def test_sizes_that_do_not_fit_are_refused_in_one_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     words = ["train", "tiny", "--data", str(data), "--run", str(tmp_path / "run"), "--mesh.shard", "3"]
     assert main(words) == 2
     assert "use --mesh.shard 1 or 2" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum, is_prepared,
 from smolseek.data.spelling import Spelling
 from smolseek.data.stream import Texts, encode_documents, text_key
 from smolseek.errors import SmolseekError, Stopped
+from smolseek.files import LOCK, FolderLock, sync, sync_handle
 from smolseek.tokenizer import Encode
 
 PART_TOKENS = 1 << 25
@@ -73,18 +73,19 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
         HubAway: when the data do not come; what was finished stays.
         Stopped: for a KeyboardInterrupt, likewise.
     """
-    index = _begin(sources, to, tokens)
-    try:
-        _write(sources, index, to, tokens)
-    except KeyboardInterrupt:
-        raise Stopped(
-            f"interrupted: {to.path} keeps {_held(index):,} tokens; give the same command again, it goes on", 130
-        ) from None
-    except OSError as error:
-        raise SmolseekError(
-            f"{to.path} cannot be written ({error.strerror}): make room and give the same command again, it goes on"
-        ) from None
-    return _held(index)
+    with FolderLock(to.path) as lock:
+        index = _begin(sources, to, tokens, lock)
+        try:
+            _write(sources, index, to, tokens)
+        except KeyboardInterrupt:
+            raise Stopped(
+                f"interrupted: {to.path} keeps {_held(index):,} tokens; give the same command again, it goes on", 130
+            ) from None
+        except OSError as error:
+            raise SmolseekError(
+                f"{to.path} cannot be written ({error.strerror}): make room and give the same command again, it goes on"
+            ) from None
+        return _held(index)
 
 
 def _write(sources: Sequence[TextSource], index: dict[str, Any], to: Target, tokens: int | None) -> None:
@@ -108,7 +109,7 @@ def _write(sources: Sequence[TextSource], index: dict[str, Any], to: Target, tok
                 _write_index(to.path, index)
 
 
-def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None) -> dict[str, Any]:
+def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: FolderLock) -> dict[str, Any]:
     """Return the index of an earlier call, or a new one; remove what no index names."""
     index: dict[str, Any] = {
         "format": FORMAT,
@@ -132,16 +133,20 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None) -> dic
         ],
     }
     path = to.path / INDEX
-    if path.exists():
+    begun = path.exists()
+    if begun:
         found = read_index(to.path) if is_prepared(to.path) else {}
         if _identity(found) != _identity(index):
             raise SmolseekError(f"{to.path} holds other data, or is of another tokenizer or --tokens: choose another")
         for source, entry in zip(sources, found["sources"], strict=True):
             _require_unchanged(source, entry, to)
         index = found
-    elif to.path.exists() and (not to.path.is_dir() or any(to.path.iterdir())):
+    elif to.path.exists() and (not to.path.is_dir() or any(file.name != LOCK for file in to.path.iterdir())):
         raise SmolseekError(f"{to.path} is there and not empty: choose another folder")
     to.path.mkdir(parents=True, exist_ok=True)
+    lock.acquire()
+    if path.exists() and not begun:  # another process was quicker
+        return _begin(sources, to, tokens, lock)
     _write_index(to.path, index)
     named = {f"{part['name']}.{kind}" for s in index["sources"] for part in s["parts"] for kind in KINDS}
     for file in to.path.iterdir():
@@ -293,13 +298,9 @@ def write_file(path: Path, data: Any) -> None:
         with tmp.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync_handle(file.fileno())
     except BaseException:
         tmp.unlink(missing_ok=True)
         raise
     tmp.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)

@@ -40,9 +40,13 @@ def find(config: TrainConfig, begun: TrainConfig, checkpoint: Path | None) -> Pa
     Raises:
         SmolseekError: for text that is not where it was, or the first weights of a run without a checkpoint.
     """
-    for option, sources in (("data", config.data.sources), ("data.val-sources", config.data.val_sources)):
-        for source in sources:
-            if source != "builtin" and not parse_names((source,)) and not Path(source).expanduser().exists():
+    for option, sources, before in (
+        ("data", config.data.sources, begun.data.sources),
+        ("data.val-sources", config.data.val_sources, begun.data.val_sources),
+    ):
+        for source in set(sources) & set(before) - {"builtin"}:
+            hub = parse_names((source,))  # a run's own names of the hub's data hold their commit
+            if not Path(source).expanduser().exists() and not (hub and hub[0].revision):
                 raise SmolseekError(
                     f"data {source} of this run is not there: if it has moved, add --{option} with its new place"
                 )

@@ -66,8 +66,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     if team.lead:
         if run.config.exists():
             begun = run.read_config()
-            config = inputs.follow(config, begun) if resume else config
-        config = dataclasses.replace(config, data=pin(config.data, None if begun is None else begun.data))
+        config = inputs.follow(config, begun) if resume and begun is not None else _pinned(config, begun)
         run.check(config, resume)
         if config.precision == "bfloat16" and not multiplies_bfloat16(device):
             console.warn(
@@ -91,9 +90,12 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     eos_id = config.model.eos_ids[0]
     text: Text | None = None
     if team.lead:
-        copy = inputs.find(config, begun, begun_from) if resume and begun is not None else None
-        if resume and begun_from is None:
-            console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
+        copy = None
+        if resume and begun is not None:
+            copy = inputs.find(config, begun, begun_from)
+            config = _pinned(config, begun)
+            if begun_from is None:
+                console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
         text = open_text(config, eos_id, copy, resumed=begun_from is not None)
     stream = team.follow(text.stream if text else None)
     val_rows = team.send_rows(text.val_rows if text else None)
@@ -284,6 +286,11 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     if text:
         ends.finish(text, at)
     return last
+
+
+def _pinned(config: TrainConfig, begun: TrainConfig | None) -> TrainConfig:
+    """Return `config` with the commits of its hub data: those that the run `begun` has, or the newest."""
+    return dataclasses.replace(config, data=pin(config.data, None if begun is None else begun.data))
 
 
 def _saver(run: RunFolder, model: CausalLM, tokenizer: Any, config: TrainConfig, team: Alone) -> Saver:
