@@ -215,12 +215,11 @@ def small_model(monkeypatch):
     from smolseek.tokenizer import load_tokenizer
 
     model = new_model(replace(tiny(), num_hidden_layers=1, hidden_size=32), 0, torch.device("cpu"))
-    tokenizer = load_tokenizer("smollm2")
     asked = []
 
-    def load(target, dtype, device):
+    def load(target, dtype, device, tokenizer):
         asked.append((target, dtype))
-        return hf_folder.LoadedModel(model, tokenizer, model.config, Path(target))
+        return hf_folder.LoadedModel(model, load_tokenizer("smollm2"), model.config, Path(target))
 
     monkeypatch.setattr("smolseek.api.load_model", load)
     return asked

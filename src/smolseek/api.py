@@ -167,7 +167,7 @@ class Model:
             SmolseekError: for a model without a tokenizer.
         """
         if loaded.tokenizer is None:
-            raise SmolseekError(f"{name} has no tokenizer: put its tokenizer.json into the folder")
+            raise SmolseekError(f"{name} has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer")
         self.model, self.tokenizer, self.config = loaded.model, loaded.tokenizer, loaded.config
         self.name, self.strategy, self._unrounded = name, dict(strategy or {}), unrounded
 
