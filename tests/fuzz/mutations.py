@@ -49,10 +49,10 @@ COMMANDS = [
     "chat llama --max-tokens 3 --system brief",
     "chat model.gguf --max-tokens 3 --temperature 0",
     "convert llama new",
-    "convert llama new --experts 4 --dtype bfloat16",
+    "convert llama new --experts 3 --dtype bfloat16",
     "convert model.gguf new --mode grow --experts 2 --top-k 1",
     f"convert llama new --mode compress --cache 0.5 {FIT}",
-    f"convert llama new --mode compress --experts 4 --shared 1 --active 1 {FIT}",
+    f"convert llama new --mode compress --experts 3 --shared 1 --active 1 {FIT}",
     "heal half --teacher llama --run new --tokens 32 --batch-size 1 --seq-len 16 --calibration text.jsonl "
     "--held-out-tokens 32",
     f"compare llama deep {READ}",

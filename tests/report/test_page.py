@@ -160,3 +160,39 @@ def test_axes_and_lines():
 def test_a_long_run_gives_a_heat_map_of_bearable_size():
     loads = [[[10, 30]]] * 1000
     assert 100 <= heat_map(list(range(1000)), loads).count("<rect") <= 130
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"loss": "low"}, "loss 'low'"),
+        ({"tokens": None}, "tokens is missing"),
+        ({"tokens_per_second": float("inf")}, "not finite"),
+        ({"step": 10**30}, "step"),
+        ({"data": []}, "data"),
+        ({"data": {"retries": "many"}}, "retries"),
+        ({"skipped": {"reason": "x"}}, "skipped"),
+        ({"audit": [1], "audit_counts": {}, "audit_findings": []}, "audit"),
+        ({"audit": "end", "audit_counts": {}, "audit_findings": [{"check": "x"}]}, "audit_findings"),
+        ({"machine": 3}, "machine"),
+        ({"val_load": [[1.0], 2]}, "val_load"),
+        ({"val_loss": 1.0}, "val_perplexity is missing"),
+    ],
+)
+def test_a_record_that_is_damaged_is_named(run_cli, tmp_path, change, word):
+    config = TrainConfig(model=tiny(), run=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    good = {"step": 3, "loss": 2.0, "tokens": 10, "tokens_per_second": 5.0, "peak_memory": 7, "lr": 0.1}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
+    code, out, err = run_cli("report", tmp_path)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "metrics.jsonl" in err and word in err, err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_that_diverged_has_its_page(run_cli, tmp_path):
+    config = TrainConfig(model=tiny(), run=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    good = {"step": 3, "loss": 2.0, "tokens": 10, "tokens_per_second": 5.0, "peak_memory": 7, "lr": 0.1}
+    inf = {"step": 3, "val_loss": float("inf"), "val_perplexity": float("inf"), "val_bits_per_byte": float("nan")}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(inf) + "\n")
+    assert run_cli("report", tmp_path).code == 0

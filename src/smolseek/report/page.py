@@ -97,7 +97,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     for record in run.training:
         seconds += max(0, record["tokens"] - before) / max(record["tokens_per_second"], 1e-9)
         before = record["tokens"]
-    found.append(("training time", str(timedelta(seconds=round(seconds)))))
+    found.append(("training time", str(timedelta(seconds=round(min(seconds, 1e12))))))
     found.append(("peak memory", f"{max(record['peak_memory'] for record in run.training) / 1e6:,.0f} MB"))
     if run.origins and "parameters" in run.origins[0]:
         found.append(("parameters", f"{run.origins[0]['parameters'] / 1e6:,.1f}M"))

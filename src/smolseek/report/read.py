@@ -4,6 +4,7 @@
 `audit`, `machine` (where a run was started or resumed), and events.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,12 @@ def read_run(path: str | Path) -> Run:
     folder = RunFolder(path)
     config = folder.read_config()
     records = folder.read_metrics()
+    for record in records:
+        if problem := _problem(record):
+            raise SmolseekError(
+                f"{folder.metrics} has a record of step {record.get('step')!r} that is damaged ({problem}): "
+                "delete its line (the others stay as they are)"
+            )
     training = [record for record in records if "loss" in record]
     if not training:
         raise SmolseekError(f"{folder.path} has no logged step yet: wait for its first log line, or lower --log-every")
@@ -78,6 +85,69 @@ def read_run(path: str | Path) -> Run:
     )
 
 
+_FIGURES = (
+    *("step", "loss", "lr", "tokens", "tokens_per_second", "grad_norm", "memory", "peak_memory", "maxvio", "kl"),
+    *("parameters", "active", "val_loss", "val_perplexity", "val_bits_per_byte", "val_kl", "val_maxvio"),
+)
+_OBJECTS = ("data", "machine", "versions", "skipped", "returned", "audit_counts")
+_TOGETHER = {
+    "loss": ("step", "tokens", "tokens_per_second", "peak_memory"),
+    "val_loss": ("step", "val_perplexity", "val_bits_per_byte"),
+    "audit": ("audit_counts", "audit_findings"),
+    "parameters": ("active",),
+}
+"""Keys that come with others."""
+
+
+def _problem(record: Record) -> str | None:
+    """Return what is wrong with a record, None if the page can show it."""
+    for key in _FIGURES:
+        value = record.get(key)
+        if value is not None and not _is_figure(value):
+            return f"{key} {value!r}"
+    for key in _OBJECTS:
+        if not isinstance(record.get(key, {}), dict):
+            return f"{key} {record[key]!r}"
+    for key, others in _TOGETHER.items():
+        missing = [other for other in others if key in record and record.get(other) is None]
+        if missing:
+            return f"{missing[0]} is missing"
+    if "loss" in record and not all(math.isfinite(record[key]) for key in _TOGETHER["loss"]):
+        return "a count that is not finite"
+    for key, needed in (("skipped", ("tokens",)), ("returned", ("from", "undone_tokens"))):
+        if key in record and not all(_is_figure(record[key].get(name)) for name in needed):
+            return f"{key} {record[key]!r}"
+    read = record.get("data", {})
+    if read.get("retries") and not (_is_figure(read["retries"]) and "last_retry" in read):
+        return f"data {read!r}"
+    counts, findings = record.get("audit_counts", {}), record.get("audit_findings", [])
+    if "audit" in record:
+        if not isinstance(record["audit"], str) or not all(_is_figure(value) for value in counts.values()):
+            return f"audit {record['audit']!r}"
+        if not isinstance(findings, list) or not all(_is_finding(finding) for finding in findings):
+            return "audit_findings are none"
+    load = record.get("val_load") or []
+    rows = load if isinstance(load, list) else [None]
+    if not all(isinstance(row, list) and row and all(map(_is_figure, row)) for row in rows):
+        return "val_load is no table"
+    return None
+
+
+def _is_figure(value: Any) -> bool:
+    """Return whether a value is a number, of a size that figures of a run have."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not 1e18 < abs(value) < math.inf
+
+
+def _is_finding(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"check", "done", "status"} <= value.keys():
+        return False
+    try:
+        float(value.get("figure", 0.0))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _events(record: Record) -> list[tuple[int, str]]:
     """Return what a record says beside figures, in words."""
     found, step = [], record.get("step", 0)
@@ -85,7 +155,7 @@ def _events(record: Record) -> list[tuple[int, str]]:
         found.append(f"resumed from {record['resumed']}")
     if "skipped" in record:
         skipped = record["skipped"]
-        found.append(f"a step was skipped: {skipped['reason']}; {skipped['tokens']:,} tokens were not trained on")
+        found.append(f"a step was skipped: {skipped.get('reason')}; {skipped['tokens']:,} tokens were not trained on")
     if "returned" in record:
         back = record["returned"]
         found.append(f"went back from step {back['from']:,}; {back['undone_tokens']:,} tokens were undone")
@@ -103,7 +173,7 @@ def read_samples(path: Path) -> list[Sample]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    parts = re.split(r"^## Step (\d+)\n", text, flags=re.MULTILINE)[1:]
+    parts = re.split(r"^## Step (\d{1,18})\n", text, flags=re.MULTILINE)[1:]
     found: dict[int, Sample] = {}
     for step, body in zip(parts[::2], parts[1::2], strict=True):
         texts = re.findall(r"^\*\*(.+?)\*\* ?(.*?)(?=\n\n\*\*|\Z)", body, flags=re.MULTILINE | re.DOTALL)
