@@ -5,12 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smolseek.errors import SmolseekError
 from smolseek.gguf_header import read_metadata
-from smolseek.tokenizer import TextStream, encoder, for_training, load_tokenizer, smollm2_gguf, token_bytes
+from smolseek.tokenizer import (
+    TextStream,
+    begin_ids,
+    decoder,
+    encoder,
+    for_training,
+    load_tokenizer,
+    smollm2_gguf,
+    token_bytes,
+)
 
 TEXTS = [
     "Hello, world! It's 2024.\n\n\tdef f(x):\n        return x  \n",
@@ -213,3 +222,18 @@ def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "some.bin").write_text("x")
     with pytest.raises(SmolseekError, match="neither"):
         load_tokenizer(str(tmp_path / "some.bin"))
+
+
+def test_what_a_tokenizer_puts_before_a_text(smollm2):
+    assert begin_ids(smollm2) == []
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "好": 2}, merges=[]))  # it cannot spell an "a"
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>"])
+    assert begin_ids(PreTrainedTokenizerFast(tokenizer_object=backend)) == []
+    ends = [("<s>", 0), ("</s>", 1)]
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert begin_ids(tokenizer) == [0] and encoder(tokenizer)(["好"]) == [[0, 2]]
+    assert decoder(tokenizer)([0, 2]) == "好"
+    trained = for_training(tokenizer, 1)
+    assert begin_ids(trained) == [] and trained("好").input_ids == [2] and tokenizer("好").input_ids == [0, 2, 1]

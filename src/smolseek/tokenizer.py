@@ -145,8 +145,11 @@ def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrain
 
 def begin_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Return the tokens that the tokenizer puts before a text: BOS for many models, none for SmolLM2."""
-    found = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
-    return found.ids[: found.special_tokens_mask.index(0)]
+    for i in range(len(tokenizer)):  # a text is needed that it can spell: nearly always its first token
+        found = tokenizer.backend_tokenizer.encode(tokenizer.convert_ids_to_tokens(i) or "", add_special_tokens=True)
+        if 0 in found.special_tokens_mask:
+            return found.ids[: found.special_tokens_mask.index(0)]
+    return []
 
 
 def require_known(largest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
