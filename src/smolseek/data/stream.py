@@ -134,7 +134,7 @@ def split(documents: list[str], fraction: float, needs_validation: bool = True) 
         return corpus
 
     corpus = place(Part(text, None) for text in documents)
-    if corpus.train and (corpus.validation or not needs_validation):
+    if corpus.train and corpus.validation:
         return corpus
     cut = cut_documents(documents)
     if cut.documents:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, R of some rows, D hidden_size, V vocab_size.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,7 +18,7 @@ from smolseek.convert.calibrate import calibration_rows
 from smolseek.convert.card import source_of
 from smolseek.data.feed import open_data
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import EmptySide, TooFewTokens, is_validation, validation_rows
+from smolseek.data.stream import EmptySide, TooFewTokens, split, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, write_text
@@ -239,7 +240,9 @@ def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "te
     for round_ in range(_ROUNDS):
         rows = calibration_rows(path, "self", tokens, seed + round_ * 1_000_003, tokenizer)
         texts += [tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
-        held = sum(len(ids) + 1 for ids in encode([t for t in texts if not is_validation(t, DataConfig.val_fraction)]))
+        with contextlib.suppress(EmptySide):
+            learned = split(list(dict.fromkeys(texts)), DataConfig.val_fraction, needs_validation=False).train
+            held = sum(len(ids) + 1 for ids in encode(learned))
         if held >= least:
             break
     else:
