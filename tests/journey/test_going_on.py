@@ -17,7 +17,7 @@ from smolseek.config import ModelConfig
 from smolseek.files import FolderLock
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
-from smolseek.storage.hf_folder import save_folder
+from smolseek.storage.hf_folder import read_config, save_folder
 
 TINY = ["tiny", "--model.num-hidden-layers", "1", "--model.hidden-size", "16", "--model.max-position-embeddings", "32"]
 TINY += ["--model.vocab-size", "300", "--tokenizer", "words"]
@@ -156,6 +156,23 @@ def test_another_tokenizer_is_refused(run_cli, here, llama):
     assert code == 2 and err.count("\n") == 1 and "tokenizer" in err
     copy = RunFolder("run").checkpoint_path(2)
     assert run_cli("train", "--run", "run", "--resume", "--tokenizer", copy).code == 0
+
+
+def test_a_teacher_elsewhere_and_text_in_a_run_folder_that_moved(run_cli, here, llama):
+    shutil.copytree(llama, here / "m")
+    save_folder(new_model(read_config(llama), seed=1), here / "other")
+    (here / "run").mkdir()
+    (here / "a.jsonl").rename(here / "run" / "own.jsonl")
+    words = ["--init", "m", "--distill.teacher", "m", "--data", "run/own.jsonl", "--run", "run", *SIZES]
+    assert run_cli("train", *words, "--steps", "3", "--save-every", "2").code == 0
+    interrupted("run", 2)
+    (here / "run").rename(here / "moved")
+    (here / "m").rename(here / "m2")
+    code, _, err = run_cli("train", "--run", "moved", "--resume", "--distill.teacher", "other")
+    assert code == 2 and "the teacher other is not the model that the run has learned from so far" in err
+    code, out, err = run_cli("train", "--run", "moved", "--resume", "--distill.teacher", "m2")
+    assert code == 0, err
+    assert "distill.teacher is now m2, and was m" in out and "data.sources is now moved/own.jsonl" in out
 
 
 def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
