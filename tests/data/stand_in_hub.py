@@ -1,4 +1,4 @@
-"""A loopback stand-in for the hub: what `huggingface_hub` and `datasets` ask of one data set, with faults to order."""
+"""A loopback stand-in for the hub: what `huggingface_hub` and `datasets` ask of it, with faults to order."""
 
 import hashlib
 import json
@@ -17,10 +17,15 @@ KINDS = ("timeout", "reset", "429", "500", "short", "long", "whole", "wrong rang
 
 
 class StandInHub:
-    """Serves `files` (path -> bytes) as the data set `repo`; `fault(number)` names what befalls a request for data."""
+    """Serves `files` (path -> bytes) as the data set `repo`; `fault(number)` names what befalls a request for data.
+
+    `more` holds further repositories, such as "models/owner/name" -> files; of those in `gated` it gives no file.
+    """
 
     def __init__(self, repo: str, files: Mapping[str, bytes], fault: Callable[[int], str | None] = lambda n: None):
-        self.repo, self.files, self.fault = repo, dict(files), fault
+        self.files, self.fault = dict(files), fault
+        self.more: dict[str, dict[str, bytes]] = {f"datasets/{repo}": self.files}
+        self.gated: set[str] = set()
         self.requests = 0
         self.faults: Counter[str] = Counter()
         self.asked: list[str] = []
@@ -66,47 +71,56 @@ class StandInHub:
         sent = handler.rfile.read(length).decode() if length else ""
         if self.away:
             return self._reset(handler)
-        api = re.fullmatch(rf"/api/datasets/{self.repo}(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path)
-        found = re.fullmatch(rf"/datasets/{self.repo}/resolve/([^/]+)/(.+)", path)
-        if api and api[1] == "tree":
-            folder = api[3]
+        api = re.fullmatch(
+            r"/api/((?:datasets|models)/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path
+        )
+        found = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        name = api[1] if api else found[1] if found else ""
+        name = name if name.startswith("datasets/") or api else f"models/{name}"
+        if name not in self.more:
+            return self._send(handler, 401, b"", {"X-Error-Code": "RepoNotFound"})
+        files = self.more[name]
+        if api and api[2] == "tree":
+            folder = api[4]
             deep = parse_qs(parts.query).get("recursive", [""])[0].lower() in ("true", "1")
-            return self._json(handler, self._tree(folder, deep))
-        if api and api[1] == "paths-info":
+            return self._json(handler, self._tree(files, folder, deep))
+        if api and api[2] == "paths-info":
             values = parse_qs(sent)
             paths = values.get("paths") or json.loads(sent or "{}").get("paths", [])
-            return self._json(handler, [e for p in paths for e in self._entry(p)])
+            return self._json(handler, [e for p in paths for e in self._entry(files, p)])
         if api:
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
-            return self._json(handler, {"id": self.repo, "sha": COMMIT, "siblings": siblings, "tags": []})
-        if found and found[2] in self.files:
-            return self._file(handler, found[2], body)
-        code = "EntryNotFound" if found else "RepoNotFound"
-        self._send(handler, 404, b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            gated = "auto" if name in self.gated else False
+            values = {"id": name.partition("/")[2], "sha": COMMIT, "siblings": siblings, "tags": [], "gated": gated}
+            return self._json(handler, values)
+        if found and name in self.gated:
+            return self._send(handler, 401, b"", {"X-Error-Code": "GatedRepo"})
+        if found and found[3] in files:
+            return self._file(handler, files[found[3]], found[3], body)
+        self._send(handler, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
-    def _entry(self, path: str) -> list[dict]:
-        if path in self.files:
-            data = self.files[path]
+    def _entry(self, files: Mapping[str, bytes], path: str) -> list[dict]:
+        if path in files:
+            data = files[path]
             return [{"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}]
-        if any(name.startswith(path + "/") for name in self.files):
+        if any(name.startswith(path + "/") for name in files):
             return [{"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest()}]
         return []
 
-    def _tree(self, folder: str, deep: bool) -> list[dict]:
+    def _tree(self, files: Mapping[str, bytes], folder: str, deep: bool) -> list[dict]:
         prefix = folder + "/" if folder else ""
-        inside = [name for name in self.files if name.startswith(prefix)]
+        inside = [name for name in files if name.startswith(prefix)]
         names = set(inside) if deep else {prefix + name[len(prefix) :].split("/")[0] for name in inside}
         if deep:
             for name in inside:
                 parents = name[len(prefix) :].split("/")[:-1]
                 names |= {prefix + "/".join(parents[: i + 1]) for i in range(len(parents))}
-        return [entry for name in sorted(names) for entry in self._entry(name)]
+        return [entry for name in sorted(names) for entry in self._entry(files, name)]
 
-    def _file(self, handler: BaseHTTPRequestHandler, name: str, body: bool) -> None:
-        data = self.files[name]
+    def _file(self, handler: BaseHTTPRequestHandler, data: bytes, name: str, body: bool) -> None:
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("range") or "")
-        if not wanted or not name.endswith(".parquet"):
+        if not wanted or name.endswith((".md", ".txt", ".safetensors")):
             return self._send(handler, 200, data if body else b"", headers, None if body else len(data))
         start, stop = int(wanted[1]), min(int(wanted[2]) + 1, len(data))
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"

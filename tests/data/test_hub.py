@@ -1,5 +1,6 @@
 """Hub data sets read from a loopback stand-in, with faults."""
 
+import gzip
 import importlib.util
 import io
 import json
@@ -17,6 +18,8 @@ from types import ModuleType
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from smolseek.data.hub import HubName, parse_names
 from smolseek.errors import SmolseekError
@@ -292,3 +295,136 @@ def test_an_endpoint_that_is_none_is_told_at_once(hub, tmp_path: Path) -> None:
     done = run(hub, tmp_path, *words, HF_ENDPOINT="hub.example")
     assert done.returncode == 2 and "HF_ENDPOINT 'hub.example' is no address" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
+
+
+LOOK = """
+import json, sys, threading
+from smolseek.data import hub
+from smolseek.errors import SmolseekError
+for word in sys.argv[1:]:
+    try:
+        name, = hub.parse_names([word])
+        files = hub.find_files(name, 5)
+        shards = hub.HubShards(files, "text", 5)
+        texts = [list(shards.rows(number, 1, threading.Event())) for number in range(len(shards))]
+        print(json.dumps([files.pinned.replace(files.commit, "COMMIT"), texts]))
+    except SmolseekError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def configurations(**paths: str) -> bytes:
+    """A README that names a configuration for each pattern of files, in the split before the double underscore."""
+    lines = ["---", "configs:"]
+    for name, path in paths.items():
+        split, _, config = name.partition("__")
+        lines += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f'    path: "{path}"']
+    return "\n".join([*lines, "---", ""]).encode()
+
+
+def dictionary(texts: list[str | None]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table({"text": pa.array(texts, pa.dictionary(pa.int32(), pa.string()))}), file)
+    return file.getvalue()
+
+
+def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
+    """Without a configuration, compressed JSON, other splits, dictionary columns; and what is refused, and why."""
+    jsonl = "".join(json.dumps({"text": text}) + "\n" for text in ("zero", "one", "two")).encode()
+    rows = [[1, "one"], [2, "two"]]
+    hub.more |= {
+        "datasets/a/plain": {"data/train-0.json.gz": gzip.compress(jsonl), "data/train-1.jsonl": jsonl},
+        "datasets/a/default": {
+            "README.md": configurations(train__default="x/*", train__other="y/*"),
+            "x/a.jsonl.zst": pa.compress(jsonl, codec="zstd", asbytes=True),
+            "y/a.jsonl": jsonl,
+        },
+        "datasets/a/several": {
+            "README.md": configurations(train__one="x/*", test__two="y/*"),
+            "x/a.parquet": dictionary(["zero", "one", None]),
+            "y/a.csv": b"id,text\n0,zero\n1,one\n2,two\n",
+        },
+        "datasets/a/pictures": {"README.md": configurations(train__all="*.arrow"), "a.arrow": b"x"},
+        "datasets/a/closed": {"README.md": configurations(train__all="*.jsonl"), "a.jsonl": jsonl},
+    }
+    hub.gated = {"datasets/a/closed"}
+    words = ["a/plain", "a/default", "a/several:one", "a/several:two", "a/several:one:test", "a/several", "a/pictures"]
+    done = run(hub, tmp_path, "-c", LOOK, *words, "a/closed", "a/closed:all", "a/nothing")
+    assert done.returncode == 0, done.stderr
+    plain, default, one, two, no_split, several, pictures, *closed, nothing = map(json.loads, done.stdout.splitlines())
+    assert plain == ["a/plain:default@COMMIT", [rows, rows]]
+    assert default == ["a/default:default@COMMIT", [rows]]
+    assert one == ["a/several:one@COMMIT", [[[1, "one"], [2, None]]]]
+    assert two == ["a/several:two:test@COMMIT", [rows]], "the only split"
+    assert no_split.startswith("data a/several:one:test has no split test, only train: give one as in ")
+    assert several == "data a/several has several configurations (one, two): add one, as in a/several:one"
+    assert (
+        pictures
+        == "data a/pictures:all holds a.arrow, which is no text, JSON, csv or parquet: fetch it and give its text"
+    )
+    for message in closed:
+        assert "data a/closed is gated" in message and "accept the licence at " in message
+        assert "/datasets/a/closed and log in (hf auth login)" in message
+    assert nothing == (
+        "data a/nothing is no file or folder here, and is no public data set on the hub (HTTP 401): "
+        "check the name or, if it is private, log in (hf auth login)"
+    )
+
+
+def test_a_run_on_compressed_json_without_a_configuration(hub, tmp_path: Path) -> None:
+    texts = (json.dumps({"text": f"document {i} " + "word " * 30}) + "\n" for i in range(300))
+    hub.more["datasets/a/plain"] = {"train.json.gz": gzip.compress("".join(texts).encode())}
+    words = ["a/plain" if word == "cosmopedia-v2" else word for word in train_words(tmp_path / "run", 2, 1, 1)]
+    done = run(hub, tmp_path, *words, "--seq-len", 32)
+    assert done.returncode == 0, done.stderr
+    assert f"a/plain:default@{stand_in.COMMIT}" in (tmp_path / "run/config.json").read_text()
+    again = run(hub, tmp_path, *words, "--seq-len", 32, "--resume")
+    assert again.returncode == 0 and "The run is complete" in again.stdout, again.stderr
+
+
+def test_a_missing_path_is_not_asked_of_the_hub() -> None:
+    for word in ("data/text.txt", "data/a.jsonl.gz", "./name", "a/b/c", "tests/nothing", "folder/"):
+        assert parse_names([word]) == [], word
+    assert parse_names(["owner/name", "owner/name=2", "owner/name@main"]) == [
+        HubName("owner/name"),
+        HubName("owner/name", weight=2.0),
+        HubName("owner/name", revision="main"),
+    ]
+    assert parse_names(["o/n::test", "o/n:c:test"]) == [HubName("o/n", split="test"), HubName("o/n", "c", split="test")]
+    pinned = HubName("o/n", "c", "0" * 40)
+    assert all(map(pinned.is_asked_by, [HubName("o/n"), HubName("o/n", "c"), pinned]))
+    assert not any(
+        map(pinned.is_asked_by, [HubName("o/n", "d"), HubName("o/n", weight=2.0), HubName("o/n", split="x")])
+    )
+
+
+def test_of_a_model_only_what_is_read_is_fetched(hub, tmp_path: Path) -> None:
+    """Its shape for `inspect`, and no other copies of the weights in any case."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **shape))
+    model.save_pretrained(tmp_path / "model", max_shard_size="4KB")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    assert "model.safetensors.index.json" in files
+    unread = [
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "original/model.safetensors",
+        "onnx/model.onnx",
+        "a.gguf",
+    ]
+    hub.more["models/a/model"] = files | dict.fromkeys(unread, b"x" * 100)
+    hub.more["models/a/closed"] = files
+    hub.gated = {"models/a/closed"}
+    fetched = lambda: {line.rsplit("/", 1)[-1] for line in hub.asked if line.startswith("GET /a/model/resolve")}  # noqa: E731
+    done = run(hub, tmp_path, "-m", "smolseek", "inspect", "a/model")
+    assert done.returncode == 0, done.stderr
+    assert fetched() == {"config.json", "generation_config.json"}
+    code = "from smolseek.storage.hf_folder import load_causal_lm as load; load('a/model'); print('loaded')"
+    done = run(hub, tmp_path, "-c", code)
+    assert done.returncode == 0 and "loaded" in done.stdout, done.stderr
+    assert fetched() == set(files)
+    for name, message in (("a/closed", "a/closed is gated"), ("a/nothing", "no public model on the hub (HTTP 401)")):
+        done = run(hub, tmp_path, "-m", "smolseek", "inspect", name)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert "log in (hf auth login)" in done.stderr

@@ -12,7 +12,7 @@ import numpy as np
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.data.blocks import MixedStream, Source, TrainTexts
 from smolseek.data.cutting import Cut, cut_documents
-from smolseek.data.hub import HubFiles, HubShards, find_files, parse_names
+from smolseek.data.hub import HubFiles, HubName, HubShards, find_files, parse_names
 from smolseek.data.preparing import TextSource
 from smolseek.data.retries import Traffic
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
@@ -42,9 +42,7 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
         return data
     if saved is not None:
         begun = parse_names(saved.sources)
-        if len(begun) == len(names) and all(
-            new == old or new == dataclasses.replace(old, revision=None) for new, old in zip(names, begun, strict=True)
-        ):
+        if len(begun) == len(names) and all(map(HubName.is_asked_by, begun, names)):
             return dataclasses.replace(data, sources=saved.sources)
     found = [find_files(name, data.give_up_after) for name in names]
     return dataclasses.replace(data, sources=tuple(files.pinned for files in found))
@@ -125,7 +123,7 @@ def _sample_hub(data: DataConfig, hub: HubData, eval_tokens: int) -> Corpus:
     for files in hub.files:
         share = files.name.weight / sum(found.name.weight for found in hub.files)
         wanted, kept = eval_tokens * CHARACTERS_PER_TOKEN * share, TRAIN_CHARACTERS * share
-        shards = HubShards(files, data.text_column, data.give_up_after, hub.traffic)
+        shards = _hub_shards(files, data, hub.traffic)
         rows = (row for shard in range(len(shards)) for row in shards.rows(shard, 0, threading.Event()))
         for _, text in rows:
             if not text or not text.strip():
@@ -139,6 +137,10 @@ def _sample_hub(data: DataConfig, hub: HubData, eval_tokens: int) -> Corpus:
             if wanted <= 0:
                 break
     return corpus
+
+
+def _hub_shards(files: HubFiles, data: DataConfig, traffic: Traffic | None = None) -> HubShards:
+    return HubShards(files, data.text_column, data.give_up_after, traffic, data.document_separator)
 
 
 def _sample_prepared(
@@ -182,7 +184,7 @@ def open_stream(
     if isinstance(whole, HubData):
         weights = [files.name.weight for files in whole.files]
         traffic = whole.traffic
-        texts = [HubShards(files, data.text_column, data.give_up_after, traffic) for files in whole.files]
+        texts = [_hub_shards(files, data, traffic) for files in whole.files]
         shards = [TrainTexts(found, encode, eos_id, data.val_fraction) for found in texts]
         sources = [Source(found, config.seed, number) for number, found in enumerate(shards)]
     elif isinstance(whole, Prepared):
@@ -281,9 +283,4 @@ def open_texts(data: DataConfig) -> list[TextSource]:
         texts = LocalTexts(data)
         return [TextSource(" ".join(data.sources), texts, identity=texts.identity(), may_change=True, key=texts.key)]
     found = [find_files(name, data.give_up_after) for name in names]
-    return [
-        TextSource(
-            files.pinned, HubShards(files, data.text_column, data.give_up_after), files.name.weight, _options(data)
-        )
-        for files in found
-    ]
+    return [TextSource(files.pinned, _hub_shards(files, data), files.name.weight, _options(data)) for files in found]

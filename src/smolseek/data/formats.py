@@ -106,9 +106,10 @@ def _opened(source: Path | io.RawIOBase, compression: str | None) -> BinaryIO:
     import pyarrow as pa
 
     raw = io.FileIO(source) if isinstance(source, Path) else source
+    size = 1 << 20 if isinstance(source, Path) else 1 << 23  # on the hub, each filling of the buffer is one request
+    plain = io.BufferedReader(raw, size)
     if compression is None:
-        return cast(BinaryIO, io.BufferedReader(raw, 1 << 20))
-    plain = io.BufferedReader(raw, 1 << 23)  # on the hub, each read of it is one request
+        return cast(BinaryIO, plain)
     return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(plain, "r"), compression), 1 << 20))
 
 
@@ -165,6 +166,7 @@ def _json(file: BinaryIO, where: str, key: str, whole: bool) -> Iterator[str | N
                         yield _value(record, key, f"{where} item {item}", "write an array of JSON objects")
                     return
             record = json.loads(line)
+            line = ""  # may be the larger part of the memory
         except UnicodeDecodeError as error:
             problem = f"is no UTF-8 (byte {error.start:,})"
             raise SmolseekError(f"{place} {problem}: convert the file to UTF-8 or leave it out") from None

@@ -4,11 +4,13 @@ import io
 import logging
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from smolseek.data import formats
+from smolseek.data.formats import Format
 from smolseek.data.retries import Fault, Traffic, persist
 from smolseek.errors import SmolseekError
 
@@ -21,12 +23,25 @@ TAIL = 1 << 16
 
 @dataclass(frozen=True)
 class HubName:
-    """One hub source of `--data`: REPO:CONFIG[@REVISION][=WEIGHT]."""
+    """One hub source of `--data`: REPO[:CONFIG[:SPLIT]][@REVISION][=WEIGHT]."""
 
     repo: str
-    config: str
+    config: str | None = None
+    """None is the data set's only or default configuration."""
     revision: str | None = None
     weight: float = 1.0
+    split: str | None = None
+    """None is train, or the only one."""
+
+    def is_asked_by(self, other: "HubName") -> bool:
+        """Return whether `other` names the same with less said: this is what it stood for."""
+        told = [(other.config, self.config), (other.split, self.split), (other.revision, self.revision)]
+        same = (self.repo, self.weight) == (other.repo, other.weight)
+        return same and all(less is None or less == more for less, more in told)
+
+    def __str__(self) -> str:
+        parts = [self.repo, self.config or "", self.split or ""]
+        return ":".join(parts).rstrip(":")
 
 
 def parse_names(sources: Sequence[str]) -> list[HubName]:
@@ -41,8 +56,7 @@ def parse_names(sources: Sequence[str]) -> list[HubName]:
     local = [word for word, name in found if name is None]
     if names and local:
         raise SmolseekError(
-            f"data {local[0]} is local and {names[0].repo}:{names[0].config} is on the hub: "
-            "one run reads from one or the other"
+            f"data {local[0]} is local and {names[0]} is on the hub: one run reads from one or the other"
         )
     return names
 
@@ -52,8 +66,8 @@ def _parse(word: str) -> HubName | None:
         return None
     name, _, weight = word.partition("=")
     name, _, revision = name.partition("@")
-    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?):([\w.-]+)", SHORT_NAMES.get(name, name))
-    if match is None:
+    match = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]*)(?::([\w.-]+))?)?", SHORT_NAMES.get(name, name))
+    if match is None or (match[2] is None and not _may_be_repo(match[1])):
         return None
     try:
         share = float(weight) if weight else 1.0
@@ -61,12 +75,19 @@ def _parse(word: str) -> HubName | None:
         share = -1.0
     if not 0 < share < float("inf"):
         raise SmolseekError(f"data {word}: {weight!r} is no weight: give a number above 0, as in {name}=0.7")
-    return HubName(match[1], match[2], revision or None, share)
+    return HubName(match[1], match[2] or None, revision or None, share, match[3])
+
+
+def _may_be_repo(word: str) -> bool:
+    """Return whether a word without a configuration is meant for the hub, rather than a slip in a path."""
+    owner, slash, name = word.partition("/")
+    form = Format.of(name)
+    return bool(slash) and owner[0] != "." and not (form.kind or form.compression or Path(owner).exists())
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One parquet file of a data set."""
+    """One file of a data set."""
 
     path: str
     size: int
@@ -74,7 +95,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class HubFiles:
-    """The training files of one data set at one commit."""
+    """The files of one split of a data set at one commit."""
 
     name: HubName
     commit: str
@@ -84,22 +105,25 @@ class HubFiles:
     def pinned(self) -> str:
         """The source as `--data` takes it, with its commit."""
         weight = "" if self.name.weight == 1.0 else f"={self.name.weight:g}"
-        return f"{self.name.repo}:{self.name.config}@{self.commit}{weight}"
+        return f"{self.name}@{self.commit}{weight}"
 
 
 def find_files(name: HubName, give_up_after: float) -> HubFiles:
-    """Return the parquet files of a data set's training split, as `datasets` finds them, and the commit they are of.
+    """Return the files of a data set's split, as `datasets` finds them, and the commit they are of.
+
+    The name comes back with its configuration and, unless it is train, its split.
 
     Raises:
         HubAway: when the hub does not answer for `give_up_after` seconds.
-        SmolseekError: for a data set, configuration or revision that is not there, or files that are not parquet.
+        SmolseekError: for a data set, configuration, split or revision that is not there or not open to this user, or
+            files of a kind that is not read.
     """
 
     def ask() -> HubFiles:
         with _quiet():
             return _find(name)
 
-    return persist(ask, f"{name.repo}:{name.config}", give_up_after)
+    return persist(ask, str(name), give_up_after)
 
 
 def _find(name: HubName) -> HubFiles:
@@ -108,39 +132,80 @@ def _find(name: HubName) -> HubFiles:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+    gated = False
     try:
         info = HfApi().dataset_info(name.repo, revision=name.revision, files_metadata=True)
         assert info.sha and info.siblings is not None
+        gated = bool(info.gated)
+        if name.config is None:
+            found = datasets.get_dataset_config_names(name.repo, revision=info.sha)
+            default = datasets.get_dataset_default_config_name(name.repo, revision=info.sha)
+            if default is None:
+                raise SmolseekError(
+                    f"data {name} has several configurations ({_listed(found)}): add one, as in {name.repo}:{found[0]}"
+                )
+            name = replace(name, config=default)
         builder = datasets.load_dataset_builder(name.repo, name.config, revision=info.sha)
-        found = list((builder.config.data_files or {}).get("train", ()))
+        splits = {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
+    except SmolseekError:
+        raise
     except (ConnectionError, OfflineModeIsEnabled) as error:
         if "offline" in str(error).lower():
-            raise SmolseekError(f"data {name.repo}: the hub is switched off: unset HF_HUB_OFFLINE") from None
+            here = "" if name.config else "is no file or folder here, and "
+            raise SmolseekError(f"data {name.repo} {here}the hub is switched off: unset HF_HUB_OFFLINE") from None
         raise Fault(_reason(error)) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if _passing(status):
             raise Fault(f"HTTP {status}", _asked_pause(error.response)) from None
-        raise SmolseekError(
-            f"data {name.repo} cannot be read from the hub (HTTP {status}): check the name, or log in (HF_TOKEN)"
-        ) from None
+        here = "" if name.config else "is no file or folder here, and "
+        reason = why_refused(name.repo, "data set", status, error.response.headers)
+        raise SmolseekError(f"data {name.repo} {here}{reason}") from None
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise SmolseekError(f"data {name.repo}:{name.config}: {_reason(error)}") from None
+        if gated:  # whose list of files is public, and whose files are not
+            reason = why_refused(name.repo, "data set", 403, {"x-error-code": "GatedRepo"})
+            raise SmolseekError(f"data {name.repo} {reason}") from None
+        raise SmolseekError(f"data {name}: {_reason(error)}") from None
     except httpx2.UnsupportedProtocol:
         raise SmolseekError(f"HF_ENDPOINT {constants.ENDPOINT!r} is no address: use https://... or unset it") from None
     except (httpx2.TransportError, OSError) as error:
         raise Fault(_reason(error)) from None
+    split = name.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    if split not in splits:
+        there = f"only {_listed(splits)}" if splits else "nor any other"
+        raise SmolseekError(
+            f"data {name} has no split {split}, {there}: give one as in {name.repo}:{name.config}:SPLIT"
+        )
     root = f"hf://datasets/{name.repo}@{info.sha}/"
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
-    paths = [path.removeprefix(root) for path in found]
+    paths = [path.removeprefix(root) for path in splits[split]]
     if any(path not in sizes for path in paths):
         raise Fault("the list of files does not fit the commit")  # `datasets` fell back to an older copy of its own
-    if not paths or not all(path.endswith(".parquet") for path in paths):
+    strange = next((path for path in paths if not Format.of(path).kind), None)
+    if strange is not None:
         raise SmolseekError(
-            f"data {name.repo}:{name.config} has no training split of parquet files: "
-            "fetch it and give its files, or choose another"
+            f"data {name} holds {strange}, which is no text, JSON, csv or parquet: fetch it and give its text"
         )
+    name = replace(name, split=None if split == "train" else split)
     return HubFiles(name, info.sha, tuple(Shard(path, int(sizes[path] or 0)) for path in paths))
+
+
+def why_refused(repo: str, kind: str, status: int, headers: Mapping[str, str]) -> str:
+    """Return the rest of a sentence that begins with the name of a data set or model that the hub does not give."""
+    from huggingface_hub import constants
+
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'data set')}{repo}"
+    if headers.get("x-error-code") == "GatedRepo":
+        return f"is gated (HTTP {status}): accept the licence at {page} and log in (hf auth login)"
+    if status in (401, 403, 404):
+        way_out = "check the name or, if it is private, log in (hf auth login)"
+        return f"is no public {kind} on the hub (HTTP {status}): {way_out}"
+    return f"cannot be read from the hub (HTTP {status}): look at {page}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
 def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
@@ -166,9 +231,7 @@ def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
     if _passing(status):
         raise Fault(f"HTTP {status}", _asked_pause(answer))
     if status >= 400:
-        raise SmolseekError(
-            f"data {name.repo}: the hub refuses {shard.path} (HTTP {status}): check the name, or log in (HF_TOKEN)"
-        )
+        raise SmolseekError(f"data {name.repo} {why_refused(name.repo, 'data set', status, answer.headers)}")
     if status != 206:
         raise Fault(f"HTTP {status} in answer to a range")
     told = answer.headers.get("content-range", "")
@@ -224,6 +287,12 @@ class RemoteFile(io.RawIOBase):
         self._at = end
         return data
 
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer, less of it only at the end; return how many bytes."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def _fetch(self, start: int, stop: int) -> bytes:
         what = f"{self._shard.path} bytes {start:,}-{stop:,}"
 
@@ -238,9 +307,16 @@ class RemoteFile(io.RawIOBase):
 class HubShards:
     """The texts of a data set's shards by shard and row."""
 
-    def __init__(self, files: HubFiles, text_column: str, give_up_after: float, traffic: Traffic | None = None) -> None:
+    def __init__(
+        self,
+        files: HubFiles,
+        text_column: str,
+        give_up_after: float,
+        traffic: Traffic | None = None,
+        separator: str | None = None,
+    ) -> None:
         self.files, self._column, self._give_up_after = files, text_column, give_up_after
-        self._traffic = traffic or Traffic()
+        self._traffic, self._separator = traffic or Traffic(), separator
 
     def __len__(self) -> int:
         return len(self.files.shards)
@@ -248,35 +324,17 @@ class HubShards:
     def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
         """Yield (number, text) of a shard's rows from number `row` on, null texts as None; `stop` ends retries.
 
+        In a parquet file the rows before are passed over; of the other formats they are read again.
+
         Raises:
             HubAway: when the hub does not answer for long.
             SmolseekError: for a column that is not there or holds no text, or a damaged file.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         what = self.files.shards[shard]
+        remote = RemoteFile(self.files, what, self._give_up_after, stop, self._traffic)
         where = f"data {self.files.name.repo} {what.path}"
-        try:
-            remote = RemoteFile(self.files, what, self._give_up_after, stop, self._traffic)
-            with pq.ParquetFile(remote, pre_buffer=False) as file:
-                schema = file.schema_arrow
-                if self._column not in schema.names:
-                    names = ", ".join(schema.names[:8])
-                    raise SmolseekError(f"{where} has no column {self._column!r}, only {names}: set --text-column")
-                kind = schema.field(self._column).type
-                if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                    raise SmolseekError(f"{where}: {self._column!r} is {kind}, not text: set --text-column")
-                first = 0
-                for group in range(file.num_row_groups):
-                    count = file.metadata.row_group(group).num_rows
-                    if row < first + count:
-                        texts = file.read_row_group(group, [self._column], use_threads=False).column(0)
-                        skip = max(0, row - first)
-                        yield from enumerate(texts.slice(skip).to_pylist(), first + skip)
-                    first += count
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # arrow's own OSError is for damaged pages
-            raise SmolseekError(f"{where} is no sound parquet file ({_reason(error)})") from None
+        form = Format.of(what.path)
+        yield from formats.rows(remote, form, where, column=self._column, separator=self._separator, first=row)
 
 
 def _passing(status: int) -> bool:

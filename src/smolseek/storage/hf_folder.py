@@ -171,7 +171,7 @@ def read_config(target: str | Path) -> ModelConfig:
     Raises:
         SmolseekError: if there is no such model, or it is none of those we compute.
     """
-    path = resolve(target)
+    path = resolve(target, config_only=True)
     return GgufFile(path).config if path.is_file() else folder_config(path)
 
 

@@ -1,8 +1,11 @@
 """What a MODEL on the command line may be, and the folder or file that it stands for."""
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
+from smolseek.data.hub import why_refused
 from smolseek.errors import SmolseekError, nearest
 from smolseek.presets import PRESETS
 from smolseek.run_folder import MANIFEST, RunFolder, newest_valid, verify
@@ -11,21 +14,25 @@ from smolseek.tokenizer import SMOLLM2_HUB, smollm2_gguf
 MODEL_MAY_BE = (
     "a run folder, a checkpoint, a Hugging Face folder, a .gguf file, smollm2, or a hub name such as owner/name"
 )
-# What may be fetched from the hub: text and safetensors, never anything that is unpickled or executed.
-HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja", "tokenizer.model"]
+# What is fetched from the hub: text, and those safetensors that are read. Nothing that is unpickled or executed, and no
+# other copies of the weights (consolidated.safetensors, original/, onnx/).
+CONFIG_FILES = ["config.json", "generation_config.json"]
+HUB_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+INDEX = "model.safetensors.index.json"
 
 
-def resolve(target: str | Path) -> Path:
+def resolve(target: str | Path, *, config_only: bool = False) -> Path:
     """Return the folder or .gguf file that `target` names, downloading it if it is a hub name.
 
-    A run folder stands for its newest whole checkpoint. A checkpoint's model files are checked against its manifest.
+    With `config_only` no more of it than the model's shape. A run folder stands for its newest whole checkpoint. A
+    checkpoint's model files are checked against its manifest.
 
     Raises:
         SmolseekError: if there is no such model, or it is damaged.
     """
     path = Path(target).expanduser()
     if not path.exists():
-        return _smollm2() if str(target) == "smollm2" else _from_hub(str(target))
+        return _smollm2() if str(target) == "smollm2" else _from_hub(str(target), config_only)
     if path.is_file():
         if path.suffix == ".gguf":
             return path
@@ -49,7 +56,7 @@ def resolve(target: str | Path) -> Path:
     return path
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, config_only: bool = False) -> Path:
     """Download the model `name` (owner/name), or find it in the hub's cache."""
     key = name.replace("-", "_").replace(".", "_")
     if key in PRESETS:
@@ -57,16 +64,42 @@ def _from_hub(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise SmolseekError(f"{name} does not exist{nearest(key, PRESETS)}: a model is {MODEL_MAY_BE}")
     import huggingface_hub
-    from huggingface_hub import errors
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        """No progress bar: the files are small."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options | {"disable": True})
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns="*/*"))
-    except errors.RepositoryNotFoundError:
-        reason = "the hub has no public model of that name"
+        allowed = CONFIG_FILES if config_only else HUB_FILES
+        get = huggingface_hub.snapshot_download
+        path = Path(get(name, allow_patterns=allowed, ignore_patterns="*/*", tqdm_class=Silent))
+        if config_only:
+            return path
+        names = _weight_names(path)
+        # Of the same commit, whose name the folder has.
+        return Path(get(name, revision=path.name, allow_patterns=names))
+    except GatedRepoError as error:
+        response = error.response
+        raise SmolseekError(f"{name} {why_refused(name, 'model', response.status_code, response.headers)}") from None
+    except HfHubHTTPError as error:
+        reason = why_refused(name, "model", error.response.status_code, error.response.headers)
     except Exception as error:  # whatever a network can do
-        offline = isinstance(error, errors.LocalEntryNotFoundError)
+        offline = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
     raise SmolseekError(f"{name} is no folder here, and {reason}: a model is {MODEL_MAY_BE}")
+
+
+def _weight_names(path: Path) -> list[str]:
+    """Return the names of the weights that are read of the folder `path`, from its index where it has one."""
+    try:
+        named = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # told by the reader, if it is damaged
+        named = {"model.safetensors"}
+    return sorted(name for name in named if re.fullmatch(r"[\w.-]+\.safetensors", name))
 
 
 def _smollm2() -> Path:

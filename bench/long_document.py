@@ -1,0 +1,96 @@
+"""One document of 20 MB against the same text in 3,000 documents: time, memory and tokens of `smolseek prepare`.
+
+    python bench/long_document.py        a minute and a half on two cores
+
+The text is the English of the running Python, several numbered copies of it, cut in front of line breaks, where the
+tokenizer cuts, too. Both are prepared in turns, each by a process of its own, whose time and peak memory the kernel
+tells. Their tokens must be the same but for the end tokens. Writes docs/results/long_document.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from machine import describe
+
+ROOT = Path(__file__).parents[1]
+SIZE, DOCUMENTS = 20_000_000, 3_000
+EOS = 0
+
+
+def pieces() -> list[str]:
+    """The text in `DOCUMENTS` pieces."""
+    from smolseek.data.sources import read_documents
+
+    text = "\n\n".join(read_documents(["builtin"], "text"))
+    copies = -(-SIZE // len(text))
+    text = "\n".join(f"Copy {copy}.\n{text}" for copy in range(copies))[:SIZE]
+    found, start = [], 0
+    for number in range(1, DOCUMENTS):
+        end = text.find("\n", number * SIZE // DOCUMENTS)
+        while text[end - 1].isspace():
+            end = text.find("\n", end + 1)
+        found.append(text[start:end])
+        start = end
+    return [*found, text[start:]]
+
+
+def prepare(source: Path, out: Path) -> dict[str, float]:
+    """Seconds, processor seconds and peak memory in bytes of `smolseek prepare`."""
+    words = [sys.executable, "-m", "smolseek", "prepare", str(out), "--data", str(source)]
+    begun = time.perf_counter()
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime, "peak_bytes": used.ru_maxrss * 1024}
+
+
+def tokens(out: Path) -> np.ndarray:
+    """All tokens of a prepared folder but the end tokens."""
+    ids = np.concatenate([np.fromfile(path, "<u2") for path in sorted(out.glob("*.tokens"))])
+    return ids[ids != EOS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/long_document.json")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    measured: dict[str, list[dict[str, float]]] = {"one document": [], "3,000 documents": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder, texts = Path(name), pieces()
+        # A second document, or a single one would be cut for the split.
+        for kind, documents in (
+            ("one document", ["".join(texts), "The end."]),
+            ("3,000 documents", [*texts, "The end."]),
+        ):
+            lines = (json.dumps({"text": text}) + "\n" for text in documents)
+            (folder / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
+        for number in range(args.rounds):
+            for kind, found in measured.items():
+                found.append(prepare(folder / f"{kind}.jsonl", folder / f"{kind} {number}"))
+                print(kind, found[-1], flush=True)
+        same = np.array_equal(*(tokens(folder / f"{kind} 0") for kind in measured))
+        count = len(tokens(folder / "one document 0"))
+    median = {
+        kind: {key: statistics.median(row[key] for row in found) for key in found[0]}
+        for kind, found in measured.items()
+    }
+    whole, parts = median.values()
+    ratios = {key: whole[key] / parts[key] for key in whole}
+    result = {**describe(), "command": "python bench/long_document.py", "bytes": SIZE, "tokens": count}
+    result |= {"same_tokens": same, "rounds": measured, "median": median, "one_to_many": ratios}
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"the same tokens: {same}; one document to many: {ratios}")
+
+
+if __name__ == "__main__":
+    main()
