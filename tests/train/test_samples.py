@@ -2,16 +2,18 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 
+from smolseek import console
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.presets import tiny
 from smolseek.report.read import read_run
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
-from smolseek.train import loop
+from smolseek.train import loop, samples
 from smolseek.train.samples import PROMPTS
 
 TEXT = "The sea is wide and the wind is free. Ships go over the sea and come home again in spring. "
@@ -47,9 +49,9 @@ def test_samples_grow_and_change_no_bit_of_the_training(tmp_path):
     states = [load_state(path)[0] for path in (with_samples, without)]
     assert states[0].keys() == states[1].keys() and all(torch.equal(v, states[1][k]) for k, v in states[0].items())
 
-    samples = read_run(tmp_path / "with").samples
-    assert [sample.step for sample in samples] == [2, 4, 6]
-    assert all([prompt for prompt, _ in sample.texts] == list(PROMPTS) for sample in samples)
+    seen = read_run(tmp_path / "with").samples
+    assert [sample.step for sample in seen] == [2, 4, 6]
+    assert all([prompt for prompt, _ in sample.texts] == list(PROMPTS) for sample in seen)
     records = [r for r in RunFolder(tmp_path / "with").read_metrics() if "samples" in r]
     assert [record["step"] for record in records] == [2, 4, 6]
     assert [record["step"] for record in RunFolder(tmp_path / "without").read_metrics() if "samples" in record] == [6]
@@ -59,5 +61,40 @@ def test_samples_grow_and_change_no_bit_of_the_training(tmp_path):
         path.rename(path.with_name("set-aside"))
     loop.train(a_training(tmp_path / "with", text, sample_every=2), resume=True)
     again = read_run(tmp_path / "with").samples
-    assert [sample.step for sample in again] == [2, 4, 6] and again[-1] == samples[-1]
+    assert [sample.step for sample in again] == [2, 4, 6] and again[-1] == seen[-1]
     assert (tmp_path / "with" / "samples.md").read_text().count("## Step 4") == 1
+
+
+class Tokens:
+    """Stands in for a tokenizer that makes so many tokens of any prompt."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1] * self.length}
+
+    def decode(self, ids):
+        return "written"
+
+
+def test_a_full_disk_ends_no_run_that_writes_samples(tmp_path, monkeypatch, capsys):
+    run = RunFolder(tmp_path / "run")
+    run.create(TrainConfig(model=tiny(), run=str(run.path)), resume=False)
+    model = SimpleNamespace(config=tiny())
+    prompts: list[int] = []
+    monkeypatch.setattr(samples, "generate", lambda model, ids, *_, **__: prompts.append(len(ids)) or [1])
+
+    def write(step, length):
+        samples.write_samples(run, step, model, Tokens(length), 5, 0, console.Log(run.log))
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(console, "open", no_space, raising=False)
+        write(2, 8)
+    assert "samples.md cannot be written" in capsys.readouterr().err and not run.samples.exists()
+    write(4, 5000)  # a prompt longer than the context is shortened
+    assert run.samples.read_text().count("## Step") == 2 and run.samples.read_text().index("Step 2") < 20
+    assert prompts == [8] * 5 + [tiny().max_position_embeddings // 2] * 5
