@@ -82,7 +82,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         if not has_tokenizer(path):
             files = ", ".join(" with ".join(names) for names in _VOCABULARY_FILES)
             raise SmolseekError(f"{path} holds no tokenizer ({files}): give another folder")
-        return _from_huggingface(name, f"the tokenizer in {path} cannot be loaded")
+        return _from_huggingface(name, f"the tokenizer in {path} cannot be loaded, so copy or download it anew")
     if path.exists():
         raise SmolseekError(f"tokenizer {name} is neither a .gguf file nor a folder: give one of these")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # a slip in a path is no question for the hub
@@ -105,6 +105,7 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
 
             HfApi().model_info(name, timeout=10)  # fails at once where transformers would retry for a minute
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # settings that do not fit show when it is used
     except Exception as error:  # the hub, the file system and the Rust parser each raise kinds of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SmolseekError(f"{problem} ({reason[:200]})") from error

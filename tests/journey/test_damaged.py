@@ -253,6 +253,24 @@ def test_a_source_whose_weights_are_no_numbers(run_cli, made, tmp_path, mode, va
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("tokenizer_config.json", {"model_max_length": "long"}),
+        ("tokenizer_config.json", {"bos_token": 3}),
+        ("tokenizer.json", {"model": None}),
+        ("tokenizer.json", {"decoder": [1]}),
+        ("tokenizer.json", {"added_tokens": {}}),
+    ],
+)
+def test_a_tokenizer_whose_settings_do_not_fit(made, tmp_path, file, change):
+    shutil.copytree(made / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SmolseekError, match=r"tokenizer in .* cannot be loaded, so copy or download it anew"):
+        load_tokenizer(str(tmp_path / "tokenizer"))
+
+
 def test_what_is_told_as_damage():
     with (
         pytest.raises(SmolseekError, match=r"x.json is damaged \(KeyError: 'a'\): use another"),
