@@ -124,9 +124,11 @@ def sentencepiece() -> tuple[list[str], list[int], list[float]]:
     found = sorted(pieces.get_vocab(), key=pieces.token_to_id)
     letters, merged = [t for t in found if len(t) == 1], [t for t in found if len(t) > 1]
     kept = [t for t in letters if t.isascii() or any(t in piece for piece in merged)]  # the others are spelt as bytes
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *merged, *kept]
-    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
-    return tokens, types, [0.0] * 259 + [-float(n) for n in range(len(tokens) - 259)]
+    ranked = [*merged, *kept]
+    shuffled = sorted(ranked, key=lambda piece: (len(piece), piece))  # the scores alone are to tell the ranks
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *shuffled]
+    types = [2, 3, 3, *[6] * 256, *[1] * len(shuffled)]
+    return tokens, types, [0.0] * 259 + [-float(ranked.index(piece)) for piece in shuffled]
 
 
 def merged(text: str, tokens: list[str], types: list[int], scores: list[float]) -> list[int]:
