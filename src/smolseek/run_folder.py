@@ -119,6 +119,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise SmolseekError(f"{self.checkpoints} is a file, and checkpoints go there: choose another --run")
         require_writable(self.path, "--run")
         if not self.config.exists():
             if resume:

@@ -130,6 +130,11 @@ def test_a_run_whose_files_say_something_else(run_cli, run, file, text):
     refuse(run_cli("train", "--run", run, "--resume"), Path(file).name)
 
 
+def test_a_file_where_the_checkpoints_go(run_cli, tmp_path):
+    (tmp_path / "checkpoints").write_text("kept")
+    refuse(run_cli("train", "tiny", "--run", tmp_path), "checkpoints is a file")
+
+
 def test_moments_of_another_shape(run_cli, run):
     path = run / "checkpoints/step-000001/training_state.safetensors"
     tensors = load_file(path)
