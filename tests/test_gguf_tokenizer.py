@@ -125,7 +125,7 @@ def sentencepiece() -> tuple[list[str], list[int], list[float]]:
     letters, merged = [t for t in found if len(t) == 1], [t for t in found if len(t) > 1]
     kept = [t for t in letters if t.isascii() or any(t in piece for piece in merged)]  # the others are spelt as bytes
     ranked = [*merged, *kept]
-    shuffled = sorted(ranked, key=lambda piece: (len(piece), piece))  # the scores alone are to tell the ranks
+    shuffled = sorted(ranked, key=lambda piece: (-len(piece), piece))  # the scores alone are to tell the ranks
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *shuffled]
     types = [2, 3, 3, *[6] * 256, *[1] * len(shuffled)]
     return tokens, types, [0.0] * 259 + [-float(ranked.index(piece)) for piece in shuffled]
