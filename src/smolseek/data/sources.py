@@ -157,8 +157,12 @@ def _why_not(path: str, name: str) -> str:
 
 def _is_run_or_model(folder: str, folders: list[str], files: list[str]) -> bool:
     """Return whether a folder inside a data folder is a run, a checkpoint, a model or prepared tokens: no data."""
-    if "index.json" in files and is_prepared(folder):
-        return True
+    if "index.json" in files:
+        try:
+            if is_prepared(folder):
+                return True
+        except SmolseekError:  # tokens whose index is damaged
+            return True
     signs = {"metrics.jsonl", "train.log", "manifest.json", "tokenizer.json", "tokenizer_config.json"}
     weights = any(name.endswith((".safetensors", ".bin")) for name in files)
     return "config.json" in files and ("checkpoints" in folders or weights or not signs.isdisjoint(files))
