@@ -6,21 +6,31 @@ from dataclasses import replace
 import pytest
 import torch
 
+from smolseek.model import moe
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import preset
+from smolseek.train import loss
 from smolseek.train.loss import losses
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=512)
 
 
 def step(
-    config, autocast: bool, in_place: bool, frozen: str = "", how: str = "none", factor: float | None = None
+    config,
+    autocast: bool,
+    in_place: bool,
+    frozen: str = "",
+    how: str = "none",
+    factor: float | None = None,
+    freeze=None,
 ) -> CausalLM:
     """Accumulate two micro-batches."""
     model = new_model(config)
     model.grad_checkpointing = how
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or frozen not in name)
+    if freeze is not None:
+        freeze(model)
     rows = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
     for part in rows.split(2):
         with model.in_place.during(factor) if in_place else nullcontext():
@@ -98,3 +108,43 @@ def test_frozen_weights_get_none():
     ours, plain = (step(CONFIG, True, in_place, frozen="experts") for in_place in (True, False))
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
+
+
+def attention(model: CausalLM) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_("self_attn" in name)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_attention_alone_costs_no_gradient_of_anything_else(monkeypatch, autocast, in_place):
+    """What is left out is not computed, what is left has the same bits."""
+    computed = []
+    for room, name in ((moe, "_product"), (loss, "_add"), (loss, "_add_product")):
+        plain = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *a, plain=plain, **k: computed.append(a) or plain(*a, **k))
+    factor = 1 / 2 if in_place else None
+    full = step(CONFIG, autocast, in_place, factor=factor)
+    assert computed
+    computed.clear()
+    part = step(CONFIG, autocast, in_place, factor=factor, freeze=attention)
+    assert not computed
+    for (name, a), b in zip(part.named_parameters(), full.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad) if "self_attn" in name else a.grad is None, name
+
+
+@pytest.mark.parametrize("frozen", ["x", "gate_up_proj", "down_proj", "x gate_up_proj", "x down_proj"])
+def test_frozen_parts_of_experts_leave_the_other_gradients_as_they_are(frozen):
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(60, CONFIG.hidden_size, generator=generator)
+    counts = torch.tensor([20, 0, 7, 13, 5, 5, 9, 1])
+    gradients = []
+    for out in ("", frozen):
+        experts = new_model(CONFIG).model.layers[0].mlp.experts
+        x = given.clone().requires_grad_("x" not in out.split())
+        for name, p in experts.named_parameters():
+            p.requires_grad_(name not in out)
+        experts(x, counts).square().sum().backward()
+        gradients.append({"x": x.grad} | {name: p.grad for name, p in experts.named_parameters()})
+    for name, found in gradients[1].items():
+        assert found is None if name in frozen.split() else torch.equal(found, gradients[0][name]), name

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolseek.model.moe import Experts, MoE, sequence_balance
+from smolseek.model.moe import Experts, MoE, missing, sequence_balance
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 
@@ -178,3 +178,26 @@ def test_products_without_gradients_have_multiples_of_16_rows(monkeypatch):
     with torch.no_grad():
         experts(torch.randn(53, preset("tiny").hidden_size), counts)
     assert rows == [16, 16, 32, 32, 48, 48]
+
+
+@pytest.mark.parametrize(("hidden", "neurons"), [(64, 12), (60, 20), (64, 16)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_products_take_experts_of_any_size(hidden, neurons, gated):
+    """`F.grouped_mm` refuses rows that are no multiple of 16 bytes: 12 neurons in bfloat16 are 24."""
+    assert [missing(size, torch.bfloat16) for size in (12, 16, 60)] == [4, 0, 4] and missing(12, torch.float32) == 0
+    config = replace(CONFIG, hidden_size=hidden, moe_intermediate_size=neurons)
+    if not gated:
+        config = replace(config, model_type="smolseek_gqa_moe", mlp_gated=False, mlp_bias=True, n_shared_experts=0)
+    experts = make(config).experts
+    for p in experts.parameters():
+        p.data.normal_(std=0.1, generator=torch.Generator().manual_seed(p.numel()))
+    counts = torch.tensor([20, 0, 7, 13, 5, 5, 9, 1])
+    gradients = []
+    for grouped in (True, False):
+        x = torch.randn(60, hidden, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = experts._grouped(x.to(torch.bfloat16), counts) if grouped else experts._looped(x, counts)
+        y.float().square().sum().backward()
+        gradients.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
+        experts.zero_grad()
+    for found, expected in zip(*gradients, strict=True):
+        assert found.shape == expected.shape and (found - expected).norm() <= 2e-2 * expected.norm()

@@ -47,6 +47,19 @@ def test_a_gpus_chunk_is_a_power_of_two_whose_logits_fit():
         assert chunk == block and chunk & (chunk - 1) == 0 and chunk * vocab <= loss._LOGITS < 2 * chunk * vocab
 
 
+@pytest.mark.parametrize("frozen", ["h", "w"])
+def test_a_gradient_that_is_not_wanted_is_not_computed(frozen):
+    h, w, targets = inputs(1100)
+    linear_cross_entropy(h, w, targets).backward()
+    h2, w2, _ = inputs(1100)
+    (h2 if frozen == "h" else w2).requires_grad_(False)
+    linear_cross_entropy(h2, w2, targets).backward()
+    if frozen == "h":
+        assert h2.grad is None and torch.equal(w2.grad, w.grad)
+    else:
+        assert w2.grad is None and torch.equal(h2.grad, h.grad)
+
+
 def test_also_with_more_words_than_one_product_has():
     assert_equals_the_plain_loss(300, vocab=2500)
 

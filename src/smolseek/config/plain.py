@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -86,7 +88,10 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
             return dict(value)
     elif origin is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_restore(args[0], item, where) for item in value)
+            items = (args[0],) * len(value) if args[1:] == (...,) else args
+            if len(items) != len(value):
+                raise SmolseekError(f"{where} must have {len(items)} entries, not {list(value)!r}")
+            return tuple(_restore(item, given, where) for item, given in zip(items, value, strict=True))
     elif origin is Literal:
         if value in args:
             return value
@@ -95,8 +100,10 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
             return float(value)
+        if value in (math.inf, -math.inf):
+            return value  # few fields may be; each class knows its own
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise SmolseekError(f"{where} cannot be {value!r}")

@@ -91,6 +91,12 @@ class RopeConfig:
         # longrope's factors can make up all frequencies by themselves, over a ladder of base 1.
         if self.rope_theta < 1 or (self.rope_theta == 1 and self.rope_type != "longrope"):
             raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
+        divisors = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        for name in (*divisors, "beta_fast", "beta_slow", "short_factor", "long_factor"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                if number <= 0:
+                    raise SmolseekError(f"{name} {number} must be above 0: take the value of the model's authors")
 
 
 ModelType = Literal["deepseek_v3", "llama", "smolseek_gqa_moe"]
@@ -258,7 +264,7 @@ def _check_sizes(c: ModelConfig) -> None:
             "make every key head serve the same number of query heads",
         )
     if c.kv_lora_rank is not None:
-        if c.kv_lora_rank < 1 or c.v_head_dim < 1 or c.qk_nope_head_dim < 0 or c.qk_head_dim < 1:
+        if c.kv_lora_rank < 1 or c.v_head_dim < 1 or min(c.qk_nope_head_dim, c.rope_dim) < 0 or c.qk_head_dim < 1:
             refuse(
                 f"kv_lora_rank {c.kv_lora_rank}, v_head_dim {c.v_head_dim}, "
                 f"qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim {c.qk_rope_head_dim} do not fit MLA",
@@ -270,6 +276,10 @@ def _check_sizes(c: ModelConfig) -> None:
         refuse(
             f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}",
             "change one of them, or set head_dim",
+        )
+    elif c.qk_head_dim < 1:
+        refuse(
+            f"head_dim {c.head_dim} is below 1", "use a positive size, or None for hidden_size / num_attention_heads"
         )
     if c.rope_dim % 2:
         refuse(f"the rotary dimension {c.rope_dim} is odd", "RoPE turns pairs of features, so use an even size")

@@ -63,10 +63,9 @@ class OptimConfig:
         check_numbers(self, "optim.")
         if self.lr <= 0:
             raise SmolseekError(f"optim.lr {self.lr} must be above 0")
-        if self.weight_decay < 0 or self.clip < 0:
-            raise SmolseekError(f"optim.weight_decay {self.weight_decay} and optim.clip {self.clip} must be 0 or more")
-        if self.z_loss < 0:
-            raise SmolseekError(f"optim.z_loss {self.z_loss} must be 0 or more")
+        for name in ("weight_decay", "clip", "z_loss", "eps"):
+            if getattr(self, name) < 0:
+                raise SmolseekError(f"optim.{name} {getattr(self, name)} must be 0 or more")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SmolseekError(f"optim.betas {self.betas} must lie in [0, 1)")
 

@@ -219,10 +219,11 @@ class _LoopedSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
         M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
-        dx_MD = x_MD.new_empty(_round_up(M) + _ROWS, x_MD.shape[1])
+        x_wanted, up_wanted, down_wanted = ctx.needs_input_grad[:3]
+        dx_MD = x_MD.new_empty(_round_up(M) + _ROWS, x_MD.shape[1]) if x_wanted else None
         up_place, down_place = ctx.in_place.place(up_EXD), ctx.in_place.place(down_EDF)
-        d_up = torch.empty_like(up_EXD) if up_place is None else None
-        d_down = torch.empty_like(down_EDF) if down_place is None else None
+        d_up = torch.empty_like(up_EXD) if up_wanted and up_place is None else None
+        d_down = torch.empty_like(down_EDF) if down_wanted and down_place is None else None
         begin = 0
         for e, count in enumerate(ctx.counts):
             if count == 0:
@@ -236,14 +237,14 @@ class _LoopedSwiGLU(torch.autograd.Function):
             # The rows beyond its own are the next expert's: they are to count for nothing here.
             dh[count:], a[count:] = 0, 0
             for new, place, left, right in ((d_down, down_place, dy.T, a), (d_up, up_place, dh.T, x)):
-                if place is None:
-                    assert new is not None
-                    _product(left, right, new[e])
-                else:
+                if place is not None:
                     _product(left, right, place[e], add=True)
-            torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
+                elif new is not None:
+                    _product(left, right, new[e])
+            if dx_MD is not None:
+                torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
             begin += count
-        return dx_MD[:M], d_up, d_down, None, None
+        return None if dx_MD is None else dx_MD[:M], d_up, d_down, None, None
 
 
 class _Rows(torch.autograd.Function):
@@ -261,6 +262,11 @@ class _Rows(torch.autograd.Function):
         (expert_M,) = ctx.saved_tensors
         own_EM = (expert_M == torch.arange(ctx.experts, device=d_MF.device)[:, None]).to(d_MF.dtype)
         return own_EM @ d_MF, None
+
+
+def missing(features: int, dtype: torch.dtype) -> int:
+    """Return how many features a row lacks to `F.grouped_mm`, which takes only rows of whole 16 bytes."""
+    return -features % (16 // dtype.itemsize)
 
 
 class Experts(nn.Module):
@@ -313,15 +319,22 @@ class Experts(nn.Module):
     def _grouped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
         """All experts in one grouped product each way, without the host learning the counts."""
         ends_E = counts_E.cumsum(0).to(torch.int32)
+        dtype, D, size = x_MD.dtype, *self.down_proj.shape[1:]
         first = self.gate_up_proj if self.gated else self.up_proj
-        h = F.grouped_mm(x_MD, first.to(x_MD.dtype).transpose(1, 2), offs=ends_E)
+        first, last = first.to(dtype), self.down_proj.to(dtype)
+        more_D, more_F = missing(D, dtype), missing(size, dtype)
+        if more_D or more_F:  # features and neurons of zeros, which add nothing
+            parts_EPFD = first.unflatten(1, (-1, size))
+            first = F.pad(parts_EPFD, (0, more_D, 0, more_F)).flatten(1, 2)
+            last, x_MD = F.pad(last, (0, more_F, 0, more_D)), F.pad(x_MD, (0, more_D))
+        h = F.grouped_mm(x_MD, first.transpose(1, 2), offs=ends_E)
         if self.up_bias is None or self.down_bias is None:
-            return F.grouped_mm(self._activate(h), self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
+            return F.grouped_mm(self._activate(h), last.transpose(1, 2), offs=ends_E)[:, :D]
         row_M1 = torch.arange(x_MD.shape[0], device=x_MD.device)[:, None]
         expert_M = (row_M1 >= ends_E).sum(dim=1)
-        h = self._activate(h + _Rows.apply(self.up_bias.to(h.dtype), expert_M))
-        y = F.grouped_mm(h, self.down_proj.to(h.dtype).transpose(1, 2), offs=ends_E)
-        return y + _Rows.apply(self.down_bias.to(h.dtype), expert_M)
+        h = self._activate(h + _Rows.apply(F.pad(self.up_bias.to(dtype), (0, more_F)), expert_M))
+        y = F.grouped_mm(h, last.transpose(1, 2), offs=ends_E)[:, :D]
+        return y + _Rows.apply(self.down_bias.to(dtype), expert_M)
 
     def _activate(self, h: torch.Tensor) -> torch.Tensor:
         if not self.gated:

@@ -82,7 +82,7 @@ def _head(
             raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
     # Asked out here: within `forward` gradients are off, and `needs_input_grad` is true without them, too.
-    wanted = torch.is_grad_enabled() and (h_ND.requires_grad or w_VD.requires_grad)
+    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in (h_ND, w_VD))
     return _LinearCrossEntropy.apply(h_ND, w_VD, targets_N, dtype, z_loss, in_place, wanted)
 
 
@@ -146,20 +146,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         z_loss: float,
         in_place: InPlace,
-        wanted: bool,
+        wanted_of: tuple[bool, bool],
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        (h_wanted, w_wanted), wanted = wanted_of, any(wanted_of)
         ctx.weight, ctx.in_place = w_VD, in_place
         (N, _), V = h_ND.shape, w_VD.shape[0]
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        place = in_place.place(ctx.weight) if wanted and in_place.factor is not None else None
+        place = in_place.place(ctx.weight) if w_wanted and in_place.factor is not None else None
         ctx.added = None if place is None else in_place.factor
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
         # take the logits' place.
-        chunk, block = _sizes(V, h_ND.is_cuda, wanted)
+        chunk, block = _sizes(V, h_ND.is_cuda, w_wanted)
         d_SV = h_ND.new_empty(min(N, block), V)
-        dh_ND, dw_VD = torch.empty_like(h_ND) if wanted else None, None
+        dh_ND, dw_VD = torch.empty_like(h_ND) if h_wanted else None, None
         softmax = _Softmax(targets_N, 1 / N, wanted, z_loss)
         with torch.autocast(h_ND.device.type, enabled=False):
             for begin in range(0, N, chunk):
@@ -169,6 +170,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 loss += softmax(logits_CV, begin)
                 if dh_ND is not None:
                     torch.mm(logits_CV, w_VD, out=dh_ND[begin : begin + C])
+                if w_wanted:
                     if begin + C == N:
                         del w_VD  # nobody reads the cast again: room for the gradient
                     if first + C == block or begin + C == N:
@@ -190,18 +192,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Handed over, not kept: the weight's gradient is scaled where it lies.
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
+        dh_ND = None if dh_ND is None else dh_ND * grad
         if ctx.added is not None:
             factor = grad.item()
             if not math.isfinite(factor):  # the loss was not either; what was added before is lost in such a sum
                 ctx.weight.grad.fill_(math.nan)
             elif not math.isclose(factor, ctx.added, rel_tol=1e-5):
                 raise RuntimeError(f"the head's gradient was added times {ctx.added}, and is asked for {factor} times")
-            return dh_ND * grad, None, None, None, None, None, None
-        place = ctx.in_place.place(ctx.weight)
-        if place is None:
-            return dh_ND * grad, dw_VD.float().mul_(grad), None, None, None, None, None
-        _add(place, dw_VD, grad.item())
-        return dh_ND * grad, None, None, None, None, None, None
+            return dh_ND, None, None, None, None, None, None
+        place = ctx.in_place.place(ctx.weight) if dw_VD is not None else None
+        if place is not None:
+            _add(place, dw_VD, grad.item())
+            return dh_ND, None, None, None, None, None, None
+        return dh_ND, None if dw_VD is None else dw_VD.float().mul_(grad), None, None, None, None, None
 
 
 def _logits(h_CD: torch.Tensor, w_VD: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:
