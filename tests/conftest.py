@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads, and a command line that runs in this process."""
+"""What all tests share: no network, two threads or SMOLSEEK_TEST_THREADS, and a command line in this process."""
 
 import os
 
@@ -31,9 +31,9 @@ class Result(NamedTuple):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> None:
+def threads() -> None:
     """Losses depend on how sums are split among threads, so the tests do not depend on the machine's cores."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("SMOLSEEK_TEST_THREADS", "2")))
 
 
 @pytest.fixture

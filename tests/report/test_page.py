@@ -47,9 +47,14 @@ def a_run(path, *, lr=1e-3, steps=40, logged=40, experts=True):
     records.append(
         {"step": 40, "audit": "end", "audit_counts": {"pass": 0, "fail": 1, "skip": 0}, "audit_findings": [finding]}
     )
+    records.append({"step": 20, "samples": [["The sea", "is <b>wet</b>\nand blue"], ["DNA", "is"]]})
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (path / "samples.md").write_text("## Step 20\n\nT 0.8.\n\n**The sea** is <b>wet</b>\nand blue\n\n**DNA** is\n\n")
     return path
+
+
+def add(run, *records):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
 
 
 class Strict(HTMLParser):
@@ -94,8 +99,7 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
 
 def test_samples_are_shown_as_they_grew(tmp_path):
     run = a_run(tmp_path / "mine")
-    said = "".join(f"## Step {n}\n\nT 0.8.\n\n**The sea** text{n}.\n\n**DNA** other{n}.\n\n" for n in range(1, 101))
-    (run / "samples.md").write_text(said)
+    add(run, *({"step": n, "samples": [["The sea", f"text{n}."], ["DNA", f"other{n}."]]} for n in range(1, 101)))
     shown = dict(grown(read_run(run).samples))
     assert list(shown) == ["The sea", "DNA"]
     steps = [step for step, _ in shown["DNA"]]
@@ -104,6 +108,13 @@ def test_samples_are_shown_as_they_grew(tmp_path):
     text = page([read_run(run)])
     parsed(text)
     assert text.index("text1.") < text.index("text100.") and "The sea ..." in text
+
+
+def test_a_model_that_writes_markdown_invents_no_prompts(tmp_path):
+    run = a_run(tmp_path / "mine")
+    text = "is wide.\n\n**Note** it is deep.\n\n## Step 7\n\n**DNA** is"
+    add(run, {"step": 40, "samples": [["The sea", "first try"]]}, {"step": 40, "samples": [["The sea", text]]})
+    assert [(s.step, s.texts) for s in read_run(run).samples][1:] == [(40, (("The sea", " ".join(text.split())),))]
 
 
 def test_points_are_those_of_the_metrics(tmp_path):

@@ -175,6 +175,7 @@ def test_a_training_is_the_same(tmp_path):
             eval_tokens=64,
             log_every=1,
             sample_tokens=0,
+            precision="float32",  # on every processor: bfloat16 sums in another order differ by far more
             compile=how,
         )
         model = load_model(str(train(config))).model

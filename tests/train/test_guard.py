@@ -37,9 +37,10 @@ def quick(monkeypatch):
     """One thread, which is faster for so small a model, and no audits, which have tests of their own."""
     monkeypatch.setattr(ends.audit, "audit", lambda *_, **__: [])
     monkeypatch.setattr(ends.audit, "audit_model", lambda *_, **__: [])
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def check_numbers(config: typing.Any, prefix: str = "") -> None:
             if isinstance(number, float) and not math.isfinite(number):
                 raise SmolseekError(f"{prefix}{f.name} {number} is no finite number: use one")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise SmolseekError(f"{prefix}{f.name} {number:.3e} does not fit 64 bits: use a smaller number")
+                raise SmolseekError(f"{prefix}{f.name} does not fit 64 bits: use a smaller number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +264,7 @@ def _check_sizes(c: ModelConfig) -> None:
             "make every key head serve the same number of query heads",
         )
     if c.kv_lora_rank is not None:
-        if c.kv_lora_rank < 1 or c.v_head_dim < 1 or min(c.qk_nope_head_dim, c.rope_dim) < 0 or c.qk_head_dim < 1:
+        if c.kv_lora_rank < 1 or c.v_head_dim < 1 or c.qk_nope_head_dim < 0 or c.qk_head_dim < 1:
             refuse(
                 f"kv_lora_rank {c.kv_lora_rank}, v_head_dim {c.v_head_dim}, "
                 f"qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim {c.qk_rope_head_dim} do not fit MLA",
@@ -276,10 +276,6 @@ def _check_sizes(c: ModelConfig) -> None:
         refuse(
             f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}",
             "change one of them, or set head_dim",
-        )
-    elif c.qk_head_dim < 1:
-        refuse(
-            f"head_dim {c.head_dim} is below 1", "use a positive size, or None for hidden_size / num_attention_heads"
         )
     if c.rope_dim % 2:
         refuse(f"the rotary dimension {c.rope_dim} is odd", "RoPE turns pairs of features, so use an even size")

@@ -5,7 +5,6 @@
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,7 @@ def read_run(path: str | Path) -> Run:
         audits={record["audit"]: record for record in records if "audit" in record},
         origins=[record for record in records if "machine" in record],
         events=[event for record in records for event in _events(record)],
-        samples=read_samples(folder.samples),
+        samples=_samples(records),
     )
 
 
@@ -95,6 +94,7 @@ _TOGETHER = {
     "val_loss": ("step", "val_perplexity", "val_bits_per_byte"),
     "audit": ("audit_counts", "audit_findings"),
     "parameters": ("active",),
+    "samples": ("step",),
 }
 """Keys that come with others."""
 
@@ -126,6 +126,9 @@ def _problem(record: Record) -> str | None:
             return f"audit {record['audit']!r}"
         if not isinstance(findings, list) or not all(_is_finding(finding) for finding in findings):
             return "audit_findings are none"
+    texts = record.get("samples", [])
+    if not isinstance(texts, list) or not all(_is_text(pair) for pair in texts):
+        return "samples are none"
     load = record.get("val_load") or []
     rows = load if isinstance(load, list) else [None]
     if not all(isinstance(row, list) and row and all(map(_is_figure, row)) for row in rows):
@@ -136,6 +139,10 @@ def _problem(record: Record) -> str | None:
 def _is_figure(value: Any) -> bool:
     """Return whether a value is a number, of a size that figures of a run have."""
     return isinstance(value, int | float) and not isinstance(value, bool) and not 1e18 < abs(value) < math.inf
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, list) and [type(word) for word in value] == [str, str]
 
 
 def _is_finding(value: Any) -> bool:
@@ -167,15 +174,9 @@ def _events(record: Record) -> list[tuple[int, str]]:
     return [(step, text) for text in found]
 
 
-def read_samples(path: Path) -> list[Sample]:
-    """Return the samples in a run's `samples.md`, oldest first; none if there is no such file."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return []
-    parts = re.split(r"^## Step (\d{1,18})\n", text, flags=re.MULTILINE)[1:]
-    found: dict[int, Sample] = {}
-    for step, body in zip(parts[::2], parts[1::2], strict=True):
-        texts = re.findall(r"^\*\*(.+?)\*\* ?(.*?)(?=\n\n\*\*|\Z)", body, flags=re.MULTILINE | re.DOTALL)
-        found[int(step)] = Sample(int(step), tuple((prompt, " ".join(said.split())) for prompt, said in texts))
-    return [found[step] for step in sorted(found)]
+def _samples(records: list[Record]) -> list[Sample]:
+    """Return the samples, oldest first; of a step that was done again after a resume, the last ones."""
+    found = {record["step"]: record["samples"] for record in records if "samples" in record}
+    return [
+        Sample(step, tuple((prompt, " ".join(said.split())) for prompt, said in found[step])) for step in sorted(found)
+    ]
