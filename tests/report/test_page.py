@@ -186,6 +186,7 @@ def test_a_long_run_gives_a_heat_map_of_bearable_size():
         ({"audit": [1], "audit_counts": {}, "audit_findings": []}, "audit"),
         ({"audit": "end", "audit_counts": {}, "audit_findings": [{"check": "x"}]}, "audit_findings"),
         ({"machine": 3}, "machine"),
+        ({"samples": [["The sea"]]}, "samples"),
         ({"val_load": [[1.0], 2]}, "val_load"),
         ({"val_loss": 1.0}, "val_perplexity is missing"),
     ],
