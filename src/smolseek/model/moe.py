@@ -320,8 +320,8 @@ class Experts(nn.Module):
         """All experts in one grouped product each way, without the host learning the counts."""
         ends_E = counts_E.cumsum(0).to(torch.int32)
         dtype, D, size = x_MD.dtype, *self.down_proj.shape[1:]
-        first = self.gate_up_proj if self.gated else self.up_proj
-        first, last = first.to(dtype), self.down_proj.to(dtype)
+        first = (self.gate_up_proj if self.gated else self.up_proj).to(dtype)
+        last = self.down_proj.to(dtype)
         more_D, more_F = missing(D, dtype), missing(size, dtype)
         if more_D or more_F:  # features and neurons of zeros, which add nothing
             parts_EPFD = first.unflatten(1, (-1, size))
