@@ -16,12 +16,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(PY) -m pytest
 
-# What depends on the processor, the compiler and the number of threads, as on each kind of machine that this one can
-# play. Their libraries are kept apart from the user's.
-NUMBERS := tests/model tests/generate tests/train/test_loss.py tests/train/test_compiling.py
+# The tests that depend on the processor, the compiler or the number of threads, as four kinds of machine run them.
 machines: $(STAMP)
-	HF_HUB_OFFLINE=1 ATEN_CPU_CAPABILITY=avx2 SMOLSEEK_TEST_THREADS=1 $(PY) -m pytest $(NUMBERS)
-	HF_HUB_OFFLINE=1 ATEN_CPU_CAPABILITY=default CC=false XDG_CACHE_HOME=$(CURDIR)/build/none SMOLSEEK_TEST_THREADS=4 $(PY) -m pytest $(NUMBERS)
+	@bash tests/machines/run
 
 # Twenty SIGKILLs of one run, a disk that is full (as root), 400 damaged commands and files: minutes, figures into
 # docs/results/soak.json, processes.json and fuzz.json.

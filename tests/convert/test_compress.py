@@ -11,7 +11,7 @@ from smolseek.convert import components, compress, lossless, pipeline
 from smolseek.convert.calibrate import _by_distance, calibration_rows, held_out_rows, statistics
 from smolseek.convert.compress import Budget
 from smolseek.convert.pipeline import Conversion, convert
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, Stopped
 from smolseek.evaluate.compare import compare, measure_conversion
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder
@@ -210,6 +210,6 @@ def test_an_interrupt_while_calibrating_leaves_nothing(llama, tmp_path, monkeypa
 
     monkeypatch.setattr(pipeline, "statistics", interrupt)
     conversion = Conversion(mode="compress", cache=0.5, calibration="self", calibration_tokens=63)
-    with pytest.raises(SmolseekError, match="interrupted"):
+    with pytest.raises(Stopped, match="interrupted"):
         convert(str(llama), tmp_path / "out", conversion)
     assert list(tmp_path.iterdir()) == []

@@ -51,10 +51,10 @@ def change(path, **values):
     (path / "config.json").write_text(json.dumps(config | values))
 
 
-def refused(llama, words, capsys, *options):
-    """The command line must say one line, exit 2 and leave nothing behind."""
+def refused(llama, words, capsys, *options, code=2):
+    """The command line must say one line, exit with `code` and leave nothing behind."""
     out = llama.parent / "out"
-    assert main(["convert", str(llama), str(out), *options]) == 2
+    assert main(["convert", str(llama), str(out), *options]) == code
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1, said
     assert not out.exists()
@@ -249,7 +249,7 @@ def test_interrupted(llama, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "_write_text_files", stop)
-    refused(llama, "interrupted", capsys)
+    refused(llama, "interrupted", capsys, code=130)
 
 
 def test_an_unfaithful_result_is_not_kept(llama, capsys, monkeypatch):

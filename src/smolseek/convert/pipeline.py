@@ -26,7 +26,7 @@ from smolseek.convert.prune import prune
 from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
 from smolseek.convert.sparse import Fitted, active_neurons, sparse, sparse_config
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, Stopped
 from smolseek.model.summary import count
 from smolseek.run_folder import write_text
 from smolseek.storage import safetensors_file
@@ -72,7 +72,8 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
 
     Raises:
         SmolseekError: if the source cannot be converted, there is too little text, `out` is not free, the disk is
-            full, the user interrupts, or `verify` is not content.
+            full, or `verify` is not content.
+        Stopped: for a KeyboardInterrupt; nothing is left.
     """
     out = Path(out)
     place = Path(os.path.realpath(out))  # of a link its target
@@ -103,7 +104,7 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
         except OSError as error:
             raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
         except KeyboardInterrupt:
-            raise SmolseekError(f"interrupted: {out} was not written") from None
+            raise Stopped(f"interrupted: {out} was not written", 130) from None
         finally:
             shutil.rmtree(part, ignore_errors=True)
     console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
