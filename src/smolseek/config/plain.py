@@ -1,9 +1,8 @@
 """A configuration as plain JSON types, and back with every type checked. Imports no torch."""
 
+import contextlib
 import dataclasses
 import json
-import math
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -100,10 +99,9 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
         if value is None:
             return None
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-            return float(value)
-        if value in (math.inf, -math.inf):
-            return value  # few fields may be; each class knows its own
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            with contextlib.suppress(OverflowError):  # of a whole number that is too large
+                return float(value)  # may be NaN or infinite; each class knows which of its fields may be
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise SmolseekError(f"{where} cannot be {value!r}")
