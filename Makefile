@@ -13,8 +13,10 @@ $(STAMP): pyproject.toml constraints.txt tools/install.py
 demo: $(STAMP)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo.sh
 
+# Processes that share the tests, of one thread each: they compute in each other's pauses. `make machines` takes more threads.
+JOBS ?= 2
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(PY) -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 SMOLSEEK_TEST_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 # The tests that depend on the processor, the compiler or the number of threads, as four kinds of machine run them.
 machines: $(STAMP)
