@@ -16,7 +16,7 @@ demo: $(STAMP)
 # Processes that share the tests, of one thread each: they compute in each other's pauses. `make machines` takes more threads.
 JOBS ?= 2
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 SMOLSEEK_TEST_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 SMOLSEEK_TEST_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 # The tests that depend on the processor, the compiler or the number of threads, as four kinds of machine run them.
 machines: $(STAMP)
