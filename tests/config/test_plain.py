@@ -85,6 +85,10 @@ def test_a_wrong_value_is_refused_by_name(tmp_path, run_cli, key, value):
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1 and result.err.startswith("error: ")
 
 
+def test_a_run_may_wait_for_the_hub_for_ever():
+    assert from_dict(TrainConfig, changed("data.give_up_after", math.inf), "config").data.give_up_after == math.inf
+
+
 @pytest.mark.parametrize(
     "option", ["--optim.lr nan", "--guard.spike inf", "--optim.betas nan 0.9", "--seed 1" + "0" * 30]
 )

@@ -14,8 +14,10 @@ from smolseek.errors import SmolseekError
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 
-def check_numbers(config: typing.Any, prefix: str = "") -> None:
+def check_numbers(config: typing.Any, prefix: str = "", endless: tuple[str, ...] = ()) -> None:
     """Refuse numbers at the edge of their types: not finite, or whole ones beyond 64 bits; all others are judged alone.
+
+    The fields named in `endless` may be infinite.
 
     Raises:
         SmolseekError: for the first such number, with `prefix` before its name.
@@ -23,6 +25,8 @@ def check_numbers(config: typing.Any, prefix: str = "") -> None:
     for f in fields(config):
         value = getattr(config, f.name)
         for number in value if isinstance(value, tuple | list) else (value,):
+            if number == math.inf and f.name in endless:
+                continue
             if isinstance(number, float) and not math.isfinite(number):
                 raise SmolseekError(f"{prefix}{f.name} {number} is no finite number: use one")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:

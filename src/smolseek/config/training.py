@@ -26,10 +26,10 @@ class DataConfig:
     val_sources: tuple[str, ...] = ()
     """Files or folders to validate on instead, for example of other domains."""
     give_up_after: float = 1800.0
-    """Seconds without an answer of the hub after which the run saves and stops."""
+    """Seconds without an answer of the hub after which the run saves and stops; inf waits for ever."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "data.")
+        check_numbers(self, "data.", endless=("give_up_after",))
         if not 0 < self.val_fraction < 1:
             raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
         if self.give_up_after < 0:
