@@ -114,12 +114,13 @@ def test_without_a_place_to_keep_it_it_is_built_all_the_same(one, tmp_path, caps
 
 
 def test_without_openmp_native_decodes_on_one_thread(monkeypatch, tmp_path):
-    if not compiled._compilers():
-        pytest.skip("no C compiler")
+    model = new_model(replace(tiny(), vocab_size=64, num_hidden_layers=2), seed=1)
+    usual = Decoder(model, 2, 4)
+    if usual.native is None:
+        pytest.skip("no C compiler, or one that fails")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiled, "FLAGS", ("-O1", *compiled.FLAGS[1:3], "-shared", "-fPIC"))
-    model = new_model(replace(tiny(), vocab_size=64, num_hidden_layers=2), seed=1)
-    expected = Decoder(model, 2, 4).step([3, 5])
+    expected = usual.step([3, 5])
     caches = (compiled.library, native.library)
     for cached in caches:
         cached.cache_clear()
