@@ -32,9 +32,9 @@ from smolseek.storage.hf_folder import save_folder
 from smolseek.train import compiling
 from smolseek.train.balance import Balancer
 from smolseek.train.device import autocast
+from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
-from smolseek.train.passes import Passes
 
 TOKENS = 40_960_000  # of the original's 10,000 steps
 BLOCK = 5  # steps that are timed together, as the loop makes them: it waits for the device once a step
@@ -71,12 +71,12 @@ class Trainer:
         self.team, self.optimizer = Alone(), make_optimizer(self.model, config.optim)
         self.balancer = Balancer(self.model, config.balance.gamma)
         context = autocast("bfloat16" if device == "cuda" else "auto", self.device)
-        self.passes = Passes(self.model, losses, config, context, self.team)
+        self.passes = ForwardBackward(self.model, losses, self.team, context, grad_accum=accum)
         begun = time.perf_counter()
         compiling.prepare(self.passes, config, self.device, 1)
         self.preparing = time.perf_counter() - begun
         self.compiled = self.model.call_block is not call_block
-        self.graph = self.passes.recorded
+        self.graph = self.passes.captured
         shape = (accum, batch, config.seq_len + 1)
         self.rows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from smolseek.train import metrics
+from smolseek.train import logging
 
 
 def git(*words: str) -> str:
@@ -16,7 +16,7 @@ def git(*words: str) -> str:
 def describe() -> dict:
     """Return date, machine, versions and commit, as JSON types; the commit is dirty by more than other results."""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results")
-    return metrics.describe() | {"commit": (git("describe", "--always") + ("-dirty" if changed else "")) or None}
+    return logging.describe() | {"commit": (git("describe", "--always") + ("-dirty" if changed else "")) or None}
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -115,8 +115,8 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     from smolseek.storage.hf_folder import load_model
     from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
     from smolseek.train.device import autocast
+    from smolseek.train.evaluate import evaluate
     from smolseek.train.loop import train
-    from smolseek.train.validation import evaluate
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:

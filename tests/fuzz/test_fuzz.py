@@ -88,11 +88,11 @@ def test_sixty_mutations(nursery, world, options, tmp_path):
 
 @pytest.mark.soak
 def test_four_hundred_mutations(nursery, world, options, tmp_path):
-    from smolseek.train import metrics
+    from smolseek.train.logging import describe
 
     figures = carry_out(nursery, world, tmp_path / "case", options, "soak", 400)
     if result := os.environ.get("FUZZ_RESULT"):
         git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-        found = metrics.describe() | {"commit": git.stdout.strip() or None, "command": "make soak", **figures}
+        found = describe() | {"commit": git.stdout.strip() or None, "command": "make soak", **figures}
         Path(result).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     assert not figures["wrong"], "\n".join(figures["wrong"])

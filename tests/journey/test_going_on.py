@@ -29,10 +29,10 @@ WORDS = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "s
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No audits, which have tests of their own, and one thread, which is faster for so small a model."""
-    from smolseek.train import ends
+    from smolseek.train import audits
 
-    monkeypatch.setattr(ends.audit, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(ends.audit, "audit_model", lambda *_, **__: [])
+    monkeypatch.setattr(audits.audit, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(audits.audit, "audit_model", lambda *_, **__: [])
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)

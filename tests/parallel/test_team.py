@@ -20,11 +20,11 @@ from smolseek.run_folder import RunFolder, verify
 from smolseek.storage.checkpoint import load_state, load_weights
 from smolseek.storage.saver import PartSaver, Saver
 from smolseek.train.balance import Balancer
+from smolseek.train.evaluate import evaluate
 from smolseek.train.guard import Guard
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer, numbered
 from smolseek.train.state import TrainState
-from smolseek.train.validation import evaluate
 
 MODEL = replace(
     preset("tiny"),

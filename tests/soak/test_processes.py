@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from smolseek.train.metrics import describe
+from smolseek.train.logging import describe
 
 pytestmark = pytest.mark.soak
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from smolseek.run_folder import RunFolder, newest_valid, verify
-from smolseek.train import metrics
+from smolseek.train.logging import describe
 
 pytestmark = pytest.mark.soak
 
@@ -257,5 +257,5 @@ def tell(name: str, **figures: object) -> None:
         path = Path(to)
         git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
         before = json.loads(path.read_text()) if path.exists() else {}
-        origin = metrics.describe() | {"commit": git.stdout.strip() or None, "command": "make soak"}
+        origin = describe() | {"commit": git.stdout.strip() or None, "command": "make soak"}
         path.write_text(json.dumps(before | {name: origin | figures}, indent=2) + "\n")

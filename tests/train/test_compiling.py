@@ -18,9 +18,9 @@ from smolseek.parallel.alone import Alone
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import compiling
+from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.loop import train
 from smolseek.train.loss import losses
-from smolseek.train.passes import Passes
 
 CONFIG = TrainConfig(
     model=replace(preset("tiny"), num_hidden_layers=2, vocab_size=64),
@@ -39,7 +39,7 @@ def backend(monkeypatch):
 
 
 def compiled(model, context=None):
-    passes = Passes(model, losses, CONFIG, context or nullcontext(), Alone())
+    passes = ForwardBackward(model, losses, Alone(), context or nullcontext())
     compiling.prepare(passes, replace(CONFIG, compile="on"), torch.device("cpu"), 1)
 
 

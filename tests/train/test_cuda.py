@@ -14,9 +14,9 @@ from smolseek.parallel.alone import Alone
 from smolseek.presets import preset
 from smolseek.train import compiling
 from smolseek.train.device import autocast
+from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.loop import train
 from smolseek.train.loss import losses
-from smolseek.train.passes import Passes
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda")
@@ -32,7 +32,7 @@ def rows_of(run: TrainConfig, seed: int) -> torch.Tensor:
     return torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(passes: Passes, batches: list[torch.Tensor]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def gradients(passes: ForwardBackward, batches: list[torch.Tensor]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Return losses and gradients of a step, which are then dropped."""
     found = [float(passes(rows).total) for rows in batches]
     grads = {n: p.grad.cpu().double() for n, p in passes.model.named_parameters() if p.grad is not None}
@@ -51,9 +51,11 @@ def test_float32_is_float64_on_a_cpu_to_rounding(name):
     run = config(name)
     model = new_model(run.model, seed=1)
     batches = [rows_of(run, 0), rows_of(run, 1)]
-    exact = Passes(copy.deepcopy(model).double(), losses, run, nullcontext(), Alone())
+    exact = ForwardBackward(copy.deepcopy(model).double(), losses, Alone(), nullcontext(), grad_accum=run.grad_accum)
     values, expected = gradients(exact, batches)
-    found, grads = gradients(Passes(model.to(CUDA), losses, run, nullcontext(), Alone()), batches)
+    found, grads = gradients(
+        ForwardBackward(model.to(CUDA), losses, Alone(), nullcontext(), grad_accum=run.grad_accum), batches
+    )
     assert found == pytest.approx(values, rel=1e-5)
     assert far(grads, expected) < 1e-4
 
@@ -64,13 +66,13 @@ def test_recorded_and_compiled_passes_are_the_plain_ones(name, how, capsys):
     run = config(name)
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
-    exact = Passes(copy.deepcopy(model).double(), losses, run, nullcontext(), Alone())
+    exact = ForwardBackward(copy.deepcopy(model).double(), losses, Alone(), nullcontext(), grad_accum=run.grad_accum)
     _, expected = gradients(exact, batches)
-    passes = Passes(model, losses, run, autocast("bfloat16", CUDA), Alone())
+    passes = ForwardBackward(model, losses, Alone(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(passes, batches)
     compiling.prepare(passes, replace(run, steps=1000 if how == "compiled" else 10), CUDA, 1)
     assert capsys.readouterr().err == ""
-    assert passes.recorded
+    assert passes.captured
     assert (passes.model.call_block is not call_block) == (how == "compiled")
     for _ in range(2):  # the second time gradients have been dropped in between
         found, grads = gradients(passes, batches)
@@ -85,11 +87,17 @@ def test_a_recorded_pass_sees_what_the_run_changes(accumulation):
     """Weights that the optimizer moved and biases that the balancing did, in a step's first and later passes."""
     run = replace(config("deepseek_159m"), grad_accum=accumulation)
     batches = [rows_of(run, seed) for seed in range(accumulation)]
-    passes = Passes(
-        new_model(run.model, seed=1, device="cpu").to(CUDA), losses, run, autocast("bfloat16", CUDA), Alone()
+    passes = ForwardBackward(
+        new_model(run.model, seed=1, device="cpu").to(CUDA),
+        losses,
+        Alone(),
+        autocast("bfloat16", CUDA),
+        grad_accum=accumulation,
     )
-    plain = Passes(copy.deepcopy(passes.model), losses, run, autocast("bfloat16", CUDA), Alone())
-    passes.record(batches[0])
+    plain = ForwardBackward(
+        copy.deepcopy(passes.model), losses, Alone(), autocast("bfloat16", CUDA), grad_accum=accumulation
+    )
+    passes.capture(batches[0])
     for model in (passes.model, plain.model):
         with torch.no_grad():
             for p in model.parameters():
@@ -111,10 +119,10 @@ def test_recomputation_is_recorded_too(how, capsys):
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
     model.grad_checkpointing = how
-    passes = Passes(model, losses, run, autocast("bfloat16", CUDA), Alone())
+    passes = ForwardBackward(model, losses, Alone(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(passes, batches)
     compiling.prepare(passes, run, CUDA, 1)
-    assert capsys.readouterr().err == "" and passes.recorded
+    assert capsys.readouterr().err == "" and passes.captured
     found, grads = gradients(passes, batches)
     assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
 
@@ -130,17 +138,17 @@ def test_a_failed_recording_leaves_plain_passes(monkeypatch, capsys):
             float(out.total)
         return out
 
-    passes = Passes(model, waits, run, autocast("bfloat16", CUDA), Alone())
+    passes = ForwardBackward(model, waits, Alone(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(passes, batches)
     compiling.prepare(passes, run, CUDA, 1)
-    assert "no CUDA graph is recorded, which only costs time" in capsys.readouterr().err
+    assert "no CUDA graph is captured, which only costs time" in capsys.readouterr().err
     found, grads = gradients(passes, batches)
     assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
 
 
 def test_no_operation_of_a_plain_pass_makes_the_host_wait():
     run = config("deepseek_159m")
-    passes = Passes(new_model(run.model, device=CUDA), losses, run, autocast("bfloat16", CUDA), Alone())
+    passes = ForwardBackward(new_model(run.model, device=CUDA), losses, Alone(), autocast("bfloat16", CUDA))
     rows = rows_of(run, 0)
     passes(rows)
     torch.cuda.set_sync_debug_mode("error")

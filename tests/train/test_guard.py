@@ -24,7 +24,7 @@ from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage import checkpoint, saver
 from smolseek.storage.checkpoint import load_state, newest_valid
-from smolseek.train import ends, loop
+from smolseek.train import audits, loop
 from smolseek.train.guard import VAIN_RETURNS, WINDOW, Guard, StopRequest
 
 SEQ, BATCH, ACCUM = 16, 2, 2
@@ -35,8 +35,8 @@ real_losses = loop.losses
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One thread, which is faster for so small a model, and no audits, which have tests of their own."""
-    monkeypatch.setattr(ends.audit, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(ends.audit, "audit_model", lambda *_, **__: [])
+    monkeypatch.setattr(audits.audit, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(audits.audit, "audit_model", lambda *_, **__: [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -94,8 +94,8 @@ def plant(monkeypatch):
 def whole(text, tmp_path_factory):
     """The run that nothing happens to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ends.audit, "audit", lambda *_, **__: [])
-        patch.setattr(ends.audit, "audit_model", lambda *_, **__: [])
+        patch.setattr(audits.audit, "audit", lambda *_, **__: [])
+        patch.setattr(audits.audit, "audit_model", lambda *_, **__: [])
         torch.set_num_threads(1)
         return loop.train(config(tmp_path_factory.mktemp("whole") / "run", text))
 

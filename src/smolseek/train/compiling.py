@@ -14,7 +14,7 @@ import torch
 from smolseek import console
 from smolseek.config import TrainConfig
 from smolseek.model.transformer import call_block
-from smolseek.train.passes import Passes
+from smolseek.train.forward_backward import ForwardBackward
 
 BACKEND = "inductor"
 STEPS = 1000
@@ -31,20 +31,20 @@ def wanted(config: TrainConfig, device: torch.device, processes: int) -> bool:
     return fits and device.type == "cuda" and config.steps >= STEPS
 
 
-def recorded(config: TrainConfig, device: torch.device, processes: int) -> bool:
-    """Return whether a micro-batch's passes are to be recorded as a CUDA graph."""
+def captured(config: TrainConfig, device: torch.device, processes: int) -> bool:
+    """Return whether a micro-batch's passes are to be captured as a CUDA graph."""
     return device.type == "cuda" and processes == 1 and config.compile != "off" and config.distill.teacher is None
 
 
-def prepare(passes: Passes, config: TrainConfig, device: torch.device, processes: int) -> None:
-    """Compile the layers and record the passes, each where it pays, compared with what is there without it.
+def prepare(passes: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
+    """Compile the layers and capture the passes, each where it pays, compared with what is there without it.
 
     Passes over random tokens are made before and after. Loss and gradients have to be the same; whatever goes wrong
     is said in one line, and leaves the run as it was.
     """
     model = passes.model
-    compiles, records = wanted(config, device, processes), recorded(config, device, processes)
-    if not (compiles or records):
+    compiles, captures = wanted(config, device, processes), captured(config, device, processes)
+    if not (compiles or captures):
         return
     drawn = torch.Generator().manual_seed(config.seed)  # its own: the run's numbers stay as they would have been
     rows = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=drawn)
@@ -56,17 +56,17 @@ def prepare(passes: Passes, config: TrainConfig, device: torch.device, processes
     if compiles and (reason := _compared(passes, rows, plain, compile_layers)):
         model.call_block = call_block
         console.warn(f"the layers are not compiled, which only costs time: {reason}")
-    if records and (reason := _compared(passes, rows, plain, lambda: passes.record(rows))):
-        passes.forget()
-        console.warn(f"no CUDA graph is recorded, which only costs time: {reason}")
+    if captures and (reason := _compared(passes, rows, plain, lambda: passes.capture(rows))):
+        passes.release()
+        console.warn(f"no CUDA graph is captured, which only costs time: {reason}")
     if device.type == "cuda":  # the run's peak is to be that of its steps
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _one_pass(passes: Passes, rows: torch.Tensor) -> tuple[float, float]:
+def _one_pass(passes: ForwardBackward, rows: torch.Tensor) -> tuple[float, float]:
     """Return the loss and the norm of the gradients, of two micro-batches where a step has more; they are dropped."""
-    for _ in range(min(2, passes.parts)):
+    for _ in range(min(2, passes.grad_accum)):
         out = passes(rows)
     gradients = [p.grad for p in passes.model.parameters() if p.grad is not None]
     found = float(out.total), float(torch.nn.utils.get_total_norm(gradients))
@@ -74,7 +74,9 @@ def _one_pass(passes: Passes, rows: torch.Tensor) -> tuple[float, float]:
     return found
 
 
-def _compared(passes: Passes, rows: torch.Tensor, plain: tuple[float, float], change: Callable[[], None]) -> str | None:
+def _compared(
+    passes: ForwardBackward, rows: torch.Tensor, plain: tuple[float, float], change: Callable[[], None]
+) -> str | None:
     """Make a change and a pass; return None if loss and norm are `plain`, or in one line what is wrong."""
     try:
         with warnings.catch_warnings():

@@ -137,7 +137,7 @@ def _moments(config: ModelConfig, run: Run, model: CausalLM) -> list[dict[str, i
     on_the_way = N * D * 4 * (1 + routed)
     # On a CPU the loop adds the gradients of gated experts, head and embedding in place (`model/gradients.py`). Else
     # new ones lie beside the old ones until they are added; the parts of a stack until it is made. On a GPU each pass
-    # makes all of them anew (`train/passes.py`).
+    # makes all of them anew (`train/forward_backward.py`).
     stacks = [4 * p.numel() for name, p in model.model.layers[L - 1].named_parameters() if ".experts." in name]
     if not config.mlp_gated and not run.cuda:
         on_the_way += sum(stacks) if run.grad_accum > 1 else max(stacks, default=0)

@@ -25,20 +25,20 @@ from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_progress, load_weights, newest_valid
 from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
-from smolseek.train import compiling, inputs, metrics
+from smolseek.train import compiling, inputs, logging
+from smolseek.train.audits import Ends, is_complete
 from smolseek.train.balance import Balancer, gamma_share
 from smolseek.train.device import autocast, choose_device, is_restarted, multiplies_bfloat16, open_team
 from smolseek.train.distill import Teacher, attention_only
-from smolseek.train.ends import Ends, is_complete
+from smolseek.train.evaluate import evaluate
+from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.guard import Guard, StopRequest
 from smolseek.train.loss import losses
 from smolseek.train.optim import lr_factor, make_optimizer, numbered
-from smolseek.train.passes import Passes
 from smolseek.train.samples import write_samples
 from smolseek.train.state import TrainState, progress_of
 from smolseek.train.text import Text, open_text
 from smolseek.train.track import Tracker
-from smolseek.train.validation import evaluate
 
 
 def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
@@ -128,7 +128,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     tracker.open(at.step)
     log = console.Log(run.log if team.lead else os.devnull)
     size = summary.count(config.model)
-    started = {"step": at.step, **metrics.describe(), "parameters": size.total, "active": size.active}
+    started = {"step": at.step, **logging.describe(), "parameters": size.total, "active": size.active}
     run.append_metrics(started | ({} if begun_from is None else {"resumed": begun_from.name}))
     ends = Ends(run=run, log=log, team=team, model=model, config=config, device=device, eos_id=eos_id)
     if begun_from is None:
@@ -141,12 +141,12 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
         log.say(f"Resuming {run.path} from {begun_from.name}")
     for line in inputs.changes(begun, config, at.step) if resume and begun is not None else ():
         log.say(line)
-    passes = Passes(model, objective, config, context, team)
+    passes = ForwardBackward(model, objective, team, context, grad_accum=config.grad_accum, alpha=config.balance.alpha)
     compiling.prepare(passes, config, device, team.size)
     if teacher is not None and begun_from is None:
         at.evaluated = -1  # a healing says where it began
 
-    clock, timed, saved_step = metrics.Clock(), 0, at.step
+    clock, timed, saved_step = logging.Clock(), 0, at.step
     away: HubAway | None = None
     saver = _saver(run, model, text.tokenizer if text else None, config, team)
     stop = StopRequest(alone=team.size == 1)
@@ -171,7 +171,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                     if found is not None:  # else it is made up for when the run is resumed
                         at.evaluated, at.val_loss = at.step, found["val_loss"]
                         run.append_metrics({"step": at.step, "tokens": at.tokens, **found})
-                        log.say(metrics.validation_line({"step": at.step, **found}))
+                        log.say(logging.validation_line({"step": at.step, **found}))
                 sampling = config.sample_every and at.step % config.sample_every == 0
                 if text and sampling and at.sampled < at.step and not finished:
                     write_samples(run, at.step, model, text.tokenizer, config.sample_tokens, config.seed, log)
@@ -246,7 +246,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
             if at.step % config.log_every == 0 or at.step in (moving, config.steps):
                 at.loss = sum(at.interval) / len(at.interval)
                 at.seconds += seconds
-                now, peak = metrics.memory(device)
+                now, peak = logging.memory(device)
                 record: dict[str, Any] = {
                     "step": at.step,
                     "loss": at.loss,
@@ -267,7 +267,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                 if guard.skipped_tokens:
                     record |= {"skipped_steps": guard.skipped_steps, "skipped_tokens": guard.skipped_tokens}
                 run.append_metrics(record)
-                log.say(metrics.train_line(record, config.steps, seconds, device))
+                log.say(logging.train_line(record, config.steps, seconds, device))
                 at.interval.clear()
                 at.kls.clear()
                 clock.restart()
@@ -278,7 +278,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     if stopping:
         raise _stopped(run, at.step, received, away)
 
-    passes.forget()
+    passes.release()
     model.call_block = call_block  # the audit's sizes are others
     optimizer.state.clear()  # it is saved; the audit needs the room
     give_back_freed_memory()

@@ -17,7 +17,7 @@ from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_weights
 from smolseek.storage.target import resolve
-from smolseek.train import metrics
+from smolseek.train import logging
 from smolseek.train.loss import losses
 from smolseek.train.samples import write_samples
 from smolseek.train.state import Progress
@@ -76,7 +76,7 @@ class Ends:
         config = self.config
         if self.team.size == 1:
             return self.model
-        if 8 * summary.count(config.model).total > metrics.free_memory(self.device):
+        if 8 * summary.count(config.model).total > logging.free_memory(self.device):
             self.log.say(
                 "One process cannot hold the model twice, so it is not looked at here: "
                 + shlex.join(["smolseek", "audit", config.run])

@@ -2,7 +2,7 @@
 
 import torch
 
-from smolseek.train.metrics import train_line, validation_line
+from smolseek.train.logging import train_line, validation_line
 
 RECORD = {
     "step": 100,
