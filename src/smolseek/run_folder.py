@@ -3,11 +3,10 @@
     RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
 
 A checkpoint is a model folder with `training_state.safetensors`, `training_state.json` and `manifest.json`, which
-holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes it; judging one needs no model.
+holds the size and SHA-256 of every other file: `storage/manifest.py` verifies it, `storage/checkpoint.py` writes it.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -19,10 +18,6 @@ from smolseek import console
 from smolseek.config import TrainConfig, flatten, from_dict, parse_json, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.files import FolderLock
-
-MANIFEST = "manifest.json"
-STATE_TENSORS = "training_state.safetensors"
-STATE_JSON = "training_state.json"
 
 # Settings that move no weight: a run that is started again may change them, the data go on at the next token.
 FREE = frozenset(
@@ -263,11 +258,6 @@ def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
     return records, damaged
 
 
-def is_state_file(name: str) -> bool:
-    """Return whether a checkpoint's file of that name holds tensors of the training state."""
-    return name.startswith(STATE_TENSORS.partition(".")[0]) and name.endswith(".safetensors")
-
-
 def step_of(checkpoint: Path) -> int:
     """Return the number of steps in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
@@ -312,75 +302,3 @@ def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]
 def _shown(value: Any) -> str:
     text = "unset" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def manifest_text(files: dict[str, dict[str, Any]]) -> str:
-    """Return the text of `manifest.json` for `files` (name -> size and sha256); it ends with a digest of itself."""
-    inner = json.dumps(files, sort_keys=True)
-    own = hashlib.sha256(inner.encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": own}, sort_keys=True, indent=1) + "\n"
-
-
-def verify(path: Path, *, model_only: bool = False) -> str | None:
-    """Return None if the checkpoint `path` is whole, else the reason with the file's name.
-
-    Every file must have the size and SHA-256 of the manifest. With `model_only` the training state, which is twice
-    the model's size, is only looked up and not read.
-    """
-    try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    try:
-        files = parse_json(text)["files"]
-        if manifest_text(files) != text:
-            return f"{MANIFEST} is altered"
-        for name, expected in files.items():
-            reason = _judge(path / name, expected, model_only and is_state_file(name))
-            if reason:
-                return reason
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is altered"
-    return None
-
-
-def _judge(file: Path, expected: dict[str, Any], size_only: bool) -> str | None:
-    """Return what is wrong with one file of a checkpoint, or None."""
-    try:
-        size = file.stat().st_size
-        if size != expected["size"]:
-            kind = "truncated" if size < expected["size"] else "altered"
-            return f"{file.name} is {kind} ({size} bytes, not {expected['size']})"
-        if not size_only and digest(file) != expected["sha256"]:
-            return f"{file.name} is altered (its SHA-256 is not the manifest's)"
-    except FileNotFoundError:
-        return f"{file.name} is missing"
-    except OSError as error:
-        return f"{file.name} cannot be read ({error.strerror})"
-    return None
-
-
-def newest_valid(
-    run: RunFolder, *, model_only: bool = False, below: int | None = None
-) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest whole checkpoint of a run (None without one), and the newer ones skipped, with the reasons.
-
-    With `below` only checkpoints after fewer steps than that count.
-    """
-    skipped: list[tuple[Path, str]] = []
-    for path in run.checkpoint_paths():
-        if below is not None and step_of(path) >= below:
-            continue
-        reason = verify(path, model_only=model_only)
-        if reason is None:
-            return path, skipped
-        skipped.append((path, reason))
-    return None, skipped

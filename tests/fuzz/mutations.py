@@ -17,7 +17,7 @@ from typing import Any
 
 import sandbox
 
-from smolseek.run_folder import MANIFEST, digest, manifest_text
+from smolseek.storage.manifest import MANIFEST, digest, manifest_text
 
 FIT = "--calibration text.jsonl --calibration-tokens 64"
 READ = "--data text.jsonl --tokens 64 --seq-len 16"

@@ -22,8 +22,8 @@ from smolseek.generate.engine import Writer
 from smolseek.generate.sampling import Sampling
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import tiny
-from smolseek.run_folder import MANIFEST, digest, manifest_text
 from smolseek.storage.hf_folder import save_folder
+from smolseek.storage.manifest import MANIFEST, digest, manifest_text
 from smolseek.tokenizer import load_tokenizer
 
 _spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).parents[1] / "fuzz" / "sandbox.py")

@@ -16,8 +16,9 @@ from smolseek.parallel.alone import Alone
 from smolseek.parallel.mesh import choose
 from smolseek.parallel.team import Team
 from smolseek.presets import preset
-from smolseek.run_folder import RunFolder, verify
+from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.manifest import verify
 from smolseek.storage.saver import PartSaver, Saver
 from smolseek.train.balance import Balancer
 from smolseek.train.evaluate import evaluate

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from smolseek.run_folder import RunFolder, newest_valid, verify
+from smolseek.run_folder import RunFolder
+from smolseek.storage.manifest import newest_valid, verify
 from smolseek.train.logging import describe
 
 pytestmark = pytest.mark.soak

@@ -14,8 +14,9 @@ from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
 from smolseek.storage import checkpoint, safetensors_file
-from smolseek.storage.checkpoint import load_state, load_weights, newest_valid, save_checkpoint, verify
+from smolseek.storage.checkpoint import load_state, load_weights, save_checkpoint
 from smolseek.storage.hf_folder import load_model, read_config
+from smolseek.storage.manifest import newest_valid, verify
 
 MODEL = ModelConfig(
     vocab_size=64,

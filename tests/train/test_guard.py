@@ -23,7 +23,8 @@ from smolseek.errors import SmolseekError, Stopped
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage import checkpoint, saver
-from smolseek.storage.checkpoint import load_state, newest_valid
+from smolseek.storage.checkpoint import load_state
+from smolseek.storage.manifest import newest_valid
 from smolseek.train import audits, loop
 from smolseek.train.guard import VAIN_RETURNS, WINDOW, Guard, StopRequest
 

@@ -17,21 +17,13 @@ from smolseek.config import parse_json
 from smolseek.errors import SmolseekError, damage_told
 from smolseek.files import sync
 from smolseek.model.transformer import CausalLM
-from smolseek.run_folder import (
-    MANIFEST,
-    STATE_JSON,
-    STATE_TENSORS,
-    RunFolder,
-    digest,
-    manifest_text,
-    newest_valid,
-    verify,
-)
+from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_folder import load_weights, save_folder
+from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, digest, manifest_text
 from smolseek.storage.pieces import read_state
 
-__all__ = ["discard", "load_progress", "load_state", "load_weights", "newest_valid", "save_checkpoint", "verify"]
+__all__ = ["discard", "load_progress", "load_state", "load_weights", "save_checkpoint"]
 
 UNFINISHED = ".tmp-"
 """How the name of a checkpoint begins while it is written, or about to be deleted."""

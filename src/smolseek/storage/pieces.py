@@ -9,8 +9,8 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.model.parts import Part
-from smolseek.run_folder import STATE_TENSORS
 from smolseek.storage import safetensors_file
+from smolseek.storage.manifest import STATE_TENSORS
 
 _PIECE = re.compile(r"(.+)@(\d+)/(\d+)")
 

@@ -8,7 +8,8 @@ from typing import Any
 from smolseek.data.hub import why_refused
 from smolseek.errors import SmolseekError, nearest
 from smolseek.presets import PRESETS
-from smolseek.run_folder import MANIFEST, RunFolder, newest_valid, verify
+from smolseek.run_folder import RunFolder
+from smolseek.storage.manifest import MANIFEST, newest_valid, verify
 from smolseek.tokenizer import SMOLLM2_HUB, smollm2_gguf
 
 MODEL_MAY_BE = (

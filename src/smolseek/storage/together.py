@@ -17,10 +17,11 @@ import torch
 from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError
 from smolseek.files import sync
-from smolseek.run_folder import MANIFEST, STATE_JSON, STATE_TENSORS, RunFolder, digest, manifest_text, write_text
+from smolseek.run_folder import RunFolder, write_text
 from smolseek.storage import safetensors_file
 from smolseek.storage.checkpoint import UNFINISHED, put_in_place
 from smolseek.storage.hf_folder import write_index, write_rest
+from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, digest, manifest_text
 
 _POLL = 0.02
 """Seconds between two looks for the others' parts."""

@@ -5,13 +5,25 @@ launch: its kernels find the same shapes and addresses each time, and nothing in
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from smolseek.model.transformer import CausalLM
 from smolseek.parallel.alone import Alone
 from smolseek.train.loss import Losses
+
+
+class _Graphs(NamedTuple):
+    """A micro-batch's passes as CUDA graphs, and the memory that they read and write."""
+
+    rows: torch.Tensor
+    first: torch.cuda.CUDAGraph
+    first_losses: Losses
+    later: torch.cuda.CUDAGraph | None
+    later_losses: Losses | None
+    parameters: list[torch.nn.Parameter]
+    gradients: list[torch.Tensor]
 
 
 class ForwardBackward:
@@ -31,25 +43,25 @@ class ForwardBackward:
         self.model, self.team, self.grad_accum = model, team, grad_accum
         self._objective, self._alpha, self._context = objective, alpha, context
         self._device = model.lm_head.weight.device
-        self.release()
+        self._graphs: _Graphs | None = None
 
     def __call__(self, rows: torch.Tensor, share: float = 1.0) -> Losses:
         """Run `rows` [B, T+1], one of a step's micro-batches; `share` of its rows are in this process.
 
         The losses of a replayed pass are overwritten by the next one.
         """
-        if self._first is None:
+        graphs = self._graphs
+        if graphs is None:
             return self._run(self._to_device(rows), share)
-        self._rows.copy_(rows.pin_memory(), non_blocking=True)
-        if self._parameters[0].grad is None:  # the step before has been taken, or dropped
-            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        graphs.rows.copy_(rows.pin_memory(), non_blocking=True)
+        if graphs.parameters[0].grad is None:  # the step before has been taken, or dropped
+            for parameter, gradient in zip(graphs.parameters, graphs.gradients, strict=True):
                 parameter.grad = gradient
-            graph, losses = self._first, self._first_losses
-        else:
-            graph, losses = self._later, self._later_losses
-        assert graph is not None and losses is not None
-        graph.replay()
-        return losses
+            graphs.first.replay()
+            return graphs.first_losses
+        assert graphs.later is not None and graphs.later_losses is not None
+        graphs.later.replay()
+        return graphs.later_losses
 
     @torch.no_grad()
     def forward(self, rows: torch.Tensor) -> Losses:
@@ -63,46 +75,40 @@ class ForwardBackward:
         gradients are to be dropped.
         """
         torch.cuda.empty_cache()  # what was freed on this stream serves no other
-        self._rows = self._to_device(rows).clone()
+        rows = self._to_device(rows).clone()
         # Libraries make their plans and workspaces before they are captured.
         warm_up = torch.cuda.Stream()
         warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
             for _ in range(3):
-                self._run(self._rows, 1.0)
+                self._run(rows, 1.0)
                 self.model.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(warm_up)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        first, later = torch.cuda.CUDAGraph(), None
+        first, later, later_losses = torch.cuda.CUDAGraph(), None, None
         with torch.cuda.graph(first):
-            self._first_losses = self._run(self._rows, 1.0)
-        self._parameters = [p for p in self.model.parameters() if p.grad is not None]
-        self._gradients = [p.grad for p in self._parameters if p.grad is not None]
+            first_losses = self._run(rows, 1.0)
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
         if self.grad_accum > 1:
             later = torch.cuda.CUDAGraph()
             with torch.cuda.graph(later, pool=first.pool()):
-                self._later_losses = self._run(self._rows, 1.0)
+                later_losses = self._run(rows, 1.0)
                 # All at once: autograd would add each by a kernel of its own.
-                torch._foreach_add_(self._gradients, [p.grad for p in self._parameters if p.grad is not None])
+                torch._foreach_add_(gradients, [p.grad for p in parameters if p.grad is not None])
                 self.model.zero_grad(set_to_none=True)
-        self._first, self._later = first, later
+        self._graphs = _Graphs(rows, first, first_losses, later, later_losses, parameters, gradients)
 
     def release(self) -> None:
         """Free what was captured, and run micro-batches without it."""
-        self._rows = torch.empty(0)
-        self._first: torch.cuda.CUDAGraph | None = None
-        self._later: torch.cuda.CUDAGraph | None = None
-        self._first_losses: Losses | None = None
-        self._later_losses: Losses | None = None
-        self._parameters: list[torch.nn.Parameter] = []
-        self._gradients: list[torch.Tensor] = []
+        self._graphs = None
 
     @property
     def captured(self) -> bool:
         """Whether passes are replayed."""
-        return self._first is not None
+        return self._graphs is not None
 
     def _to_device(self, rows: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda" and rows.device.type == "cpu":

@@ -22,7 +22,8 @@ from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, call_block
 from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
-from smolseek.storage.checkpoint import load_progress, load_weights, newest_valid
+from smolseek.storage.checkpoint import load_progress, load_weights
+from smolseek.storage.manifest import newest_valid
 from smolseek.storage.saver import PartSaver, Saver, discard_beyond
 from smolseek.storage.target import resolve
 from smolseek.train import compiling, inputs, logging

@@ -11,8 +11,8 @@ from smolseek.config import TrainConfig, from_dict
 from smolseek.errors import damage_told
 from smolseek.model.transformer import CausalLM
 from smolseek.parallel.alone import Alone, Stream
-from smolseek.run_folder import STATE_JSON, STATE_TENSORS
 from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
 from smolseek.storage.pieces import piece_name
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
