@@ -24,9 +24,9 @@ import torch
 from machine import describe, seconds
 
 from smolseek.config import TrainConfig
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.model.summary import flops_per_token
 from smolseek.model.transformer import call_block, new_model
-from smolseek.parallel.alone import Alone
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import save_folder
 from smolseek.train import compiling
@@ -68,10 +68,10 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
         self.model = new_model(model, device=self.device)
         self.model.grad_checkpointing = config.grad_checkpointing
-        self.team, self.optimizer = Alone(), make_optimizer(self.model, config.optim)
+        self.distributed, self.optimizer = SingleProcess(), make_optimizer(self.model, config.optim)
         self.balancer = Balancer(self.model, config.balance.gamma)
         context = autocast("bfloat16" if device == "cuda" else "auto", self.device)
-        self.passes = ForwardBackward(self.model, losses, self.team, context, grad_accum=accum)
+        self.passes = ForwardBackward(self.model, losses, self.distributed, context, grad_accum=accum)
         begun = time.perf_counter()
         compiling.prepare(self.passes, config, self.device, 1)
         self.preparing = time.perf_counter() - begun
@@ -86,7 +86,7 @@ class Trainer:
             out = self.passes(rows)
             total += out.next_token
             self.balancer.add(out.load_LE)
-        norm = self.team.clip(self.model, 1.0)
+        norm = self.distributed.clip_grad_norm(self.model, 1.0)
         loss, _ = torch.stack((total, norm)).tolist()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

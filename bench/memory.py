@@ -35,9 +35,9 @@ from machine import describe
 from torch._C._profiler import _EventType
 
 from smolseek.config import DataConfig, OptimConfig, TrainConfig
+from smolseek.distributed import single_process
 from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model.transformer import new_model
-from smolseek.parallel import alone
 from smolseek.presets import preset
 from smolseek.train import loop
 from smolseek.train.device import autocast
@@ -165,7 +165,7 @@ def head_memory(kind: str, tokens: str) -> dict:
 def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
     """A real run. On a CPU, what was there before the model is its program and its text."""
     before = 0
-    make = alone.new_model
+    make = single_process.new_model
 
     def counted(*args, **kwargs):
         nonlocal before
@@ -173,7 +173,7 @@ def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
         before = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else resident("VmRSS")
         return make(*args, **kwargs)
 
-    alone.new_model = counted  # type: ignore[assignment]
+    single_process.new_model = counted  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         loop.train(
             TrainConfig(

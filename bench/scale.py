@@ -48,7 +48,7 @@ def worker(out: Path, words: list[str]) -> int:
     import torch.distributed as dist
 
     from smolseek.cli import main
-    from smolseek.parallel.team import Team
+    from smolseek.distributed.context import DistributedContext
     from smolseek.train import loop
     from smolseek.train.guard import Guard
 
@@ -94,7 +94,7 @@ def worker(out: Path, words: list[str]) -> int:
     setattr(dist, scatter, reduce_scatter)
     counted("all_reduce", "all-reduce", lambda n, x, *a: 2 * size(x) * (n - 1) / n)
     counted("all_to_all_single", "all-to-all", elsewhere)
-    passed, trained = Guard.passed, Team.trained
+    passed, trained = Guard.passed, DistributedContext.optimizer_parameters
 
     def step(self, number, *args):
         passed(self, number, *args)
@@ -105,7 +105,7 @@ def worker(out: Path, words: list[str]) -> int:
         held["parameters"] = sum(p.numel() for _, p in named)
         return named
 
-    Guard.passed, Team.trained = step, parameters
+    Guard.passed, DistributedContext.optimizer_parameters = step, parameters
     real_capture = loop.TrainState.capture
 
     def capture(self, seconds):
@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/scale.json"))
     args = parser.parse_args()
     from smolseek.config import MeshConfig
+    from smolseek.distributed.mesh import choose
     from smolseek.model.summary import count
-    from smolseek.parallel.mesh import choose
     from smolseek.presets import preset
     from smolseek.train.footprint import Run
     from smolseek.train.scale import cost
@@ -212,7 +212,7 @@ def beside_transformers(folder: Path) -> float:
 
 def launched(size: int, mesh: str, run: Path, steps: int, until: int | None, resume: bool) -> None:
     """Train in `run`; the last process gets a SIGTERM after `until` steps."""
-    stopper = Path(__file__).parents[1] / "tests" / "parallel" / "stopper.py"
+    stopper = Path(__file__).parents[1] / "tests" / "distributed" / "stopper.py"
     command = [sys.executable]
     if size > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]

@@ -18,7 +18,7 @@ from smolseek.train.logging import describe
 
 pytestmark = pytest.mark.soak
 
-_spec = importlib.util.spec_from_file_location("launch", Path(__file__).parents[1] / "parallel" / "launch.py")
+_spec = importlib.util.spec_from_file_location("launch", Path(__file__).parents[1] / "distributed" / "launch.py")
 runs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(runs)
 

@@ -9,12 +9,12 @@ import torch
 
 import smolseek.model
 from smolseek.config import DataConfig, TrainConfig
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.model import fused, kernels, moe, rows
 from smolseek.model.moe import Experts
 from smolseek.model.rope import rotate
 from smolseek.model.transformer import call_block, new_model
-from smolseek.parallel.alone import Alone
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import compiling
@@ -39,13 +39,13 @@ def backend(monkeypatch):
 
 
 def compiled(model, context=None):
-    passes = ForwardBackward(model, losses, Alone(), context or nullcontext())
+    passes = ForwardBackward(model, losses, SingleProcess(), context or nullcontext())
     compiling.prepare(passes, replace(CONFIG, compile="on"), torch.device("cpu"), 1)
 
 
 def gradients(model, context=None):
     rows = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(3))
-    with Alone().backward(model, 1.0):
+    with SingleProcess().backward(model, 1.0):
         with context or nullcontext():
             loss = losses(model, rows).total
         loss.backward()

@@ -83,7 +83,7 @@ def inspect(argv: Sequence[str]) -> None:
             console.say(line)
     if args.mesh != InspectMesh():
         from smolseek.config import MeshConfig
-        from smolseek.parallel.mesh import choose
+        from smolseek.distributed.mesh import choose
         from smolseek.train import footprint, scale
 
         mesh = choose(MeshConfig(**asdict(args.mesh)), config, None)

@@ -8,12 +8,12 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.evaluate import audit
 from smolseek.evaluate.finding import Finding
 from smolseek.evaluate.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
-from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_weights
 from smolseek.storage.target import resolve
@@ -35,7 +35,7 @@ class Ends:
 
     run: RunFolder
     log: console.Log
-    team: Alone
+    distributed: SingleProcess
     model: CausalLM
     config: TrainConfig
     device: torch.device
@@ -74,7 +74,7 @@ class Ends:
     def _whole(self, path: Path | None) -> CausalLM | None:
         """Return the model in one piece: itself, or of many processes what lies in `path`; None if it does not fit."""
         config = self.config
-        if self.team.size == 1:
+        if self.distributed.size == 1:
             return self.model
         if 8 * summary.count(config.model).total > logging.free_memory(self.device):
             self.log.say(

@@ -7,9 +7,9 @@ import torch
 from smolseek import launch
 from smolseek.config import TrainConfig
 from smolseek.device import multiplies_bfloat16
+from smolseek.distributed.mesh import choose
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
-from smolseek.parallel.alone import Alone
-from smolseek.parallel.mesh import choose
 
 
 def choose_device(name: str) -> torch.device:
@@ -38,7 +38,7 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def open_team(config: TrainConfig, device: torch.device) -> Alone:
+def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess:
     """Return the processes that torchrun started, or this one alone; nothing is waited for before the sizes fit.
 
     Raises:
@@ -52,7 +52,7 @@ def open_team(config: TrainConfig, device: torch.device) -> Alone:
             "use --mesh.shard 1 or --optim.kind adamw"
         )
     if size == 1:
-        return Alone()
+        return SingleProcess()
     for option, given in (
         ("distill.teacher", config.distill.teacher is not None),
         ("distill.attention-only", config.distill.attention_only),
@@ -62,9 +62,9 @@ def open_team(config: TrainConfig, device: torch.device) -> Alone:
     ):
         if given:
             raise SmolseekError(f"--{option} goes with one process, and {size} were started: leave it out")
-    from smolseek.parallel.team import Team
+    from smolseek.distributed.context import DistributedContext
 
-    return Team(mesh, device, config.mesh.timeout)
+    return DistributedContext(mesh, device, config.mesh.timeout)
 
 
 def is_restarted() -> bool:

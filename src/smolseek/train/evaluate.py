@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.model.transformer import CausalLM
-from smolseek.parallel.alone import Alone
 from smolseek.train.balance import maxvio
 from smolseek.train.loss import Losses, losses
 
@@ -21,29 +21,29 @@ def evaluate(
     context: object,
     stopped: Callable[[], object] = lambda: None,
     objective: Callable[[CausalLM, torch.Tensor], Losses] = losses,
-    team: Alone | None = None,
+    distributed: SingleProcess | None = None,
 ) -> dict[str, Any] | None:
     """Return validation loss, perplexity, bits per byte and, with experts, global MaxVio over `rows` [N, T+1].
 
     With a teacher's `objective` also the divergence from it. None if `stopped` became true on the way. Each process of
-    `team` computes its share of the rows; all get the whole record.
+    `distributed` computes its share of the rows; all get the whole record.
     """
-    team = team or Alone()
+    distributed = distributed or SingleProcess()
     nats, kl, load_LE = 0.0, None, None
     device = model.lm_head.weight.device
     with context:  # type: ignore[attr-defined]
         for batch in rows.split(batch_size):
             if stopped():
                 return None
-            mine, share = team.share(batch)
+            mine, share = distributed.shard_batch(batch)
             out = objective(model, mine.to(device))
             nats += float(out.next_token) * batch[:, 1:].numel() * share
             if out.kl is not None:
                 kl = (kl or 0.0) + float(out.kl) * batch[:, 1:].numel()
             load = out.load_LE if share else torch.zeros_like(out.load_LE)
             load_LE = load if load_LE is None else load_LE + load
-    nats = float(team.sum(torch.tensor(nats, dtype=torch.float64)))
-    load_LE = None if load_LE is None else team.sum(load_LE)
+    nats = float(distributed.all_reduce(torch.tensor(nats, dtype=torch.float64)))
+    load_LE = None if load_LE is None else distributed.all_reduce(load_LE)
     loss = nats / rows[:, 1:].numel()
     record: dict[str, Any] = {
         "val_loss": loss,

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.model.transformer import CausalLM
-from smolseek.parallel.alone import Alone
 from smolseek.train.loss import Losses
 
 
@@ -33,14 +33,14 @@ class ForwardBackward:
         self,
         model: CausalLM,
         objective: Callable[..., Losses],
-        team: Alone,
+        distributed: SingleProcess,
         context: Any,
         *,
         grad_accum: int = 1,
         alpha: float = 0.0,
     ) -> None:
         """Take `grad_accum` micro-batches a step; `alpha` weighs the balance loss, and `context` is autocast's."""
-        self.model, self.team, self.grad_accum = model, team, grad_accum
+        self.model, self.distributed, self.grad_accum = model, distributed, grad_accum
         self._objective, self._alpha, self._context = objective, alpha, context
         self._device = model.lm_head.weight.device
         self._graphs: _Graphs | None = None
@@ -120,7 +120,7 @@ class ForwardBackward:
             return self._objective(self.model, rows, alpha=self._alpha)
 
     def _run(self, rows: torch.Tensor, share: float) -> Losses:
-        with self.team.backward(self.model, share / self.grad_accum):
+        with self.distributed.backward(self.model, share / self.grad_accum):
             out = self._losses(rows)
             (out.total * share / self.grad_accum).backward()
         return out._replace(total=out.total.detach())

@@ -16,11 +16,11 @@ from smolseek import console
 from smolseek.config import TrainConfig
 from smolseek.data.feed import pin
 from smolseek.data.retries import HubAway
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, call_block
-from smolseek.parallel.alone import Alone
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_progress, load_weights
 from smolseek.storage.manifest import newest_valid
@@ -29,7 +29,7 @@ from smolseek.storage.target import resolve
 from smolseek.train import compiling, inputs, logging
 from smolseek.train.audits import Ends, is_complete
 from smolseek.train.balance import Balancer, gamma_share
-from smolseek.train.device import autocast, choose_device, is_restarted, multiplies_bfloat16, open_team
+from smolseek.train.device import autocast, choose_device, init_distributed, is_restarted, multiplies_bfloat16
 from smolseek.train.distill import Teacher, attention_only
 from smolseek.train.evaluate import evaluate
 from smolseek.train.forward_backward import ForwardBackward
@@ -54,17 +54,17 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    with console.unattended(), open_team(config, device) as team:
-        run = RunFolder(Path(config.run), writes=team.lead)
+    with console.unattended(), init_distributed(config, device) as distributed:
+        run = RunFolder(Path(config.run), writes=distributed.is_main)
         with run.held():
             resumed = resume is True or ((bool(resume) or is_restarted()) and run.config.exists())
-            return _train(run, config, team.tell(lambda: resumed), device, team)
+            return _train(run, config, distributed.broadcast_object(lambda: resumed), device, distributed)
 
 
-def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.device, team: Alone) -> Path:
+def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.device, distributed: SingleProcess) -> Path:
     context = autocast(config.precision, device)
     begun: TrainConfig | None = None
-    if team.lead:
+    if distributed.is_main:
         if run.config.exists():
             begun = run.read_config()
         config = inputs.follow(config, begun) if resume and begun is not None else _pinned(config, begun)
@@ -74,15 +74,15 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                 f"this {device.type} has no bfloat16 products and emulates them, many times slower: "
                 "leave out --precision"
             )
-    tracker = Tracker(config.track if team.lead else "none", run, config)
+    tracker = Tracker(config.track if distributed.is_main else "none", run, config)
 
-    begun_from = _checkpoint(run, team) if resume else None
+    begun_from = _checkpoint(run, distributed) if resume else None
     saved = load_progress(begun_from) if begun_from is not None else {}
     if begun_from is not None:
         done = progress_of(saved, begun_from).step
         if done > config.steps:
             raise SmolseekError(f"{run.path} has done {done} steps, and --steps is {config.steps}: raise it")
-        if done == config.steps and team.tell(lambda: is_complete(run, done)):
+        if done == config.steps and distributed.broadcast_object(lambda: is_complete(run, done)):
             console.say(f"The run is complete: {done} of {config.steps} steps are done; a higher --steps goes on")
             return begun_from
 
@@ -90,7 +90,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
         raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
     eos_id = config.model.eos_ids[0]
     text: Text | None = None
-    if team.lead:
+    if distributed.is_main:
         copy = None
         if resume and begun is not None:
             copy = inputs.find(config, begun, begun_from)
@@ -98,11 +98,11 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
             if begun_from is None:
                 console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
         text = open_text(config, eos_id, copy, resumed=begun_from is not None)
-    stream = team.follow(text.stream if text else None)
-    val_rows = team.send_rows(text.val_rows if text else None)
-    val_bytes = team.tell(lambda: text.val_bytes if text else 0)
+    stream = distributed.share_stream(text.stream if text else None)
+    val_rows = distributed.broadcast_tensor(text.val_rows if text else None)
+    val_bytes = distributed.broadcast_object(lambda: text.val_bytes if text else 0)
 
-    model = team.build(config.model, config.seed, device)
+    model = distributed.build_model(config.model, config.seed, device)
     model.grad_checkpointing = config.grad_checkpointing
     teacher = None
     if config.distill.teacher is not None:
@@ -110,10 +110,10 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
     if config.distill.attention_only:
         attention_only(model)
     objective = partial(losses, z_loss=config.optim.z_loss) if teacher is None else teacher.losses
-    trained, moving = team.trained(model), config.steps - config.balance.settle_steps
+    trained, moving = distributed.optimizer_parameters(model), config.steps - config.balance.settle_steps
     optimizer = make_optimizer(model, config.optim, trained)
     balancer, guard = Balancer(model, config.balance.gamma), Guard(config.guard)
-    state = TrainState(model, optimizer, balancer, stream, guard, team, numbered(optimizer, trained))
+    state = TrainState(model, optimizer, balancer, stream, guard, distributed, numbered(optimizer, trained))
     at = state.at
     prints = inputs.fingerprints(text, teacher)
     if begun_from is not None:
@@ -121,36 +121,40 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
         if begun is not None:
             inputs.check(prints, saved, config, begun)
     elif config.init is not None:
-        load_weights(model, resolve(config.init), team.parts(model))
+        load_weights(model, resolve(config.init), distributed.local_shards(model))
     # What a run that had ended said after its last checkpoint stays, though it goes on.
     extended = begun is not None and at.step == begun.steps and is_complete(run, at.step)
     run.create(config, resume)
     run.cut_back(run.sizes() if extended else saved.get("files", {}), -1 if begun_from is None else at.step)
     tracker.open(at.step)
-    log = console.Log(run.log if team.lead else os.devnull)
+    log = console.Log(run.log if distributed.is_main else os.devnull)
     size = summary.count(config.model)
     started = {"step": at.step, **logging.describe(), "parameters": size.total, "active": size.active}
     run.append_metrics(started | ({} if begun_from is None else {"resumed": begun_from.name}))
-    ends = Ends(run=run, log=log, team=team, model=model, config=config, device=device, eos_id=eos_id)
+    ends = Ends(run=run, log=log, distributed=distributed, model=model, config=config, device=device, eos_id=eos_id)
     if begun_from is None:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
             log.say(line)
         if text:
-            log.say(f"Data: {text.corpus.summary()}; {config.step_tokens:,} tokens a step on {team.describe(device)}")
+            log.say(
+                f"Data: {text.corpus.summary()}; {config.step_tokens:,} tokens a step on {distributed.describe(device)}"
+            )
             ends.begin()
     else:
         log.say(f"Resuming {run.path} from {begun_from.name}")
     for line in inputs.changes(begun, config, at.step) if resume and begun is not None else ():
         log.say(line)
-    passes = ForwardBackward(model, objective, team, context, grad_accum=config.grad_accum, alpha=config.balance.alpha)
-    compiling.prepare(passes, config, device, team.size)
+    passes = ForwardBackward(
+        model, objective, distributed, context, grad_accum=config.grad_accum, alpha=config.balance.alpha
+    )
+    compiling.prepare(passes, config, device, distributed.size)
     if teacher is not None and begun_from is None:
         at.evaluated = -1  # a healing says where it began
 
     clock, timed, saved_step = logging.Clock(), 0, at.step
     away: HubAway | None = None
-    saver = _saver(run, model, text.tokenizer if text else None, config, team)
-    stop = StopRequest(alone=team.size == 1)
+    saver = _saver(run, model, text.tokenizer if text else None, config, distributed)
+    stop = StopRequest(alone=distributed.size == 1)
     with tracker, console.progress(config.steps, "training") as bar, saver, stop, closing(stream):
         bar.update(at.step)
         while True:
@@ -165,9 +169,9 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                         val_bytes,
                         config.batch_size,
                         context,
-                        lambda: team.agree(stop.received),
+                        lambda: distributed.all_reduce_signal(stop.received),
                         objective,
-                        team,
+                        distributed,
                     )
                     if found is not None:  # else it is made up for when the run is resumed
                         at.evaluated, at.val_loss = at.step, found["val_loss"]
@@ -178,7 +182,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                     write_samples(run, at.step, model, text.tokenizer, config.sample_tokens, config.seed, log)
                     at.sampled = at.step
                 tracker.follow()
-                received = team.agree(stop.received)
+                received = distributed.all_reduce_signal(stop.received)
                 stopping = received is not None or away is not None
                 asked = stop.save_wanted()
                 due = asked is not None or finished or at.step % config.save_every == 0
@@ -202,20 +206,22 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                 group["lr"] = lr
             position = stream.position()
             try:
-                micro_batches = list(team.step_rows(stream, config, lambda: stop.received))
+                micro_batches = list(distributed.micro_batches(stream, config, lambda: stop.received))
             except HubAway as error:
                 away = error
                 continue
             step_loss, step_kl = torch.zeros(2, device=device)
             for number, (rows, share) in enumerate(micro_batches, 1):
-                team.last_of_step(model, number == config.grad_accum)
+                distributed.set_last_backward(model, number == config.grad_accum)
                 out = passes.forward(rows) if resting else passes(rows, share)
                 step_loss += out.next_token * share
                 step_kl += 0 if out.kl is None else out.kl
                 balancer.add(out.load_LE)
-            norm_tensor = step_loss.new_zeros(()) if resting else team.clip(model, config.optim.clip or math.inf)
+            norm_tensor = (
+                step_loss.new_zeros(()) if resting else distributed.clip_grad_norm(model, config.optim.clip or math.inf)
+            )
             # The one place where a step waits for the device.
-            loss, norm, kl = torch.stack((team.sum(step_loss), norm_tensor, step_kl)).tolist()
+            loss, norm, kl = torch.stack((distributed.all_reduce(step_loss), norm_tensor, step_kl)).tolist()
             loss, kl = loss / config.grad_accum, kl / config.grad_accum
             reason = guard.judge(loss, norm)
             if reason is not None:
@@ -224,7 +230,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                 _tell_skip(run, log, at.step, reason, position, config.step_tokens)
                 if not patient:
                     saver.wait()
-                    _go_back(config, run, log, state, team)
+                    _go_back(config, run, log, state, distributed)
                     clock.restart()
                     timed, saved_step = 0, at.step
                 continue
@@ -232,7 +238,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             move = balancer.settle if resting else balancer.step
-            violation = move(gamma_share(at.step, config), team.sum)
+            violation = move(gamma_share(at.step, config), distributed.all_reduce)
             at.step += 1
             at.tokens += config.step_tokens
             at.interval.append(loss)
@@ -273,7 +279,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
                 at.kls.clear()
                 clock.restart()
                 timed = 0
-    failure = team.tell(lambda: saver.failure and str(saver.failure))
+    failure = distributed.broadcast_object(lambda: saver.failure and str(saver.failure))
     if failure is not None:
         raise SmolseekError(f"{failure}, then go on with --resume: the older checkpoints are untouched")
     if stopping:
@@ -294,26 +300,26 @@ def _pinned(config: TrainConfig, begun: TrainConfig | None) -> TrainConfig:
     return dataclasses.replace(config, data=pin(config.data, None if begun is None else begun.data))
 
 
-def _saver(run: RunFolder, model: CausalLM, tokenizer: Any, config: TrainConfig, team: Alone) -> Saver:
-    if team.size == 1:
+def _saver(run: RunFolder, model: CausalLM, tokenizer: Any, config: TrainConfig, distributed: SingleProcess) -> Saver:
+    if distributed.size == 1:
         return Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
     return PartSaver(
         run,
         model,
         tokenizer,
-        rank=team.rank,
-        size=team.size,
-        gather=team.gather,
-        tell=team.tell,
+        rank=distributed.rank,
+        size=distributed.size,
+        gather=distributed.checkpoint_shards,
+        tell=distributed.broadcast_object,
         timeout=config.mesh.timeout,
         keep_last=config.keep_last,
         keep_every=config.keep_every,
     )
 
 
-def _checkpoint(run: RunFolder, team: Alone) -> Path | None:
+def _checkpoint(run: RunFolder, distributed: SingleProcess) -> Path | None:
     """Return the checkpoint to resume from, the newest valid one; None if there is none yet."""
-    path, skipped = _newest(run, team)
+    path, skipped = _newest(run, distributed)
     if path is None:
         if skipped:
             reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
@@ -324,14 +330,16 @@ def _checkpoint(run: RunFolder, team: Alone) -> Path | None:
     return path
 
 
-def _newest(run: RunFolder, team: Alone, below: int | None = None) -> tuple[Path | None, list[tuple[Path, str]]]:
+def _newest(
+    run: RunFolder, distributed: SingleProcess, below: int | None = None
+) -> tuple[Path | None, list[tuple[Path, str]]]:
     """Return what `newest_valid` finds, which one process looks for: reading all files once is enough."""
 
     def look() -> list[Any]:
         path, skipped = newest_valid(run, below=below)
         return [path and path.name, [(bad.name, reason) for bad, reason in skipped]]
 
-    name, skipped = team.tell(look)
+    name, skipped = distributed.broadcast_object(look)
     return name and run.checkpoints / name, [(run.checkpoints / bad, reason) for bad, reason in skipped]
 
 
@@ -353,7 +361,9 @@ def _tell_skip(run: RunFolder, log: console.Log, step: int, reason: str, positio
     run.append_metrics({"step": step, "skipped": {"reason": reason, "tokens": tokens, "data": position}})
 
 
-def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: TrainState, team: Alone) -> None:
+def _go_back(
+    config: TrainConfig, run: RunFolder, log: console.Log, state: TrainState, distributed: SingleProcess
+) -> None:
     """Return to the last checkpoint, or to the one before it if that led to no good step; the data go on from here.
 
     Raises:
@@ -366,13 +376,13 @@ def _go_back(config: TrainConfig, run: RunFolder, log: console.Log, state: Train
             "did not help: go on with --resume and a lower --optim.lr, or start anew with other --data"
         )
     step, tokens = at.step, at.tokens
-    path, _ = _newest(run, team, below=guard.returned_to if guard.returned_to >= 0 else None)
+    path, _ = _newest(run, distributed, below=guard.returned_to if guard.returned_to >= 0 else None)
     if path is None:
         state.begin_again(config)
         run.cut_back(run.sizes(), 0, keep_log=True)
     else:
         run.cut_back(state.restore(path, whole=False)["files"], at.step, keep_log=True)
-    if team.lead:
+    if distributed.is_main:
         discard_beyond(run, at.step)
     bad = guard.returned(at.step, tokens - at.tokens)
     name = "the first weights, for want of a checkpoint" if path is None else path.name

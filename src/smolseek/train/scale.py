@@ -1,7 +1,7 @@
 """What a run costs each of many processes, on paper: memory, and bytes sent by each collective.
 
-The formulas are those of ring algorithms and of what `parallel/` does: S processes that weights are cut over, R copies,
-M processes that hold all experts together, A forward passes a step. For n bytes of weights in float32
+The formulas are those of ring algorithms and of what `distributed/` does: S processes that weights are cut over,
+R copies, M processes that hold all experts together, A forward passes a step. For n bytes of weights in float32
 
     all-gather      2 A n (S-1)/S   before the forward and before the backward pass; 1 A n for embedding and head
     reduce-scatter    A n (S-1)/S   of the gradients
@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from smolseek.config import ModelConfig
+from smolseek.distributed.mesh import Mesh
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM
-from smolseek.parallel.mesh import Mesh
 from smolseek.train.footprint import Run, attention_half, feed_half
 
 INTERCONNECTS = {"nvlink": 450e9, "infiniband": 50e9, "ethernet": 12.5e9}

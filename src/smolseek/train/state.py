@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from smolseek.config import TrainConfig, from_dict
+from smolseek.distributed.single_process import SingleProcess, Stream
 from smolseek.errors import damage_told
 from smolseek.model.transformer import CausalLM
-from smolseek.parallel.alone import Alone, Stream
 from smolseek.storage.checkpoint import load_state, load_weights
 from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
 from smolseek.storage.pieces import piece_name
@@ -70,16 +70,16 @@ class TrainState:
     balancer: Balancer
     stream: Stream
     guard: Guard
-    team: Alone
+    distributed: SingleProcess
     names: dict[int, str]
     """Parameters by their numbers in the optimizer's state."""
     at: Progress = dataclasses.field(default_factory=Progress)
 
     def begin_again(self, config: TrainConfig) -> None:
         """Go back to step 0 and the first weights; the data stay where they are."""
-        self.team.draw(self.model, config.seed)
+        self.distributed.init_weights(self.model, config.seed)
         if config.init is not None:
-            load_weights(self.model, resolve(config.init), self.team.parts(self.model))
+            load_weights(self.model, resolve(config.init), self.distributed.local_shards(self.model))
         self.optimizer.state.clear()
         self._go_to(dataclasses.asdict(Progress()))
 
@@ -94,10 +94,10 @@ class TrainState:
         for name, value in state_tensors(self.optimizer).items():
             number = int(name.split(".")[1])
             if value.ndim == 0:
-                if self.team.lead:
+                if self.distributed.is_main:
                     tensors[name] = value
-            elif self.team.writes(self.names[number], number):
-                tensors[piece_name(name, self.team.rows_of(self.names[number], value))] = value
+            elif self.distributed.writes_shard(self.names[number], number):
+                tensors[piece_name(name, self.distributed.as_shard(self.names[number], value))] = value
         return tensors, rest
 
     def restore(self, path: Path, whole: bool) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class TrainState:
         """
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
             tensors, saved = load_state(path, self._rows)
-        load_weights(self.model, path, self.team.parts(self.model))
+        load_weights(self.model, path, self.distributed.local_shards(self.model))
         device = self.model.lm_head.weight.device
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
             self._check_shapes(tensors)
@@ -127,14 +127,14 @@ class TrainState:
 
     def _rows(self, name: str) -> slice | None:
         """Return which rows of a tensor of the training state are this process's."""
-        return self.team.rows(self.names[int(name.split(".")[1])])
+        return self.distributed.shard_slice(self.names[int(name.split(".")[1])])
 
     def _check_shapes(self, tensors: dict[str, torch.Tensor]) -> None:
         """Raise ValueError for a moment that is not its parameter's; of a parameter in parts the rows are counted."""
-        shapes = {name: part.tensor.shape for name, part in self.team.parts(self.model).items()}
+        shapes = {name: part.tensor.shape for name, part in self.distributed.local_shards(self.model).items()}
         for name, value in tensors.items():
             shape = shapes[self.names[int(name.split(".")[1])]]
-            if value.ndim and not self.team.in_parts and value.shape != shape:
+            if value.ndim and not self.distributed.is_sharded and value.shape != shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
 
     def _go_to(self, progress: dict[str, Any]) -> None:

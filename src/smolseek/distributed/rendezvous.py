@@ -19,7 +19,7 @@ _LONGER = 2.0
 """Seconds that the others wait longer than process 0, which knows who is missing."""
 
 
-def meet(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
+def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
     """Return a part of `store` that the `size` processes of this life share, and no earlier one wrote to.
 
     Raises:

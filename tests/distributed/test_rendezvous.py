@@ -5,8 +5,8 @@ from threading import Thread
 import pytest
 import torch.distributed as dist
 
+from smolseek.distributed.rendezvous import wait_for_peers
 from smolseek.errors import PeerLost
-from smolseek.parallel.meet import meet
 
 
 def life(store, word, ranks=(0, 1, 2)):
@@ -14,7 +14,7 @@ def life(store, word, ranks=(0, 1, 2)):
     found = {}
 
     def be(rank):
-        shared = meet(store, rank, 3, 10.0)
+        shared = wait_for_peers(store, rank, 3, 10.0)
         shared.set(f"word/{rank}", word)
         found[rank] = [shared.get(f"word/{other}").decode() for other in range(3)]
 
@@ -39,26 +39,26 @@ def test_who_does_not_come_is_named_by_all_that_did():
 
     def be():
         with pytest.raises(PeerLost, match=r"process 2: no word of process 1 in") as lost:
-            meet(store, 2, 3, 10.0)
+            wait_for_peers(store, 2, 3, 10.0)
         said.append(lost)
 
     other = Thread(target=be)
     other.start()
     with pytest.raises(PeerLost, match=r"process 0: no word of process 1 in 0\.5 seconds"):
-        meet(store, 0, 3, 0.5)
+        wait_for_peers(store, 0, 3, 0.5)
     other.join(5.0)
     assert said
     with pytest.raises(PeerLost, match=r"process 1: no word of process 0 in 0\.2 seconds"):
-        meet(dist.HashStore(), 1, 3, 0.2)
+        wait_for_peers(dist.HashStore(), 1, 3, 0.2)
 
 
 def test_when_process_0_ends_in_the_middle_the_others_name_who_is_not_there(monkeypatch):
-    monkeypatch.setattr("smolseek.parallel.meet._LONGER", 0.0)
+    monkeypatch.setattr("smolseek.distributed.rendezvous._LONGER", 0.0)
     store = dist.HashStore()
     answering = Thread(target=answer, args=(store, 1))
     answering.start()
     with pytest.raises(PeerLost, match="process 1: no word of process 2 in"):
-        meet(store, 1, 3, 0.5)
+        wait_for_peers(store, 1, 3, 0.5)
     answering.join()
 
 

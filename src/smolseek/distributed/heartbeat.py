@@ -21,7 +21,7 @@ _LEFT = -1
 """The last life sign of a process that is done."""
 
 
-class Watch:
+class Heartbeat:
     """Tells all how far this process is, and says who is behind when it has waited for most of `timeout`.
 
     Each process counts its steps and, in a thread, its life signs; both lie in the store that torchrun keeps.
@@ -34,7 +34,7 @@ class Watch:
         self.every = min(timeout / _LOOKS, _BEAT)
         self._steps, self._since, self._told = 0, time.monotonic(), False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
@@ -71,7 +71,7 @@ class Watch:
             return "the store that torchrun keeps does not answer, so torchrun or process 0 has ended"
 
     def _find(self) -> str | None:
-        """Watch the others until each has given a sign, or has been silent for too long."""
+        """Heartbeat the others until each has given a sign, or has been silent for too long."""
         waited = time.monotonic() - self._since
         first, until = self._read(), time.monotonic() + _SILENT * self.every
         left = [rank for rank, (_, life) in first.items() if life == _LEFT]

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from smolseek.config import MeshConfig, OptimConfig, TrainConfig
-from smolseek.parallel.alone import Alone
-from smolseek.parallel.mesh import choose
-from smolseek.parallel.team import Team
+from smolseek.distributed.context import DistributedContext
+from smolseek.distributed.mesh import choose
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state, load_weights
@@ -58,37 +58,43 @@ class Rows:
         self.at = state["at"]
 
 
-def train(team: Alone, run: RunFolder, steps: int, kind: str, resume: int = 0) -> dict:
+def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, resume: int = 0) -> dict:
     """Take `steps` steps, from the checkpoint after `resume` ones if that is given, save, and return what came out."""
-    model = team.build(MODEL, 3, torch.device("cpu"))
-    trained = team.trained(model)
+    model = distributed.build_model(MODEL, 3, torch.device("cpu"))
+    trained = distributed.optimizer_parameters(model)
     optimizer = make_optimizer(model, OptimConfig(kind=kind), trained)
     balancer = Balancer(model, 0.01)
-    stream = team.follow(Rows() if team.lead else None)
+    stream = distributed.share_stream(Rows() if distributed.is_main else None)
     names = numbered(optimizer, trained)
-    state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), team, names)
+    state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), distributed, names)
     if resume:
         state.restore(run.checkpoint_path(resume), whole=True)
     found, norms, load = [], [], []
     for _ in range(steps):
         total = torch.zeros(())
-        for number, (rows, share) in enumerate(team.step_rows(stream, CONFIG), 1):
-            team.last_of_step(model, number == CONFIG.grad_accum)
+        for number, (rows, share) in enumerate(distributed.micro_batches(stream, CONFIG), 1):
+            distributed.set_last_backward(model, number == CONFIG.grad_accum)
             out = losses(model, rows, alpha=1e-2)
             (out.total * share / CONFIG.grad_accum).backward()
             total += out.next_token * share
             balancer.add(out.load_LE)
-        norms.append(float(team.clip(model, 0.5)))
-        found.append(float(team.sum(total)) / CONFIG.grad_accum)
+        norms.append(float(distributed.clip_grad_norm(model, 0.5)))
+        found.append(float(distributed.all_reduce(total)) / CONFIG.grad_accum)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        load.append(balancer.step(1.0, team.sum).tolist())
+        load.append(balancer.step(1.0, distributed.all_reduce).tolist())
         state.at.step += 1
     rows = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
-    record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), team=team)
+    record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), distributed=distributed)
     options: dict = {}
-    if team.size > 1:
-        options = {"rank": team.rank, "size": team.size, "gather": team.gather, "tell": team.tell, "timeout": 60.0}
+    if distributed.size > 1:
+        options = {
+            "rank": distributed.rank,
+            "size": distributed.size,
+            "gather": distributed.checkpoint_shards,
+            "tell": distributed.broadcast_object,
+            "timeout": 60.0,
+        }
     with (PartSaver if options else Saver)(run, model, None, **options) as saver:
         saver.save(state.at.step, *state.capture(0.0))
     assert saver.failure is None
@@ -100,17 +106,21 @@ def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: 
     """Be one of the processes; the results go into a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with Alone() if size == 1 else Team(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as team:
-        found = train(team, RunFolder(folder, writes=team.lead), steps, kind, resume)
-        found["timeouts"] = timeouts(team)
+    with (
+        SingleProcess()
+        if size == 1
+        else DistributedContext(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as distributed
+    ):
+        found = train(distributed, RunFolder(folder, writes=distributed.is_main), steps, kind, resume)
+        found["timeouts"] = timeouts(distributed)
     (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
 
 
-def timeouts(team: Alone) -> list[float]:
+def timeouts(distributed: SingleProcess) -> list[float]:
     """Return after how many seconds a collective of each group gives up."""
-    if not isinstance(team, Team):
+    if not isinstance(distributed, DistributedContext):
         return []
-    meshes = [mesh for mesh in team.groups if mesh is not None]
+    meshes = [mesh for mesh in distributed.groups if mesh is not None]
     groups = [None, *(group for mesh in meshes for group in mesh.get_all_groups())]
     backends = [(group or dist.group.WORLD)._get_backend(torch.device("cpu")) for group in groups]
     return [backend.options._timeout.total_seconds() for backend in backends]
@@ -149,7 +159,7 @@ def check_checkpoint(run, other, step):
     assert verify(path) is None
     models = []
     for folder in (path, expected):
-        models.append(Alone().build(MODEL, 0, torch.device("cpu")))
+        models.append(SingleProcess().build_model(MODEL, 0, torch.device("cpu")))
         load_weights(models[-1], folder)
     for name, theirs in models[1].state_dict().items():
         assert torch.allclose(models[0].state_dict()[name], theirs, atol=2e-5), name

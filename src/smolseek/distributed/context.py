@@ -1,4 +1,4 @@
-"""Many processes, as torchrun starts them: `Alone`'s methods by collectives.
+"""Many processes, as torchrun starts them: `SingleProcess`'s methods by collectives.
 
 What the processes tell one another about the run - rows, signals, decisions - lies on the CPU and goes by gloo, so
 that no GPU is waited for. Nothing is pickled on the way.
@@ -25,14 +25,14 @@ from torch.distributed.tensor import DTensor
 from smolseek import console, launch
 from smolseek.config import ModelConfig, TrainConfig
 from smolseek.data.retries import HubAway
+from smolseek.distributed.fsdp import Where, cut, local, make_groups, parts_of
+from smolseek.distributed.heartbeat import Heartbeat
+from smolseek.distributed.mesh import Mesh
+from smolseek.distributed.rendezvous import wait_for_peers
+from smolseek.distributed.single_process import Named, SingleProcess, Stream
 from smolseek.errors import PeerLost, SmolseekError, Stopped
 from smolseek.model.parts import Part, whole
 from smolseek.model.transformer import CausalLM, draw_weight
-from smolseek.parallel.alone import Alone, Named, Stream
-from smolseek.parallel.meet import meet
-from smolseek.parallel.mesh import Mesh
-from smolseek.parallel.shard import Where, cut, local, make_groups, parts_of
-from smolseek.parallel.watch import Watch
 
 _AWAY = -1
 
@@ -41,7 +41,7 @@ class _Ended(Stopped):
     """A SIGTERM outside the steps; torchrun sends it to all when one has ended."""
 
 
-class Team(Alone):
+class DistributedContext(SingleProcess):
     """This process among those of `mesh`."""
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
@@ -51,7 +51,7 @@ class Team(Alone):
             PeerLost: if some do not come; every process that did names them.
         """
         self.mesh = mesh
-        self.rank, self.size, self.in_parts = launch.number("RANK", 0), mesh.size, mesh.in_parts
+        self.rank, self.size, self.is_sharded = launch.number("RANK", 0), mesh.size, mesh.is_sharded
         self.where: dict[str, Where] = {}
         self._trained: Named = []
         if device.type == "cuda" and not dist.is_nccl_available():
@@ -73,8 +73,8 @@ class Team(Alone):
                 f"process {self.rank}: process 0 is missing, its store at {at} does not answer within {timeout:g} "
                 "seconds: start all processes with torchrun"
             ) from error
-        self.store = meet(kept, self.rank, self.size, timeout)
-        self.watch = Watch(self.store, self.rank, self.size, timeout)
+        self.store = wait_for_peers(kept, self.rank, self.size, timeout)
+        self.heartbeat = Heartbeat(self.store, self.rank, self.size, timeout)
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backends, store=self.store, rank=self.rank, world_size=self.size, timeout=limit)
@@ -87,7 +87,7 @@ class Team(Alone):
 
     def __enter__(self) -> Self:
         self._stdout = sys.stdout
-        if not self.lead:
+        if not self.is_main:
             sys.stdout = open(os.devnull, "w")
         return self
 
@@ -109,15 +109,17 @@ class Team(Alone):
                 raise lost from error
         if isinstance(error, Stopped | SmolseekError):
             first = self._ended(1) == 1
-            if first and not self.lead:
+            if first and not self.is_main:
                 console.complain(f"{'' if isinstance(error, Stopped) else 'error: '}process {self.rank}: {error}")
-            if not (first and self.lead):
+            if not (first and self.is_main):
                 code = error.code if isinstance(error, Stopped) else 2
         elif isinstance(error, RuntimeError) and self._ended(0):
             code = 1  # the other end of a broken connection has spoken
         elif isinstance(error, Exception):
-            self.watch.blame(f"process {self.rank} has failed ({type(error).__name__}: {' '.join(str(error).split())})")
-        self.watch.close(left=error is None)
+            self.heartbeat.blame(
+                f"process {self.rank} has failed ({type(error).__name__}: {' '.join(str(error).split())})"
+            )
+        self.heartbeat.close(left=error is None)
         if error is None or isinstance(error, Stopped):
             dist.destroy_process_group()
         if code is not None:
@@ -132,7 +134,7 @@ class Team(Alone):
 
     def _lost(self) -> PeerLost | None:
         """Return what this process says if others are missing; None if all are there."""
-        words = self.watch.lost()
+        words = self.heartbeat.lost()
         if words is None:
             return None
         return PeerLost(
@@ -144,20 +146,20 @@ class Team(Alone):
         """Return in a few words where they compute."""
         return f"{device.type}, {self.mesh}"
 
-    def build(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
+    def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
         """Return this process's part of a new model. Whole is never more than one tensor at a time."""
         model, self.where = cut(config, self.groups)
         model.to_empty(device=device)
         model.tie_weights()
         model.reset_buffers()
-        self.draw(model, seed)
+        self.init_weights(model, seed)
         return model
 
-    def draw(self, model: CausalLM, seed: int) -> None:
+    def init_weights(self, model: CausalLM, seed: int) -> None:
         """Draw the weights that `new_model` would give, and keep this process's rows."""
         device = model.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        for name, part in self.parts(model).items():
+        for name, part in self.local_shards(model).items():
             if name in self.where:
                 full = torch.empty(part.rows, *part.tensor.shape[1:], device=device)
                 draw_weight(name, full, model.config.initializer_range, generator)
@@ -165,39 +167,39 @@ class Team(Alone):
             else:
                 part.tensor.zero_()  # the balancing biases
 
-    def tell(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns to the lead, as JSON."""
-        text = json.dumps(make()).encode() if self.lead else b""
+    def broadcast_object(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns to the main process, as JSON."""
+        text = json.dumps(make()).encode() if self.is_main else b""
         length = torch.tensor([len(text)])
         dist.broadcast(length, 0)
         data = (
             torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            if self.lead
+            if self.is_main
             else length.new_empty(int(length), dtype=torch.uint8)
         )
         dist.broadcast(data, 0)
         return json.loads(data.numpy().tobytes())
 
-    def send_rows(self, rows: torch.Tensor | None) -> torch.Tensor:
-        """Return the lead's rows to all."""
-        shape = self.tell(lambda: list(rows.shape) if rows is not None else None)
+    def broadcast_tensor(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return the main process's rows to all."""
+        shape = self.broadcast_object(lambda: list(rows.shape) if rows is not None else None)
         held = rows if rows is not None else torch.empty(shape, dtype=torch.int64)
         dist.broadcast(held, 0)
         return held
 
-    def follow(self, stream: Stream | None) -> Stream:
-        """Return the stream that the lead alone reads."""
+    def share_stream(self, stream: Stream | None) -> Stream:
+        """Return the stream that the main process alone reads."""
         return _Standing() if stream is None else stream
 
-    def step_rows(
+    def micro_batches(
         self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Read the rows of a step on the lead, and hand each process its own."""
+        """Read the rows of a step on the main process, and hand each process its own."""
         size, n = config.batch_size, config.grad_accum
         counts = [len(part) for part in torch.arange(size).tensor_split(self.size)]
         mine = torch.empty(n, counts[0], config.seq_len + 1, dtype=torch.int64)  # the first has the most
         away, sent = None, None
-        if self.lead:
+        if self.is_main:
             try:
                 parts_by_rank = (
                     stream.next_batch(size * n, stopped).unflatten(0, (n, size)).tensor_split(self.size, dim=1)
@@ -212,12 +214,12 @@ class Team(Alone):
             raise HubAway("the training data are away")
         return ((rows[: counts[self.rank]], counts[self.rank] / size) for rows in mine)
 
-    def share(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def shard_batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return this process's rows; where there are too few, one that counts nothing, since all must take part."""
         mine = rows.tensor_split(self.size)[self.rank]
         return (mine, len(mine) / len(rows)) if len(mine) else (rows[:1], 0.0)
 
-    def last_of_step(self, model: CausalLM, last: bool) -> None:
+    def set_last_backward(self, model: CausalLM, last: bool) -> None:
         """Gradients are summed over copies once a step; over shards each time, since only a part of them is kept."""
         model.set_is_last_backward(last)  # type: ignore[operator]
         if self.mesh.shard == 1:
@@ -229,13 +231,13 @@ class Team(Alone):
         """Nothing is added in place: FSDP2 has to see every gradient."""
         return nullcontext()
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes, the same everywhere."""
         total = x.clone()
         dist.all_reduce(total)
         return total
 
-    def clip(self, model: CausalLM, most: float) -> torch.Tensor:
+    def clip_grad_norm(self, model: CausalLM, most: float) -> torch.Tensor:
         """Hand the gradients over to what the optimizer steps, and clip them by the norm over all processes."""
         squares = torch.zeros((), device=model.lm_head.weight.device)
         for (name, own), p in zip(self._trained, _nonempty(model), strict=True):
@@ -244,55 +246,55 @@ class Team(Alone):
             p.grad = None
             if own.grad is not None:
                 squares += own.grad.square().sum() / self.where[name].copies
-        norm = self.sum(squares).sqrt()
+        norm = self.all_reduce(squares).sqrt()
         scale = (most / (norm + 1e-6)).clamp(max=1.0)
         for _, own in self._trained:
             if own.grad is not None:
                 own.grad.mul_(scale)
         return norm
 
-    def trained(self, model: CausalLM) -> Named:
-        """Return parameters that lie where this process's parts lie, plain tensors with gradients from `clip`."""
+    def optimizer_parameters(self, model: CausalLM) -> Named:
+        """Return plain tensors that share memory with the local shards; `clip_grad_norm` gives them gradients."""
         names = [name for name, p in model.named_parameters() if p.numel()]
         self._trained = [(n, nn.Parameter(local(p).detach())) for n, p in zip(names, _nonempty(model), strict=True)]
         return self._trained
 
-    def agree(self, received: signal.Signals | None) -> signal.Signals | None:
+    def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
         """Return the signal with the highest number that any process received."""
-        self.watch.beat()
+        self.heartbeat.beat()
         number = torch.tensor(0 if received is None else int(received))
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return signal.Signals(int(number)) if number else None
 
-    def parts(self, model: CausalLM) -> dict[str, Part]:
+    def local_shards(self, model: CausalLM) -> dict[str, Part]:
         """Return this process's rows of every tensor, with no gathered copy beside them."""
         for module in parts_of(model):
             module.reshard()
-        found = {name: self.rows_of(name, local(p).detach()) for name, p in model.named_parameters()}
+        found = {name: self.as_shard(name, local(p).detach()) for name, p in model.named_parameters()}
         return found | {name: whole(b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
 
-    def rows_of(self, name: str, tensor: torch.Tensor) -> Part:
+    def as_shard(self, name: str, tensor: torch.Tensor) -> Part:
         """Return a tensor that lies as the parameter `name` does as a part."""
         where = self.where[name]
         return Part(tensor, where.start, where.rows)
 
-    def rows(self, name: str) -> slice | None:
+    def shard_slice(self, name: str) -> slice | None:
         """Return which rows of the parameter `name` this process holds."""
         where = self.where[name]
         return slice(where.start, where.start + where.own)
 
-    def writes(self, name: str, number: int) -> bool:
+    def writes_shard(self, name: str, number: int) -> bool:
         """Return whether this process is the `number`-th, counted around, of those that hold its rows."""
         where = self.where[name]
         return where.own > 0 and where.copy == number % where.copies
 
-    def gather(self, model: CausalLM) -> dict[str, Part]:
+    def checkpoint_shards(self, model: CausalLM) -> dict[str, Part]:
         """Return what this process is to write of the weights, on the CPU; all call it together.
 
         Experts are written by those who hold them. Any other tensor is put together, one at a time, and one process
         keeps it: no process ever holds more than its share and one tensor.
         """
-        parts = self.parts(model)
+        parts = self.local_shards(model)
         state: dict[str, Any] = dict(model.named_parameters())
         found = {}
         for number, (name, part) in enumerate(parts.items()):
@@ -301,7 +303,7 @@ class Team(Alone):
                 if number % self.size == self.rank:
                     found[name] = part
             elif ".mlp.experts." in name:
-                if self.writes(name, number):
+                if self.writes_shard(name, number):
                     found[name] = part
             elif self.where[name].copy == number % self.where[name].copies:
                 full = p.full_tensor().detach()
@@ -314,7 +316,7 @@ class _Standing:
     """The stream of a process that does not read."""
 
     def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
-        raise AssertionError("the lead reads")
+        raise AssertionError("the main process reads")
 
     def position(self) -> dict[str, Any]:
         return {"tokens": 0}

@@ -1,6 +1,6 @@
 """One process, which holds everything and reads every row. Imports no torch.distributed.
 
-`team.Team` has the same methods for many processes; the training loop is written once, for both.
+`context.DistributedContext` has the same methods for many processes; the training loop is written once, for both.
 """
 
 import signal
@@ -40,16 +40,16 @@ class Stream(Protocol):
         """End the threads that read ahead."""
 
 
-class Alone:
-    """One process. `lead` is the one that reads the data, prints and writes the run folder."""
+class SingleProcess:
+    """One process. `is_main` is the one that reads the data, prints and writes the run folder."""
 
     rank = 0
     size = 1
-    in_parts = False
+    is_sharded = False
     """Whether no process holds the whole model."""
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that reads the data, prints and writes."""
         return self.rank == 0
 
@@ -65,29 +65,29 @@ class Alone:
         """Return in a few words where it computes."""
         return device.type
 
-    def build(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
+    def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
         """Return what this process holds of a new model: the same weights, however many processes there are."""
         return new_model(config, seed, device)
 
-    def draw(self, model: CausalLM, seed: int) -> None:
-        """Draw the weights of `build` anew."""
+    def init_weights(self, model: CausalLM, seed: int) -> None:
+        """Draw the weights of `build_model` anew."""
         model.init_weights(torch.Generator(model.lm_head.weight.device).manual_seed(seed))
 
-    def tell(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns to the lead, in JSON types; the others do not call it."""
+    def broadcast_object(self, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns to the main process, in JSON types; the others do not call it."""
         return make()
 
-    def send_rows(self, rows: torch.Tensor | None) -> torch.Tensor:
-        """Return the lead's `rows`, int64 [N, T+1], to all."""
+    def broadcast_tensor(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """Return the main process's `rows`, int64 [N, T+1], to all."""
         assert rows is not None
         return rows
 
-    def follow(self, stream: Stream | None) -> Stream:
-        """Return the lead's stream to the lead, and one that stands still to the others."""
+    def share_stream(self, stream: Stream | None) -> Stream:
+        """Return the main process's stream to the main process, and one that stands still to the others."""
         assert stream is not None
         return stream
 
-    def step_rows(
+    def micro_batches(
         self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the rows of one step: `grad_accum` micro-batches of `batch_size`.
@@ -96,16 +96,16 @@ class Alone:
         side, are those that one process would read.
 
         Raises:
-            HubAway: to all, when the lead's data are away.
+            HubAway: to all, when the main process's data are away.
         """
         rows = stream.next_batch(config.batch_size * config.grad_accum, stopped)
         return ((micro, 1.0) for micro in rows.split(config.batch_size))
 
-    def share(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def shard_batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return this process's rows of `rows`, which all have, and their share in them."""
         return rows, 1.0
 
-    def last_of_step(self, model: CausalLM, last: bool) -> None:
+    def set_last_backward(self, model: CausalLM, last: bool) -> None:
         """Prepare a backward pass: is it the last one before the optimizer's step?"""
 
     def backward(self, model: CausalLM, factor: float) -> AbstractContextManager[None]:
@@ -115,41 +115,41 @@ class Alone:
         """
         return model.in_place.during(factor)
 
-    def sum(self, x: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of every process's `x`."""
         return x
 
-    def clip(self, model: CausalLM, most: float) -> torch.Tensor:
+    def clip_grad_norm(self, model: CausalLM, most: float) -> torch.Tensor:
         """Scale the whole gradient down to the norm `most`, and return the norm it had."""
         return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
 
-    def trained(self, model: CausalLM) -> Named:
+    def optimizer_parameters(self, model: CausalLM) -> Named:
         """Return what the optimizer is to step, by name: this process's parts of all that is not empty."""
         return [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
 
-    def agree(self, received: signal.Signals | None) -> signal.Signals | None:
+    def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
         """Return the signal that any process received."""
         return received
 
-    def parts(self, model: CausalLM) -> dict[str, Part]:
+    def local_shards(self, model: CausalLM) -> dict[str, Part]:
         """Return what this process holds of the model, by name; a tied head is left out."""
         return all_parts(model)
 
-    def rows_of(self, name: str, tensor: torch.Tensor) -> Part:
+    def as_shard(self, name: str, tensor: torch.Tensor) -> Part:
         """Return `tensor`, which is as this process's part of the parameter `name`, as a part."""
         return whole(tensor)
 
-    def rows(self, name: str) -> slice | None:
+    def shard_slice(self, name: str) -> slice | None:
         """Return which rows of the parameter `name` this process holds; None for all."""
         return None
 
-    def writes(self, name: str, number: int) -> bool:
+    def writes_shard(self, name: str, number: int) -> bool:
         """Return whether this process writes its rows of the parameter `name`, the `number`-th, into checkpoints.
 
         Of the processes that hold the same rows one does, another one for each number.
         """
         return True
 
-    def gather(self, model: CausalLM) -> dict[str, Part]:
+    def checkpoint_shards(self, model: CausalLM) -> dict[str, Part]:
         """Return what this process is to write of the weights, on the CPU; all call it together."""
         return {name: Part(part.tensor.to("cpu", copy=True), 0, part.rows) for name, part in all_parts(model).items()}

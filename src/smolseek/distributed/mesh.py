@@ -42,7 +42,7 @@ class Mesh:
         return self.size // (self.expert * self.expert_shard)
 
     @property
-    def in_parts(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether no process holds the whole model."""
         return self.shard > 1 or self.expert > 1
 

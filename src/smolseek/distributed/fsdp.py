@@ -17,10 +17,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from smolseek.config import ModelConfig
+from smolseek.distributed.expert import ExpertDispatcher
+from smolseek.distributed.mesh import Mesh
 from smolseek.model.moe import Experts, MoE
 from smolseek.model.transformer import CausalLM
-from smolseek.parallel.expert import ExpertDispatcher
-from smolseek.parallel.mesh import Mesh
 
 
 class Where(NamedTuple):

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from smolseek.parallel.watch import Watch
+from smolseek.distributed.heartbeat import Heartbeat
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def store():
 @pytest.fixture
 def watches(store):
     """Three processes that give a life sign every 0.2 seconds."""
-    found = [Watch(store, rank, 3, 2.0) for rank in range(3)]
+    found = [Heartbeat(store, rank, 3, 2.0) for rank in range(3)]
     deadline = time.monotonic() + 10
     while not store.check([f"life/{rank}" for rank in range(3)]) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -65,7 +65,7 @@ def test_a_reason_that_was_told_holds(watches):
 def test_a_store_that_is_gone_is_a_reason():
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
-    watch = Watch(client, 1, 2, 0.5)
+    watch = Heartbeat(client, 1, 2, 0.5)
     del store
     assert "the store that torchrun keeps does not answer" in watch.lost()
     watch.close(left=True)

@@ -3,8 +3,8 @@
 import pytest
 
 from smolseek.config import MeshConfig
+from smolseek.distributed.mesh import choose
 from smolseek.errors import SmolseekError
-from smolseek.parallel.mesh import choose
 from smolseek.presets import preset
 
 TINY = preset("tiny")  # 8 routed experts
