@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.leaks.seed_experiment import SeedModel, honest_loss, loss
 
+from smolseek.audit.causality import others, random_ids
+from smolseek.audit.finding import verdict
+from smolseek.audit.ngram import ngram_nats
+from smolseek.audit.plausibility import check_plausibility, yardsticks
+from smolseek.audit.runner import audit_model
 from smolseek.config import DataConfig
 from smolseek.data.stream import open_corpus
-from smolseek.evaluate import audit
-from smolseek.evaluate.causality import others, random_ids
-from smolseek.evaluate.ngram import ngram_nats
-from smolseek.evaluate.plausibility import check_plausibility, yardsticks
 
 VOCAB = 4096
 PROMPTS = ("The function returns", "If the argument is", "A module that", "This method is called when")
@@ -201,9 +202,9 @@ def main() -> None:
             texts.append(" ".join(f"{prompt}{tokenizer.decode(ids)}".split()))
         kept |= {"samples": texts, "repeats_in_samples": sum(share) / len(share)}
         end = kept["curve"][-1][1]
-        findings = audit.audit_model(model, VOCAB, args.tokens, loss=objective, pad_id=0, rows=full[:16])
+        findings = audit_model(model, VOCAB, args.tokens, loss=objective, pad_id=0, rows=full[:16])
         findings += check_plausibility({"training": end}, tokens=result["trained_tokens"], sticks=sticks)
-        kept |= {"final_loss": end, "verdict": audit.verdict(findings)}
+        kept |= {"final_loss": end, "verdict": verdict(findings)}
         kept["findings"] = [finding.record() for finding in findings]
         print(f"{name}: loss {end:.3f}, held-out {kept['held_out_loss']:.3f}, blind {kept['blind_loss']:.3f}")
         print(f"  repeats {kept['repeats_in_samples']:.1%} (text {repeats:.1%})", *texts, kept["verdict"], sep="\n  ")

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from smolseek.audit.finding import lines, record
+from smolseek.audit.runner import audit_model
 from smolseek.chat import Chat
 from smolseek.cli import main
 from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError, damage_told
-from smolseek.evaluate.audit import audit_model, lines, record
 from smolseek.evaluate.compare import compare
 from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Writer

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from smolseek.audit.plausibility import reported
 from smolseek.config import BalanceConfig, DataConfig, GuardConfig, ScheduleConfig, TrainConfig
 from smolseek.errors import SmolseekError
-from smolseek.evaluate.plausibility import reported
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 from smolseek.report.page import tiles

@@ -53,16 +53,17 @@ def audit(argv: Sequence[str]) -> None:
     args = parse(AuditArgs, "audit", argv)
     if args.reported_tokens is not None and not 1 <= args.reported_tokens < math.inf:
         raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is no number of tokens: give those trained on")
+    from smolseek.audit import runner
+    from smolseek.audit.finding import failures, lines
+    from smolseek.audit.subject import function, open_subject, open_text
     from smolseek.data.feed import open_data
-    from smolseek.evaluate import audit as auditing
-    from smolseek.evaluate import subject as subjects
     from smolseek.model.transformer import CausalLM
     from smolseek.tokenizer import encoder, load_tokenizer
     from smolseek.train.loss import losses
 
-    loss = subjects.function(args.loss) if args.loss else None
-    step = subjects.function(args.step) if args.step else None
-    subject = subjects.open_subject(args.target, args.dtype)
+    loss = function(args.loss) if args.loss else None
+    step = function(args.step) if args.step else None
+    subject = open_subject(args.target, args.dtype)
     subject.pad_id = subject.pad_id if args.pad_id is None else args.pad_id
     subject.eos_id = subject.eos_id if args.eos_id is None else args.eos_id
     for name in ("pad_id", "eos_id"):
@@ -77,27 +78,27 @@ def audit(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else subject.tokenizer
     claim = None
     if args.reported_loss is not None:
-        claim = auditing.Claim({"training": args.reported_loss}, args.reported_tokens)
+        claim = runner.Claim({"training": args.reported_loss}, args.reported_tokens)
     corpus = None
     if args.data:
-        corpus = subjects.open_text(args.data, args.text_column)
+        corpus = open_text(args.data, args.text_column)
     elif subject.config is not None:
         corpus = open_data(subject.config.data, subject.config.eval_tokens, tokenizer)
-    findings = auditing.audit(
+    findings = runner.audit(
         subject,
         loss=loss,
         step=step,
         corpus=corpus,
-        reading=subjects.open_text(("builtin",)).validation if tokenizer and corpus is None else None,
+        reading=open_text(("builtin",)).validation if tokenizer and corpus is None else None,
         encode=encoder(tokenizer) if tokenizer else None,
         claim=claim,
     )
-    failed = auditing.failures(findings)
+    failed = failures(findings)
     if args.json:
         record = {"target": args.target, "passed": not failed, "findings": [finding.record() for finding in findings]}
         console.say(json.dumps(record))
     else:
-        for line in auditing.lines(findings, fix_hints=args.fix_hints):
+        for line in lines(findings, fix_hints=args.fix_hints):
             console.say(line)
     if failed:
         raise SystemExit(1)

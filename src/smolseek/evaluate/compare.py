@@ -18,10 +18,10 @@ from smolseek.config import ModelConfig
 from smolseek.data.sources import read_documents
 from smolseek.data.stream import TooFewTokens, validation_rows
 from smolseek.errors import SmolseekError
-from smolseek.evaluate.foreign import open_with_transformers
 from smolseek.model.summary import count
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, save_folder
+from smolseek.storage.stock_transformers import open_with_transformers
 from smolseek.tokenizer import encoder, require_known, token_bytes, tokenizer_of
 
 Engine = Literal["native", "transformers"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from smolseek import console
+from smolseek.audit.finding import Finding, lines, record
+from smolseek.audit.runner import audit, audit_model
+from smolseek.audit.subject import Subject
 from smolseek.config import TrainConfig
 from smolseek.distributed.single_process import SingleProcess
-from smolseek.evaluate import audit
-from smolseek.evaluate.finding import Finding
-from smolseek.evaluate.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.run_folder import RunFolder
@@ -46,7 +46,7 @@ class Ends:
         whole = self._whole(None if self.config.init is None else resolve(self.config.init))
         if whole is not None:
             sizes = self.config.model.vocab_size, self.config.model.max_position_embeddings
-            found = audit.audit_model(whole, *sizes, loss=_total, eos_id=self.eos_id, thorough=False)
+            found = audit_model(whole, *sizes, loss=_total, eos_id=self.eos_id, thorough=False)
             self._tell(0, "start", found)
 
     def finish(self, text: Text, at: Progress) -> None:
@@ -66,7 +66,7 @@ class Ends:
                 config=config,
                 eos_id=self.eos_id,
             )
-            findings = audit.audit(subject, loss=_total, corpus=text.corpus, encode=text.encode)
+            findings = audit(subject, loss=_total, corpus=text.corpus, encode=text.encode)
         self._tell(at.step, "end", findings)
         for line in _closing(config, at, self.run):
             self.log.say(line)
@@ -89,8 +89,8 @@ class Ends:
 
     def _tell(self, step: int, when: str, findings: list[Finding]) -> None:
         """Put an audit's findings into the metrics, and say the outcome with what failed."""
-        self.run.append_metrics({"step": step, **audit.record(findings, when)})
-        for line in audit.lines(findings, failed_only=True):
+        self.run.append_metrics({"step": step, **record(findings, when)})
+        for line in lines(findings, failed_only=True):
             self.log.say(line)
 
 

@@ -26,7 +26,7 @@ from smolseek.train.optim import parameter_groups
 
 PROGRAM = 380_000_000
 """Python, torch, the programs that oneDNN writes, the tokenizer and the built-in text, as one process holds them."""
-# The audit's probe (evaluate/causality.py): logits of 3 x 48 tokens in float64, four of them at a time.
+# The audit's probe (audit/causality.py): logits of 3 x 48 tokens in float64, four of them at a time.
 _PROBE = 3 * 48 * 8 * 4
 
 

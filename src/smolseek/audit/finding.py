@@ -1,6 +1,7 @@
-"""What one check of the audit found."""
+"""What one check of the audit found, and how all findings are written down."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -65,3 +66,44 @@ def judged(
         look=look,
         hint=hint,
     )
+
+
+def failures(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the findings that failed."""
+    return [finding for finding in findings if finding.status == "fail"]
+
+
+def record(findings: Sequence[Finding], when: str) -> dict[str, Any]:
+    """Return what a run's metrics hold of an audit; `when` is `start` or `end`."""
+    count = {status: sum(f.status == status for f in findings) for status in ("pass", "fail", "skip")}
+    return {"audit": when, "audit_counts": count, "audit_findings": [finding.record() for finding in findings]}
+
+
+def lines(findings: Sequence[Finding], *, fix_hints: bool = False, failed_only: bool = False) -> Iterator[str]:
+    """Yield the findings, or those that failed, as lines of text, and the outcome of all."""
+    for finding in failures(findings) if failed_only else findings:
+        figure = ""
+        if finding.figure is not None:
+            figure = f"  {_number(finding.figure)} (limit {_number(finding.threshold or 0.0)})"
+        yield f"{finding.status.upper():4}  {finding.check}{figure}"
+        yield f"      {finding.done}"
+        if finding.status == "fail":
+            yield f"      meaning: {finding.meaning}"
+            yield f"      look at: {finding.look}"
+            if fix_hints:
+                yield f"      usually: {finding.hint}"
+    yield verdict(findings)
+
+
+def verdict(findings: Sequence[Finding]) -> str:
+    """Return the outcome in one line."""
+    failed = failures(findings)
+    passed, left_out = (sum(f.status == status for f in findings) for status in ("pass", "skip"))
+    tail = f"{passed} checks passed, {left_out} skipped"
+    if not failed:
+        return f"Audit passed: {tail}"
+    return f"Audit FAILED: {', '.join(f.check for f in failed)}; {tail}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) < 1e6 and value == int(value) else f"{value:.3g}"

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from smolseek.audit.causality import random_ids
+from smolseek.audit.finding import Finding, judged, skipped
+from smolseek.audit.probe import call, device_of, is_transformers, precise_copy, rounding_noise
 from smolseek.errors import SmolseekError
-from smolseek.evaluate.causality import random_ids
-from smolseek.evaluate.finding import Finding, judged, skipped
-from smolseek.evaluate.probe import call, device_of, is_transformers, precise_copy, rounding_noise
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_weights, save_folder

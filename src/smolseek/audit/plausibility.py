@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from smolseek.evaluate.finding import Finding, judged, skipped
-from smolseek.evaluate.ngram import ngram_nats, xz_nats
+from smolseek.audit.finding import Finding, judged, skipped
+from smolseek.audit.ngram import ngram_nats, xz_nats
 
 SHARE = 0.5
 EPOCHS = 4

@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from smolseek.audit.causality import check_causality
+from smolseek.audit.copying import check_copying
+from smolseek.audit.finding import Finding, lines
+from smolseek.audit.labels import check_loss
+from smolseek.audit.overlap import check_data
+from smolseek.audit.plausibility import check_plausibility, reported
+from smolseek.audit.routing import check_routing
+from smolseek.audit.runner import audit_model
 from smolseek.cli import main
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.evaluate import audit
-from smolseek.evaluate.causality import check_causality
-from smolseek.evaluate.copying import check_copying
-from smolseek.evaluate.finding import Finding
-from smolseek.evaluate.labels import check_loss
-from smolseek.evaluate.overlap import check_data
-from smolseek.evaluate.plausibility import check_plausibility, reported
-from smolseek.evaluate.routing import check_routing
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, tiny
 from smolseek.run_folder import RunFolder
@@ -53,7 +53,7 @@ def failed(findings: list[Finding]) -> set[str]:
 def right_audit(name: str) -> list[Finding]:
     """Audit a leak's file; what it does not define is the right model's."""
     module, right = leak(name), leak("right")
-    findings = audit.audit_model(
+    findings = audit_model(
         module.model(),
         right.VOCAB,
         1000,
@@ -100,10 +100,10 @@ def test_the_right_model_passes() -> None:
 
 def test_the_seed_experiment_fails_by_its_mistakes() -> None:
     module = leak("seed_experiment")
-    findings = audit.audit_model(module.model(), 512, 256, loss=module.loss, pad_id=0)
+    findings = audit_model(module.model(), 512, 256, loss=module.loss, pad_id=0)
     assert failed(findings) == SMOOTH | {"target: padding"}
     honest = module.SeedModel(honest=True)
-    assert failed(audit.audit_model(honest, 512, 256, loss=module.honest_loss, pad_id=0)) == set()
+    assert failed(audit_model(honest, 512, 256, loss=module.honest_loss, pad_id=0)) == set()
 
 
 def test_a_leak_behind_a_projection_of_zeros_is_found() -> None:
@@ -161,7 +161,7 @@ def test_no_false_alarm_on_a_preset(name: str, dtype: torch.dtype) -> None:
     model = small(name).to(dtype)
     for router in model.routers:
         router.e_score_correction_bias = router.e_score_correction_bias.float()
-    findings = audit.audit_model(model, 256, 1000, loss=lambda model, ids: losses(model, ids).total, eos_id=0)
+    findings = audit_model(model, 256, 1000, loss=lambda model, ids: losses(model, ids).total, eos_id=0)
     assert failed(findings) == set()
     assert {f.check for f in findings if f.status == "pass"} > SMOOTH | {"target: shift", "decoding: cached"}
 
@@ -347,8 +347,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     picks = torch.randint(12, (60, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    lines = [json.dumps({"text": " ".join(words[i] for i in row)}) for row in picks]
-    (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    documents = [json.dumps({"text": " ".join(words[i] for i in row)}) for row in picks]
+    (folder / "text.jsonl").write_text("\n".join(documents), encoding="utf-8")
     model = replace(tiny(), hidden_size=32, num_hidden_layers=1, moe_intermediate_size=16)
     config = TrainConfig(
         model=model,
@@ -395,10 +395,10 @@ def test_told_are_the_failures_alone_with_the_outcome_of_all() -> None:
         return Finding(check=check, done="it was looked at", status=status)
 
     findings = [found("one", "pass"), found("two", "fail"), found("three", "skip"), found("four", "pass")]
-    told = list(audit.lines(findings, failed_only=True))
+    told = list(lines(findings, failed_only=True))
     assert told[0] == "FAIL  two" and not any("one" in line or "three" in line for line in told)
     assert told[-1] == "Audit FAILED: two; 2 checks passed, 1 skipped"
-    assert list(audit.lines(findings[::2], failed_only=True)) == ["Audit passed: 1 checks passed, 1 skipped"]
+    assert list(lines(findings[::2], failed_only=True)) == ["Audit passed: 1 checks passed, 1 skipped"]
 
 
 def test_the_audit_leaves_random_numbers_alone() -> None:
@@ -406,5 +406,5 @@ def test_the_audit_leaves_random_numbers_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    audit.audit_model(model, 512, 64, loss=leak("right").loss)
+    audit_model(model, 512, 64, loss=leak("right").loss)
     assert torch.equal(torch.rand(3), expected)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolseek.evaluate.finding import Finding, judged, skipped
-from smolseek.evaluate.probe import call, device_of
+from smolseek.audit.finding import Finding, judged, skipped
+from smolseek.audit.probe import call, device_of
 
 NEW_TOKENS = 32
 PROMPT_TOKENS = 8

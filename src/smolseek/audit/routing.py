@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolseek.evaluate.causality import random_ids
-from smolseek.evaluate.finding import Finding, judged, skipped
-from smolseek.evaluate.probe import call, device_of, precise_copy
+from smolseek.audit.causality import random_ids
+from smolseek.audit.finding import Finding, judged, skipped
+from smolseek.audit.probe import call, device_of, precise_copy
 from smolseek.model.transformer import CausalLM
 
 BIAS_NAMES = (

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolseek.evaluate.finding import Finding, judged, skipped
-from smolseek.evaluate.probe import takes_model
+from smolseek.audit.finding import Finding, judged, skipped
+from smolseek.audit.probe import takes_model
 from smolseek.model.gradients import InPlace
 from smolseek.model.transformer import Hidden
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from smolseek.audit.finding import Finding, judged, skipped
 from smolseek.config import TrainConfig
 from smolseek.data.stream import Corpus, TrainStream, is_validation
-from smolseek.evaluate.finding import Finding, judged, skipped
 from smolseek.run_folder import RunFolder
 from smolseek.tokenizer import Encode
 

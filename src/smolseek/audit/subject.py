@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from smolseek.audit.probe import call
 from smolseek.config import DataConfig, TrainConfig, parse_json
 from smolseek.data.feed import open_data
 from smolseek.data.stream import Corpus
 from smolseek.errors import SmolseekError
-from smolseek.evaluate.foreign import open_with_transformers, quiet
-from smolseek.evaluate.probe import call
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import load_model, resolve
+from smolseek.storage.stock_transformers import open_with_transformers, quiet
 
 NATIVE = ("deepseek_v3", "llama", "smolseek_gqa_moe")
 

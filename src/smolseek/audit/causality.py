@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from smolseek.evaluate.finding import Finding, judged, skipped
-from smolseek.evaluate.probe import (
+from smolseek.audit.finding import Finding, judged, skipped
+from smolseek.audit.probe import (
     call,
     embedding_output,
     epsilon,

@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from smolseek.audit.causality import check_causality
+from smolseek.audit.copying import check_copying
+from smolseek.audit.decoding import check_decoding
+from smolseek.audit.finding import Finding, skipped
+from smolseek.audit.labels import check_loss
+from smolseek.audit.overlap import check_data, check_record, data_state
+from smolseek.audit.plausibility import check_plausibility, reported, yardsticks
+from smolseek.audit.probe import device_of
+from smolseek.audit.routing import check_routing
+from smolseek.audit.subject import Subject
 from smolseek.data.stream import Corpus
 from smolseek.errors import SmolseekError
-from smolseek.evaluate.causality import check_causality
-from smolseek.evaluate.copying import check_copying
-from smolseek.evaluate.decoding import check_decoding
-from smolseek.evaluate.finding import Finding, skipped
-from smolseek.evaluate.labels import check_loss
-from smolseek.evaluate.overlap import check_data, check_record, data_state
-from smolseek.evaluate.plausibility import check_plausibility, reported, yardsticks
-from smolseek.evaluate.probe import device_of
-from smolseek.evaluate.routing import check_routing
-from smolseek.evaluate.subject import Subject
 from smolseek.memory import give_back_freed_memory
 from smolseek.storage.checkpoint import load_state
 from smolseek.tokenizer import Encode
@@ -209,44 +209,3 @@ def _few(documents: Sequence[str], characters: int) -> list[str]:
         taken.append(text[: characters - held])
         held += len(taken[-1])
     return taken
-
-
-def failures(findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings that failed."""
-    return [finding for finding in findings if finding.status == "fail"]
-
-
-def record(findings: Sequence[Finding], when: str) -> dict[str, Any]:
-    """Return what a run's metrics hold of an audit; `when` is `start` or `end`."""
-    count = {status: sum(f.status == status for f in findings) for status in ("pass", "fail", "skip")}
-    return {"audit": when, "audit_counts": count, "audit_findings": [finding.record() for finding in findings]}
-
-
-def lines(findings: Sequence[Finding], *, fix_hints: bool = False, failed_only: bool = False) -> Iterator[str]:
-    """Yield the findings, or those that failed, as lines of text, and the outcome of all."""
-    for finding in failures(findings) if failed_only else findings:
-        figure = ""
-        if finding.figure is not None:
-            figure = f"  {_number(finding.figure)} (limit {_number(finding.threshold or 0.0)})"
-        yield f"{finding.status.upper():4}  {finding.check}{figure}"
-        yield f"      {finding.done}"
-        if finding.status == "fail":
-            yield f"      meaning: {finding.meaning}"
-            yield f"      look at: {finding.look}"
-            if fix_hints:
-                yield f"      usually: {finding.hint}"
-    yield verdict(findings)
-
-
-def verdict(findings: Sequence[Finding]) -> str:
-    """Return the outcome in one line."""
-    failed = failures(findings)
-    passed, left_out = (sum(f.status == status for f in findings) for status in ("pass", "skip"))
-    tail = f"{passed} checks passed, {left_out} skipped"
-    if not failed:
-        return f"Audit passed: {tail}"
-    return f"Audit FAILED: {', '.join(f.check for f in failed)}; {tail}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) < 1e6 and value == int(value) else f"{value:.3g}"
