@@ -12,7 +12,7 @@ import pytest
 
 from smolseek import console, files
 from smolseek.errors import SmolseekError
-from smolseek.files import LOCK, FolderLock, sync
+from smolseek.files import LOCK, FolderLock, atomic_folder, begin_folder, sync, write_atomically
 
 HOLDER = """
 import sys, time
@@ -75,3 +75,42 @@ def test_a_broken_disk_is_still_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output"):
         sync(tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "config.json"
+    write_atomically(path, "ä old")
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, "newer")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("before", ["nothing", "a folder", "an empty folder", "what a crash left"])
+def test_a_folder_is_there_whole_or_as_it_was(tmp_path, before):
+    path = tmp_path / "model"
+    if before == "what a crash left":
+        (begin_folder(path) / "half").write_text("half")
+    elif before != "nothing":
+        path.mkdir()
+    if before == "a folder":
+        (path / "old").write_text("old")
+    names = sorted(file.name for file in path.glob("*"))
+    with pytest.raises(KeyError), atomic_folder(path) as part:
+        (part / "new").write_text("new")
+        raise KeyError
+    assert sorted(file.name for file in path.glob("*")) == names
+    assert [file.name for file in tmp_path.iterdir()] == (
+        [] if before in ("nothing", "what a crash left") else ["model"]
+    )
+    inode = path.stat().st_ino if path.exists() else None
+    with atomic_folder(path) as part:
+        (part / "new").write_text("new")
+    assert [file.name for file in path.iterdir()] == ["new"] and list(tmp_path.iterdir()) == [path]
+    assert before != "an empty folder" or path.stat().st_ino == inode  # it may be a mount point

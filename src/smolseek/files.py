@@ -1,9 +1,11 @@
-"""Files that must outlast a crash, and folders that one process at a time may write."""
+"""Files and folders that are written whole or not at all, and folders that one process at a time may write."""
 
 import contextlib
 import errno
 import os
+import shutil
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,6 +14,9 @@ from smolseek.errors import SmolseekError
 
 LOCK = ".lock"
 """Name of the file in a folder that the process which writes there holds locked."""
+
+UNFINISHED = ".tmp-"
+"""How the name of a file or folder begins while it is written, or about to be deleted."""
 
 # What file systems answer that have no such call. Network and FUSE mounts differ in which.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -37,6 +42,96 @@ def sync_handle(handle: int) -> None:
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
+
+
+def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
+    """Replace the file `path`: a crash, of the power too, leaves the old contents or the new ones, never a part.
+
+    Raises:
+        OSError: if it cannot be written; the old file stays.
+    """
+    # The number keeps processes apart that write the same file at the same time.
+    part = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    try:
+        with part.open("wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            sync_handle(file.fileno())
+        part.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    with contextlib.suppress(PermissionError):  # a folder that may be written need not be readable
+        sync(path.parent)
+
+
+def unfinished(path: Path) -> Path:
+    """Return where the folder `path` is written until it is whole: beside it, or in it where it is there and empty.
+
+    An empty folder is filled, not replaced: it may be a mount point, or lie where we may not write.
+    """
+    inside = path.is_dir() and is_vacant(path)
+    return (path if inside else path.parent) / f"{UNFINISHED}{path.name}"
+
+
+def is_vacant(path: Path) -> bool:
+    """Return whether nothing is at `path`, or a folder with no more than a crash has left there."""
+    return not path.exists() or (path.is_dir() and all(file.name.startswith(UNFINISHED) for file in path.iterdir()))
+
+
+def begin_folder(path: Path) -> Path:
+    """Make the empty folder `unfinished(path)`, to be filled and then given to `publish`, and return it."""
+    part = unfinished(path)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    return part
+
+
+def publish(part: Path, path: Path, last: str = "") -> None:
+    """Force the folder `part` to the disk and give it the name `path`; a folder that had that name is deleted.
+
+    Where `part` lies in `path`, its files are moved there, the one named `last` after the others.
+    """
+    for file in [*part.rglob("*"), part]:
+        sync(file)
+    if part.parent == path:
+        for file in sorted(part.iterdir(), key=lambda file: file.name == last):
+            file.rename(path / file.name)
+        part.rmdir()
+        sync(path)
+        return
+    old = path.with_name(f"{UNFINISHED}old-{path.name}")
+    if path.exists():
+        path.rename(old)
+    part.rename(path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
+    """Give an empty folder to fill, which becomes `path` on leaving (`publish`); an error leaves nothing of it.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    part = begin_folder(path)
+    try:
+        yield part
+        publish(part, path, last)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def delete_folder(path: Path) -> None:
+    """Delete a folder, so that no crash leaves a part of it under its name. What cannot be deleted stays."""
+    old = path.with_name(f"{UNFINISHED}old-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 class FolderLock:

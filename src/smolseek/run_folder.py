@@ -17,7 +17,7 @@ from typing import Any
 from smolseek import console
 from smolseek.config import TrainConfig, flatten, from_dict, parse_json, to_dict
 from smolseek.errors import SmolseekError
-from smolseek.files import FolderLock
+from smolseek.files import FolderLock, write_atomically
 
 # Settings that move no weight: a run that is started again may change them, the data go on at the next token.
 FREE = frozenset(
@@ -177,7 +177,7 @@ class RunFolder:
                 # Left by a run of the same configuration that ended before its first checkpoint.
                 self.cut_back({}, -1)
             if not self.config.exists() or to_dict(self.read_config()) != to_dict(config):
-                write_text(self.config, json.dumps(to_dict(config), indent=2) + "\n")
+                write_atomically(self.config, json.dumps(to_dict(config), indent=2) + "\n")
         except OSError as error:
             raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
 
@@ -232,7 +232,7 @@ class RunFolder:
                 console.warn(f"{self.metrics}, line {number} is damaged and left out")
             kept = "".join(json.dumps(record) + "\n" for record in records if record.get("step", 0) <= step)
             if kept != text:
-                write_text(self.metrics, kept)
+                write_atomically(self.metrics, kept)
         except OSError as error:
             console.warn(f"{self.metrics} keeps what was undone: it cannot be written ({error.strerror})")
 
@@ -275,21 +275,6 @@ def require_writable(path: Path, name: str) -> None:
     else:
         return
     raise SmolseekError(f"{name} {path} cannot be written ({why}): choose another")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` atomically: a crash leaves the old text or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
 
 
 def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:

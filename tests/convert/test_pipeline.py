@@ -58,7 +58,7 @@ def refused(llama, words, capsys, *options, code=2):
     said = capsys.readouterr().err
     assert words in said and said.count("\n") == 1, said
     assert not out.exists()
-    assert [p.name for p in llama.parent.iterdir() if "unfinished" in p.name] == []
+    assert [p.name for p in llama.parent.iterdir() if p.name.startswith(".tmp-")] == []
 
 
 def test_a_whole_conversion(llama, capsys):
@@ -151,14 +151,14 @@ def test_an_empty_folder_is_filled_and_not_replaced(llama):
     before = out.stat().st_ino
     convert(str(llama), out, Conversion())
     assert out.stat().st_ino == before and load_model(out).config.is_mla
-    assert [p.name for p in llama.parent.iterdir() if "unfinished" in p.name] == []
-    assert [p.name for p in out.iterdir() if "unfinished" in p.name] == []
+    assert [p.name for p in llama.parent.iterdir() if p.name.startswith(".tmp-")] == []
+    assert [p.name for p in out.iterdir() if p.name.startswith(".tmp-")] == []
 
 
 def test_a_conversion_that_was_killed_leaves_nothing_in_the_way(llama):
     out = llama.parent / "out"
-    (out / ".unfinished").mkdir(parents=True)
-    (out / ".unfinished" / "model.safetensors").write_text("part")
+    (out / ".tmp-out").mkdir(parents=True)
+    (out / ".tmp-out" / "model.safetensors").write_text("part")
     convert(str(llama), out, Conversion())
     assert load_model(out).config.is_mla
 
@@ -171,7 +171,7 @@ def test_a_link_is_followed(llama, there, capsys):
     link.symlink_to(target)
     assert main(["convert", str(llama), str(link), "--no-verify"]) == 0
     assert link.is_symlink() and load_model(target).config.is_mla
-    assert [p.name for p in llama.parent.iterdir() if "unfinished" in p.name] == []
+    assert [p.name for p in llama.parent.iterdir() if p.name.startswith(".tmp-")] == []
     assert main(["convert", str(llama), str(link)]) == 2
     assert "not empty" in capsys.readouterr().err
 

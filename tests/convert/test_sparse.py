@@ -82,7 +82,7 @@ def test_from_the_command_line_to_stock_transformers(llama, tmp_path, capsys, mo
     assert "Experts: 36 of 48 neurons" in said and "Distance: mean KL" in said
     assert "Control, --prune 0.75 instead: Distance: mean KL" in said
     assert "Control, --prune 0.75" in (tmp_path / "few" / "README.md").read_text()
-    assert [p.name for p in tmp_path.iterdir() if "unfinished" in p.name] == []
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")] == []
     from transformers import AutoModelForCausalLM
 
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "few").eval()

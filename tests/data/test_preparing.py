@@ -114,7 +114,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
     with pytest.raises(SmolseekError, match="not finished"):
         Prepared(tmp_path / "out")
     # What a kill may leave behind: a part begun, and one that the index does not name yet.
-    for name in ("00-00000-000099.tokens", "00-00000-000098.tokens.tmp", "index.json.tmp"):
+    for name in ("00-00000-000099.tokens", "00-00000-000098.tokens.tmp", ".tmp-9-index.json"):
         (tmp_path / "out" / name).write_bytes(b"half")
     prepare(sources(), target(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
@@ -137,7 +137,7 @@ def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None
     with pytest.raises(SmolseekError, match=r"No space left on device.*same command"):
         prepare(sources(), target(tmp_path / "out"))
     monkeypatch.setattr(os, "fsync", real)
-    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert not list((tmp_path / "out").glob(".tmp*"))
     prepare(sources(), target(tmp_path / "out"))
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 import transformers
 
+from smolseek import files
 from smolseek.config import DataConfig, ModelConfig, TrainConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
-from smolseek.storage import checkpoint, safetensors_file
+from smolseek.storage import safetensors_file
 from smolseek.storage.checkpoint import load_state, load_weights, save_checkpoint
 from smolseek.storage.hf_folder import load_model, read_config
 from smolseek.storage.manifest import newest_valid, verify
@@ -188,7 +189,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(run, monkeypatch):
 def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
     """Cut the save off after each of its disk syncs: what is found is always a whole checkpoint."""
     save(run, 5)
-    real, left = checkpoint.sync, [0]
+    real, left = files.sync, [0]
 
     class Crash(BaseException):
         pass
@@ -199,7 +200,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
         left[0] -= 1
         real(path)
 
-    monkeypatch.setattr(checkpoint, "sync", sync)
+    monkeypatch.setattr(files, "sync", sync)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans nothing up
     survived = 0
     for syncs in range(12):
@@ -214,7 +215,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
         monkeypatch.undo()
         for name in [p for p in run.checkpoints.iterdir() if p.name != "step-000005"]:
             shutil.rmtree(name)
-        monkeypatch.setattr(checkpoint, "sync", sync)
+        monkeypatch.setattr(files, "sync", sync)
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     assert survived
 

@@ -27,8 +27,8 @@ from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
 from smolseek.convert.sparse import Fitted, active_neurons, sparse, sparse_config
 from smolseek.errors import SmolseekError, Stopped
+from smolseek.files import atomic_folder, is_vacant, write_atomically
 from smolseek.model.summary import count
-from smolseek.run_folder import write_text
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_config import config_to_hf
 from smolseek.storage.hf_folder import INDEX, WEIGHTS, load_causal_lm
@@ -45,7 +45,6 @@ _TEXT = (
     "chat_template.jinja",
 )
 _REST = ("generation_config.json", "LICENSE")
-_UNFINISHED = ".unfinished"
 _HELD_OUT_TOKENS = 2048
 """Tokens on which a compressed model is compared with its source."""
 _SHARD_BYTES = 1_000_000_000
@@ -77,36 +76,24 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
     """
     out = Path(out)
     place = Path(os.path.realpath(out))  # of a link its target
-    if place.exists() and (not place.is_dir() or any(file.name != _UNFINISHED for file in place.iterdir())):
+    if not is_vacant(place):
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
-    # Of a folder that is there only what is in it is ours: it may be a mount point, or in a folder without our rights.
-    part = place / _UNFINISHED if place.is_dir() else place.with_name(f".{place.name}{_UNFINISHED}")
     with open_source(source, conversion.tokenizer) as opened:
         config = conversion.config(opened.config)
         needed = count(config).total * getattr(torch, conversion.dtype).itemsize
         needed *= 1 + (conversion.active is not None and verify is not None)  # the control stands beside it for a while
         try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(part, ignore_errors=True)  # left by a conversion that was killed
-            free = shutil.disk_usage(part.parent).free
-            if free < needed:
-                raise SmolseekError(
-                    f"no space left for {out}: it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
-                )
-            part.mkdir()
-            _write(source, opened, config, conversion, part, out, verify)
-            if part.parent == place:
-                # Without config.json it is no model yet.
-                for file in sorted(part.iterdir(), key=lambda file: file.name == "config.json"):
-                    file.rename(place / file.name)
-            else:
-                part.rename(place)
+            with atomic_folder(place, last="config.json") as part:  # without which it is no model yet
+                free = shutil.disk_usage(part).free
+                if free < needed:
+                    raise SmolseekError(
+                        f"no space left for {out}: it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+                    )
+                _write(source, opened, config, conversion, part, out, verify)
         except OSError as error:
             raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
         except KeyboardInterrupt:
             raise Stopped(f"interrupted: {out} was not written", 130) from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
     return out
 
@@ -169,7 +156,7 @@ def _write(
         console.say(UNLIKE_CALIBRATION)
     command = shlex.join(["smolseek", "convert", source, str(out), *_words_of(conversion)])
     card = model_card(source, opened.path, opened.config, config, words, conversion.dtype, command, line)
-    write_text(part / "README.md", card)
+    write_atomically(part / "README.md", card)
 
 
 def _write_model(
@@ -178,7 +165,7 @@ def _write_model(
     """Write weights and config.json, and return the latter's values."""
     _write_weights(folder, layers, config.num_hidden_layers, getattr(torch, dtype))
     values = config_to_hf(config, dtype)
-    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+    write_atomically(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
     return values
 
 
@@ -334,7 +321,7 @@ def _write_weights(part: Path, layers: Iterator[dict[str, torch.Tensor]], n_laye
             "metadata": {"total_size": total},
             "weight_map": {name: names[n] for name, n in sorted(places.items())},
         }
-        write_text(part / INDEX, json.dumps(index, indent=2) + "\n")
+        write_atomically(part / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _write_text_files(opened: Source, part: Path, values: dict, own: bool) -> None:
@@ -349,7 +336,7 @@ def _write_text_files(opened: Source, part: Path, values: dict, own: bool) -> No
     if not (part / "generation_config.json").exists():
         ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
-        write_text(part / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+        write_atomically(part / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
 def _peak_bytes() -> int:

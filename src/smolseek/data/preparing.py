@@ -17,7 +17,7 @@ from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum, is_prepared,
 from smolseek.data.spelling import Spelling
 from smolseek.data.stream import Texts, encode_documents, text_key
 from smolseek.errors import SmolseekError, Stopped
-from smolseek.files import LOCK, FolderLock, sync, sync_handle
+from smolseek.files import LOCK, UNFINISHED, FolderLock, write_atomically
 from smolseek.tokenizer import Encode
 
 PART_TOKENS = 1 << 25
@@ -152,7 +152,8 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
     _write_index(to.path, index)
     named = {f"{part['name']}.{kind}" for s in index["sources"] for part in s["parts"] for kind in KINDS}
     for file in to.path.iterdir():
-        if file.suffix in (".tmp", ".tokens", ".documents") and file.name not in named:
+        left_over = file.name.startswith(UNFINISHED) or file.suffix == ".tmp"  # as earlier releases named them
+        if left_over or (file.suffix in (".tokens", ".documents") and file.name not in named):
             file.unlink()
     return index
 
@@ -276,7 +277,7 @@ def _write_part(
     data = {"tokens": np.concatenate(pieces), "documents": documents}
     part: dict[str, Any] = {"name": name, "shard": shard}
     for kind in KINDS:
-        write_file(to.path / f"{name}.{kind}", data[kind])
+        write_atomically(to.path / f"{name}.{kind}", data[kind].view(np.uint8).data)
         part[kind] = {"bytes": data[kind].nbytes, "blake2b": checksum(data[kind].view(np.uint8))}
     return part
 
@@ -295,19 +296,4 @@ def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
 
 
 def _write_index(folder: Path, index: dict[str, Any]) -> None:
-    write_file(folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
-
-
-def write_file(path: Path, data: Any) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut."""
-    tmp = path.with_name(path.name + ".tmp")
-    try:
-        with tmp.open("wb") as file:
-            file.write(data)
-            file.flush()
-            sync_handle(file.fileno())
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    tmp.replace(path)
-    sync(path.parent)
+    write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")

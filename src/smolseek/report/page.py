@@ -11,9 +11,9 @@ from typing import Any
 from jinja2 import Environment
 
 from smolseek.errors import SmolseekError
+from smolseek.files import write_atomically
 from smolseek.report.plots import Line, heat_map, line_chart, number
 from smolseek.report.read import Run, Sample, read_run
-from smolseek.run_folder import write_text
 
 SAMPLES = 12
 """Samples shown of a prompt, at most."""
@@ -42,7 +42,7 @@ def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> 
     to = Path(out) if out else Path(paths[0]) / "report.html" if len(runs) == 1 else Path("comparison.html")
     text = page(runs)
     try:
-        write_text(to, text)
+        write_atomically(to, text)
     except OSError as error:
         raise SmolseekError(f"{to} cannot be written ({error.strerror}): choose another place with --out") from None
     return to

@@ -4,7 +4,6 @@ A checkpoint is a model folder that any tool opens, with the training state besi
 file's SHA-256. It is written under another name, forced to the disk, and renamed.
 """
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ import torch
 
 from smolseek.config import parse_json
 from smolseek.errors import SmolseekError, damage_told
-from smolseek.files import sync
+from smolseek.files import UNFINISHED, atomic_folder
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
@@ -23,10 +22,7 @@ from smolseek.storage.hf_folder import load_weights, save_folder
 from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, digest, manifest_text
 from smolseek.storage.pieces import read_state
 
-__all__ = ["discard", "load_progress", "load_state", "load_weights", "save_checkpoint"]
-
-UNFINISHED = ".tmp-"
-"""How the name of a checkpoint begins while it is written, or about to be deleted."""
+__all__ = ["load_progress", "load_state", "load_weights", "save_checkpoint"]
 
 
 def save_checkpoint(
@@ -51,50 +47,32 @@ def save_checkpoint(
         SmolseekError: if the disk is full or the folder cannot be written; the older checkpoints stay as they are.
     """
     final = run.checkpoint_path(step)
-    part = final.with_name(f"{UNFINISHED}{final.name}")
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for left_over in run.checkpoints.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        part.mkdir()
-        save_folder(model, part, tokenizer)
-        safetensors_file.write(part / STATE_TENSORS, [(name, t, t.dtype) for name, t in tensors.items()])
-        (part / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
-        files = sorted(p for p in part.rglob("*") if p.is_file())
-        listed = {str(p.relative_to(part).as_posix()): {"size": p.stat().st_size, "sha256": digest(p)} for p in files}
-        (part / MANIFEST).write_text(manifest_text(listed), encoding="utf-8")
-        for path in [*files, part / MANIFEST, part]:
-            sync(path)
-        return put_in_place(run, part, final)
+        clear_unfinished(run)
+        with atomic_folder(final) as part:
+            save_folder(model, part, tokenizer)
+            safetensors_file.write(part / STATE_TENSORS, [(name, t, t.dtype) for name, t in tensors.items()])
+            (part / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+            files = sorted(p for p in part.rglob("*") if p.is_file())
+            entries = {str(p.relative_to(part).as_posix()): manifest_entry(p) for p in files}
+            (part / MANIFEST).write_text(manifest_text(entries), encoding="utf-8")
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise SmolseekError(
             f"the checkpoint of step {step} cannot be written to {run.checkpoints} ({error.strerror or error}): "
             "free some space or mend the folder"
         ) from None
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def put_in_place(run: RunFolder, part: Path, final: Path) -> Path:
-    """Give the checkpoint `part`, which is whole and on the disk, its name `final`, and return that."""
-    old = final.with_name(f"{UNFINISHED}old-{final.name}")
-    if final.exists():
-        # A run that went back to an older checkpoint reaches this step again.
-        final.rename(old)
-    part.rename(final)
-    sync(run.checkpoints)
-    shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def discard(path: Path) -> None:
-    """Delete a checkpoint, so that no crash leaves a part of it under its name. What cannot be deleted stays."""
-    old = path.with_name(f"{UNFINISHED}old-{path.name}")
-    with contextlib.suppress(OSError):
-        path.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+def clear_unfinished(run: RunFolder) -> None:
+    """Delete what saves and deletions that a crash cut off have left."""
+    for left_over in run.checkpoints.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def manifest_entry(file: Path) -> dict[str, Any]:
+    """Return what the manifest says of a file."""
+    return {"size": file.stat().st_size, "sha256": digest(file)}
 
 
 def load_state(

@@ -16,9 +16,9 @@ import torch
 
 from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError
+from smolseek.files import write_atomically
 from smolseek.model.parts import Part, all_parts
 from smolseek.model.transformer import CausalLM
-from smolseek.run_folder import write_text
 from smolseek.storage import generation_config, latent_norm, safetensors_file
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf
@@ -132,16 +132,16 @@ def save_folder(
 def write_index(path: Path, weight_map: Mapping[str, str], total_size: int) -> None:
     """Write which file holds which tensor."""
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    write_text(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_atomically(path / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_rest(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> None:
     """Write what a folder holds beside the weights."""
     config = config_to_hf(shape, str(dtype).removeprefix("torch."))
-    write_text(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomically(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
-    write_text(path / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    write_atomically(path / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from smolseek.errors import SmolseekError
+from smolseek.files import delete_folder
 from smolseek.model.parts import Part
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, step_of
-from smolseek.storage.checkpoint import discard, save_checkpoint
+from smolseek.storage.checkpoint import save_checkpoint
 from smolseek.storage.hf_folder import stored
 from smolseek.storage.together import finish, prepare, write_part
 
@@ -109,7 +110,7 @@ class Saver:
         if self.keep_last and self.run.writes:
             for path in self.run.checkpoint_paths()[self.keep_last :]:
                 if not self.keep_every or step_of(path) % self.keep_every:
-                    discard(path)
+                    delete_folder(path)
 
 
 class PartSaver(Saver):
@@ -164,7 +165,7 @@ def discard_beyond(run: RunFolder, step: int) -> None:
     """Delete the checkpoints after more than `step` steps, which a return to that step undoes."""
     for path in run.checkpoint_paths():
         if step_of(path) > step:
-            discard(path)
+            delete_folder(path)
 
 
 def _copied(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:

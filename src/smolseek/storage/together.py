@@ -6,7 +6,6 @@ cut along first dimensions (`pieces.py`). docs/scale.md says why torch.distribut
 
 import contextlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,12 @@ import torch
 
 from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError
-from smolseek.files import sync
-from smolseek.run_folder import RunFolder, write_text
+from smolseek.files import begin_folder, publish, sync, unfinished, write_atomically
+from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
-from smolseek.storage.checkpoint import UNFINISHED, put_in_place
+from smolseek.storage.checkpoint import clear_unfinished, manifest_entry
 from smolseek.storage.hf_folder import write_index, write_rest
-from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, digest, manifest_text
+from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, manifest_text
 
 _POLL = 0.02
 """Seconds between two looks for the others' parts."""
@@ -30,10 +29,8 @@ _POLL = 0.02
 def prepare(run: RunFolder, step: int) -> str | None:
     """Make the folder that all write into, after what crashes left is gone. Returns why that fails."""
     try:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for left_over in run.checkpoints.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left_over, ignore_errors=True)
-        _folder(run, step).mkdir()
+        clear_unfinished(run)
+        begin_folder(run.checkpoint_path(step))
     except OSError as error:
         return str(error.strerror or error)
     return None
@@ -60,7 +57,7 @@ def write_part(
     Raises:
         SmolseekError: if it cannot be written; the others learn of it.
     """
-    folder = _folder(run, step)
+    folder = unfinished(run.checkpoint_path(step))
     number = f"{rank + 1:05d}-of-{size:05d}"
     files: dict[str, dict[str, Any]] = {}
     try:
@@ -68,7 +65,7 @@ def write_part(
             if content:
                 safetensors_file.write(folder / name, [(key, value, value.dtype) for key, value in content.items()])
                 sync(folder / name)
-                files[name] = {"size": (folder / name).stat().st_size, "sha256": digest(folder / name)}
+                files[name] = manifest_entry(folder / name)
         bytes_written = sum(value.numel() * value.element_size() for value in weights.values())
         record = {
             "files": files,
@@ -76,7 +73,7 @@ def write_part(
             "file": f"model-{number}.safetensors",
             "bytes": bytes_written,
         }
-        write_text(folder / f".part-{rank}.json", json.dumps(record))
+        write_atomically(folder / f".part-{rank}.json", json.dumps(record))
     except OSError as error:
         reason = f"process {rank} cannot write to {folder} ({error.strerror or error})"
         with contextlib.suppress(OSError):
@@ -86,13 +83,13 @@ def write_part(
 
 def finish(
     run: RunFolder, step: int, size: int, config: ModelConfig, tokenizer: Any, state: Mapping[str, Any], timeout: float
-) -> Path:
+) -> None:
     """Wait for all parts, write what belongs to none, and put the checkpoint in its place: only now does it count.
 
     Raises:
         SmolseekError: if a part is not there after `timeout` seconds, or something cannot be written.
     """
-    folder = _folder(run, step)
+    folder = unfinished(run.checkpoint_path(step))
     try:
         records = _gathered(folder, step, size, timeout)
         weight_map = {name: record["file"] for record in records for name in record["weights"]}
@@ -101,13 +98,11 @@ def finish(
         (folder / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
         listed = {name: file for record in records for name, file in record["files"].items()}
         small = [p for p in sorted(folder.iterdir()) if p.name not in listed and not p.name.startswith(".part-")]
-        listed |= {p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in small}
+        listed |= {p.name: manifest_entry(p) for p in small}
         for part in folder.glob(".part-*.json"):
             part.unlink()
         (folder / MANIFEST).write_text(manifest_text(listed), encoding="utf-8")
-        for path in [*small, folder / MANIFEST, folder]:
-            sync(path)
-        return put_in_place(run, folder, run.checkpoint_path(step))
+        publish(folder, run.checkpoint_path(step))
     except OSError as error:
         raise _failure(step, f"{run.checkpoints} cannot be written ({error.strerror or error})") from None
 
@@ -115,11 +110,6 @@ def finish(
 def _state_file(rank: int, size: int) -> str:
     stem = Path(STATE_TENSORS).stem
     return f"{stem}-{rank + 1:05d}-of-{size:05d}.safetensors"
-
-
-def _folder(run: RunFolder, step: int) -> Path:
-    final = run.checkpoint_path(step)
-    return final.with_name(f"{UNFINISHED}{final.name}")
 
 
 def _gathered(folder: Path, step: int, size: int, timeout: float) -> list[dict[str, Any]]:

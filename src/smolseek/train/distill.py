@@ -20,8 +20,9 @@ from smolseek.data.feed import open_data
 from smolseek.data.sources import read_documents
 from smolseek.data.stream import EmptySide, TooFewTokens, split, validation_rows
 from smolseek.errors import SmolseekError
+from smolseek.files import write_atomically
 from smolseek.model.transformer import CausalLM
-from smolseek.run_folder import RunFolder, write_text
+from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
 from smolseek.tokenizer import encoder, load_tokenizer, token_bytes, tokenizer_of, vocabulary_digest
 from smolseek.train.loss import Losses
@@ -248,4 +249,4 @@ def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "te
     else:
         raise SmolseekError(f"{model} writes {held:,} tokens of text where {least:,} are needed: give files instead")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps({key: text}) + "\n" for text in texts))
+    write_atomically(out, "".join(json.dumps({key: text}) + "\n" for text in texts))
