@@ -78,16 +78,16 @@ def serve() -> None:
 def open_stream(source: str):
     """The training rows of `source`, as the training loop opens them."""
     from smolseek.config import DataConfig, TrainConfig
-    from smolseek.data import feed
+    from smolseek.data import datasets
     from smolseek.presets import preset
     from smolseek.tokenizer import encoder, for_training, load_tokenizer
 
     model = preset("deepseek_159m")
     tokenizer = for_training(load_tokenizer("smollm2"), model.eos_ids[0])
-    data = feed.pin(DataConfig(sources=(source,)), None)
+    data = datasets.pin(DataConfig(sources=(source,)), None)
     config = TrainConfig(model=model, run="unused", data=data, batch_size=BATCH, seq_len=LENGTH)
-    corpus = feed.open_data(data, config.eval_tokens, tokenizer)
-    return feed.open_stream(config, corpus, encoder(tokenizer), model.eos_ids[0], BATCH * LENGTH + 1)
+    corpus = datasets.open_dataset(data, config.eval_tokens, tokenizer)
+    return datasets.open_stream(config, corpus, encoder(tokenizer), model.eos_ids[0], BATCH * LENGTH + 1)
 
 
 def first_batch() -> None:

@@ -110,8 +110,8 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     """Train and return what the tables need: the curve over few validation tokens, the end over many."""
     import torch
 
-    from smolseek.data.feed import open_data
-    from smolseek.data.stream import validation_rows
+    from smolseek.data.datasets import open_dataset
+    from smolseek.data.sequences import build_sequences
     from smolseek.storage.hf_folder import load_model
     from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
     from smolseek.train.device import autocast
@@ -124,12 +124,13 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
         model = load_model(str(train(config))).model
         records = RunFolder(Path(config.run)).read_metrics()
     tokenizer = load_tokenizer(config.tokenizer)
-    corpus = open_data(config.data, LOAD_TOKENS, tokenizer)
+    corpus = open_dataset(config.data, LOAD_TOKENS, tokenizer)
     eos_id, sizes = config.model.eos_ids[0], token_bytes(tokenizer)
 
     def judged(tokens: int) -> dict:
-        rows, text = validation_rows(corpus.validation, encoder(tokenizer), eos_id, config.seq_len, tokens, sizes)
-        found = evaluate(model, rows, text, 4, autocast("auto", torch.device("cpu")))
+        rows = build_sequences(corpus.validation, encoder(tokenizer), eos_id, config.seq_len, tokens)
+        size = int(sizes[rows[:, 1:].numpy()].sum())
+        found = evaluate(model, rows, size, 4, autocast("auto", torch.device("cpu")))
         assert found is not None
         return {key: value for key, value in found.items() if key != "val_load"} | {"tokens": rows[:, 1:].numel()}
 

@@ -26,7 +26,7 @@ from smolseek.audit.ngram import ngram_nats
 from smolseek.audit.plausibility import check_plausibility, yardsticks
 from smolseek.audit.runner import audit_model
 from smolseek.config import DataConfig
-from smolseek.data.stream import open_corpus
+from smolseek.data.datasets import read_corpus
 
 VOCAB = 4096
 PROMPTS = ("The function returns", "If the argument is", "A module that", "This method is called when")
@@ -160,7 +160,7 @@ def main() -> None:
 
     from tokenizers import ByteLevelBPETokenizer
 
-    corpus = open_corpus(DataConfig(sources=tuple(args.data)))
+    corpus = read_corpus(DataConfig(sources=tuple(args.data)))
     train, held_out = (pieces(texts, 4 * args.tokens) for texts in (corpus.train, corpus.validation))
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(train, vocab_size=VOCAB, special_tokens=["<pad>"], show_progress=False)

@@ -14,7 +14,7 @@ from smolseek.config import ModelConfig
 from smolseek.convert import pipeline
 from smolseek.convert.card import source_of
 from smolseek.convert.pipeline import Conversion, convert
-from smolseek.data.stream import is_validation
+from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder

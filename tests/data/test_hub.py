@@ -71,11 +71,11 @@ from huggingface_hub import constants
 constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.4
 from smolseek.config import DataConfig
 from smolseek.data import hub, retries
-from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.feed import open_data
+from smolseek.data.mixture import MixedStream, Source, TrainTexts
+from smolseek.data.datasets import open_dataset
 retries.FIRST_PAUSE = 0.01
 data = DataConfig(sources=(sys.argv[1],), give_up_after=float(sys.argv[2]))
-corpus = open_data(data, 1000)
+corpus = open_dataset(data, 1000)
 encode = lambda texts: [list(text.encode()) for text in texts]
 files = corpus.whole.files
 sources = [Source(TrainTexts(hub.HubShards(f, "text", data.give_up_after), encode, 0, data.val_fraction), 1, i)
@@ -140,9 +140,9 @@ def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> No
 TRAIN = """
 import os, sys
 from smolseek.cli import main
-from smolseek.data import blocks, retries
+from smolseek.data import mixture, retries
 retries.FIRST_PAUSE = float(os.environ.get("FIRST_PAUSE", "0.5"))
-blocks.BLOCK, blocks.CHUNK, blocks.QUEUE = 10, 2, 1
+mixture.BLOCK, mixture.CHUNK, mixture.QUEUE = 10, 2, 1
 sys.exit(main(sys.argv[1:]))
 """
 

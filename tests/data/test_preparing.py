@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from smolseek.config import DataConfig
-from smolseek.data import blocks, feed, preparing
-from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.feed import open_texts
+from smolseek.data import datasets, mixture, preparing
+from smolseek.data.datasets import open_texts
+from smolseek.data.mixture import MixedStream, Source, TrainTexts
 from smolseek.data.preparing import Target, TextSource, prepare
-from smolseek.data.retries import HubAway
+from smolseek.data.retries import HubUnavailable
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
 from smolseek.data.spelling import Spelling
-from smolseek.data.stream import is_validation
+from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError, Stopped
 
 EOS, VAL = 0, 0.1
@@ -37,7 +37,7 @@ class Lists:
         for shard in self.texts:
             shard.insert(len(shard) // 2, " ")
         self.away_at: tuple[int, int] | None = None
-        self.error: BaseException = HubAway("away")
+        self.error: BaseException = HubUnavailable("away")
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -66,8 +66,8 @@ def contents(path: Path) -> dict[str, bytes]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "PART_TOKENS", 300)
     monkeypatch.setattr(preparing, "ENCODED", 4)
-    monkeypatch.setattr(blocks, "BLOCK", 50)
-    monkeypatch.setattr(blocks, "CHUNK", 7)
+    monkeypatch.setattr(mixture, "BLOCK", 50)
+    monkeypatch.setattr(mixture, "CHUNK", 7)
 
 
 def test_rows_are_those_of_the_stream(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_both_sides_of_the_split(tmp_path: Path) -> None:
     assert sides[1] == [text for text in texts if not is_validation(text, VAL)]
 
 
-@pytest.mark.parametrize("error", [HubAway("the hub is away"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [HubUnavailable("the hub is away"), KeyboardInterrupt()])
 @pytest.mark.parametrize("away_at", [(0, 0), (0, 33), (2, 44), (3, 90)])
 def test_interrupted_anywhere_it_goes_on_to_the_same_files(
     tmp_path: Path, away_at: tuple[int, int], error: BaseException
@@ -109,7 +109,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
     broken[0].texts.away_at, broken[0].texts.error = away_at, error  # type: ignore[attr-defined]
     with pytest.raises(Stopped, match="give the same command again") as stopped:
         prepare(broken, target(tmp_path / "out"))
-    assert stopped.value.code == (75 if isinstance(error, HubAway) else 130)
+    assert stopped.value.code == (75 if isinstance(error, HubUnavailable) else 130)
     assert is_prepared(tmp_path / "out")
     with pytest.raises(SmolseekError, match="not finished"):
         Prepared(tmp_path / "out")
@@ -265,8 +265,8 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
 def test_local_text_is_read_once_for_all_parts(tmp_path: Path, monkeypatch) -> None:
     write_lines(tmp_path / "a.jsonl", 300)
     sources, begun = local(tmp_path / "a.jsonl"), []
-    rows = feed.read_documents
-    monkeypatch.setattr(feed, "read_documents", lambda *given: begun.append(1) or rows(*given))
+    rows = datasets.read_documents
+    monkeypatch.setattr(datasets, "read_documents", lambda *given: begun.append(1) or rows(*given))
     prepare(sources, target(tmp_path / "out"))
     assert len(Prepared(tmp_path / "out").index["sources"][0]["parts"]) > 4 and len(begun) == 1
 

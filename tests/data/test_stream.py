@@ -12,9 +12,10 @@ import torch
 
 from smolseek.config import DataConfig
 from smolseek.data import stream as module
-from smolseek.data.cutting import cut_documents
-from smolseek.data.feed import open_data
-from smolseek.data.stream import TrainStream, is_validation, open_corpus, validation_rows
+from smolseek.data.datasets import open_dataset, read_corpus
+from smolseek.data.sequences import build_sequences
+from smolseek.data.split import cut_documents, is_validation
+from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError
 
 EOS = 0
@@ -23,9 +24,6 @@ EOS = 0
 def encode(texts: list[str]) -> list[list[int]]:
     """One token a byte, so that rows can be read back."""
     return [list(text.encode()) for text in texts]
-
-
-BYTES = np.array([0] + [1] * 255)
 
 
 def documents(n: int = 200) -> list[str]:
@@ -200,11 +198,11 @@ def write(folder: Path, texts: list[str]) -> DataConfig:
 
 def test_split_by_hash(tmp_path: Path) -> None:
     texts = documents(500)
-    corpus = open_corpus(write(tmp_path, texts + texts[:7]))
+    corpus = read_corpus(write(tmp_path, texts + texts[:7]))
     assert sorted(corpus.train + corpus.validation) == sorted(texts) and corpus.report.left_out["copy"] == 7
     assert 60 < len(corpus.validation) < 140
     (tmp_path / "0.txt").write_text("one more document that comes first")
-    more = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.2))
+    more = read_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.2))
     assert set(more.validation) - set(corpus.validation) <= {"one more document that comes first"}
     assert set(more.validation) >= set(corpus.validation)
     assert {text for text in texts if is_validation(text, 0.1)} < set(corpus.validation)
@@ -220,12 +218,12 @@ def test_other_text_takes_the_place_of_the_validation_side(tmp_path: Path) -> No
         lines = (json.dumps({"text": f"Document {n} is {words}. " + 40 * "word "}) + "\n" for n in range(200))
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     data = DataConfig(sources=(str(tmp_path / "mine.jsonl"),), val_sources=(str(tmp_path / "other.jsonl"),))
-    corpus, split = open_data(data, 1_000_000), open_corpus(data)
+    corpus, split = open_dataset(data, 1_000_000), read_corpus(data)
     assert len(corpus.validation) == 200 and all("validated" in text for text in corpus.validation)
     assert corpus.train == split.train and len(corpus.train) < 200  # the split holds on
-    few = open_data(data, 100).validation
+    few = open_dataset(data, 100).validation
     assert few == corpus.validation[: len(few)] and 600 <= sum(map(len, few)) < 1200
-    rows = [validation_rows(texts, encode, EOS, 8, 96, BYTES)[0] for texts in (few, corpus.validation)]
+    rows = [build_sequences(texts, encode, EOS, 8, 96) for texts in (few, corpus.validation)]
     assert torch.equal(*rows)
 
 
@@ -233,29 +231,28 @@ def test_one_sided_corpora(tmp_path: Path) -> None:
     for fraction, name, way in ((1e-9, "validation", "raise"), (1 - 1e-9, "training", "lower")):
         write(tmp_path, documents(20))
         with pytest.raises(SmolseekError, match=f"no {name} document.* 20 documents.*{way} --data.val-fraction"):
-            open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=fraction))
+            read_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=fraction))
 
 
-def test_validation_rows() -> None:
+def test_validation_sequences() -> None:
     texts = documents(50)
-    rows, size = validation_rows(texts, encode, EOS, 16, 10_000, BYTES)
+    rows = build_sequences(texts, encode, EOS, 16, 10_000)
     total = sum(len(text) + 1 for text in texts)
     assert rows.shape == ((total - 1) // 16, 17) and rows.dtype == torch.int64
-    assert size == sum(token != EOS for token in flat(rows)[1:])
     seen = texts_of(flat(rows))
     assert set(seen) <= set(texts) and len(seen) == len(set(seen)) >= 48
-    again, _ = validation_rows(texts[::-1], encode, EOS, 16, 10_000, BYTES)
+    again = build_sequences(texts[::-1], encode, EOS, 16, 10_000)
     assert torch.equal(again, rows)
-    few, _ = validation_rows(texts, encode, EOS, 16, 100, BYTES)
+    few = build_sequences(texts, encode, EOS, 16, 100)
     assert torch.equal(few, rows[:6])
 
 
 def test_too_little_validation_text() -> None:
     with pytest.raises(SmolseekError, match="hold 16 tokens and one row takes 17"):
-        validation_rows(["a" * 15], encode, EOS, 16, 100, BYTES)
-    assert validation_rows(["a" * 16], encode, EOS, 16, 100, BYTES)[0].shape == (1, 17)
+        build_sequences(["a" * 15], encode, EOS, 16, 100)
+    assert build_sequences(["a" * 16], encode, EOS, 16, 100).shape == (1, 17)
     with pytest.raises(SmolseekError, match="raise --eval-tokens"):
-        validation_rows(["a" * 100], encode, EOS, 16, 15, BYTES)
+        build_sequences(["a" * 100], encode, EOS, 16, 15)
 
 
 def test_one_long_document_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
@@ -263,23 +260,23 @@ def test_one_long_document_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
     paragraphs = [" ".join(str(draw.random()) for _ in range(draw.randrange(3, 9))) + "." for _ in range(600)]
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(paragraphs))
-    corpus = open_corpus(DataConfig(sources=(str(path),), val_fraction=0.1))
+    corpus = read_corpus(DataConfig(sources=(str(path),), val_fraction=0.1))
     assert "".join(corpus.train + corpus.validation) == path.read_text()
     held_out = sum(map(len, corpus.validation)) / path.stat().st_size
     assert 0.08 < held_out < 0.15 and len(corpus.validation) == 1 + (len(corpus.train) + len(corpus.validation)) // 10
     assert all(text.endswith("\n\n") for text in corpus.train)
     told = "1 document cut into parts at paragraph borders, the last ones held out"
     assert told in corpus.summary()
-    assert len(open_corpus(DataConfig(sources=(str(path),), val_fraction=1e-9)).validation) == 1
+    assert len(read_corpus(DataConfig(sources=(str(path),), val_fraction=1e-9)).validation) == 1
 
     # Also beside another text to validate on, and two documents.
     path.with_name("b.txt").write_text("Validated on. " * 40)
     data = DataConfig(sources=(str(path),), val_fraction=0.1, val_sources=(str(path.with_name("b.txt")),))
-    other = open_data(data, 1000)
+    other = open_dataset(data, 1000)
     assert other.train == corpus.train and other.validation == ["Validated on. " * 40]
     assert f"left out: {len(corpus.validation)} of --data.val-fraction" in other.summary()
     path.with_name("b.txt").write_text("word " * 2000)
-    both = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=1e-9))
+    both = read_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=1e-9))
     assert "2 documents cut into parts at word borders, the last ones of each held out" in both.summary()
     assert len(both.validation) == 2
 
@@ -296,12 +293,12 @@ def test_every_text_is_cut_without_loss(text: str) -> None:
 def test_a_short_document_is_not_cut(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("short " * 30)
     with pytest.raises(SmolseekError, match=r"no validation document: none of the 1 documents .*give more text"):
-        open_corpus(DataConfig(sources=(str(tmp_path),)))
+        read_corpus(DataConfig(sources=(str(tmp_path),)))
 
 
 def test_the_split_of_separated_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n<|endoftext|>\n".join(documents(200)))
-    corpus = open_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.1, document_separator="<|endoftext|>"))
+    corpus = read_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=0.1, document_separator="<|endoftext|>"))
     assert sorted(corpus.train + corpus.validation) == sorted({text.strip() for text in documents(200)})
     with pytest.raises(SmolseekError, match="document_separator is empty"):
         DataConfig(document_separator="")

@@ -17,7 +17,7 @@ import torch
 
 from smolseek import console
 from smolseek.config import DataConfig, GuardConfig, TrainConfig
-from smolseek.data.retries import HubAway
+from smolseek.data.retries import HubUnavailable
 from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.presets import preset
@@ -393,7 +393,7 @@ def test_data_that_are_away_stop_the_run_saved(text, whole, tmp_path, monkeypatc
 
     def next_batch(stream, n, *_):
         if stream.position()["tokens"] == 5 * STEP_TOKENS:
-            raise HubAway("the hub has been away for 10 minutes")
+            raise HubUnavailable("the hub has been away for 10 minutes")
         return real(stream, n)
 
     run = tmp_path / "away"

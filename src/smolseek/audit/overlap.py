@@ -12,7 +12,8 @@ import numpy as np
 
 from smolseek.audit.finding import Finding, judged, skipped
 from smolseek.config import TrainConfig
-from smolseek.data.stream import Corpus, TrainStream, is_validation
+from smolseek.data.split import Corpus, is_validation
+from smolseek.data.stream import TrainStream
 from smolseek.run_folder import RunFolder
 from smolseek.tokenizer import Encode
 

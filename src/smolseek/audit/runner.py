@@ -20,7 +20,7 @@ from smolseek.audit.plausibility import check_plausibility, reported, yardsticks
 from smolseek.audit.probe import device_of
 from smolseek.audit.routing import check_routing
 from smolseek.audit.subject import Subject
-from smolseek.data.stream import Corpus
+from smolseek.data.split import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.memory import give_back_freed_memory
 from smolseek.storage.checkpoint import load_state

@@ -13,8 +13,8 @@ from torch import nn
 
 from smolseek.audit.probe import call
 from smolseek.config import DataConfig, TrainConfig, parse_json
-from smolseek.data.feed import open_data
-from smolseek.data.stream import Corpus
+from smolseek.data.datasets import open_dataset
+from smolseek.data.split import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, preset
@@ -192,4 +192,4 @@ def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
         if not train or not validation or not all(isinstance(text, str) for text in [*train, *validation]):
             raise SmolseekError(f"{data[0]}() must return two lists of texts, neither of them empty")
         return Corpus(train, validation)
-    return open_data(DataConfig(sources=tuple(data), text_column=text_column))
+    return open_dataset(DataConfig(sources=tuple(data), text_column=text_column))

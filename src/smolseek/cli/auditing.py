@@ -56,7 +56,7 @@ def audit(argv: Sequence[str]) -> None:
     from smolseek.audit import runner
     from smolseek.audit.finding import failures, lines
     from smolseek.audit.subject import function, open_subject, open_text
-    from smolseek.data.feed import open_data
+    from smolseek.data.datasets import open_dataset
     from smolseek.model.transformer import CausalLM
     from smolseek.tokenizer import encoder, load_tokenizer
     from smolseek.train.loss import losses
@@ -83,7 +83,7 @@ def audit(argv: Sequence[str]) -> None:
     if args.data:
         corpus = open_text(args.data, args.text_column)
     elif subject.config is not None:
-        corpus = open_data(subject.config.data, subject.config.eval_tokens, tokenizer)
+        corpus = open_dataset(subject.config.data, subject.config.eval_tokens, tokenizer)
     findings = runner.audit(
         subject,
         loss=loss,

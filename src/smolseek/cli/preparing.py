@@ -44,7 +44,7 @@ def prepare(argv: Sequence[str]) -> None:
     if args.tokens is not None and args.tokens < 1:
         raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
     from smolseek.config import DataConfig
-    from smolseek.data import feed, preparing
+    from smolseek.data import datasets, preparing
     from smolseek.data.shards import prepared_names
     from smolseek.data.spelling import Spelling
     from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
@@ -62,7 +62,7 @@ def prepare(argv: Sequence[str]) -> None:
         give_up_after=args.give_up_after,
     )
     begun = prepared_names(args.out)
-    data = feed.pin(data, DataConfig(sources=begun) if begun else None)
+    data = datasets.pin(data, DataConfig(sources=begun) if begun else None)
     spelling = Spelling(tokenizer, name)
     target = preparing.Target(
         path=Path(args.out),
@@ -74,10 +74,10 @@ def prepare(argv: Sequence[str]) -> None:
         tokenizer_name=name,
         spelling=spelling,
     )
-    sources = feed.open_texts(data)
+    sources = datasets.open_texts(data)
     held = preparing.prepare(sources, target, args.tokens)
     for texts in (source.texts for source in sources):
-        if isinstance(texts, feed.LocalTexts):
+        if isinstance(texts, datasets.LocalTexts):
             if hint := texts.report.separator_hint():
                 console.warn(hint)
             if notes := texts.notes():

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from torch.utils.hooks import RemovableHandle
 
 from smolseek import console
+from smolseek.data.sequences import TooFewTokens, build_sequences
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import TooFewTokens, is_validation, validation_rows
+from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Writer
 from smolseek.generate.sampling import Sampling
 from smolseek.model.rope import rotate
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config
-from smolseek.tokenizer import begin_ids, encoder, require_known, token_bytes, tokenizer_of
+from smolseek.tokenizer import begin_ids, encoder, require_known, tokenizer_of
 
 _HELD_OUT = 0.1
 _WINDOW = 512
@@ -140,9 +141,7 @@ def _rows(
         raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
     documents = [t for t in read_documents([calibration], text_column) if is_validation(t, _HELD_OUT) == held_out]
     try:
-        rows, _ = validation_rows(
-            documents, encoder(tokenizer), tokenizer.eos_token_id or 0, length, tokens, token_bytes(tokenizer)
-        )
+        rows = build_sequences(documents, encoder(tokenizer), tokenizer.eos_token_id or 0, length, tokens)
     except TooFewTokens:
         part = "the tenth of its documents that is held out does" if held_out else "its documents but a tenth do"
         raise SmolseekError(

@@ -11,7 +11,7 @@ from typing import Any
 
 from smolseek.data import formats
 from smolseek.data.formats import Format
-from smolseek.data.retries import Fault, Traffic, persist
+from smolseek.data.retries import ReadStatistics, RetryableError, retry
 from smolseek.errors import SmolseekError
 
 SHORT_NAMES = {name: f"HuggingFaceTB/smollm-corpus:{name}" for name in ("cosmopedia-v2", "fineweb-edu-dedup")}
@@ -114,7 +114,7 @@ def find_files(name: HubName, give_up_after: float) -> HubFiles:
     The name comes back with its configuration and, unless it is train, its split.
 
     Raises:
-        HubAway: when the hub does not answer for `give_up_after` seconds.
+        HubUnavailable: when the hub does not answer for `give_up_after` seconds.
         SmolseekError: for a data set, configuration, split or revision that is not there or not open to this user, or
             files of a kind that is not read.
     """
@@ -123,7 +123,7 @@ def find_files(name: HubName, give_up_after: float) -> HubFiles:
         with _quiet():
             return _find(name)
 
-    return persist(ask, str(name), give_up_after)
+    return retry(ask, str(name), give_up_after)
 
 
 def _find(name: HubName) -> HubFiles:
@@ -153,11 +153,11 @@ def _find(name: HubName) -> HubFiles:
         if "offline" in str(error).lower():
             here = "" if name.config else "is no file or folder here, and "
             raise SmolseekError(f"data {name.repo} {here}the hub is switched off: unset HF_HUB_OFFLINE") from None
-        raise Fault(_reason(error)) from None
+        raise RetryableError(_reason(error)) from None
     except HfHubHTTPError as error:
         status = error.response.status_code
         if _passing(status):
-            raise Fault(f"HTTP {status}", _asked_pause(error.response)) from None
+            raise RetryableError(f"HTTP {status}", _asked_pause(error.response)) from None
         here = "" if name.config else "is no file or folder here, and "
         reason = why_refused(name.repo, "data set", status, error.response.headers)
         raise SmolseekError(f"data {name.repo} {here}{reason}") from None
@@ -169,7 +169,7 @@ def _find(name: HubName) -> HubFiles:
     except httpx2.UnsupportedProtocol:
         raise SmolseekError(f"HF_ENDPOINT {constants.ENDPOINT!r} is no address: use https://... or unset it") from None
     except (httpx2.TransportError, OSError) as error:
-        raise Fault(_reason(error)) from None
+        raise RetryableError(_reason(error)) from None
     split = name.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
         there = f"only {_listed(splits)}" if splits else "nor any other"
@@ -180,7 +180,9 @@ def _find(name: HubName) -> HubFiles:
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
     paths = [path.removeprefix(root) for path in splits[split]]
     if any(path not in sizes for path in paths):
-        raise Fault("the list of files does not fit the commit")  # `datasets` fell back to an older copy of its own
+        raise RetryableError(
+            "the list of files does not fit the commit"
+        )  # `datasets` fell back to an older copy of its own
     strange = next((path for path in paths if not Format.of(path).kind), None)
     if strange is not None:
         raise SmolseekError(
@@ -212,7 +214,7 @@ def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
     """Return bytes `start` to `stop` (exclusive) of a file, in one request.
 
     Raises:
-        Fault: for time-outs, resets, 408, 429, 5xx, and answers of another range, length or file size than asked.
+        RetryableError: for time-outs, resets, 408, 429, 5xx, and for another range, length or file size than asked.
         SmolseekError: for answers that will not change (not found, no access).
     """
     import httpx2
@@ -226,19 +228,19 @@ def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
     try:
         answer = get_session().get(url, headers=headers, timeout=seconds, follow_redirects=True)
     except httpx2.RequestError as error:
-        raise Fault(_reason(error)) from None
+        raise RetryableError(_reason(error)) from None
     status = answer.status_code
     if _passing(status):
-        raise Fault(f"HTTP {status}", _asked_pause(answer))
+        raise RetryableError(f"HTTP {status}", _asked_pause(answer))
     if status >= 400:
         raise SmolseekError(f"data {name.repo} {why_refused(name.repo, 'data set', status, answer.headers)}")
     if status != 206:
-        raise Fault(f"HTTP {status} in answer to a range")
+        raise RetryableError(f"HTTP {status} in answer to a range")
     told = answer.headers.get("content-range", "")
     if told != f"bytes {start}-{stop - 1}/{shard.size}":
-        raise Fault(f"the answer is of {told or 'no range'}, not of bytes {start}-{stop - 1}/{shard.size}")
+        raise RetryableError(f"the answer is of {told or 'no range'}, not of bytes {start}-{stop - 1}/{shard.size}")
     if len(answer.content) != stop - start:
-        raise Fault(f"{len(answer.content):,} bytes instead of {stop - start:,}")
+        raise RetryableError(f"{len(answer.content):,} bytes instead of {stop - start:,}")
     return answer.content
 
 
@@ -246,7 +248,7 @@ class RemoteFile(io.RawIOBase):
     """A shard as a seekable file; each read is one range request, made again until it succeeds."""
 
     def __init__(
-        self, files: HubFiles, shard: Shard, give_up_after: float, stop: threading.Event, traffic: Traffic
+        self, files: HubFiles, shard: Shard, give_up_after: float, stop: threading.Event, traffic: ReadStatistics
     ) -> None:
         super().__init__()
         self._files, self._shard, self._give_up_after, self._stop = files, shard, give_up_after, stop
@@ -299,7 +301,7 @@ class RemoteFile(io.RawIOBase):
         def ask() -> bytes:
             return fetch_range(self._files, self._shard, start, stop)
 
-        data = persist(ask, what, self._give_up_after, self._stop, self._traffic)
+        data = retry(ask, what, self._give_up_after, self._stop, self._traffic)
         self._traffic.received(len(data))
         return data
 
@@ -312,11 +314,11 @@ class HubShards:
         files: HubFiles,
         text_column: str,
         give_up_after: float,
-        traffic: Traffic | None = None,
+        traffic: ReadStatistics | None = None,
         separator: str | None = None,
     ) -> None:
         self.files, self._column, self._give_up_after = files, text_column, give_up_after
-        self._traffic, self._separator = traffic or Traffic(), separator
+        self._traffic, self._separator = traffic or ReadStatistics(), separator
 
     def __len__(self) -> int:
         return len(self.files.shards)
@@ -327,7 +329,7 @@ class HubShards:
         In a parquet file the rows before are passed over; of the other formats they are read again.
 
         Raises:
-            HubAway: when the hub does not answer for long.
+            HubUnavailable: when the hub does not answer for long.
             SmolseekError: for a column that is not there or holds no text, or a damaged file.
         """
         what = self.files.shards[shard]

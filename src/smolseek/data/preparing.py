@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from smolseek import console
+from smolseek.data.sequences import encode_documents
 from smolseek.data.shards import DOCUMENT, FORMAT, INDEX, checksum, is_prepared, read_index
 from smolseek.data.spelling import Spelling
-from smolseek.data.stream import Texts, encode_documents, text_key
+from smolseek.data.split import text_key
+from smolseek.data.stream import Texts
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.files import LOCK, UNFINISHED, FolderLock, write_atomically
 from smolseek.tokenizer import Encode
@@ -72,7 +74,7 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
     Raises:
         SmolseekError: if the folder holds something else, the text has changed since an earlier call, or the tokenizer
             does not give a text back.
-        HubAway: when the data do not come; what was finished stays.
+        HubUnavailable: when the data do not come; what was finished stays.
         Stopped: for a KeyboardInterrupt, likewise.
     """
     with FolderLock(to.path) as lock:

@@ -18,7 +18,7 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 
 
-class HubAway(Stopped):
+class HubUnavailable(Stopped):
     """The hub gave no sound answer for longer than `data.give_up_after`, or the data are no longer waited for.
 
     Nothing is lost, and it can be gone on from later. `what` is the message without the advice.
@@ -29,7 +29,7 @@ class HubAway(Stopped):
         self.what = what
 
 
-class Fault(Exception):
+class RetryableError(Exception):
     """A request that may succeed when it is made again; `pause` is what the server asked for, in seconds."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
@@ -37,7 +37,7 @@ class Fault(Exception):
         self.pause = pause
 
 
-class Traffic:
+class ReadStatistics:
     """What went over the line, counted by the threads that read and told to the one that trains."""
 
     def __init__(self) -> None:
@@ -64,32 +64,32 @@ class Traffic:
         return told
 
 
-def persist(
+def retry(
     ask: Callable[[], T],
     what: str,
     give_up_after: float,
     stop: threading.Event | None = None,
-    traffic: Traffic | None = None,
+    traffic: ReadStatistics | None = None,
 ) -> T:
-    """Return what `ask` returns, asking again after each `Fault`, with growing pauses and one plain line each.
+    """Return what `ask` returns, asking again after each `RetryableError`, with growing pauses and one plain line each.
 
     Raises:
-        HubAway: when no try has succeeded for `give_up_after` seconds, or as soon as `stop` is set.
+        HubUnavailable: when no try has succeeded for `give_up_after` seconds, or as soon as `stop` is set.
     """
     began, pause = time.monotonic(), FIRST_PAUSE
     while True:
         try:
             return ask() if stop is None else _unless(stop, ask, what)
-        except Fault as fault:
+        except RetryableError as fault:
             wait = max(pause, fault.pause)
             spent = time.monotonic() - began
             if spent + wait > give_up_after:
-                raise HubAway(f"the hub has not delivered {what} for {spent:.0f} s ({fault})") from None
+                raise HubUnavailable(f"the hub has not delivered {what} for {spent:.0f} s ({fault})") from None
             console.warn(f"hub: {what}: {fault}; trying again in {wait:g} s")
             if traffic is not None:
                 traffic.retried(f"{what}: {fault}")
             if (stop or threading.Event()).wait(wait):
-                raise HubAway(f"{what} is no longer wanted") from None
+                raise HubUnavailable(f"{what} is no longer wanted") from None
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -114,4 +114,4 @@ def _unless(stop: threading.Event, ask: Callable[[], T], what: str) -> T:
             if error is not None:
                 raise error
             return cast(T, value)
-    raise HubAway(f"{what} is no longer wanted")
+    raise HubUnavailable(f"{what} is no longer wanted")

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from smolseek import console, launch
 from smolseek.config import ModelConfig, TrainConfig
-from smolseek.data.retries import HubAway
+from smolseek.data.retries import HubUnavailable
 from smolseek.distributed.fsdp import Where, cut, local, make_groups, parts_of
 from smolseek.distributed.heartbeat import Heartbeat
 from smolseek.distributed.mesh import Mesh
@@ -205,13 +205,13 @@ class DistributedContext(SingleProcess):
                     stream.next_batch(size * n, stopped).unflatten(0, (n, size)).tensor_split(self.size, dim=1)
                 )
                 sent = [F.pad(part, (0, 0, 0, counts[0] - part.shape[1])) for part in parts_by_rank]
-            except HubAway as error:
+            except HubUnavailable as error:
                 away, sent = error, [torch.full_like(mine, _AWAY)] * self.size
         dist.scatter(mine, sent, 0)
         if away is not None:
             raise away
         if mine[0, 0, 0] == _AWAY:
-            raise HubAway("the training data are away")
+            raise HubUnavailable("the training data are away")
         return ((rows[: counts[self.rank]], counts[self.rank] / size) for rows in mine)
 
     def shard_batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:

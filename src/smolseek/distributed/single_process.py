@@ -96,7 +96,7 @@ class SingleProcess:
         side, are those that one process would read.
 
         Raises:
-            HubAway: to all, when the main process's data are away.
+            HubUnavailable: to all, when the main process's data are away.
         """
         rows = stream.next_batch(config.batch_size * config.grad_accum, stopped)
         return ((micro, 1.0) for micro in rows.split(config.batch_size))

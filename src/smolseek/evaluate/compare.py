@@ -15,14 +15,14 @@ import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig
+from smolseek.data.sequences import TooFewTokens, build_sequences
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import TooFewTokens, validation_rows
 from smolseek.errors import SmolseekError
 from smolseek.model.summary import count
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, save_folder
 from smolseek.storage.stock_transformers import open_with_transformers
-from smolseek.tokenizer import encoder, require_known, token_bytes, tokenizer_of
+from smolseek.tokenizer import encoder, require_known, tokenizer_of
 
 Engine = Literal["native", "transformers"]
 
@@ -157,12 +157,11 @@ def text_rows(sources: Iterable[str], text_column: str, tokenizer: Any, seq_len:
 def _rows(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
     eos_id = tokenizer.eos_token_id or 0
     try:
-        rows, _ = validation_rows(documents, encoder(tokenizer), eos_id, seq_len, max_tokens, token_bytes(tokenizer))
+        return build_sequences(documents, encoder(tokenizer), eos_id, seq_len, max_tokens)
     except TooFewTokens as error:
         raise SmolseekError(
             f"the text holds {error.held:,} tokens and one window takes {seq_len + 1:,}: give more, or lower --seq-len"
         ) from None
-    return rows
 
 
 def _own_rows(tokenizer: Any, config: ModelConfig, tokens: int) -> torch.Tensor:

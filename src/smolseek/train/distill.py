@@ -16,15 +16,16 @@ import torch
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.convert.calibrate import calibration_rows
 from smolseek.convert.card import source_of
-from smolseek.data.feed import open_data
+from smolseek.data.datasets import open_dataset
+from smolseek.data.sequences import TooFewTokens, build_sequences
 from smolseek.data.sources import read_documents
-from smolseek.data.stream import EmptySide, TooFewTokens, split, validation_rows
+from smolseek.data.split import EmptySide, split
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
-from smolseek.tokenizer import encoder, load_tokenizer, token_bytes, tokenizer_of, vocabulary_digest
+from smolseek.tokenizer import encoder, load_tokenizer, tokenizer_of, vocabulary_digest
 from smolseek.train.loss import Losses
 
 # As in train/loss.py: tokens whose logits exist at one time, and tokens whose exponentials fit in the caches.
@@ -217,9 +218,8 @@ def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False
         if whole:
             documents = list(read_documents(sources, data.text_column))
         else:
-            documents = open_data(data, config.eval_tokens, tokenizer).validation
-        lengths = config.seq_len, config.eval_tokens
-        validation_rows(documents, encoder(tokenizer), 0, *lengths, token_bytes(tokenizer))
+            documents = open_dataset(data, config.eval_tokens, tokenizer).validation
+        build_sequences(documents, encoder(tokenizer), 0, config.seq_len, config.eval_tokens)
     except (TooFewTokens, EmptySide):
         return False
     return True

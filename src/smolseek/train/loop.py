@@ -14,8 +14,8 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.data.feed import pin
-from smolseek.data.retries import HubAway
+from smolseek.data.datasets import pin
+from smolseek.data.retries import HubUnavailable
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.memory import give_back_freed_memory, keep_freed_memory
@@ -152,7 +152,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
         at.evaluated = -1  # a healing says where it began
 
     clock, timed, saved_step = logging.Clock(), 0, at.step
-    away: HubAway | None = None
+    away: HubUnavailable | None = None
     saver = _saver(run, model, text.tokenizer if text else None, config, distributed)
     stop = StopRequest(alone=distributed.size == 1)
     with tracker, console.progress(config.steps, "training") as bar, saver, stop, closing(stream):
@@ -207,7 +207,7 @@ def _train(run: RunFolder, config: TrainConfig, resume: bool, device: torch.devi
             position = stream.position()
             try:
                 micro_batches = list(distributed.micro_batches(stream, config, lambda: stop.received))
-            except HubAway as error:
+            except HubUnavailable as error:
                 away = error
                 continue
             step_loss, step_kl = torch.zeros(2, device=device)
@@ -343,7 +343,7 @@ def _newest(
     return name and run.checkpoints / name, [(run.checkpoints / bad, reason) for bad, reason in skipped]
 
 
-def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: HubAway | None) -> Stopped:
+def _stopped(run: RunFolder, step: int, received: signal.Signals | None, away: HubUnavailable | None) -> Stopped:
     """Return how a run ends early that has saved after `step` steps."""
     if received is not None:
         why, code = f"stopped by {received.name}", 128 + received

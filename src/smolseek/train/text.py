@@ -9,10 +9,12 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.data.blocks import MixedStream
-from smolseek.data.feed import open_data, open_stream
+from smolseek.data.datasets import open_dataset, open_stream
+from smolseek.data.mixture import MixedStream
+from smolseek.data.sequences import build_sequences
 from smolseek.data.spelling import Spelling, sample
-from smolseek.data.stream import Corpus, TrainStream, validation_rows
+from smolseek.data.split import Corpus
+from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode, encoder, for_training, load_tokenizer, token_bytes
 
@@ -72,7 +74,7 @@ def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = No
     if config.init is None:
         tokenizer = for_training(tokenizer, eos_id)
     encode = encoder(tokenizer)
-    corpus = open_data(config.data, config.eval_tokens, tokenizer)
+    corpus = open_dataset(config.data, config.eval_tokens, tokenizer)
     if not resumed:
         spelling = Spelling(tokenizer, config.tokenizer)
         for text in sample(corpus.train):
@@ -82,14 +84,8 @@ def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = No
         if hint := corpus.report.separator_hint():
             console.warn(hint)
     stream = open_stream(config, corpus, encode, eos_id, min_tokens=config.step_tokens + 1)
-    rows, size = validation_rows(
-        corpus.validation,
-        encode,
-        eos_id,
-        config.seq_len,
-        config.eval_tokens,
-        token_bytes(tokenizer),
-    )
+    rows = build_sequences(corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens)
+    size = int(token_bytes(tokenizer)[rows[:, 1:].numpy()].sum())
     return Text(tokenizer, encode, corpus, stream, rows, size)
 
 

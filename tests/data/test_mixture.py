@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from smolseek.data import blocks
-from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.retries import HubAway
-from smolseek.data.stream import is_validation
+from smolseek.data import mixture
+from smolseek.data.mixture import MixedStream, Source, TrainTexts
+from smolseek.data.retries import HubUnavailable
+from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
 
 EOS = 0
@@ -37,7 +37,7 @@ class Lists:
     def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
         for number in range(row, len(self.texts[shard])):
             if (shard, number) == self.away_at:
-                raise HubAway("away")
+                raise HubUnavailable("away")
             self.read.append((shard, number))
             yield number, self.texts[shard][number]
 
@@ -66,9 +66,9 @@ def texts_of(rows: torch.Tensor) -> list[str]:
 
 @pytest.fixture(autouse=True, params=[7, 64, 4096])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(blocks, "BLOCK", request.param)
-    monkeypatch.setattr(blocks, "CHUNK", 5)
-    monkeypatch.setattr(blocks, "QUEUE", 2)
+    monkeypatch.setattr(mixture, "BLOCK", request.param)
+    monkeypatch.setattr(mixture, "CHUNK", 5)
+    monkeypatch.setattr(mixture, "QUEUE", 2)
     return request.param
 
 
@@ -84,8 +84,8 @@ def test_every_training_document_once_an_epoch_and_no_validation_document() -> N
 
 def test_order_depends_on_the_seed_and_not_on_the_speed_of_the_thread(monkeypatch) -> None:
     first = mixed(shards("a")).next_batch(100)
-    monkeypatch.setattr(blocks, "QUEUE", 1)
-    monkeypatch.setattr(blocks, "CHUNK", 3)
+    monkeypatch.setattr(mixture, "QUEUE", 1)
+    monkeypatch.setattr(mixture, "CHUNK", 3)
     slow = mixed(shards("a"))
     assert torch.equal(torch.cat([slow.next_batch(1) for _ in range(100)]), first)
     assert not torch.equal(mixed(shards("a"), seed=4).next_batch(100), first)
@@ -147,12 +147,12 @@ def test_data_that_do_not_come_leave_the_position_where_it_was(block: int) -> No
     expected = mixed(shards("a", (300,))).next_batch(500)
     lists.away_at = (0, 150)
     rows = []
-    with pytest.raises(HubAway):
+    with pytest.raises(HubUnavailable):
         while True:
             state = at.state_dict()
             rows.append(at.next_batch(2))
     assert at.state_dict() == state
-    with pytest.raises(HubAway):
+    with pytest.raises(HubUnavailable):
         at.next_batch(2)
     lists.away_at = None
     resumed = mixed(lists)

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from smolseek.data.retries import HubAway
+from smolseek.data.retries import HubUnavailable
 
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """Reads chunks of documents in a thread; what the thread raises is raised in its place.
 
     A thread is enough: reading waits for the network, and encoding happens in all cores outside of Python's lock.
@@ -34,7 +34,7 @@ class Ahead(Generic[T]):
         """Return the next document; raises again what ended the thread.
 
         Raises:
-            HubAway: when `stopped` returns true while there is none.
+            HubUnavailable: when `stopped` returns true while there is none.
         """
         while not self._chunk:
             if self._failure is not None:
@@ -43,7 +43,7 @@ class Ahead(Generic[T]):
                 got = self._queue.get(timeout=0.1 if stopped else None)
             except queue.Empty:
                 if stopped and stopped():
-                    raise HubAway("the data are no longer waited for") from None
+                    raise HubUnavailable("the data are no longer waited for") from None
                 continue
             if isinstance(got, BaseException):
                 self._failure = got

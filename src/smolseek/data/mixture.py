@@ -15,9 +15,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from smolseek.data.ahead import Ahead
-from smolseek.data.retries import Traffic
-from smolseek.data.stream import CHUNK, Texts, cut_rows, encode_documents, is_validation, other_data
+from smolseek.data.prefetch import Prefetch
+from smolseek.data.retries import ReadStatistics
+from smolseek.data.sequences import CHUNK, cut_sequences, encode_documents
+from smolseek.data.split import is_validation
+from smolseek.data.stream import Texts, other_data
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
@@ -135,7 +137,7 @@ class MixedStream:
         seq_len: int,
         seed: int,
         fingerprint: str,
-        traffic: Traffic | None = None,
+        traffic: ReadStatistics | None = None,
     ) -> None:
         """Begin at the first epoch; `seq_len` is T, `fingerprint` names the data in the saved position.
 
@@ -145,7 +147,7 @@ class MixedStream:
         self._traffic = traffic
         self._sources, self._weights = list(sources), list(weights)
         self._seq_len, self._seed, self._fingerprint = seq_len, seed, fingerprint
-        self._running: list[Ahead[tuple[Position, np.ndarray]]] = []
+        self._running: list[Prefetch[tuple[Position, np.ndarray]]] = []
         self._tokens = self._documents = 0
         self._seek([0] * len(sources), [Position()] * len(sources), 0)
 
@@ -153,8 +155,8 @@ class MixedStream:
         """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next.
 
         Raises:
-            HubAway: when the data do not come, or `stopped` returns true while they are waited for; the position is
-                then still that of the first row asked for.
+            HubUnavailable: when the data do not come, or `stopped` returns true while they are waited for; the
+                position is then still that of the first row asked for.
         """
         step = n * self._seq_len
         while self._held < self._offset + step + 1:
@@ -166,7 +168,7 @@ class MixedStream:
             skip = 0
             if not missing:
                 break
-        rows = cut_rows(np.concatenate(pieces), self._seq_len)
+        rows = cut_sequences(np.concatenate(pieces), self._seq_len)
         self._offset += step
         self._tokens += step
         while self._offset >= len(self._ahead[0][1]):
@@ -239,7 +241,7 @@ class MixedStream:
     def _read_document(self, stopped: Callable[[], object] | None = None) -> None:
         if not self._running:
             starts = zip(self._sources, self._positions, strict=True)
-            self._running = [Ahead(functools.partial(source.chunks, at), QUEUE) for source, at in starts]
+            self._running = [Prefetch(functools.partial(source.chunks, at), QUEUE) for source, at in starts]
         # The one furthest behind its share; the first of equals.
         k = min(range(len(self._sources)), key=lambda i: self._given[i] / self._weights[i])
         position, tokens = self._running[k].next(stopped)

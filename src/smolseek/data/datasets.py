@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.data.blocks import MixedStream, Source, TrainTexts
-from smolseek.data.cutting import Cut, cut_documents
 from smolseek.data.hub import HubFiles, HubName, HubShards, find_files, parse_names
+from smolseek.data.mixture import MixedStream, Source, TrainTexts
 from smolseek.data.preparing import TextSource
-from smolseek.data.retries import Traffic
+from smolseek.data.retries import ReadStatistics
 from smolseek.data.shards import Prepared, TokenShards, is_prepared
 from smolseek.data.sources import ReadReport, list_files, read_documents
-from smolseek.data.stream import Corpus, TrainStream, is_validation, open_corpus, text_key
+from smolseek.data.split import Corpus, Cut, cut_documents, digest, is_validation, split, text_key
+from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode, decoder, vocabulary_digest
 
@@ -48,12 +48,34 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
     return dataclasses.replace(data, sources=tuple(files.pinned for files in found))
 
 
+def read_corpus(config: DataConfig) -> Corpus:
+    """Read the documents and split them; a document's side depends on its text alone.
+
+    Where that leaves one side empty, long documents are cut into parts, and the last ones of each are held out.
+
+    Raises:
+        SmolseekError: for sources that cannot be read, or when one side of the split has no document.
+    """
+    report = ReadReport()
+    documents, seen = [], set()
+    for text in read_documents(config.sources, config.text_column, config.document_separator, report):
+        name = digest(text)
+        if name in seen:
+            report.left_out["copy"] += 1
+        else:
+            seen.add(name)
+            documents.append(text)
+    corpus = split(documents, config.val_fraction, needs_validation=not config.val_sources)
+    corpus.report = report
+    return corpus
+
+
 @dataclasses.dataclass(frozen=True)
 class HubData:
     """Hub data sets, of which a run reads the shards as it goes."""
 
     files: tuple[HubFiles, ...]
-    traffic: Traffic = dataclasses.field(default_factory=Traffic, compare=False)
+    traffic: ReadStatistics = dataclasses.field(default_factory=ReadStatistics, compare=False)
 
     def summary(self) -> str:
         """Return in a few words what they are."""
@@ -67,7 +89,7 @@ class HubData:
         return f"{shards} hub shards, {hashlib.blake2b(repr(kept).encode(), digest_size=16).hexdigest()}"
 
 
-def open_data(
+def open_dataset(
     data: DataConfig, eval_tokens: int = 65_536, tokenizer: "PreTrainedTokenizerFast | None" = None
 ) -> Corpus:
     """Return the documents of `data`, split; of what is too large to hold the first ones, enough for `eval_tokens`.
@@ -76,7 +98,7 @@ def open_data(
     back.
 
     Raises:
-        SmolseekError: as `stream.open_corpus`, `hub.find_files` and `shards.Prepared`, or for prepared tokens without
+        SmolseekError: as `read_corpus`, `hub.find_files` and `shards.Prepared`, or for prepared tokens without
             a tokenizer or with another than theirs.
     """
     corpus = _split(data, eval_tokens, tokenizer)
@@ -109,7 +131,7 @@ def _split(data: DataConfig, eval_tokens: int, tokenizer: "PreTrainedTokenizerFa
             )
         corpus = _sample_prepared(data, Prepared(data.sources[0]), eval_tokens, tokenizer)
     else:
-        return open_corpus(data)
+        return read_corpus(data)
     if not corpus.validation or not corpus.train:
         raise SmolseekError(
             f"the data hold {len(corpus.train):,} training and {len(corpus.validation):,} validation documents at "
@@ -139,7 +161,7 @@ def _sample_hub(data: DataConfig, hub: HubData, eval_tokens: int) -> Corpus:
     return corpus
 
 
-def _hub_shards(files: HubFiles, data: DataConfig, traffic: Traffic | None = None) -> HubShards:
+def _hub_shards(files: HubFiles, data: DataConfig, traffic: ReadStatistics | None = None) -> HubShards:
     return HubShards(files, data.text_column, data.give_up_after, traffic, data.document_separator)
 
 
@@ -174,13 +196,13 @@ def _documents(shards: TokenShards) -> Iterator[np.ndarray]:
 def open_stream(
     config: TrainConfig, corpus: Corpus, encode: Encode, eos_id: int, min_tokens: int
 ) -> TrainStream | MixedStream:
-    """Return the training rows of what `open_data` returned.
+    """Return the training rows of what `open_dataset` returned.
 
     Raises:
         SmolseekError: when the documents hold less than `min_tokens`, or prepared ones end in another token.
     """
     data, whole = config.data, corpus.whole
-    traffic: Traffic | None = None
+    traffic: ReadStatistics | None = None
     if isinstance(whole, HubData):
         weights = [files.name.weight for files in whole.files]
         traffic = whole.traffic
