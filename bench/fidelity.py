@@ -20,7 +20,7 @@ from machine import describe
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
 from smolseek.generate.engine import generate
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.summary import count
 from smolseek.storage.hf_folder import load_model, read_config
 from smolseek.tokenizer import load_tokenizer, smollm2_gguf
@@ -32,7 +32,7 @@ VARIANTS = {
     "split 6+2 clustered": Conversion(experts=6, shared=2, neurons="clustered"),
     "grow 4 top-2": Conversion(mode="grow", experts=4, shared=4, top_k=2),
 }
-GREEDY = Sampling(temperature=0.0)
+GREEDY = SamplingParams(temperature=0.0)
 
 
 class Measured:

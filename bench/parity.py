@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from smolseek.generate.beam import beam_search
-from smolseek.generate.engine import Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Generator
+from smolseek.generate.sampling import SamplingParams
 from smolseek.storage.hf_folder import load_model
 from smolseek.train.samples import PROMPTS
 
@@ -68,10 +68,10 @@ def cases(tokenizer, tokens, stop_ids):
     words = [tokenizer.encode(word) for word in BANNED]
     for name, options in GREEDY.items():
         mine, other = options or ({"bad_words": tuple(map(tuple, words))}, {"bad_words_ids": words})
-        strategy = Sampling(temperature=0, **mine)
+        strategy = SamplingParams(temperature=0, **mine)
         yield (
             name,
-            lambda m, ids, s=strategy: [Writer(m, [ids], s, tokens, stop_ids=stop_ids).finish()[0].tokens],
+            lambda m, ids, s=strategy: [Generator(m, [ids], s, tokens, stop_ids=stop_ids).finish()[0].tokens],
             lambda m, ids, o=other: theirs(m, ids, tokens, stop_ids, **o),
         )
     for case in BEAMS:
@@ -82,7 +82,7 @@ def cases(tokenizer, tokens, stop_ids):
             lambda m, ids, o=full, n=ngram: [
                 found.tokens
                 for found in beam_search(
-                    m, ids, max_tokens=tokens, sampling=Sampling(no_repeat_ngram=n), stop_ids=stop_ids, **o
+                    m, ids, max_tokens=tokens, sampling=SamplingParams(no_repeat_ngram=n), stop_ids=stop_ids, **o
                 )
             ],
             lambda m, ids, o=full, n=ngram: theirs(

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 
 from smolseek import compiled
 from smolseek.cli import main
-from smolseek.generate import native
+from smolseek.generate import cpu_decode
 from smolseek.model import kernels
 
 
@@ -59,7 +59,7 @@ def pairs(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[None]:
     """The C files that multiply pairs of bfloat16; on a processor that cannot, lane by lane (tests/pairs), slowly."""
     if kernels.kernels() is None:
         pytest.skip("no C compiler")
-    caches = (compiled.library, kernels.kernels, native.library)
+    caches = (compiled.library, kernels.kernels, cpu_decode.library)
     if not kernels.pairs():
         names = ("__AVX512BF16__", "__AVX512BW__", "__AVX512DQ__")
         flags = ("-O2", "-Wno-psabi", f"-I{Path(__file__).parent / 'pairs'}", *(f"-D{name}" for name in names))

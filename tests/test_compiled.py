@@ -10,7 +10,7 @@ import torch
 
 import smolseek
 from smolseek import compiled
-from smolseek.generate import native
+from smolseek.generate import cpu_decode
 from smolseek.generate.engine import Decoder
 from smolseek.model.transformer import new_model
 from smolseek.presets import tiny
@@ -121,7 +121,7 @@ def test_without_openmp_native_decodes_on_one_thread(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiled, "FLAGS", ("-O1", *compiled.FLAGS[1:3], "-shared", "-fPIC"))
     expected = usual.step([3, 5])
-    caches = (compiled.library, native.library)
+    caches = (compiled.library, cpu_decode.library)
     for cached in caches:
         cached.cache_clear()
     decoder = Decoder(model, 2, 4)

@@ -20,8 +20,8 @@ from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
 from smolseek.generate import generation_config
 from smolseek.generate.beam import beam_search
-from smolseek.generate.engine import Result, Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Generator, Result
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import LoadedModel, generation_settings, load_causal_lm, load_model
 from smolseek.tokenizer import TextStream, require_known
@@ -96,7 +96,7 @@ class TextWriter:
         self,
         model: "Model",
         ids: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         max_tokens: int | None,
         *,
         stop: Sequence[str] = (),
@@ -105,7 +105,7 @@ class TextWriter:
     ) -> None:
         self._stop, self._text = Stop(stop), TextStream(model.tokenizer)
         self._pieces: list[str] = []
-        self._writer = Writer(
+        self._writer = Generator(
             model.model, [ids], sampling, max_tokens, stop_ids=stop_ids, max_time=max_time, until=self._ended
         )
         self._iterator = self._write()
@@ -143,9 +143,8 @@ class TextWriter:
 class Model:
     """A model with its tokenizer, for text. `load` gives one.
 
-    The options of a strategy are the fields of `smolseek.generate.sampling.Sampling`; `bad_words` and `prefix` may be
-    given as text here. Left out, they are those of the model's `generation_config.json`, and else the temperature is
-    0.8.
+    Sampling options are the fields of `smolseek.generate.sampling.SamplingParams`; `bad_words` and `prefix` may be
+    given as text here. Those left out are the model's own (`generation_config.json`); its default temperature is 0.8.
     """
 
     def __init__(
@@ -160,7 +159,7 @@ class Model:
         Args:
             loaded: the model.
             name: what to call it.
-            strategy: fields of `Sampling` that the model itself sets.
+            strategy: fields of `SamplingParams` that the model itself sets.
             unrounded: where its weights are in the file's number format, if those of `loaded` were rounded.
 
         Raises:
@@ -221,7 +220,7 @@ class Model:
             stop: text before which to end.
             stop_tokens: tokens that end it besides the model's own, by name ("<|im_end|>") or number.
             max_time: seconds, at most.
-            strategy: fields of `Sampling`.
+            strategy: fields of `SamplingParams`.
 
         Raises:
             SmolseekError: for an empty prompt, one beyond the context, an unknown token or a number out of range.
@@ -266,7 +265,7 @@ class Model:
             stop: text before which to end.
             stop_tokens: tokens that end it besides the model's own.
             max_time: seconds, at most.
-            strategy: fields of `Sampling`.
+            strategy: fields of `SamplingParams`.
 
         Raises:
             SmolseekError: as `stream`, and for options that do not go together.
@@ -308,7 +307,7 @@ class Model:
             pieces[row].append(found.push(text.push(token)))
             return found.found
 
-        results = Writer(
+        results = Generator(
             self.model, rows, samplings, max_tokens, stop_ids=stop_ids, max_time=max_time, until=ended
         ).finish()
         continuations = []
@@ -365,7 +364,7 @@ class Model:
         # The template has written BOS itself where the model wants it.
         return self.stream(self._encode(text), **options)
 
-    def sampling(self, **strategy: Any) -> Sampling:
+    def sampling(self, **strategy: Any) -> SamplingParams:
         """Return the strategy; `bad_words` and `prefix` as text become tokens. What is left out is the model's own."""
         if bad := strategy.get("bad_words"):
             # A word in the middle of a text begins with a space.
@@ -374,9 +373,9 @@ class Model:
         if isinstance(strategy.get("prefix"), str):
             strategy["prefix"] = tuple(self._encode(strategy["prefix"]))
         try:
-            return Sampling(**{**self.strategy, **strategy})
+            return SamplingParams(**{**self.strategy, **strategy})
         except TypeError as error:
-            raise SmolseekError(f"unknown option of a strategy ({error}): see Sampling for their names") from None
+            raise SmolseekError(f"unknown option of a strategy ({error}): see SamplingParams for their names") from None
 
     def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
         """Return the tokens that end a text: the model's own, and `tokens` by name or number."""

@@ -10,9 +10,8 @@ from typing import Any
 
 from smolseek import console
 from smolseek.api import Message, Model
-from smolseek.config import from_dict, parse_json
+from smolseek.config import SamplingOptions, from_dict, parse_json
 from smolseek.errors import SmolseekError
-from smolseek.generate.strategy import Strategy
 
 HELP = """\
 /reset            forget the conversation
@@ -21,7 +20,7 @@ HELP = """\
 /save FILE        write the conversation as JSON
 /exit             leave (as Ctrl-D); Ctrl-C stops an answer"""
 
-SETTABLE = tuple(field.name for field in fields(Strategy))
+SETTABLE = tuple(field.name for field in fields(SamplingOptions))
 
 
 class Chat:
@@ -29,7 +28,7 @@ class Chat:
 
     Args:
         model: the model.
-        strategy: fields of `Sampling`.
+        strategy: fields of `SamplingParams`.
         max_tokens: tokens of an answer, at most.
         system: the system message.
     """
@@ -103,7 +102,7 @@ class Chat:
                 changed[key] = parse_json(value)
             except ValueError:
                 raise SmolseekError(f"{key} {value!r} is not a number: for example /params temperature=0.5") from None
-        from_dict(Strategy, {key: value for key, value in changed.items() if key in SETTABLE}, "/params")
+        from_dict(SamplingOptions, {key: value for key, value in changed.items() if key in SETTABLE}, "/params")
         return changed
 
 

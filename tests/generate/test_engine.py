@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.generate import native
+from smolseek.generate import cpu_decode
 from smolseek.generate.beam import beam_search
-from smolseek.generate.engine import Decoder, Writer, generate
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Decoder, Generator, generate
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def small(name: str):
@@ -41,7 +41,7 @@ def test_decoding_gives_the_logits_of_the_whole_text(model, kind):
     (ids,) = prompts(150)
     decoder = Decoder(model, 1, 150, native=kind)
     if kind:
-        assert (decoder.native is None) == (native.library() is None)
+        assert (decoder.native is None) == (cpu_decode.library() is None)
     with torch.no_grad():
         whole_TV = model(torch.tensor([ids]))[0]
     decoded = [decoder.prefill(0, ids[:20])] + [decoder.step([token]) for token in ids[20:]]
@@ -67,12 +67,19 @@ def test_bfloat16_weights_are_computed_in_float32(model):
 @pytest.mark.parametrize("kind", [True, False])
 def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, kind):
     rows = prompts(3, 70, 1, 31, 64)
-    samplings = [GREEDY, Sampling(seed=4), Sampling(seed=5, top_p=0.9), GREEDY, Sampling(repetition_penalty=1.2)]
-    together = Writer(model, rows, samplings, 40, stop_ids=(5,), native=kind).finish()
+    options = [
+        {"temperature": 0},
+        {"seed": 4},
+        {"seed": 5, "top_p": 0.9},
+        {"temperature": 0},
+        {"repetition_penalty": 1.2},
+    ]
+    samplings = [SamplingParams(**option) for option in options]
+    together = Generator(model, rows, samplings, 40, stop_ids=(5,), native=kind).finish()
     for ids, sampling, result in zip(rows, samplings, together, strict=True):
-        alone = Writer(model, [ids], sampling, 40, stop_ids=(5,), native=kind).finish()[0]
+        alone = Generator(model, [ids], sampling, 40, stop_ids=(5,), native=kind).finish()[0]
         assert (alone.tokens, alone.stop_reason) == (result.tokens, result.stop_reason)
-        if kind and native.library() is not None:
+        if kind and cpu_decode.library() is not None:
             assert alone.logprobs == result.logprobs  # to the last bit
         else:
             assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-4)
@@ -81,7 +88,7 @@ def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, kind):
 def test_logprobs_are_those_of_the_model():
     model = new_model(small("tiny"), seed=3)
     (ids,) = prompts(9)
-    result = Writer(model, [ids], Sampling(temperature=2.0, seed=1), 12).finish()[0]
+    result = Generator(model, [ids], SamplingParams(temperature=2.0, seed=1), 12).finish()[0]
     with torch.no_grad():
         logp_TV = model(torch.tensor([ids + result.tokens]))[0].log_softmax(dim=-1)
     expected = [float(logp_TV[8 + i, token]) for i, token in enumerate(result.tokens)]
@@ -91,8 +98,8 @@ def test_logprobs_are_those_of_the_model():
 def test_a_forced_prefix_comes_first_and_counts():
     model = new_model(small("tiny"), seed=3)
     (ids,) = prompts(9)
-    result = Writer(model, [ids], Sampling(temperature=0, prefix=(7, 8, 9)), 10).finish()[0]
-    after = Writer(model, [[*ids, 7, 8, 9]], GREEDY, 7).finish()[0]
+    result = Generator(model, [ids], SamplingParams(temperature=0, prefix=(7, 8, 9)), 10).finish()[0]
+    after = Generator(model, [[*ids, 7, 8, 9]], GREEDY, 7).finish()[0]
     assert result.tokens == [7, 8, 9, *after.tokens]
     assert len(result.logprobs) == 10 and not any(math.isnan(p) for p in result.logprobs)
 
@@ -100,15 +107,15 @@ def test_a_forced_prefix_comes_first_and_counts():
 def test_every_way_to_end():
     model = new_model(small("tiny"), seed=3)
     (ids,) = prompts(190)
-    full = Writer(model, [ids], GREEDY).finish()[0]
+    full = Generator(model, [ids], GREEDY).finish()[0]
     assert (full.stop_reason, len(full.tokens)) == ("context", 10)
-    assert Writer(model, [ids], GREEDY, 4).finish()[0].stop_reason == "length"
-    stopped = Writer(model, [ids], GREEDY, stop_ids=[full.tokens[3]]).finish()[0]
+    assert Generator(model, [ids], GREEDY, 4).finish()[0].stop_reason == "length"
+    stopped = Generator(model, [ids], GREEDY, stop_ids=[full.tokens[3]]).finish()[0]
     assert stopped.stop_reason == "stop_token" and stopped.tokens == full.tokens[: full.tokens.index(full.tokens[3])]
-    watched = Writer(model, [ids], GREEDY, until=lambda row, token: token == full.tokens[2]).finish()[0]
+    watched = Generator(model, [ids], GREEDY, until=lambda row, token: token == full.tokens[2]).finish()[0]
     assert watched.stop_reason == "stop_string" and watched.tokens[-1] == full.tokens[2]
-    assert Writer(model, [ids], GREEDY, max_time=1e-9).finish()[0].stop_reason == "time"
-    writer = Writer(model, [ids], GREEDY)
+    assert Generator(model, [ids], GREEDY, max_time=1e-9).finish()[0].stop_reason == "time"
+    writer = Generator(model, [ids], GREEDY)
     next(writer)
     writer.cancel()
     assert writer.finish()[0].stop_reason == "cancelled" and len(writer.results[0].tokens) == 1
@@ -135,7 +142,7 @@ def test_beams_that_need_more_than_the_vocabulary_still_end():
 def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, words):
     model = new_model(small("tiny"), seed=3)
     with pytest.raises(SmolseekError, match=words):
-        Writer(model, [ids], GREEDY, **options)
+        Generator(model, [ids], GREEDY, **options)
 
 
 def test_beams_and_returned_must_fit():

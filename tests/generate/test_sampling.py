@@ -5,13 +5,13 @@ import torch
 from transformers.generation import logits_process as hf
 
 from smolseek.errors import SmolseekError
-from smolseek.generate.sampling import Picker, Sampling, candidates
+from smolseek.generate.sampling import Sampler, SamplingParams, candidates
 
 DRAWS = 20_000
 LOGITS = torch.randn(80, generator=torch.Generator().manual_seed(1)) * 2
 
 
-def expected(sampling: Sampling, logits_V: torch.Tensor) -> torch.Tensor:
+def expected(sampling: SamplingParams, logits_V: torch.Tensor) -> torch.Tensor:
     """The probabilities [V] by transformers' classes in transformers' order."""
     chain = [hf.TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
@@ -29,14 +29,14 @@ def expected(sampling: Sampling, logits_V: torch.Tensor) -> torch.Tensor:
 
 
 CASES = [
-    Sampling(temperature=1.0),
-    Sampling(temperature=0.7),
-    Sampling(temperature=1.3, top_k=12),
-    Sampling(temperature=1.0, top_p=0.8),
-    Sampling(temperature=0.9, top_k=30, top_p=0.7),
-    Sampling(temperature=1.5, min_p=0.1),
-    Sampling(temperature=1.0, typical_p=0.6),
-    Sampling(temperature=1.2, top_k=40, top_p=0.95, min_p=0.02, typical_p=0.9),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.7),
+    SamplingParams(temperature=1.3, top_k=12),
+    SamplingParams(temperature=1.0, top_p=0.8),
+    SamplingParams(temperature=0.9, top_k=30, top_p=0.7),
+    SamplingParams(temperature=1.5, min_p=0.1),
+    SamplingParams(temperature=1.0, typical_p=0.6),
+    SamplingParams(temperature=1.2, top_k=40, top_p=0.95, min_p=0.02, typical_p=0.9),
 ]
 
 
@@ -46,8 +46,8 @@ def test_draws_follow_the_distribution_of_transformers(sampling):
     logits_C, ids_C = candidates(LOGITS, sampling)
     ours_V = torch.zeros(80).scatter(0, ids_C, logits_C.softmax(dim=-1))
     torch.testing.assert_close(ours_V, p_V, rtol=1e-5, atol=1e-7)
-    picker = Picker(sampling, [0], ())
-    drawn = torch.tensor([picker.pick(LOGITS) for _ in range(DRAWS)]).bincount(minlength=80).double()
+    sampler = Sampler(sampling, [0], ())
+    drawn = torch.tensor([sampler.sample(LOGITS) for _ in range(DRAWS)]).bincount(minlength=80).double()
     assert drawn[p_V == 0].sum() == 0
     frequent = p_V * DRAWS >= 5
     wanted = p_V.double()[frequent] * DRAWS
@@ -63,24 +63,24 @@ def test_draws_follow_the_distribution_of_transformers(sampling):
 
 def test_a_nucleus_wider_than_the_first_candidates_is_found_whole():
     logits_V = torch.randn(5000, generator=torch.Generator().manual_seed(2)) * 0.1
-    sampling = Sampling(temperature=1.0, top_p=0.9)
+    sampling = SamplingParams(temperature=1.0, top_p=0.9)
     assert len(candidates(logits_V, sampling)[1]) == int((expected(sampling, logits_V) > 0).sum()) > 1024
 
 
 def test_presence_and_frequency_count_what_was_written():
-    picker = Picker(Sampling(temperature=0, presence_penalty=1.0, frequency_penalty=0.5), [3], ())
+    sampler = Sampler(SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5), [3], ())
     for token in (1, 1, 2):
-        picker.take(token)
+        sampler.append(token)
     logits_V = torch.tensor([0.0, 2.1, 1.4, 0.0])
     # 1: 2.1 - 1 - 2 * 0.5 = 0.1; 2: 1.4 - 1 - 0.5 = -0.1; 3 is of the prompt and keeps its 0.
-    assert picker.pick(logits_V) == 1
-    picker.take(1)
-    assert picker.pick(logits_V) in (0, 3)
+    assert sampler.sample(logits_V) == 1
+    sampler.append(1)
+    assert sampler.sample(logits_V) in (0, 3)
 
 
 def test_a_seed_gives_the_same_draws():
-    first, again, other = (Picker(Sampling(seed=seed), [0], ()) for seed in (7, 7, 8))
-    draws = [[picker.pick(LOGITS) for _ in range(30)] for picker in (first, again, other)]
+    first, again, other = (Sampler(SamplingParams(seed=seed), [0], ()) for seed in (7, 7, 8))
+    draws = [[sampler.sample(LOGITS) for _ in range(30)] for sampler in (first, again, other)]
     assert draws[0] == draws[1] != draws[2]
 
 
@@ -101,4 +101,4 @@ def test_a_seed_gives_the_same_draws():
 )
 def test_numbers_out_of_range_are_refused_in_one_line(options, words):
     with pytest.raises(SmolseekError, match=words):
-        Sampling(**options)
+        SamplingParams(**options)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smolseek.generate.engine import Decoder, Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Decoder, Generator
+from smolseek.generate.sampling import SamplingParams
 from smolseek.generate.static import StaticStep, experts
 from smolseek.model.moe import MoE
 from smolseek.model.transformer import CausalLM, new_model
@@ -44,7 +44,7 @@ def test_rows_of_unlike_lengths_that_end_get_the_same_logits(name):
     for number in range(20):
         if number in (8, 14):
             for decoder in (plain, fixed):
-                decoder.take(list(range(1, rows)))
+                decoder.reorder_cache(list(range(1, rows)))
             rows -= 1
         tokens = torch.randint(120, (rows,), generator=generator).tolist()
         expected_BV = plain.step(tokens)
@@ -68,6 +68,6 @@ def test_experts_of_fixed_shapes_are_the_layer(name, tokens):
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
 def test_the_graph_writes_what_the_cpu_writes(name):
     model, prompts = small(name), [[1, 2, 3], [4] * 20, [7]]
-    expected = [r.tokens for r in Writer(model, prompts, Sampling(temperature=0), 30, native=False).finish()]
-    found = Writer(model.to("cuda"), prompts, Sampling(temperature=0), 30).finish()
+    expected = [r.tokens for r in Generator(model, prompts, SamplingParams(temperature=0), 30, native=False).finish()]
+    found = Generator(model.to("cuda"), prompts, SamplingParams(temperature=0), 30).finish()
     assert [r.tokens for r in found] == expected

@@ -19,8 +19,8 @@ from smolseek.config import ModelConfig, parse_json
 from smolseek.errors import SmolseekError, damage_told
 from smolseek.evaluate.compare import compare
 from smolseek.generate.beam import beam_search
-from smolseek.generate.engine import Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Generator
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import tiny
 from smolseek.storage.hf_folder import save_folder
@@ -209,14 +209,14 @@ def test_an_audit_and_a_comparison_of_any_numbers(small, value):
 def test_writing_with_weights_that_are_no_numbers(small, value, options):
     small.lm_head.weight.data[5] = value
     with pytest.raises(SmolseekError, match="logits are not finite"):
-        Writer(small, [[1, 2]], Sampling(**options), 3).finish()
+        Generator(small, [[1, 2]], SamplingParams(**options), 3).finish()
     with pytest.raises(SmolseekError, match="logits are not finite"):
         beam_search(small, [1, 2], beams=2, max_tokens=3)
 
 
 def test_a_temperature_just_above_zero_takes_the_likeliest_token(small):
-    cold = Writer(small, [[1, 2]], Sampling(temperature=1e-300), 4).finish()[0].tokens
-    assert cold == Writer(small, [[1, 2]], Sampling(temperature=0.0), 4).finish()[0].tokens
+    cold = Generator(small, [[1, 2]], SamplingParams(temperature=1e-300), 4).finish()[0].tokens
+    assert cold == Generator(small, [[1, 2]], SamplingParams(temperature=0.0), 4).finish()[0].tokens
 
 
 @pytest.mark.parametrize("line", ["/params 'a", "/save ~nobody-here/x", "/save a\0b", "/params top_k=[[", "/nothing"])
@@ -230,13 +230,13 @@ def test_a_command_of_a_conversation_that_does_not_fit(line):
 def test_when_no_token_is_left_to_draw(small):
     words = tuple((n,) for n in range(64))
     with pytest.raises(SmolseekError, match="no token is left"):
-        Writer(small, [[1, 2]], Sampling(temperature=1.0, bad_words=words), 4).finish()
+        Generator(small, [[1, 2]], SamplingParams(temperature=1.0, bad_words=words), 4).finish()
 
 
 @pytest.mark.parametrize("options", [{"seed": 10**30}, {"temperature": float("nan")}, {"min_p": float("nan")}])
 def test_a_strategy_with_numbers_at_the_edge(options):
     with pytest.raises(SmolseekError):
-        Sampling(**options)
+        SamplingParams(**options)
 
 
 @pytest.mark.parametrize("option", ["--pad-id", "--eos-id"])

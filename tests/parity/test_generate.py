@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from smolseek.generate.beam import beam_search
-from smolseek.generate.engine import Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Generator
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model, save_folder
@@ -56,8 +56,8 @@ def theirs(oracle, ids: list[int], max_tokens: int, **options) -> list[list[int]
 
 
 def ours(model: CausalLM, ids: list[int], max_tokens: int, *, native: bool, **options) -> list[int]:
-    sampling = Sampling(temperature=0, **options)
-    return Writer(model, [ids], sampling, max_tokens, stop_ids=STOPS, native=native).finish()[0].tokens
+    sampling = SamplingParams(temperature=0, **options)
+    return Generator(model, [ids], sampling, max_tokens, stop_ids=STOPS, native=native).finish()[0].tokens
 
 
 class Shift(LogitsProcessor):
@@ -127,7 +127,7 @@ def test_beam_search_finds_what_transformers_finds(pair, case):
             ids,
             beams=options["beams"],
             max_tokens=10,
-            sampling=Sampling(no_repeat_ngram=options["ngram"]),
+            sampling=SamplingParams(no_repeat_ngram=options["ngram"]),
             stop_ids=STOPS,
             length_penalty=options["length_penalty"],
             early_stopping=options["early_stopping"],

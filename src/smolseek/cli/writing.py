@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from smolseek import console
 from smolseek.cli.words import option, parse
+from smolseek.config import SamplingOptions
 from smolseek.errors import SmolseekError
-from smolseek.generate.strategy import Strategy
 
 if TYPE_CHECKING:
     from smolseek.api import Model
 
 
 @dataclass(frozen=True)
-class GenerateArgs(Strategy):
+class GenerateArgs(SamplingOptions):
     """Continue a prompt; the text appears as it is written."""
 
     model: str
@@ -56,7 +56,7 @@ class GenerateArgs(Strategy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArgs(Strategy):
+class ChatArgs(SamplingOptions):
     """Talk with a model that has a chat template; /help lists the commands."""
 
     model: str
@@ -75,11 +75,11 @@ class ChatArgs(Strategy):
     """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
 
 
-def _strategy(args: Strategy, argv: Sequence[str], model: "Model") -> dict[str, Any]:
+def _strategy(args: SamplingOptions, argv: Sequence[str], model: "Model") -> dict[str, Any]:
     """Return the strategy that `argv` gives; the verb's defaults stand for what neither it nor the model says."""
-    spelt = {f.name: (f"--{f.name}", f"--{f.name.replace('_', '-')}") for f in fields(Strategy)}
+    spelt = {f.name: (f"--{f.name}", f"--{f.name.replace('_', '-')}") for f in fields(SamplingOptions)}
     given = {name for name, options in spelt.items() if any(option(argv, word) is not None for word in options)}
-    return {f.name: getattr(args, f.name) for f in fields(Strategy) if f.name in given or f.name not in model.strategy}
+    return {name: getattr(args, name) for name in spelt if name in given or name not in model.strategy}
 
 
 def generate(argv: Sequence[str]) -> None:

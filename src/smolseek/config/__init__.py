@@ -1,6 +1,7 @@
-"""Every setting of a model (shape.py) and of a training run (training.py), as frozen dataclasses. Imports no torch."""
+"""Every setting of a model, of a training run and of sampling, as frozen dataclasses. Imports no torch."""
 
 from smolseek.config.plain import flatten, from_dict, parse_json, to_dict
+from smolseek.config.sampling import SamplingOptions
 from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType
 from smolseek.config.training import (
     BalanceConfig,
@@ -24,6 +25,7 @@ __all__ = [
     "OptimConfig",
     "RopeConfig",
     "RopeType",
+    "SamplingOptions",
     "ScheduleConfig",
     "TrainConfig",
     "flatten",

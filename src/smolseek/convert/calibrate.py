@@ -17,8 +17,8 @@ from smolseek.data.sequences import TooFewTokens, build_sequences
 from smolseek.data.sources import read_documents
 from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
-from smolseek.generate.engine import Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Generator
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.rope import rotate
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config
@@ -162,11 +162,11 @@ def _written(path: Path, tokens: int, seed: int, tokenizer: Any) -> torch.Tensor
     prompts = [start] * max(tokens // length, 1)
     console.say(f"The source writes {len(prompts) * length:,} tokens to calibrate with")
     # A seed a row, or all rows would say the same.
-    sampling = [Sampling(temperature=1.0, seed=seed * 100_003 + row) for row in range(len(prompts))]
+    sampling = [SamplingParams(temperature=1.0, seed=seed * 100_003 + row) for row in range(len(prompts))]
     rows: list[list[int]] = []
     with console.progress(len(prompts), "writing") as bar:
         for lot in range(0, len(prompts), _LOT):
-            writer = Writer(model, prompts[lot : lot + _LOT], sampling[lot : lot + _LOT], length + 1 - len(start))
+            writer = Generator(model, prompts[lot : lot + _LOT], sampling[lot : lot + _LOT], length + 1 - len(start))
             rows += [[*start, *result.tokens] for result in writer.finish()]
             bar.update(len(rows))
     return torch.tensor(rows)

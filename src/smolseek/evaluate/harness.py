@@ -17,8 +17,8 @@ from lm_eval.tasks import TaskManager
 
 from smolseek import console
 from smolseek.errors import SmolseekError, nearest
-from smolseek.generate.engine import Writer
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.engine import Generator
+from smolseek.generate.sampling import SamplingParams
 from smolseek.storage.hf_folder import LoadedModel, load_model
 from smolseek.tokenizer import require_known
 
@@ -118,7 +118,7 @@ class NativeLM(TemplateLM):
         stops = [stop for stop in settings["until"] if stop]
         length = min(settings["max_gen_toks"], self.max_length - 1)
         prompt = self.tok_encode(context)[-(self.max_length - length) :] or [self.prefix_token_id]
-        sampling = Sampling(temperature=float(settings.get("temperature", 0.0)))
+        sampling = SamplingParams(temperature=float(settings.get("temperature", 0.0)))
         written: list[int] = []
 
         def stopped(_: int, token: int) -> bool:
@@ -126,7 +126,7 @@ class NativeLM(TemplateLM):
             text = self.tokenizer.decode(written)
             return any(stop in text for stop in stops)
 
-        writer = Writer(self.model, [prompt], sampling, length, stop_ids=self._ends, until=stopped)
+        writer = Generator(self.model, [prompt], sampling, length, stop_ids=self._ends, until=stopped)
         text = self.tokenizer.decode(writer.finish()[0].tokens)
         for stop in stops:
             text = text.split(stop)[0]

@@ -11,7 +11,7 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Decoder, Result, StopReason, check_request, require_finite
-from smolseek.generate.sampling import Sampling, processors
+from smolseek.generate.sampling import SamplingParams, processors
 from smolseek.model.transformer import CausalLM
 
 
@@ -28,7 +28,7 @@ def beam_search(
     *,
     beams: int,
     max_tokens: int,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     stop_ids: Collection[int] = (),
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
@@ -61,7 +61,7 @@ def beam_search(
         raise SmolseekError(f"beams {beams} and n {returned} do not fit: n is at most the beams, and both at least 1")
     if not -1000 <= length_penalty <= 1000:
         raise SmolseekError(f"length-penalty {length_penalty} is out of range: 1 is usual")
-    sampling = sampling or Sampling()
+    sampling = sampling or SamplingParams()
     begun = time.perf_counter()
     stops = sorted(set(stop_ids))
     context = model.config.max_position_embeddings
@@ -118,7 +118,7 @@ def beam_search(
         texts = [[*texts[beam], token] for beam, token, _ in open_beams]
         paths = [[*paths[beam], float(own_WV[beam, token])] for beam, token, _ in open_beams]
         scores_W = torch.tensor([score for _, _, score in open_beams])
-        decoder.take([beam for beam, _, _ in open_beams])
+        decoder.reorder_cache([beam for beam, _, _ in open_beams])
         logits_WV = decoder.step([token for _, token, _ in open_beams])
     seconds = time.perf_counter() - read
     return [

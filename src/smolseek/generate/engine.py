@@ -11,10 +11,10 @@ from typing import Literal, NamedTuple
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.generate.native import bind
+from smolseek.generate.cpu_decode import bind
 from smolseek.generate.pairs import pairs_for
 from smolseek.generate.prefill import prefill
-from smolseek.generate.sampling import Picker, Sampling
+from smolseek.generate.sampling import Sampler, SamplingParams
 from smolseek.generate.static import StaticStep
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
@@ -25,7 +25,7 @@ StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "
 class Decoder:
     """A model with a cache of rows, one a sequence: reads prompts, then takes one token of each row at a time.
 
-    On a CPU decoding goes through native.c where that can be built, and through the model's forward pass elsewhere.
+    On a CPU decoding goes through cpu_decode.c where that can be built, and through the model's forward pass elsewhere.
     On CUDA it plays a recorded graph.
     Prompts go through prefill.c where the processor multiplies bfloat16, and through PyTorch's operations elsewhere.
 
@@ -70,7 +70,7 @@ class Decoder:
         return logits_BV
 
     @torch.inference_mode()
-    def take(self, rows: Sequence[int]) -> None:
+    def reorder_cache(self, rows: Sequence[int]) -> None:
         """Make the rows those numbered in `rows`, which may repeat or leave some out."""
         self.cache.length = max(self.lengths)
         self.cache.take(rows)
@@ -151,7 +151,7 @@ def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
     return total_X
 
 
-class Writer:
+class Generator:
     """Writes after one or more prompts: an iterator of tokens, with the `results` beside it.
 
     A row's tokens do not depend on the other rows. Rows that end make room at once.
@@ -174,7 +174,7 @@ class Writer:
         self,
         model: CausalLM,
         prompts: Sequence[Sequence[int]],
-        sampling: Sampling | Sequence[Sampling],
+        sampling: SamplingParams | Sequence[SamplingParams],
         max_tokens: int | None = None,
         *,
         stop_ids: Collection[int] = (),
@@ -185,7 +185,7 @@ class Writer:
         check_request(model, prompts, max_tokens)
         if max_time is not None and not max_time > 0:
             raise SmolseekError(f"max-time {max_time} must be above 0 seconds")
-        samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         assert len(samplings) == len(prompts)
         check_request(model, [[*p, *s.prefix] for p, s in zip(prompts, samplings, strict=True)], max_tokens)
         self._model, self._prompts, self._samplings = model, [list(ids) for ids in prompts], samplings
@@ -216,7 +216,7 @@ class Writer:
         begun = time.perf_counter()
         limit = max(self._end(row) for row in range(len(self._prompts)))
         decoder = Decoder(model, len(self._prompts), min(limit, context), native=self._native)
-        logits, pickers = self._read(decoder)
+        logits, samplers = self._read(decoder)
         read = time.perf_counter()
         for result in self.results:
             result.cache_bytes, result.prompt_seconds = decoder.cache.nbytes, read - begun
@@ -227,7 +227,7 @@ class Writer:
                 # The first logits of a row are those after the prompt and after each token of its forced prefix.
                 reason: StopReason | None = None
                 for logits_V in logits[place]:
-                    token, reason = self._advance(row, pickers[row], logits_V, begun)
+                    token, reason = self._advance(row, samplers[row], logits_V, begun)
                     self.results[row].decode_seconds = time.perf_counter() - read
                     if token is not None:
                         yield token
@@ -239,15 +239,15 @@ class Writer:
             if len(kept) < len(rows):
                 rows = [rows[place] for place in kept]
                 if rows:
-                    decoder.take(kept)
+                    decoder.reorder_cache(kept)
             if rows:
-                logits = list(decoder.step([pickers[row].ids[-1] for row in rows])[:, None])
+                logits = list(decoder.step([samplers[row].ids[-1] for row in rows])[:, None])
 
     def _advance(
-        self, row: int, picker: Picker, logits_V: torch.Tensor, begun: float
+        self, row: int, sampler: Sampler, logits_V: torch.Tensor, begun: float
     ) -> tuple[Token | None, StopReason | None]:
         """Choose and note the next token of a row; return it, if there is one, and why the row ends, if it does."""
-        result, prefix = self.results[row], picker.sampling.prefix
+        result, prefix = self.results[row], sampler.sampling.prefix
         if self._cancelled:
             return None, "cancelled"
         if self._max_time is not None and time.perf_counter() - begun >= self._max_time:
@@ -256,10 +256,10 @@ class Writer:
         if len(result.tokens) < len(prefix):
             token = prefix[len(result.tokens)]
         else:
-            token = picker.pick(logits_V)
+            token = sampler.sample(logits_V)
             if token in self._stop_ids:
                 return None, "stop_token"
-        picker.take(token)
+        sampler.append(token)
         written = Token(row, token, float(logits_V[token] - total))
         result.tokens.append(token)
         result.logprobs.append(written.logprob)
@@ -267,7 +267,7 @@ class Writer:
             return written, "stop_string"
         if self._max_tokens is not None and len(result.tokens) >= self._max_tokens:
             return written, "length"
-        if len(picker.ids) >= self._model.config.max_position_embeddings:
+        if len(sampler.ids) >= self._model.config.max_position_embeddings:
             return written, "context"
         return written, None
 
@@ -277,10 +277,10 @@ class Writer:
         most = context if self._max_tokens is None else len(prompt) + self._max_tokens
         return max(min(most, context), len(prompt) + len(self._samplings[row].prefix))
 
-    def _read(self, decoder: Decoder) -> tuple[list[torch.Tensor], list[Picker]]:
+    def _read(self, decoder: Decoder) -> tuple[list[torch.Tensor], list[Sampler]]:
         """Read the prompts, with the forced prefixes; a prompt that came before is copied from its row."""
         logits: list[torch.Tensor] = []
-        pickers = []
+        samplers = []
         seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         for row, (prompt, sampling) in enumerate(zip(self._prompts, self._samplings, strict=True)):
             key = (tuple(prompt), sampling.prefix)
@@ -290,23 +290,23 @@ class Writer:
             else:
                 seen[key] = row
                 logits.append(decoder.prefill(row, [*prompt, *sampling.prefix], len(sampling.prefix) + 1))
-            pickers.append(Picker(sampling, prompt, self._stop_ids))
-        return logits, pickers
+            samplers.append(Sampler(sampling, prompt, self._stop_ids))
+        return logits, samplers
 
 
 def generate(
     model: CausalLM,
     ids: Sequence[int],
-    sampling: Sampling,
+    sampling: SamplingParams,
     max_tokens: int,
     stop_ids: Collection[int] = (),
 ) -> Iterator[int]:
     """Yield up to `max_tokens` new tokens after the prompt `ids`; ends before a token of `stop_ids`.
 
-    `Writer` does more: many prompts, log-probabilities, the reason of the end, limits and cancelling.
+    `Generator` does more: many prompts, log-probabilities, the reason of the end, limits and cancelling.
 
     Raises:
         SmolseekError: for an empty prompt, one beyond the context, or `max_tokens` below 1.
     """
-    writer = Writer(model, [ids], sampling, max_tokens, stop_ids=stop_ids)
+    writer = Generator(model, [ids], sampling, max_tokens, stop_ids=stop_ids)
     return (token.id for token in writer)

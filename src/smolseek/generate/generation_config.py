@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from smolseek.config import from_dict
+from smolseek.config import SamplingOptions, from_dict
 from smolseek.errors import SmolseekError
-from smolseek.generate.strategy import Strategy
 
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Settings that transformers follows with `do_sample` only."""
@@ -39,7 +38,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 
 
 def settings(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields of `Sampling` that a `generation_config.json` sets; `where` names it in error messages.
+    """Return the fields of `SamplingParams` that a `generation_config.json` sets; `where` names it in error messages.
 
     `do_sample` brings the temperature and the filters; penalties and bans always count. How long a text may become is
     the caller's to say.
@@ -58,7 +57,7 @@ def settings(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             del found["top_k"]
     if values.get("min_new_tokens"):
         found["min_tokens"] = values["min_new_tokens"]
-    from_dict(Strategy, found, where)
+    from_dict(SamplingOptions, found, where)
     banned = values.get("bad_words_ids") or []
     alone = values.get("suppress_tokens") or []
     try:

@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-from smolseek.generate.native import library
+from smolseek.generate.cpu_decode import library
 from smolseek.model.transformer import CausalLM
 
 _BLOCK = 64  # keys of a block, as in prefill.c

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from smolseek.config import SamplingOptions
 from smolseek.errors import SmolseekError
-from smolseek.generate.strategy import Strategy
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """As transformers' LogitsProcessor: token ids [1, T] and scores [1, V] -> new scores [1, V]."""
@@ -19,7 +19,7 @@ _ENOUGH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Strategy):
+class SamplingParams(SamplingOptions):
     """A strategy with what is told in tokens."""
 
     bad_words: tuple[tuple[int, ...], ...] = ()
@@ -35,7 +35,7 @@ class Sampling(Strategy):
             raise SmolseekError("bad words: one of them is empty: leave it out")
 
 
-def processors(sampling: Sampling, prompt: int, stop_ids: Collection[int]) -> list[Processor]:
+def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int]) -> list[Processor]:
     """Return what changes the logits before the draw, in transformers' order; empty in the usual case.
 
     Args:
@@ -64,7 +64,7 @@ def processors(sampling: Sampling, prompt: int, stop_ids: Collection[int]) -> li
     return found + list(sampling.processors)
 
 
-def _penalty(sampling: Sampling, prompt: int) -> Processor:
+def _penalty(sampling: SamplingParams, prompt: int) -> Processor:
     """Presence and frequency penalties, as OpenAI's API has them: of the tokens written, not of the prompt."""
 
     def apply(ids_1T: torch.Tensor, scores_1V: torch.Tensor) -> torch.Tensor:
@@ -75,7 +75,7 @@ def _penalty(sampling: Sampling, prompt: int) -> Processor:
     return apply
 
 
-def candidates(logits_V: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
+def candidates(logits_V: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits [C] and ids [C] of the tokens still in the draw, after the temperature and the filters."""
     given_V = logits_V.float()
     logits_V = given_V / sampling.temperature
@@ -126,8 +126,8 @@ def _typical(logits: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torc
     return logits[kept], ids[kept]
 
 
-class Picker:
-    """Picks the tokens of one sequence; it holds the sequence's draws and, where a strategy needs them, its tokens.
+class Sampler:
+    """Draws the tokens of one sequence; it holds the sequence's draws and, where a strategy needs them, its tokens.
 
     Args:
         sampling: the strategy.
@@ -135,13 +135,13 @@ class Picker:
         stop_ids: tokens that end the sequence.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], stop_ids: Collection[int]) -> None:
+    def __init__(self, sampling: SamplingParams, prompt: Sequence[int], stop_ids: Collection[int]) -> None:
         self.sampling = sampling
         self.ids = list(prompt)
         self.processors = processors(sampling, len(prompt), stop_ids)
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
-    def pick(self, logits_V: torch.Tensor) -> int:
+    def sample(self, logits_V: torch.Tensor) -> int:
         """Return the next token for `logits_V`."""
         if self.processors:
             ids_1T, scores_1V = torch.tensor([self.ids]), logits_V.float()[None].cpu()
@@ -156,6 +156,6 @@ class Picker:
         drawn = torch.multinomial(logits_C.softmax(dim=-1).cpu(), 1, generator=self.generator)
         return int(ids_C[drawn.to(ids_C.device)])
 
-    def take(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """Note that `token` comes next."""
         self.ids.append(token)

@@ -4,7 +4,7 @@ from typing import Any
 
 from smolseek.console import Log
 from smolseek.generate.engine import generate
-from smolseek.generate.sampling import Sampling
+from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder
 
@@ -25,7 +25,7 @@ def write_samples(
     The random numbers are a generator's of their own, and no weight is touched: the training goes on as if it had
     written nothing. The same numbers are drawn each time, so what differs from step to step is the model.
     """
-    sampling = Sampling(temperature=0.8, top_k=50, top_p=0.95, seed=seed)
+    sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, seed=seed)
     texts = []
     lines = [f"## Step {step}", "", "Temperature 0.8, top-k 50, top-p 0.95.", ""]
     for prompt in PROMPTS:

@@ -1,12 +1,12 @@
-"""What native.c does with numbers that are none."""
+"""What cpu_decode.c does with numbers that are none."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from smolseek.generate.cpu_decode import library
 from smolseek.generate.engine import Decoder
-from smolseek.generate.native import library
 from smolseek.model.transformer import new_model
 from smolseek.presets import tiny
 

@@ -1,4 +1,4 @@
-"""The numbers of a strategy: one source for Python, the command line and a chat's /params. Imports no torch."""
+"""How tokens are drawn, as numbers: one source for Python, the command line and a chat's /params."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from smolseek.errors import SmolseekError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strategy:
+class SamplingOptions:
     """How tokens are picked. Penalties and bans come first, then the temperature, then the filters.
 
     Raises:

@@ -1,7 +1,7 @@
 /* One decoding step on the CPU: a token for each of B sequences -> logits, in one call and one parallel region.
 
    Writing a token is bound by reading the weights once. So matrices are read in their stored type, in order, by all
-   threads; everything else is float32. native.py holds the mirror of the two structs below and builds this file.
+   threads; everything else is float32. cpu_decode.py holds the mirror of the two structs below and builds this file.
 
    Every number depends on its own sequence only, and is summed in one order whatever B and the threads are: a batch
    gives the same bits as its sequences one by one.

@@ -1,4 +1,4 @@
-"""The fast way to decode on a CPU: native.c and prefill.c, built with the machine's C compiler; calls native.c.
+"""The fast way to decode on a CPU: cpu_decode.c and prefill.c, built with the machine's C compiler; calls cpu_decode.c.
 
 Nothing depends on it: without a compiler, for another number format or on another device, `bind` gives None and the
 engine takes the model's own forward pass.
@@ -18,12 +18,12 @@ from smolseek.model.moe import MLP, MoE
 from smolseek.model.norm import RMSNorm
 from smolseek.model.transformer import Block, CausalLM
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "prefill.c"))
-MAX_BATCH = 512  # as in native.c
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "prefill.c"))
+MAX_BATCH = 512  # as in cpu_decode.c
 
 
 def _struct(name: str, **fields: str) -> type[ctypes.Structure]:
-    """Make a struct class from names by type, in the order of native.c."""
+    """Make a struct class from names by type, in the order of cpu_decode.c."""
     types = {"pointers": ctypes.c_void_p, "ints": ctypes.c_int64, "floats": ctypes.c_float}
     members = [(member, types[kind.rstrip("_")]) for kind, names in fields.items() for member in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": members})
@@ -47,7 +47,7 @@ _Model = _struct(
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled native.c and prefill.c, or None where they cannot be built."""
+    """Return the compiled cpu_decode.c and prefill.c, or None where they cannot be built."""
     found = compiled.library(*SOURCES)
     return _declare(found) if found is not None else None
 
@@ -96,8 +96,8 @@ class _Team:
         self._seconds[threads] = (before + seconds) / 2 if before else seconds
 
 
-class Native:
-    """A model and a cache bound to native.c. It reads the model's weights where they lie."""
+class CpuDecoder:
+    """A model and a cache bound to cpu_decode.c. It reads the model's weights where they lie."""
 
     def __init__(self, found: ctypes.CDLL, model: CausalLM, cache: Cache) -> None:
         self._step = found.step
@@ -224,8 +224,8 @@ class Native:
             entry.down_shared = self._at(shared.down_proj.weight)
 
 
-def bind(model: CausalLM, cache: Cache) -> Native | None:
-    """Bind the model to native.c, or return None where that is not possible."""
+def bind(model: CausalLM, cache: Cache) -> CpuDecoder | None:
+    """Bind the model to cpu_decode.c, or return None where that is not possible."""
     kinds = {p.dtype for p in model.parameters() if p.ndim > 1}
     kind = model.lm_head.weight.dtype
     if model.lm_head.weight.device.type != "cpu" or kind not in (torch.float32, torch.bfloat16) or len(kinds) > 1:
@@ -233,4 +233,4 @@ def bind(model: CausalLM, cache: Cache) -> Native | None:
     if cache.rows > MAX_BATCH or cache.dtype != kind:
         return None
     found = library()
-    return Native(found, model, cache) if found is not None else None
+    return CpuDecoder(found, model, cache) if found is not None else None
