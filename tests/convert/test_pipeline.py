@@ -17,6 +17,7 @@ from smolseek.convert.pipeline import Conversion, convert
 from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
+from smolseek.storage import safetensors_file
 from smolseek.storage.hf_folder import load_model, save_folder
 
 CONFIG = ModelConfig(
@@ -240,7 +241,7 @@ def test_no_space(llama, capsys, monkeypatch):
         path.write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline.safetensors_file, "write", full)
+    monkeypatch.setattr(safetensors_file, "write", full)
     refused(llama, "No space left", capsys)
 
 

@@ -17,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from smolseek import load
-from smolseek.storage.hf_folder import file_views, load_model, read_config
+from smolseek.storage.hf_folder import load_model, read_config
+from smolseek.storage.weights import file_views
 
 PROMPT = "The old river runs"
 SENTENCES = [f"The old river number {i} runs under a small red house near the light." for i in range(100)]

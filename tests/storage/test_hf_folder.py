@@ -12,14 +12,8 @@ from smolseek.config import ModelConfig, RopeConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import PRESETS
-from smolseek.storage.hf_folder import (
-    config_from_hf,
-    config_to_hf,
-    load_model,
-    load_weights,
-    read_config,
-    save_folder,
-)
+from smolseek.storage.hf_config import config_from_hf, config_to_hf
+from smolseek.storage.hf_folder import load_model, load_weights, read_config, save_folder
 
 DEEPSEEK = ModelConfig(
     vocab_size=101,

@@ -29,9 +29,10 @@ from smolseek.convert.sparse import Fitted, active_neurons, sparse, sparse_confi
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.files import atomic_folder, is_vacant, write_atomically
 from smolseek.model.summary import count
-from smolseek.storage import safetensors_file
 from smolseek.storage.hf_config import config_to_hf
-from smolseek.storage.hf_folder import INDEX, WEIGHTS, load_causal_lm
+from smolseek.storage.hf_folder import load_causal_lm
+from smolseek.storage.safetensors_file import ShardWriter
+from smolseek.storage.weights import file_dtype
 
 # Files of a Hugging Face folder that are taken over as they are: the tokenizer's, and others.
 _TEXT = (
@@ -291,37 +292,15 @@ _UNCHANGED = ("input_layernorm.weight", "post_attention_layernorm.weight")
 
 
 def _write_weights(part: Path, layers: Iterator[dict[str, torch.Tensor]], n_layers: int, dtype: torch.dtype) -> None:
-    """Write the tensors to shards of at most a gigabyte and a layer, each as soon as it is full."""
-    places: dict[str, int] = {}
-    shard: list[safetensors_file.Entry] = []
-    size = total = shards = 0
-
-    def flush() -> None:
-        nonlocal shard, size, total, shards
-        safetensors_file.write(part / f"shard-{shards}", shard)
-        places.update({name: shards for name, _, _ in shard})
-        shard, total, size, shards = [], total + size, 0, shards + 1
-
+    """Write the tensors to shards of at most a gigabyte, each as soon as it is full."""
+    writer = ShardWriter(part, _SHARD_BYTES)
     with console.progress(n_layers, "converting") as bar:
         for done, tensors in enumerate(layers):
             for name, tensor in tensors.items():
-                kind = torch.float32 if name.endswith("e_score_correction_bias") else dtype
-                shard.append((name, tensor.to(kind), kind))
-                size += tensor.numel() * kind.itemsize
-            if size >= _SHARD_BYTES:
-                flush()
+                kind = file_dtype(name, dtype)
+                writer.add((name, tensor.to(kind), kind))
             bar.update(min(done, n_layers))
-        if shard:
-            flush()
-    names = [f"model-{n + 1:05d}-of-{shards:05d}.safetensors" for n in range(shards)] if shards > 1 else [WEIGHTS]
-    for n, name in enumerate(names):
-        (part / f"shard-{n}").rename(part / name)
-    if shards > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {name: names[n] for name, n in sorted(places.items())},
-        }
-        write_atomically(part / INDEX, json.dumps(index, indent=2) + "\n")
+    writer.finish()
 
 
 def _write_text_files(opened: Source, part: Path, values: dict, own: bool) -> None:

@@ -13,9 +13,10 @@ from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.gguf_file import GgufFile
-from smolseek.storage.hf_folder import file_views, folder_config, weight_files
-from smolseek.storage.safetensors_file import FLOAT_TYPES, damage_named
+from smolseek.storage.hf_folder import folder_config
+from smolseek.storage.safetensors_file import FLOAT_TYPES, damage_named, weight_files
 from smolseek.storage.target import resolve
+from smolseek.storage.weights import file_views
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
 

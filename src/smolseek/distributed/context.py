@@ -31,7 +31,7 @@ from smolseek.distributed.mesh import Mesh
 from smolseek.distributed.rendezvous import wait_for_peers
 from smolseek.distributed.single_process import Named, SingleProcess, Stream
 from smolseek.errors import PeerLost, SmolseekError, Stopped
-from smolseek.model.parts import Part, whole
+from smolseek.model.local_shards import LocalShard, full_tensor
 from smolseek.model.transformer import CausalLM, draw_weight
 
 _AWAY = -1
@@ -266,17 +266,19 @@ class DistributedContext(SingleProcess):
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return signal.Signals(int(number)) if number else None
 
-    def local_shards(self, model: CausalLM) -> dict[str, Part]:
+    def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
         """Return this process's rows of every tensor, with no gathered copy beside them."""
         for module in parts_of(model):
             module.reshard()
         found = {name: self.as_shard(name, local(p).detach()) for name, p in model.named_parameters()}
-        return found | {name: whole(b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+        return found | {
+            name: full_tensor(b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
+        }
 
-    def as_shard(self, name: str, tensor: torch.Tensor) -> Part:
+    def as_shard(self, name: str, tensor: torch.Tensor) -> LocalShard:
         """Return a tensor that lies as the parameter `name` does as a part."""
         where = self.where[name]
-        return Part(tensor, where.start, where.rows)
+        return LocalShard(tensor, where.start, where.rows)
 
     def shard_slice(self, name: str) -> slice | None:
         """Return which rows of the parameter `name` this process holds."""
@@ -288,7 +290,7 @@ class DistributedContext(SingleProcess):
         where = self.where[name]
         return where.own > 0 and where.copy == number % where.copies
 
-    def checkpoint_shards(self, model: CausalLM) -> dict[str, Part]:
+    def checkpoint_shards(self, model: CausalLM) -> dict[str, LocalShard]:
         """Return what this process is to write of the weights, on the CPU; all call it together.
 
         Experts are written by those who hold them. Any other tensor is put together, one at a time, and one process
@@ -308,8 +310,10 @@ class DistributedContext(SingleProcess):
             elif self.where[name].copy == number % self.where[name].copies:
                 full = p.full_tensor().detach()
                 if number // self.mesh.copies % self.mesh.shard == self.groups.dense.get_local_rank(1):
-                    found[name] = whole(full)
-        return {name: Part(part.tensor.to("cpu", copy=True), part.start, part.rows) for name, part in found.items()}
+                    found[name] = full_tensor(full)
+        return {
+            name: LocalShard(part.tensor.to("cpu", copy=True), part.start, part.rows) for name, part in found.items()
+        }
 
 
 class _Standing:

@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from smolseek.config import ModelConfig, TrainConfig
-from smolseek.model.parts import Part, all_parts, whole
+from smolseek.model.local_shards import LocalShard, full_tensor, full_tensors
 from smolseek.model.transformer import CausalLM, new_model
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -131,13 +131,13 @@ class SingleProcess:
         """Return the signal that any process received."""
         return received
 
-    def local_shards(self, model: CausalLM) -> dict[str, Part]:
+    def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
         """Return what this process holds of the model, by name; a tied head is left out."""
-        return all_parts(model)
+        return full_tensors(model)
 
-    def as_shard(self, name: str, tensor: torch.Tensor) -> Part:
+    def as_shard(self, name: str, tensor: torch.Tensor) -> LocalShard:
         """Return `tensor`, which is as this process's part of the parameter `name`, as a part."""
-        return whole(tensor)
+        return full_tensor(tensor)
 
     def shard_slice(self, name: str) -> slice | None:
         """Return which rows of the parameter `name` this process holds; None for all."""
@@ -150,6 +150,9 @@ class SingleProcess:
         """
         return True
 
-    def checkpoint_shards(self, model: CausalLM) -> dict[str, Part]:
+    def checkpoint_shards(self, model: CausalLM) -> dict[str, LocalShard]:
         """Return what this process is to write of the weights, on the CPU; all call it together."""
-        return {name: Part(part.tensor.to("cpu", copy=True), 0, part.rows) for name, part in all_parts(model).items()}
+        return {
+            name: LocalShard(part.tensor.to("cpu", copy=True), 0, part.rows)
+            for name, part in full_tensors(model).items()
+        }

@@ -6,12 +6,14 @@ S^2 mean(c^2) / (2 eps), 4.5e-13 mean(c^2) here: below the last bit of float32 f
 hundreds. The numbers are of the size 1e-11 and the norm's weights a million, which bfloat16 holds and float16 does not.
 
 A model in memory whose configuration says `latent_norm` false has the plain matrix and no norm, for numbers of that
-size would break an optimizer.
+size would break an optimizer. Only the writing and the reading of a folder pass through here.
 """
 
 from collections.abc import Iterable, Iterator
 
 import torch
+
+from smolseek.config import ModelConfig
 
 EPS = 1e-6
 """What transformers adds in the norm of the latent, whatever `rms_norm_eps` says."""
@@ -19,6 +21,17 @@ MATRIX = "kv_a_proj_with_mqa.weight"
 NORM = "kv_a_layernorm.weight"
 # As float32 has it: the norm's weights in a file are float32, and what is undone must be what was done.
 _ROOT = float(torch.tensor(EPS**0.5, dtype=torch.float32))
+
+Tensors = Iterable[tuple[str, torch.Tensor]]
+
+
+def folded(tensors: Tensors, config: ModelConfig, *, reversible: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on a model's tensors as its folder has them: with a norm of the latent where the model has none."""
+    for name, tensor in tensors:
+        if name.endswith(MATRIX) and not config.latent_norm:
+            tensor, norm = fold(tensor, config.kv_lora_rank or 0, reversible=reversible)
+            yield name.replace(MATRIX, NORM), norm
+        yield name, tensor
 
 
 def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,11 +47,12 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
     return stored, matrix.new_full((rank,), norm)
 
 
-def unfolded(tensors: Iterable[tuple[str, torch.Tensor]], rank: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on a file's tensors, the matrices freed of their scale and without the norms' weights."""
+def unfolded(tensors: Tensors, config: ModelConfig | int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on a folder's tensors as the model has them: without the norm of the latent where the model has none."""
+    rank = config if isinstance(config, int) else None if config.latent_norm else config.kv_lora_rank
     waiting: dict[str, tuple[str, torch.Tensor]] = {}
     for name, tensor in tensors:
-        if not name.endswith((MATRIX, NORM)):
+        if rank is None or not name.endswith((MATRIX, NORM)):
             yield name, tensor
             continue
         layer = name.removesuffix(MATRIX).removesuffix(NORM)
@@ -50,8 +64,8 @@ def unfolded(tensors: Iterable[tuple[str, torch.Tensor]], rank: int) -> Iterator
         matrix, norm = pair[layer + MATRIX], pair[layer + NORM]
         factor = norm.double() / _ROOT
         # In float32 at least: the caller rounds to its own type once.
-        whole = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+        plain = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
         if norm.shape == (rank,):
-            whole[:rank] = (matrix[:rank].double() * factor[:, None]).to(whole.dtype)
-        yield layer + MATRIX, whole
+            plain[:rank] = (matrix[:rank].double() * factor[:, None]).to(plain.dtype)
+        yield layer + MATRIX, plain
     # Half of a pair says nothing without the other: it is not passed on, and the caller misses the matrix.

@@ -8,14 +8,14 @@ import safetensors
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.model.parts import Part
+from smolseek.model.local_shards import LocalShard
 from smolseek.storage import safetensors_file
 from smolseek.storage.manifest import STATE_TENSORS
 
 _PIECE = re.compile(r"(.+)@(\d+)/(\d+)")
 
 
-def piece_name(name: str, part: Part) -> str:
+def piece_name(name: str, part: LocalShard) -> str:
     """Return the name in a file of some rows of the tensor `name`: with the first one and their number in the whole."""
     return name if len(part.tensor) == part.rows else f"{name}@{part.start}/{part.rows}"
 

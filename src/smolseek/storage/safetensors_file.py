@@ -1,4 +1,4 @@
-"""Writing safetensors one tensor at a time, so that saving needs no second copy of a model, and reading them safely.
+"""The safetensors files of a model folder: written one tensor at a time, so that saving needs no second copy, and read.
 
 The format: the header's length (8 bytes, little-endian), a JSON header with the type, shape and place of each tensor,
 and the tensors' bytes.
@@ -6,13 +6,19 @@ and the tensors' bytes.
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
 
+from smolseek.config import parse_json
 from smolseek.errors import SmolseekError
+from smolseek.files import UNFINISHED, write_atomically
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -39,8 +45,9 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
     ordered = sorted(entries, key=lambda e: (-e[2].itemsize, e[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor, dtype in ordered:
-        start, end = end, end + tensor.numel() * dtype.itemsize
+    for entry in ordered:
+        name, tensor, dtype = entry
+        start, end = end, end + n_bytes(entry)
         header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -50,6 +57,95 @@ def write(path: Path, entries: Sequence[Entry]) -> None:
             if tensor.numel():
                 flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
                 file.write(flat.view(torch.uint8).numpy().data)
+
+
+def n_bytes(entry: Entry) -> int:
+    """Return the bytes that a tensor takes in a file."""
+    return entry[1].numel() * entry[2].itemsize
+
+
+def shard_name(number: int, count: int) -> str:
+    """Return the name of file `number`, from 0 on, of a model's `count`."""
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS
+
+
+def write_index(folder: Path, names: Sequence[Iterable[str]], total_size: int) -> None:
+    """Write which of a model's files holds which tensor: `names` are those in each."""
+    weight_map = {name: shard_name(n, len(names)) for n, inside in enumerate(names) for name in inside}
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    write_atomically(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+class ShardWriter:
+    """Writes a model's tensors to files of at most `max_bytes` each (one tensor at least), and their index.
+
+    A file is written as soon as it is full. All get their names in `finish`, in place of an earlier model's files: the
+    folder may hold that model's only other copy.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self._shard: list[Entry] = []
+        self._shard_bytes = self._total_bytes = 0
+        self._names: list[list[str]] = []
+
+    def add(self, entry: Entry) -> None:
+        """Take a tensor, to be written with its shard."""
+        if self._shard and self._shard_bytes + n_bytes(entry) > self.max_bytes:
+            self._write_shard()
+        self._shard.append(entry)
+        self._shard_bytes += n_bytes(entry)
+
+    def finish(self) -> None:
+        """Write the last shard and the index."""
+        self._write_shard()
+        for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / WEIGHTS, self.folder / INDEX]:
+            old.unlink(missing_ok=True)
+        count = len(self._names)
+        for n in range(count):
+            self._part(n).rename(self.folder / shard_name(n, count))
+        if count > 1:
+            write_index(self.folder, self._names, self._total_bytes)
+
+    def _write_shard(self) -> None:
+        write(self._part(len(self._names)), self._shard)
+        self._names.append([name for name, _, _ in self._shard])
+        self._total_bytes += self._shard_bytes
+        self._shard, self._shard_bytes = [], 0
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"{UNFINISHED}shard-{number}.safetensors"
+
+
+def indexed_files(folder: Path) -> list[str]:
+    """Return the names of the files that a folder's index names.
+
+    Raises:
+        SmolseekError: for an index that cannot be read.
+    """
+    try:
+        return sorted(set(parse_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SmolseekError(f"{folder / INDEX} cannot be read ({error}): copy or download it anew") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder.
+
+    Raises:
+        SmolseekError: if there are none, or one that the index names is missing.
+    """
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        hint = f"{pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else "add one"
+        raise SmolseekError(f"{folder} holds no {WEIGHTS}: {hint}")
+    names = indexed_files(folder)
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise SmolseekError(f"{folder} holds no {name}, which {INDEX} names: copy or download it anew")
+    return [folder / name for name in names]
 
 
 @contextlib.contextmanager
@@ -62,29 +158,52 @@ def damage_named(path: Path) -> Iterator[None]:
         raise SmolseekError(f"{path} is damaged or unreadable ({reason}): copy or download it anew") from None
 
 
-def types(path: Path) -> dict[str, str]:
-    """Return the type names ("F32") of the tensors in `path`, from its header alone."""
-    with damage_named(path), safetensors.safe_open(path, framework="pt") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+class SafetensorsFiles(Mapping[str, torch.Tensor]):
+    """The tensors of some safetensors files by their names. Each is read when asked for, and lies in mapped memory.
 
+    One file is open at a time, so that memory holds no more of the files than that: ask in their order (`items`).
+    """
 
-def pieces(path: Path, name: str, rows: int = 4096) -> Iterator[torch.Tensor]:
-    """Yield the tensor `name` of a file by `rows` rows at a time."""
-    with damage_named(path), safetensors.safe_open(path, framework="pt") as file:
-        tensor = file.get_slice(name)
-        for start in range(0, tensor.get_shape()[0], rows):
-            yield tensor[start : start + rows]
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Read the headers.
 
-
-def read(paths: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor of all files. The tensors lie in mapped memory: copy what is to outlive the file."""
-    for path in paths:
-        with contextlib.ExitStack() as stack:
-            # The guard stands around each read alone: an error of the consumer is none of this file.
+        Raises:
+            SmolseekError: for a file that is damaged.
+        """
+        self.path_of: dict[str, Path] = {}
+        self._path = Path()
+        self._file: Any = None
+        for path in paths:
             with damage_named(path):
-                file = stack.enter_context(safetensors.safe_open(path, framework="pt"))
-                names = list(file.keys())
-            for name in names:
-                with damage_named(path):
-                    tensor = file.get_tensor(name)
-                yield name, tensor
+                self.path_of |= dict.fromkeys(self._opened(path).keys(), path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.path_of)
+
+    def __len__(self) -> int:
+        return len(self.path_of)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with damage_named(self.path_of[name]):
+            return self._opened(self.path_of[name]).get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, from its file's header."""
+        with damage_named(self.path_of[name]):
+            return tuple(self._opened(self.path_of[name]).get_slice(name).get_shape())
+
+    def type_name(self, name: str) -> str:
+        """Return the type of a tensor by the format's name, such as F32, from its file's header."""
+        with damage_named(self.path_of[name]):
+            return self._opened(self.path_of[name]).get_slice(name).get_dtype()
+
+    def blocks(self, name: str, rows: int = 4096) -> Iterator[torch.Tensor]:
+        """Yield a tensor by `rows` rows at a time."""
+        for start in range(0, self.shape(name)[0], rows):
+            with damage_named(self.path_of[name]):
+                yield self._opened(self.path_of[name]).get_slice(name)[start : start + rows]
+
+    def _opened(self, path: Path) -> Any:
+        if path != self._path:
+            self._path, self._file = path, safetensors.safe_open(path, framework="pt")
+        return self._file

@@ -10,12 +10,12 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.files import delete_folder
-from smolseek.model.parts import Part
+from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, step_of
 from smolseek.storage.checkpoint import save_checkpoint
-from smolseek.storage.hf_folder import stored
 from smolseek.storage.together import finish, prepare, write_part
+from smolseek.storage.weights import file_entries
 
 
 class Saver:
@@ -128,7 +128,7 @@ class PartSaver(Saver):
         *,
         rank: int,
         size: int,
-        gather: Callable[[CausalLM], Mapping[str, Part]],
+        gather: Callable[[CausalLM], Mapping[str, LocalShard]],
         tell: Callable[[Callable[[], Any]], Any],
         timeout: float,
         keep_last: int = 0,
@@ -148,7 +148,7 @@ class PartSaver(Saver):
     def _copy_weights(self, step: int) -> None:
         # Told only when the folder is made, so that nobody writes before.
         self._obstacle = self._tell(lambda: prepare(self.run, step))
-        self._weights = stored(self.model.config, self._gather(self.model))
+        self._weights = {e[0]: e[1] for e in file_entries(self.model.config, self._gather(self.model), None)}
 
     def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         if self._obstacle is not None:

@@ -1,6 +1,5 @@
 """What a MODEL on the command line may be, and the folder or file that it stands for."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from smolseek.errors import SmolseekError, nearest
 from smolseek.presets import PRESETS
 from smolseek.run_folder import RunFolder
 from smolseek.storage.manifest import MANIFEST, newest_valid, verify
+from smolseek.storage.safetensors_file import INDEX, WEIGHTS, indexed_files
 from smolseek.tokenizer import SMOLLM2_HUB, smollm2_gguf
 
 MODEL_MAY_BE = (
@@ -19,7 +19,6 @@ MODEL_MAY_BE = (
 # other copies of the weights (consolidated.safetensors, original/, onnx/).
 CONFIG_FILES = ["config.json", "generation_config.json"]
 HUB_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
-INDEX = "model.safetensors.index.json"
 
 
 def resolve(target: str | Path, *, config_only: bool = False) -> Path:
@@ -80,9 +79,12 @@ def _from_hub(name: str, config_only: bool = False) -> Path:
         path = Path(get(name, allow_patterns=allowed, ignore_patterns="*/*", tqdm_class=Silent))
         if config_only:
             return path
-        names = _weight_names(path)
+        files = indexed_files(path) if (path / INDEX).exists() else [WEIGHTS]
+        patterns = [file for file in files if re.fullmatch(r"[\w.-]+\.safetensors", file)]
         # Of the same commit, whose name the folder has.
-        return Path(get(name, revision=path.name, allow_patterns=names))
+        return Path(get(name, revision=path.name, allow_patterns=patterns))
+    except SmolseekError:  # a damaged index
+        raise
     except GatedRepoError as error:
         response = error.response
         raise SmolseekError(f"{name} {why_refused(name, 'model', response.status_code, response.headers)}") from None
@@ -92,15 +94,6 @@ def _from_hub(name: str, config_only: bool = False) -> Path:
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
     raise SmolseekError(f"{name} is no folder here, and {reason}: a model is {MODEL_MAY_BE}")
-
-
-def _weight_names(path: Path) -> list[str]:
-    """Return the names of the weights that are read of the folder `path`, from its index where it has one."""
-    try:
-        named = set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # told by the reader, if it is damaged
-        named = {"model.safetensors"}
-    return sorted(name for name in named if re.fullmatch(r"[\w.-]+\.safetensors", name))
 
 
 def _smollm2() -> Path:

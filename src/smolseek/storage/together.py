@@ -19,8 +19,9 @@ from smolseek.files import begin_folder, publish, sync, unfinished, write_atomic
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
 from smolseek.storage.checkpoint import clear_unfinished, manifest_entry
-from smolseek.storage.hf_folder import write_index, write_rest
+from smolseek.storage.hf_folder import write_rest
 from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, manifest_text
+from smolseek.storage.safetensors_file import write_index
 
 _POLL = 0.02
 """Seconds between two looks for the others' parts."""
@@ -70,7 +71,6 @@ def write_part(
         record = {
             "files": files,
             "weights": list(weights),
-            "file": f"model-{number}.safetensors",
             "bytes": bytes_written,
         }
         write_atomically(folder / f".part-{rank}.json", json.dumps(record))
@@ -92,8 +92,7 @@ def finish(
     folder = unfinished(run.checkpoint_path(step))
     try:
         records = _gathered(folder, step, size, timeout)
-        weight_map = {name: record["file"] for record in records for name in record["weights"]}
-        write_index(folder, weight_map, sum(record["bytes"] for record in records))
+        write_index(folder, [record["weights"] for record in records], sum(record["bytes"] for record in records))
         write_rest(folder, config, torch.float32, tokenizer)
         (folder / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
         listed = {name: file for record in records for name, file in record["files"].items()}

@@ -1,0 +1,30 @@
+"""What one process holds of a model: for every tensor some of its rows, which are all of them for a single process."""
+
+from typing import NamedTuple
+
+import torch
+
+from smolseek.model.transformer import CausalLM
+
+
+class LocalShard(NamedTuple):
+    """Some rows of a tensor."""
+
+    tensor: torch.Tensor
+    """Rows `start` to `start + len(tensor)` of the full tensor; they share its memory."""
+    start: int
+    rows: int
+    """Rows of the full tensor."""
+
+
+def full_tensor(tensor: torch.Tensor) -> LocalShard:
+    """Return all of `tensor` as a shard."""
+    return LocalShard(tensor, 0, len(tensor))
+
+
+def full_tensors(model: CausalLM) -> dict[str, LocalShard]:
+    """Return every tensor of a model that is here in full, by name; a tied head is left out."""
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return {name: full_tensor(tensor) for name, tensor in state.items()}

@@ -1,0 +1,148 @@
+"""The tensors of a model under the names of its files, and back: the stacked experts are taken apart.
+
+Views of the stacks are written from, and read into, so neither way needs a second copy.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from smolseek.config import ModelConfig
+from smolseek.errors import SmolseekError
+from smolseek.model.local_shards import LocalShard, full_tensors
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.latent_norm import folded, unfolded
+from smolseek.storage.safetensors_file import FLOAT_TYPES, Entry
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
+    """Return views of the model's tensors under their names in a file; a tied head is left out."""
+    return dict(_views(full_tensors(model)))
+
+
+def file_entries(config: ModelConfig, shards: Mapping[str, LocalShard], dtype: torch.dtype | None) -> Iterator[Entry]:
+    """Yield what is written of `shards`, of which only the experts' may lack rows, in `dtype` or their own types.
+
+    A model without a norm of the latent gets one that does nothing, and that reading takes off to the last bit.
+    """
+    for name, tensor in folded(_views(shards), config, reversible=True):
+        yield name, tensor, file_dtype(name, dtype or tensor.dtype)
+
+
+def file_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the type of a tensor in a file of `dtype`.
+
+    The balancing biases stay float32, since bfloat16 would round them to steps larger than the updates.
+    """
+    return torch.float32 if name.endswith("e_score_correction_bias") else dtype
+
+
+def _views(shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, shard in shards.items():
+        yield from _unstacked(name, shard.tensor, shard.start)
+
+
+def _unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the file's names and views for one tensor of a model: itself, or the experts of a stack from `first` on.
+
+    `experts.gate_up_proj` [E, 2F, D] is `experts.N.gate_proj.weight` and `.up_proj.weight` [F, D]; every other stack
+    `experts.X_proj` [E, ...] is `experts.N.X_proj.weight`, and `experts.X_bias` is `experts.N.X_proj.bias`.
+    """
+    stack = re.fullmatch(r"(.+\.mlp\.experts)\.(\w+)_(proj|bias)", name)
+    if stack is None:
+        yield name, tensor
+        return
+    prefix, matrix, kind = stack.groups()
+    for n, expert in enumerate(tensor.unbind(), first):
+        if matrix == "gate_up":
+            gate, up = expert.chunk(2)
+            yield f"{prefix}.{n}.gate_proj.weight", gate
+            yield f"{prefix}.{n}.up_proj.weight", up
+        else:
+            yield f"{prefix}.{n}.{matrix}_proj.{'weight' if kind == 'proj' else 'bias'}", expert
+
+
+def computed(
+    tensors: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Leave out what other programs store and we compute or do not have: RoPE tables and MTP layers.
+
+    Those layers follow the others; only as many as config.json, which holds `values`, announces are left out, so that
+    a wrong number of layers is still found.
+    """
+    layers = values.get("num_hidden_layers") or 0
+    extra = values.get("num_nextn_predict_layers") or values.get("num_mtp_layers") or 0
+    known = isinstance(extra, int) and extra <= 1000  # a file that says anything else is damaged
+    mtp = tuple(f"model.layers.{layers + k}." for k in range(extra if known else 0))
+    return (pair for pair in tensors if not (pair[0].endswith("rotary_emb.inv_freq") or pair[0].startswith(mtp)))
+
+
+class _Target(NamedTuple):
+    """Where a tensor of a file goes."""
+
+    shape: torch.Size
+    """What it must have."""
+    view: torch.Tensor | None
+    """What takes its rows from `start` on; None where another process does."""
+    start: int
+
+
+def _targets(shards: Mapping[str, LocalShard]) -> dict[str, _Target]:
+    """Return where every tensor of a model's files goes."""
+    targets = {}
+    for name, shard in shards.items():
+        full = torch.empty(shard.rows, *shard.tensor.shape[1:], device="meta")
+        views = dict(_unstacked(name, shard.tensor, shard.start))
+        for file_name, view in _unstacked(name, full):
+            targets[file_name] = _Target(view.shape, views.get(file_name), shard.start if file_name == name else 0)
+    return targets
+
+
+def fill(
+    config: ModelConfig, shards: Mapping[str, LocalShard], tensors: Iterable[tuple[str, torch.Tensor]], path: Path
+) -> None:
+    """Copy `tensors`, named as in the files of `path`, into `shards`; every one must fit, and none may be missing.
+
+    Raises:
+        SmolseekError: for a tensor that is unknown, missing, or of another shape or kind.
+    """
+    targets = _targets(shards)
+    # Without shared experts their matrices hold no numbers, and not every program writes such tensors.
+    missing = {name for name, target in targets.items() if target.shape.numel()}
+    head, embedding = None, shards[EMBEDDING]
+    for name, tensor in unfolded(tensors, config):
+        if name == HEAD and config.tie_word_embeddings:
+            head = tensor[embedding.start : embedding.start + len(embedding.tensor)].to(embedding.tensor)
+            continue
+        if name not in targets:
+            raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
+        shape, view, start = targets[name]
+        if tensor.shape != shape:
+            raise SmolseekError(
+                f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
+                "config.json and the weights are not of one model"
+            )
+        if tensor.dtype not in FLOAT_TYPES.values():
+            raise SmolseekError(
+                f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
+                "take the model's bfloat16 or float32 version"
+            )
+        if view is not None:
+            view.copy_(tensor[start : start + len(view)])
+        missing.discard(name)
+    if head is not None and EMBEDDING in missing:  # tied matrices may be stored under either name
+        embedding.tensor.copy_(head)
+        missing.discard(EMBEDDING)
+    if missing:
+        first = next(name for name in targets if name in missing)
+        raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it anew")
+    if head is not None and not torch.equal(head, embedding.tensor):
+        raise SmolseekError(
+            f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "
+            "set it to false"
+        )
