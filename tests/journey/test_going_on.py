@@ -31,8 +31,8 @@ def quick(monkeypatch):
     """No audits, which have tests of their own, and one thread, which is faster for so small a model."""
     from smolseek.train import audits
 
-    monkeypatch.setattr(audits.audit, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(audits.audit, "audit_model", lambda *_, **__: [])
+    monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(2)

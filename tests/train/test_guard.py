@@ -36,8 +36,8 @@ real_losses = loop.losses
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One thread, which is faster for so small a model, and no audits, which have tests of their own."""
-    monkeypatch.setattr(audits.audit, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(audits.audit, "audit_model", lambda *_, **__: [])
+    monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -95,8 +95,8 @@ def plant(monkeypatch):
 def whole(text, tmp_path_factory):
     """The run that nothing happens to."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audits.audit, "audit", lambda *_, **__: [])
-        patch.setattr(audits.audit, "audit_model", lambda *_, **__: [])
+        patch.setattr(audits, "audit", lambda *_, **__: [])
+        patch.setattr(audits, "audit_model", lambda *_, **__: [])
         torch.set_num_threads(1)
         return loop.train(config(tmp_path_factory.mktemp("whole") / "run", text))
 
