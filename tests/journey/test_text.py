@@ -68,6 +68,10 @@ def test_one_text_file_trains_and_resumes(train, run_cli, tmp_path: Path) -> Non
     assert "1 document cut into parts at paragraph borders, the last ones held out" in line
     resumed = run_cli("train", "--run", "run", "--resume")
     assert resumed.code == 0 and "The run is complete" in resumed.out, resumed
+    # The audit goes by a part's place in its document, too: by their texts, a third of these would be for validation.
+    audited = train("--data", "one.txt", "--data.val-fraction", "0.3", "--run", "audited")
+    assert audited.code == 0 and "FAIL  data: validation" not in audited.out, audited
+    assert "PASS  data: validation never trained on" in run_cli("audit", "audited").out
     # Also beside other text to validate on, and prepared.
     (tmp_path / "other.txt").write_text("Validated on this. " * 30)
     line = data_line(train("--data", "one.txt", "--data.val-sources", "other.txt", "--run", "other"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from smolseek.audit.finding import Finding, judged, skipped
 from smolseek.config import TrainConfig
-from smolseek.data.split import Corpus, is_validation
+from smolseek.data.split import Corpus, text_key
 from smolseek.data.stream import TrainStream
 from smolseek.run_folder import RunFolder
 from smolseek.tokenizer import Encode
@@ -104,7 +104,10 @@ def check_record(config: TrainConfig, corpus: Corpus, encode: Encode, eos_id: in
         eos_id: what ends a document.
         state: the data position that its checkpoint holds, with the fingerprint of the documents it read.
     """
-    wrong = sum(is_validation(text, config.data.val_fraction) for text in corpus.train)
+    # Where documents were cut, a part's place in its document decides the side; a whole document's text does.
+    keys = {part.text: part.key for part in corpus.cut.parts if part.key is not None} if corpus.cut else {}
+    limit = config.data.val_fraction * 2.0**64
+    wrong = sum(keys.get(text, text_key(text)) < limit for text in corpus.train)
     stream = TrainStream(corpus.train, encode, eos_id, config.seq_len, config.seed)
     if state is None:
         findings = [skipped("data: validation never trained on", "there is no checkpoint with the run's data position")]
