@@ -49,8 +49,8 @@ def worker(out: Path, words: list[str]) -> int:
 
     from smolseek.cli import main
     from smolseek.distributed.context import DistributedContext
-    from smolseek.train import loop
     from smolseek.train.guard import Guard
+    from smolseek.train.state import TrainState
 
     sent: dict[str, float] = {}
     steps: list[dict[str, float]] = []
@@ -106,14 +106,14 @@ def worker(out: Path, words: list[str]) -> int:
         return named
 
     Guard.passed, DistributedContext.optimizer_parameters = step, parameters
-    real_capture = loop.TrainState.capture
+    real_capture = TrainState.capture
 
     def capture(self, seconds):
         state = self.optimizer.state_dict()["state"]
         held["moments"] = sum(v.numel() for entry in state.values() for v in entry.values() if v.ndim)
         return real_capture(self, seconds)
 
-    loop.TrainState.capture = capture
+    TrainState.capture = capture
     code = main(words)
     # Between the second step and the tenth: no evaluation, no checkpoint.
     per_step = {kind: (steps[9].get(kind, 0) - steps[1].get(kind, 0)) / 8 for kind in steps[9]}

@@ -10,31 +10,14 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from smolseek import console
-from smolseek.config import TrainConfig, flatten, from_dict, parse_json, to_dict
+from smolseek.config import TrainConfig, differences, from_dict, parse_json, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.files import FolderLock, write_atomically
-
-# Settings that move no weight: a run that is started again may change them, the data go on at the next token.
-FREE = frozenset(
-    {
-        *("log_every", "eval_every", "save_every", "eval_tokens", "sample_tokens", "sample_every", "track", "run"),
-        *("keep_last", "keep_every", "guard.patience", "guard.spike", "data.give_up_after"),
-        *("device", "batch_size", "grad_accum", "grad_checkpointing"),
-        *("mesh.data", "mesh.expert", "mesh.shard", "mesh.timeout"),
-    }
-)
-# Settings that a resumed run may change for the steps to come, and says so.
-FREE_ON_RESUME = FREE | {
-    *("steps", "compile", "precision", "optim.lr", "optim.weight_decay", "optim.clip"),
-    *("schedule.kind", "schedule.warmup_steps", "schedule.decay_fraction", "schedule.final_factor"),
-}
-# Names of what a run reads. It may have moved: the checkpoint holds fingerprints of the contents, which decide.
-MOVABLE = frozenset({"data.sources", "data.val_sources", "init", "tokenizer", "distill.teacher"})
 
 
 class RunFolder:
@@ -43,37 +26,21 @@ class RunFolder:
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
         """Name a run; where many processes share it, all but one leave the writing to that one."""
         self.path, self.writes = Path(path), writes
-        # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
-        self._lock, self._held = FolderLock(path), False
-        self._records = console.Appended(self.metrics, sync=True)
-        self._texts = console.Appended(self.samples)
+        self.config = self.path / "config.json"
+        """The resolved configuration, which relaunches the run."""
+        self.metrics = self.path / "metrics.jsonl"
+        """One JSON object a line."""
+        self.log = self.path / "train.log"
+        """What the training said."""
+        self.samples = self.path / "samples.md"
+        """Texts that the model wrote."""
+        self.checkpoints = self.path / "checkpoints"
         self.unread: list[dict[str, Any]] | None = None
         """Records since a tracker last took them; None where none follows the run."""
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, which relaunches the run."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """What the training said."""
-        return self.path / "train.log"
-
-    @property
-    def samples(self) -> Path:
-        """Texts that the model wrote."""
-        return self.path / "samples.md"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+        self._lock, self._held = FolderLock(path), False
+        # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
+        self._records = console.Appended(self.metrics, sync=True)
+        self._texts = console.Appended(self.samples)
 
     def checkpoint_path(self, step: int) -> Path:
         """Return the folder of the checkpoint after `step` optimizer steps."""
@@ -110,7 +77,7 @@ class RunFolder:
         """Raise SmolseekError if the run cannot be started (or resumed) here; write nothing.
 
         A folder with another configuration is refused, as are checkpoints without `resume` and `resume` without a
-        run. The settings of `FREE` may differ; when resuming, those of `FREE_ON_RESUME` and `MOVABLE`.
+        run. Each option of the configuration says itself whether it may differ, always or when resuming.
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
@@ -123,11 +90,14 @@ class RunFolder:
             if self.checkpoint_paths():
                 raise SmolseekError(f"{self.path} holds checkpoints but no config.json: choose another --run")
             return
-        free = FREE_ON_RESUME | MOVABLE if resume else FREE
-        differing = {key: pair for key, pair in differences(self.read_config(), config).items() if key not in free}
+        refused = ("never",) if resume else ("never", "resume", "path")
+        differing = [
+            f"{key} {_shown(old)}, not {_shown(new)}"
+            for key, (old, new, change) in differences(self.read_config(), config).items()
+            if change in refused
+        ]
         if differing:
-            shown = "; ".join(f"{key} {_shown(old)}, not {_shown(new)}" for key, (old, new) in [*differing.items()][:3])
-            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            shown, more = "; ".join(differing[:3]), f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             way_out = "leave such options out to go on with its own, or choose another --run"
             raise SmolseekError(
                 f"{self.path} holds a run with {shown}{more}: {way_out if resume else 'choose another --run'}"
@@ -208,6 +178,10 @@ class RunFolder:
             )
         return records
 
+    def is_complete(self, steps: int) -> bool:
+        """Return whether the run has ended after `steps` steps."""
+        return is_complete(self.read_metrics(), steps)
+
     def sizes(self) -> dict[str, int]:
         """Return the present sizes in bytes of the files that grow, for `cut_back`, with what a full disk delays."""
         log = {self.log.name: self.log.stat().st_size} if self.log.exists() else {}
@@ -235,6 +209,11 @@ class RunFolder:
                 write_atomically(self.metrics, kept)
         except OSError as error:
             console.warn(f"{self.metrics} keeps what was undone: it cannot be written ({error.strerror})")
+
+
+def is_complete(records: Iterable[dict[str, Any]], steps: int) -> bool:
+    """Return whether `records` hold the audit that ends a run of `steps` steps."""
+    return any(record.get("audit") == "end" and record["step"] >= steps for record in records)
 
 
 def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
@@ -275,13 +254,6 @@ def require_writable(path: Path, name: str) -> None:
     else:
         return
     raise SmolseekError(f"{name} {path} cannot be written ({why}): choose another")
-
-
-def differences(old: TrainConfig, new: TrainConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ, by their dotted names: the value in `old` and that in `new`."""
-    before, after = flatten(to_dict(old)), flatten(to_dict(new))
-    pairs = {key: (before.get(key), after.get(key)) for key in sorted(before | after)}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ from smolseek.train.balance import Balancer
 from smolseek.train.evaluate import evaluate
 from smolseek.train.guard import Guard
 from smolseek.train.loss import losses
-from smolseek.train.optim import make_optimizer, numbered
+from smolseek.train.optim import make_optimizer
 from smolseek.train.state import TrainState
 
 MODEL = replace(
@@ -65,10 +65,9 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
     optimizer = make_optimizer(model, OptimConfig(kind=kind), trained)
     balancer = Balancer(model, 0.01)
     stream = distributed.share_stream(Rows() if distributed.is_main else None)
-    names = numbered(optimizer, trained)
-    state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), distributed, names)
+    state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), distributed)
     if resume:
-        state.restore(run.checkpoint_path(resume), whole=True)
+        state.restore(run.checkpoint_path(resume), data=True)
     found, norms, load = [], [], []
     for _ in range(steps):
         total = torch.zeros(())
@@ -83,7 +82,7 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         load.append(balancer.step(1.0, distributed.all_reduce).tolist())
-        state.at.step += 1
+        state.progress.step += 1
     rows = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
     record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), distributed=distributed)
     options: dict = {}
@@ -96,7 +95,7 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
             "timeout": 60.0,
         }
     with (PartSaver if options else Saver)(run, model, None, **options) as saver:
-        saver.save(state.at.step, *state.capture(0.0))
+        saver.save(state.progress.step, *state.capture(0.0))
     assert saver.failure is None
     held = sum(p.numel() for _, p in trained)
     return {"losses": found, "norms": norms, "maxvio": load, "val": record, "held": held}

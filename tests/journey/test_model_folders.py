@@ -18,7 +18,7 @@ from smolseek.errors import SmolseekError
 from smolseek.evaluate.compare import text_rows
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import save_folder
-from smolseek.train.text import open_text
+from smolseek.train.datasets import open_datasets
 
 BOS, END, SIZE = 1, 2, 259
 SHAPE = ModelConfig(
@@ -114,7 +114,7 @@ def opened(base, name, **changes):
         "eval_tokens": 64,
         "tokenizer": str(base / "m"),
     }
-    return open_text(TrainConfig(**options | changes), END)
+    return open_datasets(TrainConfig(**options | changes))
 
 
 def test_documents_begin_with_bos_where_the_model_did(base, run_cli):

@@ -44,9 +44,9 @@ def a_run(path, *, lr=1e-3, steps=40, logged=40, experts=True):
     records.append({"step": 31, "save_failed": "the checkpoint of step 31 cannot be written"})
     records[-2]["data"] = {"retries": 2, "last_retry": "a.parquet: HTTP 429"}
     finding = {"check": "target: padding", "done": "planted", "status": "fail", "figure": 0.17, "meaning": "It counts."}
-    records.append(
-        {"step": 40, "audit": "end", "audit_counts": {"pass": 0, "fail": 1, "skip": 0}, "audit_findings": [finding]}
-    )
+    if logged == 40:
+        counts = {"pass": 0, "fail": 1, "skip": 0}
+        records.append({"step": 40, "audit": "end", "audit_counts": counts, "audit_findings": [finding]})
     records.append({"step": 20, "samples": [["The sea", "is <b>wet</b>\nand blue"], ["DNA", "is"]]})
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

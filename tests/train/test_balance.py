@@ -18,8 +18,9 @@ from smolseek.report.read import read_run
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import loop
-from smolseek.train.balance import Balancer, gamma_share, maxvio
+from smolseek.train.balance import Balancer, maxvio
 from smolseek.train.loss import losses
+from smolseek.train.schedule import Schedule
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=64)
 
@@ -129,13 +130,13 @@ def test_where_the_weights_come_to_rest_a_line_is_logged(text, tmp_path):
     assert ("tokens", number(3 * tokens)) in tiles(read_run(str(tmp_path / "run")))
 
 
-def test_when_the_weights_rest_gamma_begins_with_ten_and_falls_with_the_number_of_steps(text):
+def test_over_frozen_weights_gamma_begins_with_ten_and_falls_with_the_number_of_steps(text):
     config = training(text, "runs/none", steps=43, settle_steps=41)
-    shares = [gamma_share(step, config) for step in (0, 1, 2, 7, 42)]
-    assert shares == pytest.approx([0.5, 0.0, 10, 5, 10 / 9])
+    factors = [Schedule.of(config).bias_factor(step) for step in (0, 1, 2, 7, 42)]
+    assert factors == pytest.approx([0.5, 0.0, 10, 5, 10 / 9])
 
 
-def test_to_settle_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full():
+def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full():
     """Expert 0 is called by one step in four, with all of it: its load is equal in the mean, and its median is none."""
     model = new_model(CONFIG)
     some, burst = torch.full((2, 8), 4), torch.zeros(2, 8, dtype=torch.long)
@@ -144,16 +145,16 @@ def test_to_settle_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full()
     burst[:, 1:5] = 1
     assert (3 * some + burst).unique().tolist() == [16]
     moved = {}
-    for name in ("step", "settle"):
+    for calibrate in (False, True):
         balancer = Balancer(model, gamma=0.5)
         for load in (some, some, some, burst):
             balancer.add(load)
-            assert len(getattr(balancer, name)(0.25)) == 2
-        moved[name] = model.routers[1].e_score_correction_bias.clone()
+            assert len(balancer.step(0.25, calibrate=calibrate)) == 2
+        moved[calibrate] = model.routers[1].e_score_correction_bias.clone()
         for router in model.routers:
             router.e_score_correction_bias.zero_()
-    assert moved["step"][0] == 0.25  # up, though it gets its share
-    assert moved["settle"].abs().max() < 1e-6
+    assert moved[False][0] == 0.25  # up, though it gets its share
+    assert moved[True].abs().max() < 1e-6
 
 
 def test_settling_brings_loads_together():
@@ -175,7 +176,7 @@ def test_settling_brings_loads_together():
         before = violation()
         for step in range(100, 500):
             balancer.add(losses(model, rows(step)).load_LE)
-            balancer.settle(gamma_share(step, config))
+            balancer.step(Schedule.of(config).bias_factor(step), calibrate=True)
         assert violation() < 0.1 * before
 
 

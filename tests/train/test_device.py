@@ -57,7 +57,7 @@ def test_one_process_of_each_machine_says_what_all_of_it_find_wrong(local, lines
 
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
 def test_products_that_would_be_emulated_are_told_of(precision, run_cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("smolseek.train.loop.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("smolseek.train.resume.multiplies_bfloat16", lambda device: False)
     (tmp_path / "few.txt").write_text("too little to train on")
     words = ("--device", "cpu", "--precision", precision, "--run", tmp_path / "run")
     said = run_cli("train", "tiny", "--data", tmp_path / "few.txt", *words)

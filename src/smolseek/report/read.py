@@ -11,7 +11,7 @@ from typing import Any
 
 from smolseek.config import TrainConfig, flatten, to_dict
 from smolseek.errors import SmolseekError
-from smolseek.run_folder import RunFolder
+from smolseek.run_folder import RunFolder, is_complete
 
 Record = dict[str, Any]
 
@@ -50,8 +50,8 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the last step was done."""
-        return bool(self.training) and self.training[-1]["step"] >= self.config.steps
+        """Whether the run has ended."""
+        return is_complete(self.audits.values(), self.config.steps)
 
 
 def read_run(path: str | Path) -> Run:

@@ -67,11 +67,6 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     return DistributedContext(mesh, device, config.mesh.timeout)
 
 
-def is_restarted() -> bool:
-    """Return whether torchrun started this process again after one had died."""
-    return launch.number("TORCHELASTIC_RESTART_COUNT", 0) > 0
-
-
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
     """Return the context of the forward pass: bfloat16 products over float32 weights, or plain float32.
 

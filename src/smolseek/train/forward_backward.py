@@ -41,7 +41,7 @@ class ForwardBackward:
     ) -> None:
         """Take `grad_accum` micro-batches a step; `alpha` weighs the balance loss, and `context` is autocast's."""
         self.model, self.distributed, self.grad_accum = model, distributed, grad_accum
-        self._objective, self._alpha, self._context = objective, alpha, context
+        self.objective, self.context, self._alpha = objective, context, alpha
         self._device = model.lm_head.weight.device
         self._graphs: _Graphs | None = None
 
@@ -116,8 +116,8 @@ class ForwardBackward:
         return rows.to(self._device, non_blocking=True)
 
     def _losses(self, rows: torch.Tensor) -> Losses:
-        with self._context:
-            return self._objective(self.model, rows, alpha=self._alpha)
+        with self.context:
+            return self.objective(self.model, rows, alpha=self._alpha)
 
     def _run(self, rows: torch.Tensor, share: float) -> Losses:
         with self.distributed.backward(self.model, share / self.grad_accum):

@@ -1,4 +1,4 @@
-"""What a run says: one record in metrics.jsonl and one line in the original experiment's form."""
+"""What a run logs: records in metrics.jsonl, and lines in the original experiment's form."""
 
 import os
 import platform
@@ -9,6 +9,11 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from smolseek.config import TrainConfig
+from smolseek.model import summary
+from smolseek.run_folder import RunFolder
+from smolseek.train.state import Progress
 
 
 def describe() -> dict:
@@ -76,20 +81,42 @@ def validation_line(record: dict) -> str:
     return line + (f" | MaxVio (global): {record['val_maxvio']:.3f}" if "val_maxvio" in record else "")
 
 
+def training_summary(config: TrainConfig, progress: Progress, run: RunFolder) -> list[str]:
+    """Return the lines after the last step, with the validation tokens that each expert of each layer got."""
+    lines = ["", "Training summary"]
+    lines += [f"  {line}" for line in summary.parameter_lines(config.model) + summary.architecture(config.model)]
+    frozen_tokens = config.balance.settle_steps * config.step_tokens
+    also = f" and {frozen_tokens:,} read while the biases settled" if frozen_tokens else ""
+    lines.append(f"  Steps: {progress.step:,}, tokens: {progress.tokens - frozen_tokens:,}{also}")
+    if progress.seconds:
+        rate = progress.tokens / progress.seconds
+        lines.append(f"  Training time: {progress.seconds:.1f}s, tokens/sec: {rate:.2f}")
+    lines.append(f"  Final training loss: {progress.loss:.4f}, final validation loss: {progress.val_loss:.4f}")
+    records = reversed(run.read_metrics())
+    load_LE: list[list[int]] = next((record["val_load"] for record in records if "val_load" in record), [])
+    for layer, load_E in enumerate(load_LE, config.model.first_k_dense_replace):
+        shares = sorted((load * len(load_E) / sum(load_E) for load in load_E), reverse=True)
+        shown = " ".join(f"{share:.2f}" for share in shares)
+        if len(shares) > 16:
+            shown = f"{shares[0]:.2f}-{shares[-1]:.2f}"
+        lines.append(f"  Expert load in layer {layer} (1 is an equal share): {shown}")
+    lines.append(f"  Checkpoint: {run.checkpoint_path(progress.step)}")
+    return lines
+
+
 class Clock:
-    """Seconds spent in training, evaluation and saving left out."""
+    """Seconds spent in training, evaluation and saving left out, and the steps taken in them."""
 
     def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.paused = 0.0
+        self.restart()
 
     def seconds(self) -> float:
         """Return the seconds since the last `restart`, less the pauses."""
         return time.perf_counter() - self.started - self.paused
 
     def restart(self) -> None:
-        """Begin a new interval."""
-        self.started, self.paused = time.perf_counter(), 0.0
+        """Begin a new interval; after a resume in its middle it has fewer steps than the losses of the interval."""
+        self.started, self.paused, self.steps = time.perf_counter(), 0.0, 0
 
     def __enter__(self) -> None:
         self._pause = time.perf_counter()

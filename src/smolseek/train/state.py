@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from smolseek.config import TrainConfig, from_dict
+from smolseek.config import from_dict
 from smolseek.distributed.single_process import SingleProcess, Stream
 from smolseek.errors import damage_told
 from smolseek.model.transformer import CausalLM
@@ -17,7 +17,7 @@ from smolseek.storage.pieces import piece_name
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
-from smolseek.train.optim import load_state_tensors, state_tensors
+from smolseek.train.optim import load_state_tensors, parameter_names, state_tensors
 
 
 @dataclasses.dataclass
@@ -71,51 +71,53 @@ class TrainState:
     stream: Stream
     guard: Guard
     distributed: SingleProcess
-    names: dict[int, str]
-    """Parameters by their numbers in the optimizer's state."""
-    at: Progress = dataclasses.field(default_factory=Progress)
+    progress: Progress = dataclasses.field(default_factory=Progress)
 
-    def begin_again(self, config: TrainConfig) -> None:
-        """Go back to step 0 and the first weights; the data stay where they are."""
-        self.distributed.init_weights(self.model, config.seed)
-        if config.init is not None:
-            load_weights(self.model, resolve(config.init), self.distributed.local_shards(self.model))
+    def load_weights(self, path: Path) -> None:
+        """Load this process's weights from a model folder."""
+        load_weights(self.model, path, self.distributed.local_shards(self.model))
+
+    def reset(self, seed: int, init: str | None) -> None:
+        """Go back to step 0 and the first weights: drawn with `seed`, or those of the model `init`. The data stay."""
+        self.distributed.init_weights(self.model, seed)
+        if init is not None:
+            self.load_weights(resolve(init))
         self.optimizer.state.clear()
-        self._go_to(dataclasses.asdict(Progress()))
+        self.progress = Progress()
 
     def capture(self, seconds: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the training state beside the weights: tensors, not copied, and JSON types with `seconds` in `at`.
+        """Return the training state beside the weights: tensors, not copied, and JSON types.
 
-        Of many processes each returns the tensors' rows that it is to write.
+        `seconds` is the training time so far. Of many processes each returns the shards that it is to write.
         """
-        progress = dataclasses.asdict(self.at) | {"seconds": seconds}
+        progress = dataclasses.asdict(self.progress) | {"seconds": seconds}
         rest = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
         tensors = {}
         for name, value in state_tensors(self.optimizer).items():
-            number = int(name.split(".")[1])
+            number, parameter = self._parameter(name)
             if value.ndim == 0:
                 if self.distributed.is_main:
                     tensors[name] = value
-            elif self.distributed.writes_shard(self.names[number], number):
-                tensors[piece_name(name, self.distributed.as_shard(self.names[number], value))] = value
+            elif self.distributed.writes_shard(parameter, number):
+                tensors[piece_name(name, self.distributed.as_shard(parameter, value))] = value
         return tensors, rest
 
-    def restore(self, path: Path, whole: bool) -> dict[str, Any]:
-        """Put back the weights, the optimizer and `at` from the checkpoint `path`, and return all its JSON state.
+    def restore(self, path: Path, *, data: bool) -> dict[str, Any]:
+        """Put back the weights, the optimizer and the progress of the checkpoint `path`, and return all its JSON state.
 
-        When `whole`, data and guard go back as well, as if the run had never stopped; else they stay, so that the run
-        does not meet the same data again.
+        With `data`, the data and the guard go back as well, as if the run had never stopped; else they stay, so that
+        the run does not meet the same data again.
         """
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
-            tensors, saved = load_state(path, self._rows)
-        load_weights(self.model, path, self.distributed.local_shards(self.model))
+            tensors, saved = load_state(path, lambda name: self.distributed.shard_slice(self._parameter(name)[1]))
+        self.load_weights(path)
         device = self.model.lm_head.weight.device
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
             self._check_shapes(tensors)
             load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
         with damage_told(path / STATE_JSON, "use an older checkpoint"):
-            self._go_to(dataclasses.asdict(progress_of(saved, path)))
-            if whole:
+            self.progress = progress_of(saved, path)
+            if data:
                 self.stream.load_state_dict(saved["data"])
                 self.guard.load_state_dict(saved["guard"])
         return saved
@@ -123,20 +125,17 @@ class TrainState:
     def drop_step(self) -> None:
         """Forget the gradients and the load of a step that is not taken."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.balancer.forget()
+        self.balancer.drop_load()
 
-    def _rows(self, name: str) -> slice | None:
-        """Return which rows of a tensor of the training state are this process's."""
-        return self.distributed.shard_slice(self.names[int(name.split(".")[1])])
+    def _parameter(self, name: str) -> tuple[int, str]:
+        """Return number and name of the parameter that a tensor of the training state belongs to."""
+        number = int(name.split(".")[1])
+        return number, parameter_names(self.optimizer)[number]
 
     def _check_shapes(self, tensors: dict[str, torch.Tensor]) -> None:
         """Raise ValueError for a moment that is not its parameter's; of a parameter in parts the rows are counted."""
         shapes = {name: part.tensor.shape for name, part in self.distributed.local_shards(self.model).items()}
         for name, value in tensors.items():
-            shape = shapes[self.names[int(name.split(".")[1])]]
+            shape = shapes[self._parameter(name)[1]]
             if value.ndim and not self.distributed.is_sharded and value.shape != shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
-
-    def _go_to(self, progress: dict[str, Any]) -> None:
-        for name, value in progress.items():
-            setattr(self.at, name, value)

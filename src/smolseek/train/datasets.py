@@ -1,4 +1,4 @@
-"""The text of a run, ready for training: opened by one process, whatever their number."""
+"""The training and validation text of a run: opened by one process, whatever their number."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,15 +20,15 @@ from smolseek.tokenizer import Encode, encoder, for_training, load_tokenizer, to
 
 
 @dataclass(frozen=True)
-class Text:
-    """Documents, and their tokens in rows."""
+class Datasets:
+    """The documents of a run, and their tokens in sequences."""
 
     tokenizer: Any
     encode: Encode
     corpus: Corpus
     stream: TrainStream | MixedStream
     val_rows: torch.Tensor
-    """Rows of validation text, int64 [N, T+1]."""
+    """Sequences of validation text, int64 [N, T+1]."""
     val_bytes: int
     """UTF-8 bytes that their targets stand for."""
 
@@ -43,34 +43,23 @@ class Text:
         return {"tokens": tokens.hexdigest(), "validation": validation.hexdigest()}
 
 
-def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = None, *, resumed: bool = False) -> Text:
+def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, resumed: bool = False) -> Datasets:
     """Open what `config.data` names.
 
     Args:
         config: the run's settings.
-        eos_id: token between documents.
         tokenizer_copy: where else to find the tokenizer of a run that is resumed, if `config.tokenizer` has moved.
-        resumed: whether the run has said and judged before what its text lacks.
+        resumed: whether a training on this text has begun, which has warned of what the text lacks.
 
     Raises:
         SmolseekError: for data that cannot be read or are too few, a tokenizer larger than the model's vocabulary, or
             one that cannot spell the text.
     """
+    if not config.model.eos_ids:
+        raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
+    eos_id = config.model.eos_ids[0]
     tokenizer = _open_tokenizer(config.tokenizer, tokenizer_copy)
-    vocab = config.model.vocab_size
-    if len(tokenizer) > vocab:
-        if config.init is None:
-            way_out = f"use --model.vocab-size {len(tokenizer)} or another --tokenizer"
-        else:
-            way_out = (
-                f"give a --tokenizer of at most {vocab} tokens, or enlarge the model first "
-                f"(transformers: model.resize_token_embeddings({len(tokenizer)}))"
-            )
-        first = tokenizer.convert_ids_to_tokens(vocab)
-        raise SmolseekError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model vocab_size {vocab} ({first!r} is the first one "
-            f"beyond): {way_out}"
-        )
+    _require_vocabulary(tokenizer, config.model.vocab_size, new=config.init is None)
     if config.init is None:
         tokenizer = for_training(tokenizer, eos_id)
     encode = encoder(tokenizer)
@@ -86,7 +75,26 @@ def open_text(config: TrainConfig, eos_id: int, tokenizer_copy: Path | None = No
     stream = open_stream(config, corpus, encode, eos_id, min_tokens=config.step_tokens + 1)
     rows = build_sequences(corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens)
     size = int(token_bytes(tokenizer)[rows[:, 1:].numpy()].sum())
-    return Text(tokenizer, encode, corpus, stream, rows, size)
+    return Datasets(tokenizer, encode, corpus, stream, rows, size)
+
+
+def _require_vocabulary(tokenizer: Any, vocab_size: int, new: bool) -> None:
+    """Raise SmolseekError if a model, `new` or trained, has fewer tokens than its tokenizer."""
+    size = len(tokenizer)
+    if size <= vocab_size:
+        return
+    if new:
+        way_out = f"use --model.vocab-size {size} or another --tokenizer"
+    else:
+        way_out = (
+            f"give a --tokenizer of at most {vocab_size} tokens, or enlarge the model first "
+            f"(transformers: model.resize_token_embeddings({size}))"
+        )
+    first = tokenizer.convert_ids_to_tokens(vocab_size)
+    raise SmolseekError(
+        f"the tokenizer has {size} tokens, the model vocab_size {vocab_size} ({first!r} is the first one beyond): "
+        f"{way_out}"
+    )
 
 
 def _open_tokenizer(name: str, copy: Path | None) -> Any:
@@ -96,8 +104,8 @@ def _open_tokenizer(name: str, copy: Path | None) -> Any:
         if copy is None:
             raise
         try:
-            found = load_tokenizer(str(copy))
+            tokenizer = load_tokenizer(str(copy))
         except SmolseekError:
             raise error from None
         console.warn(f"the tokenizer of this run, {name}, is not there any more: using its copy in {copy}")
-        return found
+        return tokenizer

@@ -1,0 +1,208 @@
+"""Where a run starts: anew, or from its newest checkpoint with all that it reads, wherever that lies now.
+
+The paths of text, tokenizer, teacher and first weights may change between two lives of a run. The contents decide: the
+stream's state holds the fingerprint of the training text, `input_digests` are the others.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smolseek import console
+from smolseek.config import TrainConfig, differences
+from smolseek.data.datasets import pin
+from smolseek.data.hub import parse_names
+from smolseek.device import multiplies_bfloat16
+from smolseek.distributed.single_process import SingleProcess
+from smolseek.errors import SmolseekError
+from smolseek.run_folder import RunFolder
+from smolseek.storage.checkpoint import load_progress
+from smolseek.storage.manifest import newest_valid
+from smolseek.storage.target import resolve
+from smolseek.train.datasets import Datasets
+from smolseek.train.distill import Teacher
+from smolseek.train.schedule import Schedule
+from smolseek.train.state import progress_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts with."""
+
+    config: TrainConfig
+    resume: bool
+    previous: TrainConfig | None
+    """The configuration that the run folder holds, on the main process."""
+    checkpoint: Path | None = None
+    """The newest valid one of a resumed run."""
+    saved: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Its JSON state."""
+    is_complete: bool = False
+    """Whether nothing is left to do."""
+    tokenizer_copy: Path | None = None
+    """A folder with the tokenizer, should `config.tokenizer` have moved."""
+
+
+def find_start(
+    run: RunFolder, config: TrainConfig, resume: bool, device: torch.device, distributed: SingleProcess
+) -> Start:
+    """Return where the run begins; nothing is written yet.
+
+    Raises:
+        SmolseekError: for a run folder that does not fit, checkpoints of which none is valid, and inputs that are gone.
+    """
+    previous = tokenizer_copy = checkpoint = None
+    if distributed.is_main:
+        if run.config.exists():
+            previous = run.read_config()
+        config = _relocated(config, previous) if resume and previous is not None else _pinned(config, previous)
+        run.check(config, resume)
+        if config.precision == "bfloat16" and not multiplies_bfloat16(device):
+            console.warn(
+                f"this {device.type} has no bfloat16 products and emulates them, many times slower: "
+                "leave out --precision"
+            )
+    saved: dict[str, Any] = {}
+    if resume:
+        checkpoint = _checkpoint(run, distributed)
+    if checkpoint is not None:
+        saved = load_progress(checkpoint)
+        done = progress_of(saved, checkpoint).step
+        if done > config.steps:
+            raise SmolseekError(f"{run.path} has done {done} steps, and --steps is {config.steps}: raise it")
+        if done == config.steps and distributed.broadcast_object(lambda: run.is_complete(done)):
+            return Start(config, resume, previous, checkpoint, saved, is_complete=True)
+    if resume and previous is not None:
+        tokenizer_copy = _find_inputs(config, previous, checkpoint)
+        config = _pinned(config, previous)
+        if checkpoint is None:
+            console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
+    return Start(config, resume, previous, checkpoint, saved, tokenizer_copy=tokenizer_copy)
+
+
+def _pinned(config: TrainConfig, previous: TrainConfig | None) -> TrainConfig:
+    """Return `config` with the commits of its hub data: those that the run `previous` has, or the newest."""
+    return dataclasses.replace(config, data=pin(config.data, None if previous is None else previous.data))
+
+
+def _relocated(config: TrainConfig, previous: TrainConfig) -> TrainConfig:
+    """Return `config` with the files that lie in the run folder itself where that folder is now."""
+
+    def now(path: str) -> str:
+        if Path(path).exists() or not Path(path).is_relative_to(previous.run):
+            return path
+        moved = Path(config.run, Path(path).relative_to(previous.run))
+        return str(moved) if moved.exists() else path
+
+    data = config.data
+    sources, val_sources = tuple(map(now, data.sources)), tuple(map(now, data.val_sources))
+    return dataclasses.replace(config, data=dataclasses.replace(data, sources=sources, val_sources=val_sources))
+
+
+def _checkpoint(run: RunFolder, distributed: SingleProcess) -> Path | None:
+    """Return the checkpoint to resume from, the newest valid one; None if there is none yet."""
+    path, skipped = newest_checkpoint(run, distributed)
+    if path is None:
+        if skipped:
+            reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
+            raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
+        return None
+    for bad, reason in skipped:
+        console.warn(f"checkpoint {bad.name} is not used: {reason}; using {path.name}")
+    return path
+
+
+def newest_checkpoint(
+    run: RunFolder, distributed: SingleProcess, below: int | None = None
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """Return what `newest_valid` finds, which one process looks for: reading all files once is enough."""
+
+    def look() -> list[Any]:
+        path, skipped = newest_valid(run, below=below)
+        return [path and path.name, [(bad.name, reason) for bad, reason in skipped]]
+
+    name, skipped = distributed.broadcast_object(look)
+    return name and run.checkpoints / name, [(run.checkpoints / bad, reason) for bad, reason in skipped]
+
+
+def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | None) -> Path | None:
+    """Return where a copy of the tokenizer lies, if the run has the one that it began with and there is a copy.
+
+    Raises:
+        SmolseekError: for text that is not where it was, or the first weights of a run without a checkpoint.
+    """
+    for option, sources, before in (
+        ("data", config.data.sources, previous.data.sources),
+        ("data.val-sources", config.data.val_sources, previous.data.val_sources),
+    ):
+        for source in set(sources) & set(before) - {"builtin"}:
+            hub = parse_names((source,))  # a run's own names of the hub's data hold their commit
+            if not Path(source).expanduser().exists() and not (hub and hub[0].revision):
+                raise SmolseekError(
+                    f"data {source} of this run is not there: if it has moved, add --{option} with its new place"
+                )
+    copy = checkpoint
+    if checkpoint is None and config.init is not None:
+        try:
+            copy = resolve(config.init)
+        except SmolseekError as error:
+            reason = str(error).partition(": ")[0]
+            raise SmolseekError(
+                f"{config.run} has no checkpoint yet and begins with --init {config.init}, but {reason}: if it has "
+                "moved, add --init with its new place"
+            ) from None
+    return copy if config.tokenizer == previous.tokenizer else None
+
+
+def input_digests(datasets: Datasets | None, teacher: Teacher | None) -> dict[str, str]:
+    """Return digests of what a run reads beside its training text, for its checkpoints."""
+    digests = {} if datasets is None else datasets.fingerprints()
+    return digests if teacher is None else digests | {"teacher": teacher.fingerprint()}
+
+
+def check_inputs(digests: dict[str, str], start: Start) -> None:
+    """Compare `input_digests` with those in the checkpoint that the run starts from; an older one has none.
+
+    Raises:
+        SmolseekError: if the tokenizer or the teacher is another one. Another validation text is only warned of.
+    """
+    config, before = start.config, start.saved.get("inputs", {})
+    differing = {name for name, value in digests.items() if before.get(name, value) != value}
+    if "tokens" in differing:
+        raise SmolseekError(
+            f"the tokenizer {config.tokenizer} makes other tokens of the text than the checkpoint saw: resume with "
+            "--tokenizer naming the one that the run began with, wherever it lies now; each checkpoint holds a copy"
+        )
+    if "teacher" in differing:
+        raise SmolseekError(
+            f"the teacher {config.distill.teacher} is not the model that the run has learned from so far: resume with "
+            "--distill.teacher naming that one, wherever it lies now"
+        )
+    if "validation" in differing and start.previous and config.eval_tokens == start.previous.eval_tokens:
+        console.warn("the validation text is another than before: compare no validation loss with an earlier one")
+
+
+def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[str]:
+    """Yield what to say about settings that are others than the run had up to `step`."""
+    differing = differences(previous, config)
+    for key, (old, new, change) in differing.items():
+        if change == "path":
+            yield f"{key} is now {_in_words(new)}, and was {_in_words(old)}"
+    said = [key for key, (_, _, change) in differing.items() if change in ("always", "resume") and key != "run"]
+    if said:
+        yield "Changed from here on: " + "; ".join(
+            f"{key} {differing[key][1]} (was {differing[key][0]})" for key in said
+        )
+    if step and any(key in ("steps", "optim.lr") or key.startswith("schedule.") for key in differing):
+        before, after = Schedule.of(previous).lr(max(0, step - 1)), Schedule.of(config).lr(step)
+        yield (
+            f"The learning rate follows the schedule ({config.schedule.kind}) of a run of {config.steps} steps from "
+            f"here on: {after:.2e} in step {step + 1}, after {before:.2e}"
+        )
+
+
+def _in_words(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,61 @@
+"""The learning rate, and the step of the router biases, over the steps of a run."""
+
+import math
+from dataclasses import dataclass
+
+from smolseek.config import ScheduleConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Both schedules of a run whose weights move in the first `steps` steps.
+
+    In all later steps the weights are frozen, and only the router biases are tuned.
+    """
+
+    config: ScheduleConfig
+    steps: int
+    peak_lr: float = 1.0
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> "Schedule":
+        """Return the schedule of a run."""
+        return cls(config=config.schedule, steps=config.steps - config.balance.settle_steps, peak_lr=config.optim.lr)
+
+    def is_frozen(self, step: int) -> bool:
+        """Return whether step `step` (from 0) only tunes the router biases."""
+        return step >= self.steps
+
+    def lr(self, step: int) -> float:
+        """Return the learning rate of step `step` (from 0).
+
+        Linear warm-up, then a cosine to `final_factor`, or (wsd) the peak and a linear decay at the end (2404.06395).
+        """
+        if self.is_frozen(step):
+            return 0.0
+        return self.peak_lr * ((step + 1) / self._warmup if step < self._warmup else self._decay(step))
+
+    def bias_factor(self, step: int) -> float:
+        """Return the share of gamma that the router biases move by after step `step`.
+
+        It falls with the learning rate, since a sign never comes to rest: DeepSeek-V3 ends with gamma 0 (section 4.2).
+        Over frozen weights it begins with ten and falls as 1 / (1 + t / 5): a step in proportion that shrinks with the
+        number of steps is an average over all of them.
+        """
+        return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self._decay(step)
+
+    @property
+    def _warmup(self) -> int:
+        return min(self.config.warmup_steps, self.steps // 10)
+
+    def _decay(self, step: int) -> float:
+        """Return the learning rate without the warm-up, as a share of the peak: 1 until the decay begins."""
+        config = self.config
+        if config.kind == "constant":
+            return 1.0
+        begin = self._warmup
+        if config.kind == "wsd":
+            begin = max(begin, self.steps - max(1, round(config.decay_fraction * self.steps)))
+        done = min(1.0, max(0.0, (step - begin + 1) / max(1, self.steps - begin)))
+        share = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
+        return config.final_factor + (1 - config.final_factor) * share

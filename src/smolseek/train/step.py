@@ -1,0 +1,117 @@
+"""One optimizer step; a bad one is skipped, and too many in a row lead back to a checkpoint."""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from smolseek.errors import SmolseekError
+from smolseek.storage.saver import discard_beyond
+from smolseek.train.resume import newest_checkpoint
+from smolseek.train.setup import Training
+
+
+class StepResult(NamedTuple):
+    """What a step that was taken says."""
+
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    maxvio_L: torch.Tensor
+    """On the load's device; empty without experts."""
+
+
+def take_step(
+    t: Training, micro_batches: Iterable[tuple[torch.Tensor, float]], position: dict[str, Any]
+) -> StepResult | None:
+    """Take the next step on micro-batches that begin at `position` in the data; return None if it was a bad one.
+
+    In the last steps of a run with bias calibration the weights are frozen, and only the router biases move.
+    """
+    progress, config = t.progress, t.config
+    frozen, lr = t.schedule.is_frozen(progress.step), t.schedule.lr(progress.step)
+    loss, grad_norm, kl = _gradients(t, micro_batches, frozen)
+    reason = t.guard.judge(loss, grad_norm)
+    if reason is not None:
+        _skip_step(t, reason, position)
+        return None
+    if not frozen:
+        for group in t.optimizer.param_groups:
+            group["lr"] = lr
+        t.optimizer.step()
+    t.optimizer.zero_grad(set_to_none=True)
+    factor = t.schedule.bias_factor(progress.step)
+    maxvio_L = t.balancer.step(factor, t.distributed.all_reduce, calibrate=frozen)
+    progress.step += 1
+    progress.tokens += config.step_tokens
+    progress.interval.append(loss)
+    progress.kls.append(kl)
+    t.guard.passed(progress.step, loss, None if frozen else grad_norm)
+    t.clock.steps += 1
+    return StepResult(lr, grad_norm, maxvio_L)
+
+
+def _gradients(
+    t: Training, micro_batches: Iterable[tuple[torch.Tensor, float]], frozen: bool
+) -> tuple[float, float, float]:
+    """Make the gradients of a step, clipped, unless the weights are `frozen`; return loss, gradient norm and KL."""
+    model, balancer, grad_accum = t.model, t.balancer, t.config.grad_accum
+    loss, kl = torch.zeros(2, device=t.device)
+    for number, (rows, share) in enumerate(micro_batches, 1):
+        t.distributed.set_last_backward(model, number == grad_accum)
+        out = t.forward_backward.forward(rows) if frozen else t.forward_backward(rows, share)
+        loss += out.next_token * share
+        kl += 0 if out.kl is None else out.kl
+        balancer.add(out.load_LE)
+    clip = t.config.optim.clip or math.inf
+    norm = loss.new_zeros(()) if frozen else t.distributed.clip_grad_norm(model, clip)
+    # The one place where a step waits for the device.
+    loss_sum, grad_norm, kl_sum = torch.stack((t.distributed.all_reduce(loss), norm, kl)).tolist()
+    return loss_sum / grad_accum, grad_norm, kl_sum / grad_accum
+
+
+def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
+    """Drop a bad step and say which data it had; after `guard.patience` of them in a row go back to a checkpoint."""
+    step, tokens, begin = t.progress.step, t.config.step_tokens, position["tokens"]
+    t.drop_step()
+    is_patient = t.guard.skip(position, tokens)
+    t.log.say(f"Step {step + 1} is skipped: {reason}; its data are tokens {begin:,} to {begin + tokens:,} ({position})")
+    t.run.append_metrics({"step": step, "skipped": {"reason": reason, "tokens": tokens, "data": position}})
+    if not is_patient:
+        t.saver.wait()
+        _go_back(t)
+        t.clock.restart()
+        t.saved_step = t.progress.step
+
+
+def _go_back(t: Training) -> None:
+    """Return to the last checkpoint, or to the one before it if that led to no good step; the data go on from here.
+
+    Raises:
+        SmolseekError: when that has been done in vain too often.
+    """
+    run, guard = t.run, t.guard
+    step, tokens = t.progress.step, t.progress.tokens
+    if guard.hopeless:
+        raise SmolseekError(
+            f"{len(guard.in_a_row)} bad steps in a row after step {step}, and {guard.vain} returns to a checkpoint "
+            "did not help: go on with --resume and a lower --optim.lr, or start anew with other --data"
+        )
+    path, _ = newest_checkpoint(run, t.distributed, below=guard.returned_to if guard.returned_to >= 0 else None)
+    if path is None:
+        t.reset(t.config.seed, t.config.init)
+        sizes = run.sizes()
+    else:
+        sizes = t.restore(path, data=False)["files"]
+    run.cut_back(sizes, t.progress.step, keep_log=True)
+    if t.distributed.is_main:
+        discard_beyond(run, t.progress.step)
+    undone = tokens - t.progress.tokens
+    bad = guard.returned(t.progress.step, undone)
+    name = "the first weights, for want of a checkpoint" if path is None else path.name
+    t.log.say(
+        f"{len(bad)} bad steps in a row: back from step {step} to {name}, and on with the data "
+        f"from token {t.stream.position()['tokens']:,}"
+    )
+    t.run.append_metrics({"step": t.progress.step, "returned": {"from": step, "undone_tokens": undone, "data": bad}})
