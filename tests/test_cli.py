@@ -92,7 +92,7 @@ MISTAKES = [
     (["train", "tiny", "--steps", "0"], "steps 0 must be 1 or more"),
     (["train", "tiny", "--optim.lr", "-1"], "optim.lr -1.0 must be above 0"),
     (["train", "tiny", "--seq-len", "9999"], "seq-len 9999 is beyond the model's max_position_embeddings 1024"),
-    (["train", "tiny", "--model.hidden-size", "0"], "hidden_size 0 is below 1"),
+    (["train", "tiny", "--model.hidden-size", "0"], "hidden_size 0 must be 1 or more"),
     (["train", "tiny", "--schedule.kind", "cosin"], "invalid choice 'cosin' for argument '--schedule.kind'"),
     (["train", "tiny", "--data"], "no data: give --data builtin"),
 ]

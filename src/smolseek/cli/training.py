@@ -14,6 +14,16 @@ from smolseek.errors import SmolseekError
 
 if TYPE_CHECKING:
     from smolseek.config import TrainConfig
+    from smolseek.run_folder import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumable:
+    """What all trainings take beside their settings."""
+
+    resume: Literal["no", "yes", "auto"] = "no"
+    """Go on from the newest checkpoint of RUN, with its settings where no others are given. `--resume` alone means yes;
+    auto goes on where there is a run and else begins it, so that one command serves for both."""
 
 
 def train(argv: Sequence[str]) -> None:
@@ -22,12 +32,11 @@ def train(argv: Sequence[str]) -> None:
 
     from smolseek.config import ModelConfig, TrainConfig
     from smolseek.presets import PRESETS, preset
-    from smolseek.run_folder import RunFolder
 
     choices = f"{', '.join(PRESETS)}, or the config.json of a run, whose settings are then taken over."
 
     @dataclass(frozen=True, kw_only=True)
-    class TrainArgs(TrainConfig):
+    class TrainArgs(TrainConfig, Resumable):
         """Train a model from a preset. To go on with a run: smolseek train --run RUN --resume.
 
         To go on from a model's weights, in its shape and with its tokenizer: smolseek train --init MODEL --run RUN.
@@ -37,9 +46,6 @@ def train(argv: Sequence[str]) -> None:
         """
 
         preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help=choices)]
-        resume: Literal["no", "yes", "auto"] = "no"
-        """Go on from the run's newest checkpoint; PRESET may then be left out, for the run's settings. `--resume` alone
-        means yes; auto goes on where there is a run and else begins it, so that one command serves for both."""
 
     @dataclass(frozen=True, kw_only=True)
     class TrainHelp(TrainArgs):
@@ -55,33 +61,17 @@ def train(argv: Sequence[str]) -> None:
     wants_help = not {"-h", "--help", "--help-model"}.isdisjoint(argv)
     name, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     options = resume_with_value(options)
-    run, init, resume = (option(options, name) for name in ("--run", "--init", "--resume"))
-    # A run that goes on keeps its settings, whatever the preset or the model says that are named beside it.
-    going_on = None
-    written = Path(name).parent if name is not None and Path(name).name == "config.json" else None
+    resume = option(options, "--resume")
     if resume in ("yes", "auto") and not wants_help:
-        if run is None and written is not None:
-            run, name = str(written), None
-        folder = run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
-        going_on = RunFolder(folder) if folder and RunFolder(folder).config.exists() else None
-    if going_on is not None and name is None:
-        config = dataclasses.replace(going_on.read_config(), run=str(going_on.path))
-    elif written is not None:
-        config = RunFolder(written).read_config()
-    elif init is not None and not wants_help:
-        if name is not None:
-            raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
-        config = _from_model(init, option(options, "--tokenizer"))
-    elif name is None and not wants_help:
-        if run is None or resume != "yes":
-            raise SmolseekError(
-                f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, "
-                "or --run RUN --resume to go on"
-            )
-        config = RunFolder(run).read_config()
+        if name is not None and Path(name).name == "config.json" and option(options, "--run") is None:
+            options, name = ["--run", str(Path(name).parent), *options], None
+        begun = _begun_run(name, options)
     else:
-        config = TrainConfig(model=preset(name or "tiny"), run=f"runs/{name or 'PRESET'}")
-
+        begun = None
+    if wants_help and name is None:
+        config = TrainConfig(model=preset("tiny"), run="runs/PRESET")
+    else:
+        config = _defaults(name, [] if wants_help else options, begun)
     if "--help-model" in options:
         parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
     kind = TrainHelp if wants_help else TrainArgs
@@ -92,17 +82,52 @@ def train(argv: Sequence[str]) -> None:
         args = parse(kind, "train", [name or "-", *aliased], kind(**values, preset=tyro.MISSING))
         return TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
 
-    given = parsed(config)
-    if going_on is not None and name is not None:
-        going_on.check(given, resume=True)
-        given = parsed(dataclasses.replace(going_on.read_config(), run=given.run))
+    chosen = parsed(config)
+    if begun is not None and name is not None:
+        # The run keeps its settings, whatever the preset or the model says that is named beside it.
+        begun.check(chosen, resume=True)
+        chosen = parsed(dataclasses.replace(begun.read_config(), run=chosen.run))
     from smolseek.train import loop
 
-    loop.train(given, resume="auto" if resume == "auto" else resume == "yes")
+    loop.train(chosen, resume="auto" if resume == "auto" else resume == "yes")
+
+
+def _begun_run(name: str | None, options: Sequence[str]) -> "RunFolder | None":
+    """Return the run that a command line with --resume goes on with, if there is one."""
+    from smolseek.run_folder import RunFolder
+
+    run, init = option(options, "--run"), option(options, "--init")
+    folder = run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
+    return RunFolder(folder) if folder and RunFolder(folder).config.exists() else None
+
+
+def _defaults(name: str | None, options: Sequence[str], begun: "RunFolder | None") -> "TrainConfig":
+    """Return the settings that options change: those of a run, of the model of --init, or of the preset `name`."""
+    from smolseek.config import TrainConfig
+    from smolseek.presets import PRESETS, preset
+    from smolseek.run_folder import RunFolder
+
+    run, init = option(options, "--run"), option(options, "--init")
+    if begun is not None and name is None:
+        return dataclasses.replace(begun.read_config(), run=str(begun.path))
+    if name is not None and Path(name).name == "config.json":
+        return RunFolder(Path(name).parent).read_config()
+    if init is not None:
+        if name is not None:
+            raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
+        return _from_model(init, option(options, "--tokenizer"))
+    if name is not None:
+        return TrainConfig(model=preset(name), run=f"runs/{name}")
+    if run is None or option(options, "--resume") != "yes":
+        raise SmolseekError(
+            f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, "
+            "or --run RUN --resume to go on"
+        )
+    return RunFolder(run).read_config()
 
 
 def resume_with_value(argv: Sequence[str]) -> list[str]:
-    """Return the words of a command line with the value that `--resume` alone stands for."""
+    """Return the arguments of a command line with the value that `--resume` alone stands for."""
     words: list[str] = []
     for word, following in itertools.pairwise([*argv, ""]):
         words += [word, "yes"] if word == "--resume" and following not in ("no", "yes", "auto") else [word]
@@ -133,8 +158,8 @@ def _from_model(init: str, tokenizer: str | None = None) -> "TrainConfig":
     )
 
 
-@dataclass(frozen=True)
-class HealArgs:
+@dataclass(frozen=True, kw_only=True)
+class HealArgs(Resumable):
     """Bring a compressed model nearer to its source by distillation, on the whole vocabulary, with training's guards.
 
     Only the matrices of attention are trained. RUN is a run folder like any other: its newest checkpoint is the healed
@@ -170,9 +195,6 @@ class HealArgs:
     """How often KL and loss are told on the way; a checkpoint goes with each."""
     seed: int = 0
     """Seed of the order of the text, and of what the source writes."""
-    resume: Literal["no", "yes", "auto"] = "no"
-    """Go on from the newest checkpoint of RUN. `--resume` alone means yes; auto goes on where there is a run and else
-    begins it."""
 
 
 def heal(argv: Sequence[str]) -> None:
@@ -181,25 +203,43 @@ def heal(argv: Sequence[str]) -> None:
     for name in ("tokens", "held_out_tokens", "batch_size", "seq_len", "evaluations"):
         if getattr(args, name) < 1:
             raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} is below 1: use a positive number")
-    from smolseek.config import BalanceConfig, DataConfig, DistillConfig, OptimConfig, ScheduleConfig
     from smolseek.run_folder import RunFolder
     from smolseek.train import distill, loop
 
-    run = args.run or f"{args.model.rstrip('/')}-healed"
-    folder = RunFolder(run)
-    own, own_held_out = folder.path / "self.jsonl", folder.path / "held-out.jsonl"
-    sources = tuple(str(own) if source == "self" else source for source in args.calibration)
-    config = _from_model(args.model)
-    resume = args.resume == "yes" or (args.resume == "auto" and folder.config.exists())
-    begun = folder.read_config() if resume and folder.config.exists() else None
+    run = RunFolder(args.run or f"{args.model.rstrip('/')}-healed")
+    resume = args.resume == "yes" or (args.resume == "auto" and run.config.exists())
+    begun = run.read_config() if resume and run.config.exists() else None
     teacher = args.teacher or (begun and begun.distill.teacher) or distill.source_of_model(args.model)
     distill.check_teacher(teacher, args.model)
+    config = _heal_config(args, run.path, teacher)
+    if not config.model.eos_ids:
+        raise SmolseekError(f"{args.model} has no eos_token_id to part documents with: set it in its config.json")
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, val_sources=_held_out(args, config, begun))
+    )
+    run.check(config, resume)
+    # What is written here takes minutes, so all that can be refused has been.
+    own, own_held_out = run.path / "self.jsonl", run.path / "held-out.jsonl"
+    if "self" in args.calibration and not own.exists():
+        amount = min(args.tokens // 2, 65_536)
+        distill.write_own_text(teacher, own, amount, args.seed, args.text_column, config.step_tokens + 1)
+    if config.data.val_sources == (str(own_held_out),) and not own_held_out.exists():
+        amount, least = config.eval_tokens, config.seq_len + 1
+        distill.write_own_text(teacher, own_held_out, amount, args.seed + 1, args.text_column, least)
+    loop.train(config, resume=resume)
+
+
+def _heal_config(args: HealArgs, run: Path, teacher: str) -> "TrainConfig":
+    """Return the settings of a healing, with all its text but the held-out one."""
+    from smolseek.config import BalanceConfig, DataConfig, DistillConfig, OptimConfig, ScheduleConfig
+
     steps = max(1, round(args.tokens / (args.batch_size * args.seq_len)))
     every = max(1, -(-steps // args.evaluations))
-    config = dataclasses.replace(
-        config,
-        run=run,
-        data=DataConfig(sources=sources, text_column=args.text_column, val_sources=args.held_out),
+    sources = tuple(str(run / "self.jsonl") if source == "self" else source for source in args.calibration)
+    return dataclasses.replace(
+        _from_model(args.model),
+        run=str(run),
+        data=DataConfig(sources=sources, text_column=args.text_column),
         distill=DistillConfig(teacher=teacher, attention_only=True),
         optim=OptimConfig(lr=args.lr, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=10, final_factor=0.0),
@@ -213,33 +253,32 @@ def heal(argv: Sequence[str]) -> None:
         keep_last=1,
         eval_tokens=max(args.held_out_tokens, args.seq_len),
     )
-    if not config.model.eos_ids:
-        raise SmolseekError(f"{args.model} has no eos_token_id to part documents with: set it in its config.json")
+
+
+def _held_out(args: HealArgs, config: "TrainConfig", begun: "TrainConfig | None") -> tuple[str, ...]:
+    """Return the text to validate on; nothing is a part of the calibration text.
+
+    Raises:
+        SmolseekError: if it is too little.
+    """
+    from smolseek.train import distill
+
     if args.held_out:
         if not distill.holds_out(config, args.held_out, whole=True):
             raise SmolseekError(
                 f"--held-out {' '.join(args.held_out)} does not fill {args.seq_len:,} tokens: give more text, or lower "
                 "--seq-len"
             )
-    else:
-        others = tuple(source for source in args.calibration if source != "self")
-        held_out: tuple[str, ...] = ()
-        if begun is not None:
-            held_out = (str(own_held_out),) if own_held_out.exists() else begun.data.val_sources
-        elif not others or not distill.holds_out(config, others):
-            if "self" not in args.calibration:
-                raise SmolseekError(
-                    f"the calibration text is too little to hold a part of it out, {args.seq_len:,} tokens at least: "
-                    "give --held-out FILES, or lower --seq-len"
-                )
-            held_out = (str(own_held_out),)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, val_sources=held_out))
-    folder.check(config, resume)
-    # What is written here takes minutes, so all that can be refused has been.
-    if "self" in args.calibration and not own.exists():
-        amount = min(args.tokens // 2, 65_536)
-        distill.write_own_text(teacher, own, amount, args.seed, args.text_column, config.step_tokens + 1)
-    if config.data.val_sources == (str(own_held_out),) and not own_held_out.exists():
-        amount, least = config.eval_tokens, config.seq_len + 1
-        distill.write_own_text(teacher, own_held_out, amount, args.seed + 1, args.text_column, least)
-    loop.train(config, resume=resume)
+        return args.held_out
+    own = str(Path(config.run) / "held-out.jsonl")
+    if begun is not None:
+        return (own,) if Path(own).exists() else begun.data.val_sources
+    others = tuple(source for source in args.calibration if source != "self")
+    if others and distill.holds_out(config, others):
+        return ()
+    if "self" not in args.calibration:
+        raise SmolseekError(
+            f"the calibration text is too little to hold a part of it out, {args.seq_len:,} tokens at least: "
+            "give --held-out FILES, or lower --seq-len"
+        )
+    return (own,)
