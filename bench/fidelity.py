@@ -19,7 +19,7 @@ from machine import describe
 
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
-from smolseek.generate.engine import generate
+from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
 from smolseek.model.summary import count
 from smolseek.storage.hf_folder import load_model, read_config
@@ -64,7 +64,7 @@ def continuations(model: torch.nn.Module, prompts: list[list[int]], tokens: int)
 
 def native_continuations(path: Path, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     model = load_model(path).model
-    return [list(generate(model, ids, GREEDY, tokens)) for ids in prompts]
+    return [result.tokens for result in Generator(model, prompts, GREEDY, tokens).finish()]
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from smolseek.api import Model, Stop
+from smolseek.api import Model
 from smolseek.chat import Chat
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
@@ -71,13 +71,6 @@ def test_scores_are_the_log_probabilities_of_the_text(model):
     assert [p for _, p in scores[1:]] == pytest.approx([float(logp[i, t]) for i, t in enumerate(ids[1:])], abs=1e-5)
 
 
-def test_stop_strings_that_come_in_pieces():
-    stop = Stop(["abc", "bd"])
-    assert [stop.push(piece) for piece in ("xa", "b", "b", "dabc")] == ["x", "", "ab", ""] and stop.found
-    ends = Stop(["abc"])
-    assert ends.push("ab") + ends.finish() == "ab" and not ends.found
-
-
 def test_a_chat_keeps_its_history_and_obeys_commands(model, tmp_path):
     chat = Chat(model, {"temperature": 0.0}, max_tokens=5, system="be kind")
     pieces = []
@@ -87,7 +80,7 @@ def test_a_chat_keeps_its_history_and_obeys_commands(model, tmp_path):
     chat.command(f"/save {tmp_path / 'talk.json'}")
     assert "be kind" in (tmp_path / "talk.json").read_text(encoding="utf-8")
     chat.command("/params top-p=0.5")
-    assert chat.strategy == {"temperature": 0.0, "top_p": 0.5}
+    assert chat.options == {"temperature": 0.0, "top_p": 0.5}
     for wrong in ("/params top_p=3", "/params heat=3", "/params top_p=x", "/nothing", "/save"):
         with pytest.raises(SmolseekError):
             chat.command(wrong)
@@ -111,7 +104,7 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
         (lambda m: m.stream(""), "prompt is empty"),
         (lambda m: m.stream("x", beams=2), "beams and streaming"),
         (lambda m: m.stream("x", stop_tokens=["<nowhere>"]), "stop token '<nowhere>'"),
-        (lambda m: m.stream("x", heat=1), "unknown option"),
+        (lambda m: m.stream("x", heat=1), "unknown sampling option"),
         (lambda m: m.generate("x", n=0), "n 0 is below 1"),
         (lambda m: m.generate("x", beams=2, stop="y"), "beam search takes no stop strings"),
         (lambda m: m.stream("x" * 300), "300 tokens, the model's context 256"),

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smolseek.errors import SmolseekError
-from smolseek.tokenizer import TextStream, load_tokenizer
+from smolseek.tokenizer import Detokenizer, load_tokenizer
 
 TEXTS = [
     "Hello, world! It's 2024, 12345678 or 3.14159.\n\n\tdef f(x):\r\n        return x  \n",
@@ -156,7 +156,7 @@ def test_sentencepiece(tmp_path):
         expected = merged(text, tokens, types, scores)
         assert ours(text).input_ids == [1, *expected]
         assert ours.decode(expected) == text
-        stream = TextStream(ours)
+        stream = Detokenizer(ours)
         assert "".join([stream.push(i) for i in expected] + [stream.finish()]) == text
     assert ours("Hello</s>").input_ids[-1] == 2
     again = write(tmp_path / "n.gguf", tokens, types, model="llama", scores=scores, add_space_prefix=False)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from smolseek.errors import SmolseekError
 from smolseek.gguf_header import read_metadata
 from smolseek.tokenizer import (
-    TextStream,
+    Detokenizer,
     begin_ids,
     decoder,
     encoder,
@@ -130,7 +130,7 @@ def test_token_bytes(smollm2: PreTrainedTokenizerFast, sentencepiece: PreTrained
 @pytest.mark.parametrize("kind", ["smollm2", "sentencepiece"])
 def test_text_stream_gives_the_whole_text(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     for text in [*TEXTS[:3], "abc 你好 a bc😀"]:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         pieces = [stream.push(i) for i in ids] + [stream.finish()]
@@ -143,9 +143,9 @@ def test_text_stream_of_any_tokens(smollm2: PreTrainedTokenizerFast) -> None:
     rng = np.random.default_rng(0)
     for low, high in ((0, 49_152), (17, 300)):  # the lower ids are single bytes: mostly broken UTF-8
         ids = rng.integers(low, high, 2000).tolist()
-        stream = TextStream(smollm2)
+        stream = Detokenizer(smollm2)
         assert "".join([stream.push(i) for i in ids] + [stream.finish()]) == smollm2.decode(ids)
-    assert TextStream(smollm2).push(60_000) == ""
+    assert Detokenizer(smollm2).push(60_000) == ""
 
 
 def test_text_stream_decodes_a_short_window(sentencepiece: PreTrainedTokenizerFast, monkeypatch) -> None:
@@ -157,7 +157,7 @@ def test_text_stream_decodes_a_short_window(sentencepiece: PreTrainedTokenizerFa
         return decode(ids)
 
     monkeypatch.setattr(sentencepiece, "decode", watched)
-    stream = TextStream(sentencepiece)
+    stream = Detokenizer(sentencepiece)
     for i in sentencepiece("abc 你好 " * 50, add_special_tokens=False).input_ids:
         stream.push(i)
     assert 0 < longest < 20

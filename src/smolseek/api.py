@@ -9,22 +9,22 @@ for piece in model.stream("The structure of DNA"):
 
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
-from smolseek.generate import generation_config
-from smolseek.generate.beam import beam_search
+from smolseek.generate.beam import EarlyStopping, beam_search
 from smolseek.generate.engine import Generator, Result
 from smolseek.generate.sampling import SamplingParams
+from smolseek.generate.text import TextStream
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.hf_folder import LoadedModel, generation_settings, load_causal_lm, load_model
-from smolseek.tokenizer import TextStream, require_known
+from smolseek.storage.hf_folder import LoadedModel, load_causal_lm, load_model, sampling_options
+from smolseek.tokenizer import require_known
 
 Message = Mapping[str, str]
 """`{"role": "user" | "assistant" | "system", "content": text}`."""
@@ -42,104 +42,6 @@ class Continuation:
     """Its tokens, log-probabilities, the reason of its end and the times."""
 
 
-class Stop:
-    """Finds stop strings in text that arrives in pieces, and holds back what may become one.
-
-    Args:
-        strings: text before any of which to end.
-    """
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        if any(not string for string in strings):
-            raise SmolseekError("a stop string is empty: leave it out, or give some text")
-        self.strings = tuple(strings)
-        self.found = False
-        self._held = ""
-
-    def push(self, piece: str) -> str:
-        """Take a piece and return the text that certainly comes before every stop string."""
-        if self.found:
-            return ""
-        text = self._held + piece
-        places = [place for string in self.strings if (place := text.find(string)) >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
-        # The longest end of the text that a stop string begins with may still become it.
-        longest = max((len(string) for string in self.strings), default=1) - 1
-        keep = next(
-            (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self.strings)), 0
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def finish(self) -> str:
-        """Return what was held back."""
-        held, self._held = self._held, ""
-        return held
-
-
-class TextWriter:
-    """Iterates over the pieces of a text as it is written; `result` and `cancel` go with it.
-
-    Args:
-        model: the model.
-        ids: the prompt's tokens.
-        sampling: the strategy.
-        max_tokens: new tokens, at most; None goes on to the end of the context.
-        stop: text before which to end.
-        stop_ids: tokens that end it.
-        max_time: seconds, at most.
-    """
-
-    def __init__(
-        self,
-        model: "Model",
-        ids: Sequence[int],
-        sampling: SamplingParams,
-        max_tokens: int | None,
-        *,
-        stop: Sequence[str] = (),
-        stop_ids: Sequence[int] = (),
-        max_time: float | None = None,
-    ) -> None:
-        self._stop, self._text = Stop(stop), TextStream(model.tokenizer)
-        self._pieces: list[str] = []
-        self._writer = Generator(
-            model.model, [ids], sampling, max_tokens, stop_ids=stop_ids, max_time=max_time, until=self._ended
-        )
-        self._iterator = self._write()
-
-    def _ended(self, row: int, token: int) -> bool:
-        self._pieces.append(self._stop.push(self._text.push(token)))
-        return self._stop.found
-
-    def _write(self) -> Iterator[str]:
-        for _ in self._writer:
-            while self._pieces:
-                if piece := self._pieces.pop(0):
-                    yield piece
-        if not self._stop.found:
-            rest = self._stop.push(self._text.finish()) + self._stop.finish()
-            if rest:
-                yield rest
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._iterator)
-
-    def cancel(self) -> None:
-        """End before the next token; may be called from another thread."""
-        self._writer.cancel()
-
-    @property
-    def result(self) -> Result:
-        """Tokens, log-probabilities, times, and the reason of the end once it has come."""
-        return self._writer.results[0]
-
-
 class Model:
     """A model with its tokenizer, for text. `load` gives one.
 
@@ -151,7 +53,7 @@ class Model:
         self,
         loaded: LoadedModel,
         name: str,
-        strategy: Mapping[str, Any] | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
         unrounded: Path | None = None,
     ) -> None:
         """Take what `load_model` gave.
@@ -159,7 +61,7 @@ class Model:
         Args:
             loaded: the model.
             name: what to call it.
-            strategy: fields of `SamplingParams` that the model itself sets.
+            sampling_defaults: fields of `SamplingParams` that the model itself sets.
             unrounded: where its weights are in the file's number format, if those of `loaded` were rounded.
 
         Raises:
@@ -168,7 +70,7 @@ class Model:
         if loaded.tokenizer is None:
             raise SmolseekError(f"{name} has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer")
         self.model, self.tokenizer, self.config = loaded.model, loaded.tokenizer, loaded.config
-        self.name, self.strategy, self._unrounded = name, dict(strategy or {}), unrounded
+        self.name, self.sampling_defaults, self._unrounded = name, dict(sampling_defaults or {}), unrounded
 
     @property
     def number_format(self) -> str:
@@ -179,16 +81,12 @@ class Model:
         """Return the tokens of `text`, with what the tokenizer itself adds: BOS for many models, nothing for SmolLM2.
 
         Raises:
-            SmolseekError: for a token that the model does not have.
+            SmolseekError: for a text that UTF-8 cannot hold, or a token that the model does not have.
         """
-        return self._known(self._read(text, True))
+        return self._encode(text, special=True)
 
-    def _encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, nothing added."""
-        return self._known(self._read(text, False))
-
-    def _read(self, text: str, special: bool) -> list[int]:
-        """Return the tokens of `text`. Raises SmolseekError for one that UTF-8 cannot hold."""
+    def _encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Return the tokens of `text`, with what the tokenizer itself adds if `special`."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -196,9 +94,7 @@ class Model:
                 f"the text is no UTF-8 at position {error.start:,} ({error.object[error.start]!r}): give it in UTF-8"
             ) from None
         # Not verbose: a text beyond the context is told of once, and by us.
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-    def _known(self, ids: list[int]) -> list[int]:
+        ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         require_known(max(ids, default=0), self.tokenizer, self.config.vocab_size)
         return ids
 
@@ -210,9 +106,9 @@ class Model:
         stop: Sequence[str] | str = (),
         stop_tokens: Sequence[str | int] = (),
         max_time: float | None = None,
-        **strategy: Any,
-    ) -> TextWriter:
-        """Write after `prompt`; iterate over the result for the pieces of text as they come.
+        **options: Any,
+    ) -> TextStream:
+        """Continue `prompt`; iterate over the result for the pieces of text as they come.
 
         Args:
             prompt: text, or tokens.
@@ -220,22 +116,16 @@ class Model:
             stop: text before which to end.
             stop_tokens: tokens that end it besides the model's own, by name ("<|im_end|>") or number.
             max_time: seconds, at most.
-            strategy: fields of `SamplingParams`.
+            options: fields of `SamplingParams`.
 
         Raises:
             SmolseekError: for an empty prompt, one beyond the context, an unknown token or a number out of range.
         """
-        if "beams" in strategy:
+        if "beams" in options:
             raise SmolseekError("beams and streaming do not go together, a search ends at its end: use generate")
-        return TextWriter(
-            self,
-            self._ids(prompt),
-            self.sampling(**strategy),
-            max_tokens,
-            stop=_strings(stop),
-            stop_ids=self.stop_ids(stop_tokens),
-            max_time=max_time,
-        )
+        ids, sampling, stop_ids = self._ids(prompt), self.sampling(**options), self.stop_ids(stop_tokens)
+        generator = Generator(self.model, [ids], sampling, max_tokens, stop_ids=stop_ids, max_time=max_time)
+        return TextStream(generator, self.tokenizer, _strings(stop))
 
     def generate(
         self,
@@ -244,12 +134,12 @@ class Model:
         n: int = 1,
         beams: int | None = None,
         length_penalty: float = 1.0,
-        early_stopping: bool | Literal["never"] = False,
+        early_stopping: EarlyStopping = False,
         max_tokens: int = 100,
         stop: Sequence[str] | str = (),
         stop_tokens: Sequence[str | int] = (),
         max_time: float | None = None,
-        **strategy: Any,
+        **options: Any,
     ) -> list[Continuation]:
         """Return `n` continuations of each prompt, prompt by prompt; those of beam search best first.
 
@@ -265,7 +155,7 @@ class Model:
             stop: text before which to end.
             stop_tokens: tokens that end it besides the model's own.
             max_time: seconds, at most.
-            strategy: fields of `SamplingParams`.
+            options: fields of `SamplingParams`.
 
         Raises:
             SmolseekError: as `stream`, and for options that do not go together.
@@ -280,42 +170,25 @@ class Model:
         if beams is not None:
             if stops or max_time is not None:
                 raise SmolseekError("beam search takes no stop strings and no max-time: leave them out, or the beams")
-            strategy.setdefault("temperature", 0.0)
-            return [
-                Continuation(text, self.tokenizer.decode(result.tokens), result)
-                for text, prompt in zip(texts, ids, strict=True)
-                for result in beam_search(
-                    self.model,
-                    prompt,
-                    beams=beams,
-                    max_tokens=max_tokens,
-                    sampling=self.sampling(**strategy),
-                    stop_ids=stop_ids,
-                    length_penalty=length_penalty,
-                    early_stopping=early_stopping,
-                    returned=n,
-                )
-            ]
-        seed = strategy.pop("seed", 0)
-        samplings = [self.sampling(seed=seed + j, **strategy) for _ in texts for j in range(n)]
+            search = functools.partial(
+                beam_search,
+                self.model,
+                beams=beams,
+                max_tokens=max_tokens,
+                sampling=self.sampling(**{"temperature": 0.0, **options}),
+                stop_ids=stop_ids,
+                length_penalty=length_penalty,
+                early_stopping=early_stopping,
+                returned=n,
+            )
+            found = [(text, result) for text, prompt in zip(texts, ids, strict=True) for result in search(prompt)]
+            return [Continuation(text, self.tokenizer.decode(result.tokens), result) for text, result in found]
+        seed = options.pop("seed", 0)
+        samplings = [self.sampling(seed=seed + j, **options) for _ in texts for j in range(n)]
         rows = [prompt for prompt in ids for _ in range(n)]
-        streams = [(Stop(stops), TextStream(self.tokenizer)) for _ in rows]
-        pieces: list[list[str]] = [[] for _ in rows]
-
-        def ended(row: int, token: int) -> bool:
-            found, text = streams[row]
-            pieces[row].append(found.push(text.push(token)))
-            return found.found
-
-        results = Generator(
-            self.model, rows, samplings, max_tokens, stop_ids=stop_ids, max_time=max_time, until=ended
-        ).finish()
-        continuations = []
-        for row, result in enumerate(results):
-            found, text = streams[row]
-            rest = "" if found.found else found.push(text.finish()) + found.finish()
-            continuations.append(Continuation(texts[row // n], "".join(pieces[row]) + rest, result))
-        return continuations
+        generator = Generator(self.model, rows, samplings, max_tokens, stop_ids=stop_ids, max_time=max_time)
+        written = zip(TextStream(generator, self.tokenizer, stops).finish(), generator.results, strict=True)
+        return [Continuation(texts[row // n], text, result) for row, (text, result) in enumerate(written)]
 
     def score(self, text: str) -> list[tuple[str, float]]:
         """Return each token of `text` with its log-probability (nats) after those before it; the first has none (nan).
@@ -344,7 +217,7 @@ class Model:
     def _scoring(self) -> CausalLM:
         return self.model if self._unrounded is None else load_causal_lm(self._unrounded)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> TextWriter:
+    def chat(self, messages: Sequence[Message], **options: Any) -> TextStream:
         """Write the answer to a conversation in the model's own chat template; options as in `stream`.
 
         Raises:
@@ -364,18 +237,18 @@ class Model:
         # The template has written BOS itself where the model wants it.
         return self.stream(self._encode(text), **options)
 
-    def sampling(self, **strategy: Any) -> SamplingParams:
-        """Return the strategy; `bad_words` and `prefix` as text become tokens. What is left out is the model's own."""
-        if bad := strategy.get("bad_words"):
+    def sampling(self, **options: Any) -> SamplingParams:
+        """Return sampling options, `bad_words` and `prefix` as tokens; those left out are the model's own."""
+        if bad := options.get("bad_words"):
             # A word in the middle of a text begins with a space.
             forms = [form for word in _strings(bad) for form in (word, " " + word.lstrip())]
-            strategy["bad_words"] = tuple(tuple(self._encode(form)) for form in forms)
-        if isinstance(strategy.get("prefix"), str):
-            strategy["prefix"] = tuple(self._encode(strategy["prefix"]))
+            options["bad_words"] = tuple(tuple(self._encode(form)) for form in forms)
+        if isinstance(options.get("prefix"), str):
+            options["prefix"] = tuple(self._encode(options["prefix"]))
         try:
-            return SamplingParams(**{**self.strategy, **strategy})
+            return SamplingParams(**{**self.sampling_defaults, **options})
         except TypeError as error:
-            raise SmolseekError(f"unknown option of a strategy ({error}): see SamplingParams for their names") from None
+            raise SmolseekError(f"unknown sampling option ({error}): see SamplingParams for their names") from None
 
     def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
         """Return the tokens that end a text: the model's own, and `tokens` by name or number."""
@@ -415,11 +288,11 @@ def load(name: str, *, dtype: str = "auto", device: str = "cpu", tokenizer: str 
             has settings that are not supported.
     """
     loaded = load_model(name, dtype=dtype, device=device, tokenizer=tokenizer)
-    strategy = generation_config.settings(*generation_settings(loaded.path))
+    defaults = sampling_options(loaded.path)
     weight = loaded.model.lm_head.weight
     rounds = dtype == "auto" and weight.dtype == torch.float32 and weight.device.type == "cpu"
     if not (rounds and multiplies_bfloat16(weight.device)):
-        return Model(loaded, name, strategy)
+        return Model(loaded, name, defaults)
     for parameter in loaded.model.parameters():
         parameter.data = parameter.data.bfloat16()
-    return Model(loaded, name, strategy, unrounded=loaded.path)
+    return Model(loaded, name, defaults, unrounded=loaded.path)

@@ -10,13 +10,14 @@ from typing import Any
 
 from smolseek import console
 from smolseek.api import Message, Model
-from smolseek.config import SamplingOptions, from_dict, parse_json
+from smolseek.config import from_dict, parse_json
 from smolseek.errors import SmolseekError
+from smolseek.sampling_options import SamplingOptions
 
 HELP = """\
 /reset            forget the conversation
 /system TEXT      set the system message and begin anew; without TEXT remove it
-/params A=B ...   change the strategy, for example /params temperature=0.5 top_p=0.9; alone it shows it
+/params A=B ...   change sampling options, for example /params temperature=0.5 top_p=0.9; alone it shows them
 /save FILE        write the conversation as JSON
 /exit             leave (as Ctrl-D); Ctrl-C stops an answer"""
 
@@ -28,14 +29,14 @@ class Chat:
 
     Args:
         model: the model.
-        strategy: fields of `SamplingParams`.
+        options: fields of `SamplingParams`.
         max_tokens: tokens of an answer, at most.
         system: the system message.
     """
 
-    def __init__(self, model: Model, strategy: dict[str, Any], max_tokens: int, system: str | None = None) -> None:
-        model.sampling(**strategy)  # refuses wrong numbers before the first question
-        self.model, self.strategy, self.max_tokens, self.system = model, strategy, max_tokens, system
+    def __init__(self, model: Model, options: dict[str, Any], max_tokens: int, system: str | None = None) -> None:
+        model.sampling(**options)  # refuses wrong numbers before the first question
+        self.model, self.options, self.max_tokens, self.system = model, options, max_tokens, system
         self.history: list[Message] = []
 
     @property
@@ -46,10 +47,10 @@ class Chat:
     def answer(self, question: str, show: Callable[[str], None]) -> str:
         """Answer `question`, calling `show` with each piece; an interrupt ends the answer, and what was said stays."""
         asked: Message = {"role": "user", "content": question}
-        writer = self.model.chat([*self.messages, asked], max_tokens=self.max_tokens, **self.strategy)
+        stream = self.model.chat([*self.messages, asked], max_tokens=self.max_tokens, **self.options)
         said = ""
         try:
-            for piece in writer:
+            for piece in stream:
                 said += piece
                 show(piece)
         except KeyboardInterrupt:
@@ -72,8 +73,8 @@ class Chat:
             self.system, self.history = rest or None, []
             return "system message set, a new conversation" if rest else "no system message, a new conversation"
         if name == "/params":
-            self.strategy = self._changed(rest)
-            return ", ".join(f"{key} {value}" for key, value in self.strategy.items()) or "the usual strategy"
+            self.options = self._changed(rest)
+            return ", ".join(f"{key} {value}" for key, value in self.options.items()) or "the usual strategy"
         if name == "/save":
             if not rest:
                 raise SmolseekError("/save needs a file: /save talk.json")
@@ -88,7 +89,7 @@ class Chat:
         raise SmolseekError(f"unknown command {name}: /help lists them")
 
     def _changed(self, words: str) -> dict[str, Any]:
-        changed = dict(self.strategy)
+        changed = dict(self.options)
         try:
             parted = shlex.split(words)
         except ValueError as error:

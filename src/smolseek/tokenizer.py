@@ -328,7 +328,7 @@ def _byte_of_character() -> dict[str, int]:
     return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-class TextStream:
+class Detokenizer:
     """Text from tokens that arrive one by one; the pieces put together are `tokenizer.decode` of all of them.
 
     A character that spans several tokens comes out with the last of them. The cost of a token does not grow with the

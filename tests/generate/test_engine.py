@@ -9,7 +9,7 @@ import torch
 from smolseek.errors import SmolseekError
 from smolseek.generate import cpu_decode
 from smolseek.generate.beam import beam_search
-from smolseek.generate.engine import Decoder, Generator, generate
+from smolseek.generate.engine import Decoder, Generator
 from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
@@ -112,14 +112,16 @@ def test_every_way_to_end():
     assert Generator(model, [ids], GREEDY, 4).finish()[0].stop_reason == "length"
     stopped = Generator(model, [ids], GREEDY, stop_ids=[full.tokens[3]]).finish()[0]
     assert stopped.stop_reason == "stop_token" and stopped.tokens == full.tokens[: full.tokens.index(full.tokens[3])]
-    watched = Generator(model, [ids], GREEDY, until=lambda row, token: token == full.tokens[2]).finish()[0]
-    assert watched.stop_reason == "stop_string" and watched.tokens[-1] == full.tokens[2]
+    watched = Generator(model, [ids], GREEDY, 3)
+    for count, token in enumerate(watched, 1):
+        if count == 3:
+            watched.stop(token.row)  # counts more than the limit of 3
+    assert (watched.results[0].stop_reason, watched.results[0].tokens) == ("stop_string", full.tokens[:3])
     assert Generator(model, [ids], GREEDY, max_time=1e-9).finish()[0].stop_reason == "time"
     writer = Generator(model, [ids], GREEDY)
     next(writer)
     writer.cancel()
     assert writer.finish()[0].stop_reason == "cancelled" and len(writer.results[0].tokens) == 1
-    assert list(generate(model, ids, GREEDY, 4)) == full.tokens[:4]
 
 
 def test_beams_that_need_more_than_the_vocabulary_still_end():

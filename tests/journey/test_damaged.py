@@ -222,7 +222,7 @@ def test_a_temperature_just_above_zero_takes_the_likeliest_token(small):
 @pytest.mark.parametrize("line", ["/params 'a", "/save ~nobody-here/x", "/save a\0b", "/params top_k=[[", "/nothing"])
 def test_a_command_of_a_conversation_that_does_not_fit(line):
     chat = Chat.__new__(Chat)
-    chat.strategy, chat.system, chat.history = {}, None, []
+    chat.options, chat.system, chat.history = {}, None, []
     with pytest.raises(SmolseekError):
         chat.command(line)
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, LlamaConfi
 
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.evaluate.compare import compare, text_rows
-from smolseek.generate.engine import generate
+from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
 from smolseek.storage.hf_config import config_to_hf
 from smolseek.storage.hf_folder import load_model
@@ -120,7 +120,10 @@ def test_decoding_with_a_cache(tmp_path):
     )
     assert torch.equal(wanted, got)
     ours = load_model(tmp_path / "out").model
-    assert list(generate(ours, prompt[0].tolist(), SamplingParams(temperature=0), 40)) == wanted[0, 12:].tolist()
+    assert (
+        Generator(ours, [prompt[0].tolist()], SamplingParams(temperature=0), 40).finish()[0].tokens
+        == wanted[0, 12:].tolist()
+    )
 
 
 def test_bfloat16_loses_no_more_than_the_original(tmp_path):

@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
 from smolseek import console
 from smolseek.config import DataConfig, TrainConfig
+from smolseek.model.transformer import new_model
 from smolseek.presets import tiny
 from smolseek.report.read import read_run
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
+from smolseek.tokenizer import load_tokenizer
 from smolseek.train import loop, samples
 from smolseek.train.samples import PROMPTS
 
@@ -65,36 +66,22 @@ def test_samples_grow_and_change_no_bit_of_the_training(tmp_path):
     assert (tmp_path / "with" / "samples.md").read_text().count("## Step 4") == 1
 
 
-class Tokens:
-    """Stands in for a tokenizer that makes so many tokens of any prompt."""
-
-    def __init__(self, length):
-        self.length = length
-
-    def __call__(self, text, **_):
-        return {"input_ids": [1] * self.length}
-
-    def decode(self, ids):
-        return "written"
-
-
 def test_a_full_disk_ends_no_run_that_writes_samples(tmp_path, monkeypatch, capsys):
     run = RunFolder(tmp_path / "run")
     run.create(TrainConfig(model=tiny(), run=str(run.path)), resume=False)
-    model = SimpleNamespace(config=tiny())
-    prompts: list[int] = []
-    monkeypatch.setattr(samples, "generate", lambda model, ids, *_, **__: prompts.append(len(ids)) or [1])
+    tokenizer = load_tokenizer("smollm2")
 
-    def write(step, length):
-        samples.write_samples(run, step, model, Tokens(length), 5, 0, console.Log(run.log))
+    def write(step, context):
+        shape = replace(tiny(), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16)
+        model = new_model(replace(shape, max_position_embeddings=context))
+        samples.write_samples(run, step, model, tokenizer, 5, 0, console.Log(run.log))
 
     def no_space(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(console, "open", no_space, raising=False)
-        write(2, 8)
+        write(2, 64)
     assert "samples.md cannot be written" in capsys.readouterr().err and not run.samples.exists()
-    write(4, 5000)  # a prompt longer than the context is shortened
+    write(4, 4)  # a prompt longer than the context is shortened
     assert run.samples.read_text().count("## Step") == 2 and run.samples.read_text().index("Step 2") < 20
-    assert prompts == [8] * 5 + [tiny().max_position_embeddings // 2] * 5

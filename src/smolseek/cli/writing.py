@@ -8,19 +8,42 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from smolseek import console
 from smolseek.cli.words import option, parse
-from smolseek.config import SamplingOptions
 from smolseek.errors import SmolseekError
+from smolseek.sampling_options import SamplingOptions
 
 if TYPE_CHECKING:
     from smolseek.api import Model
 
 
-@dataclass(frozen=True)
-class GenerateArgs(SamplingOptions):
-    """Continue a prompt; the text appears as it is written."""
-
+@dataclass(frozen=True, kw_only=True)
+class _ModelArgs(SamplingOptions):
     model: str
     """A run folder, a model folder, a .gguf file or `smollm2`."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
+
+    def load(self) -> "Model":
+        """Load the model onto the GPU, where there is one."""
+        import torch
+
+        from smolseek.api import load
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load(self.model, dtype=self.dtype, device=device, tokenizer=self.tokenizer)
+
+    def sampling(self, argv: Sequence[str], model: "Model") -> dict[str, Any]:
+        """Return the sampling options in `argv`; the verb's defaults fill in what neither it nor the model sets."""
+        spelt = {f.name: (f"--{f.name}", f"--{f.name.replace('_', '-')}") for f in fields(SamplingOptions)}
+        given = {name for name, options in spelt.items() if any(option(argv, word) is not None for word in options)}
+        return {name: getattr(self, name) for name in spelt if name in given or name not in model.sampling_defaults}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArgs(_ModelArgs):
+    """Continue a prompt; the text appears as it is written."""
+
     prompt: str
     """Text to continue; `-` reads it from stdin."""
     max_tokens: int = 100
@@ -49,18 +72,12 @@ class GenerateArgs(SamplingOptions):
     """Print a line of JSON for each continuation: text, tokens, log-probabilities, why it ended, times."""
     stats: bool = False
     """Print tokens per second, the number format and the size of the cache."""
-    tokenizer: str | None = None
-    """Another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArgs(SamplingOptions):
+class ChatArgs(_ModelArgs):
     """Talk with a model that has a chat template; /help lists the commands."""
 
-    model: str
-    """A run folder, a model folder, a .gguf file or `smollm2`."""
     system: str | None = None
     """System message."""
     max_tokens: int = 400
@@ -69,17 +86,6 @@ class ChatArgs(SamplingOptions):
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float | None = 0.95
     """Keep the fewest likeliest tokens that make up this probability (1904.09751)."""
-    tokenizer: str | None = None
-    """Another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto takes the file's, or bfloat16 for float32 where the CPU multiplies that."""
-
-
-def _strategy(args: SamplingOptions, argv: Sequence[str], model: "Model") -> dict[str, Any]:
-    """Return the strategy that `argv` gives; the verb's defaults stand for what neither it nor the model says."""
-    spelt = {f.name: (f"--{f.name}", f"--{f.name.replace('_', '-')}") for f in fields(SamplingOptions)}
-    given = {name for name, options in spelt.items() if any(option(argv, word) is not None for word in options)}
-    return {name: getattr(args, name) for name in spelt if name in given or name not in model.strategy}
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -88,22 +94,19 @@ def generate(argv: Sequence[str]) -> None:
     prompt = sys.stdin.read().rstrip("\n") if args.prompt == "-" else args.prompt
     if not prompt.strip():
         raise SmolseekError("the prompt is empty: give some text, or - to read it from stdin")
-    import torch
+    from smolseek.api import Continuation
 
-    from smolseek.api import Continuation, load
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.model, dtype=args.dtype, device=device, tokenizer=args.tokenizer)
-    options = _strategy(args, argv, model) | ({"temperature": 0.0} if args.greedy else {})
+    model = args.load()
+    options = args.sampling(argv, model) | ({"temperature": 0.0} if args.greedy else {})
     options |= {name: getattr(args, name) for name in ("max_tokens", "prefix", "stop", "stop_tokens", "max_time")}
     options |= {"bad_words": args.bad_words} if args.bad_words else {}
     if args.n == 1 and args.beams is None and not args.json:
-        writer = model.stream(prompt, **options)
+        stream = model.stream(prompt, **options)
         console.stream(prompt)
-        for piece in writer:
+        for piece in stream:
             console.stream(piece)
         console.say()
-        found = [Continuation(prompt, "", writer.result)]
+        found = [Continuation(prompt, "", stream.result)]
     else:
         search = {name: getattr(args, name) for name in ("n", "beams", "length_penalty", "early_stopping")}
         found = model.generate(prompt, **search, **options)
@@ -131,11 +134,7 @@ def _say_stats(results: Sequence[Any], number_format: str) -> None:
 def chat(argv: Sequence[str]) -> None:
     """Carry out `smolseek chat MODEL`."""
     args = parse(ChatArgs, "chat", argv)
-    import torch
-
-    from smolseek.api import load
     from smolseek.chat import Chat, talk
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load(args.model, dtype=args.dtype, device=device, tokenizer=args.tokenizer)
-    talk(Chat(model, _strategy(args, argv, model), args.max_tokens, args.system))
+    model = args.load()
+    talk(Chat(model, args.sampling(argv, model), args.max_tokens, args.system))

@@ -1,7 +1,6 @@
-"""Every option of a model, of a training run and of sampling, as frozen dataclasses. Imports no torch."""
+"""Every option of a model and of a training run, as frozen dataclasses. Imports no torch."""
 
 from smolseek.config.plain import differences, flatten, from_dict, parse_json, to_dict
-from smolseek.config.sampling import SamplingOptions
 from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType
 from smolseek.config.training import (
     BalanceConfig,

@@ -29,6 +29,7 @@ from smolseek.convert.sparse import Fitted, active_neurons, sparse, sparse_confi
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.files import atomic_folder, is_vacant, write_atomically
 from smolseek.model.summary import count
+from smolseek.storage import generation_config
 from smolseek.storage.hf_config import config_to_hf
 from smolseek.storage.hf_folder import load_causal_lm
 from smolseek.storage.safetensors_file import ShardWriter
@@ -45,7 +46,7 @@ _TEXT = (
     "merges.txt",
     "chat_template.jinja",
 )
-_REST = ("generation_config.json", "LICENSE")
+_REST = (generation_config.NAME, "LICENSE")
 _HELD_OUT_TOKENS = 2048
 """Tokens on which a compressed model is compared with its source."""
 _SHARD_BYTES = 1_000_000_000
@@ -312,10 +313,8 @@ def _write_text_files(opened: Source, part: Path, values: dict, own: bool) -> No
         for name in (*(_TEXT if own else ()), *_REST):
             if (source / name).is_file():
                 shutil.copyfile(source / name, part / name)
-    if not (part / "generation_config.json").exists():
-        ids = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
-        write_atomically(part / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    if not (part / generation_config.NAME).exists():
+        generation_config.write(part, values)
 
 
 def _peak_bytes() -> int:

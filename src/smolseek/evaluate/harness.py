@@ -19,6 +19,7 @@ from smolseek import console
 from smolseek.errors import SmolseekError, nearest
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
+from smolseek.generate.text import TextStream
 from smolseek.storage.hf_folder import LoadedModel, load_model
 from smolseek.tokenizer import require_known
 
@@ -119,18 +120,8 @@ class NativeLM(TemplateLM):
         length = min(settings["max_gen_toks"], self.max_length - 1)
         prompt = self.tok_encode(context)[-(self.max_length - length) :] or [self.prefix_token_id]
         sampling = SamplingParams(temperature=float(settings.get("temperature", 0.0)))
-        written: list[int] = []
-
-        def stopped(_: int, token: int) -> bool:
-            written.append(token)
-            text = self.tokenizer.decode(written)
-            return any(stop in text for stop in stops)
-
-        writer = Generator(self.model, [prompt], sampling, length, stop_ids=self._ends, until=stopped)
-        text = self.tokenizer.decode(writer.finish()[0].tokens)
-        for stop in stops:
-            text = text.split(stop)[0]
-        return text
+        generator = Generator(self.model, [prompt], sampling, length, stop_ids=self._ends)
+        return TextStream(generator, self.tokenizer, stops).finish()[0]
 
 
 def evaluate_tasks(

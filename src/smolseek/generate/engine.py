@@ -4,7 +4,7 @@ Shapes: B sequences that are still being written, T tokens of a prompt, D hidden
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -152,7 +152,7 @@ def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
 
 
 class Generator:
-    """Writes after one or more prompts: an iterator of tokens, with the `results` beside it.
+    """Continues one or more prompts: an iterator of tokens, with the `results` beside it.
 
     A row's tokens do not depend on the other rows. Rows that end make room at once.
 
@@ -163,7 +163,6 @@ class Generator:
         max_tokens: new tokens of a row, at most; None goes on to the end of the context.
         stop_ids: tokens that end a row; they are not part of it.
         max_time: seconds after which all rows end, counted from the first token asked for.
-        until: called with row and token after each one; True ends the row with "stop_string".
         native: False keeps to the model's forward pass.
 
     Raises:
@@ -179,7 +178,6 @@ class Generator:
         *,
         stop_ids: Collection[int] = (),
         max_time: float | None = None,
-        until: Callable[[int, int], bool] | None = None,
         native: bool = True,
     ) -> None:
         check_request(model, prompts, max_tokens)
@@ -190,8 +188,8 @@ class Generator:
         check_request(model, [[*p, *s.prefix] for p, s in zip(prompts, samplings, strict=True)], max_tokens)
         self._model, self._prompts, self._samplings = model, [list(ids) for ids in prompts], samplings
         self._max_tokens, self._stop_ids = max_tokens, frozenset(stop_ids)
-        self._max_time, self._until, self._native = max_time, until, native
-        self._cancelled = False
+        self._max_time, self._native = max_time, native
+        self._cancelled, self._stopped = False, set[int]()
         self._tokens = self._write()
         self.results = [Result(prompt_tokens=len(ids)) for ids in prompts]
 
@@ -201,12 +199,16 @@ class Generator:
     def __next__(self) -> Token:
         return next(self._tokens)
 
+    def stop(self, row: int) -> None:
+        """End a row after the token that came last, with "stop_string"."""
+        self._stopped.add(row)
+
     def cancel(self) -> None:
         """End all rows before their next token; may be called from another thread."""
         self._cancelled = True
 
     def finish(self) -> list[Result]:
-        """Write to the end and return the results."""
+        """Generate to the end and return the results."""
         for _ in self:
             pass
         return self.results
@@ -231,6 +233,8 @@ class Generator:
                     self.results[row].decode_seconds = time.perf_counter() - read
                     if token is not None:
                         yield token
+                    if row in self._stopped:
+                        reason = "stop_string"
                     if reason is not None:
                         break
                 self.results[row].stop_reason = reason
@@ -263,8 +267,6 @@ class Generator:
         written = Token(row, token, float(logits_V[token] - total))
         result.tokens.append(token)
         result.logprobs.append(written.logprob)
-        if self._until is not None and self._until(row, token):
-            return written, "stop_string"
         if self._max_tokens is not None and len(result.tokens) >= self._max_tokens:
             return written, "length"
         if len(sampler.ids) >= self._model.config.max_position_embeddings:
@@ -292,21 +294,3 @@ class Generator:
                 logits.append(decoder.prefill(row, [*prompt, *sampling.prefix], len(sampling.prefix) + 1))
             samplers.append(Sampler(sampling, prompt, self._stop_ids))
         return logits, samplers
-
-
-def generate(
-    model: CausalLM,
-    ids: Sequence[int],
-    sampling: SamplingParams,
-    max_tokens: int,
-    stop_ids: Collection[int] = (),
-) -> Iterator[int]:
-    """Yield up to `max_tokens` new tokens after the prompt `ids`; ends before a token of `stop_ids`.
-
-    `Generator` does more: many prompts, log-probabilities, the reason of the end, limits and cancelling.
-
-    Raises:
-        SmolseekError: for an empty prompt, one beyond the context, or `max_tokens` below 1.
-    """
-    writer = Generator(model, [ids], sampling, max_tokens, stop_ids=stop_ids)
-    return (token.id for token in writer)

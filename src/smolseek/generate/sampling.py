@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from smolseek.config import SamplingOptions
 from smolseek.errors import SmolseekError
+from smolseek.sampling_options import SamplingOptions
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """As transformers' LogitsProcessor: token ids [1, T] and scores [1, V] -> new scores [1, V]."""

@@ -1,13 +1,52 @@
-"""A model folder's `generation_config.json`, and the tokens that end a text. Imports no torch."""
+"""A model folder's `generation_config.json`: read, written, and turned into end tokens and sampling options."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smolseek.config import ModelConfig, parse_json
+from smolseek.config import ModelConfig, from_dict, parse_json
 from smolseek.errors import SmolseekError
+from smolseek.files import write_atomically
+from smolseek.sampling_options import SamplingOptions
 
 NAME = "generation_config.json"
+_DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+"""Settings that transformers follows with `do_sample` only."""
+_ALWAYS = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
+"""Settings that greedy decoding follows too, and our names of them."""
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0,),
+    "min_length": (0,),
+    "guidance_scale": (1,),
+    "encoder_repetition_penalty": (1,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "penalty_alpha": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "top_h": (),
+    "stop_strings": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "begin_suppress_tokens": (),
+    "sequence_bias": (),
+    "exponential_decay_length_penalty": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "dola_layers": (),
+    "watermarking_config": (),
+    "token_healing": (False,),
+}
+"""Settings that would change the text and that smolseek does not follow, with the values that change nothing."""
+
+
+def write(path: Path, config_json: Mapping[str, Any]) -> None:
+    """Write the file into the model folder `path`, with the special tokens of its `config.json`."""
+    ids = {name: config_json[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    values = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
+    write_atomically(path / NAME, json.dumps(values, indent=2) + "\n")
 
 
 def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -43,3 +82,34 @@ def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tupl
             raise SmolseekError(f"{where / NAME}: eos_token_id {i!r} is no token of the model's {config.vocab_size:,}")
     first = [i for i in config.eos_ids[:1] if i in ids]
     return tuple(dict.fromkeys(first + ids))
+
+
+def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
+    """Return the fields of `SamplingParams` that `values` set; `where` is the model's folder.
+
+    `do_sample` brings the temperature and the filters; penalties and bans always count. How long a text may become is
+    the caller's to say.
+
+    Raises:
+        SmolseekError: for a setting that smolseek does not follow, or a wrong value.
+    """
+    file = where / NAME
+    for name, harmless in _REFUSED.items():
+        if values.get(name) is not None and values[name] not in harmless:
+            raise SmolseekError(f"{file}: {name} {values[name]!r} is not supported: take it out of that file")
+    found = {ours: values[theirs] for theirs, ours in _ALWAYS.items() if values.get(theirs) is not None}
+    if values.get("do_sample"):
+        found["temperature"] = 1.0
+        found |= {name: values[name] for name in _DRAWN if values.get(name) is not None}
+        if found.get("top_k") == 0:  # none
+            del found["top_k"]
+    if values.get("min_new_tokens"):
+        found["min_tokens"] = values["min_new_tokens"]
+    from_dict(SamplingOptions, found, str(file))
+    banned = values.get("bad_words_ids") or []
+    alone = values.get("suppress_tokens") or []
+    try:
+        words = tuple(tuple(map(int, word)) for word in [*banned, *([i] for i in alone)])
+    except (TypeError, ValueError):
+        raise SmolseekError(f"{file}: bad_words_ids or suppress_tokens hold no token ids: correct them") from None
+    return found | ({"bad_words": words} if words else {})

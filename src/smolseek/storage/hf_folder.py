@@ -64,9 +64,7 @@ def write_rest(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: An
     """Write what a folder holds beside the weights."""
     config = config_to_hf(shape, str(dtype).removeprefix("torch."))
     write_atomically(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    generation = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
-    write_atomically(path / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    generation_config.write(path, config)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
 
@@ -97,14 +95,15 @@ def folder_config(path: Path) -> ModelConfig:
     return replace(config, eos_token_id=ends[0] if len(ends) == 1 else ends or None, tie_word_embeddings=tied)
 
 
-def generation_settings(path: Path) -> tuple[Mapping[str, Any], str]:
-    """Return what the model at `path` says about generation, nothing for a .gguf file, and where, for messages.
+def sampling_options(path: Path) -> dict[str, Any]:
+    """Return the fields of `SamplingParams` that the model at `path` sets; none for a .gguf file.
 
     Raises:
-        SmolseekError: for a file that cannot be read.
+        SmolseekError: for a file that cannot be read, or settings that are not supported.
     """
-    values = generation_config.read(path, config_json(path)) if path.is_dir() else {}
-    return values, str(path / generation_config.NAME)
+    if not path.is_dir():
+        return {}
+    return generation_config.sampling_options(generation_config.read(path, config_json(path)), path)
 
 
 def _has_own_head(path: Path) -> bool:

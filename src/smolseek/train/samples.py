@@ -3,8 +3,9 @@
 from typing import Any
 
 from smolseek.console import Log
-from smolseek.generate.engine import generate
+from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
+from smolseek.generate.text import TextStream
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder
 
@@ -32,8 +33,8 @@ def write_samples(
         ids = tokenizer(prompt)["input_ids"]
         if len(ids) >= model.config.max_position_embeddings:
             ids = ids[-(model.config.max_position_embeddings // 2) :]  # a run must not end for want of context
-        written = list(generate(model, ids, sampling, max_tokens, stop_ids=model.config.eos_ids))
-        text = tokenizer.decode(written).strip()
+        generator = Generator(model, [ids], sampling, max_tokens, stop_ids=model.config.eos_ids)
+        text = TextStream(generator, tokenizer).finish()[0].strip()
         lines += [f"**{prompt}** {text}", ""]
         texts.append((prompt, text))
         log.say(f"> {prompt} ... {' '.join(text.split())}")

@@ -1,4 +1,7 @@
-"""How tokens are drawn, as numbers: one source for Python, the command line and a chat's /params."""
+"""How tokens are drawn, as numbers: one source for Python, the command line and a chat's /params.
+
+Not in config/, which imports tyro: the command line's overview loads this file.
+"""
 
 from dataclasses import dataclass
 
