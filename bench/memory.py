@@ -38,11 +38,12 @@ from smolseek.config import DataConfig, OptimConfig, TrainConfig
 from smolseek.distributed import single_process
 from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model.transformer import new_model
+from smolseek.ops.cross_entropy import linear_cross_entropy
 from smolseek.presets import preset
 from smolseek.train import loop
 from smolseek.train.device import autocast
 from smolseek.train.footprint import PROGRAM, Run, footprint
-from smolseek.train.loss import linear_cross_entropy, losses
+from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
 
 HOWS = ("none", "selective", "full")
@@ -148,11 +149,13 @@ def head_memory(kind: str, tokens: str) -> dict:
     h = torch.randn(int(tokens), config.hidden_size, generator=generator).to(DEVICE).requires_grad_()
     w = (0.02 * torch.randn(config.vocab_size, config.hidden_size, generator=generator)).to(DEVICE).requires_grad_()
     targets = torch.randint(config.vocab_size, (int(tokens),), generator=generator).to(DEVICE)
-    loss = linear_cross_entropy if kind == "chunked" else lambda h, w, targets: F.cross_entropy(F.linear(h, w), targets)
 
     def both() -> None:
         with autocast("auto", DEVICE):
-            value = loss(h, w, targets)
+            if kind == "chunked":
+                value = linear_cross_entropy(h, w, targets).objective
+            else:
+                value = F.cross_entropy(F.linear(h, w), targets)
         value.backward()
 
     peak = allocated(both)

@@ -171,10 +171,9 @@ def speed(rounds: int = 5, steps: int = 6) -> dict:
             def some(model=model, optimizer=optimizers[name]):
                 for _ in range(steps):
                     rows = torch.randint(model.config.vocab_size, (4, 257))
-                    with model.in_place.during():
-                        with autocast("auto", torch.device("cpu")):
-                            loss = losses(model, rows).total
-                        loss.backward()
+                    with autocast("auto", torch.device("cpu")):
+                        loss = losses(model, rows, accumulate=True).total
+                    loss.backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)

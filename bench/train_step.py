@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,10 +32,11 @@ from smolseek.config import OptimConfig
 from smolseek.memory import keep_freed_memory
 from smolseek.model.summary import flops_per_token
 from smolseek.model.transformer import new_model
+from smolseek.ops.cross_entropy import linear_cross_entropy
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.train.device import autocast
-from smolseek.train.loss import linear_cross_entropy, losses
+from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
 
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
@@ -101,17 +101,16 @@ class Contender:
         def micro_batches():
             nonlocal loss
             for _ in range(self.accumulation):
-                with self.model.in_place.during(1 / self.accumulation) if self.ours else nullcontext():
-                    with self.context():
-                        if self.ours:
-                            loss = losses(self.model, self.rows).total
-                        elif self.peer_loss:
-                            loss = self.peer_loss(self.rows)
-                        else:
-                            ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
-                            loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
-                    (loss / self.accumulation).backward()
-                    loss = loss.detach()  # as training loops do: else the graph's leavings lie beside the next one
+                with self.context():
+                    if self.ours:
+                        loss = losses(self.model, self.rows, accumulate=True, factor=1 / self.accumulation).total
+                    elif self.peer_loss:
+                        loss = self.peer_loss(self.rows)
+                    else:
+                        ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
+                        loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
+                (loss / self.accumulation).backward()
+                loss = loss.detach()  # as training loops do: else the graph's leavings lie beside the next one
 
         def update():
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -140,7 +139,7 @@ class Contender:
         def head():
             w, targets = self.model.lm_head.weight, self.rows[:, 1:].flatten()
             if self.ours:
-                return linear_cross_entropy(x.flatten(0, 1), w, targets)
+                return linear_cross_entropy(x.flatten(0, 1), w, targets).objective
             return F.cross_entropy(F.linear(x, w).float().flatten(0, 1), targets)
 
         found = {}

@@ -16,10 +16,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, where there is one
 
-from smolseek import compiled
 from smolseek.cli import main
 from smolseek.generate import cpu_decode
-from smolseek.model import kernels
+from smolseek.ops import backend, build
 
 
 class Result(NamedTuple):
@@ -55,19 +54,36 @@ def _emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def pairs(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[None]:
-    """The C files that multiply pairs of bfloat16; on a processor that cannot, lane by lane (tests/pairs), slowly."""
-    if kernels.kernels() is None:
-        pytest.skip("no C compiler")
-    caches = (compiled.library, kernels.kernels, cpu_decode.library)
-    if not kernels.pairs():
-        names = ("__AVX512BF16__", "__AVX512BW__", "__AVX512DQ__")
-        flags = ("-O2", "-Wno-psabi", f"-I{Path(__file__).parent / 'pairs'}", *(f"-D{name}" for name in names))
-        monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, *flags))
-        monkeypatch.setenv("XDG_CACHE_HOME", _emulated)
+def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Callable[..., None]]:
+    """Return a function that chooses the operations' backend by its name.
+
+    With `bfloat16` the C files are those that multiply pairs of bfloat16; on a processor that cannot, they do it lane
+    by lane (tests/pairs), slowly.
+    """
+    caches = build.library, backend.override, backend.library, backend.has_bf16_products, cpu_decode.library
+
+    def clear() -> None:
         for cached in caches:
             cached.cache_clear()
-    assert kernels.pairs()
-    yield
-    for cached in caches:
-        cached.cache_clear()
+
+    def use(name: str, bfloat16: bool = False) -> None:
+        monkeypatch.setenv(backend.VARIABLE, name)
+        clear()
+        if name == "cpu" and backend.library() is None:
+            pytest.skip("no C compiler")
+        if bfloat16 and not backend.has_bf16_products():
+            names = ("__AVX512BF16__", "__AVX512BW__", "__AVX512DQ__")
+            flags = ("-O2", "-Wno-psabi", f"-I{Path(__file__).parent / 'pairs'}", *(f"-D{name}" for name in names))
+            monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
+            monkeypatch.setenv("XDG_CACHE_HOME", _emulated)
+            clear()
+            assert backend.has_bf16_products()
+
+    yield use
+    clear()
+
+
+@pytest.fixture
+def bf16_products(use_backend: Callable[..., None]) -> None:
+    """The C files that multiply pairs of bfloat16."""
+    use_backend("cpu", bfloat16=True)

@@ -63,7 +63,7 @@ def test_it_gives_the_logits_and_the_cache_of_the_forward_pass(name, tokens, las
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2_135m"])
 @pytest.mark.parametrize(("tokens", "last"), SIZES)
-def test_in_bfloat16_it_is_as_near_to_float32_as_the_forward_pass(name, tokens, last, pairs):
+def test_in_bfloat16_it_is_as_near_to_float32_as_the_forward_pass(name, tokens, last, bf16_products):
     rounded = varied(even(name)).to(torch.bfloat16)
     exact = new_model(rounded.config)
     exact.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolseek.model.moe import Experts, MoE, missing, sequence_balance
+from smolseek.model.moe import Experts, MoE, sequence_balance
 from smolseek.model.transformer import new_model
+from smolseek.ops.grouped_experts import cuda, reference
 from smolseek.presets import preset
 
 CONFIG = replace(preset("tiny"), hidden_size=64, moe_intermediate_size=48, num_hidden_layers=1)
@@ -15,6 +16,14 @@ CONFIG = replace(preset("tiny"), hidden_size=64, moe_intermediate_size=48, num_h
 
 def make(config=CONFIG) -> MoE:
     return new_model(replace(config, vocab_size=32), seed=3).model.layers[0].mlp
+
+
+def computed(by, experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """What the experts make of `x` by one backend."""
+    first = experts.gate_up_proj if experts.gated else experts.up_proj
+    weights = first, experts.down_proj, experts.up_bias, experts.down_bias
+    options = {"padded": True} if by is reference else {}
+    return by.grouped_experts(x, counts, *weights, gated=experts.gated, **options)
 
 
 def plain(moe: MoE, x: torch.Tensor) -> torch.Tensor:
@@ -92,9 +101,9 @@ def test_the_grouped_product_equals_the_loop(biased):
     counts = torch.tensor([5, 0, 17, 3, 0, 30, 1, 8])
     x = torch.randn(int(counts.sum()), 64).to(torch.bfloat16)
     found = []
-    for run in (experts._grouped, experts._looped):
+    for by in (cuda, reference):
         experts.zero_grad()
-        y = run(x, counts)
+        y = computed(by, experts, x, counts)
         y.float().square().sum().backward()
         found.append([y.detach(), *(p.grad for p in experts.parameters())])
     for grouped, looped in zip(*found, strict=True):
@@ -113,7 +122,7 @@ def expert_gradients(dtype: torch.dtype, run: str) -> list[torch.Tensor]:
     x = torch.randn(240, 64, generator=generator).to(experts.down_proj.dtype).requires_grad_()
     dy = torch.randn(240, 64, generator=generator)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16 and run != "exact"):
-        y = experts(x, counts) if run == "fast" else experts._looped(x, counts)
+        y = experts(x, counts) if run == "fast" else computed(reference, experts, x, counts)
     y.backward(dy.to(y.dtype))
     return [t.detach().double() for t in (y, x.grad, experts.gate_up_proj.grad, experts.down_proj.grad)]
 
@@ -184,7 +193,9 @@ def test_products_without_gradients_have_multiples_of_16_rows(monkeypatch):
 @pytest.mark.parametrize("gated", [True, False])
 def test_grouped_products_take_experts_of_any_size(hidden, neurons, gated):
     """`F.grouped_mm` refuses rows that are no multiple of 16 bytes: 12 neurons in bfloat16 are 24."""
-    assert [missing(size, torch.bfloat16) for size in (12, 16, 60)] == [4, 0, 4] and missing(12, torch.float32) == 0
+    assert [cuda.missing(size, torch.bfloat16) for size in (12, 16, 60)] == [4, 0, 4] and cuda.missing(
+        12, torch.float32
+    ) == 0
     config = replace(CONFIG, hidden_size=hidden, moe_intermediate_size=neurons)
     if not gated:
         config = replace(config, model_type="smolseek_gqa_moe", mlp_gated=False, mlp_bias=True, n_shared_experts=0)
@@ -195,7 +206,7 @@ def test_grouped_products_take_experts_of_any_size(hidden, neurons, gated):
     gradients = []
     for grouped in (True, False):
         x = torch.randn(60, hidden, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        y = experts._grouped(x.to(torch.bfloat16), counts) if grouped else experts._looped(x, counts)
+        y = computed(cuda if grouped else reference, experts, x.to(torch.bfloat16) if grouped else x, counts)
         y.float().square().sum().backward()
         gradients.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
         experts.zero_grad()

@@ -1,4 +1,4 @@
-/* The instructions that registers.h, rows.c, attention.c and prefill.c use, lane by lane, as Intel's Intrinsics Guide
+/* The instructions that simd.h, the C files of ops/ and prefill.c use, lane by lane, as Intel's Intrinsics Guide
    says: for testing these files on processors that have not got them. Found in place of the compiler's header. */
 
 #pragma once
@@ -59,12 +59,12 @@ EMULATED lanes16 _mm512_fmsub_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__buil
 EMULATED lanes16 _mm512_fnmadd_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(-a[i], b[i], c[i])); }
 
 EMULATED lanes16 _mm512_roundscale_ps(lanes16 a, int how) {
-    (void)how; /* 0: to whole numbers, ties to even */
-    LANES(__builtin_rintf(a[i]));
+    (void)how; /* 1: to whole numbers, downwards */
+    LANES(__builtin_floorf(a[i]));
 }
 
-EMULATED lanes16 _mm512_maskz_scalef_ps(mask16 k, lanes16 a, lanes16 b) {
-    LANES(k >> i & 1 ? __builtin_ldexpf(a[i], (int)__builtin_floorf(b[i])) : 0.0f);
+EMULATED lanes16 _mm512_scalef_ps(lanes16 a, lanes16 b) {
+    LANES(__builtin_ldexpf(a[i], (int)__builtin_floorf(b[i])));
 }
 
 EMULATED lanes16 _mm512_mask_mov_ps(lanes16 other, mask16 k, lanes16 a) { LANES(k >> i & 1 ? a[i] : other[i]); }

@@ -7,14 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-import smolseek.model
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
-from smolseek.model import fused, kernels, moe, rows
-from smolseek.model.moe import Experts
-from smolseek.model.rope import rotate
+from smolseek.model import moe
 from smolseek.model.transformer import call_block, new_model
+from smolseek.ops import grouped_experts, mla_attention, moe_permute, swiglu
+from smolseek.ops.rotary import rotate
 from smolseek.presets import preset
 from smolseek.storage.hf_folder import load_model
 from smolseek.train import compiling
@@ -45,33 +44,32 @@ def compiled(model, context=None):
 
 def gradients(model, context=None):
     rows = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(3))
-    with SingleProcess().backward(model, 1.0):
-        with context or nullcontext():
-            loss = losses(model, rows).total
-        loss.backward()
+    with context or nullcontext():
+        loss = losses(model, rows, accumulate=True, factor=1.0).total
+    loss.backward()
     found = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     return found
 
 
-class Gpu:
-    """What model/gpu.py computes, by PyTorch."""
+class Triton:
+    """What the Triton kernels compute, by PyTorch."""
 
     @staticmethod
-    def swiglu_back(h, dy):
+    def packed_backward(h, dy):
         (gate, up), dy = h.float().chunk(2, dim=-1), dy.float()
         s = gate.sigmoid()
         return torch.cat((dy * up * s * (1 + gate * (1 - s)), dy * gate * s), dim=-1).to(h.dtype)
 
     @staticmethod
-    def combine_back(y, places, weights, d):
+    def unpermute_backward(y, places, weights, d):
         d = d.float()[:, None]
         dy = torch.empty_like(y)
         dy[places] = (weights[..., None] * d).flatten(0, 1).to(y.dtype)
         return dy, (y[places].view(*weights.shape, -1) * d).sum(dim=-1)
 
     @staticmethod
-    def join(q, kv, pe, cos, sin, sizes, interleave):
+    def rope_and_pack(q, kv, pe, cos, sin, sizes, interleave):
         (B, T, _), (H, N, V) = q.shape, sizes
         q_nope, q_pe = q.view(B, T, H, -1).split([N, pe.shape[2]], dim=-1)
         k_nope, v = kv.view(B, T, H, N + V).split([N, V], dim=-1)
@@ -80,7 +78,7 @@ class Gpu:
         return torch.cat((q_nope, q_pe), dim=-1), torch.cat((k_nope, k_pe), dim=-1), v.contiguous()
 
     @staticmethod
-    def join_back(dq, dk, dv, cos, sin, interleave):
+    def rope_and_pack_backward(dq, dk, dv, cos, sin, interleave):
         N = dq.shape[3] - 2 * cos.shape[1]
 
         def back(d, c, s):
@@ -95,20 +93,25 @@ class Gpu:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny on a GPU", "seed_159m on a GPU"])
-def test_gradients_are_those_of_plain_layers(monkeypatch, name):
+def test_gradients_are_those_of_plain_layers(monkeypatch, use_backend, name):
     """Also through all that CUDA takes, in bfloat16: grouped products, kernels and few experts' choice."""
     grouped = name.endswith("GPU")
     context = torch.autocast("cpu", torch.bfloat16) if grouped else None
     shape = replace(preset(name.split()[0]), hidden_size=128, num_hidden_layers=2, vocab_size=64)
     model = new_model(replace(shape, moe_intermediate_size=64), seed=4)
     if grouped:
-        monkeypatch.setattr(Experts, "forward", lambda self, x, counts: self._grouped(x.to(torch.bfloat16), counts))
-        monkeypatch.setattr(kernels, "kernels", lambda: None)  # CUDA has none of them
+
+        def on_cuda(x, counts, *weights, gated, padded, accumulate):
+            return grouped_experts.cuda.grouped_experts(x.to(torch.bfloat16), counts, *weights, gated=gated)
+
+        monkeypatch.setattr(moe, "grouped_experts", on_cuda)
+        use_backend("triton")
     expected = gradients(model, context)
     if grouped:
-        monkeypatch.setattr(smolseek.model, "gpu", Gpu, raising=False)
-        for room in (rows, moe, fused):
-            monkeypatch.setattr(room, "on_gpu", lambda x: True)
+        for operation in (swiglu, moe_permute, mla_attention):
+            monkeypatch.setattr(operation, "triton", Triton, raising=False)
+        for module in (swiglu, moe_permute, mla_attention, moe):
+            monkeypatch.setattr(module, "triton_supports", lambda x: True)
     compiled(model, context)
     assert model.call_block is not call_block
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -14,9 +14,10 @@ from smolseek.config import ModelConfig, OptimConfig
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
+from smolseek.ops.cross_entropy import linear_kl
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.tokenizer import load_tokenizer, smollm2_gguf
-from smolseek.train.distill import Teacher, attention_only, linear_kl, write_own_text
+from smolseek.train.distill import Teacher, attention_only, write_own_text
 from smolseek.train.optim import parameter_groups
 from smolseek.train.schedule import Schedule
 
@@ -39,11 +40,11 @@ def plain(h, w, taught, v):
 def test_value_and_gradients_equal_the_plain_divergence(n):
     h, w, taught, v, targets = inputs(n)
     found = linear_kl(h, w, taught, v, targets)
-    (3 * found.kl).backward()
+    (3 * found.objective).backward()
     h2, w2, *_ = inputs(n)
     expected = plain(h2, w2, taught, v)
     (3 * expected).backward()
-    torch.testing.assert_close(found.kl, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.objective, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.next_token, F.cross_entropy(F.linear(h2, w2), targets), rtol=1e-5, atol=1e-6)
     assert not found.next_token.requires_grad
     for ours, reference in ((h.grad, h2.grad), (w.grad, w2.grad)):
@@ -53,18 +54,18 @@ def test_value_and_gradients_equal_the_plain_divergence(n):
 def test_nothing_is_to_be_learned_from_oneself():
     h, w, _, _, targets = inputs(20)
     found = linear_kl(h, w.detach(), h.detach(), w.detach(), targets)
-    found.kl.backward()
-    assert float(found.kl.detach()) == pytest.approx(0, abs=1e-6) and float(h.grad.abs().max()) < 1e-6
+    found.objective.backward()
+    assert float(found.objective.detach()) == pytest.approx(0, abs=1e-6) and float(h.grad.abs().max()) < 1e-6
     assert w.grad is None
 
 
 def test_without_gradients_none_are_made(monkeypatch):
     h, w, taught, v, targets = inputs(20)
-    expected = linear_kl(h, w, taught, v, targets).kl
+    expected = linear_kl(h, w, taught, v, targets).objective
     products, real = [], torch.mm
     monkeypatch.setattr(torch, "mm", lambda a, b, **given: products.append(b.shape) or real(a, b, **given))
     with torch.no_grad():
-        found = linear_kl(h, w, taught, v, targets).kl
+        found = linear_kl(h, w, taught, v, targets).objective
     assert torch.equal(found, expected) and products == [(64, 1000), (64, 1000)]  # both models' logits
 
 
@@ -72,9 +73,9 @@ def test_under_autocast_it_stays_near():
     h, w, taught, v, targets = inputs(100)
     with torch.autocast("cpu", torch.bfloat16):
         found = linear_kl(h, w, taught, v, targets)
-    found.kl.backward()
-    assert found.kl.dtype == torch.float32
-    assert float(found.kl.detach()) == pytest.approx(float(plain(h, w, taught, v).detach()), rel=0.02)
+    found.objective.backward()
+    assert found.objective.dtype == torch.float32
+    assert float(found.objective.detach()) == pytest.approx(float(plain(h, w, taught, v).detach()), rel=0.02)
     assert w.grad.dtype == torch.float32
 
 

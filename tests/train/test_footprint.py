@@ -47,10 +47,9 @@ def test_a_step_holds_what_is_predicted(name, how, bfloat16, accumulation, kind)
 
     def step():
         for _ in range(accumulation):
-            with model.in_place.during(1 / accumulation):
-                with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
-                    out = losses(model, rows)
-                (out.total / accumulation).backward()
+            with torch.autocast("cpu", torch.bfloat16) if bfloat16 else nullcontext():
+                out = losses(model, rows, accumulate=True, factor=1 / accumulation)
+            (out.total / accumulation).backward()
             del out
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

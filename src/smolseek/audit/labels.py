@@ -15,7 +15,6 @@ from torch import nn
 
 from smolseek.audit.finding import Finding, judged, skipped
 from smolseek.audit.probe import takes_model
-from smolseek.model.gradients import InPlace
 from smolseek.model.transformer import Hidden
 
 LENGTH = 24
@@ -27,14 +26,13 @@ _SURE = 30.0
 class Planted(nn.Module):
     """Stands in for a model: gives logits that were thought out beforehand for the known sequences `ids_BT`.
 
-    It can be called, and has the `hidden`, `in_place` and `lm_head` of our own `CausalLM`; the head is the identity.
+    It can be called, and has the `hidden` and `lm_head` of our own `CausalLM`; the head is the identity.
     """
 
     def __init__(self, ids_BT: torch.Tensor, vocab: int, shift: int | None) -> None:
         super().__init__()
         self.ids_BT, self.vocab, self.shift = ids_BT, vocab, shift
         self.given: list[tuple[int, torch.Tensor]] = []
-        self.in_place = InPlace()
         self.lm_head = nn.Linear(vocab, vocab, bias=False)
         with torch.no_grad():
             self.lm_head.weight.copy_(torch.eye(vocab))
@@ -59,7 +57,7 @@ class Planted(nn.Module):
         logits.logits = logits  # type: ignore[attr-defined]
         return logits
 
-    def hidden(self, ids: torch.Tensor, *_: Any) -> Hidden:
+    def hidden(self, ids: torch.Tensor, **_: Any) -> Hidden:
         """Return the planted logits as the hidden state, no load and no balance loss."""
         logits = self(ids)
         return Hidden(logits, ids.new_zeros((0, 0)), logits.new_zeros(()))

@@ -19,8 +19,8 @@ from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
-from smolseek.model.rope import rotate
 from smolseek.model.transformer import CausalLM
+from smolseek.ops.rotary import rotate
 from smolseek.storage.hf_folder import load_causal_lm, read_config
 from smolseek.tokenizer import begin_ids, encoder, require_known, tokenizer_of
 

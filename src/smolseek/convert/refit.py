@@ -10,8 +10,9 @@ import torch
 from smolseek.config import ModelConfig
 from smolseek.convert.calibrate import observe
 from smolseek.model.attention import MLA
-from smolseek.model.rope import Rope, rotate
+from smolseek.model.rope import Rope
 from smolseek.model.transformer import CausalLM
+from smolseek.ops.rotary import rotate
 from smolseek.storage.latent_norm import unfolded
 
 _RIDGE = 3e-3

@@ -11,7 +11,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -43,6 +42,8 @@ class _Ended(Stopped):
 
 class DistributedContext(SingleProcess):
     """This process among those of `mesh`."""
+
+    accumulates = False  # FSDP2 has to see every gradient
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
         """Meet the others, at most for `timeout` seconds; so long a collective may take as well.
@@ -226,10 +227,6 @@ class DistributedContext(SingleProcess):
             model.set_requires_gradient_sync(last)  # type: ignore[operator]
         else:
             model.set_requires_all_reduce(last)  # type: ignore[operator]
-
-    def backward(self, model: CausalLM, factor: float) -> AbstractContextManager[None]:
-        """Nothing is added in place: FSDP2 has to see every gradient."""
-        return nullcontext()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes, the same everywhere."""

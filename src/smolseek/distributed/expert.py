@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from smolseek.model import rows
 from smolseek.model.moe import Dispatched, LocalDispatcher
+from smolseek.ops.moe_permute import inverse, permute
 
 
-class _Way(NamedTuple):
+class _Permutation(NamedTuple):
     """How the tokens came, for the way back."""
 
     order_M: torch.Tensor
@@ -47,17 +47,17 @@ class ExpertDispatcher(LocalDispatcher):
         experts = torch.arange(own, device=x_ND.device).repeat(self.size)
         order_X = experts.repeat_interleave(came_E, output_size=sum(taken)).argsort(stable=True)
         counts = came_E.view(self.size, own).sum(dim=0)
-        return Dispatched(_reordered(x_XD, order_X), counts, load_E, _Way(order_M, order_X, sent, taken))
+        return Dispatched(_reordered(x_XD, order_X), counts, load_E, _Permutation(order_M, order_X, sent, taken))
 
-    def combine(self, y_XD: torch.Tensor, way: Any, weights_NK: torch.Tensor) -> torch.Tensor:
+    def combine(self, y_XD: torch.Tensor, permutation: Any, weights_NK: torch.Tensor) -> torch.Tensor:
         """Send the results back and return the weighted sum of each token's experts [N, D]."""
-        y_XD = _reordered(y_XD, rows.inverse(way.order_X))
-        y_MD = _AllToAll.apply(y_XD, way.taken, way.sent, self.group)
-        return super().combine(y_MD, way.order_M, weights_NK)
+        y_XD = _reordered(y_XD, inverse(permutation.order_X))
+        y_MD = _AllToAll.apply(y_XD, permutation.taken, permutation.sent, self.group)
+        return super().combine(y_MD, permutation.order_M, weights_NK)
 
 
 def _reordered(x_XD: torch.Tensor, order_X: torch.Tensor) -> torch.Tensor:
-    return rows.spread(x_XD, order_X, 1, x_XD.dtype) if len(x_XD) else x_XD
+    return permute(x_XD, order_X, 1, x_XD.dtype) if len(x_XD) else x_XD
 
 
 class _AllToAll(torch.autograd.Function):

@@ -5,7 +5,6 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -47,6 +46,8 @@ class SingleProcess:
     size = 1
     is_sharded = False
     """Whether no process holds the whole model."""
+    accumulates = True
+    """Whether a backward pass may add gradients to `.grad` where autograd does not see it (`CausalLM.hidden`)."""
 
     @property
     def is_main(self) -> bool:
@@ -107,13 +108,6 @@ class SingleProcess:
 
     def set_last_backward(self, model: CausalLM, last: bool) -> None:
         """Prepare a backward pass: is it the last one before the optimizer's step?"""
-
-    def backward(self, model: CausalLM, factor: float) -> AbstractContextManager[None]:
-        """Return what a micro-batch's two passes run in: gradients are added in place where one process has them.
-
-        `factor` is that of the objective in the backward pass.
-        """
-        return model.in_place.during(factor)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of every process's `x`."""

@@ -9,13 +9,11 @@
    B sequences, D hidden_size, H query heads, G groups of key/value heads, L kv_lora_rank, N and R features of a head
    without and with position, E experts, K chosen, F neurons of an expert, C capacity of the cache in tokens. */
 
-#include "exponential.h"
+#include "simd.h"
 
 #include <math.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
 #else /* a compiler without it: one thread */
@@ -23,15 +21,8 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-#define INLINE static inline __attribute__((always_inline))
 #define CHUNK 64 /* cached tokens that one thread attends to at a time */
 #define MAX_BATCH 512
-
-typedef float vec __attribute__((vector_size(64)));
-typedef float half_vec __attribute__((vector_size(32)));
-typedef float quarter_vec __attribute__((vector_size(16)));
-typedef uint16_t short_vec __attribute__((vector_size(32)));
-typedef uint32_t int_vec __attribute__((vector_size(64)));
 
 typedef struct {
     const float *input_norm, *post_norm;
@@ -71,55 +62,6 @@ static void meet(Gate *gate, int all) {
     }
     for (int spins = 0; atomic_load_explicit(&gate->round, memory_order_acquire) == now; spins++)
         if (spins > 4000) sched_yield();
-}
-
-INLINE vec load(const void *w, int64_t i, int64_t bfloat16) {
-    vec out;
-    if (bfloat16) {
-        short_vec s;
-        memcpy(&s, (const uint16_t *)w + i, sizeof s);
-        int_vec wide = __builtin_convertvector(s, int_vec) << 16;
-        memcpy(&out, &wide, sizeof out);
-    } else {
-        memcpy(&out, (const float *)w + i, sizeof out);
-    }
-    return out;
-}
-
-INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
-    if (!bfloat16) return ((const float *)w)[i];
-    uint32_t wide = (uint32_t)((const uint16_t *)w)[i] << 16;
-    float out;
-    memcpy(&out, &wide, sizeof out);
-    return out;
-}
-
-INLINE const void *at(const void *w, int64_t i, int64_t bfloat16) {
-    return (const char *)w + i * (bfloat16 ? 2 : 4);
-}
-
-static void store(void *w, int64_t i, float value, int64_t bfloat16) {
-    if (!bfloat16) {
-        ((float *)w)[i] = value;
-        return;
-    }
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    if (value != value)
-        bits = 0x7FC00000; /* rounding could carry NaN over into another number */
-    else
-        bits += 0x7FFF + ((bits >> 16) & 1); /* to the nearest, ties to even */
-    ((uint16_t *)w)[i] = (uint16_t)(bits >> 16);
-}
-
-INLINE float sum(vec v) {
-    half_vec half[2];
-    quarter_vec quarter[2];
-    memcpy(half, &v, sizeof v);
-    half[0] += half[1];
-    memcpy(quarter, half, sizeof half[0]);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 /* y[b][o] = sum_i w[o, i] x[b][i] for b < NB, a constant where it is called. One row after the other, as it lies in
@@ -202,16 +144,6 @@ static void normalise(const float *x, const float *w, float eps, int64_t size, f
     for (i = 0; i < size; i++) y[i] = x[i] * r * w[i];
 }
 
-/* The result lies in halves, as model/rope.py has it. */
-static void rotate(const float *x, const float *cos, const float *sin, int64_t R, int64_t interleave, float *y) {
-    int64_t P = R / 2;
-    for (int64_t i = 0; i < P; i++) {
-        float a = interleave ? x[2 * i] : x[i], b = interleave ? x[2 * i + 1] : x[i + P];
-        y[i] = a * cos[i] - b * sin[i];
-        y[i + P] = b * cos[i] + a * sin[i];
-    }
-}
-
 INLINE float silu(float x) { return x / (1.0f + expf(-x)); }
 
 /* out[h][j] = sum_s p[h][s] v[s, j], for n heads at once. */
@@ -269,7 +201,8 @@ static void attend(const Model *m, const void *cache, int64_t first, int64_t tok
                     ph[s] *= m->scale;
                     top = ph[s] > top ? ph[s] : top;
                 }
-                for (int64_t s = 0; s < tokens; s++) ph[s] = exp_negative(ph[s] - top);
+                for (int64_t s = 0; s < tokens; s += 16)
+                    store_some(ph, s, tokens - s, exp16(load_some(ph, s, tokens - s, 0) - top), 0);
                 for (int64_t s = 0; s < tokens; s++) total += ph[s];
                 out[h * (2 + width)] = top;
                 out[h * (2 + width) + 1] = total;
@@ -288,7 +221,7 @@ static void combine(const float *part, int64_t chunks, int64_t stride, int64_t w
     for (int64_t c = 0; c < chunks; c++) top = part[c * stride] > top ? part[c * stride] : top;
     memset(out, 0, width * sizeof *out);
     for (int64_t c = 0; c < chunks; c++) {
-        float weight = exp_negative(part[c * stride] - top);
+        float weight = exp16((vec){part[c * stride] - top})[0];
         total += weight * part[c * stride + 1];
         for (int64_t j = 0; j < width; j++) out[j] += weight * part[c * stride + 2 + j];
     }
@@ -410,20 +343,20 @@ static void attention(const Model *m, const Layer *l, const Work *w, const int64
                     normalise(k, l->k_norm, m->latent_eps, L, row);
                 else
                     memcpy(row, k, L * sizeof *row);
-                rotate(k + L, cos, sin, R, m->interleave, row + L);
+                rotate(k + L, cos, sin, R, m->interleave, row + L, 0);
             } else {
                 const float *k = w->k + b * m->G * R;
-                for (int64_t g = 0; g < m->G; g++) rotate(k + g * R, cos, sin, R, m->interleave, row + g * R);
+                for (int64_t g = 0; g < m->G; g++) rotate(k + g * R, cos, sin, R, m->interleave, row + g * R, 0);
                 memcpy(row + m->G * R, k + B * m->G * R, m->G * R * sizeof *row);
             }
             for (int64_t i = 0; i < m->cached; i++)
-                store(l->cache, (b * m->C + positions[b]) * m->cached + i, row[i], kind);
+                store1(l->cache, (b * m->C + positions[b]) * m->cached + i, row[i], kind);
         }
         for (int64_t i = me; i < H; i += all) {
             const float *q = w->q + (b * H + i) * q_size;
             float *query = w->query + (b * H + i) * key;
             if (m->mla) rows(at(l->key_up, i * L * N, kind), kind, N, N, &q, &query, 1, 0, L);
-            rotate(q + N, cos, sin, R, m->interleave, query + L);
+            rotate(q + N, cos, sin, R, m->interleave, query + L, 0);
         }
     }
     meet(w->gate, all);

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from smolseek import compiled
 from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
 from smolseek.model.moe import MLP, MoE
 from smolseek.model.norm import RMSNorm
 from smolseek.model.transformer import Block, CausalLM
+from smolseek.ops import backend
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "prefill.c"))
 MAX_BATCH = 512  # as in cpu_decode.c
@@ -48,7 +48,7 @@ _Model = _struct(
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled cpu_decode.c and prefill.c, or None where they cannot be built."""
-    found = compiled.library(*SOURCES)
+    found = backend.compiled(*SOURCES)
     return _declare(found) if found is not None else None
 
 

@@ -9,10 +9,9 @@
 
    T tokens, A of them that ask (the last ones), H query heads, G groups of key/value heads, E experts. */
 
-#include <stdint.h>
+#include "simd.h"
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#include "registers.h"
+#ifdef BF16_PRODUCTS
 
 #include <math.h>
 #include <stdlib.h>
@@ -22,7 +21,7 @@
 int64_t has_pairs(void) { return 1; }
 
 /* Bring `rows` rows (fewer than 16 too; the rest is 0) of `size` numbers, a multiple of 32, into order. */
-static void order(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to, int64_t line) {
+static void order(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to, int64_t line) {
     for (int64_t p = 0; p < size / 2; p += 16) turn(w + 2 * p, stride, rows, to + p * line, line);
 }
 
@@ -30,8 +29,8 @@ static void order(const half *w, int64_t stride, int64_t rows, int64_t size, uin
 
    x: row m is number tokens[m], or m where tokens is NULL, of size in. w, up: [out, in] for each expert, `apart`
    numbers from the next. y: [M, out]. in is a multiple of 32, out of 16, with `up` of 32. */
-void products(const half *x, const int64_t *tokens, const int64_t *ends, int64_t E, const half *w, const half *up,
-              int64_t apart, int64_t in, int64_t out, half *y, int64_t threads) {
+void products(const bf16 *x, const int64_t *tokens, const int64_t *ends, int64_t E, const bf16 *w, const bf16 *up,
+              int64_t apart, int64_t in, int64_t out, bf16 *y, int64_t threads) {
     int64_t wide = up ? WIDE / 2 : WIDE, blocks = (out + wide - 1) / wide;
 #pragma omp parallel num_threads(threads)
     {
@@ -41,7 +40,7 @@ void products(const half *x, const int64_t *tokens, const int64_t *ends, int64_t
             int64_t e = n / blocks, column = n % blocks * wide, first = e ? ends[e - 1] : 0;
             if (first == ends[e]) continue;
             for (int64_t v = 0; v < 4; v++) {
-                const half *from = up && v >= 2 ? up : w;
+                const bf16 *from = up && v >= 2 ? up : w;
                 int64_t row = column + (up ? v % 2 : v) * 16;
                 int64_t here = row < out ? 16 : 0;
                 order(from + e * apart + (here ? row : 0) * in, in, here, in, ordered + 16 * v, WIDE);
@@ -53,14 +52,14 @@ void products(const half *x, const int64_t *tokens, const int64_t *ends, int64_t
                 for (int64_t r = 0; r < rows; r++) a[r] = (const pair *)(x + (tokens ? tokens[m + r] : m + r) * in);
                 tile_rows(a, 1, in / 2, ordered, WIDE, rows, 4, sums);
                 for (int64_t r = 0; r < rows; r++) {
-                    half *to = y + (m + r) * out + column;
+                    bf16 *to = y + (m + r) * out + column;
                     if (up)
                         for (int v = 0; v < 2; v++) {
-                            __m512 gate = sums[r][v];
-                            put(to + 16 * v, _mm512_mul_ps(_mm512_mul_ps(gate, sigmoid16(gate)), sums[r][v + 2]));
+                            vec gate = sums[r][v];
+                            store(to, 16 * v, gate * sigmoid16(gate) * sums[r][v + 2], 1);
                         }
                     else
-                        for (int v = 0; v < 4 && column + 16 * v < out; v++) put(to + 16 * v, sums[r][v]);
+                        for (int v = 0; v < 4 && column + 16 * v < out; v++) store(to, 16 * v, sums[r][v], 1);
                 }
             }
         }
@@ -69,29 +68,29 @@ void products(const half *x, const int64_t *tokens, const int64_t *ends, int64_t
 }
 
 /* y[t] = sum_k weights[t, k] x[places[t, k]], plus `more`[t] where that is given. x: [M, D], y, more: [T, D]. */
-void combine_experts(const half *x, const int64_t *places, const float *weights, const half *more, int64_t T, int64_t K,
-                     int64_t D, half *y, int64_t threads) {
+void combine_experts(const bf16 *x, const int64_t *places, const float *weights, const bf16 *more, int64_t T, int64_t K,
+                     int64_t D, bf16 *y, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t t = 0; t < T; t++)
         for (int64_t d = 0; d < D; d += 16) {
             __m512 s = _mm512_setzero_ps();
             for (int64_t k = 0; k <= K; k++) {
-                const half *from = k < K ? x + places[t * K + k] * D + d : more + t * D + d;
+                const bf16 *from = k < K ? x + places[t * K + k] * D + d : more + t * D + d;
                 if (k == K && !more) continue;
-                s = _mm512_fmadd_ps(number(from), _mm512_set1_ps(k < K ? weights[t * K + k] : 1.0f), s);
+                s = _mm512_fmadd_ps(load(from, 0, 1), _mm512_set1_ps(k < K ? weights[t * K + k] : 1.0f), s);
             }
-            put(y + t * D + d, s);
+            store(y, t * D + d, s, 1);
         }
 }
 
 /* Where a tensor's heads lie: token t's part of head h begins at at + t * token + h * head. */
 typedef struct {
-    const half *at;
+    const bf16 *at;
     int64_t token, head;
 } Heads;
 
 /* Bring the values of 2 tokens into order: number n of both, side by side. */
-INLINE void interleave(const half *a, const half *b, int64_t V, uint32_t *to) {
+INLINE void interleave(const bf16 *a, const bf16 *b, int64_t V, uint32_t *to) {
     for (int64_t n = 0; n < V; n += 16) {
         __m512i high = b ? widen(b + n) : _mm512_setzero_si512();
         _mm512_storeu_si512(to + n, _mm512_or_si512(widen(a + n), _mm512_slli_epi32(high, 16)));
@@ -114,8 +113,8 @@ INLINE void add_values(const pair *const *p, const uint32_t *values, int64_t V, 
 
    q: [A, H, N + R]. The keys' first N features are those of the group, the last R those that all groups share.
    out: [A, H, V]. N and R are multiples of 32, V of 16; room: G * blocks * 32 * ((N + R) + V) numbers of 4 bytes. */
-void attend_causally(const half *q, const Heads *key, const Heads *shared, const Heads *value, int64_t A, int64_t T,
-                     int64_t H, int64_t G, int64_t N, int64_t R, int64_t V, float scale, half *out, uint32_t *room,
+void attend_causally(const bf16 *q, const Heads *key, const Heads *shared, const Heads *value, int64_t A, int64_t T,
+                     int64_t H, int64_t G, int64_t N, int64_t R, int64_t V, float scale, bf16 *out, uint32_t *room,
                      int64_t threads) {
     int64_t Q = N + R, blocks = (T + WIDE - 1) / WIDE, size = WIDE / 2 * (Q + V), turns = (A + 4 * ROWS - 1) / (4 * ROWS);
 #pragma omp parallel num_threads(threads)
@@ -130,7 +129,7 @@ void attend_causally(const half *q, const Heads *key, const Heads *shared, const
                 if (R) order(shared->at + t * shared->token, shared->token, tokens, R, to + N / 2 * WIDE + 16 * v, WIDE);
             }
             for (int64_t i = 0; i < WIDE / 2; i++, values += V) {
-                const half *a = value->at + (s + 2 * i) * value->token + g * value->head;
+                const bf16 *a = value->at + (s + 2 * i) * value->token + g * value->head;
                 if (s + 2 * i < T)
                     interleave(a, s + 2 * i + 1 < T ? a + value->token : NULL, V, values);
                 else
@@ -146,7 +145,7 @@ void attend_causally(const half *q, const Heads *key, const Heads *shared, const
                 int64_t rows = to - first < ROWS ? to - first : ROWS, newest = T - A + first;
                 float top[ROWS], total[ROWS];
                 const pair *a[ROWS], *ps[ROWS];
-                half p[ROWS][WIDE];
+                bf16 p[ROWS][WIDE];
                 for (int64_t r = 0; r < rows; r++) {
                     a[r] = (const pair *)(q + ((first + r) * H + h) * Q), ps[r] = (const pair *)p[r];
                     top[r] = -INFINITY, total[r] = 0;
@@ -173,7 +172,7 @@ void attend_causally(const half *q, const Heads *key, const Heads *shared, const
                             __m512 e = exp16(_mm512_sub_ps(scores[r][v], _mm512_set1_ps(best)));
                             e = _mm512_maskz_mov_ps((__mmask16)(mask >> 16 * v), e);
                             sum = _mm512_add_ps(sum, e);
-                            put(p[r] + 16 * v, e);
+                            store(p[r], 16 * v, e, 1);
                         }
                         total[r] = total[r] * keep[r] + _mm512_reduce_add_ps(sum);
                         top[r] = best;
@@ -185,8 +184,8 @@ void attend_causally(const half *q, const Heads *key, const Heads *shared, const
                 }
                 for (int64_t r = 0; r < rows; r++)
                     for (int64_t v = 0; v < V; v += 16)
-                        put(out + ((first + r) * H + h) * V + v,
-                            _mm512_mul_ps(_mm512_loadu_ps(held + r * V + v), _mm512_set1_ps(1.0f / total[r])));
+                        store(out, ((first + r) * H + h) * V + v,
+                              _mm512_mul_ps(_mm512_loadu_ps(held + r * V + v), _mm512_set1_ps(1.0f / total[r])), 1);
             }
         }
         free(held);

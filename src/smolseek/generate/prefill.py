@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolseek.generate.pairs import Pairs
-from smolseek.model.attention import GQA, MLA, CosSin, attend
+from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
 from smolseek.model.moe import MLP, MoE
-from smolseek.model.rope import rotate
 from smolseek.model.transformer import Block, CausalLM
+from smolseek.ops.causal_attention import causal_attention
+from smolseek.ops.mla_attention import CosSin
+from smolseek.ops.rotary import rotate
 
 
 @torch.inference_mode()
@@ -140,7 +142,7 @@ class _Reader:
 
 def _attend(q_AHQ: torch.Tensor, k_TGQ: torch.Tensor, v_TGV: torch.Tensor, scale: float) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q_AHQ, k_TGQ, v_TGV))
-    return attend(q, k, v, scale)[0]
+    return causal_attention(q, k, v, scale)[0]
 
 
 def _products(x_MD: torch.Tensor, counts_E: list[int], w_EFD: torch.Tensor, b_EF: torch.Tensor | None) -> torch.Tensor:

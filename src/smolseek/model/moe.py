@@ -1,7 +1,7 @@
 """DeepSeekMoE (2401.06066; DeepSeek-V3 2412.19437, section 2.1.2): shared and routed experts, never dropping a token.
 
 Shapes: B batch, T tokens, N = B*T tokens, D hidden_size, E routed experts, K experts per token, F neurons of an
-expert, M = N*K pairs of token and expert, sorted by expert.
+expert, M = N*K slots (token, expert) sorted by expert.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from smolseek.config import ModelConfig
-from smolseek.model import rows
-from smolseek.model.gradients import InPlace
-from smolseek.model.kernels import on_gpu
+from smolseek.ops.backend import triton_supports
+from smolseek.ops.grouped_experts import grouped_experts
+from smolseek.ops.moe_permute import permute, unpermute
+from smolseek.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -28,7 +28,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., D]."""
-        return self.down_proj(rows.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Routing(NamedTuple):
@@ -80,7 +80,7 @@ class Router(nn.Module):
 
 def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
     """Return the indices of the k largest numbers of each row [N, k], in no particular order."""
-    if not (on_gpu(choice_NE) and torch.compiler.is_compiling()) or k > 8:
+    if not (triton_supports(choice_NE) and torch.compiler.is_compiling()) or k > 8:
         return choice_NE.topk(k, dim=-1, sorted=False).indices
     # CUDA's topk takes a block of threads for each row; compiled, these few reductions are as fast as reading the rows.
     number_E = torch.arange(choice_NE.shape[1], device=choice_NE.device)
@@ -99,15 +99,15 @@ def _product_type(x: torch.Tensor) -> torch.dtype:
 
 
 class Dispatched(NamedTuple):
-    """Pairs of token and expert, ready for the experts that are here."""
+    """Slots (token, expert) for the experts that are here."""
 
     x_MD: torch.Tensor
     """Tokens sorted by expert, in the products' type."""
     counts_E: torch.Tensor
-    """Pairs of each expert that is here."""
+    """Slots of each expert that is here."""
     load_E: torch.Tensor
-    """Pairs of each expert among the tokens of this process."""
-    way: Any
+    """Slots of each expert among the tokens of this process."""
+    permutation: Any
     """For `combine`."""
 
 
@@ -118,155 +118,19 @@ class LocalDispatcher:
     """
 
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
-        """Return the tokens sorted by expert; the way back is their order."""
+        """Return the tokens sorted by expert; the permutation is their order."""
         experts_M = experts_NK.flatten()
         # Small keys: a GPU sorts by digits, and eight bytes have four times as many as two.
         sorted_M, order_M = experts_M.to(torch.int16).sort(stable=True)
         # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
         all_E = torch.arange(n_experts, dtype=sorted_M.dtype, device=sorted_M.device)
         counts_E = torch.searchsorted(sorted_M, all_E, right=True).diff(prepend=experts_M.new_zeros(1))
-        x_MD = rows.spread(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND))
+        x_MD = permute(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND))
         return Dispatched(x_MD, counts_E, counts_E, order_M)
 
-    def combine(self, y_MD: torch.Tensor, way: Any, weights_NK: torch.Tensor) -> torch.Tensor:
+    def combine(self, y_MD: torch.Tensor, permutation: Any, weights_NK: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
-        return rows.combine(y_MD, way, weights_NK)
-
-
-# An expert's products have a multiple of this many rows. oneDNN writes a program for each shape, in milliseconds
-# and up to half a megabyte, and keeps a thousand of them: with the experts' own numbers of rows nearly every
-# product would be a new shape. Below 12 rows its and MKL's float32 products take other kernels, which round otherwise.
-_ROWS = 16
-
-
-def _linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:
-    """Return x w^T + b for a multiple of `_ROWS` rows, so never for few.
-
-    An expert's tokens are those that chose it, so a later token changes the number of rows that an earlier one is
-    computed among. Padding keeps the earlier token's result the same to the last bit.
-    """
-    count = x_XD.shape[0]
-    return F.linear(_rows(x_XD, 0, _round_up(count)), w_FD, b_F)[:count]
-
-
-def _round_up(count: int) -> int:
-    return -(-count // _ROWS) * _ROWS
-
-
-def _rows(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
-    """Return `count` rows from `begin` on; zeros beyond the last."""
-    missing = begin + count - x_MX.shape[0]
-    return x_MX[begin : begin + count] if missing <= 0 else F.pad(x_MX[begin:], (0, 0, 0, missing))
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
-    """Write a b into `out`, or add it there: by the product itself where the types are the same."""
-    if a.dtype != out.dtype:
-        out.add_(a @ b) if add else out.copy_(a @ b)
-    elif add:
-        torch.addmm(out, a, b, out=out)
-    else:
-        torch.mm(a, b, out=out)
-
-
-@torch.library.custom_op("smolseek::swiglu_experts", mutates_args=())
-def swiglu_experts(
-    x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts' results [M, D] and their first products [M, 2F], one expert after the other.
-
-    An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
-    """
-    M = x_MD.shape[0]
-    h_MX = x_MD.new_empty(_round_up(M) + _ROWS, up_EXD.shape[1])
-    y_MD = x_MD.new_empty(_round_up(M) + _ROWS, x_MD.shape[1])
-    begin = 0
-    for e, count in enumerate(counts):
-        if count:
-            # The rows beyond its own are the next expert's, who writes them anew.
-            part = slice(begin, begin + _round_up(count))
-            torch.mm(_rows(x_MD, begin, _round_up(count)), up_EXD[e].to(x_MD.dtype).T, out=h_MX[part])
-            torch.mm(rows.stacked_swiglu(h_MX[part]), down_EDF[e].to(x_MD.dtype).T, out=y_MD[part])
-        begin += count
-    return y_MD[:M], h_MX[:M]
-
-
-class _LoopedSwiGLU(torch.autograd.Function):
-    """SwiGLU experts one after the other, each writing its weights' gradients into its own slices.
-
-    Autograd over slices would keep every cast weight and every intermediate, and stack the experts' gradients anew.
-    Here a weight is cast right before its product, while it is in the processor's cache, and only the first
-    product is kept: the rest is elementwise and is computed again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_MD: torch.Tensor,
-        up_EXD: torch.Tensor,
-        down_EDF: torch.Tensor,
-        counts: list[int],
-        in_place: InPlace,
-    ) -> torch.Tensor:
-        y_MD, h_MX = swiglu_experts(x_MD, up_EXD, down_EDF, counts)
-        ctx.save_for_backward(x_MD, h_MX)
-        # The weights themselves: recomputation would hand back others, without a `.grad`.
-        ctx.weights, ctx.counts, ctx.in_place = (up_EXD, down_EDF), counts, in_place
-        return y_MD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
-        M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
-        x_wanted, up_wanted, down_wanted = ctx.needs_input_grad[:3]
-        dx_MD = x_MD.new_empty(_round_up(M) + _ROWS, x_MD.shape[1]) if x_wanted else None
-        up_place, down_place = ctx.in_place.place(up_EXD), ctx.in_place.place(down_EDF)
-        d_up = torch.empty_like(up_EXD) if up_wanted and up_place is None else None
-        d_down = torch.empty_like(down_EDF) if down_wanted and down_place is None else None
-        begin = 0
-        for e, count in enumerate(ctx.counts):
-            if count == 0:
-                for new in (d_up, d_down):
-                    if new is not None:
-                        new[e].zero_()
-                continue
-            more = _round_up(count)
-            x, dy, h = (_rows(t, begin, more) for t in (x_MD, dy_MD, h_MX))
-            dh, a = rows.stacked_swiglu_back(h, dy @ down_EDF[e].to(dy.dtype))
-            # The rows beyond its own are the next expert's: they are to count for nothing here.
-            dh[count:], a[count:] = 0, 0
-            for new, place, left, right in ((d_down, down_place, dy.T, a), (d_up, up_place, dh.T, x)):
-                if place is not None:
-                    _product(left, right, place[e], add=True)
-                elif new is not None:
-                    _product(left, right, new[e])
-            if dx_MD is not None:
-                torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
-            begin += count
-        return None if dx_MD is None else dx_MD[:M], d_up, d_down, None, None
-
-
-class _Rows(torch.autograd.Function):
-    """b[expert], whose gradients a product adds up in a fixed order; the backward pass of an index takes atomics."""
-
-    @staticmethod
-    def forward(ctx: Any, b_EF: torch.Tensor, expert_M: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(expert_M)
-        ctx.experts = b_EF.shape[0]
-        return b_EF[expert_M]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_MF: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        (expert_M,) = ctx.saved_tensors
-        own_EM = (expert_M == torch.arange(ctx.experts, device=d_MF.device)[:, None]).to(d_MF.dtype)
-        return own_EM @ d_MF, None
-
-
-def missing(features: int, dtype: torch.dtype) -> int:
-    """Return how many features a row lacks to `F.grouped_mm`, which takes only rows of whole 16 bytes."""
-    return -features % (16 // dtype.itemsize)
+        return unpermute(y_MD, permutation, weights_NK)
 
 
 class Experts(nn.Module):
@@ -275,8 +139,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         E, D, size = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        self.gated, self.in_place = config.mlp_gated, InPlace()
-        self.top_k = config.num_experts_per_tok
+        self.gated, self.top_k = config.mlp_gated, config.num_experts_per_tok
         if self.gated:
             self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * size, D))
         else:
@@ -285,68 +148,22 @@ class Experts(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(E, size)) if config.mlp_bias else None
         self.down_bias = nn.Parameter(torch.zeros(E, D)) if config.mlp_bias else None
 
-    def forward(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D]."""
-        if x_MD.is_cuda and torch.is_autocast_enabled("cuda"):
-            return self._grouped(x_MD.to(torch.get_autocast_dtype("cuda")), counts_E)
-        if self.gated and not x_MD.is_cuda and torch.is_grad_enabled():
-            x_MD = x_MD.to(_product_type(x_MD))
-            return self._looped_in_place(x_MD, counts_E)
-        return self._looped(x_MD, counts_E)
+    def forward(self, x_MD: torch.Tensor, counts_E: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+        """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D].
 
-    @torch.compiler.disable  # a compiled backward pass would not see that it adds to `.grad`
-    def _looped_in_place(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return _LoopedSwiGLU.apply(x_MD, self.gate_up_proj, self.down_proj, counts_E.tolist(), self.in_place)
-
-    def _looped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        """One product per expert. `unbind` once: indexing would add a full-size gradient per expert."""
+        With `accumulate` a backward pass on a CPU adds the weights' gradients to their `.grad`.
+        """
+        weights = self.gate_up_proj if self.gated else self.up_proj, self.down_proj, self.up_bias, self.down_bias
         # A single token has no earlier one whose result must stay as it is.
-        linear = _linear if x_MD.shape[0] > self.top_k and not x_MD.is_cuda else F.linear
-        first = self.gate_up_proj if self.gated else self.up_proj
-        none = (None,) * first.shape[0]
-        b_up = none if self.up_bias is None else self.up_bias.unbind()
-        b_down = none if self.down_bias is None else self.down_bias.unbind()
-        parts = []
-        for x_XD, w_up, w_down, bu, bd in zip(
-            x_MD.split(counts_E.tolist()), first.unbind(), self.down_proj.unbind(), b_up, b_down, strict=True
-        ):
-            if x_XD.shape[0] == 0:
-                continue
-            parts.append(linear(self._activate(linear(x_XD, w_up, bu)), w_down, bd))
-        return torch.cat(parts) if parts else x_MD.new_empty(x_MD.shape)
-
-    def _grouped(self, x_MD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-        """All experts in one grouped product each way, without the host learning the counts."""
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        dtype, D, size = x_MD.dtype, *self.down_proj.shape[1:]
-        first = (self.gate_up_proj if self.gated else self.up_proj).to(dtype)
-        last = self.down_proj.to(dtype)
-        more_D, more_F = missing(D, dtype), missing(size, dtype)
-        if more_D or more_F:  # features and neurons of zeros, which add nothing
-            parts_EPFD = first.unflatten(1, (-1, size))
-            first = F.pad(parts_EPFD, (0, more_D, 0, more_F)).flatten(1, 2)
-            last, x_MD = F.pad(last, (0, more_F, 0, more_D)), F.pad(x_MD, (0, more_D))
-        h = F.grouped_mm(x_MD, first.transpose(1, 2), offs=ends_E)
-        if self.up_bias is None or self.down_bias is None:
-            return F.grouped_mm(self._activate(h), last.transpose(1, 2), offs=ends_E)[:, :D]
-        row_M1 = torch.arange(x_MD.shape[0], device=x_MD.device)[:, None]
-        expert_M = (row_M1 >= ends_E).sum(dim=1)
-        h = self._activate(h + _Rows.apply(F.pad(self.up_bias.to(dtype), (0, more_F)), expert_M))
-        y = F.grouped_mm(h, last.transpose(1, 2), offs=ends_E)[:, :D]
-        return y + _Rows.apply(self.down_bias.to(dtype), expert_M)
-
-    def _activate(self, h: torch.Tensor) -> torch.Tensor:
-        if not self.gated:
-            return F.silu(h)
-        return rows.activate(h)
+        padded = x_MD.shape[0] > self.top_k
+        return grouped_experts(x_MD, counts_E, *weights, gated=self.gated, padded=padded, accumulate=accumulate)
 
 
 class Load(NamedTuple):
     """How the tokens of one forward pass spread over the experts of one layer."""
 
     counts_E: torch.Tensor
-    """Pairs of token and expert, per expert."""
+    """Slots (token, expert) of each expert."""
     balance: torch.Tensor
     """Sequence-wise balance loss without its weight alpha, a scalar (equations 17-20)."""
 
@@ -365,8 +182,8 @@ class MoE(nn.Module):
         self.n_shared_experts = config.n_shared_experts
         self.dispatcher = LocalDispatcher()
 
-    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, Load]:
-        """Return the layer's output [B, T, D] and its load.
+    def forward(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load]:
+        """Return the layer's output [B, T, D] and its load; `accumulate` as in `Experts.forward`.
 
         The load is returned rather than kept, so that recomputation in the backward pass and evaluation cannot
         count a token twice.
@@ -375,9 +192,9 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
         n_experts = routing.scores_NE.shape[1]
-        x_MD, counts_E, load_E, way = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
-        y_MD = self.experts(x_MD, counts_E)
-        y_BTD = self.dispatcher.combine(y_MD, way, routing.weights_NK).view(B, T, -1)
+        x_MD, counts_E, load_E, permutation = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
+        y_MD = self.experts(x_MD, counts_E, accumulate)
+        y_BTD = self.dispatcher.combine(y_MD, permutation, routing.weights_NK).view(B, T, -1)
         if self.n_shared_experts:
             assert self.shared_experts is not None
             y_BTD = y_BTD + self.shared_experts(x_BTD)

@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from smolseek.model import fused, moe  # noqa: F401  they make operators that are named below
+from smolseek.ops import grouped_experts, mla_attention  # noqa: F401  they make operators that are named below
 
 How = Literal["none", "selective", "full"]
 
 _ATTENTION = frozenset(
     {
-        torch.ops.smolseek.latent_attention.default,
+        torch.ops.smolseek.mla_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -33,21 +33,20 @@ _PRODUCTS = frozenset(
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
         torch.ops.aten._grouped_mm.default,
-        torch.ops.smolseek.swiglu_experts.default,
+        torch.ops.smolseek.grouped_experts.default,
     }
 )
 
 
-def recomputed(block: Any, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], how: How) -> Any:
-    """Return `block(x_BTD, cos_sin)`, of which `how` is kept for the backward pass."""
+def recomputed(
+    block: Any, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], accumulate: bool, how: How
+) -> Any:
+    """Return `block` of the tokens, of which `how` is kept for the backward pass."""
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "full":
-        return run(block, x_BTD, cos_sin)
-    return run(
-        block.feed,
-        run(block.attend, x_BTD, cos_sin, context_fn=_keeping(_ATTENTION)),
-        context_fn=_keeping(_PRODUCTS),
-    )
+        return run(block, x_BTD, cos_sin, accumulate=accumulate)
+    x_BTD = run(block.attend, x_BTD, cos_sin, context_fn=_keeping(_ATTENTION))
+    return run(block.feed, x_BTD, accumulate, context_fn=_keeping(_PRODUCTS))
 
 
 def _keeping(kept: frozenset) -> Callable:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from smolseek.config import ModelConfig
-from smolseek.model.attention import GQA, MLA, CosSin
+from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
-from smolseek.model.gradients import Embedding, InPlace
 from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.norm import RMSNorm
 from smolseek.model.recompute import How, recomputed
 from smolseek.model.rope import Rope
+from smolseek.ops.embedding import embedding
+from smolseek.ops.mla_attention import CosSin
 
 
 class Block(nn.Module):
@@ -29,27 +30,38 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None
+        self,
+        x_BTD: torch.Tensor,
+        cos_sin: CosSin,
+        cache: Cache | None = None,
+        last: int | None = None,
+        accumulate: bool = False,
     ) -> tuple[torch.Tensor, Load | None]:
-        """Return the new residual stream [B, T, D] and, for a layer with experts, its load."""
-        return self.feed(self.attend(x_BTD, cos_sin, cache))
+        """Return the new residual stream [B, T, D] and, for a layer with experts, its load.
 
-    def attend(self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None) -> torch.Tensor:
-        """Return the first half's residual stream [B, T, D]."""
-        return x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache)
+        `last` and `accumulate` are those of `CausalLM.hidden`.
+        """
+        return self.feed(self.attend(x_BTD, cos_sin, cache, last), accumulate)
 
-    def feed(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, Load | None]:
+    def attend(
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
+    ) -> torch.Tensor:
+        """Return the first half's residual stream [B, T, D], of the `last` tokens where they are given."""
+        h_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache, last)
+        return (x_BTD if last is None else x_BTD[:, -last:]) + h_BTD
+
+    def feed(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load | None]:
         """Return the second half's residual stream [B, T, D] and, with experts, their load."""
         h_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
-            y_BTD, load = self.mlp(h_BTD)
+            y_BTD, load = self.mlp(h_BTD, accumulate)
             return x_BTD + y_BTD, load
         return x_BTD + self.mlp(h_BTD), None
 
 
-def call_block(block: Any, x_BTD: torch.Tensor, cos_sin: CosSin) -> tuple[torch.Tensor, Load | None]:
+def call_block(block: Any, x_BTD: torch.Tensor, cos_sin: CosSin, accumulate: bool) -> tuple[torch.Tensor, Load | None]:
     """Call one layer as in training; compiled, it is one piece of code for all layers."""
-    return block(x_BTD, cos_sin)
+    return block(x_BTD, cos_sin, accumulate=accumulate)
 
 
 class Decoder(nn.Module):
@@ -69,7 +81,7 @@ class Hidden(NamedTuple):
     hidden_BTD: torch.Tensor
     """Normalised last hidden state."""
     load_LE: torch.Tensor
-    """Pairs of token and expert for each layer with experts (int64); [0, 0] without such layers."""
+    """Slots (token, expert) of each layer with experts (int64); [0, 0] without such layers."""
     balance: torch.Tensor
     """Sequence-wise balance loss summed over the layers, without its weight alpha."""
 
@@ -86,11 +98,6 @@ class CausalLM(nn.Module):
         self.grad_checkpointing: How = "none"
         self.call_block = call_block
         self.model = Decoder(config)
-        # One for all: where the training loop allows it, gradients of experts, embedding and head are added in place.
-        self.in_place = InPlace()
-        for block in self.model.layers:
-            if isinstance(block.mlp, MoE):
-                block.mlp.experts.in_place = self.in_place
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
@@ -108,8 +115,23 @@ class CausalLM(nn.Module):
         """The routers of the layers with experts, in order."""
         return [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
 
-    def hidden(self, ids_BT: torch.Tensor, cache: Cache | None = None) -> Hidden:
-        """Run the decoder over `ids_BT` (int64), which follow what `cache` holds."""
+    def hidden(
+        self,
+        ids_BT: torch.Tensor,
+        cache: Cache | None = None,
+        *,
+        last: int | None = None,
+        accumulate: bool = False,
+    ) -> Hidden:
+        """Run the decoder over `ids_BT` (int64), which follow what `cache` holds.
+
+        Args:
+            ids_BT: token ids.
+            cache: what earlier tokens left; the new ones are appended.
+            last: how many of the last tokens the result is wanted of: the last layer computes queries for them only.
+            accumulate: on a CPU, the backward pass adds the gradients of experts and embedding to their `.grad`, where
+                autograd would make them anew first. It has to end in `.grad` for them: autograd does not see it.
+        """
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
         if cache is not None and cache.lengths_B is not None:
@@ -117,18 +139,15 @@ class CausalLM(nn.Module):
         else:
             positions = torch.arange(start, start + T, device=ids_BT.device)
             cos_sin = self.model.rope(positions, start + T)
-        if self.in_place.active:
-            x_BTD = Embedding.apply(ids_BT, self.model.embed_tokens.weight, self.in_place)
-        else:
-            x_BTD = self.model.embed_tokens(ids_BT)
+        x_BTD = embedding(ids_BT, self.model.embed_tokens.weight, accumulate)
         loads: list[Load] = []
-        for block in self.model.layers:
+        for number, block in enumerate(self.model.layers, 1):
             if self.grad_checkpointing != "none" and torch.is_grad_enabled():
-                x_BTD, load = recomputed(block, x_BTD, cos_sin, self.grad_checkpointing)
+                x_BTD, load = recomputed(block, x_BTD, cos_sin, accumulate, self.grad_checkpointing)
             elif cache is None and torch.is_grad_enabled():
-                x_BTD, load = self.call_block(block, x_BTD, cos_sin)
+                x_BTD, load = self.call_block(block, x_BTD, cos_sin, accumulate)
             else:
-                x_BTD, load = block(x_BTD, cos_sin, cache)
+                x_BTD, load = block(x_BTD, cos_sin, cache, last if number == len(self.model.layers) else None)
             if load is not None:
                 loads.append(load)
         if cache is not None:
@@ -138,11 +157,11 @@ class CausalLM(nn.Module):
             balance = torch.stack([load.balance for load in loads]).sum()
         else:
             load_LE, balance = ids_BT.new_zeros((0, 0)), x_BTD.new_zeros(())
-        return Hidden(self.model.norm(x_BTD), load_LE, balance)
+        return Hidden(self.model.norm(x_BTD if last is None else x_BTD[:, -last:]), load_LE, balance)
 
-    def forward(self, ids_BT: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Return the logits [B, T, V] of the token after each one of `ids_BT` (int64)."""
-        return self.lm_head(self.hidden(ids_BT, cache).hidden_BTD)
+    def forward(self, ids_BT: torch.Tensor, cache: Cache | None = None, last: int | None = None) -> torch.Tensor:
+        """Return the logits [B, T, V] of the token after each one of `ids_BT` (int64), or after the `last` of them."""
+        return self.lm_head(self.hidden(ids_BT, cache, last=last).hidden_BTD)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:

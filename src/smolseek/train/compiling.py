@@ -1,8 +1,7 @@
 """Layers as compiled code (`torch.compile`) and passes as CUDA graphs, where that pays and works.
 
-On a CPU it is not tried by itself: what compiling would join is one pass in C already (`model/rows.c`,
-`model/attention.c`), or little beside the products. On CUDA it joins norms, rotations, activations and the router's
-small steps.
+On a CPU it is not tried by itself: what compiling would join is one pass in C already (`ops/`), or little beside the
+products. On CUDA it joins norms, rotations, activations and the router's small steps.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Learning from another model's next-token distribution instead of the text's next token.
 
-Shapes: B sequences, T predicted tokens, N = B*T, C tokens of a chunk, R of some rows, D hidden_size, V vocab_size.
+Shapes: B sequences, T predicted tokens, N = B*T, D hidden_size.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import hashlib
 import json
 import shlex
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
@@ -23,26 +22,14 @@ from smolseek.data.split import EmptySide, split
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.model.transformer import CausalLM
+from smolseek.ops.cross_entropy import linear_kl
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
 from smolseek.tokenizer import encoder, load_tokenizer, tokenizer_of, vocabulary_digest
 from smolseek.train.loss import Losses
 
-# As in train/loss.py: tokens whose logits exist at one time, and tokens whose exponentials fit in the caches.
-_CHUNK = 256
-_ROWS = 16
-
 _ROUNDS = 8
 """How often a model is asked for more text, at most."""
-
-
-class Divergence(NamedTuple):
-    """A model beside its teacher on some tokens, means in nats."""
-
-    kl: torch.Tensor
-    """KL(teacher || model); differentiable."""
-    next_token: torch.Tensor
-    """The model's cross-entropy of the text's next token."""
 
 
 class Teacher:
@@ -64,105 +51,35 @@ class Teacher:
             found.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
         return found.hexdigest()
 
-    def losses(self, model: CausalLM, rows: torch.Tensor, *, alpha: float = 0.0) -> Losses:
-        """Return the losses of `rows` [B, T+1]; differentiated is the divergence, on the whole vocabulary."""
+    def losses(
+        self,
+        model: CausalLM,
+        rows: torch.Tensor,
+        *,
+        alpha: float = 0.0,
+        accumulate: bool = False,
+        factor: float | None = None,
+    ) -> Losses:
+        """As `loss.losses`; differentiated is the divergence from the teacher, on the whole vocabulary."""
         ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
         with torch.no_grad():
             taught_ND = self.model.hidden(ids_BT).hidden_BTD.flatten(0, 1)
-        out = model.hidden(ids_BT)
-        found = linear_kl(
+        out = model.hidden(ids_BT, accumulate=accumulate)
+        kl, next_token = linear_kl(
             out.hidden_BTD.flatten(0, 1),
             model.lm_head.weight,
             taught_ND,
             self.model.lm_head.weight,
             targets_BT.flatten(),
         )
-        total = found.kl + alpha * out.balance if alpha else found.kl
-        return Losses(total, found.next_token, out.balance.detach(), out.load_LE, found.kl.detach())
+        total = kl + alpha * out.balance if alpha else kl
+        return Losses(total, next_token, out.balance.detach(), out.load_LE, kl.detach())
 
 
 def attention_only(model: CausalLM) -> None:
     """Freeze all of the model but its attention."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("self_attn" in name)
-
-
-def linear_kl(
-    h_ND: torch.Tensor, w_VD: torch.Tensor, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor
-) -> Divergence:
-    """Return the mean KL(p || q) of p = softmax(taught taught_VD^T) and q = softmax(h w^T), float32 scalars.
-
-    Neither model's logits are ever held whole: each chunk of tokens gives its part of the divergence and of the
-    gradient. Under autocast the products are in its number format, everything between them in float32.
-    """
-    device = h_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
-    # Asked out here, as in train/loss.py.
-    wanted = tuple(torch.is_grad_enabled() and t.requires_grad for t in (h_ND, w_VD))
-    return Divergence(*_LinearKL.apply(h_ND, w_VD, taught_ND, taught_VD, targets_N, dtype, wanted))
-
-
-class _LinearKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_ND: torch.Tensor,
-        w_VD: torch.Tensor,
-        taught_ND: torch.Tensor,
-        taught_VD: torch.Tensor,
-        targets_N: torch.Tensor,
-        dtype: torch.dtype,
-        wanted_of: tuple[bool, bool],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        (N, _), V = h_ND.shape, w_VD.shape[0]
-        h_ND, w_VD, taught_ND, taught_VD = (t.to(dtype) for t in (h_ND, w_VD, taught_ND, taught_VD))
-        kl = torch.zeros((), dtype=torch.float32, device=h_ND.device)
-        loss = torch.zeros_like(kl)
-        dh_ND = torch.empty_like(h_ND) if wanted_of[0] else None
-        dw_VD = torch.zeros_like(w_VD, dtype=torch.float32) if wanted_of[1] else None
-        wanted = dh_ND is not None or dw_VD is not None
-        # Made once and used by every chunk, as in train/loss.py.
-        logits_CV, taught_CV = (h_ND.new_empty(min(N, _CHUNK), V) for _ in range(2))
-        rows = _ROWS if h_ND.device.type == "cpu" else _CHUNK
-        q_RV, p_RV, difference_RV = (h_ND.new_empty(min(N, rows), V, dtype=torch.float32) for _ in range(3))
-        with torch.autocast(h_ND.device.type, enabled=False):
-            for begin in range(0, N, _CHUNK):
-                h_CD = h_ND[begin : begin + _CHUNK]
-                C = len(h_CD)
-                torch.mm(h_CD, w_VD.T, out=logits_CV[:C])
-                torch.mm(taught_ND[begin : begin + C], taught_VD.T, out=taught_CV[:C])
-                for row in range(0, C, rows):
-                    ours, theirs = logits_CV[row : min(C, row + rows)], taught_CV[row : min(C, row + rows)]
-                    R = len(ours)
-                    q, p, difference = q_RV[:R].copy_(ours), p_RV[:R].copy_(theirs), difference_RV[:R]
-                    target_R1 = q.gather(1, targets_N[begin + row : begin + row + R, None])
-                    torch.sub(p, q, out=difference)
-                    top_q, top_p = q.amax(dim=1, keepdim=True), p.amax(dim=1, keepdim=True)
-                    q.sub_(top_q).exp_()
-                    p.sub_(top_p).exp_()
-                    sum_q, sum_p = q.sum(dim=1, keepdim=True), p.sum(dim=1, keepdim=True)
-                    log_q, log_p = sum_q.log() + top_q, sum_p.log() + top_p
-                    p.div_(sum_p)
-                    kl += (difference.mul_(p).sum(dim=1, keepdim=True) - log_p + log_q).sum()
-                    loss += (log_q - target_R1).sum()
-                    if wanted:
-                        # d KL / d logits = (q - p) / N, in the place of the logits
-                        ours.copy_(q.div_(sum_q).sub_(p).mul_(1 / N))
-                if dh_ND is not None:
-                    torch.mm(logits_CV[:C], w_VD, out=dh_ND[begin : begin + C])
-                if dw_VD is not None:
-                    dw_VD += logits_CV[:C].T @ h_CD
-        ctx.gradients = dh_ND, dw_VD
-        loss /= N
-        ctx.mark_non_differentiable(loss)
-        return kl / N, loss
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        assert ctx.gradients is not None, "this divergence is differentiated once"
-        (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
-        dh_ND = None if dh_ND is None else dh_ND * grad
-        return dh_ND, None if dw_VD is None else dw_VD.mul_(grad), None, None, None, None, None
 
 
 def source_of_model(model: str) -> str:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from smolseek.config import ModelConfig, OptimConfig
-from smolseek.model import fused
-from smolseek.model.kernels import fit
 from smolseek.model.recompute import How
 from smolseek.model.summary import size_text
 from smolseek.model.transformer import CausalLM
+from smolseek.ops.backend import c_supports
+from smolseek.ops.cross_entropy import held_bytes, logits_bytes
+from smolseek.ops.mla_attention import c_supports_heads
 from smolseek.train.device import autocast
-from smolseek.train.loss import held_bytes, logits_bytes
 from smolseek.train.optim import parameter_groups
 
 PROGRAM = 380_000_000
@@ -135,7 +135,7 @@ def _moments(config: ModelConfig, run: Run, model: CausalLM) -> list[dict[str, i
     # Gradients on their way, in float32: of the residual stream, and of what each expert of a token made.
     routed = config.num_experts_per_tok if config.n_moe_layers else 0
     on_the_way = N * D * 4 * (1 + routed)
-    # On a CPU the loop adds the gradients of gated experts, head and embedding in place (`model/gradients.py`). Else
+    # On a CPU the loop adds the gradients of gated experts, head and embedding in place (`ops/backend.py`). Else
     # new ones lie beside the old ones until they are added; the parts of a stack until it is made. On a GPU each pass
     # makes all of them anew (`train/forward_backward.py`).
     stacks = [4 * p.numel() for name, p in model.model.layers[L - 1].named_parameters() if ".experts." in name]
@@ -176,7 +176,7 @@ def attention_half(config: ModelConfig, run: Run) -> Half:
     in_c = False
     if config.is_mla:
         L, R, Q, X = config.kv_lora_rank or 0, config.qk_rope_head_dim, config.qk_head_dim, config.v_head_dim
-        in_c = not run.cuda and fused.fits(_like(run), Q - R, R, X)
+        in_c = not run.cuda and c_supports_heads(_like(run), Q - R, R, X)
         kept = _norm(D, run, readers=2) + _latent(L, R, run, config.latent_norm)
         if config.q_lora_rank:
             kept += _latent(config.q_lora_rank, 0, run, True)
@@ -198,8 +198,8 @@ def attention_half(config: ModelConfig, run: Run) -> Half:
 def feed_half(config: ModelConfig, run: Run, layer: int) -> Half:
     """Return what norm and feed-forward layer keep for each token (`model/moe.py`)."""
     a, D = run.number, config.hidden_size
-    # Of SwiGLU: gate, up and their product, and without rows.c the activation.
-    swiglu = (3 if not run.cuda and fit(_like(run)) else 4) * a
+    # Of SwiGLU: gate, up and their product, and without the C kernel the activation.
+    swiglu = (3 if not run.cuda and c_supports(_like(run)) else 4) * a
     if not config.is_moe_layer(layer):
         F = config.intermediate_size
         # Selected are the three products, the last one without need.

@@ -115,12 +115,11 @@ class ForwardBackward:
             rows = rows.pin_memory()  # else the copy would make the host wait
         return rows.to(self._device, non_blocking=True)
 
-    def _losses(self, rows: torch.Tensor) -> Losses:
+    def _losses(self, rows: torch.Tensor, accumulate: bool = False, factor: float | None = None) -> Losses:
         with self.context:
-            return self.objective(self.model, rows, alpha=self._alpha)
+            return self.objective(self.model, rows, alpha=self._alpha, accumulate=accumulate, factor=factor)
 
     def _run(self, rows: torch.Tensor, share: float) -> Losses:
-        with self.distributed.backward(self.model, share / self.grad_accum):
-            out = self._losses(rows)
-            (out.total * share / self.grad_accum).backward()
+        out = self._losses(rows, self.distributed.accumulates, share / self.grad_accum)
+        (out.total * share / self.grad_accum).backward()
         return out._replace(total=out.total.detach())

@@ -1,12 +1,12 @@
-"""attention.c beside the model's own operations: as near to float64, the same every time, blind to what follows."""
+"""MLA in C beside PyTorch's operations: as near to float64, the same every time, blind to what follows."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from smolseek.model import fused
 from smolseek.model.transformer import new_model
+from smolseek.ops.mla_attention import c_supports_heads, mla_attention
 from smolseek.presets import preset
 
 CONFIGS = {
@@ -16,11 +16,11 @@ CONFIGS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("pairs")
+pytestmark = pytest.mark.usefixtures("bf16_products")
 
 
-def attention(name: str, length: int, how: str, monkeypatch) -> dict[str, torch.Tensor]:
-    """Result and gradients of one layer's attention: `fused`, `plain` under autocast, or `exact` in float64."""
+def attention(name: str, length: int, how: str, use_backend) -> dict[str, torch.Tensor]:
+    """Result and gradients of one layer's attention: `c`, `plain` under autocast, or `exact` in float64."""
     config = replace(CONFIGS[name], num_hidden_layers=1, vocab_size=32)
     model = new_model(config, seed=1)
     layer, generator = model.model.layers[0].self_attn, torch.Generator().manual_seed(2)
@@ -32,11 +32,10 @@ def attention(name: str, length: int, how: str, monkeypatch) -> dict[str, torch.
     if how == "exact":
         layer, x, dy = layer.double(), x.double(), dy.double()
     x.requires_grad_()
-    with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=how != "exact"):
-        if how == "plain":
-            patch.setattr(fused, "fits", lambda *_: False)
-        if how == "fused":
-            assert fused.fits(x.bfloat16(), layer.nope, layer.rope, layer.value)
+    use_backend("cpu" if how == "c" else "reference", bfloat16=how == "c")
+    with torch.autocast("cpu", torch.bfloat16, enabled=how != "exact"):
+        if how == "c":
+            assert c_supports_heads(x.bfloat16(), layer.nope, layer.rope, layer.value)
         y = layer(x, model.model.rope(torch.arange(length), length))
     y.backward(dy.to(y.dtype))
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters()}}
@@ -44,14 +43,14 @@ def attention(name: str, length: int, how: str, monkeypatch) -> dict[str, torch.
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("length", [2, 33, 64, 135])  # around the sizes of tiles and blocks
-def test_it_is_no_further_from_float64_than_pytorchs_operations(name, length, monkeypatch):
-    runs = {how: attention(name, length, how, monkeypatch) for how in ("fused", "plain", "exact")}
+def test_it_is_no_further_from_float64_than_pytorchs_operations(name, length, use_backend):
+    runs = {how: attention(name, length, how, use_backend) for how in ("c", "plain", "exact")}
     for part, exact in runs["exact"].items():
-        error = {how: float((runs[how][part].double() - exact).norm()) for how in ("fused", "plain")}
+        error = {how: float((runs[how][part].double() - exact).norm()) for how in ("c", "plain")}
         assert error["plain"] < 0.05 * exact.norm(), part
         # The latent norm's gradient has few numbers, so its error is more by chance.
         slack = 1.1 if length > 33 and "norm" not in part else 1.5
-        assert error["fused"] <= slack * error["plain"], part
+        assert error["c"] <= slack * error["plain"], part
 
 
 def test_results_and_gradients_are_the_same_for_any_number_of_threads():
@@ -61,7 +60,7 @@ def test_results_and_gradients_are_the_same_for_any_number_of_threads():
             torch.set_num_threads(count)
             q, kv, pe, cos, sin = heads(150)
             inputs = [x.requires_grad_() for x in (q, kv, pe)]
-            out = fused.latent_attention(*inputs, cos, sin, (4, 16, 32), 0.2, True)
+            out = mla_attention(*inputs, (cos, sin), (4, 16, 32), 0.2, True)
             out.float().square().sum().backward()
             found.append([out.detach(), *(x.grad for x in inputs)])
     finally:
@@ -78,22 +77,23 @@ def heads(length: int) -> tuple[torch.Tensor, ...]:
 
 
 def test_no_token_sees_what_follows():
-    inputs = heads(100)
-    whole = fused.latent_attention(*inputs, (4, 16, 32), 0.2, True)
+    *inputs, cos, sin = heads(100)
+    whole = mla_attention(*inputs, (cos, sin), (4, 16, 32), 0.2, True)
     for length in (1, 7, 63, 64, 65, 99):
-        begun = [x[:, :length].contiguous() for x in inputs[:3]] + [x[:length] for x in inputs[3:]]
-        assert torch.equal(fused.latent_attention(*begun, (4, 16, 32), 0.2, True), whole[:, :length])
+        begun = [x[:, :length].contiguous() for x in inputs]
+        found = mla_attention(*begun, (cos[:length], sin[:length]), (4, 16, 32), 0.2, True)
+        assert torch.equal(found, whole[:, :length])
 
 
 def test_what_is_no_number_stays_so():
     q, kv, pe, cos, sin = heads(70)
     kv[0, 20, 0] = float("nan")
-    out = fused.latent_attention(q, kv, pe, cos, sin, (4, 16, 32), 0.2, True)[0, :, :32]
+    out = mla_attention(q, kv, pe, (cos, sin), (4, 16, 32), 0.2, True)[0, :, :32]
     assert out[20:].isnan().all() and not out[:20].isnan().any()
 
 
-def test_where_it_does_not_fit_the_model_takes_its_own_operations():
+def test_which_heads_it_takes():
     q = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
-    assert fused.fits(q, 16, 16, 32)
-    assert not fused.fits(q.float(), 16, 16, 32)
-    assert not fused.fits(q, 16, 16, 24) and not fused.fits(q, 24, 8, 32)
+    assert c_supports_heads(q, 16, 16, 32)
+    assert not c_supports_heads(q.float(), 16, 16, 32)
+    assert not c_supports_heads(q, 16, 16, 24) and not c_supports_heads(q, 24, 8, 32)

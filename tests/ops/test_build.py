@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import smolseek
-from smolseek import compiled
 from smolseek.generate import cpu_decode
 from smolseek.generate.engine import Decoder
 from smolseek.model.transformer import new_model
+from smolseek.ops import build
 from smolseek.presets import tiny
 
 ROOT = Path(smolseek.__file__).parent
 
 
 def test_an_installed_package_holds_every_file():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["smolseek"]
     held = {path for pattern in patterns for path in ROOT.glob(pattern)}
     there = {path for path in ROOT.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
@@ -28,17 +28,17 @@ def test_an_installed_package_holds_every_file():
 
 def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    header, source = tmp_path / "registers.h", tmp_path / "one.c"
-    source.write_text('#include "registers.h"\nint one(void) { return NUMBER; }\n')
-    monkeypatch.setattr(compiled, "_FOLDER", tmp_path)
+    header, source = tmp_path / "simd.h", tmp_path / "one.c"
+    source.write_text('#include "simd.h"\nint one(void) { return NUMBER; }\n')
+    monkeypatch.setattr(build, "_FOLDER", tmp_path)
     for number in (1, 2):
         header.write_text(f"#define NUMBER {number}\n")
-        compiled.library.cache_clear()
-        library = compiled.library(source)
+        build.library.cache_clear()
+        library = build.library(source)
         if library is None:
             pytest.skip("no C compiler")
         assert library.one() == number
-    compiled.library.cache_clear()
+    build.library.cache_clear()
 
 
 @pytest.fixture
@@ -48,16 +48,16 @@ def one(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     source = tmp_path / "one.c"
     source.write_text("#ifdef WRONG\n#error it is wrong\n#endif\nint one(void) { return 1; }\n")
-    if not compiled._compilers():
+    if not build._compilers():
         pytest.skip("no C compiler")
 
-    def build():
-        compiled.library.cache_clear()
-        compiled._say.cache_clear()
-        return compiled.library(source)
+    def build_anew():
+        build.library.cache_clear()
+        build._say.cache_clear()
+        return build.library(source)
 
-    yield build
-    compiled.library.cache_clear()
+    yield build_anew
+    build.library.cache_clear()
 
 
 def a_compiler(path, line):
@@ -70,7 +70,7 @@ def a_compiler(path, line):
 
 @pytest.mark.parametrize("refused", ["-fopenmp", "-march=native"])
 def test_a_flag_that_the_compiler_refuses_is_left_out(one, tmp_path, monkeypatch, capsys, refused):
-    (real,) = compiled._compilers()[0]
+    (real,) = build._compilers()[0]
     line = f'case " $* " in *" {refused} "*) echo "error: unsupported option" >&2; exit 1;; esac\nexec {real} "$@"'
     monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", line)))
     assert one().one() == 1
@@ -90,7 +90,7 @@ def test_a_compiler_that_fails_is_told_once_in_one_line(one, tmp_path, monkeypat
 
 
 def test_another_compiler_is_tried_where_none_is_named(one, tmp_path, monkeypatch):
-    (real,) = compiled._compilers()[0]
+    (real,) = build._compilers()[0]
     a_compiler(tmp_path / "bin" / "cc", "exit 1")
     a_compiler(tmp_path / "bin" / "gcc", f'exec {real} "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -119,9 +119,9 @@ def test_without_openmp_native_decodes_on_one_thread(monkeypatch, tmp_path):
     if usual.native is None:
         pytest.skip("no C compiler, or one that fails")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiled, "FLAGS", ("-O1", *compiled.FLAGS[1:3], "-shared", "-fPIC"))
+    monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:3], "-shared", "-fPIC"))
     expected = usual.step([3, 5])
-    caches = (compiled.library, cpu_decode.library)
+    caches = (build.library, cpu_decode.library)
     for cached in caches:
         cached.cache_clear()
     decoder = Decoder(model, 2, 4)

@@ -1,15 +1,14 @@
-"""Gradients added where they lie are autograd's, and only a pass that asked for it leaves any."""
+"""Accumulated gradients are autograd's, and only a pass that asked for it leaves any."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
-from smolseek.model import moe
 from smolseek.model.transformer import CausalLM, new_model
+from smolseek.ops import cross_entropy
+from smolseek.ops.grouped_experts import cpu
 from smolseek.presets import preset
-from smolseek.train import loss
 from smolseek.train.loss import losses
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=512)
@@ -18,7 +17,7 @@ CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=512)
 def step(
     config,
     autocast: bool,
-    in_place: bool,
+    accumulate: bool,
     frozen: str = "",
     how: str = "none",
     factor: float | None = None,
@@ -33,10 +32,9 @@ def step(
         freeze(model)
     rows = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
     for part in rows.split(2):
-        with model.in_place.during(factor) if in_place else nullcontext():
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                total = losses(model, part, alpha=0.01).total
-            (total / 2).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            total = losses(model, part, alpha=0.01, accumulate=accumulate, factor=factor).total
+        (total / 2).backward()
     return model
 
 
@@ -54,25 +52,21 @@ def test_they_equal_autograds(tied, autocast):
 
 def test_another_factor_than_the_one_that_was_said_is_an_error():
     model = new_model(CONFIG)
-    with (
-        model.in_place.during(1 / 4),
-        pytest.raises(RuntimeError, match=r"added times 0.25, and is asked for 0.5 times"),
-    ):
-        (losses(model, torch.randint(512, (2, 33))).total / 2).backward()
+    total = losses(model, torch.randint(512, (2, 33)), accumulate=True, factor=1 / 4).total
+    with pytest.raises(RuntimeError, match=r"added times 0.25, and is asked for 0.5 times"):
+        (total / 2).backward()
 
 
 def test_a_factor_that_is_not_finite_leaves_no_finite_gradient():
     model = new_model(CONFIG)
-    with model.in_place.during(1.0):
-        (losses(model, torch.randint(512, (2, 33))).total * float("nan")).backward()
+    (losses(model, torch.randint(512, (2, 33)), accumulate=True, factor=1.0).total * float("nan")).backward()
     assert not any(p.grad.isfinite().any() for p in (model.lm_head.weight, model.model.norm.weight))
 
 
 def test_a_frozen_head_gets_none_whatever_is_said():
     model = new_model(replace(CONFIG, tie_word_embeddings=False))
     model.lm_head.weight.requires_grad_(False)
-    with model.in_place.during(1.0):
-        losses(model, torch.randint(512, (2, 33))).total.backward()
+    losses(model, torch.randint(512, (2, 33)), accumulate=True, factor=1.0).total.backward()
     assert model.lm_head.weight.grad is None and model.model.norm.weight.grad is not None
 
 
@@ -83,7 +77,7 @@ def test_recomputation_changes_none_of_them(how, autocast):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
 
 
-def test_they_really_are_added_in_place():
+def test_they_really_are_accumulated():
     model, passed = new_model(CONFIG), []
     weights = {"gate_up_proj", "embed_tokens"}
     for name, p in model.named_parameters():
@@ -92,8 +86,7 @@ def test_they_really_are_added_in_place():
     rows = torch.randint(512, (2, 33))
     losses(model, rows).total.backward()
     assert len(passed) == 3
-    with model.in_place.during():
-        losses(model, rows).total.backward()
+    losses(model, rows, accumulate=True).total.backward()
     assert len(passed) == 3
 
 
@@ -105,7 +98,7 @@ def test_a_pass_that_does_not_ask_leaves_none():
 
 
 def test_frozen_weights_get_none():
-    ours, plain = (step(CONFIG, True, in_place, frozen="experts") for in_place in (True, False))
+    ours, plain = (step(CONFIG, True, accumulate, frozen="experts") for accumulate in (True, False))
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
 
@@ -115,19 +108,19 @@ def attention(model: CausalLM) -> None:
         p.requires_grad_("self_attn" in name)
 
 
-@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_attention_alone_costs_no_gradient_of_anything_else(monkeypatch, autocast, in_place):
+def test_attention_alone_costs_no_gradient_of_anything_else(monkeypatch, autocast, accumulate):
     """What is left out is not computed, what is left has the same bits."""
     computed = []
-    for room, name in ((moe, "_product"), (loss, "_add"), (loss, "_add_product")):
-        plain = getattr(room, name)
-        monkeypatch.setattr(room, name, lambda *a, plain=plain, **k: computed.append(a) or plain(*a, **k))
-    factor = 1 / 2 if in_place else None
-    full = step(CONFIG, autocast, in_place, factor=factor)
+    for module, name in ((cpu, "write_product"), (cross_entropy, "_add"), (cross_entropy, "_add_product")):
+        plain = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, plain=plain, **k: computed.append(a) or plain(*a, **k))
+    factor = 1 / 2 if accumulate else None
+    full = step(CONFIG, autocast, accumulate, factor=factor)
     assert computed
     computed.clear()
-    part = step(CONFIG, autocast, in_place, factor=factor, freeze=attention)
+    part = step(CONFIG, autocast, accumulate, factor=factor, freeze=attention)
     assert not computed
     for (name, a), b in zip(part.named_parameters(), full.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad) if "self_attn" in name else a.grad is None, name

@@ -1,4 +1,4 @@
-"""C files of the package, built once with the machine's own compiler and kept in the user's cache folder."""
+"""Builds C files of the package once, with the machine's own compiler, and keeps them in the user's cache folder."""
 
 import contextlib
 import ctypes

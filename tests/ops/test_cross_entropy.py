@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from smolseek.model import kernels
-from smolseek.train import loss
-from smolseek.train.loss import linear_cross_entropy
+from smolseek.ops import cross_entropy
+from smolseek.ops.cross_entropy import chunks, objectives
+
+
+def linear_cross_entropy(*given, **options):
+    return cross_entropy.linear_cross_entropy(*given, **options).objective
 
 
 def inputs(n: int, vocab: int = 1000):
@@ -37,14 +40,14 @@ def test_value_and_gradients_equal_the_plain_loss(n):
 
 def test_also_in_chunks_as_a_gpu_has_them(monkeypatch):
     """Each is a block of its own, and of 300 tokens some are left over."""
-    monkeypatch.setattr(loss, "_sizes", lambda *_: (128, 128))
+    monkeypatch.setattr(objectives, "sizes", lambda *_: (128, 128))
     assert_equals_the_plain_loss(300)
 
 
 def test_a_gpus_chunk_is_a_power_of_two_whose_logits_fit():
     for vocab in (512, 49_152, 129_280):
-        chunk, block = loss._sizes(vocab, True)
-        assert chunk == block and chunk & (chunk - 1) == 0 and chunk * vocab <= loss._LOGITS < 2 * chunk * vocab
+        chunk, block = chunks.sizes(vocab, True)
+        assert chunk == block and chunk & (chunk - 1) == 0 and chunk * vocab <= chunks._LOGITS < 2 * chunk * vocab
 
 
 @pytest.mark.parametrize("frozen", ["h", "w"])
@@ -72,13 +75,13 @@ def test_a_target_that_is_no_word_is_refused(target):
         linear_cross_entropy(h, w, targets)
 
 
-def test_also_without_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "kernels", lambda: None)
+def test_also_without_kernels(use_backend):
+    use_backend("reference")
     assert_equals_the_plain_loss(300)
 
 
-@pytest.mark.usefixtures("pairs")
-@pytest.mark.parametrize("vocab", [1000, 1008])  # through PyTorch's operations, and through rows.c
+@pytest.mark.usefixtures("bf16_products")
+@pytest.mark.parametrize("vocab", [1000, 1008])  # through PyTorch's operations, and through C
 def test_under_autocast_it_is_no_further_from_float64_than_the_plain_loss(vocab):
     h, w, targets = inputs(300, vocab)
     exact_h, exact_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()

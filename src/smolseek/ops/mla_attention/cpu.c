@@ -1,12 +1,13 @@
 /* Latent attention of a training step in bfloat16, forward and backward: every head's rotation, scores, softmax and
-   sums in one go, without a tensor between them. Built and called by fused.py; products accumulate in float32.
+   sums in one go, without a tensor between them. Products accumulate in float32.
 
    Shapes: B sequences, T tokens, H heads, N and R features of a head without and with position, Q = N + R, V features
    of a value, P = R / 2 angles. Scores are held transposed, [keys, queries of a block]: then softmax runs along the
    vector registers, and what the products for values and keys need lies in order already. */
 
-#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#include "registers.h"
+#include "simd.h"
+
+#ifdef BF16_PRODUCTS
 
 #include <math.h>
 #include <stdlib.h>
@@ -14,7 +15,7 @@
 #define BLOCK 64 /* queries of a block */
 
 /* A tile of scores: each row with step 1, BLOCK columns. */
-static void scores(const half *rows_at, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
+static void scores(const bf16 *rows_at, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
                    __m512 sums[ROWS][4]) {
     const pair *a[ROWS];
     for (int64_t r = 0; r < ROWS; r++) a[r] = (const pair *)(rows_at + (r < rows ? r : 0) * stride);
@@ -49,7 +50,7 @@ static void product(const pair *a_at, int64_t next, int64_t step, int64_t rows, 
 }
 
 /* Bring BLOCK rows (fewer too; the rest is 0) of `size` numbers, a multiple of 32, into lines of pairs. */
-static void turn_block(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
+static void turn_block(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t first = 0; first < BLOCK; first += 16)
         for (int64_t p = 0; p < size / 2; p += 16) {
             int64_t count = rows - first < 0 ? 0 : rows - first;
@@ -58,7 +59,7 @@ static void turn_block(const half *w, int64_t stride, int64_t rows, int64_t size
 }
 
 /* Bring `rows` rows of `size` numbers, a multiple of 16, into pairs of rows side by side, with zeros after an odd one. */
-static void interleave(const half *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
+static void interleave(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t i = 0; i < rows; i += 2, to += size)
         for (int64_t n = 0; n < size; n += 16) {
             __m512i low = widen(w + i * stride + n), high = _mm512_setzero_si512();
@@ -73,63 +74,45 @@ INLINE __mmask16 seen(int64_t key, int64_t first, int v) {
     return hidden <= 0 ? 0xffff : hidden >= 16 ? 0 : (__mmask16)(0xffff << hidden);
 }
 
-/* As rotate() of rope.py: the result lies in halves. */
-INLINE void rotate(const half *x, const float *cos, const float *sin, int64_t P, int64_t interleaved, half *to) {
+INLINE void rotate_back(const float *d, const float *cos, const float *sin, int64_t P, int64_t interleaved, bf16 *to) {
     for (int64_t i = 0; i < P; i++) {
-        float a = value(x[interleaved ? 2 * i : i]), b = value(x[interleaved ? 2 * i + 1 : i + P]);
-        to[i] = rounded(a * cos[i] - b * sin[i]);
-        to[i + P] = rounded(b * cos[i] + a * sin[i]);
+        store1(to, interleaved ? 2 * i : i, d[i] * cos[i] + d[i + P] * sin[i], 1);
+        store1(to, interleaved ? 2 * i + 1 : i + P, d[i + P] * cos[i] - d[i] * sin[i], 1);
     }
 }
 
-INLINE void rotate_back(const float *d, const float *cos, const float *sin, int64_t P, int64_t interleaved, half *to) {
-    for (int64_t i = 0; i < P; i++) {
-        to[interleaved ? 2 * i : i] = rounded(d[i] * cos[i] + d[i + P] * sin[i]);
-        to[interleaved ? 2 * i + 1 : i + P] = rounded(d[i + P] * cos[i] - d[i] * sin[i]);
+/* One head's queries or keys, rotated: [T, N + R]. */
+static void pack(const bf16 *plain, int64_t plain_next, const bf16 *turned, int64_t turned_next, const float *cos,
+                 const float *sin, int64_t interleaved, int64_t T, int64_t N, int64_t R, bf16 *to) {
+    for (int64_t t = 0; t < T; t++, to += N + R) {
+        memcpy(to, plain + t * plain_next, N * sizeof *to);
+        rotate(turned + t * turned_next, cos + t * R / 2, sin + t * R / 2, R, interleaved, to + N, 1);
     }
 }
 
-/* Where everything lies. q: [B, T, H, Q], kv: [B, T, H, N + V], pe: [B, T, R] with `pe_next` numbers from token to token,
-   cos, sin: [T, P], out, dout: [B, T, H, V], log_sums: [B, H, T], dq, dkv as q, kv; dpe: [B, T, R], parts: [B, H, T, R]. */
-typedef struct {
-    int64_t B, T, H, N, R, V, interleaved, pe_next, threads;
-    const half *q, *kv, *pe;
-    const float *cos, *sin;
-    half *out;
-    float *log_sums;
-    const half *dout;
-    half *dq, *dkv, *dpe;
-    float *parts;
-    double scale;
-} Attention;
-
-/* One head's queries or keys, rotated: [T, Q]. */
-static void pack(const Attention *m, const half *plain, int64_t plain_next, const half *turned, int64_t turned_next,
-                 half *to) {
-    for (int64_t t = 0; t < m->T; t++, to += m->N + m->R) {
-        memcpy(to, plain + t * plain_next, m->N * sizeof *to);
-        rotate(turned + t * turned_next, m->cos + t * m->R / 2, m->sin + t * m->R / 2, m->R / 2, m->interleaved,
-               to + m->N);
-    }
-}
+int64_t has_bf16_products(void) { return 1; }
 
 static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-void attend_forward(const Attention *m) {
-    const int64_t T = m->T, H = m->H, Q = m->N + m->R, V = m->V, E = m->N + V;
-#pragma omp parallel num_threads(m->threads)
+/* q: [B, T, H, Q], kv: [B, T, H, N + V], pe: [B, T, R] with `pe_next` numbers from token to token, cos, sin: [T, P],
+   out: [B, T, H, V], log_sums: [B, H, T]. */
+void mla_attention(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe_next, const float *cos,
+                   const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N, int64_t R,
+                   int64_t V, float scale, bf16 *out, float *log_sums, int64_t threads) {
+    const int64_t Q = N + R, E = N + V;
+#pragma omp parallel num_threads(threads)
     {
-        half *q = room(T * Q * 2), *k = room(T * Q * 2);
+        bf16 *q = room(T * Q * 2), *k = room(T * Q * 2);
         uint32_t *turned = room(Q / 2 * BLOCK * 4), *values = room((T + 1) / 2 * V * 4);
         uint32_t *weights = room((T + 1) / 2 * BLOCK * 4);
         float *s = room((T + 1) * BLOCK * 4), *sums = room(BLOCK * V * 4);
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < m->B * H; n++) {
+        for (int64_t n = 0; n < B * H; n++) {
             int64_t b = n / H, h = n % H;
-            const half *own_q = m->q + (b * T * H + h) * Q, *own_kv = m->kv + (b * T * H + h) * E;
-            pack(m, own_q, H * Q, own_q + m->N, H * Q, q);
-            pack(m, own_kv, H * E, m->pe + b * T * m->pe_next, m->pe_next, k);
-            interleave(own_kv + m->N, H * E, T, V, values);
+            const bf16 *own_q = q_all + (b * T * H + h) * Q, *own_kv = kv + (b * T * H + h) * E;
+            pack(own_q, H * Q, own_q + N, H * Q, cos, sin, interleaved, T, N, R, q);
+            pack(own_kv, H * E, pe + b * T * pe_next, pe_next, cos, sin, interleaved, T, N, R, k);
+            interleave(own_kv + N, H * E, T, V, values);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
                 __m512 top[4], total[4], tiled[ROWS][4];
@@ -141,7 +124,7 @@ void attend_forward(const Attention *m) {
                     for (int64_t r = 0; r < rows; r++)
                         for (int v = 0; v < 4; v++) {
                             __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen(key + r, first, v),
-                                                          tiled[r][v], _mm512_set1_ps((float)m->scale));
+                                                          tiled[r][v], _mm512_set1_ps(scale));
                             top[v] = _mm512_max_ps(top[v], x);
                             _mm512_storeu_ps(s + (key + r) * BLOCK + 16 * v, x);
                         }
@@ -162,10 +145,10 @@ void attend_forward(const Attention *m) {
                 memcpy(tops, top, sizeof tops);
                 memcpy(totals, total, sizeof totals);
                 for (int64_t t = 0; t < queries; t++) {
-                    half *to = m->out + ((b * T + first + t) * H + h) * V;
+                    bf16 *to = out + ((b * T + first + t) * H + h) * V;
                     __m512 share = _mm512_set1_ps(1.0f / totals[t]);
-                    m->log_sums[(b * H + h) * T + first + t] = tops[t] + logf(totals[t]);
-                    for (int64_t i = 0; i < V; i += 16) put(to + i, _mm512_mul_ps(_mm512_loadu_ps(sums + t * V + i), share));
+                    log_sums[(b * H + h) * T + first + t] = tops[t] + logf(totals[t]);
+                    for (int64_t i = 0; i < V; i += 16) store(to, i, _mm512_mul_ps(_mm512_loadu_ps(sums + t * V + i), share), 1);
                 }
             }
         }
@@ -173,35 +156,39 @@ void attend_forward(const Attention *m) {
     }
 }
 
-void attend_backward(const Attention *m) {
-    const int64_t T = m->T, H = m->H, N = m->N, R = m->R, Q = N + R, V = m->V, E = N + V;
-#pragma omp parallel num_threads(m->threads)
+/* As above; dout as out, dq, dkv and dpe as q, kv and pe, which for dpe is dense; parts: [B, H, T, R] for the heads' dpe. */
+void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe_next, const float *cos,
+                            const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N,
+                            int64_t R, int64_t V, float scale, const bf16 *out_all, const float *log_sums,
+                            const bf16 *dout_all, bf16 *dq_all, bf16 *dkv, bf16 *dpe, float *parts, int64_t threads) {
+    const int64_t Q = N + R, E = N + V;
+#pragma omp parallel num_threads(threads)
     {
-        half *q = room(T * Q * 2), *k = room(T * Q * 2), *p = room((T + 1) * BLOCK * 2), *ds = room((T + 1) * BLOCK * 2);
+        bf16 *q = room(T * Q * 2), *k = room(T * Q * 2), *p = room((T + 1) * BLOCK * 2), *ds = room((T + 1) * BLOCK * 2);
         uint32_t *turned_q = room(Q / 2 * BLOCK * 4), *turned_do = room(V / 2 * BLOCK * 4);
         uint32_t *pairs_q = room(BLOCK / 2 * Q * 4), *pairs_do = room(BLOCK / 2 * V * 4);
         uint32_t *pairs_k = room((T + 1) / 2 * Q * 4), *pairs_ds = room((T + 1) / 2 * BLOCK * 4);
         float *dk = room(T * Q * 4), *dv = room(T * V * 4), *dq = room(BLOCK * Q * 4);
 #pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < m->B * H; n++) {
+        for (int64_t n = 0; n < B * H; n++) {
             int64_t b = n / H, h = n % H;
-            const half *own_q = m->q + (b * T * H + h) * Q, *own_kv = m->kv + (b * T * H + h) * E;
-            pack(m, own_q, H * Q, own_q + N, H * Q, q);
-            pack(m, own_kv, H * E, m->pe + b * T * m->pe_next, m->pe_next, k);
+            const bf16 *own_q = q_all + (b * T * H + h) * Q, *own_kv = kv + (b * T * H + h) * E;
+            pack(own_q, H * Q, own_q + N, H * Q, cos, sin, interleaved, T, N, R, q);
+            pack(own_kv, H * E, pe + b * T * pe_next, pe_next, cos, sin, interleaved, T, N, R, k);
             interleave(k, Q, T, Q, pairs_k);
             memset(dk, 0, T * Q * 4);
             memset(dv, 0, T * V * 4);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
-                const half *dout = m->dout + ((b * T + first) * H + h) * V, *out = m->out + ((b * T + first) * H + h) * V;
+                const bf16 *dout = dout_all + ((b * T + first) * H + h) * V, *out = out_all + ((b * T + first) * H + h) * V;
                 float dots[BLOCK], logs[BLOCK];
                 for (int64_t t = 0; t < BLOCK; t++) dots[t] = 0, logs[t] = INFINITY; /* beyond the end: weights of 0 */
                 for (int64_t t = 0; t < queries; t++) {
                     __m512 dot = _mm512_setzero_ps();
                     for (int64_t i = 0; i < V; i += 16)
-                        dot = _mm512_fmadd_ps(number(dout + t * H * V + i), number(out + t * H * V + i), dot);
+                        dot = _mm512_fmadd_ps(load(dout, t * H * V + i, 1), load(out, t * H * V + i, 1), dot);
                     dots[t] = _mm512_reduce_add_ps(dot);
-                    logs[t] = m->log_sums[(b * H + h) * T + first + t];
+                    logs[t] = log_sums[(b * H + h) * T + first + t];
                 }
                 turn_block(q + first * Q, Q, queries, Q, turned_q);
                 turn_block(dout, H * V, queries, V, turned_do);
@@ -211,16 +198,16 @@ void attend_backward(const Attention *m) {
                 interleave(dout, H * V, queries, V, pairs_do);
                 for (int64_t key = 0; key < keys; key += ROWS) {
                     int64_t rows = keys - key < ROWS ? keys - key : ROWS;
-                    __m512 s[ROWS][4], dp[ROWS][4], scale = _mm512_set1_ps((float)m->scale);
+                    __m512 s[ROWS][4], dp[ROWS][4], factor = _mm512_set1_ps(scale);
                     scores(k + key * Q, Q, rows, Q, turned_q, s);
                     scores(own_kv + N + key * H * E, H * E, rows, V, turned_do, dp);
                     for (int64_t r = 0; r < rows; r++)
                         for (int v = 0; v < 4; v++) {
-                            __m512 x = _mm512_fmsub_ps(s[r][v], scale, _mm512_loadu_ps(logs + 16 * v));
+                            __m512 x = _mm512_fmsub_ps(s[r][v], factor, _mm512_loadu_ps(logs + 16 * v));
                             x = _mm512_maskz_mov_ps(seen(key + r, first, v), exp16(x));
-                            put(p + (key + r) * BLOCK + 16 * v, x);
+                            store(p, (key + r) * BLOCK + 16 * v, x, 1);
                             __m512 rest = _mm512_sub_ps(dp[r][v], _mm512_loadu_ps(dots + 16 * v));
-                            put(ds + (key + r) * BLOCK + 16 * v, _mm512_mul_ps(_mm512_mul_ps(x, scale), rest));
+                            store(ds, (key + r) * BLOCK + 16 * v, _mm512_mul_ps(_mm512_mul_ps(x, factor), rest), 1);
                         }
                 }
                 interleave(ds, BLOCK, keys, BLOCK, pairs_ds);
@@ -228,32 +215,36 @@ void attend_backward(const Attention *m) {
                 product((const pair *)p, BLOCK / 2, 1, keys, BLOCK / 2, pairs_do, V, dv, 1);
                 product((const pair *)ds, BLOCK / 2, 1, keys, BLOCK / 2, pairs_q, Q, dk, 1);
                 for (int64_t t = 0; t < queries; t++) {
-                    half *to = m->dq + ((b * T + first + t) * H + h) * Q;
+                    bf16 *to = dq_all + ((b * T + first + t) * H + h) * Q;
                     int64_t angle = (first + t) * R / 2;
-                    for (int64_t i = 0; i < N; i += 16) put(to + i, _mm512_loadu_ps(dq + t * Q + i));
-                    rotate_back(dq + t * Q + N, m->cos + angle, m->sin + angle, R / 2, m->interleaved, to + N);
+                    for (int64_t i = 0; i < N; i += 16) store(to, i, _mm512_loadu_ps(dq + t * Q + i), 1);
+                    rotate_back(dq + t * Q + N, cos + angle, sin + angle, R / 2, interleaved, to + N);
                 }
             }
             for (int64_t t = 0; t < T; t++) {
-                half *to = m->dkv + ((b * T + t) * H + h) * E;
-                for (int64_t i = 0; i < N; i += 16) put(to + i, _mm512_loadu_ps(dk + t * Q + i));
-                for (int64_t i = 0; i < V; i += 16) put(to + N + i, _mm512_loadu_ps(dv + t * V + i));
-                memcpy(m->parts + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
+                bf16 *to = dkv + ((b * T + t) * H + h) * E;
+                for (int64_t i = 0; i < N; i += 16) store(to, i, _mm512_loadu_ps(dk + t * Q + i), 1);
+                for (int64_t i = 0; i < V; i += 16) store(to, N + i, _mm512_loadu_ps(dv + t * V + i), 1);
+                memcpy(parts + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
             }
         }
         free(q), free(k), free(p), free(ds), free(turned_q), free(turned_do), free(pairs_q), free(pairs_do);
         free(pairs_k), free(pairs_ds), free(dk), free(dv), free(dq);
         float *sum = room(R * 4);
 #pragma omp for
-        for (int64_t n = 0; n < m->B * T; n++) { /* all heads share the keys' features with position */
+        for (int64_t n = 0; n < B * T; n++) { /* all heads share the keys' features with position */
             int64_t b = n / T, t = n % T;
             memset(sum, 0, R * sizeof *sum);
             for (int64_t h = 0; h < H; h++)
-                for (int64_t i = 0; i < R; i++) sum[i] += m->parts[((b * H + h) * T + t) * R + i];
-            rotate_back(sum, m->cos + t * R / 2, m->sin + t * R / 2, R / 2, m->interleaved, m->dpe + n * R);
+                for (int64_t i = 0; i < R; i++) sum[i] += parts[((b * H + h) * T + t) * R + i];
+            rotate_back(sum, cos + t * R / 2, sin + t * R / 2, R / 2, interleaved, dpe + n * R);
         }
         free(sum);
     }
 }
+
+#else
+
+int64_t has_bf16_products(void) { return 0; }
 
 #endif

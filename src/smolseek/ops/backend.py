@@ -1,0 +1,118 @@
+"""Which backend computes an operation here: C on a CPU, Triton on a GPU, and PyTorch (`reference`) everywhere.
+
+SMOLSEEK_BACKEND=reference, cpu or triton turns off the other kernels.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from smolseek import console
+from smolseek.errors import SmolseekError
+from smolseek.ops import build
+
+VARIABLE = "SMOLSEEK_BACKEND"
+TRITON: bool | None = None
+"""Whether Triton's kernels run here; None until the first tensor on a GPU asks. A plain name, which dynamo reads."""
+
+
+@functools.cache
+def override() -> str | None:
+    """Return the backend that SMOLSEEK_BACKEND names, which is said once. Raises SmolseekError for another name."""
+    name = os.environ.get(VARIABLE) or None
+    if name is not None:
+        if name not in ("reference", "cpu", "triton"):
+            raise SmolseekError(f"{VARIABLE}={name} is no backend: give reference, cpu or triton, or unset it")
+        what = "PyTorch's operations alone" if name == "reference" else f"{name} kernels alone, beside PyTorch's"
+        console.warn(f"{VARIABLE}={name}: the model computes through {what}")
+    return name
+
+
+def compiled(*sources: Path) -> ctypes.CDLL | None:
+    """Return the C files `sources` as one library, or None where they are turned off or cannot be built."""
+    return build.library(*sources) if override() in (None, "cpu") else None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the C files of all operations, or None."""
+    return compiled(*sorted(Path(__file__).parent.glob("*/cpu.c")))
+
+
+@functools.cache
+def has_bf16_products() -> bool:
+    """Return whether the C files are there in bfloat16, too: the processor multiplies pairs of it (AVX512_BF16)."""
+    found = library()
+    return found is not None and bool(found.has_bf16_products())
+
+
+def c_supports(x: torch.Tensor) -> bool:
+    """Return whether the C files take `x`: on a CPU, in float32 or in bfloat16 with rows of whole registers."""
+    if x.device.type != "cpu" or x.stride(-1) != 1 or torch.compiler.is_compiling():
+        return False
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a FakeTensor's numbers, for one, lie nowhere
+        return False
+    if x.dtype == torch.bfloat16:
+        return x.shape[-1] % 16 == 0 and has_bf16_products()
+    return x.dtype == torch.float32 and library() is not None
+
+
+def triton_supports(x: torch.Tensor) -> bool:
+    """Return whether the Triton kernels take `x`: on a GPU that Triton knows, and they compute in float32."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    return triton_runs(x.device) if TRITON is None else TRITON
+
+
+def triton_runs(device: torch.device) -> bool:
+    """Try a kernel on `device`: Triton may lack a C compiler, or not know the GPU. What is wrong is said once."""
+    global TRITON
+    TRITON = False
+    if importlib.util.find_spec("triton") is not None and override() in (None, "triton"):
+        try:
+            from smolseek.ops.swiglu import triton
+
+            found = triton.packed_backward(torch.ones(1, 2, device=device), torch.ones(1, 1, device=device))
+            TRITON = bool(found.isfinite().all())
+        except Exception as error:  # its compiler's, the driver's, a C compiler's: each of kinds of its own
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            console.warn(f"Triton does not run here, so PyTorch's operations do, which only costs time: {reason}")
+    return TRITON
+
+
+def triton_warps(numbers: int) -> int:
+    """Return how many warps a program over so many numbers gets: eight for each thread; Triton wants a power of two."""
+    return min(16, 1 << (max(1, numbers // 256) - 1).bit_length())
+
+
+def call(name: str, *arguments: torch.Tensor | int | float | None) -> None:
+    """Call a C function: tensors as pointers, whole numbers as int64_t, others as float; last the number of threads."""
+    found = library()
+    assert found is not None
+    getattr(found, name)(*map(_c_argument, (*arguments, torch.get_num_threads())))
+
+
+def _c_argument(x: torch.Tensor | int | float | None) -> object:
+    if isinstance(x, torch.Tensor):
+        return ctypes.c_void_p(x.data_ptr())
+    if isinstance(x, float):
+        return ctypes.c_float(x)
+    return ctypes.c_void_p(None) if x is None else ctypes.c_int64(x)
+
+
+def gradient_to_add_to(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
+    """Return where a backward pass may add the gradient of `weight`, zeros at first; None where autograd is to have it.
+
+    Autograd makes a micro-batch's gradient of a weight anew and then adds it: for stacked experts and the embedding
+    that is more memory to pass through than their products take. `accumulate` says that the pass is to end in
+    `.grad`, since autograd sees nothing of it.
+    """
+    if not (accumulate and weight.is_leaf and weight.requires_grad and weight.device.type == "cpu"):
+        return None
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad

@@ -1,0 +1,65 @@
+/* The cross-entropy of a chunk of logits, and its gradient in the logits' place. Shapes: N tokens, V vocabulary. */
+
+#include "simd.h"
+
+#include <math.h>
+
+#define PART 1024 /* float32 numbers whose sum is float32; the sum of these sums is float64 */
+
+INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
+    vec tops[4];
+    for (int i = 0; i < 4; i++) tops[i] = (vec){0} - INFINITY;
+    int64_t v = 0;
+    for (; v + 64 <= V; v += 64)
+        for (int i = 0; i < 4; i++) tops[i] = max16(load(x, at + v + 16 * i, bfloat16), tops[i]);
+    for (; v + 16 <= V; v += 16) tops[0] = max16(load(x, at + v, bfloat16), tops[0]);
+    vec top = max16(max16(tops[0], tops[1]), max16(tops[2], tops[3]));
+    float best = -INFINITY;
+    for (int l = 0; l < 16; l++) best = top[l] > best ? top[l] : best;
+    for (; v < V; v++) {
+        float one = load1(x, at + v, bfloat16);
+        best = one > best ? one : best;
+    }
+    return best;
+}
+
+/* The sum of e^(x - top): of bfloat16 in 64 lanes of float32, of float32 in parts, for it is known more exactly. */
+INLINE double exponentials(const void *x, int64_t at, int64_t V, float top, int64_t bfloat16) {
+    if (bfloat16) {
+        vec sums[4] = {{0}};
+        int64_t v = 0;
+        for (; v + 64 <= V; v += 64)
+            for (int i = 0; i < 4; i++) sums[i] += exp16(load(x, at + v + 16 * i, 1) - top);
+        for (; v < V; v += 16) sums[0] += exp16(load(x, at + v, 1) - top);
+        return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+    double total = 0.0;
+    for (int64_t begin = 0; begin < V; begin += PART) {
+        int64_t v = begin, end = begin + PART < V ? begin + PART : V;
+        vec part = {0};
+        for (; v + 16 <= end; v += 16) part += exp16(load(x, at + v, 0) - top);
+        for (; v < end; v++) part[0] += exp16((vec){load1(x, at + v, 0) - top})[0];
+        total += sum_in_order(part);
+    }
+    return total;
+}
+
+INLINE void row(const void *x, int64_t at, int64_t target, int64_t V, float factor, float *loss, void *d,
+                int64_t bfloat16) {
+    float top = largest(x, at, V, bfloat16), own = load1(x, at + target, bfloat16);
+    double total = exponentials(x, at, V, top, bfloat16);
+    *loss = bfloat16 ? logf(total) + top - own : (float)(log(total) + ((double)top - own));
+    if (!d) return;
+    /* The row is in the nearest cache still: to compute again costs less than to keep in float32. */
+    float share = (float)(factor / total);
+    for (int64_t v = 0; v < V; v += 16)
+        store_some(d, at + v, V - v, exp16(load_some(x, at + v, V - v, bfloat16) - top) * share, bfloat16);
+    store1(d, at + target, (float)((exp((double)own - top) / total - 1.0) * factor), bfloat16);
+}
+
+/* losses[n] = log sum_v e^x[n, v] - x[n, target]; with d: d[n] = (softmax - one at the target) * factor. d may be x. */
+void cross_entropy(const void *x, const int64_t *targets, int64_t N, int64_t V, float factor, float *losses, void *d,
+                   int64_t bfloat16, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < N; n++) TYPED(row, x, n * V, targets[n], V, factor, losses + n, d);
+}

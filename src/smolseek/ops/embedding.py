@@ -1,0 +1,29 @@
+"""Rows of a table, with a gradient that is added to its rows alone."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from smolseek.ops.backend import gradient_to_add_to
+
+
+def embedding(ids: torch.Tensor, w_VD: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    """Return the rows `ids` (int64) of `w_VD`; with `accumulate` the backward pass adds to `w_VD.grad`."""
+    return _Embedding.apply(ids, w_VD) if accumulate else F.embedding(ids, w_VD)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, w_VD: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ids, w_VD)
+        return F.embedding(ids, w_VD)
+
+    @staticmethod
+    def backward(ctx: Any, d: torch.Tensor) -> tuple[None, torch.Tensor | None]:  # type: ignore[override]
+        ids, w_VD = ctx.saved_tensors
+        place = gradient_to_add_to(w_VD, True)
+        if place is None:
+            return None, torch.ops.aten.embedding_dense_backward(d, ids, w_VD.shape[0], -1, False)
+        place.index_add_(0, ids.flatten(), d.flatten(0, -2).to(place.dtype))
+        return None, None

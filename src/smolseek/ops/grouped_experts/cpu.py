@@ -1,0 +1,100 @@
+"""A training step's SwiGLU experts on a CPU, each writing its weights' gradients into its own slices.
+
+Autograd over slices would keep every cast weight and every intermediate, and stack the experts' gradients anew. Here a
+weight is cast right before its product, while it is in the processor's cache, and only the first product is kept: the
+rest is elementwise and is computed again. Shapes as in reference.py.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from smolseek.ops.backend import gradient_to_add_to
+from smolseek.ops.grouped_experts.reference import ROWS, padded_rows, round_up
+from smolseek.ops.swiglu import packed_backward, packed_forward
+
+
+@torch.library.custom_op("smolseek::grouped_experts", mutates_args=())
+def _forward(
+    x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the experts' results [M, D] and their first products [M, 2F], one expert after the other.
+
+    An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
+    """
+    M = x_MD.shape[0]
+    h_MX = x_MD.new_empty(round_up(M) + ROWS, up_EXD.shape[1])
+    y_MD = x_MD.new_empty(round_up(M) + ROWS, x_MD.shape[1])
+    begin = 0
+    for e, count in enumerate(counts):
+        if count:
+            # The rows beyond its own are the next expert's, who writes them anew.
+            part = slice(begin, begin + round_up(count))
+            torch.mm(padded_rows(x_MD, begin, round_up(count)), up_EXD[e].to(x_MD.dtype).T, out=h_MX[part])
+            torch.mm(packed_forward(h_MX[part]), down_EDF[e].to(x_MD.dtype).T, out=y_MD[part])
+        begin += count
+    return y_MD[:M], h_MX[:M]
+
+
+class GroupedSwiGLU(torch.autograd.Function):
+    """`grouped_experts` of gated experts; with `accumulate` the weights' gradients are added to their `.grad`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_MD: torch.Tensor,
+        up_EXD: torch.Tensor,
+        down_EDF: torch.Tensor,
+        counts: list[int],
+        accumulate: bool,
+    ) -> torch.Tensor:
+        """Return the experts' results [M, D]."""
+        y_MD, h_MX = _forward(x_MD, up_EXD, down_EDF, counts)
+        ctx.save_for_backward(x_MD, h_MX)
+        # The weights themselves: recomputation would hand back others, without a `.grad`.
+        ctx.weights, ctx.counts, ctx.accumulate = (up_EXD, down_EDF), counts, accumulate
+        return y_MD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients that are wanted and not accumulated."""
+        (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
+        M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
+        x_wanted, up_wanted, down_wanted = ctx.needs_input_grad[:3]
+        dx_MD = x_MD.new_empty(round_up(M) + ROWS, x_MD.shape[1]) if x_wanted else None
+        up_place, down_place = (gradient_to_add_to(w, ctx.accumulate) for w in ctx.weights)
+        d_up = torch.empty_like(up_EXD) if up_wanted and up_place is None else None
+        d_down = torch.empty_like(down_EDF) if down_wanted and down_place is None else None
+        begin = 0
+        for e, count in enumerate(ctx.counts):
+            if count == 0:
+                for new in (d_up, d_down):
+                    if new is not None:
+                        new[e].zero_()
+                continue
+            more = round_up(count)
+            x, dy, h = (padded_rows(t, begin, more) for t in (x_MD, dy_MD, h_MX))
+            dh, a = packed_backward(h, dy @ down_EDF[e].to(dy.dtype))
+            # The rows beyond its own are the next expert's: they are to count for nothing here.
+            dh[count:], a[count:] = 0, 0
+            for new, place, left, right in ((d_down, down_place, dy.T, a), (d_up, up_place, dh.T, x)):
+                if place is not None:
+                    write_product(left, right, place[e], add=True)
+                elif new is not None:
+                    write_product(left, right, new[e])
+            if dx_MD is not None:
+                torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
+            begin += count
+        return None if dx_MD is None else dx_MD[:M], d_up, d_down, None, None
+
+
+def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+    """Write a b into `out`, or add it there: by the product itself where the types are the same."""
+    if a.dtype != out.dtype:
+        out.add_(a @ b) if add else out.copy_(a @ b)
+    elif add:
+        torch.addmm(out, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)

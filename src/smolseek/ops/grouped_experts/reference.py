@@ -1,0 +1,64 @@
+"""The experts one after the other by PyTorch's operations.
+
+Shapes: M slots sorted by expert, D hidden_size, E experts, F neurons of an expert, X = 2F for SwiGLU experts, else F.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from smolseek.ops.swiglu import swiglu_packed
+
+# An expert's products have a multiple of this many rows. oneDNN writes a program for each shape, in milliseconds
+# and up to half a megabyte, and keeps a thousand of them: with the experts' own numbers of rows nearly every
+# product would be a new shape. Below 12 rows its and MKL's float32 products take other kernels, which round otherwise.
+ROWS = 16
+
+
+def round_up(count: int) -> int:
+    """Return the next multiple of `ROWS`."""
+    return -(-count // ROWS) * ROWS
+
+
+def padded_rows(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
+    """Return `count` rows from `begin` on; zeros beyond the last."""
+    missing = begin + count - x_MX.shape[0]
+    return x_MX[begin : begin + count] if missing <= 0 else F.pad(x_MX[begin:], (0, 0, 0, missing))
+
+
+def activate(h_MX: torch.Tensor, gated: bool) -> torch.Tensor:
+    """Return SwiGLU of rows [gate; up], or SiLU [M, F]."""
+    return swiglu_packed(h_MX) if gated else F.silu(h_MX)
+
+
+def grouped_experts(
+    x_MD: torch.Tensor,
+    counts_E: torch.Tensor,
+    up_EXD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    up_bias_EX: torch.Tensor | None,
+    down_bias_ED: torch.Tensor | None,
+    *,
+    gated: bool,
+    padded: bool,
+) -> torch.Tensor:
+    """Return each expert's results for its rows [M, D]; `padded` products never have few rows."""
+    linear = _padded_linear if padded else F.linear
+    none = (None,) * len(up_EXD)
+    biases = (none if b is None else b.unbind() for b in (up_bias_EX, down_bias_ED))
+    parts = []
+    # `unbind` once: indexing would add a full-size gradient per expert.
+    each = zip(x_MD.split(counts_E.tolist()), up_EXD.unbind(), down_EDF.unbind(), *biases, strict=True)
+    for x_XD, w_up, w_down, b_up, b_down in each:
+        if x_XD.shape[0]:
+            parts.append(linear(activate(linear(x_XD, w_up, b_up), gated), w_down, b_down))
+    return torch.cat(parts) if parts else x_MD.new_empty(x_MD.shape)
+
+
+def _padded_linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:
+    """Return x w^T + b for a multiple of `ROWS` rows, so never for few.
+
+    An expert's tokens are those that chose it, so a later token changes the number of rows that an earlier one is
+    computed among. Padding keeps the earlier token's result the same to the last bit.
+    """
+    count = x_XD.shape[0]
+    return F.linear(padded_rows(x_XD, 0, round_up(count)), w_FD, b_F)[:count]

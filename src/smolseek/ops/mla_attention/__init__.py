@@ -1,0 +1,175 @@
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1) from the projections on, without the last one.
+
+Backends of a training step: C computes all of it in bfloat16; Triton rotates and packs in one kernel what PyTorch's
+attention then takes. Shapes: B sequences, T queries (of the last tokens), S tokens, H query heads, N and R features of
+a head without and with position, Q = N + R, V features of a value, X features of all heads, P = R/2 angles.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from smolseek.ops.backend import c_supports, call, triton_supports
+from smolseek.ops.causal_attention import causal_attention
+from smolseek.ops.mla_attention import reference
+from smolseek.ops.mla_attention.reference import CosSin, absorbed_attention, per_head
+
+__all__ = ["CosSin", "absorbed_attention", "c_supports_heads", "mla_attention", "per_head"]
+
+
+def c_supports_heads(q_BTX: torch.Tensor, nope: int, rope: int, value: int) -> bool:
+    """Return whether the C kernel takes these queries: in bfloat16, heads of whole registers."""
+    sizes = nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0
+    return sizes and q_BTX.dtype == torch.bfloat16 and c_supports(q_BTX)
+
+
+def mla_attention(
+    q_BTX: torch.Tensor,
+    kv_BSX: torch.Tensor,
+    pe_BSR: torch.Tensor,
+    cos_sin: CosSin,
+    sizes: tuple[int, int, int],
+    scale: float,
+    interleave: bool,
+) -> torch.Tensor:
+    """Return causal attention [B, T, H*V] of queries [q_nope; RoPE(q_pe)] to keys [k_nope; RoPE(k_pe)].
+
+    Args:
+        q_BTX: every head's [N; R] features, of the last T of S tokens.
+        kv_BSX: every head's key without position and value, [N; V].
+        pe_BSR: the heads' common key with position, not yet rotated.
+        cos_sin: the angles [S, P] of all S tokens.
+        sizes: H, N and V.
+        scale: factor on the scores.
+        interleave: whether angle i turns features (2i, 2i+1), or (i, i + P).
+    """
+    given = q_BTX, kv_BSX, pe_BSR, *cos_sin, sizes
+    _, nope, value = sizes
+    if torch.is_grad_enabled() and q_BTX.shape[1] == kv_BSX.shape[1]:
+        if c_supports_heads(q_BTX, nope, pe_BSR.shape[2], value):
+            return _Attention.apply(*given, scale, interleave)
+        if q_BTX.dtype == torch.bfloat16 and triton_supports(q_BTX):
+            q, k, v = (x.transpose(1, 2) for x in _RopeAndPack.apply(*given, interleave))
+            return causal_attention(q, k, v, scale)
+    return reference.mla_attention(q_BTX, kv_BSX, pe_BSR, cos_sin, sizes, scale, interleave)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> torch.Tensor:
+        ctx.sizes, ctx.scale, ctx.interleave = arguments[5:]
+        out_BTX, log_BHT = _forward(*arguments[:5], list(ctx.sizes), ctx.scale, ctx.interleave)
+        ctx.save_for_backward(*arguments[:5], out_BTX, log_BHT)
+        return out_BTX
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_BTX: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, out_BTX, log_BHT = ctx.saved_tensors
+        dq_BTX, dkv_BTX, dpe_BTR = torch.empty_like(q_BTX), torch.empty_like(kv_BTX), pe_BTR.new_empty(pe_BTR.shape)
+        parts_BHTR = log_BHT.new_empty(*log_BHT.shape, pe_BTR.shape[2])
+        arguments = _c_arguments(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, ctx.sizes, ctx.scale, ctx.interleave)
+        gradients = dq_BTX, dkv_BTX, dpe_BTR
+        call("mla_attention_backward", *arguments, out_BTX, log_BHT, dout_BTX.contiguous(), *gradients, parts_BHTR)
+        return *gradients, None, None, None, None, None
+
+
+@torch.library.custom_op("smolseek::mla_attention", mutates_args=())
+def _forward(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    scale: float,
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result and the logarithms of the softmax's sums [B, H, T].
+
+    An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
+    """
+    (B, T, _), (H, _, V) = q_BTX.shape, sizes
+    out_BTX, log_BHT = q_BTX.new_empty(B, T, H * V), q_BTX.new_empty(B, H, T, dtype=torch.float32)
+    arguments = _c_arguments(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, scale, interleave)
+    call("mla_attention", *arguments, out_BTX, log_BHT)
+    return out_BTX, log_BHT
+
+
+def _c_arguments(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    scale: float,
+    interleave: bool,
+) -> tuple[Any, ...]:
+    (B, T, _), (H, N, V) = q_BTX.shape, sizes
+    assert all(x.is_contiguous() for x in (q_BTX, kv_BTX, cos_TP, sin_TP))
+    assert pe_BTR.stride(2) == 1 and (B == 1 or pe_BTR.stride(0) == T * pe_BTR.stride(1))
+    tensors = q_BTX, kv_BTX, pe_BTR, pe_BTR.stride(1), cos_TP, sin_TP
+    return *tensors, interleave, B, T, H, N, pe_BTR.shape[2], V, float(scale)
+
+
+class _RopeAndPack(torch.autograd.Function):
+    """Queries and keys, rotated, [B, T, H, Q], and values [B, T, H, V]."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(*arguments[3:5])
+        ctx.interleave = arguments[6]
+        return _rope_and_pack(*arguments[:5], list(arguments[5]), arguments[6])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        return *_rope_and_pack_backward(*gradients, *ctx.saved_tensors, ctx.interleave), None, None, None, None
+
+
+@torch.library.custom_op("smolseek::rope_and_pack", mutates_args=())
+def _rope_and_pack(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from smolseek.ops.mla_attention import triton
+
+    return triton.rope_and_pack(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, interleave)
+
+
+@_rope_and_pack.register_fake
+def _(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (B, T, _), (H, N, V), R = q_BTX.shape, sizes, pe_BTR.shape[2]
+    return q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, V)
+
+
+@torch.library.custom_op("smolseek::rope_and_pack_backward", mutates_args=())
+def _rope_and_pack_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from smolseek.ops.mla_attention import triton
+
+    return triton.rope_and_pack_backward(dq, dk, dv, cos_TP, sin_TP, interleave)
+
+
+@_rope_and_pack_backward.register_fake
+def _(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (B, T, H, Q), V, R = dq.shape, dv.shape[3], 2 * cos_TP.shape[1]
+    return dq.new_empty(B, T, H * Q), dq.new_empty(B, T, H * (Q - R + V)), dq.new_empty(B, T, R)

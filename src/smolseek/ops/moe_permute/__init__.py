@@ -1,0 +1,108 @@
+"""Brings tokens into the order of their experts, and the experts' weighted results back into the tokens' order.
+
+Shapes: N tokens, D features, K experts of a token, M = N*K slots (token, expert) sorted by expert.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from smolseek.ops.backend import c_supports, call, triton_supports
+from smolseek.ops.moe_permute import reference
+from smolseek.ops.moe_permute.reference import inverse
+
+__all__ = ["inverse", "permute", "unpermute"]
+
+
+def permute(x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the tokens for their experts [M, D] in `dtype`: slot m is of token order[m] // K.
+
+    The gradients of a token's K slots are added in float32, always in the same order, where the backward pass of an
+    index would add them by atomics.
+    """
+    return _Permute.apply(x_ND, order_M, top_k, dtype)
+
+
+def unpermute(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+    """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`, always in the same order."""
+    if torch.is_grad_enabled() and weights_NK.dtype == torch.float32:
+        if c_supports(y_MD) and y_MD.is_contiguous():
+            return _UnpermuteC.apply(y_MD, inverse(order_M), weights_NK.contiguous())
+        if triton_supports(y_MD):
+            return _UnpermuteTriton.apply(y_MD, inverse(order_M), weights_NK)
+    return reference.unpermute(y_MD, order_M, weights_NK)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(order_M)
+        ctx.top_k, ctx.dtype = top_k, x_ND.dtype
+        if x_ND.dtype == torch.float32 and x_ND.is_contiguous():
+            y_MD = x_ND.new_empty(order_M.shape[0], x_ND.shape[1], dtype=dtype)
+            if c_supports(y_MD):
+                sizes = order_M.shape[0], top_k, x_ND.shape[1]
+                call("permute", x_ND, order_M, *sizes, y_MD, dtype == torch.bfloat16)
+                return y_MD
+        return reference.permute(x_ND, order_M, top_k, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_MD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
+        (order_M,) = ctx.saved_tensors
+        (M, D), K, slots_M = d_MD.shape, ctx.top_k, inverse(order_M)
+        if not (ctx.dtype == torch.float32 and d_MD.is_contiguous() and c_supports(d_MD)):
+            return reference.permute_backward(d_MD, slots_M, K, ctx.dtype), None, None, None
+        dx_ND = d_MD.new_empty(M // K, D, dtype=torch.float32)
+        call("permute_backward", d_MD, slots_M, M // K, K, D, dx_ND, d_MD.dtype == torch.bfloat16)
+        return dx_ND, None, None, None
+
+
+class _UnpermuteC(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_MD, slots_M, weights_NK)
+        (N, K), D = weights_NK.shape, y_MD.shape[1]
+        out_ND = y_MD.new_empty(N, D)
+        call("unpermute", y_MD, slots_M, weights_NK, N, K, D, out_ND, y_MD.dtype == torch.bfloat16)
+        return out_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+        y_MD, slots_M, weights_NK = ctx.saved_tensors
+        dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
+        given = y_MD, slots_M, weights_NK, d_ND.contiguous(), *weights_NK.shape, y_MD.shape[1]
+        call("unpermute_backward", *given, dy_MD, dw_NK, y_MD.dtype == torch.bfloat16)
+        return dy_MD, None, dw_NK
+
+
+class _UnpermuteTriton(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(y_MD, slots_M, weights_NK)
+        y_NKD = y_MD[slots_M].view(*weights_NK.shape, -1)
+        return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
+        dy_MD, dw_NK = _triton_backward(*ctx.saved_tensors, d_ND)
+        return dy_MD, None, dw_NK
+
+
+@torch.library.custom_op("smolseek::unpermute_backward", mutates_args=())
+def _triton_backward(
+    y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from smolseek.ops.moe_permute import triton
+
+    return triton.unpermute_backward(y_MD, slots_M, weights_NK, d_ND)
+
+
+@_triton_backward.register_fake
+def _(
+    y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return y_MD.new_empty(y_MD.shape), weights_NK.new_empty(weights_NK.shape)

@@ -1,0 +1,62 @@
+/* The tokens' way to their experts and back. Shapes: N tokens, D features, K experts of a token, M = N * K slots sorted
+   by expert. Slot (n, k) is row slots[n K + k]. Sums are float32 and always in the same order. */
+
+#include "simd.h"
+
+INLINE void copy(const float *x, int64_t D, void *y, int64_t to, int64_t bfloat16) {
+    for (int64_t d = 0; d < D; d += 16)
+        store_some(y, to + d, D - d, load_some(x, d, D - d, 0), bfloat16);
+}
+
+/* y[m] = x[order[m] / K], rounded. x: [N, D] float32. */
+void permute(const float *x, const int64_t *order, int64_t M, int64_t K, int64_t D, void *y, int64_t bfloat16,
+             int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < M; m++) TYPED(copy, x + order[m] / K * D, D, y, m * D);
+}
+
+/* y[to..] = the sum of the token's rows of x, times their weights where there are any. y is float32 without. */
+INLINE void gather(const void *x, const int64_t *slots, const float *weights, int64_t K, int64_t D, void *y, int64_t to,
+                   int64_t bfloat16) {
+    for (int64_t d = 0; d < D; d += 16) {
+        vec sum = {0};
+        for (int64_t k = 0; k < K; k++) {
+            vec own = load_some(x, slots[k] * D + d, D - d, bfloat16);
+            sum += weights ? own * weights[k] : own;
+        }
+        store_some(y, to + d, D - d, sum, weights ? bfloat16 : 0);
+    }
+}
+
+/* dx[n] = the sum of dy[slots[n, k]] over k. dx: [N, D] float32. */
+void permute_backward(const void *dy, const int64_t *slots, int64_t N, int64_t K, int64_t D, float *dx,
+                      int64_t bfloat16, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < N; n++) TYPED(gather, dy, slots + n * K, NULL, K, D, dx, n * D);
+}
+
+/* y[n] = the sum of weights[n, k] x[slots[n, k]] over k. */
+void unpermute(const void *x, const int64_t *slots, const float *weights, int64_t N, int64_t K, int64_t D, void *y,
+               int64_t bfloat16, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < N; n++) TYPED(gather, x, slots + n * K, weights + n * K, K, D, y, n * D);
+}
+
+INLINE void scatter(const void *x, int64_t at, float weight, const void *dy, int64_t from, int64_t D, void *dx,
+                    float *dweight, int64_t bfloat16) {
+    vec dot = {0};
+    for (int64_t d = 0; d < D; d += 16) {
+        vec own = load_some(dy, from + d, D - d, bfloat16);
+        dot += own * load_some(x, at + d, D - d, bfloat16);
+        store_some(dx, at + d, D - d, own * weight, bfloat16);
+    }
+    *dweight = bfloat16 ? sum(dot) : sum_in_order(dot);
+}
+
+/* dx[slots[n, k]] = weights[n, k] dy[n], dweights[n, k] = dy[n] . x[slots[n, k]]. */
+void unpermute_backward(const void *x, const int64_t *slots, const float *weights, const void *dy, int64_t N, int64_t K,
+                        int64_t D, void *dx, float *dweights, int64_t bfloat16, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < N * K; n++)
+        TYPED(scatter, x, slots[n] * D, weights[n], dy, n / K * D, D, dx, dweights + n);
+}

@@ -1,0 +1,41 @@
+"""The gradient of the experts' weighted sum on a GPU in one kernel (Triton comes with CUDA's PyTorch).
+
+torch.compile goes through what the experts made twice. Shapes: N tokens, D features, K experts of a token, M = N*K.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from smolseek.ops.backend import triton_warps
+
+
+@triton.jit
+def _unpermute_backward(y, slots, weights, d, dy, dw, size, chosen: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.arange(0, block)
+    there = feature < size
+    d_D = tl.load(d + token * size + feature, mask=there, other=0.0).to(tl.float32)
+    for k in range(chosen):
+        slot = tl.load(slots + token * chosen + k)
+        weight = tl.load(weights + token * chosen + k)
+        y_D = tl.load(y + slot * size + feature, mask=there, other=0.0).to(tl.float32)
+        tl.store(dw + token * chosen + k, tl.sum(y_D * d_D, axis=0))
+        tl.store(dy + slot * size + feature, (weight * d_D).to(dy.dtype.element_ty), mask=there)
+
+
+def unpermute_backward(
+    y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the experts' results [M, D] and of their float32 weights [N, K] for that of their sum.
+
+    Slot (n, k) is row `slots_M[n K + k]` of `y_MD`.
+    """
+    y_MD, d_ND, weights_NK = y_MD.contiguous(), d_ND.contiguous(), weights_NK.contiguous()
+    (N, K), D = weights_NK.shape, y_MD.shape[1]
+    dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
+    if N:
+        given = y_MD, slots_M, weights_NK, d_ND, dy_MD, dw_NK, D, K
+        with torch.cuda.device_of(y_MD):
+            _unpermute_backward[(N,)](*given, triton.next_power_of_2(D), num_warps=triton_warps(D))
+    return dy_MD, dw_NK

@@ -1,0 +1,250 @@
+/* Sixteen float32 numbers at a time, read from and written to float32 or bfloat16, for every C file of the package.
+
+   `bfloat16` says how the numbers lie in memory. It is a constant where a function is called, so each C file is written
+   once for both. Sums over lanes are taken in one order, whatever the processor is. */
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define BF16_PRODUCTS /* the processor multiplies pairs of bfloat16 */
+#endif
+#if defined(__AVX512F__) || defined(BF16_PRODUCTS)
+#define AVX512
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(64)));
+typedef float half_vec __attribute__((vector_size(32)));
+typedef float quarter_vec __attribute__((vector_size(16)));
+typedef uint16_t short_vec __attribute__((vector_size(32)));
+typedef uint32_t uint_vec __attribute__((vector_size(64)));
+typedef int32_t int_vec __attribute__((vector_size(64)));
+typedef uint16_t bf16; /* the bits of a bfloat16 */
+
+/* Call `f` with the number format as a constant. */
+#define TYPED(f, ...)                                                                                                  \
+    do {                                                                                                               \
+        if (bfloat16)                                                                                                  \
+            f(__VA_ARGS__, 1);                                                                                         \
+        else                                                                                                           \
+            f(__VA_ARGS__, 0);                                                                                         \
+    } while (0)
+
+INLINE const void *at(const void *w, int64_t i, int64_t bfloat16) {
+    return (const char *)w + i * (bfloat16 ? 2 : 4);
+}
+
+#ifdef AVX512
+INLINE __m512i widen(const bf16 *at) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)at)); }
+#else
+INLINE uint_vec widen(const bf16 *at) {
+    short_vec s;
+    memcpy(&s, at, sizeof s);
+    return __builtin_convertvector(s, uint_vec);
+}
+#endif
+
+INLINE vec load(const void *w, int64_t i, int64_t bfloat16) {
+    vec out;
+    if (bfloat16) return (vec)((uint_vec)widen((const bf16 *)w + i) << 16);
+    memcpy(&out, (const float *)w + i, sizeof out);
+    return out;
+}
+
+INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
+    if (!bfloat16) return ((const float *)w)[i];
+    uint32_t wide = (uint32_t)((const bf16 *)w)[i] << 16;
+    float out;
+    memcpy(&out, &wide, sizeof out);
+    return out;
+}
+
+/* `load` of the first n numbers, with zeros behind them; rows of bfloat16 are whole vectors. */
+INLINE vec load_some(const void *w, int64_t i, int64_t n, int64_t bfloat16) {
+    if (bfloat16 || n >= 16) return load(w, i, bfloat16);
+    vec out = {0};
+    memcpy(&out, (const float *)w + i, n * sizeof(float));
+    return out;
+}
+
+INLINE void store1(void *w, int64_t i, float value, int64_t bfloat16) {
+    if (!bfloat16) {
+        ((float *)w)[i] = value;
+        return;
+    }
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value)
+        bits = 0x7FC00000; /* rounding could carry NaN over into another number */
+    else
+        bits += 0x7FFF + ((bits >> 16) & 1); /* to the nearest, ties to even */
+    ((bf16 *)w)[i] = (bf16)(bits >> 16);
+}
+
+INLINE void store(void *w, int64_t i, vec x, int64_t bfloat16) {
+    if (!bfloat16) {
+        memcpy((float *)w + i, &x, sizeof x);
+        return;
+    }
+#ifdef BF16_PRODUCTS
+    __m256bh rounded = _mm512_cvtneps_pbh(x);
+    memcpy((bf16 *)w + i, &rounded, sizeof rounded);
+#else
+    for (int64_t l = 0; l < 16; l++) store1(w, i + l, x[l], 1);
+#endif
+}
+
+/* `store` of the first n numbers, as `load_some` reads them. */
+INLINE void store_some(void *w, int64_t i, int64_t n, vec x, int64_t bfloat16) {
+    if (bfloat16 || n >= 16)
+        store(w, i, x, bfloat16);
+    else
+        memcpy((float *)w + i, &x, n * sizeof(float));
+}
+
+INLINE float sum(vec v) {
+    half_vec half[2];
+    quarter_vec quarter[2];
+    memcpy(half, &v, sizeof v);
+    half[0] += half[1];
+    memcpy(quarter, half, sizeof half[0]);
+    quarter[0] += quarter[1];
+    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+}
+
+/* One lane after the other. */
+INLINE float sum_in_order(vec v) {
+    float total = 0;
+    for (int l = 0; l < 16; l++) total += v[l];
+    return total;
+}
+
+INLINE vec max16(vec a, vec b) {
+#ifdef AVX512
+    return _mm512_max_ps(a, b);
+#else
+    int_vec more = a > b;
+    return (vec)(((int_vec)a & more) | ((int_vec)b & ~more));
+#endif
+}
+
+INLINE vec floor16(vec x) {
+#ifdef AVX512
+    return _mm512_roundscale_ps(x, 1);
+#else
+    vec whole = __builtin_convertvector(__builtin_convertvector(x, int_vec), vec);
+    return whole + __builtin_convertvector(whole > x, vec); /* a lane that holds is -1 */
+#endif
+}
+
+/* e^x for x <= 0, to about two units of the last place, and exactly 0 below -87; what is no number stays so. It is 2^n
+   times a polynomial on [-ln2/2, ln2/2]. */
+INLINE vec exp16(vec x) {
+    vec n = floor16(x * 1.44269504f + 0.5f);
+    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    vec p = (vec){0} + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+#ifdef AVX512
+    vec y = _mm512_scalef_ps(p, n);
+#else
+    vec y = p * (vec)((__builtin_convertvector(n, int_vec) + 127) << 23);
+#endif
+    return (vec)((int_vec)y & ~(x < -87.0f));
+}
+
+/* 1 / (1 + e^-x), through e^-|x|. */
+INLINE vec sigmoid16(vec x) {
+    vec small = exp16(-(vec)((int_vec)x & 0x7fffffff)), one = (vec){0} + 1.0f;
+    int_vec below = x < 0.0f;
+    return (vec)(((int_vec)small & below) | ((int_vec)one & ~below)) / (one + small);
+}
+
+/* Rotate the R features of x by the angles; frequency i turns features 2i and 2i + 1 when `interleaved`, else i and
+   i + R/2. The result lies in halves, as that of `rotate` in ops/rotary.py. */
+INLINE void rotate(const void *x, const float *cos, const float *sin, int64_t R, int64_t interleaved, void *y,
+                   int64_t bfloat16) {
+    for (int64_t i = 0; i < R / 2; i++) {
+        float a = load1(x, interleaved ? 2 * i : i, bfloat16);
+        float b = load1(x, interleaved ? 2 * i + 1 : i + R / 2, bfloat16);
+        store1(y, i, a * cos[i] - b * sin[i], bfloat16);
+        store1(y, i + R / 2, b * cos[i] + a * sin[i], bfloat16);
+    }
+}
+
+#ifdef BF16_PRODUCTS
+#define ROWS 6 /* rows of a tile: 6 times 4 sums, 4 columns and an input fill the 32 registers */
+
+typedef int32_t pair __attribute__((may_alias)); /* two bfloat16 */
+
+/* s[r][v] = pairs a[r][p * step] times columns 16 v .. 16 v + 15 of b: [pairs] lines, `line` columns from each other. */
+INLINE void tile(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, const int rows,
+                 const int wide, __m512 sums[ROWS][4]) {
+    __m512 s[ROWS][4];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) s[r][v] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512i column[4];
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) column[v] = _mm512_loadu_si512(b + p * line + 16 * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m512i input = _mm512_set1_epi32(a[r][p * step]);
+#pragma GCC unroll 4
+            for (int v = 0; v < wide; v++)
+                s[r][v] = _mm512_dpbf16_ps(s[r][v], (__m512bh)input, (__m512bh)column[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < wide; v++) sums[r][v] = s[r][v];
+}
+
+/* As `tile`, for any number of rows. */
+INLINE void tile_rows(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, int64_t rows,
+                      const int wide, __m512 sums[ROWS][4]) {
+    switch (rows) {
+    case 1: tile(a, step, pairs, b, line, 1, wide, sums); break;
+    case 2: tile(a, step, pairs, b, line, 2, wide, sums); break;
+    case 3: tile(a, step, pairs, b, line, 3, wide, sums); break;
+    case 4: tile(a, step, pairs, b, line, 4, wide, sums); break;
+    case 5: tile(a, step, pairs, b, line, 5, wide, sums); break;
+    default: tile(a, step, pairs, b, line, 6, wide, sums);
+    }
+}
+
+/* Turn 16 rows of 16 pairs, `stride` numbers from each other, into 16 lines: line p gets pair p of each row. */
+static inline void turn(const bf16 *w, int64_t stride, int64_t rows, uint32_t *to, int64_t line) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { /* then lane l of r[i + j] has rows i .. i + 3 of pair 4 l + j */
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512i even = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+        __m512i even2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+        __m512i odd2 = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+        _mm512_storeu_si512(to + j * line, _mm512_shuffle_i32x4(even, even2, 0x88));
+        _mm512_storeu_si512(to + (4 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0x88));
+        _mm512_storeu_si512(to + (8 + j) * line, _mm512_shuffle_i32x4(even, even2, 0xdd));
+        _mm512_storeu_si512(to + (12 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
+    }
+}
+#endif

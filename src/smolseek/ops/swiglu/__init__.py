@@ -1,0 +1,91 @@
+"""The elementwise part of SwiGLU (2002.05202): silu(gate) * up.
+
+Two layouts: gate and up as two tensors, and packed as rows [gate; up] of 2F numbers. Shapes: M rows, F neurons, X = 2F.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from smolseek.ops.backend import c_supports, call, triton_supports
+from smolseek.ops.swiglu import reference
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up [..., F]; the C kernel keeps only its inputs for the backward pass."""
+    if torch.is_grad_enabled() and c_supports(gate) and gate.is_contiguous() and up.is_contiguous():
+        return _SwiGLU.apply(gate, up)
+    return reference.swiglu(gate, up)
+
+
+def swiglu_packed(h_MX: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up [M, F] for rows [gate; up]."""
+    if torch.is_grad_enabled() and triton_supports(h_MX):
+        return _PackedSwiGLU.apply(h_MX)
+    return reference.swiglu(*h_MX.chunk(2, dim=-1))
+
+
+def packed_forward(h_MX: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up [M, F] for rows [gate; up], without autograd."""
+    gate, up = h_MX.chunk(2, dim=-1)
+    if not c_supports(gate):
+        return reference.packed_forward(h_MX)
+    y = gate.new_empty(gate.shape)
+    call("swiglu", gate, up, h_MX.stride(0), *gate.shape, y, gate.dtype == torch.bfloat16)
+    return y
+
+
+def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of `h_MX`, and `packed_forward` of it once more."""
+    gate, up = h_MX.chunk(2, dim=-1)
+    if not (c_supports(gate) and dy_MF.is_contiguous() and h_MX.is_contiguous()):
+        return reference.packed_backward(h_MX, dy_MF)
+    dh_MX, y = torch.empty_like(h_MX), torch.empty_like(dy_MF)
+    d_gate, d_up = dh_MX.chunk(2, dim=-1)
+    sizes = h_MX.stride(0), *gate.shape
+    call("swiglu_backward", gate, up, *sizes, dy_MF, d_gate, d_up, y, gate.dtype == torch.bfloat16)
+    return dh_MX, y
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        y, size = torch.empty_like(gate), gate.shape[-1]
+        call("swiglu", gate, up, size, gate.numel() // size, size, y, gate.dtype == torch.bfloat16)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        gate, up = ctx.saved_tensors
+        d_gate, d_up, y, size = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate), gate.shape[-1]
+        sizes = size, gate.numel() // size, size
+        call("swiglu_backward", gate, up, *sizes, dy.contiguous(), d_gate, d_up, y, gate.dtype == torch.bfloat16)
+        return d_gate, d_up
+
+
+class _PackedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_MX: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(h_MX)
+        return reference.swiglu(*h_MX.chunk(2, dim=-1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        (h_MX,) = ctx.saved_tensors
+        return _triton_backward(h_MX, dy_MF)
+
+
+@torch.library.custom_op("smolseek::swiglu_packed_backward", mutates_args=())
+def _triton_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
+    from smolseek.ops.swiglu import triton
+
+    return triton.packed_backward(h_MX, dy_MF)
+
+
+@_triton_backward.register_fake
+def _(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
+    return h_MX.new_empty(h_MX.shape)

@@ -1,0 +1,35 @@
+/* silu(gate) * up and its gradient, row by row. Shapes: M rows, F neurons. */
+
+#include "simd.h"
+
+INLINE void forward(const void *gate, const void *up, int64_t at, int64_t F, void *y, int64_t to, int64_t bfloat16) {
+    for (int64_t f = 0; f < F; f += 16) {
+        vec g = load_some(gate, at + f, F - f, bfloat16);
+        store_some(y, to + f, F - f, g * sigmoid16(g) * load_some(up, at + f, F - f, bfloat16), bfloat16);
+    }
+}
+
+INLINE void backward(const void *gate, const void *up, int64_t at, int64_t F, const void *dy, void *dgate, void *dup,
+                     void *y, int64_t to, int64_t bfloat16) {
+    for (int64_t f = 0; f < F; f += 16) {
+        vec g = load_some(gate, at + f, F - f, bfloat16), u = load_some(up, at + f, F - f, bfloat16);
+        vec d = load_some(dy, to + f, F - f, bfloat16), s = sigmoid16(g), silu = g * s;
+        store_some(dgate, at + f, F - f, d * u * (s + silu * (1.0f - s)), bfloat16);
+        store_some(dup, at + f, F - f, d * silu, bfloat16);
+        store_some(y, to + f, F - f, silu * u, bfloat16);
+    }
+}
+
+/* Rows of gate and up are `next` numbers from each other, those of y are F. */
+void swiglu(const void *gate, const void *up, int64_t next, int64_t M, int64_t F, void *y, int64_t bfloat16,
+            int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < M; m++) TYPED(forward, gate, up, m * next, F, y, m * F);
+}
+
+/* From dy: dgate, dup (rows as those of gate and up), and y once more. */
+void swiglu_backward(const void *gate, const void *up, int64_t next, int64_t M, int64_t F, const void *dy, void *dgate,
+                     void *dup, void *y, int64_t bfloat16, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t m = 0; m < M; m++) TYPED(backward, gate, up, m * next, F, dy, dgate, dup, y, m * F);
+}

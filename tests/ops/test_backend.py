@@ -1,0 +1,75 @@
+"""Which backend takes what, what SMOLSEEK_BACKEND changes, and that PyTorch's operations remain."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from smolseek.errors import SmolseekError
+from smolseek.ops import backend, swiglu
+from smolseek.ops.backend import c_supports
+
+
+class Broken:
+    """As ops/swiglu/triton.py where Triton finds no C compiler."""
+
+    @staticmethod
+    def packed_backward(h, dy):
+        raise RuntimeError("Failed to find C compiler.\nAnd more")
+
+
+class Works:
+    """As ops/swiglu/triton.py on a GPU."""
+
+    @staticmethod
+    def packed_backward(h, dy):
+        return torch.zeros_like(h)
+
+
+def test_triton_is_tried_once_and_its_absence_said_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    for module, runs in ((Broken, False), (Works, True)):
+        monkeypatch.setattr(backend, "TRITON", None)
+        monkeypatch.setattr(swiglu, "triton", module, raising=False)
+        assert backend.triton_runs(torch.device("cpu")) is runs and backend.TRITON is runs
+    error = capsys.readouterr().err
+    assert "only costs time: Failed to find C compiler." in error and error.count("\n") == 1
+
+
+def test_without_triton_nothing_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "TRITON", None)
+    assert not backend.triton_runs(torch.device("cpu"))
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_on_a_cpu_is_for_it(monkeypatch):
+    monkeypatch.setattr(backend, "TRITON", True)
+    assert not backend.triton_supports(torch.zeros(1))
+
+
+def test_the_override_is_said_and_turns_the_kernels_off(monkeypatch, use_backend, capsys):
+    use_backend("reference")
+    assert backend.library() is None and backend.compiled() is None
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "SMOLSEEK_BACKEND=reference" in error
+    gate, up = torch.randn(4, 16, requires_grad=True), torch.randn(4, 16)
+    assert torch.equal(swiglu.swiglu(gate, up), F.silu(gate) * up)
+    assert not c_supports(torch.zeros(2, 16, dtype=torch.bfloat16)) and not c_supports(torch.zeros(2, 16))
+    use_backend("triton")
+    assert backend.library() is None
+    with pytest.raises(SmolseekError, match="SMOLSEEK_BACKEND=metal is no backend: give reference, cpu or triton"):
+        use_backend("metal")
+        backend.library()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_which_tensors_the_c_files_take(dtype, use_backend):
+    use_backend("cpu", bfloat16=dtype == torch.bfloat16)
+    assert c_supports(torch.zeros(2, 16, dtype=dtype))
+    assert c_supports(torch.zeros(2, 24, dtype=dtype)) == (dtype == torch.float32)  # bfloat16 needs whole registers
+    assert not c_supports(torch.zeros(2, 32, dtype=dtype)[:, ::2]) and not c_supports(torch.zeros(2, 16).double())
+
+
+@pytest.mark.parametrize("numbers", [0, 1, 768, 960, 1536, 7168, 128 * 128])
+def test_warps_are_a_power_of_two(numbers):
+    assert backend.triton_warps(numbers) in (1, 2, 4, 8, 16)
