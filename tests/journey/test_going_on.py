@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from smolseek.config import ModelConfig
-from smolseek.files import FolderLock
+from smolseek.files import LOCK, FolderLock
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import read_config, save_folder
@@ -262,6 +262,7 @@ def test_a_second_process_is_refused(run_cli, here):
 def test_a_second_prepare_is_refused(run_cli, here):
     words = ["prepare", "tokens", "--data", "a.jsonl", "--tokenizer", "words"]
     assert run_cli(*words).code == 0
+    assert os.path.exists(f"tokens/{LOCK}"), "it held the folder that it made"
     with FolderLock("tokens") as lock:
         lock.acquire()
         code, _, err = run_cli(*words)
