@@ -17,9 +17,10 @@ from smolseek.distributed.mesh import choose
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
-from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import verify
-from smolseek.storage.saver import PartSaver, Saver
+from smolseek.storage.saver import Saver
+from smolseek.storage.state_shards import load_state
 from smolseek.train.balance import Balancer
 from smolseek.train.evaluate import evaluate
 from smolseek.train.guard import Guard
@@ -85,16 +86,7 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
         state.progress.step += 1
     rows = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
     record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), distributed=distributed)
-    options: dict = {}
-    if distributed.size > 1:
-        options = {
-            "rank": distributed.rank,
-            "size": distributed.size,
-            "gather": distributed.checkpoint_shards,
-            "tell": distributed.broadcast_object,
-            "timeout": 60.0,
-        }
-    with (PartSaver if options else Saver)(run, model, None, **options) as saver:
+    with Saver(run, model, None, distributed, timeout=60.0) as saver:
         saver.save(state.progress.step, *state.capture(0.0))
     assert saver.failure is None
     held = sum(p.numel() for _, p in trained)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from smolseek.cli import main
-from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
 from smolseek.storage.manifest import verify
+from smolseek.storage.state_shards import load_state
 
 _spec = importlib.util.spec_from_file_location("launch", Path(__file__).with_name("launch.py"))
 runs = importlib.util.module_from_spec(_spec)

@@ -12,12 +12,15 @@ import transformers
 from smolseek import files
 from smolseek.config import DataConfig, ModelConfig, TrainConfig
 from smolseek.errors import SmolseekError
+from smolseek.model.local_shards import full_tensors
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
-from smolseek.storage.checkpoint import load_state, load_weights, save_checkpoint
-from smolseek.storage.hf_folder import load_model, read_config
+from smolseek.storage.checkpoint import CheckpointWriter
+from smolseek.storage.hf_folder import load_model, load_weights, read_config
 from smolseek.storage.manifest import newest_valid, verify
+from smolseek.storage.state_shards import load_state
+from smolseek.storage.weights import file_entries
 
 MODEL = ModelConfig(
     vocab_size=64,
@@ -68,7 +71,11 @@ def run(tmp_path):
 
 
 def save(run, step=7, seed=0):
-    return save_checkpoint(run, step, new_model(MODEL, seed), Tokenizer(), TENSORS, STATE)
+    writer, model = CheckpointWriter(run, step), new_model(MODEL, seed)
+    assert writer.begin() is None
+    writer.write_shard([*file_entries(MODEL, full_tensors(model), None)], TENSORS)
+    writer.finish(MODEL, Tokenizer(), STATE)
+    return run.checkpoint_path(step)
 
 
 def test_what_is_saved_comes_back(run):
@@ -202,9 +209,9 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
 
     monkeypatch.setattr(files, "sync", sync)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans nothing up
-    survived = 0
-    for syncs in range(12):
-        left[0] = syncs
+    survived = syncs = 0
+    while not survived:
+        left[0], syncs = syncs, syncs + 1
         try:
             save(run, 6)
             survived += 1
@@ -217,7 +224,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
             shutil.rmtree(name)
         monkeypatch.setattr(files, "sync", sync)
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
-    assert survived
+    assert syncs > 8
 
 
 def test_tensors_lie_at_multiples_of_their_item_size(run):

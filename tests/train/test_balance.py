@@ -15,8 +15,8 @@ from smolseek.presets import preset
 from smolseek.report.page import tiles
 from smolseek.report.plots import number
 from smolseek.report.read import read_run
-from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
+from smolseek.storage.state_shards import load_state
 from smolseek.train import loop
 from smolseek.train.balance import Balancer, maxvio
 from smolseek.train.loss import losses

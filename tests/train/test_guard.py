@@ -22,9 +22,10 @@ from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
-from smolseek.storage import checkpoint, saver
-from smolseek.storage.checkpoint import load_state
+from smolseek.storage import safetensors_file
+from smolseek.storage.checkpoint import CheckpointWriter
 from smolseek.storage.manifest import newest_valid
+from smolseek.storage.state_shards import load_state
 from smolseek.train import audits, loop, setup
 from smolseek.train.guard import VAIN_RETURNS, WINDOW, Guard, StopRequest
 
@@ -453,11 +454,11 @@ def test_only_the_last_checkpoints_and_every_mth_stay(text, tmp_path):
 def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, capsys):
     """Nothing can be written in the middle of the run: it goes on, and everything is there in the end."""
     run = tmp_path / "run"
-    real_save, real_open = checkpoint.save_folder, builtins.open
+    real_write, real_open = safetensors_file.write, builtins.open
     full = []
 
-    def save_folder(model, path, tokenizer):
-        real_save(model, path, tokenizer)
+    def write(path, entries):
+        real_write(path, entries)
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -473,7 +474,7 @@ def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, cap
         real_passed(self, step, *words)
 
     monkeypatch.setattr(Guard, "passed", passed)
-    monkeypatch.setattr(checkpoint, "save_folder", save_folder)
+    monkeypatch.setattr(safetensors_file, "write", write)
     monkeypatch.setattr(console, "open", opened, raising=False)
     last = loop.train(config(run, text))
     assert weights(last) == weights(whole)
@@ -490,14 +491,14 @@ def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, cap
 
 
 def test_a_last_save_that_fails_is_the_outcome(text, tmp_path, monkeypatch):
-    real = checkpoint.save_folder
+    real = safetensors_file.write
 
-    def save_folder(model, path, tokenizer):
-        if path.name.endswith("step-000008"):
+    def write(path, entries):
+        if path.parent.name.endswith("step-000008"):
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(model, path, tokenizer)
+        real(path, entries)
 
-    monkeypatch.setattr(checkpoint, "save_folder", save_folder)
+    monkeypatch.setattr(safetensors_file, "write", write)
     run = RunFolder(tmp_path / "run")
     with pytest.raises(
         SmolseekError, match=r"checkpoint of step 8 cannot be written .*No space left on device.*--resume"
@@ -511,26 +512,26 @@ def test_a_bug_in_the_writing_thread_surfaces(text, tmp_path, monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(saver, "save_checkpoint", broken)
+    monkeypatch.setattr(CheckpointWriter, "finish", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         loop.train(config(tmp_path / "run", text))
 
 
 def test_the_training_does_not_wait_for_the_disk(text, tmp_path, monkeypatch):
     """Steps are made while a checkpoint is being written; the next save waits for it."""
-    real, passed = saver.save_checkpoint, Guard.passed
+    real, passed = CheckpointWriter.write_shard, Guard.passed
     during, step_done = [], threading.Event()
 
-    def slow(run, step, *words):
+    def slow(self, *words):
         step_done.clear()
-        during.append(step_done.wait(60) if step < 8 else True)
-        return real(run, step, *words)
+        during.append(step_done.wait(60) if self.step < 8 else True)
+        real(self, *words)
 
     def count(self, *words):
         passed(self, *words)
         step_done.set()
 
-    monkeypatch.setattr(saver, "save_checkpoint", slow)
+    monkeypatch.setattr(CheckpointWriter, "write_shard", slow)
     monkeypatch.setattr(Guard, "passed", count)
     whole = loop.train(config(tmp_path / "run", text))
     assert during == [True] * 4 and newest_valid(RunFolder(tmp_path / "run")) == (whole, [])

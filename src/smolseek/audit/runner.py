@@ -23,7 +23,7 @@ from smolseek.audit.subject import Subject
 from smolseek.data.split import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.memory import give_back_freed_memory
-from smolseek.storage.checkpoint import load_state
+from smolseek.storage.state_shards import load_state
 from smolseek.tokenizer import Encode
 
 ROWS, ROW_TOKENS = 16, 128

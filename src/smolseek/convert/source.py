@@ -121,7 +121,7 @@ class FolderTensors(Mapping[str, torch.Tensor]):
         path, file = self.files[name]
         with damage_named(path):
             tensor = file.get_tensor(name)
-        if tensor.dtype not in FLOAT_TYPES.values():
+        if tensor.dtype not in FLOAT_TYPES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise SmolseekError(f"{path}: {name} is stored as {kind}: take the model's bfloat16 or float32 version")
         if not tensor.isfinite().all():

@@ -287,30 +287,26 @@ class DistributedContext(SingleProcess):
         where = self.where[name]
         return where.own > 0 and where.copy == number % where.copies
 
-    def checkpoint_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return what this process is to write of the weights, on the CPU; all call it together.
+    def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
+        """Yield what this process is to write of the weights, to be copied at once; all iterate together.
 
-        Experts are written by those who hold them. Any other tensor is put together, one at a time, and one process
-        keeps it: no process ever holds more than its share and one tensor.
+        Experts are written by those who hold them. Any other tensor is gathered, one at a time, and one process writes
+        it: no process ever holds more than its share and one tensor.
         """
-        parts = self.local_shards(model)
-        state: dict[str, Any] = dict(model.named_parameters())
-        found = {}
-        for number, (name, part) in enumerate(parts.items()):
-            p = state.get(name)
+        shards = self.local_shards(model)  # reshards, which gives the parameters anew
+        parameters: dict[str, Any] = dict(model.named_parameters())
+        for number, (name, shard) in enumerate(shards.items()):
+            p = parameters.get(name)
             if p is None or not isinstance(p, DTensor):
                 if number % self.size == self.rank:
-                    found[name] = part
+                    yield name, shard
             elif ".mlp.experts." in name:
                 if self.writes_shard(name, number):
-                    found[name] = part
+                    yield name, shard
             elif self.where[name].copy == number % self.where[name].copies:
                 full = p.full_tensor().detach()
                 if number // self.mesh.copies % self.mesh.shard == self.groups.dense.get_local_rank(1):
-                    found[name] = full_tensor(full)
-        return {
-            name: LocalShard(part.tensor.to("cpu", copy=True), part.start, part.rows) for name, part in found.items()
-        }
+                    yield name, full_tensor(full)
 
 
 class _Standing:

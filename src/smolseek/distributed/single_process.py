@@ -144,9 +144,6 @@ class SingleProcess:
         """
         return True
 
-    def checkpoint_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return what this process is to write of the weights, on the CPU; all call it together."""
-        return {
-            name: LocalShard(part.tensor.to("cpu", copy=True), 0, part.rows)
-            for name, part in full_tensors(model).items()
-        }
+    def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
+        """Yield what this process is to write of the weights, to be copied at once; all iterate together."""
+        yield from full_tensors(model).items()

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,9 @@ from smolseek.storage.safetensors_file import FLOAT_TYPES, INDEX, WEIGHTS, Safet
 from smolseek.storage.target import MODEL_MAY_BE, resolve
 from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_entries, fill
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
+
+_ROWS = 4096
+"""Rows of two matrices that are compared at a time."""
 
 
 class LoadedModel(NamedTuple):
@@ -113,8 +115,11 @@ def _has_own_head(path: Path) -> bool:
     files = SafetensorsFiles(weight_files(path))
     if HEAD not in files or EMBEDDING not in files:
         return False
-    pairs = zip_longest(files.blocks(HEAD), files.blocks(EMBEDDING))
-    return any(a is None or b is None or not torch.equal(a.float(), b.float()) for a, b in pairs)
+    if files.shape(HEAD) != files.shape(EMBEDDING):
+        return True
+    starts = range(0, files.shape(HEAD)[0], _ROWS)
+    blocks = ((files.rows(name, start, start + _ROWS).float() for name in (HEAD, EMBEDDING)) for start in starts)
+    return any(not torch.equal(*pair) for pair in blocks)
 
 
 def load_model(
@@ -194,7 +199,7 @@ def _dtype(name: str | torch.dtype) -> torch.dtype | None:
     if name == "auto":
         return None
     found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if found not in FLOAT_TYPES.values():
+    if found not in FLOAT_TYPES:
         raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
     return found
 
@@ -203,10 +208,9 @@ def _number_format(values: Mapping[str, Any], files: SafetensorsFiles, path: Pat
     """Return the type that a folder's weights take: the one that its `config.json` names, else that of a file."""
     named = values.get("dtype") or values.get("torch_dtype")
     if named is None:
-        stored = (files.type_name(name) for name in files)
-        return next((FLOAT_TYPES[kind] for kind in stored if kind in FLOAT_TYPES), torch.float32)
+        return next((kind for name in files if (kind := files.dtype(name)) in FLOAT_TYPES), None) or torch.float32
     found = getattr(torch, named, None) if isinstance(named, str) else None
-    if not isinstance(found, torch.dtype) or found not in FLOAT_TYPES.values():
+    if not isinstance(found, torch.dtype) or found not in FLOAT_TYPES:
         raise SmolseekError(f"{path / 'config.json'}: dtype {named!r} is not supported: take the bf16 or fp32 version")
     return found
 

@@ -24,6 +24,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def manifest_entry(file: Path) -> dict[str, Any]:
+    """Return what the manifest says of a file."""
+    return {"size": file.stat().st_size, "sha256": digest(file)}
+
+
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:
     """Return the text of `manifest.json` for `files` (name -> size and sha256); it ends with a digest of itself."""
     inner = json.dumps(files, sort_keys=True)

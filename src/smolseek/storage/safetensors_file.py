@@ -33,7 +33,7 @@ TYPE_NAMES = {
     torch.bool: "BOOL",
 }
 TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
-FLOAT_TYPES = {name: dtype for dtype, name in TYPE_NAMES.items() if dtype.is_floating_point}
+FLOAT_TYPES = tuple(dtype for dtype in TYPE_NAMES if dtype.is_floating_point)
 
 # A tensor to be written: its name, the tensor (a view will do, on any device), and the type it takes in the file.
 Entry = tuple[str, torch.Tensor, torch.dtype]
@@ -64,9 +64,9 @@ def n_bytes(entry: Entry) -> int:
     return entry[1].numel() * entry[2].itemsize
 
 
-def shard_name(number: int, count: int) -> str:
-    """Return the name of file `number`, from 0 on, of a model's `count`."""
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else WEIGHTS
+def shard_name(number: int, count: int, stem: str = "model") -> str:
+    """Return the name of file `number`, from 0 on, of `count`."""
+    return f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
 
 
 def write_index(folder: Path, names: Sequence[Iterable[str]], total_size: int) -> None:
@@ -192,16 +192,15 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
         with damage_named(self.path_of[name]):
             return tuple(self._opened(self.path_of[name]).get_slice(name).get_shape())
 
-    def type_name(self, name: str) -> str:
-        """Return the type of a tensor by the format's name, such as F32, from its file's header."""
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Return the type of a tensor, from its file's header; None for one that torch does not have."""
         with damage_named(self.path_of[name]):
-            return self._opened(self.path_of[name]).get_slice(name).get_dtype()
+            return TYPES.get(self._opened(self.path_of[name]).get_slice(name).get_dtype())
 
-    def blocks(self, name: str, rows: int = 4096) -> Iterator[torch.Tensor]:
-        """Yield a tensor by `rows` rows at a time."""
-        for start in range(0, self.shape(name)[0], rows):
-            with damage_named(self.path_of[name]):
-                yield self._opened(self.path_of[name]).get_slice(name)[start : start + rows]
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return some rows of a tensor; no others are read."""
+        with damage_named(self.path_of[name]):
+            return self._opened(self.path_of[name]).get_slice(name)[start:stop]
 
     def _opened(self, path: Path) -> Any:
         if path != self._path:

@@ -2,33 +2,42 @@
 
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.files import delete_folder
 from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, step_of
-from smolseek.storage.checkpoint import save_checkpoint
-from smolseek.storage.together import finish, prepare, write_part
+from smolseek.storage.checkpoint import CheckpointWriter
 from smolseek.storage.weights import file_entries
 
 
 class Saver:
     """Saves a run's checkpoints one at a time, and deletes those that need not be kept.
 
-    The copies stay in memory from the first save on, as large as the weights and the optimizer's state. On leaving its
-    `with` the checkpoint in flight is awaited, unless by a KeyboardInterrupt.
+    The copies stay in memory from the first save on, as large as what this process writes of the weights and the
+    optimizer's state. On leaving its `with` the checkpoint in flight is awaited, unless by a KeyboardInterrupt.
     """
 
     def __init__(
-        self, run: RunFolder, model: CausalLM, tokenizer: Any, *, keep_last: int = 0, keep_every: int = 0
+        self,
+        run: RunFolder,
+        model: CausalLM,
+        tokenizer: Any,
+        distributed: SingleProcess,
+        *,
+        timeout: float = 0.0,
+        keep_last: int = 0,
+        keep_every: int = 0,
     ) -> None:
-        self.run, self.model = run, model
+        """`timeout` is how many seconds the main process waits for what the others write."""
+        self.run, self.model, self.distributed, self.timeout = run, model, distributed, timeout
         self.tokenizer = _Files(tokenizer)
         self.keep_last, self.keep_every = keep_last, keep_every
         self.failure: SmolseekError | None = None
@@ -36,20 +45,25 @@ class Saver:
         self._untold: list[SmolseekError] = []
         self._bug: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._copy: CausalLM | None = None
+        self._weights: dict[str, LocalShard] = {}
         self._tensors: dict[str, torch.Tensor] = {}
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Copy the weights and `tensors` and begin to write them with `state` as the checkpoint after `step` steps.
 
-        Returns when the copy is made, and first waits for the checkpoint before it.
+        All processes call it together. Returns when the copy is made, and first waits for the checkpoint before it.
         """
         self.wait()
-        self._copy_weights(step)
+        writer = CheckpointWriter(self.run, step, self.distributed.rank, self.distributed.size, self.timeout)
+        # Told only when the folder is made, so that nobody writes before.
+        obstacle = self.distributed.broadcast_object(writer.begin)
+        weights, shards = self._weights, self.distributed.checkpoint_shards(self.model)
+        self._weights = {name: _copied_shard(shard, weights.get(name)) for name, shard in shards}
         self._tensors = {name: _copied(tensor, self._tensors.get(name)) for name, tensor in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._thread = threading.Thread(target=self._write, args=(step, dict(state)), name="checkpoint", daemon=True)
+        words = (writer, obstacle, dict(state))
+        self._thread = threading.Thread(target=self._write, args=words, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -68,97 +82,37 @@ class Saver:
         self._untold.clear()
         return lines
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
+        # Of several processes one may be missing, and its shard with it: that is not waited for.
+        waits = kind is None or issubclass(kind, SmolseekError) or self.distributed.size == 1
+        if waits and not (kind is not None and issubclass(kind, KeyboardInterrupt)):
             self.wait()
-        self._copy, self._tensors = None, {}
+        self._weights, self._tensors = {}, {}
 
-    def _copy_weights(self, step: int) -> None:
-        if self._copy is None:
-            with torch.device("meta"):
-                self._copy = CausalLM(self.model.config)
-            self._copy.to_empty(device="cpu")
-            self._copy.tie_weights()
-            if self.model.lm_head.weight.is_cuda:
-                for own in self._copy.parameters():
-                    own.data = own.data.pin_memory()
-        with torch.no_grad():
-            for own, live in zip(self._copy.parameters(), self.model.parameters(), strict=True):
-                own.copy_(live, non_blocking=True)
-            for kept, buffer in zip(self._copy.buffers(), self.model.buffers(), strict=True):
-                kept.copy_(buffer)
-
-    def _write(self, step: int, state: dict[str, Any]) -> None:
+    def _write(self, writer: CheckpointWriter, obstacle: str | None, state: dict[str, Any]) -> None:
         try:
-            self._write_checkpoint(step, state)
+            if obstacle is not None:
+                raise writer.failure(obstacle)
+            config = self.model.config
+            writer.write_shard([*file_entries(config, self._weights, None)], self._tensors)
+            if self.run.writes:
+                writer.finish(config, self.tokenizer, state)
+                self._prune()
             self.failure = None
-            self._prune()
         except SmolseekError as failure:
             self.failure = failure
             self._untold.append(failure)
         except BaseException as bug:
             self._bug = bug
 
-    def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        assert self._copy is not None
-        save_checkpoint(self.run, step, self._copy, self.tokenizer, self._tensors, state)
-
     def _prune(self) -> None:
-        if self.keep_last and self.run.writes:
+        if self.keep_last:
             for path in self.run.checkpoint_paths()[self.keep_last :]:
                 if not self.keep_every or step_of(path) % self.keep_every:
                     delete_folder(path)
-
-
-class PartSaver(Saver):
-    """A `Saver` for one of many processes: each writes its part, and the one that writes the run folder the rest.
-
-    `gather` is called by all at the same time and returns what this process is to write of the weights, on the CPU.
-    `tell` gives all what the first process finds out. `timeout` is how long that waits for the others' parts.
-    """
-
-    def __init__(
-        self,
-        run: RunFolder,
-        model: CausalLM,
-        tokenizer: Any,
-        *,
-        rank: int,
-        size: int,
-        gather: Callable[[CausalLM], Mapping[str, LocalShard]],
-        tell: Callable[[Callable[[], Any]], Any],
-        timeout: float,
-        keep_last: int = 0,
-        keep_every: int = 0,
-    ) -> None:
-        super().__init__(run, model, tokenizer, keep_last=keep_last, keep_every=keep_every)
-        self.rank, self.size, self.timeout = rank, size, timeout
-        self._gather, self._tell = gather, tell
-        self._weights: dict[str, torch.Tensor] = {}
-        self._obstacle: str | None = None
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Otherwise a process may be missing, and its part with it: that is not waited for.
-        if kind is None or issubclass(kind, SmolseekError):
-            super().__exit__(kind)
-
-    def _copy_weights(self, step: int) -> None:
-        # Told only when the folder is made, so that nobody writes before.
-        self._obstacle = self._tell(lambda: prepare(self.run, step))
-        self._weights = {e[0]: e[1] for e in file_entries(self.model.config, self._gather(self.model), None)}
-
-    def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        if self._obstacle is not None:
-            raise SmolseekError(
-                f"the checkpoint of step {step} cannot be written to {self.run.checkpoints} ({self._obstacle}): "
-                "free some space or mend the folder"
-            )
-        write_part(self.run, step, self.rank, self.size, self._weights, self._tensors)
-        if self.run.writes:
-            finish(self.run, step, self.size, self.model.config, self.tokenizer, state, self.timeout)
 
 
 def discard_beyond(run: RunFolder, step: int) -> None:
@@ -173,6 +127,10 @@ def _copied(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return buffer.copy_(tensor.detach(), non_blocking=True)
+
+
+def _copied_shard(shard: LocalShard, buffer: LocalShard | None) -> LocalShard:
+    return shard._replace(tensor=_copied(shard.tensor, None if buffer is None else buffer.tensor))
 
 
 class _Files:

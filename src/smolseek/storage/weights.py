@@ -127,7 +127,7 @@ def fill(
                 f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
                 "config.json and the weights are not of one model"
             )
-        if tensor.dtype not in FLOAT_TYPES.values():
+        if tensor.dtype not in FLOAT_TYPES:
             raise SmolseekError(
                 f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
                 "take the model's bfloat16 or float32 version"

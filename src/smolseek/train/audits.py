@@ -10,7 +10,7 @@ from smolseek.audit.runner import audit, audit_model
 from smolseek.audit.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
-from smolseek.storage.checkpoint import load_weights
+from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.target import resolve
 from smolseek.train.datasets import Datasets
 from smolseek.train.logging import free_memory

@@ -9,9 +9,8 @@ import torch
 from smolseek import console
 from smolseek.config import TrainConfig
 from smolseek.distributed.single_process import SingleProcess
-from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder
-from smolseek.storage.saver import PartSaver, Saver
+from smolseek.storage.saver import Saver
 from smolseek.storage.target import resolve
 from smolseek.train import resume
 from smolseek.train.balance import Balancer
@@ -96,7 +95,15 @@ def set_up(run: RunFolder, start: resume.Start, device: torch.device, distribute
         forward_backward=ForwardBackward(model, objective, distributed, context, grad_accum=accum, alpha=alpha),
         schedule=Schedule.of(config),
         input_digests=resume.input_digests(datasets, teacher),
-        saver=_saver(run, model, datasets, config, distributed),
+        saver=Saver(
+            run,
+            model,
+            datasets.tokenizer if datasets else None,
+            distributed,
+            timeout=config.mesh.timeout,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+        ),
         tracker=tracker,
         log=console.Log(run.log if distributed.is_main else os.devnull),
     )
@@ -111,23 +118,3 @@ def set_up(run: RunFolder, start: resume.Start, device: torch.device, distribute
             training.progress.evaluated = -1  # the divergence before the first step
     training.saved_step = training.progress.step
     return training
-
-
-def _saver(
-    run: RunFolder, model: CausalLM, datasets: Datasets | None, config: TrainConfig, distributed: SingleProcess
-) -> Saver:
-    tokenizer = datasets.tokenizer if datasets else None
-    if distributed.size == 1:
-        return Saver(run, model, tokenizer, keep_last=config.keep_last, keep_every=config.keep_every)
-    return PartSaver(
-        run,
-        model,
-        tokenizer,
-        rank=distributed.rank,
-        size=distributed.size,
-        gather=distributed.checkpoint_shards,
-        tell=distributed.broadcast_object,
-        timeout=config.mesh.timeout,
-        keep_last=config.keep_last,
-        keep_every=config.keep_every,
-    )

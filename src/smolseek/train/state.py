@@ -11,9 +11,9 @@ from smolseek.config import from_dict
 from smolseek.distributed.single_process import SingleProcess, Stream
 from smolseek.errors import damage_told
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.checkpoint import load_state, load_weights
+from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
-from smolseek.storage.pieces import piece_name
+from smolseek.storage.state_shards import load_state, state_name
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
@@ -99,7 +99,7 @@ class TrainState:
                 if self.distributed.is_main:
                     tensors[name] = value
             elif self.distributed.writes_shard(parameter, number):
-                tensors[piece_name(name, self.distributed.as_shard(parameter, value))] = value
+                tensors[state_name(name, self.distributed.as_shard(parameter, value))] = value
         return tensors, rest
 
     def restore(self, path: Path, *, data: bool) -> dict[str, Any]:
