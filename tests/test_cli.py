@@ -142,7 +142,7 @@ def test_exit_status(run_cli, monkeypatch, raised, code, said):
     def fail(argv):
         raise raised
 
-    monkeypatch.setitem(cli.VERBS, "inspect", fail)
+    monkeypatch.setitem(cli.VERBS, "inspect", (fail, ""))
     monkeypatch.setattr(os, "dup2", lambda *_: None)  # the output of the tests themselves has to stay
     assert run_cli("inspect") == (code, "", said)
 

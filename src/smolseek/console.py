@@ -1,4 +1,4 @@
-"""The terminal: plain lines, warnings, and one live progress bar. The only room that prints. Imports no torch."""
+"""The terminal: plain lines, warnings, and one live progress bar. The only module that prints. Imports no torch."""
 
 import contextlib
 import errno
@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from smolseek.errors import SmolseekError
 from smolseek.files import sync_handle
@@ -199,21 +199,19 @@ class Log:
         self.file.add(line + "\n")
 
 
-class Bar(Protocol):
-    """What `progress` gives."""
+class Bar:
+    """How far long work of `total` steps is: a live bar, or a line when nothing was said for `interval` seconds."""
+
+    def __init__(self, total: int, description: str, interval: float, live: "Progress | None") -> None:
+        self.total, self.description, self.interval, self.live = total, description, interval, live
+        if live is not None:
+            self._task = live.add_task(description, total=total, text="")
 
     def update(self, done: int, text: str = "") -> None:
         """Show `done` of the total, and `text` beside it."""
-
-
-class _PlainBar:
-    """Speaks a line when nothing was said for `interval` seconds."""
-
-    def __init__(self, total: int, description: str, interval: float) -> None:
-        self.total, self.description, self.interval = total, description, interval
-
-    def update(self, done: int, text: str = "") -> None:
-        if time.monotonic() - _last_said >= self.interval:
+        if self.live is not None:
+            self.live.update(self._task, completed=done, text=text)
+        elif time.monotonic() - _last_said >= self.interval:
             say(f"{self.description} {done:,}/{self.total:,}" + (f"  {text}" if text else ""))
 
 
@@ -225,7 +223,7 @@ def progress(total: int, description: str, interval: float = 10.0) -> Iterator[B
     nothing else was said for `interval` seconds.
     """
     if not on_terminal() or os.environ.get("TERM") == "dumb":
-        yield _PlainBar(total, description, interval)
+        yield Bar(total, description, interval, None)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -237,20 +235,10 @@ def progress(total: int, description: str, interval: float = 10.0) -> Iterator[B
     )
     # rich reroutes stdout and stderr while the bar is live: what is printed appears above it.
     live = Progress(*columns, transient=True, refresh_per_second=5)
-    task = live.add_task(description, total=total, text="")
-
-    class LiveBar:
-        def update(self, done: int, text: str = "") -> None:
-            live.update(task, completed=done, text=text)
-
+    bar = Bar(total, description, interval, live)
     live.start()
     try:
-        yield LiveBar()
+        yield bar
     finally:
-        _stop(live)
-
-
-def _stop(live: "Progress") -> None:
-    """Remove the bar; a terminal that is gone must not cost the outcome of the work."""
-    with contextlib.suppress(OSError):
-        live.stop()
+        with contextlib.suppress(OSError):  # a terminal that is gone must not cost the outcome of the work
+            live.stop()

@@ -80,7 +80,7 @@ def test_too_little_memory_is_no_fault_of_ours(run_cli, monkeypatch, error):
     def fail(argv):
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "inspect", fail)
+    monkeypatch.setitem(cli.VERBS, "inspect", (fail, ""))
     refuse(run_cli("inspect"), "memory", "smaller")
 
 

@@ -294,7 +294,7 @@ def test_signals_of_batch_systems_and_closed_terminals_save(text, whole, tmp_pat
     monkeypatch.setattr(console, "on_terminal", lambda: True)
     with monkeypatch.context() as patch:
         at_step(patch, 3, number)
-        patch.setattr(console, "progress", lambda *_: contextlib.nullcontext(console._PlainBar(1, "", 1e9)))
+        patch.setattr(console, "progress", lambda *_: contextlib.nullcontext(console.Bar(1, "", 1e9, None)))
         with pytest.raises(
             Stopped, match=f"{name} after step 3.*go on with: smolseek train --run '.*a space' --resume"
         ) as stopped:

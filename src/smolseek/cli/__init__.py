@@ -16,42 +16,33 @@ from smolseek.cli.training import heal, train
 from smolseek.cli.writing import chat, generate
 from smolseek.errors import PeerLost, SmolseekError, Stopped, nearest
 
-OVERVIEW = """\
+VERBS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "inspect": (inspect, "what a preset or a model amounts to: parameters, cache, arithmetic, memory"),
+    "train": (train, "train a model from a preset, or go on with a run"),
+    "prepare": (prepare, "make text into tokens once, for training at memory speed"),
+    "generate": (generate, "continue a prompt"),
+    "chat": (chat, "talk with a model that has a chat template"),
+    "convert": (convert, "make a DeepSeek model of a Llama's weights, with nothing lost"),
+    "heal": (heal, "bring a compressed model nearer to its source, by distillation"),
+    "compare": (compare, "how far two models are apart: losses, divergence, cache, parameters"),
+    "eval": (evaluate, "a model's score on the tasks of lm-eval: hellaswag, piqa, arc_easy, ..."),
+    "report": (report, "a page about a run, or one that compares runs"),
+    "audit": (audit, "whether a model's numbers can be believed: leaks, labels, data, experts, decoding"),
+}
+
+_VERB_LINES = "\n".join(f"  {verb:9} {what}" for verb, (_, what) in VERBS.items())
+OVERVIEW = f"""\
 usage: smolseek VERB ...
 
 Small DeepSeek-style language models.
 
-  inspect   what a preset or a model amounts to: parameters, cache, arithmetic, memory
-  train     train a model from a preset, or go on with a run
-  prepare   make text into tokens once, for training at memory speed
-  generate  continue a prompt
-  chat      talk with a model that has a chat template
-  convert   make a DeepSeek model of a Llama's weights, with nothing lost
-  heal      bring a compressed model nearer to its source, by distillation
-  compare   how far two models are apart: losses, divergence, cache, parameters
-  eval      a model's score on the tasks of lm-eval: hellaswag, piqa, arc_easy, ...
-  report    a page about a run, or one that compares runs
-  audit     whether a model's numbers can be believed: leaks, labels, data, experts, decoding
+{_VERB_LINES}
 
   smolseek inspect tiny
   smolseek train tiny --data builtin --run runs/tiny
   smolseek generate runs/tiny "The structure of DNA"
 
 smolseek VERB --help tells a verb's options, --version the version; --debug shows the traceback of an error."""
-
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "inspect": inspect,
-    "train": train,
-    "prepare": prepare,
-    "generate": generate,
-    "chat": chat,
-    "convert": convert,
-    "heal": heal,
-    "compare": compare,
-    "eval": evaluate,
-    "report": report,
-    "audit": audit,
-}
 
 JOBS = frozenset({"train", "prepare", "convert", "heal", "report", "audit"})
 """Verbs whose result is in files or in the exit status: they go on when nobody reads what they print."""
@@ -66,7 +57,7 @@ def run_verb(argv: Sequence[str]) -> None:
         console.say(f"smolseek {__version__}")
     elif verb in VERBS:
         with console.unattended() if verb in JOBS else contextlib.nullcontext():
-            VERBS[verb](argv[1:])
+            VERBS[verb][0](argv[1:])
     else:
         hint = nearest(verb, VERBS) or f": choose one of {', '.join(VERBS)}"
         raise SmolseekError(f"unknown {'option' if verb.startswith('-') else 'verb'} {verb!r}{hint}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smolseek import console
-from smolseek.cli.words import parse
+from smolseek.cli.arguments import parse
 from smolseek.errors import SmolseekError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from smolseek import console
-from smolseek.cli.words import parse
+from smolseek.cli.arguments import parse
 from smolseek.errors import SmolseekError
 
 
@@ -74,12 +74,12 @@ def inspect(argv: Sequence[str]) -> None:
     is_preset = re.sub(r"[-.]", "_", args.target) in PRESETS
     config = preset(args.target) if is_preset else read_config(args.target)
     console.say(summarize(config, seq_len=args.seq_len))
+    options = {name: getattr(args, name) for name in ("grad_accum", "seq_len", "grad_checkpointing")}
+    options |= {"precision": args.precision, "device": args.device, "optimizer": args.optim.kind}
     if args.memory:
-        from smolseek.train.footprint import Run, lines
+        from smolseek.train import footprint
 
-        asked = ("batch_size", "grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
-        run = Run.planned(optimizer=args.optim.kind, **{name: getattr(args, name) for name in asked})
-        for line in lines(config, run):
+        for line in footprint.lines(config, footprint.Run.planned(batch_size=args.batch_size, **options)):
             console.say(line)
     if args.mesh != InspectMesh():
         from smolseek.config import MeshConfig
@@ -87,17 +87,15 @@ def inspect(argv: Sequence[str]) -> None:
         from smolseek.train import footprint, scale
 
         mesh = choose(MeshConfig(**asdict(args.mesh)), config, None)
-        given = ("grad_accum", "seq_len", "grad_checkpointing", "precision", "device")
         if args.optim.kind != "adamw":
             raise SmolseekError(
                 f"--optim.kind {args.optim.kind} with --mesh: what processes hold is known of adamw only, "
                 "so leave one of them out"
             )
-        rows = max(args.batch_size, mesh.size)
-        if rows > args.batch_size:
-            console.say(f"Batch size {rows}, not {args.batch_size}: each of {mesh.size} processes takes a row or more")
-        run = footprint.Run.planned(batch_size=rows, **{name: getattr(args, name) for name in given}, optimizer="adamw")
-        for line in scale.lines(config, mesh, run, args.interconnect):
+        batch = max(args.batch_size, mesh.size)
+        if batch > args.batch_size:
+            console.say(f"Batch size {batch}, not {args.batch_size}: each of {mesh.size} processes takes a row or more")
+        for line in scale.lines(config, mesh, footprint.Run.planned(batch_size=batch, **options), args.interconnect):
             console.say(line)
 
 
@@ -170,8 +168,16 @@ def convert(argv: Sequence[str]) -> None:
     pipeline.convert(args.source, args.out, pipeline.Conversion(**options), None if args.no_verify else verify)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Measuring:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
 @dataclass(frozen=True)
-class CompareArgs:
+class CompareArgs(_Measuring):
     """Show how far two models are apart, on the same text."""
 
     a: str
@@ -188,10 +194,6 @@ class CompareArgs:
     """Tokens in a window, at most the models' context."""
     engine: Literal["native", "transformers"] = "native"
     """Who computes: smolseek, or stock transformers."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
 
 
 def compare(argv: Sequence[str]) -> None:
@@ -212,7 +214,7 @@ def compare(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class EvalArgs:
+class EvalArgs(_Measuring):
     """Score a model on tasks of lm-eval, with their standard settings. Needs the extra `eval`."""
 
     model: str
@@ -227,10 +229,6 @@ class EvalArgs:
     """Requests that are scored at a time."""
     task_folders: tuple[str, ...] = ()
     """Folders of tasks of your own (lm-eval's YAML files)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights."""
-    json: bool = False
-    """Print one JSON object instead of a table."""
 
 
 def evaluate(argv: Sequence[str]) -> None:

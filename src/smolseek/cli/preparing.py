@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolseek import console
-from smolseek.cli.words import parse
+from smolseek.cli.arguments import parse
 from smolseek.errors import SmolseekError
 
 

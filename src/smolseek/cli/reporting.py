@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolseek import console
-from smolseek.cli.words import parse
+from smolseek.cli.arguments import parse
 
 
 @dataclass(frozen=True)

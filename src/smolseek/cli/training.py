@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from smolseek.cli.words import option, parse
+from smolseek.cli.arguments import option, parse
 from smolseek.errors import SmolseekError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from smolseek import console
-from smolseek.cli.words import option, parse
+from smolseek.cli.arguments import option, parse
 from smolseek.errors import SmolseekError
 from smolseek.sampling_options import SamplingOptions
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -19,13 +18,20 @@ SAMPLES = 12
 """Samples shown of a prompt, at most."""
 
 
-@dataclass(frozen=True)
-class Chart:
-    """One chart of the page."""
-
-    title: str
-    note: str
-    svg: str
+_CHARTS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
+    ("Loss", "nats a token", False, {"loss": "training", "val_loss": "validation"}),
+    ("Learning rate", "", True, {"lr": "learning rate"}),
+    ("Speed", "tokens a second", True, {"tokens_per_second": "tokens a second"}),
+    ("Gradient norm", "before clipping", True, {"grad_norm": "gradient norm"}),
+    ("Memory", "MB", True, {"memory": "in use", "peak_memory": "peak"}),
+    (
+        "Balance of the experts",
+        "MaxVio; 0 is an equal load",
+        True,
+        {"maxvio": "one step", "val_maxvio": "validation set"},
+    ),
+)
+"""Title, note, whether the vertical axis begins at 0, and the lines' names by their keys in the records."""
 
 
 def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -107,41 +113,24 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
+def charts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, str]]:
     """Return the line charts; with several runs each has a colour of its own, and validation is dashed."""
     end = max(run.training[-1]["step"] for run in runs)
     several = len(runs) > 1
-
-    def line(key: str, name: str, i: int, colour: int, scale: float = 1.0, validation: bool = False) -> Line | None:
-        run = runs[i]
-        records = run.validation if validation else run.training
-        points = [(float(r["step"]), r[key] * scale) for r in records if r.get(key) is not None]
-        shown = f"{names[i]}, {name}" if several else name
-        return Line(shown, points, i if several else colour, several and validation) if points else None
-
-    def chart(title: str, note: str, wanted: Sequence[tuple], from_zero: bool = False) -> Chart | None:
-        lines = [made for i in range(len(runs)) for w in wanted if (made := line(w[0], w[1], i, *w[2:])) is not None]
-        return Chart(title, note, line_chart(lines, end=end, from_zero=from_zero)) if lines else None
-
-    found = [
-        chart("Loss", "nats a token", [("loss", "training", 0), ("val_loss", "validation", 1, 1.0, True)]),
-        chart("Learning rate", "", [("lr", "learning rate", 0)], True),
-        chart("Speed", "tokens a second", [("tokens_per_second", "tokens a second", 0)], True),
-        chart("Gradient norm", "before clipping", [("grad_norm", "gradient norm", 0)], True),
-        chart(
-            "Memory",
-            "MB",
-            [("memory", "in use", 0, 1e-6), ("peak_memory", "peak", 1, 1e-6)],
-            True,
-        ),
-        chart(
-            "Balance of the experts",
-            "MaxVio; 0 is an equal load",
-            [("maxvio", "one step", 0), ("val_maxvio", "validation set", 1, 1.0, True)],
-            True,
-        ),
-    ]
-    return [made for made in found if made is not None]
+    drawn = []
+    for title, note, from_zero, keys in _CHARTS:
+        lines = []
+        for i, run in enumerate(runs):
+            for colour, (key, name) in enumerate(keys.items()):
+                validation = key.startswith("val_")
+                records = [r for r in (run.validation if validation else run.training) if r.get(key) is not None]
+                points = [(float(r["step"]), r[key] * (1e-6 if note == "MB" else 1.0)) for r in records]
+                label = f"{names[i]}, {name}" if several else name
+                if points:
+                    lines.append(Line(label, points, i if several else colour, several and validation))
+        if lines:
+            drawn.append({"title": title, "note": note, "svg": line_chart(lines, end=end, from_zero=from_zero)})
+    return drawn
 
 
 def heat(run: Run) -> str | None:

@@ -6,7 +6,7 @@ chart carries its points as JSON for the page's script, which shows the values u
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -103,8 +103,7 @@ def _thinned(points: Sequence[Point]) -> list[Point]:
     return list(points) if stride <= 1 else [*points[:-1:stride], points[-1]]
 
 
-def _data(kept: Sequence[tuple[Line, list[Point]]], place: object) -> str:
-    assert callable(place)
+def _data(kept: Sequence[tuple[Line, list[Point]]], place: Callable[[float, float], Point]) -> str:
     lines = [
         {
             "name": line.name,

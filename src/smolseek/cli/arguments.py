@@ -1,4 +1,4 @@
-"""From the words of a command line to the arguments of a verb, and from tyro's boxes to one line."""
+"""From a command line to the arguments of a verb, and from tyro's boxes to one line."""
 
 import contextlib
 import dataclasses
@@ -14,27 +14,27 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = None) -> T:
-    """Build `kind` from the words of the command line; `--help` prints and leaves by SystemExit(0).
+    """Build `kind` from a command line; `--help` prints and leaves by SystemExit(0).
 
     Raises:
-        SmolseekError: for words that do not fit, in one line made from the box that tyro prints.
+        SmolseekError: for arguments that do not fit, in one line made from the box that tyro prints.
     """
     import tyro
 
-    given: dict[str, Any] = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     markers: list[Any] = [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
     if default is None:
         markers.append(tyro.conf.FlagCreatePairsOff)  # a flag that is off needs no way to be turned off
-    said = io.StringIO()
+    box = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            args = tyro.cli(kind, prog=f"smolseek {verb}", args=list(argv), config=markers, **given)
+        with contextlib.redirect_stderr(box):
+            args = tyro.cli(kind, prog=f"smolseek {verb}", args=list(argv), config=markers, **options)
         _require_names(args)
         return args
     except SystemExit as stop:
         if not stop.code:
             raise
-    raise SmolseekError(condense(said.getvalue(), verb))
+    raise SmolseekError(_error_line(box.getvalue(), verb))
 
 
 _TEXTS = {"prompt", "prefix", "system", "stop", "bad_words", "stop_tokens", "tasks"}
@@ -54,7 +54,7 @@ def _require_names(args: Any, prefix: str = "") -> None:
             raise SmolseekError(f"{name} is empty: give a name (. is the current folder), or leave it out")
 
 
-def condense(box: str, verb: str) -> str:
+def _error_line(box: str, verb: str) -> str:
     """Return what tyro says in a box as one line, with the option that it suggests.
 
     A box has a title, and sections parted by rules: what is wrong, what may have been meant, where to find help. It
