@@ -55,7 +55,7 @@ def _emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Callable[..., None]]:
-    """Return a function that chooses the operations' backend by its name.
+    """Return a function that chooses the operations' backend by its name; None is what the machine has.
 
     With `bfloat16` the C files are those that multiply pairs of bfloat16; on a processor that cannot, they do it lane
     by lane (tests/pairs), slowly.
@@ -66,8 +66,10 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Cal
         for cached in caches:
             cached.cache_clear()
 
-    def use(name: str, bfloat16: bool = False) -> None:
-        monkeypatch.setenv(backend.VARIABLE, name)
+    def use(name: str | None, bfloat16: bool = False) -> None:
+        monkeypatch.delenv(backend.VARIABLE, raising=False)
+        if name is not None:
+            monkeypatch.setenv(backend.VARIABLE, name)
         clear()
         if name == "cpu" and backend.library() is None:
             pytest.skip("no C compiler")

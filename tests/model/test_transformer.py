@@ -96,6 +96,19 @@ def test_reading_through_the_cache_gives_the_same_logits(name):
     assert cache.length == 40
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
+def test_the_last_tokens_alone_have_the_logits_that_all_have(name, cached):
+    config = thin(name)
+    model = new_model(config, seed=1)
+    ids = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids)
+        for last in (1, 5, 24):
+            cache = Cache(config, 2, 24, dtype=torch.float32) if cached else None
+            torch.testing.assert_close(model(ids, cache, last=last), whole[:, -last:], rtol=1e-4, atol=1e-5)
+
+
 def test_the_seed_has_the_parameters_it_was_described_with():
     assert count(preset("seed_159m")).total == 159_019_568
 

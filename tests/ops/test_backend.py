@@ -25,7 +25,8 @@ class Works:
         return torch.zeros_like(h)
 
 
-def test_triton_is_tried_once_and_its_absence_said_in_one_line(monkeypatch, capsys):
+def test_triton_is_tried_once_and_its_absence_said_in_one_line(monkeypatch, use_backend, capsys):
+    use_backend(None)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     for module, runs in ((Broken, False), (Works, True)):
         monkeypatch.setattr(backend, "TRITON", None)
@@ -35,7 +36,8 @@ def test_triton_is_tried_once_and_its_absence_said_in_one_line(monkeypatch, caps
     assert "only costs time: Failed to find C compiler." in error and error.count("\n") == 1
 
 
-def test_without_triton_nothing_is_said(monkeypatch, capsys):
+def test_without_triton_nothing_is_said(monkeypatch, use_backend, capsys):
+    use_backend(None)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(backend, "TRITON", None)
     assert not backend.triton_runs(torch.device("cpu"))

@@ -11,7 +11,7 @@ from smolseek.ops import cross_entropy, mla_attention, moe_permute, swiglu
 from smolseek.ops.backend import c_supports
 from smolseek.ops.causal_attention import causal_attention
 from smolseek.ops.cross_entropy import linear_cross_entropy, linear_kl
-from smolseek.ops.embedding import embedding
+from smolseek.ops.embedding import accumulated_embedding
 from smolseek.ops.grouped_experts import grouped_experts
 from smolseek.ops.moe_permute import permute, unpermute
 
@@ -85,7 +85,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "linear_cross_entropy": Case(head(0.0), logits, "reference cpu triton", scale=0.4),
         "linear_cross_entropy with z-loss": Case(head(0.01), logits, "reference triton", scale=0.4),
         "linear_kl": Case(divergence, logits * 2, "reference", scale=0.4),
-        "embedding": Case(lambda w: embedding(ids.to(w.device), w, accumulate=True), [(50, 16)], "reference"),
+        "embedding": Case(lambda w: accumulated_embedding(ids.to(w.device), w), [(50, 16)], "reference"),
     }
 
 

@@ -1,4 +1,4 @@
-/* The instructions that simd.h, the C files of ops/ and prefill.c use, lane by lane, as Intel's Intrinsics Guide
+/* The instructions that simd.h and the C files of ops/ use, lane by lane, as Intel's Intrinsics Guide
    says: for testing these files on processors that have not got them. Found in place of the compiler's header. */
 
 #pragma once
@@ -9,25 +9,16 @@
 #define EMULATED static inline __attribute__((always_inline))
 #define VECTOR(type, bytes, name) typedef type name __attribute__((vector_size(bytes), may_alias))
 
-VECTOR(float, 16, lanes4);
 VECTOR(float, 64, lanes16);
-VECTOR(uint16_t, 16, shorts8);
 VECTOR(uint16_t, 32, shorts16);
 VECTOR(int32_t, 64, ints16);
 VECTOR(int64_t, 64, longs8);
 typedef uint16_t mask16;
 
-#undef _CMP_NLT_UQ
-#undef _CMP_LT_OQ
-#define _CMP_LT_OQ 0x11
-#define _CMP_NLT_UQ 0x15
-
 /* Other names than the compiler's own types and functions have, lest they clash. */
-#define __m128 lanes4
 #define __m512 lanes16
 #define __m512i longs8
 #define __m256i shorts16
-#define __m128bh shorts8
 #define __m256bh shorts16
 #define __m512bh ints16
 #define __mmask16 mask16
@@ -51,12 +42,9 @@ EMULATED lanes16 _mm512_setzero_ps(void) { LANES(0.0f); }
 EMULATED lanes16 _mm512_add_ps(lanes16 a, lanes16 b) { return a + b; }
 EMULATED lanes16 _mm512_sub_ps(lanes16 a, lanes16 b) { return a - b; }
 EMULATED lanes16 _mm512_mul_ps(lanes16 a, lanes16 b) { return a * b; }
-EMULATED lanes16 _mm512_div_ps(lanes16 a, lanes16 b) { return a / b; }
 EMULATED lanes16 _mm512_max_ps(lanes16 a, lanes16 b) { LANES(a[i] > b[i] ? a[i] : b[i]); }
-EMULATED lanes16 _mm512_abs_ps(lanes16 a) { LANES(__builtin_fabsf(a[i])); }
 EMULATED lanes16 _mm512_fmadd_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(a[i], b[i], c[i])); }
 EMULATED lanes16 _mm512_fmsub_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(a[i], b[i], -c[i])); }
-EMULATED lanes16 _mm512_fnmadd_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(-a[i], b[i], c[i])); }
 
 EMULATED lanes16 _mm512_roundscale_ps(lanes16 a, int how) {
     (void)how; /* 1: to whole numbers, downwards */
@@ -67,17 +55,10 @@ EMULATED lanes16 _mm512_scalef_ps(lanes16 a, lanes16 b) {
     LANES(__builtin_ldexpf(a[i], (int)__builtin_floorf(b[i])));
 }
 
-EMULATED lanes16 _mm512_mask_mov_ps(lanes16 other, mask16 k, lanes16 a) { LANES(k >> i & 1 ? a[i] : other[i]); }
 EMULATED lanes16 _mm512_maskz_mov_ps(mask16 k, lanes16 a) { LANES(k >> i & 1 ? a[i] : 0.0f); }
 
 EMULATED lanes16 _mm512_mask_mul_ps(lanes16 other, mask16 k, lanes16 a, lanes16 b) {
     LANES(k >> i & 1 ? a[i] * b[i] : other[i]);
-}
-
-EMULATED mask16 _mm512_cmp_ps_mask(lanes16 a, lanes16 b, int how) {
-    mask16 k = 0;
-    for (int i = 0; i < 16; i++) k |= (mask16)((a[i] < b[i]) == (how == _CMP_LT_OQ)) << i;
-    return k;
 }
 
 EMULATED float _mm512_reduce_add_ps(lanes16 a) {
@@ -113,7 +94,6 @@ EMULATED shorts16 _mm256_loadu_si256(const void *at) {
 EMULATED void _mm512_storeu_ps(void *at, lanes16 a) { memcpy(at, &a, sizeof a); }
 EMULATED void _mm512_storeu_si512(void *at, longs8 a) { memcpy(at, &a, sizeof a); }
 
-EMULATED lanes16 _mm512_castsi512_ps(longs8 a) { return (lanes16)a; }
 EMULATED longs8 _mm512_setzero_si512(void) { return (longs8){0}; }
 EMULATED longs8 _mm512_set1_epi32(int32_t a) { return (longs8)((ints16){0} + a); }
 EMULATED longs8 _mm512_or_si512(longs8 a, longs8 b) { return a | b; }
@@ -150,9 +130,6 @@ EMULATED shorts16 _mm512_cvtneps_pbh(lanes16 a) {
     for (int i = 0; i < 16; i++) y[i] = bfloat16_bits(a[i]);
     return y;
 }
-
-EMULATED lanes4 _mm_set_ss(float a) { return (lanes4){a}; }
-EMULATED shorts8 _mm_cvtneps_pbh(lanes4 a) { return (shorts8){bfloat16_bits(a[0])}; }
 
 /* sums + the products of each lane's pair. */
 EMULATED lanes16 _mm512_dpbf16_ps(lanes16 sums, ints16 a, ints16 b) {

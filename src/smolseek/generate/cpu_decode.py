@@ -1,4 +1,4 @@
-"""The fast way to decode on a CPU: cpu_decode.c and prefill.c, built with the machine's C compiler; calls cpu_decode.c.
+"""The fast way to decode on a CPU: cpu_decode.c, built with the machine's C compiler.
 
 Nothing depends on it: without a compiler, for another number format or on another device, `bind` gives None and the
 engine takes the model's own forward pass.
@@ -18,7 +18,7 @@ from smolseek.model.norm import RMSNorm
 from smolseek.model.transformer import Block, CausalLM
 from smolseek.ops import backend
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "prefill.c"))
+SOURCE = Path(__file__).with_name("cpu_decode.c")
 MAX_BATCH = 512  # as in cpu_decode.c
 
 
@@ -47,21 +47,13 @@ _Model = _struct(
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled cpu_decode.c and prefill.c, or None where they cannot be built."""
-    found = backend.compiled(*SOURCES)
-    return _declare(found) if found is not None else None
-
-
-def _declare(found: ctypes.CDLL) -> ctypes.CDLL:
+    """Return the compiled cpu_decode.c, or None where it cannot be built."""
+    found = backend.compiled(SOURCE)
+    if found is None:
+        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     found.work_floats.argtypes, found.work_floats.restype = (pointer, number, number), number
     found.step.argtypes = (pointer, number, pointer, pointer, pointer, pointer, number)
-    found.has_pairs.argtypes, found.has_pairs.restype = (), number
-    if found.has_pairs():
-        found.products.argtypes = (pointer,) * 3 + (number,) + (pointer,) * 2 + (number,) * 3 + (pointer, number)
-        found.combine_experts.argtypes = (pointer,) * 4 + (number,) * 3 + (pointer, number)
-        found.attend_causally.argtypes = (pointer,) * 4 + (number,) * 7 + (ctypes.c_float, pointer, pointer, number)
-        found.products.restype = found.combine_experts.restype = found.attend_causally.restype = None
     found.step.restype = None
     return found
 

@@ -12,8 +12,6 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.cpu_decode import bind
-from smolseek.generate.pairs import pairs_for
-from smolseek.generate.prefill import prefill
 from smolseek.generate.sampling import Sampler, SamplingParams
 from smolseek.generate.static import StaticStep
 from smolseek.model.cache import Cache
@@ -27,13 +25,13 @@ class Decoder:
 
     On a CPU decoding goes through cpu_decode.c where that can be built, and through the model's forward pass elsewhere.
     On CUDA it plays a recorded graph.
-    Prompts go through prefill.c where the processor multiplies bfloat16, and through PyTorch's operations elsewhere.
+    A prompt is read by the forward pass, with queries in the last layer for the last tokens only.
 
     Args:
         model: in the number format it shall compute in.
         rows: sequences.
         capacity: tokens to make room for, in each row.
-        native: False keeps to PyTorch's operations.
+        native: False takes every step through the forward pass, too.
     """
 
     def __init__(self, model: CausalLM, rows: int, capacity: int, *, native: bool = True) -> None:
@@ -42,15 +40,13 @@ class Decoder:
         self.cache = Cache(model.config, rows, capacity, dtype=weight.dtype, device=weight.device)
         self.lengths = [0] * rows
         self.native = bind(model, self.cache) if native else None
-        self.pairs = pairs_for(model) if native else None
         fixed = native and weight.device.type == "cuda" and capacity > 1
         self.static = StaticStep(model, self.cache, graph=True) if fixed else None
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
         """Read a prompt into an empty row -> the logits [logits, V] after its last tokens, in float32."""
-        ids_T = torch.tensor(list(ids), device=self.device)
-        logits_XV = prefill(self.model, ids_T, self.cache.row(row), logits, self.pairs)
+        logits_XV = self.model(torch.tensor([list(ids)], device=self.device), self.cache.row(row), last=logits)[0]
         self.lengths[row] = len(ids)
         return logits_XV.float()
 

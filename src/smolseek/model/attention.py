@@ -10,6 +10,7 @@ from torch import nn
 
 from smolseek.config import ModelConfig
 from smolseek.model.cache import Cache
+from smolseek.model.linear import Linear
 from smolseek.model.norm import RMSNorm
 from smolseek.model.rope import softmax_scale
 from smolseek.ops.causal_attention import causal_attention
@@ -35,16 +36,16 @@ class MLA(nn.Module):
         D, bias = config.hidden_size, config.attention_bias
         # The two latent norms keep epsilon 1e-6 whatever rms_norm_eps says, as transformers has it.
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(D, self.heads * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(D, self.heads * config.qk_head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(D, config.q_lora_rank, bias=bias)
+            self.q_a_proj = Linear(D, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
         self.compressed_query = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = nn.Linear(D, self.rank + self.rope, bias=bias)
+        self.kv_a_proj_with_mqa = Linear(D, self.rank + self.rope, bias=bias)
         self.kv_a_layernorm = RMSNorm(self.rank) if config.latent_norm else nn.Identity()
-        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, D, bias=bias)
+        self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        self.o_proj = Linear(self.heads * self.value, D, bias=bias)
 
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
@@ -83,10 +84,10 @@ class GQA(nn.Module):
         self.heads, self.groups, self.size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
         self.scale = self.size**-0.5
         D = config.hidden_size
-        self.q_proj = nn.Linear(D, self.heads * self.size, bias=False)
-        self.k_proj = nn.Linear(D, self.groups * self.size, bias=False)
-        self.v_proj = nn.Linear(D, self.groups * self.size, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.size, D, bias=False)
+        self.q_proj = Linear(D, self.heads * self.size, bias=False)
+        self.k_proj = Linear(D, self.groups * self.size, bias=False)
+        self.v_proj = Linear(D, self.groups * self.size, bias=False)
+        self.o_proj = Linear(self.heads * self.size, D, bias=False)
 
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolseek.config import ModelConfig
-from smolseek.ops.backend import triton_supports
+from smolseek.model.linear import Linear
+from smolseek.ops.backend import product_type, triton_supports
 from smolseek.ops.grouped_experts import grouped_experts
+from smolseek.ops.linear import linear_swiglu
 from smolseek.ops.moe_permute import permute, unpermute
-from smolseek.ops.swiglu import swiglu
 
 
 class MLP(nn.Module):
@@ -22,13 +23,13 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(linear_swiglu(x, self.gate_proj.weight, self.up_proj.weight))
 
 
 class Routing(NamedTuple):
@@ -92,12 +93,6 @@ def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cat(found, dim=-1)
 
 
-def _product_type(x: torch.Tensor) -> torch.dtype:
-    """Return the number format of products with `x`: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class Dispatched(NamedTuple):
     """Slots (token, expert) for the experts that are here."""
 
@@ -125,7 +120,7 @@ class LocalDispatcher:
         # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
         all_E = torch.arange(n_experts, dtype=sorted_M.dtype, device=sorted_M.device)
         counts_E = torch.searchsorted(sorted_M, all_E, right=True).diff(prepend=experts_M.new_zeros(1))
-        x_MD = permute(x_ND, order_M, experts_NK.shape[1], _product_type(x_ND))
+        x_MD = permute(x_ND, order_M, experts_NK.shape[1], product_type(x_ND))
         return Dispatched(x_MD, counts_E, counts_E, order_M)
 
     def combine(self, y_MD: torch.Tensor, permutation: Any, weights_NK: torch.Tensor) -> torch.Tensor:

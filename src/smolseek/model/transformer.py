@@ -15,7 +15,7 @@ from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.norm import RMSNorm
 from smolseek.model.recompute import How, recomputed
 from smolseek.model.rope import Rope
-from smolseek.ops.embedding import embedding
+from smolseek.ops.embedding import accumulated_embedding
 from smolseek.ops.mla_attention import CosSin
 
 
@@ -139,7 +139,8 @@ class CausalLM(nn.Module):
         else:
             positions = torch.arange(start, start + T, device=ids_BT.device)
             cos_sin = self.model.rope(positions, start + T)
-        x_BTD = embedding(ids_BT, self.model.embed_tokens.weight, accumulate)
+        table = self.model.embed_tokens
+        x_BTD = accumulated_embedding(ids_BT, table.weight) if accumulate else table(ids_BT)
         loads: list[Load] = []
         for number, block in enumerate(self.model.layers, 1):
             if self.grad_checkpointing != "none" and torch.is_grad_enabled():

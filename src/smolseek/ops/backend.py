@@ -61,6 +61,13 @@ def c_supports(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and library() is not None
 
 
+def c_infers(x: torch.Tensor) -> bool:
+    """Return whether the C files for reading prompts take `x`: in inference mode, in bfloat16."""
+    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
+        return False
+    return torch.is_inference_mode_enabled() and c_supports(x)
+
+
 def triton_supports(x: torch.Tensor) -> bool:
     """Return whether the Triton kernels take `x`: on a GPU that Triton knows, and they compute in float32."""
     if not x.is_cuda or x.dtype == torch.float64:
@@ -82,6 +89,12 @@ def triton_runs(device: torch.device) -> bool:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             console.warn(f"Triton does not run here, so PyTorch's operations do, which only costs time: {reason}")
     return TRITON
+
+
+def product_type(x: torch.Tensor) -> torch.dtype:
+    """Return the number format of products with `x`: autocast's where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def triton_warps(numbers: int) -> int:

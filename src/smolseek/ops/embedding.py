@@ -1,4 +1,4 @@
-"""Rows of a table, with a gradient that is added to its rows alone."""
+"""Rows of a table whose gradient is added to its rows alone."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from smolseek.ops.backend import gradient_to_add_to
 
 
-def embedding(ids: torch.Tensor, w_VD: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
-    """Return the rows `ids` (int64) of `w_VD`; with `accumulate` the backward pass adds to `w_VD.grad`."""
-    return _Embedding.apply(ids, w_VD) if accumulate else F.embedding(ids, w_VD)
+def accumulated_embedding(ids: torch.Tensor, w_VD: torch.Tensor) -> torch.Tensor:
+    """Return the rows `ids` (int64) of `w_VD`; on a CPU the backward pass adds to `w_VD.grad`."""
+    return _Embedding.apply(ids, w_VD)
 
 
 class _Embedding(torch.autograd.Function):

@@ -247,4 +247,9 @@ static inline void turn(const bf16 *w, int64_t stride, int64_t rows, uint32_t *t
         _mm512_storeu_si512(to + (12 + j) * line, _mm512_shuffle_i32x4(odd, odd2, 0xdd));
     }
 }
+
+/* `turn` of up to 16 rows of `size` numbers, a multiple of 32; the rest is 0. */
+static inline void turn_rows(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to, int64_t line) {
+    for (int64_t p = 0; p < size / 2; p += 16) turn(w + 2 * p, stride, rows, to + p * line, line);
+}
 #endif

@@ -7,6 +7,8 @@ head, V of a value head.
 import torch
 import torch.nn.functional as F
 
+from smolseek.ops.backend import c_infers, call
+
 
 def causal_mask(new: int, seen: int, device: torch.device) -> torch.Tensor:
     """Return [T, S], true where new token t may look at token s: s <= S - T + t."""
@@ -21,6 +23,14 @@ def causal_attention(
     unseen_B1S: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend with the last T of S tokens -> [B, T, H*V]; `unseen_B1S` is the cache's, for entries of unlike lengths."""
+    if (
+        unseen_B1S is None
+        and len(q_BHTQ) == 1
+        and c_infers(q_BHTQ)
+        and not (q_BHTQ.shape[3] % 32 or v_BGSV.shape[3] % 32)
+    ):
+        q_BTHQ, k_BSGQ, v_BSGV = (x.to(q_BHTQ.dtype).transpose(1, 2) for x in (q_BHTQ, k_BGSQ, v_BGSV))
+        return c_attention(q_BTHQ, k_BSGQ, v_BSGV, scale)[0]
     T, S = q_BHTQ.shape[2], k_BGSQ.shape[2]
     grouped = q_BHTQ.shape[1] != k_BGSQ.shape[1]
     mask = causal_mask(T, S, q_BHTQ.device) if 1 < T < S else None
@@ -30,3 +40,28 @@ def causal_attention(
         q_BHTQ, k_BGSQ, v_BGSV, attn_mask=mask, is_causal=T == S and T > 1, scale=scale, enable_gqa=grouped
     )
     return out_BHTV.transpose(1, 2).flatten(2)
+
+
+def c_attention(
+    q_BTHQ: torch.Tensor,
+    k_BSGN: torch.Tensor,
+    v_BSGV: torch.Tensor,
+    scale: float,
+    pe_BSR: torch.Tensor | None = None,
+    cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
+    interleave: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result in C [B, T, H*V], and the logarithms of the softmax's sums [B, H, T], in float32.
+
+    `pe_BSR` are the keys' last features, which all heads share; they and the queries' last R are rotated by `cos_sin`.
+    """
+    (B, T, H, _), (_, S, G, N), V = q_BTHQ.shape, k_BSGN.shape, v_BSGV.shape[3]
+    out_BTX, log_BHT = q_BTHQ.new_empty(B, T, H * V), q_BTHQ.new_empty(B, H, T, dtype=torch.float32)
+    strided = [number for x in (q_BTHQ, k_BSGN, v_BSGV) for number in (x, x.stride(1), x.stride(2))]
+    shared = (k_BSGN, 0, None, None) if pe_BSR is None or cos_sin is None else (pe_BSR, pe_BSR.stride(1), *cos_sin)
+    for x in (q_BTHQ, k_BSGN, v_BSGV, shared[0]):
+        assert x.stride(-1) == 1 and (B == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+    assert cos_sin is None or all(x.is_contiguous() for x in cos_sin)
+    sizes = B, T, S, H, G, N, q_BTHQ.shape[3] - N, V, float(scale)
+    call("mla_attention", *strided, *shared, interleave, *sizes, out_BTX, log_BHT)
+    return out_BTX, log_BHT

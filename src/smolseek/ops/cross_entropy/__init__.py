@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from smolseek.ops.backend import gradient_to_add_to
+from smolseek.ops.backend import gradient_to_add_to, product_type
 from smolseek.ops.cross_entropy.chunks import SLICE, held_bytes, logits_bytes
 from smolseek.ops.cross_entropy.objectives import CrossEntropy, Divergence
 
@@ -62,14 +62,14 @@ def linear_cross_entropy(
             raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
     wanted = _wanted(h_ND, w_VD)
     objective = CrossEntropy(targets_N, z_loss, any(wanted))
-    return Means(*_LinearHead.apply(h_ND, w_VD, objective, _product_type(h_ND), wanted, accumulate, factor))
+    return Means(*_LinearHead.apply(h_ND, w_VD, objective, product_type(h_ND), wanted, accumulate, factor))
 
 
 def linear_kl(
     h_ND: torch.Tensor, w_VD: torch.Tensor, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor
 ) -> Means:
     """Return the mean KL(p || q) of p = softmax(taught taught_VD^T) and q = softmax(h w^T)."""
-    wanted, dtype = _wanted(h_ND, w_VD), _product_type(h_ND)
+    wanted, dtype = _wanted(h_ND, w_VD), product_type(h_ND)
     objective = Divergence(taught_ND.to(dtype), taught_VD.to(dtype), targets_N, any(wanted))
     return Means(*_LinearHead.apply(h_ND, w_VD, objective, dtype, wanted, False, None))
 
@@ -77,11 +77,6 @@ def linear_kl(
 def _wanted(*tensors: torch.Tensor) -> tuple[bool, ...]:
     """Return which gradients are wanted. Checked here because grad mode is disabled inside Function.forward."""
     return tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)
-
-
-def _product_type(x: torch.Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _LinearHead(torch.autograd.Function):

@@ -5,7 +5,9 @@ Shapes: M slots sorted by expert, D hidden_size, E experts, F neurons of an expe
 
 import torch
 
+from smolseek.ops.backend import product_type
 from smolseek.ops.grouped_experts import cpu, cuda, reference
+from smolseek.ops.linear import c_linear, c_supports_weights
 
 
 def grouped_experts(
@@ -34,12 +36,14 @@ def grouped_experts(
         accumulate: on a CPU, add the weights' gradients to their `.grad`.
     """
     weights = up_EXD, down_EDF, up_bias_EX, down_bias_ED
-    device = x_MD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_MD.dtype
+    device, dtype = x_MD.device.type, product_type(x_MD)
     if device == "cuda" and torch.is_autocast_enabled("cuda"):
         return cuda.grouped_experts(x_MD.to(dtype), counts_E, *weights, gated=gated)
     if gated and device == "cpu" and torch.is_grad_enabled():
         return _trained(x_MD.to(dtype), counts_E, up_EXD, down_EDF, accumulate)
+    if gated and up_bias_EX is None and c_supports_weights(x_MD, up_EXD[:, : down_EDF.shape[2]], down_EDF):
+        gate_EFD, up_EFD = up_EXD.chunk(2, dim=1)
+        return c_linear(c_linear(x_MD, gate_EFD, up_EFD, counts_E), down_EDF, None, counts_E)
     return reference.grouped_experts(x_MD, counts_E, *weights, gated=gated, padded=padded and device != "cuda")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from smolseek.ops.backend import c_supports, call, triton_supports
-from smolseek.ops.causal_attention import causal_attention
+from smolseek.ops.backend import c_infers, c_supports, call, triton_supports
+from smolseek.ops.causal_attention import c_attention, causal_attention
 from smolseek.ops.mla_attention import reference
 from smolseek.ops.mla_attention.reference import CosSin, absorbed_attention, per_head
 
@@ -52,6 +52,8 @@ def mla_attention(
         if q_BTX.dtype == torch.bfloat16 and triton_supports(q_BTX):
             q, k, v = (x.transpose(1, 2) for x in _RopeAndPack.apply(*given, interleave))
             return causal_attention(q, k, v, scale)
+    elif c_infers(q_BTX) and c_supports_heads(q_BTX, nope, pe_BSR.shape[2], value):
+        return _forward(*given[:5], list(sizes), scale, interleave)[0]
     return reference.mla_attention(q_BTX, kv_BSX, pe_BSR, cos_sin, sizes, scale, interleave)
 
 
@@ -69,49 +71,32 @@ class _Attention(torch.autograd.Function):
         q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, out_BTX, log_BHT = ctx.saved_tensors
         dq_BTX, dkv_BTX, dpe_BTR = torch.empty_like(q_BTX), torch.empty_like(kv_BTX), pe_BTR.new_empty(pe_BTR.shape)
         parts_BHTR = log_BHT.new_empty(*log_BHT.shape, pe_BTR.shape[2])
-        arguments = _c_arguments(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, ctx.sizes, ctx.scale, ctx.interleave)
+        (B, T, _), (H, N, V) = q_BTX.shape, ctx.sizes
+        given = q_BTX, kv_BTX, pe_BTR, pe_BTR.stride(1), cos_TP, sin_TP, ctx.interleave
+        sizes = B, T, H, N, pe_BTR.shape[2], V, float(ctx.scale)
         gradients = dq_BTX, dkv_BTX, dpe_BTR
-        call("mla_attention_backward", *arguments, out_BTX, log_BHT, dout_BTX.contiguous(), *gradients, parts_BHTR)
+        made = out_BTX, log_BHT, dout_BTX.contiguous()
+        call("mla_attention_backward", *given, *sizes, *made, *gradients, parts_BHTR)
         return *gradients, None, None, None, None, None
 
 
-@torch.library.custom_op("smolseek::mla_attention", mutates_args=())
-def _forward(
-    q_BTX: torch.Tensor,
-    kv_BTX: torch.Tensor,
-    pe_BTR: torch.Tensor,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    sizes: list[int],
-    scale: float,
-    interleave: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+_GIVEN = "Tensor q, Tensor kv, Tensor pe, Tensor cos, Tensor sin, SymInt[] sizes"
+
+
+@torch.library.custom_op(
+    "smolseek::mla_attention",
+    mutates_args=(),
+    schema=f"({_GIVEN}, float scale, bool interleave) -> (Tensor, Tensor)",
+)
+def _forward(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the result and the logarithms of the softmax's sums [B, H, T].
 
     An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
     """
-    (B, T, _), (H, _, V) = q_BTX.shape, sizes
-    out_BTX, log_BHT = q_BTX.new_empty(B, T, H * V), q_BTX.new_empty(B, H, T, dtype=torch.float32)
-    arguments = _c_arguments(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, scale, interleave)
-    call("mla_attention", *arguments, out_BTX, log_BHT)
-    return out_BTX, log_BHT
-
-
-def _c_arguments(
-    q_BTX: torch.Tensor,
-    kv_BTX: torch.Tensor,
-    pe_BTR: torch.Tensor,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    sizes: list[int],
-    scale: float,
-    interleave: bool,
-) -> tuple[Any, ...]:
-    (B, T, _), (H, N, V) = q_BTX.shape, sizes
-    assert all(x.is_contiguous() for x in (q_BTX, kv_BTX, cos_TP, sin_TP))
-    assert pe_BTR.stride(2) == 1 and (B == 1 or pe_BTR.stride(0) == T * pe_BTR.stride(1))
-    tensors = q_BTX, kv_BTX, pe_BTR, pe_BTR.stride(1), cos_TP, sin_TP
-    return *tensors, interleave, B, T, H, N, pe_BTR.shape[2], V, float(scale)
+    q_BTX, kv_BSX, pe_BSR, cos_SP, sin_SP, (heads, *features), scale, interleave = given
+    q_BTHQ, kv_BSHX = (x.unflatten(2, (heads, -1)) for x in (q_BTX, kv_BSX))
+    k_BSHN, v_BSHV = kv_BSHX.split(features, dim=-1)
+    return c_attention(q_BTHQ, k_BSHN, v_BSHV, scale, pe_BSR, (cos_SP, sin_SP), interleave)
 
 
 class _RopeAndPack(torch.autograd.Function):
@@ -129,47 +114,35 @@ class _RopeAndPack(torch.autograd.Function):
         return *_rope_and_pack_backward(*gradients, *ctx.saved_tensors, ctx.interleave), None, None, None, None
 
 
-@torch.library.custom_op("smolseek::rope_and_pack", mutates_args=())
-def _rope_and_pack(
-    q_BTX: torch.Tensor,
-    kv_BTX: torch.Tensor,
-    pe_BTR: torch.Tensor,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    sizes: list[int],
-    interleave: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "smolseek::rope_and_pack", mutates_args=(), schema=f"({_GIVEN}, bool interleave) -> (Tensor, Tensor, Tensor)"
+)
+def _rope_and_pack(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from smolseek.ops.mla_attention import triton
 
-    return triton.rope_and_pack(q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, sizes, interleave)
+    return triton.rope_and_pack(*given)
 
 
 @_rope_and_pack.register_fake
-def _(
-    q_BTX: torch.Tensor,
-    kv_BTX: torch.Tensor,
-    pe_BTR: torch.Tensor,
-    cos_TP: torch.Tensor,
-    sin_TP: torch.Tensor,
-    sizes: list[int],
-    interleave: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    (B, T, _), (H, N, V), R = q_BTX.shape, sizes, pe_BTR.shape[2]
-    return q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, V)
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_BTX, _, pe_BTR, _, _, (H, N, V), _ = given
+    (B, T, _), Q = q_BTX.shape, N + pe_BTR.shape[2]
+    return q_BTX.new_empty(B, T, H, Q), q_BTX.new_empty(B, T, H, Q), q_BTX.new_empty(B, T, H, V)
 
 
-@torch.library.custom_op("smolseek::rope_and_pack_backward", mutates_args=())
-def _rope_and_pack_backward(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op(
+    "smolseek::rope_and_pack_backward",
+    mutates_args=(),
+    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, bool interleave) -> (Tensor, Tensor, Tensor)",
+)
+def _rope_and_pack_backward(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from smolseek.ops.mla_attention import triton
 
-    return triton.rope_and_pack_backward(dq, dk, dv, cos_TP, sin_TP, interleave)
+    return triton.rope_and_pack_backward(*given)
 
 
 @_rope_and_pack_backward.register_fake
-def _(
-    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, _, dv, cos_TP, _, _ = given
     (B, T, H, Q), V, R = dq.shape, dv.shape[3], 2 * cos_TP.shape[1]
     return dq.new_empty(B, T, H * Q), dq.new_empty(B, T, H * (Q - R + V)), dq.new_empty(B, T, R)

@@ -1,4 +1,4 @@
-/* Latent attention of a training step in bfloat16, forward and backward: every head's rotation, scores, softmax and
+/* Latent attention in bfloat16, forward and backward: every head's rotation, scores, softmax and
    sums in one go, without a tensor between them. Products accumulate in float32.
 
    Shapes: B sequences, T tokens, H heads, N and R features of a head without and with position, Q = N + R, V features
@@ -52,10 +52,7 @@ static void product(const pair *a_at, int64_t next, int64_t step, int64_t rows, 
 /* Bring BLOCK rows (fewer too; the rest is 0) of `size` numbers, a multiple of 32, into lines of pairs. */
 static void turn_block(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t first = 0; first < BLOCK; first += 16)
-        for (int64_t p = 0; p < size / 2; p += 16) {
-            int64_t count = rows - first < 0 ? 0 : rows - first;
-            turn(w + (count ? first : 0) * stride + 2 * p, stride, count, to + p * BLOCK + first, BLOCK);
-        }
+        turn_rows(w + (first < rows ? first : 0) * stride, stride, rows - first, size, to + first, BLOCK);
 }
 
 /* Bring `rows` rows of `size` numbers, a multiple of 16, into pairs of rows side by side, with zeros after an odd one. */
@@ -94,39 +91,42 @@ int64_t has_bf16_products(void) { return 1; }
 
 static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* q: [B, T, H, Q], kv: [B, T, H, N + V], pe: [B, T, R] with `pe_next` numbers from token to token, cos, sin: [T, P],
-   out: [B, T, H, V], log_sums: [B, H, T]. */
-void mla_attention(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe_next, const float *cos,
-                   const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N, int64_t R,
-                   int64_t V, float scale, bf16 *out, float *log_sums, int64_t threads) {
-    const int64_t Q = N + R, E = N + V;
+/* The last A of T tokens have queries; H / G heads of queries share keys and values. Of q, key and value, `_next` numbers
+   lie from token to token and `_head` from head to head. The keys' last R features are those of pe, [B, T, R], rotated, as
+   are the queries'. cos, sin: [T, P], out: [B, A, H, V], log_sums: [B, H, A]. */
+void mla_attention(const bf16 *q_all, int64_t q_next, int64_t q_head, const bf16 *key, int64_t key_next,
+                   int64_t key_head, const bf16 *value, int64_t value_next, int64_t value_head, const bf16 *pe,
+                   int64_t pe_next, const float *cos, const float *sin, int64_t interleaved, int64_t B, int64_t A,
+                   int64_t T, int64_t H, int64_t G, int64_t N, int64_t R, int64_t V, float scale, bf16 *out,
+                   float *log_sums, int64_t threads) {
+    const int64_t Q = N + R, before = T - A;
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *q = room(T * Q * 2), *k = room(T * Q * 2);
+        bf16 *q = room(A * Q * 2), *k = room(T * Q * 2);
         uint32_t *turned = room(Q / 2 * BLOCK * 4), *values = room((T + 1) / 2 * V * 4);
         uint32_t *weights = room((T + 1) / 2 * BLOCK * 4);
         float *s = room((T + 1) * BLOCK * 4), *sums = room(BLOCK * V * 4);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * H; n++) {
-            int64_t b = n / H, h = n % H;
-            const bf16 *own_q = q_all + (b * T * H + h) * Q, *own_kv = kv + (b * T * H + h) * E;
-            pack(own_q, H * Q, own_q + N, H * Q, cos, sin, interleaved, T, N, R, q);
-            pack(own_kv, H * E, pe + b * T * pe_next, pe_next, cos, sin, interleaved, T, N, R, k);
-            interleave(own_kv + N, H * E, T, V, values);
-            for (int64_t first = 0; first < T; first += BLOCK) {
-                int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
+            int64_t b = n / H, h = n % H, g = h / (H / G), angle = before * R / 2;
+            const bf16 *own_q = q_all + b * A * q_next + h * q_head, *own_k = key + b * T * key_next + g * key_head;
+            pack(own_q, q_next, own_q + N, q_next, cos + angle, sin + angle, interleaved, A, N, R, q);
+            pack(own_k, key_next, pe + b * T * pe_next, pe_next, cos, sin, interleaved, T, N, R, k);
+            interleave(value + b * T * value_next + g * value_head, value_next, T, V, values);
+            for (int64_t first = 0; first < A; first += BLOCK) {
+                int64_t queries = A - first < BLOCK ? A - first : BLOCK, keys = before + first + queries;
                 __m512 top[4], total[4], tiled[ROWS][4];
                 turn_block(q + first * Q, Q, queries, Q, turned);
                 for (int v = 0; v < 4; v++) top[v] = _mm512_set1_ps(-INFINITY), total[v] = _mm512_setzero_ps();
-                for (int64_t key = 0; key < keys; key += ROWS) {
-                    int64_t rows = keys - key < ROWS ? keys - key : ROWS;
-                    scores(k + key * Q, Q, rows, Q, turned, tiled);
+                for (int64_t i = 0; i < keys; i += ROWS) {
+                    int64_t rows = keys - i < ROWS ? keys - i : ROWS;
+                    scores(k + i * Q, Q, rows, Q, turned, tiled);
                     for (int64_t r = 0; r < rows; r++)
                         for (int v = 0; v < 4; v++) {
-                            __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen(key + r, first, v),
+                            __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen(i + r, before + first, v),
                                                           tiled[r][v], _mm512_set1_ps(scale));
                             top[v] = _mm512_max_ps(top[v], x);
-                            _mm512_storeu_ps(s + (key + r) * BLOCK + 16 * v, x);
+                            _mm512_storeu_ps(s + (i + r) * BLOCK + 16 * v, x);
                         }
                 }
                 for (int64_t i = 0; i < keys; i += 2)
@@ -145,9 +145,9 @@ void mla_attention(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe
                 memcpy(tops, top, sizeof tops);
                 memcpy(totals, total, sizeof totals);
                 for (int64_t t = 0; t < queries; t++) {
-                    bf16 *to = out + ((b * T + first + t) * H + h) * V;
+                    bf16 *to = out + ((b * A + first + t) * H + h) * V;
                     __m512 share = _mm512_set1_ps(1.0f / totals[t]);
-                    log_sums[(b * H + h) * T + first + t] = tops[t] + logf(totals[t]);
+                    log_sums[(b * H + h) * A + first + t] = tops[t] + logf(totals[t]);
                     for (int64_t i = 0; i < V; i += 16) store(to, i, _mm512_mul_ps(_mm512_loadu_ps(sums + t * V + i), share), 1);
                 }
             }
@@ -156,7 +156,8 @@ void mla_attention(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe
     }
 }
 
-/* As above; dout as out, dq, dkv and dpe as q, kv and pe, which for dpe is dense; parts: [B, H, T, R] for the heads' dpe. */
+/* For all T queries, none of whose heads share keys. q: [B, T, H, Q], kv: [B, T, H, N + V], the rest as above; dq, dkv and
+   dpe are as q, kv and pe, which for dpe is dense; parts: [B, H, T, R] for the heads' dpe. */
 void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe_next, const float *cos,
                             const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N,
                             int64_t R, int64_t V, float scale, const bf16 *out_all, const float *log_sums,

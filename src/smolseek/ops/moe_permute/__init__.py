@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from smolseek.ops.backend import c_supports, call, triton_supports
+from smolseek.ops.backend import c_infers, c_supports, call, triton_supports
 from smolseek.ops.moe_permute import reference
 from smolseek.ops.moe_permute.reference import inverse
 
@@ -26,11 +26,10 @@ def permute(x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.
 
 def unpermute(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
     """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`, always in the same order."""
-    if torch.is_grad_enabled() and weights_NK.dtype == torch.float32:
-        if c_supports(y_MD) and y_MD.is_contiguous():
-            return _UnpermuteC.apply(y_MD, inverse(order_M), weights_NK.contiguous())
-        if triton_supports(y_MD):
-            return _UnpermuteTriton.apply(y_MD, inverse(order_M), weights_NK)
+    supported = (c_supports(y_MD) and y_MD.is_contiguous()) or triton_supports(y_MD)
+    supported = supported and (torch.is_grad_enabled() or c_infers(y_MD))
+    if supported and weights_NK.dtype == torch.float32:
+        return _Unpermute.apply(y_MD, inverse(order_M), weights_NK.contiguous())
     return reference.unpermute(y_MD, order_M, weights_NK)
 
 
@@ -59,11 +58,13 @@ class _Permute(torch.autograd.Function):
         return dx_ND, None, None, None
 
 
-class _UnpermuteC(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(y_MD, slots_M, weights_NK)
         (N, K), D = weights_NK.shape, y_MD.shape[1]
+        if not c_supports(y_MD):
+            return (y_MD[slots_M].view(N, K, D) * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
         out_ND = y_MD.new_empty(N, D)
         call("unpermute", y_MD, slots_M, weights_NK, N, K, D, out_ND, y_MD.dtype == torch.bfloat16)
         return out_ND
@@ -72,23 +73,12 @@ class _UnpermuteC(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
         y_MD, slots_M, weights_NK = ctx.saved_tensors
+        if not c_supports(y_MD):
+            dy_MD, dw_NK = _triton_backward(y_MD, slots_M, weights_NK, d_ND)
+            return dy_MD, None, dw_NK
         dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
         given = y_MD, slots_M, weights_NK, d_ND.contiguous(), *weights_NK.shape, y_MD.shape[1]
         call("unpermute_backward", *given, dy_MD, dw_NK, y_MD.dtype == torch.bfloat16)
-        return dy_MD, None, dw_NK
-
-
-class _UnpermuteTriton(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(y_MD, slots_M, weights_NK)
-        y_NKD = y_MD[slots_M].view(*weights_NK.shape, -1)
-        return (y_NKD * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
-        dy_MD, dw_NK = _triton_backward(*ctx.saved_tensors, d_ND)
         return dy_MD, None, dw_NK
 
 

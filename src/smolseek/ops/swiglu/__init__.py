@@ -29,11 +29,7 @@ def swiglu_packed(h_MX: torch.Tensor) -> torch.Tensor:
 def packed_forward(h_MX: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up [M, F] for rows [gate; up], without autograd."""
     gate, up = h_MX.chunk(2, dim=-1)
-    if not c_supports(gate):
-        return reference.packed_forward(h_MX)
-    y = gate.new_empty(gate.shape)
-    call("swiglu", gate, up, h_MX.stride(0), *gate.shape, y, gate.dtype == torch.bfloat16)
-    return y
+    return _forward(gate, up, h_MX.stride(0)) if c_supports(gate) else reference.packed_forward(h_MX)
 
 
 def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,28 +37,39 @@ def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tens
     gate, up = h_MX.chunk(2, dim=-1)
     if not (c_supports(gate) and dy_MF.is_contiguous() and h_MX.is_contiguous()):
         return reference.packed_backward(h_MX, dy_MF)
-    dh_MX, y = torch.empty_like(h_MX), torch.empty_like(dy_MF)
-    d_gate, d_up = dh_MX.chunk(2, dim=-1)
-    sizes = h_MX.stride(0), *gate.shape
-    call("swiglu_backward", gate, up, *sizes, dy_MF, d_gate, d_up, y, gate.dtype == torch.bfloat16)
-    return dh_MX, y
+    dh_MX = torch.empty_like(h_MX)
+    return dh_MX, _backward(gate, up, h_MX.stride(0), dy_MF, *dh_MX.chunk(2, dim=-1))
+
+
+def _forward(gate: torch.Tensor, up: torch.Tensor, step: int) -> torch.Tensor:
+    """Return silu(gate) * up; rows of gate and up are `step` numbers from each other."""
+    y, size = gate.new_empty(gate.shape), gate.shape[-1]
+    call("swiglu", gate, up, step, y.numel() // size, size, y, y.dtype == torch.bfloat16)
+    return y
+
+
+def _backward(
+    gate: torch.Tensor, up: torch.Tensor, step: int, dy: torch.Tensor, d_gate: torch.Tensor, d_up: torch.Tensor
+) -> torch.Tensor:
+    """Write the gradients for `dy`, and return silu(gate) * up once more."""
+    y, size = torch.empty_like(dy), gate.shape[-1]
+    given = gate, up, step, y.numel() // size, size, dy, d_gate, d_up
+    call("swiglu_backward", *given, y, y.dtype == torch.bfloat16)
+    return y
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        y, size = torch.empty_like(gate), gate.shape[-1]
-        call("swiglu", gate, up, size, gate.numel() // size, size, y, gate.dtype == torch.bfloat16)
-        return y
+        return _forward(gate, up, gate.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
-        d_gate, d_up, y, size = torch.empty_like(gate), torch.empty_like(up), torch.empty_like(gate), gate.shape[-1]
-        sizes = size, gate.numel() // size, size
-        call("swiglu_backward", gate, up, *sizes, dy.contiguous(), d_gate, d_up, y, gate.dtype == torch.bfloat16)
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        _backward(gate, up, gate.shape[-1], dy.contiguous(), d_gate, d_up)
         return d_gate, d_up
 
 
