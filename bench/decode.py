@@ -255,7 +255,7 @@ def main() -> None:
                         "ratio_spread": [min(ratios), max(ratios)],
                         "bandwidth_bytes_s": median(limits),
                         "share_of_bandwidth": read / median(ours) / median(limits) if batch == 1 else None,
-                        "native": Decoder(model, 1, 2).native is not None,
+                        "native": Decoder(model, 1, 2).cpu is not None,
                     }
                     rows.append(row)
                     share = f"{row['share_of_bandwidth']:.0%}" if batch == 1 else "-"

@@ -203,7 +203,8 @@ class Model:
         context = self.config.max_position_embeddings
         if len(ids) > context:
             raise SmolseekError(f"the text has {len(ids)} tokens, the model's context {context}: shorten the text")
-        with torch.inference_mode():
+        # Not in inference mode, whose kernels are for prompts: these are the numbers of evaluation.
+        with torch.no_grad():
             model = self._scoring
             ids_1T = torch.tensor([ids], device=model.lm_head.weight.device)
             hidden_TD, values = model.hidden(ids_1T).hidden_BTD[0, :-1], []

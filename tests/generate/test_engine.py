@@ -1,4 +1,4 @@
-"""The engine: native equals the model's own forward, a batch equals its rows, and every way to end."""
+"""The engine: a step in C equals the model's own forward pass, a batch equals its rows, and every way to end."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.generate import cpu_decode
 from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Decoder, Generator
 from smolseek.generate.sampling import SamplingParams
@@ -36,12 +35,12 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(120, (n,), generator=generator).tolist() for n in lengths]
 
 
-@pytest.mark.parametrize("kind", [True, False])
-def test_decoding_gives_the_logits_of_the_whole_text(model, kind):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_decoding_gives_the_logits_of_the_whole_text(model, backend, use_backend):
+    use_backend(backend)
     (ids,) = prompts(150)
-    decoder = Decoder(model, 1, 150, native=kind)
-    if kind:
-        assert (decoder.native is None) == (cpu_decode.library() is None)
+    decoder = Decoder(model, 1, 150)
+    assert (decoder.cpu is not None) == (backend == "cpu")
     with torch.no_grad():
         whole_TV = model(torch.tensor([ids]))[0]
     decoded = [decoder.prefill(0, ids[:20])] + [decoder.step([token]) for token in ids[20:]]
@@ -56,7 +55,7 @@ def test_bfloat16_weights_are_computed_in_float32(model):
         exact_TV.load_state_dict({k: v.float() for k, v in rounded.state_dict().items()})
         exact_TV = exact_TV(torch.tensor([ids]))[0]
     decoder = Decoder(rounded, 1, 60)
-    if decoder.native is None:
+    if decoder.cpu is None:
         pytest.skip("no C compiler")
     decoder.prefill(0, ids[:1])
     decoded = torch.cat([decoder.step([token]) for token in ids[1:]])
@@ -64,9 +63,10 @@ def test_bfloat16_weights_are_computed_in_float32(model):
     assert float(error) < 0.05 * float(exact_TV.std())
 
 
-@pytest.mark.parametrize("kind", [True, False])
-def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, kind):
-    rows = prompts(3, 70, 1, 31, 64)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, backend, use_backend):
+    use_backend(backend)
+    rows = prompts(3, 70, 1, 45, 64)
     options = [
         {"temperature": 0},
         {"seed": 4},
@@ -75,11 +75,11 @@ def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, kind):
         {"repetition_penalty": 1.2},
     ]
     samplings = [SamplingParams(**option) for option in options]
-    together = Generator(model, rows, samplings, 40, stop_ids=(5,), native=kind).finish()
+    together = Generator(model, rows, samplings, 24, stop_ids=(5,)).finish()
     for ids, sampling, result in zip(rows, samplings, together, strict=True):
-        alone = Generator(model, [ids], sampling, 40, stop_ids=(5,), native=kind).finish()[0]
+        alone = Generator(model, [ids], sampling, 24, stop_ids=(5,)).finish()[0]
         assert (alone.tokens, alone.stop_reason) == (result.tokens, result.stop_reason)
-        if kind and cpu_decode.library() is not None:
+        if backend == "cpu":
             assert alone.logprobs == result.logprobs  # to the last bit
         else:
             assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-4)

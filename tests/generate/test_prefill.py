@@ -1,4 +1,4 @@
-"""Reading a prompt: the logits of the last tokens and the cache are those of a plain forward pass."""
+"""Reading a prompt: the forward pass with queries for the last tokens only, and its kernels for inference."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ import torch
 
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM, new_model
-from smolseek.ops.linear import c_supports_weights
 from smolseek.presets import preset
 
 SIZES = [(1, 1), (2, 2), (40, 1), (40, 3), (150, 150)]
@@ -23,11 +22,6 @@ def varied(config) -> CausalLM:
     return model
 
 
-@torch.inference_mode()
-def read(model: CausalLM, ids: torch.Tensor, cache: Cache, last: int) -> torch.Tensor:
-    return model(ids[None], cache, last=last)[0]
-
-
 def small(name: str):
     config = replace(preset(name), vocab_size=120, num_hidden_layers=3, max_position_embeddings=200)
     if name == "seed_159m":  # two-matrix experts with biases
@@ -39,7 +33,7 @@ def small(name: str):
 
 
 def even(name: str):
-    """Sizes that the C files take."""
+    """Sizes that the kernels for inference take."""
     config = replace(preset(name), vocab_size=120, num_hidden_layers=3, max_position_embeddings=200)
     if name == "smollm2_135m":
         return replace(config, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, intermediate_size=160)
@@ -48,48 +42,41 @@ def even(name: str):
 
 
 def ids_of(tokens: int) -> torch.Tensor:
-    return torch.randint(120, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    return torch.randint(120, (1, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
 @pytest.mark.parametrize(("tokens", "last"), SIZES)
-def test_it_gives_the_logits_and_the_cache_of_the_forward_pass(name, tokens, last):
-    model, ids = varied(small(name)), ids_of(tokens)
+def test_the_last_logits_and_the_cache_are_those_of_the_whole_forward_pass(name, tokens, last):
+    model, ids_1T = varied(small(name)), ids_of(tokens)
     expected, cache = (Cache(model.config, 1, 160, dtype=torch.float32) for _ in range(2))
     with torch.no_grad():
-        whole_TV = model(ids[None], expected)[0]
-    logits = read(model, ids, cache, last)
+        whole_TV = model(ids_1T, expected)[0]
+        logits = model(ids_1T, cache, last=last)[0]
     assert logits.shape == (last, 120) and cache.length == tokens
     assert float((logits - whole_TV[-last:]).abs().max()) <= 1e-4 * float(whole_TV.std())
-    for held, right in zip(cache.layers, expected.layers, strict=True):
-        assert torch.allclose(held, right, atol=1e-4 * float(right.std()))
+    for cached, right in zip(cache.layers, expected.layers, strict=True):
+        assert torch.equal(cached, right)
 
 
 @pytest.mark.parametrize("name", ["tiny", "smollm2_135m"])
 @pytest.mark.parametrize(("tokens", "last"), SIZES)
-def test_in_bfloat16_it_is_as_near_to_float32_as_the_forward_pass(name, tokens, last, bf16_products):
+@pytest.mark.usefixtures("bf16_products")
+def test_the_kernels_for_inference_are_as_near_to_float32_as_those_of_training(name, tokens, last):
     rounded = varied(even(name)).to(torch.bfloat16)
     exact = new_model(rounded.config)
     exact.load_state_dict({key: value.float() for key, value in rounded.state_dict().items()})
-    ids = ids_of(tokens)
+    ids_1T = ids_of(tokens)
     caches = [Cache(rounded.config, 1, 160, dtype=torch.bfloat16) for _ in range(2)]
     cache = Cache(rounded.config, 1, 160, dtype=torch.float32)
     with torch.no_grad():
-        right = exact(ids[None], cache)[0, -last:]
-        plain = rounded(ids[None], caches[0])[0, -last:].float()
-    found = read(rounded, ids, caches[1], last).float()
+        right = exact(ids_1T, cache, last=last)[0]
+        plain = rounded(ids_1T, caches[0], last=last)[0].float()
+    with torch.inference_mode():
+        found = rounded(ids_1T, caches[1], last=last)[0].float()
     # A token near the border between two experts may go to the other one, so a median over tokens is compared.
     error, usual = ((x - right).abs().mean(dim=1).median() for x in (found, plain))
     assert float(error) <= 1.5 * float(usual) + 1e-3 * float(right.std())
-    for held, usually, wanted in zip(caches[1].layers, caches[0].layers, cache.layers, strict=True):
-        error, usual = ((x.float() - wanted).abs().mean(dim=(0, 2)).median() for x in (held, usually))
+    for cached, usually, wanted in zip(caches[1].layers, caches[0].layers, cache.layers, strict=True):
+        error, usual = ((x.float() - wanted).abs().mean(dim=(0, 2)).median() for x in (cached, usually))
         assert float(error) <= 1.5 * float(usual) + 1e-3 * float(wanted.std())
-
-
-def test_which_weights_are_multiplied_in_c(bf16_products):
-    x, w = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
-    assert not c_supports_weights(x, w)  # gradients may be wanted
-    with torch.inference_mode():
-        assert c_supports_weights(x, w)
-        assert not c_supports_weights(x, w[:30]) and not c_supports_weights(x[:, :48], w[:, :48])
-        assert not c_supports_weights(x.float(), w.float()) and not c_supports_weights(x, w.float())

@@ -116,7 +116,7 @@ def test_without_a_place_to_keep_it_it_is_built_all_the_same(one, tmp_path, caps
 def test_without_openmp_native_decodes_on_one_thread(monkeypatch, tmp_path):
     model = new_model(replace(tiny(), vocab_size=64, num_hidden_layers=2), seed=1)
     usual = Decoder(model, 2, 4)
-    if usual.native is None:
+    if usual.cpu is None:
         pytest.skip("no C compiler, or one that fails")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:3], "-shared", "-fPIC"))
@@ -125,7 +125,7 @@ def test_without_openmp_native_decodes_on_one_thread(monkeypatch, tmp_path):
     for cached in caches:
         cached.cache_clear()
     decoder = Decoder(model, 2, 4)
-    assert decoder.native is not None
+    assert decoder.cpu is not None
     torch.testing.assert_close(decoder.step([3, 5]), expected, rtol=1e-4, atol=1e-5)
     for cached in caches:
         cached.cache_clear()

@@ -55,9 +55,9 @@ def theirs(oracle, ids: list[int], max_tokens: int, **options) -> list[list[int]
     return [row[: next((i for i, t in enumerate(row) if t in STOPS), len(row))] for row in rows]
 
 
-def ours(model: CausalLM, ids: list[int], max_tokens: int, *, native: bool, **options) -> list[int]:
+def ours(model: CausalLM, ids: list[int], max_tokens: int, **options) -> list[int]:
     sampling = SamplingParams(temperature=0, **options)
-    return Generator(model, [ids], sampling, max_tokens, stop_ids=STOPS, native=native).finish()[0].tokens
+    return Generator(model, [ids], sampling, max_tokens, stop_ids=STOPS).finish()[0].tokens
 
 
 class Shift(LogitsProcessor):
@@ -84,14 +84,15 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("case", GREEDY)
-def test_greedy_writes_what_transformers_writes(pair, case):
+def test_greedy_writes_what_transformers_writes(pair, case, use_backend):
     model, oracle = pair
     our_options, their_options = GREEDY[case]
     for n in (1, 70):
         ids = prompt_of(n)
         expected = theirs(oracle, ids, 16, do_sample=False, **their_options)[0]
-        assert ours(model, ids, 16, native=True, **our_options) == expected
-        assert ours(model, ids, 16, native=False, **our_options) == expected
+        for backend in ("cpu", "reference"):
+            use_backend(backend)
+            assert ours(model, ids, 16, **our_options) == expected
 
 
 BEAMS = [

@@ -1,7 +1,8 @@
-"""The fast way to decode on a CPU: cpu_decode.c, built with the machine's C compiler.
+"""A decoding step on a CPU through cpu_decode.c, which binds to the model's modules and reads their weights in place.
 
-Nothing depends on it: without a compiler, for another number format or on another device, `bind` gives None and the
-engine takes the model's own forward pass.
+One of two exceptions to "the forward pass stands once": a step is bound by reading the weights, and by what Python and
+PyTorch do around some hundred small operations. Without a C compiler, for another number format or on another device
+`bind` gives None, and the engine takes the model's forward pass.
 """
 
 import ctypes
@@ -18,12 +19,12 @@ from smolseek.model.norm import RMSNorm
 from smolseek.model.transformer import Block, CausalLM
 from smolseek.ops import backend
 
-SOURCE = Path(__file__).with_name("cpu_decode.c")
-MAX_BATCH = 512  # as in cpu_decode.c
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "cpu_attention.c"))
+MAX_BATCH = 512  # as in cpu_decode.h
 
 
 def _struct(name: str, **fields: str) -> type[ctypes.Structure]:
-    """Make a struct class from names by type, in the order of cpu_decode.c."""
+    """Make a struct class from names by type, in the order of cpu_decode.h."""
     types = {"pointers": ctypes.c_void_p, "ints": ctypes.c_int64, "floats": ctypes.c_float}
     members = [(member, types[kind.rstrip("_")]) for kind, names in fields.items() for member in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": members})
@@ -47,14 +48,12 @@ _Model = _struct(
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled cpu_decode.c, or None where it cannot be built."""
-    found = backend.compiled(SOURCE)
-    if found is None:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    found.work_floats.argtypes, found.work_floats.restype = (pointer, number, number), number
-    found.step.argtypes = (pointer, number, pointer, pointer, pointer, pointer, number)
-    found.step.restype = None
+    """Return the compiled files, or None where they are turned off or cannot be built."""
+    found = backend.compiled(*SOURCES)
+    if found is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        found.work_floats.argtypes, found.work_floats.restype = (pointer, number, number), number
+        found.step.argtypes, found.step.restype = (pointer, number, pointer, pointer, pointer, pointer, number), None
     return found
 
 

@@ -23,30 +23,29 @@ StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "
 class Decoder:
     """A model with a cache of rows, one a sequence: reads prompts, then takes one token of each row at a time.
 
-    On a CPU decoding goes through cpu_decode.c where that can be built, and through the model's forward pass elsewhere.
-    On CUDA it plays a recorded graph.
-    A prompt is read by the forward pass, with queries in the last layer for the last tokens only.
+    A step goes through cpu_decode.c on a CPU, where that can be built, and through a CUDA graph on a GPU; prompts and
+    all other steps go through the model's forward pass.
 
     Args:
         model: in the number format it shall compute in.
         rows: sequences.
         capacity: tokens to make room for, in each row.
-        native: False takes every step through the forward pass, too.
     """
 
-    def __init__(self, model: CausalLM, rows: int, capacity: int, *, native: bool = True) -> None:
+    def __init__(self, model: CausalLM, rows: int, capacity: int) -> None:
         weight = model.lm_head.weight
         self.model = model
         self.cache = Cache(model.config, rows, capacity, dtype=weight.dtype, device=weight.device)
         self.lengths = [0] * rows
-        self.native = bind(model, self.cache) if native else None
-        fixed = native and weight.device.type == "cuda" and capacity > 1
+        self.cpu = bind(model, self.cache)
+        fixed = weight.device.type == "cuda" and capacity > 1
         self.static = StaticStep(model, self.cache, graph=True) if fixed else None
 
     @torch.inference_mode()
     def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
         """Read a prompt into an empty row -> the logits [logits, V] after its last tokens, in float32."""
-        logits_XV = self.model(torch.tensor([list(ids)], device=self.device), self.cache.row(row), last=logits)[0]
+        ids_1T = torch.tensor([list(ids)], device=self.device)
+        logits_XV = self.model(ids_1T, self.cache.row(row), last=logits)[0]
         self.lengths[row] = len(ids)
         return logits_XV.float()
 
@@ -54,8 +53,8 @@ class Decoder:
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Append one token to each row -> the logits [B, V] after them, in float32."""
         assert len(tokens) == len(self.lengths)
-        if self.native is not None:
-            logits_BV = self.native.step(torch.tensor(tokens), torch.tensor(self.lengths))
+        if self.cpu is not None:
+            logits_BV = self.cpu.step(torch.tensor(tokens), torch.tensor(self.lengths))
         elif self.static is not None:
             logits_BV = self.static.step(tokens, self.lengths)
         else:
@@ -69,7 +68,7 @@ class Decoder:
     def reorder_cache(self, rows: Sequence[int]) -> None:
         """Make the rows those numbered in `rows`, which may repeat or leave some out."""
         self.cache.length = max(self.lengths)
-        self.cache.take(rows)
+        self.cache.reorder(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
     @torch.inference_mode()
@@ -159,7 +158,6 @@ class Generator:
         max_tokens: new tokens of a row, at most; None goes on to the end of the context.
         stop_ids: tokens that end a row; they are not part of it.
         max_time: seconds after which all rows end, counted from the first token asked for.
-        native: False keeps to the model's forward pass.
 
     Raises:
         SmolseekError: for an empty prompt, one beyond the context, or numbers out of range.
@@ -174,7 +172,6 @@ class Generator:
         *,
         stop_ids: Collection[int] = (),
         max_time: float | None = None,
-        native: bool = True,
     ) -> None:
         check_request(model, prompts, max_tokens)
         if max_time is not None and not max_time > 0:
@@ -184,8 +181,7 @@ class Generator:
         check_request(model, [[*p, *s.prefix] for p, s in zip(prompts, samplings, strict=True)], max_tokens)
         self._model, self._prompts, self._samplings = model, [list(ids) for ids in prompts], samplings
         self._max_tokens, self._stop_ids = max_tokens, frozenset(stop_ids)
-        self._max_time, self._native = max_time, native
-        self._cancelled, self._stopped = False, set[int]()
+        self._max_time, self._cancelled, self._stopped = max_time, False, set[int]()
         self._tokens = self._write()
         self.results = [Result(prompt_tokens=len(ids)) for ids in prompts]
 
@@ -213,7 +209,7 @@ class Generator:
         model, context = self._model, self._model.config.max_position_embeddings
         begun = time.perf_counter()
         limit = max(self._end(row) for row in range(len(self._prompts)))
-        decoder = Decoder(model, len(self._prompts), min(limit, context), native=self._native)
+        decoder = Decoder(model, len(self._prompts), min(limit, context))
         logits, samplers = self._read(decoder)
         read = time.perf_counter()
         for result in self.results:

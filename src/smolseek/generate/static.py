@@ -1,8 +1,8 @@
-"""A decoding step of fixed shapes, which CUDA can record once as a graph and play again for every token.
+"""A decoding step of fixed shapes, which CUDA can capture once as a graph and replay for every token.
 
-Launching some thousand small kernels a token takes longer than running them; a graph is one launch. Its kernels find
-the same shapes and addresses each time: attention runs over the whole capacity with a mask of what is not yet there,
-and no number of tokens of an expert is asked for.
+The other exception to "the forward pass stands once": launching some thousand small kernels a token takes longer than
+running them; a graph is one launch. Its kernels find the same shapes and addresses each time: attention runs over the
+whole capacity with a mask of what is not yet there, and no number of tokens of an expert is asked for.
 
 Shapes: B rows, D hidden_size, E routed experts, K chosen, V vocab_size.
 """
@@ -18,12 +18,12 @@ from smolseek.model.transformer import Block, CausalLM
 
 
 class StaticStep:
-    """One token of each row through the model; recorded as a CUDA graph if `graph`, anew when rows come or go.
+    """One token of each row through the model; captured as a CUDA graph if `graph`, anew when rows come or go.
 
     Args:
         model: the model.
         cache: has room for more than one token, and stays where it lies.
-        graph: record and play; False runs the same operations one by one, on any device.
+        graph: capture and replay; False runs the same operations one by one, on any device.
     """
 
     def __init__(self, model: CausalLM, cache: Cache, *, graph: bool) -> None:
@@ -31,7 +31,7 @@ class StaticStep:
         device = model.lm_head.weight.device
         self._model, self._cache, self._graph = model, cache, graph
         self._ids, self._positions = (torch.zeros(cache.rows, dtype=torch.int64, device=device) for _ in range(2))
-        self._recorded: torch.cuda.CUDAGraph | None = None
+        self._captured: torch.cuda.CUDAGraph | None = None
         self._logits_BV: torch.Tensor | None = None
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
@@ -40,28 +40,28 @@ class StaticStep:
         assert self._cache.rows == B and max(positions) < self._cache.capacity
         if self._ids.shape[0] != B:
             self._ids, self._positions = (torch.zeros(B, dtype=torch.int64, device=device) for _ in range(2))
-            self._recorded = None
+            self._captured = None
         self._ids.copy_(torch.tensor(tokens))
         self._positions.copy_(torch.tensor(positions))
         if not self._graph:
             return self._run()
-        if self._recorded is None:
+        if self._captured is None:
             with torch.cuda.device(device):
-                self._record()
-        assert self._recorded is not None and self._logits_BV is not None
-        self._recorded.replay()
+                self._capture()
+        assert self._captured is not None and self._logits_BV is not None
+        self._captured.replay()
         return self._logits_BV.clone()
 
-    def _record(self) -> None:
-        """Run a few times on another stream, as CUDA asks for, then record. The cache gets the same token again."""
+    def _capture(self) -> None:
+        """Run a few times on another stream, as CUDA asks for, then capture. The cache gets the same token again."""
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(3):
                 self._run()
         torch.cuda.current_stream().wait_stream(aside)
-        self._recorded = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._recorded):
+        self._captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._captured):
             self._logits_BV = self._run()
 
     def _run(self) -> torch.Tensor:

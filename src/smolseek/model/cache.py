@@ -77,7 +77,7 @@ class Cache:
         view.rows, view.length, view.lengths_B = 1, 0, None
         return view
 
-    def take(self, rows: Sequence[int]) -> None:
+    def reorder(self, rows: Sequence[int]) -> None:
         """Make the rows those numbered in `rows`, which may repeat; what they hold is copied where it moves.
 
         The storage stays where it is: fewer rows use the first part of it.

@@ -34,7 +34,8 @@ def library(*sources: Path) -> ctypes.CDLL | None:
     """
     if os.name != "posix":
         return None
-    texts = (path.read_text(encoding="utf-8") for path in (*sources, *sorted(_FOLDER.glob("*.h"))))
+    headers = sorted(header for folder in {_FOLDER, sources[0].parent} for header in folder.glob("*.h"))
+    texts = (path.read_text(encoding="utf-8") for path in (*sources, *headers))
     key = hashlib.sha256("\0".join([*texts, *FLAGS, _processor()]).encode()).hexdigest()
     name = f"{sources[0].stem}-{key[:16]}.so"
     try:
