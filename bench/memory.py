@@ -31,8 +31,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from allocations import allocations
 from machine import describe
-from torch._C._profiler import _EventType
 
 from smolseek.config import DataConfig, OptimConfig, TrainConfig
 from smolseek.distributed import single_process
@@ -69,16 +69,7 @@ def allocated(run: Callable[[], object]) -> int:
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    found, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
-    found.sort()
-    return max(total for _, total, _ in found) - (found[0][1] - found[0][2])
+    return allocations(run).peak
 
 
 def resident(name: str) -> int:

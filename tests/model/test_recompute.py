@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._C._profiler import _EventType
+from bench.allocations import allocations
 
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
@@ -36,21 +36,6 @@ def test_neither_loss_nor_gradient_nor_load_changes(name, autocast):
         assert all(torch.equal(a, b) for a, b in zip(grads, other_grads, strict=True))
 
 
-def held(model, ids: torch.Tensor) -> int:
-    """Bytes that a forward pass leaves allocated for the backward pass, by the allocator's own count."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        out = model.hidden(ids).hidden_BTD
-    found, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
-    found.sort()
-    assert out.requires_grad
-    return found[-1][1] - (found[0][1] - found[0][2])
-
-
 @pytest.mark.parametrize("name", ["deepseek_159m", "seed_159m"])
 def test_less_is_held_for_the_backward_pass(name):
     config = replace(small(name), num_hidden_layers=3)
@@ -59,6 +44,6 @@ def test_less_is_held_for_the_backward_pass(name):
     bytes_held = {}
     for how in ("none", "selective", "full"):
         model.grad_checkpointing = how
-        bytes_held[how] = held(model, ids)
+        bytes_held[how] = allocations(lambda: model.hidden(ids)).end
     assert bytes_held["selective"] < 0.6 * bytes_held["none"]
     assert bytes_held["full"] < 0.2 * bytes_held["none"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._C._profiler import _EventType
+from bench.allocations import allocations
 
 from smolseek.config import OptimConfig
 from smolseek.model.transformer import new_model
@@ -13,20 +13,6 @@ from smolseek.presets import preset
 from smolseek.train import footprint
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
-
-
-def peak(run) -> int:
-    """Bytes that `run` has allocated at its peak beyond those before, by the allocator's own count."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    found, events = [], list(profile.profiler.kineto_results.experimental_event_tree())
-    while events:
-        event = events.pop()
-        events += event.children
-        if event.tag == _EventType.Allocation:
-            found.append((event.start_time_ns, event.extra_fields.total_allocated, event.extra_fields.alloc_size))
-    found.sort()
-    return max(total for _, total, _ in found) - (found[0][1] - found[0][2])
 
 
 @pytest.mark.parametrize(
@@ -65,7 +51,7 @@ def test_a_step_holds_what_is_predicted(name, how, bfloat16, accumulation, kind)
     )
     parts = footprint.footprint(config, run)
     predicted = sum(parts.get(part, 0) for part in ("gradients", "activations", "head", "buffers"))
-    assert predicted == pytest.approx(peak(step), rel=0.1)
+    assert predicted == pytest.approx(allocations(step).peak, rel=0.1)
     held = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
     assert parts["optimizer"] == pytest.approx(held, rel=0.001)
 
