@@ -36,7 +36,7 @@ from smolseek.convert.calibrate import calibration_rows, statistics
 from smolseek.convert.compress import Budget, assemble, compress
 from smolseek.convert.portable import one_epsilon
 from smolseek.convert.refit import refit
-from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
+from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_sequences
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.train.device import autocast, multiplies_bfloat16
@@ -160,7 +160,7 @@ def measure(args: argparse.Namespace, found: dict) -> None:
     """Measure the models at `args.shares` and those of `args.models`."""
     source = load_model("smollm2")
     each = args.tokens // len(args.data)
-    parts = [spread(text_rows([file], "text", source.tokenizer, 512, 10**9), each // 512) for file in args.data]
+    parts = [spread(text_sequences([file], "text", source.tokenizer, 512, 10**9), each // 512) for file in args.data]
     trial = torch.cat([part[0, : args.trial_tokens // len(parts) + 1][None] for part in parts])
     stock = open_model(source.path, "transformers", "float32")
     states, head = last_states(stock, torch.cat(parts)), stock.lm_head.weight.detach()

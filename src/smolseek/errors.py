@@ -36,6 +36,11 @@ def damage_told(file: object, way_out: str) -> Iterator[None]:
         raise SmolseekError(f"{file} is damaged ({type(error).__name__}: {reason}): {way_out}") from error
 
 
+def reason(error: Exception) -> str:
+    """Return an exception's type and the first 200 characters of its message, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return " (did you mean X?)" for the closest of `names`, or an empty string when none is close."""
     from difflib import get_close_matches

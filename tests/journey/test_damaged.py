@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from smolseek.audit.finding import lines, record
 from smolseek.audit.runner import audit_model
+from smolseek.audit.subject import Subject
 from smolseek.chat import Chat
 from smolseek.cli import main
 from smolseek.config import ModelConfig, parse_json
@@ -196,7 +197,7 @@ def test_an_audit_and_a_comparison_of_any_numbers(small, value):
     assert compare(small, small, rows).kl == 0
     for parameter in small.parameters():
         parameter.data.fill_(value)
-    findings = audit_model(small, 64, 32, rows=rows, thorough=False)
+    findings = audit_model(Subject(model=small, vocab=64, context=32, sequences=rows), thorough=False)
     assert list(lines(findings))
     json.dumps(record(findings, "end"), allow_nan=False)
     if not math.isfinite(value):

@@ -15,7 +15,7 @@ from smolseek.cli import main
 from smolseek.config import DataConfig, ModelConfig, TrainConfig
 from smolseek.convert.calibrate import calibration_rows
 from smolseek.errors import SmolseekError
-from smolseek.evaluate.compare import text_rows
+from smolseek.evaluate.compare import text_sequences
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import save_folder
 from smolseek.train.datasets import open_datasets
@@ -96,7 +96,7 @@ def test_a_template_that_writes_bos_gets_no_second_one(base):
 def test_texts_of_compare_and_calibration_begin_with_bos(base):
     path, source = base / "m", str(base / "text.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = text_rows([source], "text", tokenizer, 64, 640)
+    rows = text_sequences([source], "text", tokenizer, 64, 640)
     flat = [*rows[:, :-1].flatten().tolist()]
     assert flat[0] == BOS and all((flat[i + 1] == BOS) == (flat[i] == END) for i in range(len(flat) - 1))
     assert BOS in calibration_rows(path, source, 256, 0).flatten().tolist()

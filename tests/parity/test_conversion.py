@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smolseek.convert.pipeline import Conversion, convert
-from smolseek.evaluate.compare import compare, text_rows
+from smolseek.evaluate.compare import compare, text_sequences
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
 from smolseek.storage.hf_config import config_to_hf
@@ -149,7 +149,7 @@ def test_smollm2(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = load_tokenizer(str(tmp_path / "out"))
     assert tokenizer.chat_template == loaded.tokenizer.chat_template
-    found = compare(llama, stock, text_rows(["builtin"], "text", tokenizer, 128, 128))
+    found = compare(llama, stock, text_sequences(["builtin"], "text", tokenizer, 128, 128))
     assert found.kl <= 1e-6
     assert found.agreement == 1
     assert abs(found.loss_a - found.loss_b) < 5e-6

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 
@@ -17,15 +17,12 @@ class Finding:
     status: Literal["pass", "fail", "skip"]
     """`skip` is neither: the check does not apply, or lacks what it needs."""
     figure: float | None = None
-    """What was measured."""
     threshold: float | None = None
     """The limit of `figure`."""
     meaning: str = ""
-    """For a failure, what it means."""
+    """For a failure, what it means; `look` is where to look, `hint` how such a thing is usually mended."""
     look: str = ""
-    """For a failure, where to look."""
     hint: str = ""
-    """For a failure, how such a thing is usually mended."""
 
     def record(self) -> dict[str, Any]:
         """Return it in JSON types, empty fields left out; a figure that is no number is its name, "nan" or "inf"."""
@@ -36,36 +33,33 @@ class Finding:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check: its limit, and what to make of a failure (the texts are those of a `Finding`)."""
+
+    name: str
+    limit: float
+    """A figure passes that is at most this, or at least this where `least` is set; NaN fails."""
+    least: bool = False
+    meaning: str
+    look: str
+    hint: str
+
+    def judge(self, done: str, figure: float) -> Finding:
+        """Return whether the measured `figure` passes; `done` says how it was measured."""
+        measured = Finding(check=self.name, done=done, status="pass", figure=figure, threshold=self.limit)
+        if figure >= self.limit if self.least else figure <= self.limit:
+            return measured
+        return replace(measured, status="fail", meaning=self.meaning, look=self.look, hint=self.hint)
+
+    def skip(self, reason: str) -> Finding:
+        """Return the finding of a check that was not made."""
+        return skipped(self.name, reason)
+
+
 def skipped(check: str, reason: str) -> Finding:
-    """Return the finding of a check that was not made."""
+    """Return the finding of a check, or of a group of them, that was not made."""
     return Finding(check=check, done=reason, status="skip")
-
-
-def judged(
-    check: str,
-    done: str,
-    figure: float,
-    threshold: float,
-    *,
-    meaning: str,
-    look: str,
-    hint: str,
-    least: bool = False,
-) -> Finding:
-    """Return a finding that passes when `figure` is at most `threshold`, or at least with `least`; NaN fails."""
-    good = figure >= threshold if least else figure <= threshold
-    if good:
-        return Finding(check=check, done=done, status="pass", figure=figure, threshold=threshold)
-    return Finding(
-        check=check,
-        done=done,
-        status="fail",
-        figure=figure,
-        threshold=threshold,
-        meaning=meaning,
-        look=look,
-        hint=hint,
-    )
 
 
 def failures(findings: Sequence[Finding]) -> list[Finding]:

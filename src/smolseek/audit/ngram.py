@@ -1,4 +1,4 @@
-"""Yardsticks for a loss: n-gram models of the same tokens, and a general compressor on the same text.
+"""Baselines for a loss: n-gram models of the same tokens, and a general compressor on the same text.
 
 Shapes: N tokens.
 """
@@ -24,13 +24,11 @@ def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) 
             # The history grows by the token n places back; a hash of 64 bits stands for it.
             history_train[n:] = _mix(history_train[n:], train[:-n], n)
             history_test[n:] = _mix(history_test[n:], test[:-n], n)
-        pairs, counts = np.unique(_mix(history_train[n:], train[n:], 0), return_counts=True)
-        if n:
-            histories, total = np.unique(history_train[n:], return_counts=True)
-            _, distinct = _distinct(history_train[n:], train[n:])
-        else:
-            histories, total, distinct = np.zeros(1, np.uint64), np.array([len(train)]), np.array([len(pairs)])
-        c_hw = _look_up(pairs, counts, _mix(history_test[n:], test[n:], 0))
+        continued = _mix(history_train[n:], train[n:], 0)
+        ngrams, first, counts = np.unique(continued, return_index=True, return_counts=True)
+        histories, total = np.unique(history_train[n:], return_counts=True)
+        _, distinct = np.unique(history_train[n:][first], return_counts=True)
+        c_hw = _look_up(ngrams, counts, _mix(history_test[n:], test[n:], 0))
         c_h = _look_up(histories, total, history_test[n:])
         d_h = _look_up(histories, distinct, history_test[n:])
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -44,12 +42,6 @@ def _mix(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
         x = (a ^ np.uint64(n * 0x51ED27F)) * np.uint64(0x9E3779B97F4A7C15) + b + np.uint64(1)
         x = (x ^ (x >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
         return x ^ (x >> np.uint64(29))
-
-
-def _distinct(history: np.ndarray, token: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the histories, sorted, and how many distinct tokens follow each."""
-    _, first = np.unique(_mix(history, token, 0), return_index=True)
-    return np.unique(history[first], return_counts=True)
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -1,195 +1,41 @@
-"""What `smolseek audit TARGET` can be given, made ready: a preset, a model or run of ours, any folder, any function."""
+"""What is audited: a model with what is known about it."""
 
-import importlib
-import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from smolseek.audit.probe import call
-from smolseek.config import DataConfig, TrainConfig, parse_json
-from smolseek.data.datasets import open_dataset
-from smolseek.data.split import Corpus
-from smolseek.errors import SmolseekError
-from smolseek.model.transformer import new_model
-from smolseek.presets import PRESETS, preset
+from smolseek.config import TrainConfig
 from smolseek.run_folder import RunFolder
-from smolseek.storage.hf_folder import load_model, resolve
-from smolseek.storage.stock_transformers import open_with_transformers, quiet
-
-NATIVE = ("deepseek_v3", "llama", "smolseek_gqa_moe")
 
 
 @dataclass(kw_only=True)
 class Subject:
-    """A model with what is known about it."""
+    """A model that maps ids (int64 [B, T]) to logits [B, T, vocab], with what is known about it."""
 
-    name: str
     model: nn.Module
     vocab: int
+    """Size of the vocabulary."""
     context: int = 1 << 20
     """Longest sequence it takes, in tokens."""
+    loss: Callable[..., Any] | None = None
+    """Its loss, see `labels.check_loss`."""
+    step: Callable[[nn.Module, torch.Tensor], Any] | None = None
+    """A training step (model, ids)."""
+    remake: Callable[[], nn.Module] | None = None
+    """Builds another model of the kind."""
+    pad_id: int | None = None
+    eos_id: int | None = None
+    """Ends a text."""
     tokenizer: Any = None
+    sequences: torch.Tensor | None = None
+    """Text of the model's own kind, ids [N, T]."""
+    trained: bool | None = None
+    """None where nobody knows; the audit finds it out from `sequences`."""
+    balanced_steps: int = 0
+    """Training steps with balancing that the weights have seen."""
     run: RunFolder | None = None
     config: TrainConfig | None = None
     """The run's configuration."""
-    loss: Callable[..., Any] | None = None
-    """Its own loss, where one is known."""
-    pad_id: int | None = None
-    eos_id: int | None = None
-    remake: Callable[[], nn.Module] | None = None
-    """Builds another model of the kind."""
-    trained: bool | None = None
-    """None where nobody knows."""
-
-
-def function(name: str) -> Callable[..., Any]:
-    """Return the function `package.module:function`, looked for from the current folder on.
-
-    Raises:
-        SmolseekError: if the module does not import, or has no such function.
-    """
-    module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module does when imported
-        reason = " ".join(str(error).split())[:200]
-        raise SmolseekError(
-            f"{name} cannot be imported ({type(error).__name__}: {reason}): give package.module:function"
-        ) from error
-    if not callable(found):
-        raise SmolseekError(f"{name} is a {type(found).__name__}, not a function: give package.module:function")
-    return found
-
-
-def is_function(name: str) -> bool:
-    """Return whether `name` has the form package.module:function."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None and not Path(name).exists()
-
-
-def open_subject(target: str, dtype: str = "auto") -> Subject:
-    """Return the model that `target` names, in evaluation mode.
-
-    Args:
-        target: a preset (initial weights), a run folder, a checkpoint, a Hugging Face folder of any causal language
-            model, a .gguf file, `smollm2`, or package.module:function, which returns a module.
-        dtype: type of the weights of what is loaded, by torch's name; `auto` keeps the file's.
-
-    Raises:
-        SmolseekError: if there is no such model, or it does not map ids to logits.
-    """
-    if is_function(target):
-        make = function(target)
-        return _probed(Subject(name=target, model=_made(make, target), vocab=0, remake=lambda: _made(make, target)))
-    key = re.sub(r"[-.]", "_", target)
-    if key in PRESETS and not Path(target).exists():
-        config = preset(key)
-        model = new_model(config).to(torch.float32 if dtype == "auto" else getattr(torch, dtype)).eval()
-        return Subject(
-            name=target,
-            model=model,
-            vocab=config.vocab_size,
-            context=config.max_position_embeddings,
-            eos_id=next(iter(config.eos_ids), None),
-            pad_id=config.pad_token_id,
-            trained=False,
-        )
-    path = resolve(target)
-    if path.is_dir() and _model_type(path) not in NATIVE:
-        return _foreign(target, path, dtype)
-    loaded = load_model(target, dtype=dtype)
-    subject = Subject(
-        name=target,
-        model=loaded.model,
-        vocab=loaded.config.vocab_size,
-        context=loaded.config.max_position_embeddings,
-        tokenizer=loaded.tokenizer,
-        eos_id=next(iter(loaded.config.eos_ids), None),
-    )
-    run = RunFolder(target) if (Path(target) / "checkpoints").is_dir() else None
-    if run is None and path.parent.name == "checkpoints":
-        run = RunFolder(path.parent.parent)
-    if run is not None and run.config.exists():
-        subject.run, subject.config, subject.trained = run, run.read_config(), True
-    return subject
-
-
-def _made(make: Callable[[], Any], name: str) -> nn.Module:
-    try:
-        model = make()
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SmolseekError(
-            f"{name}() failed ({type(error).__name__}: {reason}): it must return a torch module"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise SmolseekError(f"{name}() returned a {type(model).__name__}, not a torch module: return the model itself")
-    return model.eval()
-
-
-def _probed(subject: Subject) -> Subject:
-    """Read the vocabulary off the logits."""
-    with torch.no_grad():
-        subject.vocab = call(subject.model, torch.zeros(1, 4, dtype=torch.int64)).shape[-1]
-    return subject
-
-
-def _model_type(path: Path) -> str | None:
-    try:
-        values = parse_json((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return values.get("model_type") if isinstance(values, dict) else None
-
-
-def _foreign(target: str, path: Path, dtype: str) -> Subject:
-    """Load a folder of another architecture with transformers' own classes: no remote code, no pickles."""
-    from smolseek.tokenizer import load_tokenizer
-
-    model = open_with_transformers(path, dtype, target, "copy or download it anew")
-    try:
-        tokenizer = load_tokenizer(str(path))
-    except SmolseekError:
-        tokenizer = None
-    subject = _probed(Subject(name=target, model=model, vocab=0, tokenizer=tokenizer, loss=transformers_loss(model)))
-    subject.context = getattr(model.config, "max_position_embeddings", None) or subject.context
-    eos = model.config.eos_token_id
-    subject.eos_id = eos[0] if isinstance(eos, list) else eos
-    return subject
-
-
-def transformers_loss(model: nn.Module) -> Callable[..., Any] | None:
-    """Return the loss that a transformers model computes from labels; padding is the collator's affair there."""
-    with quiet():  # its choice of a loss is told in a warning
-        own = getattr(model, "loss_function", None)
-    if own is None:
-        return None
-    return lambda logits, ids: own(logits=logits, labels=ids, vocab_size=logits.shape[-1])
-
-
-def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
-    """Return training and validation documents: from sources, split as training splits them, or from a function.
-
-    A function package.module:function returns two lists of texts.
-
-    Raises:
-        SmolseekError: for sources that cannot be read, or a function that returns something else.
-    """
-    if len(data) == 1 and is_function(data[0]):
-        found = function(data[0])()
-        try:
-            train, validation = (list(side) for side in found)
-        except (TypeError, ValueError):
-            raise SmolseekError(f"{data[0]}() must return two lists of texts: training and validation") from None
-        if not train or not validation or not all(isinstance(text, str) for text in [*train, *validation]):
-            raise SmolseekError(f"{data[0]}() must return two lists of texts, neither of them empty")
-        return Corpus(train, validation)
-    return open_dataset(DataConfig(sources=tuple(data), text_column=text_column))

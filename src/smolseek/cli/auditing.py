@@ -53,9 +53,9 @@ def audit(argv: Sequence[str]) -> None:
     args = parse(AuditArgs, "audit", argv)
     if args.reported_tokens is not None and not 1 <= args.reported_tokens < math.inf:
         raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is no number of tokens: give those trained on")
-    from smolseek.audit import runner
     from smolseek.audit.finding import failures, lines
-    from smolseek.audit.subject import function, open_subject, open_text
+    from smolseek.audit.runner import audit
+    from smolseek.audit.targets import function, open_subject, open_text
     from smolseek.data.datasets import open_dataset
     from smolseek.model.transformer import CausalLM
     from smolseek.tokenizer import encoder, load_tokenizer
@@ -64,34 +64,32 @@ def audit(argv: Sequence[str]) -> None:
     loss = function(args.loss) if args.loss else None
     step = function(args.step) if args.step else None
     subject = open_subject(args.target, args.dtype)
-    subject.pad_id = subject.pad_id if args.pad_id is None else args.pad_id
-    subject.eos_id = subject.eos_id if args.eos_id is None else args.eos_id
+    subject.step = step
     for name in ("pad_id", "eos_id"):
         number = getattr(args, name)
-        if number is not None and not 0 <= number < subject.vocab:
+        if number is None:
+            continue
+        if not 0 <= number < subject.vocab:
             raise SmolseekError(
                 f"{name.replace('_', '-')} {number} is not among the model's {subject.vocab:,} tokens: "
                 "give the number of one, or leave it out"
             )
+        setattr(subject, name, number)
     if loss is None and isinstance(subject.model, CausalLM):
         loss = lambda model, ids: losses(model, ids).total  # noqa: E731
+    subject.loss = loss or subject.loss
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else subject.tokenizer
-    claim = None
-    if args.reported_loss is not None:
-        claim = runner.Claim({"training": args.reported_loss}, args.reported_tokens)
     corpus = None
     if args.data:
         corpus = open_text(args.data, args.text_column)
     elif subject.config is not None:
         corpus = open_dataset(subject.config.data, subject.config.eval_tokens, tokenizer)
-    findings = runner.audit(
+    findings = audit(
         subject,
-        loss=loss,
-        step=step,
         corpus=corpus,
         reading=open_text(("builtin",)).validation if tokenizer and corpus is None else None,
         encode=encoder(tokenizer) if tokenizer else None,
-        claim=claim,
+        claim=None if args.reported_loss is None else ({"training": args.reported_loss}, args.reported_tokens),
     )
     failed = failures(findings)
     if args.json:

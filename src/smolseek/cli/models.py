@@ -202,11 +202,11 @@ def compare(argv: Sequence[str]) -> None:
     from smolseek.evaluate import compare as comparing
 
     pair = comparing.find_models(args.a, args.b)
-    rows = pair.rows(args.data, args.text_column, args.seq_len, args.tokens)
+    sequences = pair.sequences(args.data, args.text_column, args.seq_len, args.tokens)
     a, b = (comparing.open_model(path, args.engine, args.dtype) for path in pair.paths)
-    found = comparing.compare(a, b, rows)
+    found = comparing.compare(a, b, sequences)
     if args.json:
-        sides = [asdict(side) for side in comparing.sides((args.a, args.b), found)]
+        sides = comparing.sides((args.a, args.b), found)
         console.say(json.dumps(asdict(found) | {"engine": args.engine, "dtype": args.dtype, "models": sides}))
         return
     for line in comparing.report((args.a, args.b), found):

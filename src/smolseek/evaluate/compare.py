@@ -1,6 +1,6 @@
 """How far two models are apart: losses, Kullback-Leibler divergence, agreement, on the same tokens.
 
-Shapes: N windows, T tokens of a window, D hidden_size, C tokens of a chunk, V vocab_size.
+Shapes: N sequences, T tokens, D hidden_size, C tokens of a chunk, V vocab_size.
 """
 
 import itertools
@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from smolseek import console
-from smolseek.config import ModelConfig
 from smolseek.data.sequences import TooFewTokens, build_sequences
 from smolseek.data.sources import read_documents
 from smolseek.errors import SmolseekError
@@ -58,46 +57,11 @@ class Comparison:
         )
 
 
-class _Sums:
-    """Running sums over chunks of positions."""
-
-    def __init__(self) -> None:
-        self.n = self.same = 0
-        self.kl = self.loss_a = self.loss_b = self.largest = 0.0
-        self.values = self.sum = self.squares = self.difference_squares = 0.0
-
-    def add(self, a_CV: torch.Tensor, b_CV: torch.Tensor, targets_C: torch.Tensor) -> None:
-        difference_CV = a_CV - b_CV
-        self.largest = max(self.largest, float(difference_CV.abs().max()))
-        self.difference_squares += float(difference_CV.square().sum())
-        self.sum += float(a_CV.sum())
-        self.squares += float(a_CV.square().sum())
-        self.values += a_CV.numel()
-        self.same += int((a_CV.argmax(dim=-1) == b_CV.argmax(dim=-1)).sum())
-        logp_CV, logq_CV = a_CV.log_softmax(dim=-1), b_CV.log_softmax(dim=-1)
-        self.kl += float((logp_CV.exp() * (logp_CV - logq_CV)).sum())
-        self.loss_a -= float(logp_CV.gather(1, targets_C[:, None]).sum())
-        self.loss_b -= float(logq_CV.gather(1, targets_C[:, None]).sum())
-        self.n += len(targets_C)
-
-    def result(self) -> Comparison:
-        spread = math.sqrt(max(self.squares / self.values - (self.sum / self.values) ** 2, 0.0)) or 1.0
-        return Comparison(
-            tokens=self.n,
-            loss_a=self.loss_a / self.n,
-            loss_b=self.loss_b / self.n,
-            kl=self.kl / self.n,
-            agreement=self.same / self.n,
-            max_difference=self.largest / spread,
-            rms_difference=math.sqrt(self.difference_squares / self.values) / spread,
-        )
-
-
 @torch.no_grad()
-def hidden_states(model: Any, rows: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Yield the last hidden states [T, D] of each window of `rows` [N, T+1], for our models and transformers'."""
-    for row in rows:
-        ids = row[None, :-1]
+def hidden_states(model: Any, sequences: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Yield the last hidden states [T, D] of each of `sequences` [N, T+1], for our models and transformers'."""
+    for sequence in sequences:
+        ids = sequence[None, :-1]
         out = model.hidden(ids).hidden_BTD if isinstance(model, CausalLM) else model.model(ids).last_hidden_state
         yield out[0]
 
@@ -108,32 +72,52 @@ def compare_states(
     head_a: torch.Tensor,
     states_b: Iterable[torch.Tensor],
     head_b: torch.Tensor,
-    rows: torch.Tensor,
+    sequences: torch.Tensor,
     dtype: torch.dtype = torch.float64,
 ) -> Comparison:
-    """Compare two models by the hidden states of the windows `rows` [N, T+1] and their heads [V, D].
+    """Compare two models by the hidden states of `sequences` [N, T+1] and their heads [V, D].
 
     In float32 it is faster, and right to about 1e-6 nats.
     """
-    sums = _Sums()
-    with console.progress(len(rows), "comparing") as bar:
-        for done, (a_TD, b_TD, row) in enumerate(zip(states_a, states_b, rows, strict=True), 1):
+    sums, largest = [0.0] * 7, 0.0
+    with console.progress(len(sequences), "comparing") as bar:
+        for done, (a_TD, b_TD, sequence) in enumerate(zip(states_a, states_b, sequences, strict=True), 1):
             for start in range(0, len(a_TD), _CHUNK):
                 part = slice(start, start + _CHUNK)
                 a_CV, b_CV = (a_TD[part] @ head_a.T).to(dtype), (b_TD[part] @ head_b.T).to(dtype)
-                sums.add(a_CV, b_CV, row[1:][part])
+                sums = [total + more for total, more in zip(sums, _sums(a_CV, b_CV, sequence[1:][part]), strict=True)]
+                largest = max(largest, float((a_CV - b_CV).abs().max()))
             bar.update(done)
-    return sums.result()
+    tokens = sequences[:, 1:].numel()
+    loss_a, loss_b, kl, agreement = (total / tokens for total in sums[:4])
+    mean, square, difference_square = (total / (tokens * len(head_a)) for total in sums[4:])
+    spread = math.sqrt(max(square - mean**2, 0.0)) or 1.0
+    rms = math.sqrt(difference_square) / spread
+    return Comparison(tokens, loss_a, loss_b, kl, agreement, max_difference=largest / spread, rms_difference=rms)
 
 
-def compare(a: Any, b: Any, rows: torch.Tensor) -> Comparison:
-    """Compare models A and B, ours or transformers', on the windows `rows` [N, T+1].
+def _sums(a_CV: torch.Tensor, b_CV: torch.Tensor, targets_C: torch.Tensor) -> list[float]:
+    """Return sums over a chunk: both losses, KL, agreement; A's logits, their squares, the squared differences."""
+    logp_CV, logq_CV = a_CV.log_softmax(dim=-1), b_CV.log_softmax(dim=-1)
+    return [
+        -float(logp_CV.gather(1, targets_C[:, None]).sum()),
+        -float(logq_CV.gather(1, targets_C[:, None]).sum()),
+        float((logp_CV.exp() * (logp_CV - logq_CV)).sum()),
+        float((a_CV.argmax(dim=-1) == b_CV.argmax(dim=-1)).sum()),
+        float(a_CV.sum()),
+        float(a_CV.square().sum()),
+        float((a_CV - b_CV).square().sum()),
+    ]
+
+
+def compare(a: Any, b: Any, sequences: torch.Tensor) -> Comparison:
+    """Compare models A and B, ours or transformers', on `sequences` [N, T+1].
 
     Raises:
         SmolseekError: if the logits of one are not finite.
     """
-    states = hidden_states(a, rows), hidden_states(b, rows)
-    found = compare_states(states[0], a.lm_head.weight, states[1], b.lm_head.weight, rows)
+    states = hidden_states(a, sequences), hidden_states(b, sequences)
+    found = compare_states(states[0], a.lm_head.weight, states[1], b.lm_head.weight, sequences)
     for name, loss in (("first", found.loss_a), ("second", found.loss_b)):
         if not math.isfinite(loss):
             raise SmolseekError(
@@ -143,82 +127,82 @@ def compare(a: Any, b: Any, rows: torch.Tensor) -> Comparison:
     return found
 
 
-def text_rows(sources: Iterable[str], text_column: str, tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
-    """Return windows [N, T+1] of the text in `sources`, in an order that depends on the documents alone.
+def text_sequences(
+    sources: Iterable[str],
+    text_column: str,
+    tokenizer: Any,
+    seq_len: int,
+    max_tokens: int,
+    documents: int | None = None,
+) -> torch.Tensor:
+    """Return sequences [N, T+1] of the text in `sources`, in an order that depends on the documents alone.
+
+    `documents` is how many of them are read; None reads all.
 
     Raises:
-        SmolseekError: if there is no such text, or too little of it for one window.
+        SmolseekError: if there is no such text, or too little of it for one sequence.
     """
     if tokenizer is None:
         raise SmolseekError("neither model has a tokenizer: put a tokenizer.json into one of the folders")
-    return _rows(read_documents(list(sources), text_column), tokenizer, seq_len, max_tokens)
-
-
-def _rows(documents: Iterable[str], tokenizer: Any, seq_len: int, max_tokens: int) -> torch.Tensor:
-    eos_id = tokenizer.eos_token_id or 0
+    texts = itertools.islice(read_documents(list(sources), text_column), documents)
     try:
-        return build_sequences(documents, encoder(tokenizer), eos_id, seq_len, max_tokens)
+        return build_sequences(texts, encoder(tokenizer), tokenizer.eos_token_id or 0, seq_len, max_tokens)
     except TooFewTokens as error:
         raise SmolseekError(
             f"the text holds {error.held:,} tokens and one window takes {seq_len + 1:,}: give more, or lower --seq-len"
         ) from None
 
 
-def _own_rows(tokenizer: Any, config: ModelConfig, tokens: int) -> torch.Tensor:
-    """Return one window of built-in text, or of random tokens for a model without a tokenizer."""
-    length = min(tokens, config.max_position_embeddings - 1)
-    if tokenizer is None:
-        return torch.randint(config.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
-    documents = itertools.islice(read_documents(["builtin"], "text"), 40)
-    rows = _rows(documents, tokenizer, length, length)
-    require_known(int(rows.max()), tokenizer, config.vocab_size)
-    return rows
-
-
 def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
     """Open both models natively, one after the other, and return the line of fidelity.
 
-    In bfloat16 the source with its weights rounded likewise is the measure of what may be lost.
+    They read built-in text, or random tokens where there is no tokenizer. In bfloat16 the source with its weights
+    rounded likewise is the measure of what may be lost.
 
     Raises:
         SmolseekError: if the converted model is further from the source than its number format explains.
     """
     original = load_causal_lm(source)
-    rows = _own_rows(tokenizer_of(out), original.config, tokens)
-    before, head = list(hidden_states(original, rows)), original.lm_head.weight.detach()
+    vocab, length = original.config.vocab_size, min(tokens, original.config.max_position_embeddings - 1)
+    tokenizer = tokenizer_of(out)
+    if tokenizer is None:
+        sequences = torch.randint(vocab, (1, length + 1), generator=torch.Generator().manual_seed(0))
+    else:
+        sequences = text_sequences(["builtin"], "text", tokenizer, length, length, documents=40)
+        require_known(int(sequences.max()), tokenizer, vocab)
+    before, head = list(hidden_states(original, sequences)), original.lm_head.weight.detach()
     converted = load_causal_lm(out, dtype="auto")
-    rounded = converted.lm_head.weight.dtype == torch.bfloat16
-    allowed = 1e-6
-    if rounded:
+    allowed, note = 1e-6, ""
+    if converted.lm_head.weight.dtype == torch.bfloat16:
         head = head.clone()
         with torch.no_grad():
             for parameter in original.parameters():
                 parameter.copy_(parameter.bfloat16())
-        own = compare_states(before, head, hidden_states(original, rows), original.lm_head.weight, rows)
-        allowed = max(allowed, 2 * own.kl)
+        rounded = compare_states(before, head, hidden_states(original, sequences), original.lm_head.weight, sequences)
+        allowed = max(allowed, 2 * rounded.kl)
+        note = f"; rounding the original to bfloat16 gives mean KL {rounded.kl:.1e}"
     del original
-    model = converted.float()
-    found = compare_states(before, head, hidden_states(model, rows), model.lm_head.weight, rows)
+    converted = converted.float()
+    found = compare_states(before, head, hidden_states(converted, sequences), converted.lm_head.weight, sequences)
     if not found.kl <= allowed:
         raise SmolseekError(
             f"the converted model is not faithful: mean KL {found.kl:.1e} is above {allowed:.1e} ({found.line()}): "
             "please report this; --no-verify writes the model nevertheless"
         )
-    line = f"Fidelity: {found.line()}"
-    return line + (f"; rounding the original to bfloat16 gives mean KL {own.kl:.1e}" if rounded else "")
+    return f"Fidelity: {found.line()}{note}"
 
 
-def measure_conversion(source: Path, out: Path, rows: torch.Tensor) -> str:
-    """Open both models natively, one after the other, and return the line of how far they are apart on `rows` [N, T+1].
+def measure_conversion(source: Path, out: Path, sequences: torch.Tensor) -> str:
+    """Open both models natively, one after the other, and return the line of how far they are apart.
 
     Raises:
         SmolseekError: if the converted model is broken: not finite, or no better than a guess.
     """
     original = load_causal_lm(source)
-    before, head = list(hidden_states(original, rows)), original.lm_head.weight.detach()
+    before, head = list(hidden_states(original, sequences)), original.lm_head.weight.detach()
     del original
     model = load_causal_lm(out)
-    found = compare_states(before, head, hidden_states(model, rows), model.lm_head.weight, rows)
+    found = compare_states(before, head, hidden_states(model, sequences), model.lm_head.weight, sequences)
     guess = max(math.log(model.config.vocab_size), found.loss_a) + 1
     if not found.loss_b < guess:
         raise SmolseekError(
@@ -226,20 +210,6 @@ def measure_conversion(source: Path, out: Path, rows: torch.Tensor) -> str:
             "--no-verify writes the model nevertheless"
         )
     return f"Distance: {found.line()}, perplexity {math.exp(found.loss_b - found.loss_a) - 1:+.1%}"
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two models of a report."""
-
-    name: str
-    loss: float
-    cache_bytes: int
-    """Bytes cached per token, in 16 bits."""
-    total: int
-    """Parameters."""
-    active: int
-    """Parameters that a token uses."""
 
 
 class Pair(NamedTuple):
@@ -254,12 +224,12 @@ class Pair(NamedTuple):
     tokenizer: Any
     """The first one's, or else the second one's; None where neither has one."""
 
-    def rows(self, sources: Iterable[str], text_column: str, seq_len: int, max_tokens: int) -> torch.Tensor:
-        """Return what `text_rows` does.
+    def sequences(self, sources: Iterable[str], text_column: str, seq_len: int, max_tokens: int) -> torch.Tensor:
+        """Return what `text_sequences` does.
 
         Raises:
-            SmolseekError: as `text_rows`, for a window that the models have no positions for, or for a token that
-                they do not have.
+            SmolseekError: as `text_sequences`, for a sequence that the models have no positions for, or for a token
+                that they do not have.
         """
         if not 1 <= seq_len <= self.context:
             raise SmolseekError(
@@ -270,9 +240,9 @@ class Pair(NamedTuple):
             raise SmolseekError(
                 f"--tokens {max_tokens:,} do not fill a window of {seq_len:,}: raise them, or lower --seq-len"
             )
-        rows = text_rows(sources, text_column, self.tokenizer, seq_len, max_tokens)
-        require_known(int(rows.max()), self.tokenizer, self.vocab_size)
-        return rows
+        sequences = text_sequences(sources, text_column, self.tokenizer, seq_len, max_tokens)
+        require_known(int(sequences.max()), self.tokenizer, self.vocab_size)
+        return sequences
 
 
 def find_models(a: str, b: str) -> Pair:
@@ -310,31 +280,29 @@ def open_model(path: Path, engine: Engine, dtype: str) -> Any:
         return open_with_transformers(place, getattr(torch, dtype), str(path), "try --engine native")
 
 
-def sides(names: tuple[str, str], found: Comparison) -> list[Side]:
-    """Return what stands side by side in a report."""
-    out = []
+def sides(names: tuple[str, str], found: Comparison) -> list[dict[str, Any]]:
+    """Return of each model its name, loss, bytes cached per token (in 16 bits), parameters, and those a token uses."""
+    both = []
     for name, loss in zip(names, (found.loss_a, found.loss_b), strict=True):
         config = read_config(name)
-        counts = count(config)
-        cached = 2 * config.num_hidden_layers * config.cache_features
-        out.append(Side(name, loss, cached, counts.total, counts.active))
-    return out
+        counts, cached = count(config), 2 * config.num_hidden_layers * config.cache_features
+        both.append({"name": name, "loss": loss, "cache_bytes": cached, "total": counts.total, "active": counts.active})
+    return both
 
 
 def report(names: tuple[str, str], found: Comparison) -> list[str]:
     """Return the comparison as a table of text."""
-    both = sides(names, found)
+    a, b = sides(names, found)
     rows = [
-        ("", *(side.name for side in both)),
-        ("loss (nats per token)", *(f"{side.loss:.5f}" for side in both)),
-        ("cache per token (16 bits)", *(f"{side.cache_bytes:,} bytes" for side in both)),
-        ("parameters", *(f"{side.total:,}" for side in both)),
-        ("active per token", *(f"{side.active:,}" for side in both)),
+        ("", a["name"], b["name"]),
+        ("loss (nats per token)", f"{found.loss_a:.5f}", f"{found.loss_b:.5f}"),
+        ("cache per token (16 bits)", f"{a['cache_bytes']:,} bytes", f"{b['cache_bytes']:,} bytes"),
+        ("parameters", f"{a['total']:,}", f"{b['total']:,}"),
+        ("active per token", f"{a['active']:,}", f"{b['active']:,}"),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        *lines,
+        *(f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}" for row in rows),
         "",
         f"mean KL(A||B)             {found.kl:.3e} nats per token",
         f"top-1 agreement           {found.agreement:.3%}",

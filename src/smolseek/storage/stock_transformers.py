@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smolseek.errors import SmolseekError
+from smolseek.errors import SmolseekError, reason
 
 
 @contextlib.contextmanager
@@ -40,5 +40,4 @@ def open_with_transformers(path: Path, dtype: Any, name: str, way_out: str) -> A
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             ).eval()
     except Exception as error:  # a folder that does not fit shows itself in many ways
-        reason = " ".join(str(error).split())[:200]
-        raise SmolseekError(f"transformers cannot open {name} ({type(error).__name__}: {reason}): {way_out}") from error
+        raise SmolseekError(f"transformers cannot open {name} ({reason(error)}): {way_out}") from error

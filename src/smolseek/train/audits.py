@@ -1,9 +1,8 @@
 """The audits of a run: of the model as it begins, and of the trained one with its samples."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from smolseek.audit.finding import Finding, lines, record
 from smolseek.audit.runner import audit, audit_model
@@ -21,12 +20,9 @@ from smolseek.train.setup import Training
 
 def audit_start(t: Training) -> None:
     """Audit the model as it begins."""
-    config = t.config
-    model = _full_model(t, None if config.init is None else resolve(config.init))
+    model = _full_model(t, None if t.config.init is None else resolve(t.config.init))
     if model is not None:
-        sizes = config.model.vocab_size, config.model.max_position_embeddings
-        eos_id = config.model.eos_ids[0]
-        _log(t, "start", audit_model(model, *sizes, loss=_total_loss, eos_id=eos_id, thorough=False))
+        _log(t, "start", audit_model(_subject(model), thorough=False))
 
 
 def audit_end(t: Training, datasets: Datasets) -> None:
@@ -37,17 +33,19 @@ def audit_end(t: Training, datasets: Datasets) -> None:
     if model is not None:
         if config.sample_tokens:
             write_samples(t.run, step, model, datasets.tokenizer, config.sample_tokens, config.seed, t.log)
-        subject = Subject(
-            name=config.run,
-            model=model,
-            vocab=config.model.vocab_size,
-            context=config.model.max_position_embeddings,
-            run=t.run,
-            config=config,
-            eos_id=config.model.eos_ids[0],
-        )
-        findings = audit(subject, loss=_total_loss, corpus=datasets.corpus, encode=datasets.encode)
+        subject = replace(_subject(model), run=t.run, config=config)
+        findings = audit(subject, corpus=datasets.corpus, encode=datasets.encode)
     _log(t, "end", findings)
+
+
+def _subject(model: CausalLM) -> Subject:
+    return Subject(
+        model=model,
+        vocab=model.config.vocab_size,
+        context=model.config.max_position_embeddings,
+        loss=lambda model, ids: losses(model, ids).total,
+        eos_id=model.config.eos_ids[0],
+    )
 
 
 def _full_model(t: Training, path: Path | None) -> CausalLM | None:
@@ -71,7 +69,3 @@ def _log(t: Training, when: str, findings: list[Finding]) -> None:
     t.run.append_metrics({"step": t.progress.step, **record(findings, when)})
     for line in lines(findings, failed_only=True):
         t.log.say(line)
-
-
-def _total_loss(model: CausalLM, ids: torch.Tensor) -> torch.Tensor:
-    return losses(model, ids).total

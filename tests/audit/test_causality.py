@@ -1,0 +1,55 @@
+"""Leaks that only other weights or training mode show, and compiled models."""
+
+from types import ModuleType
+
+import pytest
+import torch
+from examples.leaks import no_mask, right
+from torch import nn
+
+from smolseek.audit.causality import check_causality
+from smolseek.audit.finding import Finding, failures
+from smolseek.audit.subject import Subject
+
+SMOOTH = {"causality: later tokens changed", "causality: later tokens cut", "causality: gradient to later tokens"}
+
+
+def failed(findings: list[Finding]) -> set[str]:
+    return {finding.check for finding in failures(findings)}
+
+
+def test_a_leak_behind_a_projection_of_zeros_is_found() -> None:
+    model = no_mask.model()
+    for name, parameter in model.named_parameters():
+        if name.endswith("o.weight"):
+            nn.init.zeros_(parameter)
+    ids = torch.arange(8)[None]
+    later = torch.cat((ids[:, :4], ids[:, 4:] + 9), dim=1)
+    assert torch.equal(model(ids)[:, :4], model(later)[:, :4])  # nothing to see as it is
+    assert failed(check_causality(Subject(model=model, vocab=512, context=64), thorough=False)) == SMOOTH
+
+
+class BatchNorm(nn.Module):
+    """Normalises by the statistics of the whole batch, in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.embedding(ids).transpose(1, 2)).transpose(1, 2))
+
+
+def test_a_leak_of_training_mode_is_found_and_leaves_the_model_alone() -> None:
+    model = BatchNorm()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = failed(check_causality(Subject(model=model, vocab=64, context=64)))
+    assert {"causality: batch neighbours", "causality: later tokens changed"} <= found
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("example", "expected"), [(right, set()), (no_mask, SMOOTH)])
+def test_a_compiled_model_is_judged_as_the_eager_one(example: ModuleType, expected: set[str]) -> None:
+    model = torch.compile(example.model(), backend="aot_eager")
+    assert failed(check_causality(Subject(model=model, vocab=512, context=64))) == expected

@@ -1,0 +1,43 @@
+"""Models that repeat the token they have just read."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from smolseek.audit.copying import check_copying
+from smolseek.audit.finding import Finding, failures
+from smolseek.audit.subject import Subject
+
+
+def failed(findings: list[Finding]) -> set[str]:
+    return {finding.check for finding in failures(findings)}
+
+
+class Echo(nn.Module):
+    """Predicts the token it has just read, with some noise: what unshifted labels lead to."""
+
+    def __init__(self, sure: float) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 64)
+        with torch.no_grad():
+            self.table.weight.copy_(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 0.1)
+            self.table.weight += sure * torch.eye(64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.table(ids)
+
+
+def test_a_model_that_copies_is_found() -> None:
+    # Five kinds of tokens and no repeats: even one that only echoes is better than chance, and so counts as trained.
+    steps = torch.randint(1, 5, (8, 40), generator=torch.Generator().manual_seed(1))
+    rows = steps.cumsum(dim=1) % 5
+    honest, echo = Echo(-9.0), Echo(2.5)
+    with torch.no_grad():
+        honest.table.weight[:, :5] += 3.0
+        echo.table.weight[:, :5] += 3.0
+    subject = Subject(model=honest, vocab=64, context=100, sequences=rows)
+    assert failed(check_copying(subject)) == set()
+    assert failed(check_copying(replace(subject, model=echo))) == {"copying: arg-max", "copying: samples"}
+    useless = replace(subject, model=Echo(3.0), sequences=torch.arange(40)[None].repeat(8, 1))
+    assert ["are untrained: 4." in finding.done for finding in check_copying(useless)] == [True, True]

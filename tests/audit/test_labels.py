@@ -1,0 +1,26 @@
+"""Losses whose divisor counts other tokens than their sum."""
+
+import torch
+import torch.nn.functional as F
+from examples.leaks import right
+
+from smolseek.audit.finding import Finding, failures
+from smolseek.audit.labels import check_loss
+
+
+def failed(findings: list[Finding]) -> set[str]:
+    return {finding.check for finding in failures(findings)}
+
+
+def test_the_mean_over_wrong_tokens_is_found() -> None:
+    def over_all(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        sums = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0, reduction="sum")
+        return sums / ids[:, 1:].numel()
+
+    def of_rows(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        rows = zip(logits[:, :-1], ids[:, 1:], strict=True)
+        return torch.stack([F.cross_entropy(a, b, ignore_index=0) for a, b in rows]).mean()
+
+    assert failed(check_loss(over_all, pad_id=0, eos_id=1)) == {"target: mean"}
+    assert failed(check_loss(of_rows, pad_id=0, eos_id=1)) == {"target: mean"}
+    assert failed(check_loss(right.loss, pad_id=0, eos_id=0)) == {"target: end of text"}

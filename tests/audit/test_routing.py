@@ -1,0 +1,67 @@
+"""Routers that learn nothing, biases that never move, experts that are not chosen."""
+
+from dataclasses import replace
+
+import torch
+from examples.leaks import right
+
+from smolseek.audit.finding import Finding, failures
+from smolseek.audit.routing import check_routing
+from smolseek.audit.subject import Subject
+from smolseek.model.transformer import new_model
+from smolseek.presets import tiny
+
+SMALL = {"num_hidden_layers": 2, "vocab_size": 256}
+
+
+def failed(findings: list[Finding]) -> set[str]:
+    return {finding.check for finding in failures(findings)}
+
+
+def test_the_router_without_gradient_is_found() -> None:
+    class Deaf(right.Router):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).detach()
+
+    model = right.Model(router=Deaf)
+    assert "routing: router gradient" in failed(check_routing(Subject(model=model, vocab=512)))
+
+
+def test_freshly_grown_experts_are_no_alarm() -> None:
+    model = new_model(replace(tiny(), **SMALL))
+    check = "routing: router gradient"
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.experts.down_proj.zero_()
+    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.check == check] == ["skip"]
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.down_proj.normal_()
+    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.check == check] == ["pass"]
+
+
+def test_a_bias_of_ours_that_never_moved_is_found() -> None:
+    model = new_model(replace(tiny(), **SMALL))
+    check, subject = "routing: biases move", Subject(model=model, vocab=256, balanced_steps=10)
+    assert check in failed(check_routing(subject))
+    for router in model.routers:
+        router.e_score_correction_bias[0] = 1e-3
+    assert check not in failed(check_routing(subject))
+
+
+def test_where_every_expert_is_chosen_no_bias_has_to_move() -> None:
+    model = new_model(replace(tiny(), **SMALL, num_experts_per_tok=8))
+    findings = check_routing(Subject(model=model, vocab=256, balanced_steps=10))
+    found = [f.status for f in findings if f.check == "routing: biases move"]
+    assert found == ["pass"]
+
+
+def test_dead_experts_and_uneven_load_are_found_on_trained_weights() -> None:
+    model = new_model(replace(tiny(), **SMALL))
+    ids = torch.randint(256, (4, 64), generator=torch.Generator().manual_seed(0))
+    subject = Subject(model=model, vocab=256, sequences=ids, trained=True)
+    assert failed(check_routing(subject)) == set()
+    for router in model.routers:
+        router.e_score_correction_bias[:2] = 10.0
+    bad = {"routing: dead experts", "routing: MaxVio"}
+    assert failed(check_routing(subject)) == bad
+    assert failed(check_routing(replace(subject, trained=None))) == set()
