@@ -212,7 +212,7 @@ def beside_transformers(folder: Path) -> float:
 
 def launched(size: int, mesh: str, run: Path, steps: int, until: int | None, resume: bool) -> None:
     """Train in `run`; the last process gets a SIGTERM after `until` steps."""
-    stopper = Path(__file__).parents[1] / "tests" / "distributed" / "stopper.py"
+    stopper = Path(__file__).parents[1] / "tests" / "helpers" / "stopper.py"
     command = [sys.executable]
     if size > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]

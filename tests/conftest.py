@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from fork_server import ForkServer
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, where there is one
@@ -33,6 +34,14 @@ class Result(NamedTuple):
 def threads() -> None:
     """Losses depend on how sums are split among threads, so the tests do not depend on the machine's cores."""
     torch.set_num_threads(int(os.environ.get("SMOLSEEK_TEST_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """Start processes that have PyTorch loaded already."""
+    server = ForkServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,8 +88,9 @@ print(json.dumps([whole.hexdigest(), stream.state_dict()]))
 
 
 @pytest.fixture
-def hub() -> Iterator:
+def hub(fork_server) -> Iterator:
     server = stand_in.StandInHub("HuggingFaceTB/smollm-corpus", FILES)
+    server.fork_server = fork_server
     yield server
     server.close()
 
@@ -104,14 +104,7 @@ def settings(hub, home: Path, **more: str) -> dict[str, str]:
 
 def run(hub, home: Path, *words: object, **more: str) -> subprocess.CompletedProcess:
     """Run Python in a process of its own, because `huggingface_hub` reads its settings when it is imported."""
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=settings(hub, home, **more),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    return hub.fork_server.run(*words, env=settings(hub, home, **more))
 
 
 def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> None:
@@ -228,17 +221,16 @@ def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: 
     hub.fault, hub.hang = fault, 300
     words = [*train_words(tmp_path / "run", 9, 4, 2), "--data.give-up-after", 1800]
     env = settings(hub, tmp_path, FIRST_PAUSE="300", HF_HUB_DOWNLOAD_TIMEOUT="300")
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = hub.fork_server.start(*words, env=env)
     try:
         assert waiting.wait(200)
         time.sleep(2)  # what was read before is trained on, and then the data are waited for
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        stopped = process.finish(60)
     finally:
-        process.kill()
-    assert process.returncode == 130, err
+        process.send_signal(signal.SIGKILL)
+    err = stopped.stderr
+    assert stopped.returncode == 130, err
     assert "stopped by SIGINT after step" in err and "is saved; go on with" in err
     assert ("trying again in 300 s" in err) == (how == "away")
     hub.fault = lambda number: None

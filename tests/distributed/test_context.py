@@ -111,7 +111,7 @@ def timeouts(distributed: SingleProcess) -> list[float]:
     """Return after how many seconds a collective of each group gives up."""
     if not isinstance(distributed, DistributedContext):
         return []
-    meshes = [mesh for mesh in distributed.groups if mesh is not None]
+    meshes = [mesh for mesh in distributed.meshes if mesh is not None]
     groups = [None, *(group for mesh in meshes for group in mesh.get_all_groups())]
     backends = [(group or dist.group.WORLD)._get_backend(torch.device("cpu")) for group in groups]
     return [backend.options._timeout.total_seconds() for backend in backends]

@@ -11,7 +11,7 @@ TINY = preset("tiny")  # 8 routed experts
 
 
 @pytest.mark.parametrize(
-    ("data", "expert", "shard", "size", "copies", "expert_shard", "expert_copies"),
+    ("data", "expert", "shard", "size", "copies", "expert_shard", "expert_replicas"),
     [
         (0, 1, 1, 4, 4, 1, 4),
         (0, 1, 4, 4, 1, 4, 1),
@@ -22,11 +22,11 @@ TINY = preset("tiny")  # 8 routed experts
     ],
 )
 def test_every_weight_is_held_as_often_as_there_are_copies(
-    data, expert, shard, size, copies, expert_shard, expert_copies
+    data, expert, shard, size, copies, expert_shard, expert_replicas
 ):
     mesh = choose(MeshConfig(data=data, expert=expert, shard=shard), TINY, size)
-    assert (mesh.copies, mesh.expert_shard, mesh.expert_copies) == (copies, expert_shard, expert_copies)
-    assert mesh.copies * mesh.shard == mesh.expert_copies * mesh.expert_shard * mesh.expert == size
+    assert (mesh.replicas, mesh.expert_shard, mesh.expert_replicas) == (copies, expert_shard, expert_replicas)
+    assert mesh.replicas * mesh.shard == mesh.expert_replicas * mesh.expert_shard * mesh.expert == size
 
 
 @pytest.mark.parametrize(

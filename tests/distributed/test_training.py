@@ -1,19 +1,14 @@
 """Many processes train as one does: the same losses, balancing biases and weights, and a checkpoint that one reads."""
 
-import importlib.util
-from pathlib import Path
-
+import launch as runs
 import pytest
 import torch
+from texts import write_words
 
 from smolseek.cli import main
 from smolseek.storage.hf_folder import load_model
 from smolseek.storage.manifest import verify
 from smolseek.storage.state_shards import load_state
-
-_spec = importlib.util.spec_from_file_location("launch", Path(__file__).with_name("launch.py"))
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
 
 STEPS = ("--steps", "6", "--save-every", "3", "--balance.settle-steps", "2")
 LAST = "checkpoints/step-000006"
@@ -21,7 +16,7 @@ LAST = "checkpoints/step-000006"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return runs.write_text(tmp_path_factory.mktemp("data") / "text.jsonl")
+    return write_words(tmp_path_factory.mktemp("data") / "text.jsonl", 60)
 
 
 @pytest.fixture(scope="module")

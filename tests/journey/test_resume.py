@@ -2,13 +2,13 @@
 
 import json
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from safetensors.torch import load_file
+from texts import write_words
 
 STEPS = 12
 
@@ -16,19 +16,14 @@ STEPS = 12
 def command(run, data, *extra: str) -> list[str]:
     small = "--model.num-hidden-layers 2 --model.hidden-size 32 --seq-len 32 --batch-size 2 --grad-accum 3"
     often = f"--steps {STEPS} --log-every 1 --save-every 2 --eval-every 5 --eval-tokens 64 --sample-tokens 0"
-    train = [sys.executable, "-m", "smolseek", "train", "tiny", "--data", str(data), "--run", str(run)]
+    train = ["-m", "smolseek", "train", "tiny", "--data", str(data), "--run", str(run)]
     return [*train, *small.split(), *often.split(), "--data.val-fraction", "0.2", *extra]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Forty documents of drawn words: enough for several epochs in twelve steps."""
-    rng = random.Random(0)
-    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(40))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    """Forty documents: enough for several epochs in twelve steps."""
+    return write_words(tmp_path_factory.mktemp("data") / "text.jsonl", 40)
 
 
 def records(run) -> list[dict]:
@@ -56,22 +51,20 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
+def undisturbed(data, fork_server, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    subprocess.run(command(run, data), check=True, capture_output=True)
+    fork_server.run(*command(run, data)).check_returncode()
     return run
 
 
-def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed, tmp_path):
+def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed, fork_server, tmp_path):
     run = tmp_path / "killed"
     seed = time.time_ns()
     print(f"seed {seed}")  # pytest shows it when the test fails
     rng = random.Random(seed)
     metrics = run / "metrics.jsonl"
     for lives, until in enumerate((3, 8)):
-        process = subprocess.Popen(
-            command(run, data, *(["--resume"] if lives else [])), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = fork_server.start(*command(run, data, *(["--resume"] if lives else [])))
         while process.poll() is None:
             done = [r["step"] for r in records(run)] if metrics.exists() else []
             if done and max(done) >= until:
@@ -79,10 +72,9 @@ def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)
-        process.wait()
-        assert process.returncode == -signal.SIGKILL, process.stdout.read().decode()
-        process.stdout.close()
-    subprocess.run(command(run, data, "--resume"), check=True, capture_output=True)
+        killed = process.finish(60)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    fork_server.run(*command(run, data, "--resume")).check_returncode()
     assert records(run) == records(undisturbed)
     last = f"checkpoints/step-{STEPS:06d}/model.safetensors"
     ours, theirs = load_file(run / last), load_file(undisturbed / last)
@@ -98,15 +90,14 @@ def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed
         (("train", "audits", "write_samples"), 1),  # between the last checkpoint and the samples
     ],
 )
-def test_killed_at_a_chosen_place_it_ends_the_same(where, call, data, undisturbed, tmp_path):
+def test_killed_at_a_chosen_place_it_ends_the_same(where, call, data, undisturbed, fork_server, tmp_path):
     run = tmp_path / "killed"
     module, place, name = where
     code = KILLER.format(module=module, place=place, name=name)
     extra = ["--sample-tokens", "1"] if name == "write_samples" else []
-    words = command(run, data, *extra)[3:]
-    killed = subprocess.run([sys.executable, "-c", code, str(call), *words], capture_output=True, text=True)
+    killed = fork_server.run("-c", code, call, *command(run, data, *extra)[2:])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    subprocess.run(command(run, data, *extra, "--resume"), check=True, capture_output=True)
+    fork_server.run(*command(run, data, *extra, "--resume")).check_returncode()
     found = records(run)
     assert [record for record in found if "samples" not in record] == records(undisturbed)
     assert sum("samples" in record for record in found) == bool(extra)
@@ -114,16 +105,15 @@ def test_killed_at_a_chosen_place_it_ends_the_same(where, call, data, undisturbe
         assert (run / "samples.md").read_text(encoding="utf-8").count(f"## Step {STEPS}") == 1
 
 
-def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(data, undisturbed, tmp_path):
-    import shutil
-
+def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(data, undisturbed, fork_server, tmp_path):
     run = tmp_path / "altered"
     shutil.copytree(undisturbed, run)
     weights = run / f"checkpoints/step-{STEPS:06d}/model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    result = subprocess.run(command(run, data, "--resume"), check=True, capture_output=True, text=True)
+    result = fork_server.run(*command(run, data, "--resume"))
+    result.check_returncode()
     assert f"step-{STEPS:06d}" in result.stderr and "model.safetensors" in result.stderr
     assert f"step-{STEPS - 2:06d}" in result.stderr
     assert records(run) == records(undisturbed)

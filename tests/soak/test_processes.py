@@ -1,6 +1,5 @@
 """Ten SIGKILLs of one of two processes at random moments, and processes that are missing. `make soak` runs it."""
 
-import importlib.util
 import json
 import os
 import random
@@ -11,16 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import launch as runs
 import pytest
 from safetensors.torch import load_file
+from texts import write_words
 
 from smolseek.train.logging import describe
 
 pytestmark = pytest.mark.soak
-
-_spec = importlib.util.spec_from_file_location("launch", Path(__file__).parents[1] / "distributed" / "launch.py")
-runs = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runs)
 
 KILLS, STEPS = 10, 60
 WORDS = ("--steps", str(STEPS), "--save-every", "2", "--keep-last", "3", "--eval-every", "100", "--mesh.shard", "2")
@@ -39,7 +36,7 @@ def weights(run: Path) -> dict:
 
 
 def test_ten_kills_change_nothing(tmp_path):
-    data = runs.write_text(tmp_path / "text.jsonl")
+    data = write_words(tmp_path / "text.jsonl", 60)
     whole, run = tmp_path / "whole", tmp_path / "killed"
     done = runs.launch(2, whole, data, *WORDS, timeout=500)
     assert done.returncode == 0, done.stderr
@@ -104,7 +101,7 @@ def test_ten_kills_change_nothing(tmp_path):
     ],
 )
 def test_one_that_is_missing_is_named_by_every_other(after, what, seconds, says, tmp_path):
-    data = runs.write_text(tmp_path / "text.jsonl")
+    data = write_words(tmp_path / "text.jsonl", 60)
     words = ("--steps", "6", "--save-every", "3", "--mesh.timeout", str(seconds))
     done = runs.launch(3, tmp_path / "run", data, *words, stop=(after, what), timeout=200)
     assert done.returncode != 0
@@ -119,7 +116,7 @@ def test_one_that_is_missing_is_named_by_every_other(after, what, seconds, says,
 
 def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
     """Two torchruns with two processes each; one gets a SIGKILL with its own, as if the power had failed."""
-    data, run = runs.write_text(tmp_path / "text.jsonl"), tmp_path / "run"
+    data, run = write_words(tmp_path / "text.jsonl", 60), tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"

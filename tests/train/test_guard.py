@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from texts import write_words
 
 from smolseek import console
 from smolseek.config import DataConfig, GuardConfig, TrainConfig
@@ -47,11 +48,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    rng = random.Random(0)
-    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
-    path = tmp_path_factory.mktemp("data") / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": " ".join(rng.choices(words, k=60))}) + "\n" for _ in range(60)))
-    return path
+    return write_words(tmp_path_factory.mktemp("data") / "text.jsonl", 60)
 
 
 def config(run, text, steps=8, **options) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig
@@ -40,9 +41,15 @@ def train(base, run, *words):
     return main(["train", *words, "--run", str(base / run), *options])
 
 
-def test_training_goes_on_from_the_weights(grown):
+@pytest.fixture(scope="module")
+def checkpoints(grown):
+    """Those of a training that goes on from the grown model."""
     assert train(grown, "run", "--init", str(grown / "grown"), "--optim.lr", "1e-2") == 0
-    before, after = load_model(grown / "grown"), load_model(grown / "run" / "checkpoints" / "step-000002")
+    return grown / "run" / "checkpoints"
+
+
+def test_training_goes_on_from_the_weights(grown, checkpoints):
+    before, after = load_model(grown / "grown"), load_model(checkpoints / "step-000002")
     assert after.config == before.config and not after.config.latent_norm
     assert after.tokenizer.chat_template == before.tokenizer.chat_template
     a, b = before.model.state_dict(), after.model.state_dict()
@@ -53,11 +60,8 @@ def test_training_goes_on_from_the_weights(grown):
     assert moved["model.layers.0.self_attn.kv_a_proj_with_mqa.weight"] > 0
 
 
-def test_a_checkpoint_opens_in_stock_transformers(grown):
-    from transformers import AutoModelForCausalLM
-
-    assert train(grown, "stock", "--init", str(grown / "grown")) == 0
-    path = grown / "stock" / "checkpoints" / "step-000004"
+def test_a_checkpoint_opens_in_stock_transformers(checkpoints):
+    path = checkpoints / "step-000004"
     stock, ours = AutoModelForCausalLM.from_pretrained(path).eval(), load_model(path).model
     ids = torch.randint(49_152, (1, 50), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

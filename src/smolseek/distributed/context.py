@@ -1,7 +1,7 @@
-"""Many processes, as torchrun starts them: `SingleProcess`'s methods by collectives.
+"""Many processes, as torchrun starts them: the methods of `SingleProcess` by collectives.
 
-What the processes tell one another about the run - rows, signals, decisions - lies on the CPU and goes by gloo, so
-that no GPU is waited for. Nothing is pickled on the way.
+What the processes tell one another about the run - sequences, signals, decisions - lies on the CPU and goes by gloo, so
+that no GPU is waited for. Nothing is pickled on the way, as `broadcast_object_list` would.
 """
 
 import datetime
@@ -11,8 +11,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import FrameType
+from typing import Any, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from smolseek import console, launch
 from smolseek.config import ModelConfig, TrainConfig
 from smolseek.data.retries import HubUnavailable
-from smolseek.distributed.fsdp import Where, cut, local, make_groups, parts_of
+from smolseek.distributed.fsdp import Shard, fsdp_modules, local, make_meshes, shard_model
 from smolseek.distributed.heartbeat import Heartbeat
 from smolseek.distributed.mesh import Mesh
 from smolseek.distributed.rendezvous import wait_for_peers
@@ -34,6 +34,7 @@ from smolseek.model.local_shards import LocalShard, full_tensor
 from smolseek.model.transformer import CausalLM, draw_weight
 
 _AWAY = -1
+"""In place of tokens: the main process cannot read its data."""
 
 
 class _Ended(Stopped):
@@ -46,45 +47,44 @@ class DistributedContext(SingleProcess):
     accumulates = False  # FSDP2 has to see every gradient
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
-        """Meet the others, at most for `timeout` seconds; so long a collective may take as well.
+        """Connect to the others within `timeout` seconds; so long a collective may take as well.
 
         Raises:
             PeerLost: if some do not come; every process that did names them.
         """
         self.mesh = mesh
-        self.rank, self.size, self.is_sharded = launch.number("RANK", 0), mesh.size, mesh.is_sharded
-        self.where: dict[str, Where] = {}
-        self._trained: Named = []
+        self.rank, self.size = launch.number("RANK", 0), mesh.size
+        self.shards: dict[str, Shard] = {}
+        self._optimized: Named = []
         if device.type == "cuda" and not dist.is_nccl_available():
             raise SmolseekError("this PyTorch has no NCCL, which several GPUs need: use --device cpu, or one process")
-        self._before = _on_sigterm(_end)
+        self._sigterm_before = _on_sigterm(_end)
         try:
-            self._join(device, timeout)
+            self._connect(device, timeout)
         except BaseException:
+            # torchrun sends a SIGTERM as soon as the first one has ended: the last words are said all the same.
             _on_sigterm(signal.SIG_IGN)
             raise
 
-    def _join(self, device: torch.device, timeout: float) -> None:
+    def _connect(self, device: torch.device, timeout: float) -> None:
         limit = datetime.timedelta(seconds=timeout)
         try:
-            kept, _, _ = next(iter(rendezvous("env://", timeout=limit)))
+            store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
         except (RuntimeError, ValueError) as error:  # nothing answers, or the environment does not say where
             at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise PeerLost(
                 f"process {self.rank}: process 0 is missing, its store at {at} does not answer within {timeout:g} "
                 "seconds: start all processes with torchrun"
             ) from error
-        self.store = wait_for_peers(kept, self.rank, self.size, timeout)
+        self.store = wait_for_peers(store, self.rank, self.size, timeout)
         self.heartbeat = Heartbeat(self.store, self.rank, self.size, timeout)
         backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backends, store=self.store, rank=self.rank, world_size=self.size, timeout=limit)
-            self.groups = make_groups(self.mesh, device.type, limit)
+            self.meshes = make_meshes(self.mesh, device.type, limit)
         except (RuntimeError, _Ended) as error:
-            lost = self._lost()
-            if lost is None:
-                raise
-            raise lost from error
+            self._raise_if_lost(error)
+            raise
 
     def __enter__(self) -> Self:
         self._stdout = sys.stdout
@@ -92,64 +92,57 @@ class DistributedContext(SingleProcess):
             sys.stdout = open(os.devnull, "w")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Leave the others. What ends all of them is said by one, and that somebody is missing by everyone else.
 
         Raises:
             PeerLost: instead of what a collective that failed says.
         """
         sys.stdout = self._stdout
-        # torchrun sends a SIGTERM as soon as the first one has ended: the last words are said all the same.
-        _on_sigterm(self._before if error is None else signal.SIG_IGN)
+        _on_sigterm(self._sigterm_before if error is None else signal.SIG_IGN)
         code = None
-        if isinstance(error, RuntimeError | _Ended) and not self._ended(0):
-            lost = self._lost()
-            if lost is not None:
-                raise lost from error
+        if isinstance(error, RuntimeError | _Ended) and not self._add_spoken(0):
+            self._raise_if_lost(error)
         if isinstance(error, Stopped | SmolseekError):
-            first = self._ended(1) == 1
-            if first and not self.is_main:
+            is_first = self._add_spoken(1) == 1
+            if is_first and not self.is_main:
                 console.complain(f"{'' if isinstance(error, Stopped) else 'error: '}process {self.rank}: {error}")
-            if not (first and self.is_main):
+            if not (is_first and self.is_main):
                 code = error.code if isinstance(error, Stopped) else 2
-        elif isinstance(error, RuntimeError) and self._ended(0):
+        elif isinstance(error, RuntimeError) and self._add_spoken(0):
             code = 1  # the other end of a broken connection has spoken
         elif isinstance(error, Exception):
-            self.heartbeat.blame(
-                f"process {self.rank} has failed ({type(error).__name__}: {' '.join(str(error).split())})"
-            )
+            reason = " ".join(str(error).split())
+            self.heartbeat.blame(f"process {self.rank} has failed ({type(error).__name__}: {reason})")
         self.heartbeat.close(left=error is None)
         if error is None or isinstance(error, Stopped):
             dist.destroy_process_group()
         if code is not None:
             raise SystemExit(code)
 
-    def _ended(self, more: int) -> int:
-        """Return how many have ended with words of their own, with `more` added."""
+    def _add_spoken(self, n: int) -> int:
+        """Return how many processes have ended with a line of their own, with `n` added."""
         try:
-            return self.store.add("ended", more)
+            return self.store.add("spoken", n)
         except RuntimeError:  # the store has gone
-            return more
+            return n
 
-    def _lost(self) -> PeerLost | None:
-        """Return what this process says if others are missing; None if all are there."""
-        words = self.heartbeat.lost()
-        if words is None:
-            return None
-        return PeerLost(
-            f"process {self.rank}: {words}; go on from the newest checkpoint with --resume, or start torchrun with "
-            "--max-restarts"
-        )
+    def _raise_if_lost(self, error: BaseException) -> None:
+        """Raise PeerLost in place of `error` if a process is missing."""
+        lost = self.heartbeat.lost()
+        if lost is not None:
+            raise PeerLost(
+                f"process {self.rank}: {lost}; go on from the newest checkpoint with --resume, or start torchrun with "
+                "--max-restarts"
+            ) from error
 
     def describe(self, device: torch.device) -> str:
         """Return in a few words where they compute."""
         return f"{device.type}, {self.mesh}"
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
-        """Return this process's part of a new model. Whole is never more than one tensor at a time."""
-        model, self.where = cut(config, self.groups)
+        """Return this process's shards of a new model. Never more than one full tensor is in memory."""
+        model, self.shards = shard_model(config, self.meshes)
         model.to_empty(device=device)
         model.tie_weights()
         model.reset_buffers()
@@ -157,11 +150,11 @@ class DistributedContext(SingleProcess):
         return model
 
     def init_weights(self, model: CausalLM, seed: int) -> None:
-        """Draw the weights that `new_model` would give, and keep this process's rows."""
+        """Draw the weights that `new_model` would give, and keep this process's shards."""
         device = model.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         for name, part in self.local_shards(model).items():
-            if name in self.where:
+            if name in self.shards:
                 full = torch.empty(part.rows, *part.tensor.shape[1:], device=device)
                 draw_weight(name, full, model.config.initializer_range, generator)
                 part.tensor.copy_(full[part.start : part.start + len(part.tensor)])
@@ -181,52 +174,51 @@ class DistributedContext(SingleProcess):
         dist.broadcast(data, 0)
         return json.loads(data.numpy().tobytes())
 
-    def broadcast_tensor(self, rows: torch.Tensor | None) -> torch.Tensor:
-        """Return the main process's rows to all."""
-        shape = self.broadcast_object(lambda: list(rows.shape) if rows is not None else None)
-        held = rows if rows is not None else torch.empty(shape, dtype=torch.int64)
-        dist.broadcast(held, 0)
-        return held
+    def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Return the main process's tensor."""
+        shape = self.broadcast_object(lambda: list(tensor.shape) if tensor is not None else None)
+        received = tensor if tensor is not None else torch.empty(shape, dtype=torch.int64)
+        dist.broadcast(received, 0)
+        return received
 
     def share_stream(self, stream: Stream | None) -> Stream:
         """Return the stream that the main process alone reads."""
-        return _Standing() if stream is None else stream
+        return cast(Stream, _RemoteStream()) if stream is None else stream
 
     def micro_batches(
         self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Read the rows of a step on the main process, and hand each process its own."""
+        """Read the sequences of a step on the main process, and scatter them."""
         size, n = config.batch_size, config.grad_accum
-        counts = [len(part) for part in torch.arange(size).tensor_split(self.size)]
-        mine = torch.empty(n, counts[0], config.seq_len + 1, dtype=torch.int64)  # the first has the most
+        counts = [len(share) for share in torch.arange(size).tensor_split(self.size)]
+        local_batch = torch.empty(n, counts[0], config.seq_len + 1, dtype=torch.int64)  # the first has the most
         away, sent = None, None
         if self.is_main:
             try:
-                parts_by_rank = (
-                    stream.next_batch(size * n, stopped).unflatten(0, (n, size)).tensor_split(self.size, dim=1)
-                )
-                sent = [F.pad(part, (0, 0, 0, counts[0] - part.shape[1])) for part in parts_by_rank]
+                batch = stream.next_batch(size * n, stopped).unflatten(0, (n, size))
+                by_rank = batch.tensor_split(self.size, dim=1)
+                sent = [F.pad(share, (0, 0, 0, counts[0] - share.shape[1])) for share in by_rank]
             except HubUnavailable as error:
-                away, sent = error, [torch.full_like(mine, _AWAY)] * self.size
-        dist.scatter(mine, sent, 0)
+                away, sent = error, [torch.full_like(local_batch, _AWAY)] * self.size
+        dist.scatter(local_batch, sent, 0)
         if away is not None:
             raise away
-        if mine[0, 0, 0] == _AWAY:
+        if local_batch[0, 0, 0] == _AWAY:
             raise HubUnavailable("the training data are away")
-        return ((rows[: counts[self.rank]], counts[self.rank] / size) for rows in mine)
+        return ((micro[: counts[self.rank]], counts[self.rank] / size) for micro in local_batch)
 
-    def shard_batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's rows; where there are too few, one that counts nothing, since all must take part."""
-        mine = rows.tensor_split(self.size)[self.rank]
-        return (mine, len(mine) / len(rows)) if len(mine) else (rows[:1], 0.0)
+    def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return this process's sequences; where there are too few, one of share 0, since all must take part."""
+        share = batch.tensor_split(self.size)[self.rank]
+        return (share, len(share) / len(batch)) if len(share) else (batch[:1], 0.0)
 
-    def set_last_backward(self, model: CausalLM, last: bool) -> None:
-        """Gradients are summed over copies once a step; over shards each time, since only a part of them is kept."""
-        model.set_is_last_backward(last)  # type: ignore[operator]
+    def set_last_backward(self, model: CausalLM, is_last: bool) -> None:
+        """Gradients are summed over replicas once a step; over shards each time, since only a shard is kept."""
+        model.set_is_last_backward(is_last)  # type: ignore[operator]
         if self.mesh.shard == 1:
-            model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         else:
-            model.set_requires_all_reduce(last)  # type: ignore[operator]
+            model.set_requires_all_reduce(is_last)  # type: ignore[operator]
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum over all processes, the same everywhere."""
@@ -234,27 +226,27 @@ class DistributedContext(SingleProcess):
         dist.all_reduce(total)
         return total
 
-    def clip_grad_norm(self, model: CausalLM, most: float) -> torch.Tensor:
+    def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
         """Hand the gradients over to what the optimizer steps, and clip them by the norm over all processes."""
         squares = torch.zeros((), device=model.lm_head.weight.device)
-        for (name, own), p in zip(self._trained, _nonempty(model), strict=True):
+        for (name, shard), p in zip(self._optimized, _nonempty(model), strict=True):
             # Bound anew each time: FSDP2 may have moved its shard.
-            own.data, own.grad = local(p), None if p.grad is None else local(p.grad)
+            shard.data, shard.grad = local(p), None if p.grad is None else local(p.grad)
             p.grad = None
-            if own.grad is not None:
-                squares += own.grad.square().sum() / self.where[name].copies
+            if shard.grad is not None:
+                squares += shard.grad.square().sum() / self.shards[name].replicas
         norm = self.all_reduce(squares).sqrt()
-        scale = (most / (norm + 1e-6)).clamp(max=1.0)
-        for _, own in self._trained:
-            if own.grad is not None:
-                own.grad.mul_(scale)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for _, shard in self._optimized:
+            if shard.grad is not None:
+                shard.grad.mul_(scale)
         return norm
 
     def optimizer_parameters(self, model: CausalLM) -> Named:
         """Return plain tensors that share memory with the local shards; `clip_grad_norm` gives them gradients."""
         names = [name for name, p in model.named_parameters() if p.numel()]
-        self._trained = [(n, nn.Parameter(local(p).detach())) for n, p in zip(names, _nonempty(model), strict=True)]
-        return self._trained
+        self._optimized = [(n, nn.Parameter(local(p).detach())) for n, p in zip(names, _nonempty(model), strict=True)]
+        return self._optimized
 
     def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
         """Return the signal with the highest number that any process received."""
@@ -264,71 +256,47 @@ class DistributedContext(SingleProcess):
         return signal.Signals(int(number)) if number else None
 
     def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return this process's rows of every tensor, with no gathered copy beside them."""
-        for module in parts_of(model):
+        """Return this process's shard of every tensor, with no gathered copy beside them."""
+        for module in fsdp_modules(model):
             module.reshard()
-        found = {name: self.as_shard(name, local(p).detach()) for name, p in model.named_parameters()}
-        return found | {
-            name: full_tensor(b) for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")
-        }
-
-    def as_shard(self, name: str, tensor: torch.Tensor) -> LocalShard:
-        """Return a tensor that lies as the parameter `name` does as a part."""
-        where = self.where[name]
-        return LocalShard(tensor, where.start, where.rows)
-
-    def shard_slice(self, name: str) -> slice | None:
-        """Return which rows of the parameter `name` this process holds."""
-        where = self.where[name]
-        return slice(where.start, where.start + where.own)
+        shards = {}
+        for name, p in model.named_parameters():
+            shards[name] = LocalShard(local(p).detach(), self.shards[name].start, self.shards[name].full_length)
+        biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
+        return shards | {name: full_tensor(b) for name, b in biases.items()}
 
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process is the `number`-th, counted around, of those that hold its rows."""
-        where = self.where[name]
-        return where.own > 0 and where.copy == number % where.copies
+        """Return whether this process is the `number`-th, counted around, of those that hold the same shard."""
+        shard = self.shards[name]
+        return shard.length > 0 and shard.replica == number % shard.replicas
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
         """Yield what this process is to write of the weights, to be copied at once; all iterate together.
 
-        Experts are written by those who hold them. Any other tensor is gathered, one at a time, and one process writes
-        it: no process ever holds more than its share and one tensor.
+        Experts are written as shards. Any other tensor is gathered, one at a time, and one process writes it: no
+        process ever holds more than its share and one tensor.
         """
         shards = self.local_shards(model)  # reshards, which gives the parameters anew
-        parameters: dict[str, Any] = dict(model.named_parameters())
+        parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
         for number, (name, shard) in enumerate(shards.items()):
             p = parameters.get(name)
-            if p is None or not isinstance(p, DTensor):
+            if not isinstance(p, DTensor):
                 if number % self.size == self.rank:
                     yield name, shard
             elif ".mlp.experts." in name:
                 if self.writes_shard(name, number):
                     yield name, shard
-            elif self.where[name].copy == number % self.where[name].copies:
+            elif self.shards[name].replica == number % self.shards[name].replicas:
                 full = p.full_tensor().detach()
-                if number // self.mesh.copies % self.mesh.shard == self.groups.dense.get_local_rank(1):
+                if number // self.mesh.replicas % self.mesh.shard == self.meshes.dense.get_local_rank(1):
                     yield name, full_tensor(full)
 
 
-class _Standing:
-    """The stream of a process that does not read."""
+class _RemoteStream:
+    """The stream of a process that does not read: it stands still, and what it says is not written."""
 
-    def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
-        raise AssertionError("the main process reads")
-
-    def position(self) -> dict[str, Any]:
-        return {"tokens": 0}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def record(self) -> dict[str, Any]:
-        return {}
-
-    def close(self) -> None:
-        pass
+    position = state_dict = record = staticmethod(lambda: {"tokens": 0})
+    load_state_dict = close = staticmethod(lambda *_: None)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

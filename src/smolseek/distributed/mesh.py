@@ -1,7 +1,7 @@
 """Which process holds what: the sizes of the mesh, checked. Imports no torch.
 
 P processes stand in a row. Each `expert` neighbours hold all routed experts together; each `shard` neighbours hold
-all other weights together, one copy in all. Every process reads rows of its own, whatever it holds.
+all other weights together. Every process trains on sequences of its own, whatever it holds.
 """
 
 from dataclasses import dataclass
@@ -17,39 +17,29 @@ class Mesh:
     size: int
     """Processes."""
     expert: int
-    """Processes that the routed experts are dealt out to."""
+    """Processes that the routed experts are partitioned over."""
     shard: int
-    """Processes that the other weights are cut over."""
+    """Processes that the other weights are sharded over."""
 
     @property
-    def data(self) -> int:
-        """Groups of processes that hold all experts together."""
-        return self.size // self.expert
-
-    @property
-    def copies(self) -> int:
-        """Copies of a weight that is no routed expert's."""
+    def replicas(self) -> int:
+        """Replicas of a weight that is no routed expert's."""
         return self.size // self.shard
 
     @property
     def expert_shard(self) -> int:
-        """Processes that the experts of one process of the `expert` neighbours are cut over in turn."""
+        """Processes that the experts of one of the `expert` neighbours are sharded over in turn."""
         return max(1, self.shard // self.expert)
 
     @property
-    def expert_copies(self) -> int:
-        """Copies of a routed expert."""
+    def expert_replicas(self) -> int:
+        """Replicas of a routed expert."""
         return self.size // (self.expert * self.expert_shard)
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether no process holds the whole model."""
-        return self.shard > 1 or self.expert > 1
-
     def __str__(self) -> str:
-        cut = f", weights over {self.shard}" if self.shard > 1 else ""
+        weights = f", weights over {self.shard}" if self.shard > 1 else ""
         experts = f", experts over {self.expert}" if self.expert > 1 else ""
-        return f"{self.size} processes{cut}{experts}"
+        return f"{self.size} processes{weights}{experts}"
 
 
 def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size: int | None = None) -> Mesh:

@@ -1,9 +1,9 @@
-"""Processes that start together find one another, and not what those before them left.
+"""The processes of one life find one another in a store that dead processes have written to.
 
-torchrun keeps one store over all restarts. A process that starts anew could read in it where a dead one listened, and
-wait for it or be refused. How often torchrun has started is not the same number on every machine. So process 0 gives
-each life a name, and tells it to those that are alive: they ask with a word that nobody used before. It also tells
-them when all are there, or who is not.
+torchrun keeps one TCPStore over all restarts, and its restart count differs between machines: a new process could read
+the address of a dead one. So process 0 gives each life a name and answers whoever asks, under a key that nobody used
+before. `monitored_barrier` cannot say who is missing here: it needs a process group, which connects only when all are
+there.
 """
 
 import time
@@ -11,76 +11,45 @@ import uuid
 
 import torch.distributed as dist
 
+from smolseek.distributed.heartbeat import FIRST_SIGN
 from smolseek.errors import PeerLost, Stopped
 
 _POLL = 0.02
-"""Seconds between two looks for those who ask."""
-_LONGER = 2.0
-"""Seconds that the others wait longer than process 0, which knows who is missing."""
+"""Seconds between two looks into the store."""
 
 
 def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
     """Return a part of `store` that the `size` processes of this life share, and no earlier one wrote to.
 
+    It holds `sign/RANK` for each of them. The store is polled, since no signal would end a wait inside it.
+
     Raises:
         PeerLost: in every process, if some are not there after `timeout` seconds, or when a SIGTERM ends the wait;
             they are named.
     """
-    mine = uuid.uuid4().hex
-    if rank == 0:
-        missing, waited = _gather(store, mine, size, timeout)
-        store.set(f"met/{mine}", missing)
-        if missing:
-            raise _lost(rank, missing, waited)
-        return dist.PrefixStore(f"life/{mine}", store)
-    store.set(f"asks/{rank}", mine)
-    begun = time.monotonic()
-    life = _told(store, f"answer/{mine}", timeout, size)
+    nonce, begun = uuid.uuid4().hex, time.monotonic()
+    life = dist.PrefixStore(f"life/{nonce}", store) if rank == 0 else None
+    others = [other for other in range(size) if other != rank]
     if life is None:
-        raise _lost(rank, "0", time.monotonic() - begun)
-    store.set(f"here/{life}/{rank}", "")
-    told = _told(store, f"met/{life}", timeout + _LONGER, size)
-    away = [str(other) for other in range(1, size) if told is None and not store.check([f"here/{life}/{other}"])]
-    missing = ", ".join(away) or "0" if told is None else told
-    if missing:
-        raise _lost(rank, missing, time.monotonic() - begun)
-    return dist.PrefixStore(f"life/{life}", store)
-
-
-def _gather(store: dist.Store, life: str, size: int, timeout: float) -> tuple[str, float]:
-    """Answer all who ask, the dead too, until everyone has heard. Returns who has not, and the seconds waited."""
-    missing, begun = set(range(1, size)), time.monotonic()
+        store.set(f"asks/{rank}", nonce)
+    else:
+        life.set("sign/0", FIRST_SIGN)
     try:
-        while missing and time.monotonic() - begun < timeout:
-            for rank in sorted(missing):
-                if store.check([f"asks/{rank}"]):
-                    store.set(f"answer/{store.get(f'asks/{rank}').decode()}", life)
-            missing = {rank for rank in missing if not store.check([f"here/{life}/{rank}"])}
-            time.sleep(_POLL if missing else 0)
-    except Stopped:
-        if not missing:
-            raise
-    return ", ".join(map(str, sorted(missing))), time.monotonic() - begun
-
-
-def _told(store: dist.Store, key: str, timeout: float, size: int) -> str | None:
-    """Return what `key` comes to hold; None if `timeout` seconds pass, or a SIGTERM comes, before.
-
-    It looks again and again, since no signal would end a wait inside the store; the more ask, the less often.
-    """
-    until = time.monotonic() + timeout
-    try:
-        while not store.check([key]):
-            if time.monotonic() > until:
-                return None
+        while time.monotonic() - begun < timeout:
+            if rank == 0:
+                for other in others:
+                    if store.check([f"asks/{other}"]):  # it may be a dead one's question: the answer is read by nobody
+                        store.set(f"answer/{store.get(f'asks/{other}').decode()}", nonce)
+            elif life is None and store.check([f"answer/{nonce}"]):
+                life = dist.PrefixStore(f"life/{store.get(f'answer/{nonce}').decode()}", store)
+                life.set(f"sign/{rank}", FIRST_SIGN)
+            if life is not None and life.check([f"sign/{other}" for other in others]):
+                return life
             time.sleep(max(_POLL, size / 5000))
     except Stopped:
-        return None
-    return store.get(key).decode()
-
-
-def _lost(rank: int, missing: str, waited: float) -> PeerLost:
-    return PeerLost(
-        f"process {rank}: no word of process {missing} in {waited:.1f} seconds: start all processes, "
-        "or raise --mesh.timeout"
+        pass
+    missing = [0] if life is None else [other for other in others if not life.check([f"sign/{other}"])]
+    raise PeerLost(
+        f"process {rank}: no word of process {', '.join(map(str, missing))} in {time.monotonic() - begun:.1f} seconds: "
+        "start all processes, or raise --mesh.timeout"
     )

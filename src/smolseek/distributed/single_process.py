@@ -1,30 +1,29 @@
-"""One process, which holds everything and reads every row. Imports no torch.distributed.
+"""One process, which holds the full model and trains on every sequence. Imports no torch.distributed.
 
 `context.DistributedContext` has the same methods for many processes; the training loop is written once, for both.
 """
 
 import signal
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import torch
 
 from smolseek.config import ModelConfig, TrainConfig
-from smolseek.model.local_shards import LocalShard, full_tensor, full_tensors
+from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM, new_model
 
 Named = list[tuple[str, torch.nn.Parameter]]
 
 
 class Stream(Protocol):
-    """Training rows from a position on."""
+    """Training sequences from a position on."""
 
     def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
-        """Return the next `n` rows, int64 [n, T+1]; `stopped` ends a wait for them."""
+        """Return the next `n` sequences, int64 [n, T+1]; `stopped` ends a wait for them."""
 
     def position(self) -> dict[str, Any]:
-        """Return where the next row begins."""
+        """Return where the next sequence begins."""
 
     def record(self) -> dict[str, Any]:
         """Return what the metrics hold of it."""
@@ -40,12 +39,10 @@ class Stream(Protocol):
 
 
 class SingleProcess:
-    """One process. `is_main` is the one that reads the data, prints and writes the run folder."""
+    """One process. The main process of many reads the data, prints and writes the run folder."""
 
     rank = 0
     size = 1
-    is_sharded = False
-    """Whether no process holds the whole model."""
     accumulates = True
     """Whether a backward pass may add gradients to `.grad` where autograd does not see it (`CausalLM.hidden`)."""
 
@@ -57,9 +54,7 @@ class SingleProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Leave the others."""
 
     def describe(self, device: torch.device) -> str:
@@ -78,47 +73,47 @@ class SingleProcess:
         """Return what `make` returns to the main process, in JSON types; the others do not call it."""
         return make()
 
-    def broadcast_tensor(self, rows: torch.Tensor | None) -> torch.Tensor:
-        """Return the main process's `rows`, int64 [N, T+1], to all."""
-        assert rows is not None
-        return rows
+    def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
+        """Return the main process's int64 tensor."""
+        assert tensor is not None
+        return tensor
 
     def share_stream(self, stream: Stream | None) -> Stream:
-        """Return the main process's stream to the main process, and one that stands still to the others."""
+        """Return the stream that the main process reads; in the others it stands still."""
         assert stream is not None
         return stream
 
     def micro_batches(
         self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Read the rows of one step: `grad_accum` micro-batches of `batch_size`.
+        """Read the sequences of one step: `grad_accum` micro-batches of `batch_size`.
 
-        Yields this process's rows of each micro-batch, and their share in it. The rows of all processes, side by
-        side, are those that one process would read.
+        Yields this process's sequences of each micro-batch, and their share in it. Those of all processes, side by
+        side, are the micro-batch that one process would read.
 
         Raises:
-            HubUnavailable: to all, when the main process's data are away.
+            HubUnavailable: in all processes, when the main process cannot read its data.
         """
-        rows = stream.next_batch(config.batch_size * config.grad_accum, stopped)
-        return ((micro, 1.0) for micro in rows.split(config.batch_size))
+        batch = stream.next_batch(config.batch_size * config.grad_accum, stopped)
+        return ((micro, 1.0) for micro in batch.split(config.batch_size))
 
-    def shard_batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's rows of `rows`, which all have, and their share in them."""
-        return rows, 1.0
+    def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Return this process's sequences of `batch`, which all have, and their share in it."""
+        return batch, 1.0
 
-    def set_last_backward(self, model: CausalLM, last: bool) -> None:
+    def set_last_backward(self, model: CausalLM, is_last: bool) -> None:
         """Prepare a backward pass: is it the last one before the optimizer's step?"""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of every process's `x`."""
         return x
 
-    def clip_grad_norm(self, model: CausalLM, most: float) -> torch.Tensor:
-        """Scale the whole gradient down to the norm `most`, and return the norm it had."""
-        return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+    def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
+        """Scale the full gradient down to the norm `max_norm`, and return the norm it had."""
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def optimizer_parameters(self, model: CausalLM) -> Named:
-        """Return what the optimizer is to step, by name: this process's parts of all that is not empty."""
+        """Return what the optimizer steps, by name: this process's shard of every parameter that is not empty."""
         return [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
 
     def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
@@ -129,18 +124,10 @@ class SingleProcess:
         """Return what this process holds of the model, by name; a tied head is left out."""
         return full_tensors(model)
 
-    def as_shard(self, name: str, tensor: torch.Tensor) -> LocalShard:
-        """Return `tensor`, which is as this process's part of the parameter `name`, as a part."""
-        return full_tensor(tensor)
-
-    def shard_slice(self, name: str) -> slice | None:
-        """Return which rows of the parameter `name` this process holds; None for all."""
-        return None
-
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process writes its rows of the parameter `name`, the `number`-th, into checkpoints.
+        """Return whether this process writes its shard of the parameter `name`, the `number`-th, into checkpoints.
 
-        Of the processes that hold the same rows one does, another one for each number.
+        Of the processes that hold the same shard one does, another one for each number.
         """
         return True
 

@@ -16,6 +16,11 @@ class LocalShard(NamedTuple):
     rows: int
     """Rows of the full tensor."""
 
+    @property
+    def slice(self) -> slice | None:
+        """Which rows these are; None for all."""
+        return None if len(self.tensor) == self.rows else slice(self.start, self.start + len(self.tensor))
+
 
 def full_tensor(tensor: torch.Tensor) -> LocalShard:
     """Return all of `tensor` as a shard."""

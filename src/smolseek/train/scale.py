@@ -57,7 +57,7 @@ def cost(config: ModelConfig, mesh: Mesh, run: Run) -> Cost:
             continue
         dealt = M > 1 and ".mlp.experts." in name
         rows, shards, copies = (
-            (len(p) // M, mesh.expert_shard, mesh.expert_copies) if dealt else (len(p), S, mesh.copies)
+            (len(p) // M, mesh.expert_shard, mesh.expert_replicas) if dealt else (len(p), S, mesh.replicas)
         )
         own = -(-rows // shards)
         row = 4 * p[0].numel()

@@ -10,6 +10,7 @@ import torch
 from smolseek.config import from_dict
 from smolseek.distributed.single_process import SingleProcess, Stream
 from smolseek.errors import damage_told
+from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
@@ -92,14 +93,14 @@ class TrainState:
         """
         progress = dataclasses.asdict(self.progress) | {"seconds": seconds}
         rest = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
-        tensors = {}
+        tensors, shards = {}, self.distributed.local_shards(self.model)
         for name, value in state_tensors(self.optimizer).items():
             number, parameter = self._parameter(name)
             if value.ndim == 0:
                 if self.distributed.is_main:
                     tensors[name] = value
             elif self.distributed.writes_shard(parameter, number):
-                tensors[state_name(name, self.distributed.as_shard(parameter, value))] = value
+                tensors[state_name(name, shards[parameter]._replace(tensor=value))] = value
         return tensors, rest
 
     def restore(self, path: Path, *, data: bool) -> dict[str, Any]:
@@ -108,12 +109,13 @@ class TrainState:
         With `data`, the data and the guard go back as well, as if the run had never stopped; else they stay, so that
         the run does not meet the same data again.
         """
+        shards = self.distributed.local_shards(self.model)
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
-            tensors, saved = load_state(path, lambda name: self.distributed.shard_slice(self._parameter(name)[1]))
+            tensors, saved = load_state(path, lambda name: shards[self._parameter(name)[1]].slice)
         self.load_weights(path)
         device = self.model.lm_head.weight.device
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
-            self._check_shapes(tensors)
+            self._check_shapes(tensors, shards)
             load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
         with damage_told(path / STATE_JSON, "use an older checkpoint"):
             self.progress = progress_of(saved, path)
@@ -132,10 +134,9 @@ class TrainState:
         number = int(name.split(".")[1])
         return number, parameter_names(self.optimizer)[number]
 
-    def _check_shapes(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Raise ValueError for a moment that is not its parameter's; of a parameter in parts the rows are counted."""
-        shapes = {name: part.tensor.shape for name, part in self.distributed.local_shards(self.model).items()}
+    def _check_shapes(self, tensors: dict[str, torch.Tensor], shards: dict[str, LocalShard]) -> None:
+        """Raise ValueError for a moment that is not its parameter's."""
         for name, value in tensors.items():
-            shape = shapes[self._parameter(name)[1]]
-            if value.ndim and not self.distributed.is_sharded and value.shape != shape:
+            shape = shards[self._parameter(name)[1]].tensor.shape
+            if value.ndim and value.shape != shape:
                 raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +13,6 @@ SMALL = (
 )
 
 STOPPER = Path(__file__).with_name("stopper.py")
-
-
-def write_text(path: Path) -> Path:
-    """Write documents of drawn words."""
-    rng = random.Random(0)
-    words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
-    lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(60))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 def launch(
