@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self, cast
@@ -58,12 +57,12 @@ class DistributedContext(SingleProcess):
         self._optimized: Named = []
         if device.type == "cuda" and not dist.is_nccl_available():
             raise SmolseekError("this PyTorch has no NCCL, which several GPUs need: use --device cpu, or one process")
-        self._sigterm_before = _on_sigterm(_end)
+        self._sigterm_before = signal.signal(signal.SIGTERM, _end) or signal.SIG_DFL
         try:
             self._connect(device, timeout)
         except BaseException:
             # torchrun sends a SIGTERM as soon as the first one has ended: the last words are said all the same.
-            _on_sigterm(signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise
 
     def _connect(self, device: torch.device, timeout: float) -> None:
@@ -99,7 +98,7 @@ class DistributedContext(SingleProcess):
             PeerLost: instead of what a collective that failed says.
         """
         sys.stdout = self._stdout
-        _on_sigterm(self._sigterm_before if error is None else signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._sigterm_before if error is None else signal.SIG_IGN)
         code = None
         if isinstance(error, RuntimeError | _Ended) and not self._add_spoken(0):
             self._raise_if_lost(error)
@@ -301,13 +300,6 @@ class _RemoteStream:
 
 def _end(number: int, frame: FrameType | None) -> None:
     raise _Ended("stopped by SIGTERM; what was saved before counts: go on with --resume", 128 + number)
-
-
-def _on_sigterm(handler: Any) -> Any:
-    """Set what a SIGTERM does, where that can be set, and return what it did before."""
-    if threading.current_thread() is not threading.main_thread():
-        return signal.SIG_DFL
-    return signal.signal(signal.SIGTERM, handler) or signal.SIG_DFL
 
 
 def _nonempty(model: CausalLM) -> list[nn.Parameter]:

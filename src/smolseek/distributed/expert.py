@@ -1,6 +1,6 @@
 """Expert parallelism: each process holds some experts, and tokens travel to them and back.
 
-Shapes as in `model/moe.py`; X pairs that this process computes, P processes that hold all experts together.
+Shapes as in `model/moe.py`; X slots (token, expert) that this process computes.
 """
 
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ class _Permutation(NamedTuple):
     """How the tokens came, for the way back."""
 
     order_M: torch.Tensor
-    """Of this process's pairs, by expert."""
+    """Of this process's slots, by expert."""
     order_X: torch.Tensor
-    """Of the pairs that arrived, by expert."""
+    """Of the slots that arrived, by expert."""
     sent: list[int]
-    """Pairs that went to each process."""
-    taken: list[int]
-    """Pairs that came from each process."""
+    """Slots that went to each process."""
+    received: list[int]
+    """Slots that came from each process."""
 
 
 class ExpertDispatcher(LocalDispatcher):
@@ -35,24 +35,24 @@ class ExpertDispatcher(LocalDispatcher):
         self.group, self.size = group, group.size()
 
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
-        """Return the pairs whose experts are here, from all processes of the group, sorted by expert."""
+        """Return the slots whose experts are here, from all processes of the group, sorted by expert."""
         x_MD, load_E, _, order_M = super().dispatch(x_ND, experts_NK, n_experts)
-        came_E = torch.empty_like(load_E)
-        dist.all_to_all_single(came_E, load_E, group=self.group)
-        own = n_experts // self.size
-        # The one place where the host waits: splits are numbers of Python's.
-        sent, taken = torch.stack((load_E, came_E)).view(2, self.size, own).sum(dim=2).tolist()
-        x_XD = _AllToAll.apply(x_MD, sent, taken, self.group)
+        received_E = torch.empty_like(load_E)
+        dist.all_to_all_single(received_E, load_E, group=self.group)
+        n_local = n_experts // self.size
+        # The one place where the host waits: the collective takes its splits as Python's numbers.
+        sent, received = torch.stack((load_E, received_E)).view(2, self.size, n_local).sum(dim=2).tolist()
+        x_XD = _AllToAll.apply(x_MD, sent, received, self.group)
         # From each process they came by expert; now by expert alone, and of one expert in the processes' order.
-        experts = torch.arange(own, device=x_ND.device).repeat(self.size)
-        order_X = experts.repeat_interleave(came_E, output_size=sum(taken)).argsort(stable=True)
-        counts = came_E.view(self.size, own).sum(dim=0)
-        return Dispatched(_reordered(x_XD, order_X), counts, load_E, _Permutation(order_M, order_X, sent, taken))
+        experts = torch.arange(n_local, device=x_ND.device).repeat(self.size)
+        order_X = experts.repeat_interleave(received_E, output_size=sum(received)).argsort(stable=True)
+        counts_E = received_E.view(self.size, n_local).sum(dim=0)
+        return Dispatched(_reordered(x_XD, order_X), counts_E, load_E, _Permutation(order_M, order_X, sent, received))
 
     def combine(self, y_XD: torch.Tensor, permutation: Any, weights_NK: torch.Tensor) -> torch.Tensor:
         """Send the results back and return the weighted sum of each token's experts [N, D]."""
         y_XD = _reordered(y_XD, inverse(permutation.order_X))
-        y_MD = _AllToAll.apply(y_XD, permutation.taken, permutation.sent, self.group)
+        y_MD = _AllToAll.apply(y_XD, permutation.received, permutation.sent, self.group)
         return super().combine(y_MD, permutation.order_M, weights_NK)
 
 
@@ -61,19 +61,20 @@ def _reordered(x_XD: torch.Tensor, order_X: torch.Tensor) -> torch.Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to the processes that they are for; the gradients go the way back."""
+    """Rows to the processes that they are for; the gradients go the way back.
+
+    PyTorch's own with a gradient is deprecated (`torch.distributed.nn`) or private (`_functional_collectives`).
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sent: list[int], taken: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.sent, ctx.taken, ctx.group = sent, taken, group
-        return _exchanged(x, sent, taken, group)
+    def forward(
+        ctx: Any, x: torch.Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        y = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(y, x.contiguous(), received, sent, group=group)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:  # type: ignore[override]
-        return _exchanged(dy, ctx.taken, ctx.sent, ctx.group), None, None, None
-
-
-def _exchanged(x: torch.Tensor, sent: list[int], taken: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    y = x.new_empty(sum(taken), *x.shape[1:])
-    dist.all_to_all_single(y, x.contiguous(), taken, sent, group=group)
-    return y
+        return _AllToAll.apply(dy, ctx.received, ctx.sent, ctx.group), None, None, None

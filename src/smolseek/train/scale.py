@@ -1,12 +1,12 @@
 """What a run costs each of many processes, on paper: memory, and bytes sent by each collective.
 
-The formulas are those of ring algorithms and of what `distributed/` does: S processes that weights are cut over,
-R copies, M processes that hold all experts together, A forward passes a step. For n bytes of weights in float32
+The formulas are those of ring algorithms and of what `distributed/` does: S processes that weights are sharded over,
+R replicas, M processes that hold all experts together, A forward passes a step. For n bytes of weights in float32
 
     all-gather      2 A n (S-1)/S   before the forward and before the backward pass; 1 A n for embedding and head
     reduce-scatter    A n (S-1)/S   of the gradients
-    all-reduce      2 n/S (R-1)/R   over the copies, once a step
-    all-to-all      4 A p (M-1)/M   p bytes of pairs of token and expert, in a layer with experts: there and back, twice
+    all-reduce      2 n/S (R-1)/R   over the replicas, once a step
+    all-to-all      4 A p (M-1)/M   p bytes of routed slots, in a layer with experts: there and back, twice
 
 `bench/scale.py` counts them in small runs.
 """
@@ -45,32 +45,30 @@ class Cost:
 def cost(config: ModelConfig, mesh: Mesh, run: Run) -> Cost:
     """Return what the first process of `mesh`, which holds no less than any other, holds and sends.
 
-    `run.batch_size` are the rows of all processes.
+    `run.batch_size` counts the sequences of all processes.
     """
     with torch.device("meta"):
         model = CausalLM(config)
-    A, S, M = run.grad_accum, mesh.shard, mesh.expert
+    A, M = run.grad_accum, mesh.expert
     held = 0
     sent = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0, "all-to-all": 0.0}
     for name, p in model.named_parameters():
         if p.numel() == 0:
             continue
-        dealt = M > 1 and ".mlp.experts." in name
-        rows, shards, copies = (
-            (len(p) // M, mesh.expert_shard, mesh.expert_replicas) if dealt else (len(p), S, mesh.replicas)
-        )
-        own = -(-rows // shards)
-        row = 4 * p[0].numel()
-        held += own * p[0].numel()
+        rows, shards, replicas = len(p), mesh.shard, mesh.replicas
+        if M > 1 and ".mlp.experts." in name:
+            rows, shards, replicas = len(p) // M, mesh.expert_shard, mesh.expert_replicas
+        shard = -(-rows // shards) * p[0].numel()
+        held += shard
         gathers = 2 if name.startswith("model.layers.") else 1
-        sent["all-gather"] += gathers * A * row * own * (shards - 1)
-        sent["reduce-scatter"] += A * row * own * (shards - 1)
-        sent["all-reduce"] += 2 * row * own * (copies - 1) / copies
+        sent["all-gather"] += gathers * A * 4 * shard * (shards - 1)
+        sent["reduce-scatter"] += A * 4 * shard * (shards - 1)
+        sent["all-reduce"] += 2 * 4 * shard * (replicas - 1) / replicas
     tokens = run.batch_size * run.seq_len / mesh.size
     if M > 1:
-        pairs = tokens * config.num_experts_per_tok * config.hidden_size * run.number
+        slots = tokens * config.num_experts_per_tok * config.hidden_size * run.number
         again = 6 if run.grad_checkpointing == "full" else 4
-        sent["all-to-all"] = config.n_moe_layers * A * again * pairs * (M - 1) / M
+        sent["all-to-all"] = config.n_moe_layers * A * again * slots * (M - 1) / M
     kept = sum(
         half.whole
         for layer in range(config.num_hidden_layers)
@@ -89,27 +87,19 @@ def cost(config: ModelConfig, mesh: Mesh, run: Run) -> Cost:
 
 
 def lines(config: ModelConfig, mesh: Mesh, run: Run, interconnect: str) -> list[str]:
-    """Return the cost as text."""
-    found = cost(config, mesh, run)
-    text = summary.size_text
-    said = [f"Each of {mesh}, {run.batch_size} x {run.seq_len} tokens a pass and {run.grad_accum} passes a step:"]
-    said.append(f"  {'parameters':16}{found.parameters:,} ({text(4 * found.parameters)} in float32)")
-    said.append(f"  {'gradients':16}{text(4 * found.parameters)}")
-    for name in ("optimizer", "activations"):
-        said.append(f"  {name:16}{text(getattr(found, name))}")
-    said.append(f"  {'cache':16}{text(found.cache)} a token")
-    for name, n in found.sent.items():
-        if n:
-            said.append(f"  {name:16}{text(n)} sent a step")
-    share = communication(found, interconnect)
-    return [
-        *said,
-        f"  communication   {share:.0%} of a step over {interconnect} "
-        f"({text(INTERCONNECTS[interconnect])}/s), none of it hidden behind {FLOPS / 1e12:.0f} TFLOP/s",
-    ]
-
-
-def communication(found: Cost, interconnect: str) -> float:
-    """Return the share of a step that sending takes if nothing is computed meanwhile."""
-    sending, computing = sum(found.sent.values()) / INTERCONNECTS[interconnect], found.flops / FLOPS
-    return sending / (sending + computing)
+    """Return the cost as text; the share of communication holds if nothing is computed meanwhile."""
+    c, text = cost(config, mesh, run), summary.size_text
+    bandwidth = INTERCONNECTS[interconnect]
+    sending, computing = sum(c.sent.values()) / bandwidth, c.flops / FLOPS
+    figures = {
+        "parameters": f"{c.parameters:,} ({text(4 * c.parameters)} in float32)",
+        "gradients": text(4 * c.parameters),
+        "optimizer": text(c.optimizer),
+        "activations": text(c.activations),
+        "cache": f"{text(c.cache)} a token",
+        **{name: f"{text(n)} sent a step" for name, n in c.sent.items() if n},
+        "communication": f"{sending / (sending + computing):.0%} of a step over {interconnect} ({text(bandwidth)}/s), "
+        f"none of it hidden behind {FLOPS / 1e12:.0f} TFLOP/s",
+    }
+    head = f"Each of {mesh}, {run.batch_size} x {run.seq_len} tokens a pass and {run.grad_accum} passes a step:"
+    return [head, *(f"  {name:16}{figure}" for name, figure in figures.items())]
