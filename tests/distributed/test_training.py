@@ -20,10 +20,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(data, tmp_path_factory):
+def alone(data, fork_server, tmp_path_factory):
     run = tmp_path_factory.mktemp("alone") / "run"
-    done = runs.launch(1, run, data, *STEPS)
-    assert done.returncode == 0, done.stderr
+    fork_server.run("-m", "smolseek", *runs.arguments(run, data, *STEPS)).check_returncode()
     return run
 
 

@@ -15,6 +15,11 @@ SMALL = (
 STOPPER = Path(__file__).with_name("stopper.py")
 
 
+def arguments(run: Path, data: Path, *extra: str) -> list[str]:
+    """Return those of `smolseek` that train `tiny`, smaller still."""
+    return ["train", "tiny", "--data", str(data), "--run", str(run), *SMALL.split(), *extra]
+
+
 def launch(
     processes: int,
     run: Path,
@@ -24,21 +29,14 @@ def launch(
     restarts: int = 0,
     timeout: float = 120,
 ) -> subprocess.CompletedProcess:
-    """Train `tiny`, smaller still, with that many processes, and return how it ended.
+    """Train with that many processes, more than one, and return how it ended.
 
     `stop` is a step and the signal that the last process gets after it.
     """
-    words = ["train", "tiny", "--data", str(data), "--run", str(run), *SMALL.split(), *extra]
-    if processes == 1:
-        command = [sys.executable]
-    else:
-        start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node"]
-        command = [sys.executable, *start, str(processes)]
-    if stop is None:
-        # `--`, since torchrun would otherwise take --run for an option of its own.
-        command += ["-m", *(["--"] if processes > 1 else []), "smolseek", *words]
-    else:
-        command += [*(["--"] if processes > 1 else []), str(STOPPER), *map(str, stop), *words]
+    start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node"]
+    # `--`, since torchrun would otherwise take --run for an option of its own.
+    program = ["-m", "--", "smolseek"] if stop is None else ["--", str(STOPPER), *map(str, stop)]
+    command = [sys.executable, *start, str(processes), *program, *arguments(run, data, *extra)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 

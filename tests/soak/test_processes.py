@@ -43,7 +43,7 @@ def test_ten_kills_change_nothing(tmp_path):
     seed = time.time_ns()
     print(f"seed {seed}")
     rng = random.Random(seed)
-    words = ["train", "tiny", "--data", str(data), "--run", str(run), *runs.SMALL.split(), *WORDS]
+    words = runs.arguments(run, data, *WORDS)
     start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(KILLS), "--nproc-per-node", "2"]
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(
@@ -121,7 +121,7 @@ def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
         free.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{free.getsockname()[1]}"
     start = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", at]
-    words = ["train", "tiny", "--data", str(data), "--run", str(run), *runs.SMALL.split(), "--steps", "5000"]
+    words = runs.arguments(run, data, "--steps", "5000")
     machines = []
     try:
         for name in ("first", "second"):
