@@ -21,9 +21,10 @@ from smolseek.convert.pipeline import Conversion, convert
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_sequences
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.summary import count
 from smolseek.storage.hf_folder import load_model, read_config
-from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.tokenizer import load_tokenizer
 from smolseek.train.samples import PROMPTS
 
 VARIANTS = {

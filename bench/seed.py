@@ -27,7 +27,7 @@ from smolseek.audit.probe import others, random_ids
 from smolseek.audit.runner import audit_model
 from smolseek.audit.subject import Subject
 from smolseek.config import DataConfig
-from smolseek.data.datasets import read_corpus
+from smolseek.data.corpus import read_corpus
 
 VOCAB = 4096
 PROMPTS = ("The function returns", "If the argument is", "A module that", "This method is called when")

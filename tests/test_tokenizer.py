@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smolseek.errors import SmolseekError
 from smolseek.gguf_header import read_metadata
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.tokenizer import (
     Detokenizer,
     begin_ids,
@@ -17,7 +18,6 @@ from smolseek.tokenizer import (
     encoder,
     for_training,
     load_tokenizer,
-    smollm2_gguf,
     token_bytes,
 )
 

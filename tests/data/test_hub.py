@@ -68,18 +68,15 @@ READ = """
 import hashlib, json, sys
 from huggingface_hub import constants
 constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.4
-from smolseek.config import DataConfig
-from smolseek.data import hub, retries
-from smolseek.data.mixture import MixedStream, Source, TrainTexts
-from smolseek.data.datasets import open_dataset
+from smolseek.config import DataConfig, TrainConfig
+from smolseek.data import retries
+from smolseek.data.datasets import open_dataset, open_stream
+from smolseek.presets import preset
 retries.FIRST_PAUSE = 0.01
 data = DataConfig(sources=(sys.argv[1],), give_up_after=float(sys.argv[2]))
 corpus = open_dataset(data, 1000)
-encode = lambda texts: [list(text.encode()) for text in texts]
-files = corpus.whole.files
-sources = [Source(TrainTexts(hub.HubShards(f, "text", data.give_up_after), encode, 0, data.val_fraction), 1, i)
-           for i, f in enumerate(files)]
-stream = MixedStream(sources, [f.name.weight for f in files], 64, 1, corpus.whole.fingerprint())
+config = TrainConfig(model=preset("tiny"), run="unused", data=data, seq_len=64, seed=1)
+stream = open_stream(config, corpus, lambda texts: [list(text.encode()) for text in texts], 0, 0)
 whole = hashlib.sha256("".join(corpus.validation).encode())
 for _ in range(int(sys.argv[3])):
     whole.update(stream.next_batch(8).numpy().tobytes())
@@ -133,9 +130,9 @@ def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> No
 TRAIN = """
 import os, sys
 from smolseek.cli import main
-from smolseek.data import mixture, retries
+from smolseek.data import retries, shuffle
 retries.FIRST_PAUSE = float(os.environ.get("FIRST_PAUSE", "0.5"))
-mixture.BLOCK, mixture.CHUNK, mixture.QUEUE = 10, 2, 1
+shuffle.BLOCK, shuffle.CHUNK, shuffle.ShuffledShards.depth = 10, 2, 1
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -291,15 +288,16 @@ def test_an_endpoint_that_is_none_is_told_at_once(hub, tmp_path: Path) -> None:
 
 LOOK = """
 import json, sys, threading
+from smolseek.config import DataConfig
 from smolseek.data import hub
 from smolseek.errors import SmolseekError
 for word in sys.argv[1:]:
     try:
         name, = hub.parse_names([word])
-        files = hub.find_files(name, 5)
-        shards = hub.HubShards(files, "text", 5)
-        texts = [list(shards.rows(number, 1, threading.Event())) for number in range(len(shards))]
-        print(json.dumps([files.pinned.replace(files.commit, "COMMIT"), texts]))
+        found = hub.find_shards(name, DataConfig(give_up_after=5))
+        shards = [found.documents(number, 1, threading.Event()) for number in range(len(found))]
+        texts = [[(document.number, document.content) for document in shard] for shard in shards]
+        print(json.dumps([found.pinned.replace(found.commit, "COMMIT"), texts]))
     except SmolseekError as error:
         print(json.dumps(str(error)))
 """
@@ -384,10 +382,8 @@ def test_a_missing_path_is_not_asked_of_the_hub() -> None:
     ]
     assert parse_names(["o/n::test", "o/n:c:test"]) == [HubName("o/n", split="test"), HubName("o/n", "c", split="test")]
     pinned = HubName("o/n", "c", "0" * 40)
-    assert all(map(pinned.is_asked_by, [HubName("o/n"), HubName("o/n", "c"), pinned]))
-    assert not any(
-        map(pinned.is_asked_by, [HubName("o/n", "d"), HubName("o/n", weight=2.0), HubName("o/n", split="x")])
-    )
+    assert all(map(pinned.completes, [HubName("o/n"), HubName("o/n", "c"), pinned]))
+    assert not any(map(pinned.completes, [HubName("o/n", "d"), HubName("o/n", weight=2.0), HubName("o/n", split="x")]))
 
 
 def test_of_a_model_only_what_is_read_is_fetched(hub, tmp_path: Path) -> None:

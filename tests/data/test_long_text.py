@@ -81,8 +81,8 @@ def test_pieces_give_the_ids_of_the_whole(kind: str, monkeypatch) -> None:
     monkeypatch.setattr(module, "PIECE", 50)
     monkeypatch.setattr(module, "GROUP", 400)
     sizes: list[int] = []
-    pieces = module._pieces
-    monkeypatch.setattr(module, "_pieces", lambda *given: (sizes.append(len(p)) or p for p in pieces(*given)))
+    pieces = module._Encoder._pieces
+    monkeypatch.setattr(module._Encoder, "_pieces", lambda *given: (sizes.append(len(p)) or p for p in pieces(*given)))
     assert [list(ids) for ids in encoder(tokenizer)(texts)] == whole
     assert (len(sizes) > 60) == (kind != "one word"), "cut where it can be"
 

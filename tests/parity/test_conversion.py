@@ -8,9 +8,10 @@ from smolseek.convert.pipeline import Conversion, convert
 from smolseek.evaluate.compare import compare, text_sequences
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.storage.hf_config import config_to_hf
 from smolseek.storage.hf_folder import load_model
-from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.tokenizer import load_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3",

@@ -9,10 +9,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from smolseek.config import RopeConfig
 from smolseek.errors import SmolseekError
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.rope import frequencies
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_folder import load_model, read_config
-from smolseek.tokenizer import smollm2_gguf
 
 IDS = torch.randint(0, 96, (2, 30), generator=torch.Generator().manual_seed(1))
 KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")}

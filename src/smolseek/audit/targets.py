@@ -13,8 +13,8 @@ from torch import nn
 from smolseek.audit.probe import call
 from smolseek.audit.subject import Subject
 from smolseek.config import DataConfig, parse_json
+from smolseek.data.corpus import Corpus
 from smolseek.data.datasets import open_dataset
-from smolseek.data.split import Corpus
 from smolseek.errors import SmolseekError, reason
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, preset

@@ -45,6 +45,7 @@ def prepare(argv: Sequence[str]) -> None:
         raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
     from smolseek.config import DataConfig
     from smolseek.data import datasets, preparing
+    from smolseek.data.corpus import LocalShard
     from smolseek.data.shards import prepared_names
     from smolseek.data.spelling import Spelling
     from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
@@ -77,8 +78,8 @@ def prepare(argv: Sequence[str]) -> None:
     sources = datasets.open_texts(data)
     held = preparing.prepare(sources, target, args.tokens)
     for texts in (source.texts for source in sources):
-        if isinstance(texts, datasets.LocalTexts):
-            if hint := texts.report.separator_hint():
+        if isinstance(texts, LocalShard):
+            if hint := texts.hint():
                 console.warn(hint)
             if notes := texts.notes():
                 console.say(f"{' '.join(args.data)}: {notes}")

@@ -52,7 +52,7 @@ class Format:
         return cls(KINDS.get(path.with_suffix("").suffix if compression else path.suffix, ""), compression)
 
 
-def rows(
+def read_texts(
     source: Path | io.RawIOBase,
     form: Format,
     where: str,
@@ -120,19 +120,17 @@ def _encoding(file: BinaryIO) -> str:
 
 
 def _text(file: BinaryIO, where: str, separator: str | None) -> Iterator[str]:
-    encoding, way_out = _encoding(file), "convert it to UTF-8 or leave it out"
-    head = file.read(_SNIFFED)
-    if encoding != "utf-16" and b"\0" in head:  # told before gigabytes are read
-        raise NotText(f"{where} is no text (it has NUL bytes): {way_out}")
-    data = head + file.read()
-    if encoding != "utf-16" and b"\0" in data:
-        raise NotText(f"{where} is no text (it has NUL bytes): {way_out}")
+    encoding, way_out, data = _encoding(file), "convert it to UTF-8 or leave it out", b""
+    for size in (_SNIFFED, -1):  # the beginning first: NUL bytes there are told before gigabytes are read
+        data += file.read(size)
+        if encoding != "utf-16" and b"\0" in data:
+            raise NotText(f"{where} is no text (it has NUL bytes): {way_out}")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         name = "UTF-16" if encoding == "utf-16" else "UTF-8"
         raise NotText(f"{where} is no text (byte {error.start:,} is no {name}): {way_out}") from None
-    del head, data
+    del data
     if "\r\n" in text:
         text = text.replace("\r\n", "\n")
     if separator is None:

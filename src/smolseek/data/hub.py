@@ -1,24 +1,25 @@
 """Data sets on the Hugging Face hub: names, shard files pinned to a commit, and checked range requests."""
 
-import io
+import contextlib
+import functools
 import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smolseek.data import formats
-from smolseek.data.formats import Format
+from fsspec.spec import AbstractBufferedFile
+
+from smolseek.config import DataConfig
+from smolseek.data.formats import Format, read_texts
 from smolseek.data.retries import ReadStatistics, RetryableError, retry
+from smolseek.data.shards import Document, checksum, text_documents
 from smolseek.errors import SmolseekError
 
 SHORT_NAMES = {name: f"HuggingFaceTB/smollm-corpus:{name}" for name in ("cosmopedia-v2", "fineweb-edu-dedup")}
 """The text configurations of SmolLM's corpus; its third one, python-edu, holds no text."""
-
-TAIL = 1 << 16
-"""Bytes asked for at a file's end: a parquet footer is usually shorter."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ class HubName:
     split: str | None = None
     """None is train, or the only one."""
 
-    def is_asked_by(self, other: "HubName") -> bool:
-        """Return whether `other` names the same with less said: this is what it stood for."""
-        told = [(other.config, self.config), (other.split, self.split), (other.revision, self.revision)]
+    def completes(self, other: "HubName") -> bool:
+        """Return whether this is what `other` stands for, with the configuration, split and revision filled in."""
+        pairs = [(other.config, self.config), (other.split, self.split), (other.revision, self.revision)]
         same = (self.repo, self.weight) == (other.repo, other.weight)
-        return same and all(less is None or less == more for less, more in told)
+        return same and all(less is None or less == more for less, more in pairs)
 
     def __str__(self) -> str:
         parts = [self.repo, self.config or "", self.split or ""]
@@ -86,7 +87,7 @@ def _may_be_repo(word: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Shard:
+class File:
     """One file of a data set."""
 
     path: str
@@ -94,12 +95,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class HubFiles:
-    """The files of one split of a data set at one commit."""
+class HubShards:
+    """The files of one split of a data set at one commit; their documents are texts."""
 
     name: HubName
     commit: str
-    shards: tuple[Shard, ...]
+    files: tuple[File, ...]
+    data: DataConfig
+    statistics: ReadStatistics = field(default_factory=ReadStatistics, compare=False)
 
     @property
     def pinned(self) -> str:
@@ -107,26 +110,74 @@ class HubFiles:
         weight = "" if self.name.weight == 1.0 else f"={self.name.weight:g}"
         return f"{self.name}@{self.commit}{weight}"
 
+    def __len__(self) -> int:
+        return len(self.files)
 
-def find_files(name: HubName, give_up_after: float) -> HubFiles:
+    def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
+        """Yield a shard's documents from number `first` on; `stop` ends retries.
+
+        In a parquet file the documents before are passed over; of the other formats they are read again.
+
+        Raises:
+            HubUnavailable: when the hub does not answer for long.
+            SmolseekError: for a column that is not there or holds no text, or a damaged file.
+        """
+        data, file = self.data, self.files[shard]
+
+        def fetch(start: int, end: int) -> bytes:
+            request = functools.partial(_fetch_range, self, file, start, end)
+            content = retry(request, f"{file.path} bytes {start:,}-{end:,}", data.give_up_after, stop, self.statistics)
+            self.statistics.received(len(content))
+            return content
+
+        where = f"data {self.name.repo} {file.path}"
+        options: Any = {"column": data.text_column, "separator": data.document_separator, "first": first}
+        yield from text_documents(read_texts(_RemoteFile(file, fetch), Format.of(file.path), where, **options))
+
+
+class HubDataset:
+    """Hub data sets, of which a run reads the shards as it goes.
+
+    Raises:
+        HubUnavailable, SmolseekError: as `find_shards`.
+    """
+
+    def __init__(self, names: Sequence[HubName], data: DataConfig) -> None:
+        self.statistics = ReadStatistics()
+        self.shards = [find_shards(name, data, self.statistics) for name in names]
+        """The documents of each source."""
+        self.weights = [name.weight for name in names]
+        """Weight of each source in the mixture."""
+
+    def summary(self) -> str:
+        """Return in a few words what they are."""
+        return f"{sum(map(len, self.shards)):,} shards of {', '.join(shards.pinned for shards in self.shards)}"
+
+    def fingerprint(self) -> str:
+        """Return a name of the contents: their commits, weights, and the names and sizes of their files."""
+        contents = [(shards.pinned, [(file.path, file.size) for file in shards.files]) for shards in self.shards]
+        return f"{sum(map(len, self.shards))} hub shards, {checksum(repr(contents).encode())}"
+
+
+def find_shards(name: HubName, data: DataConfig, statistics: ReadStatistics | None = None) -> HubShards:
     """Return the files of a data set's split, as `datasets` finds them, and the commit they are of.
 
     The name comes back with its configuration and, unless it is train, its split.
 
     Raises:
-        HubUnavailable: when the hub does not answer for `give_up_after` seconds.
+        HubUnavailable: when the hub does not answer for `data.give_up_after` seconds.
         SmolseekError: for a data set, configuration, split or revision that is not there or not open to this user, or
             files of a kind that is not read.
     """
 
-    def ask() -> HubFiles:
+    def ask() -> tuple[HubName, str, tuple[File, ...]]:
         with _quiet():
             return _find(name)
 
-    return retry(ask, str(name), give_up_after)
+    return HubShards(*retry(ask, str(name), data.give_up_after), data, statistics or ReadStatistics())
 
 
-def _find(name: HubName) -> HubFiles:
+def _find(name: HubName) -> tuple[HubName, str, tuple[File, ...]]:
     import datasets
     import httpx2
     from huggingface_hub import HfApi, constants
@@ -180,16 +231,15 @@ def _find(name: HubName) -> HubFiles:
     sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
     paths = [path.removeprefix(root) for path in splits[split]]
     if any(path not in sizes for path in paths):
-        raise RetryableError(
-            "the list of files does not fit the commit"
-        )  # `datasets` fell back to an older copy of its own
+        # `datasets` fell back to an older copy of its own.
+        raise RetryableError("the list of files does not fit the commit")
     strange = next((path for path in paths if not Format.of(path).kind), None)
     if strange is not None:
         raise SmolseekError(
             f"data {name} holds {strange}, which is no text, JSON, csv or parquet: fetch it and give its text"
         )
     name = replace(name, split=None if split == "train" else split)
-    return HubFiles(name, info.sha, tuple(Shard(path, int(sizes[path] or 0)) for path in paths))
+    return name, info.sha, tuple(File(path, int(sizes[path] or 0)) for path in paths)
 
 
 def why_refused(repo: str, kind: str, status: int, headers: Mapping[str, str]) -> str:
@@ -210,8 +260,20 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
 
 
-def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
+class _RemoteFile(AbstractBufferedFile):
+    """A shard as a seekable file. It keeps the range read last, so that a small file is read once."""
+
+    def __init__(self, file: File, fetch: Callable[[int, int], bytes]) -> None:
+        self._fetch_range = fetch
+        # Nothing is read ahead: pyarrow reads a footer, and the column of a row group, at once.
+        super().__init__(None, file.path, size=file.size, block_size=0)
+
+
+def _fetch_range(shards: HubShards, file: File, start: int, stop: int) -> bytes:
     """Return bytes `start` to `stop` (exclusive) of a file, in one request.
+
+    `HfFileSystem` takes any answer for the range it asked for, and repeats requests itself, heedless of
+    `data.give_up_after` and of a run that is to stop.
 
     Raises:
         RetryableError: for time-outs, resets, 408, 429, 5xx, and for another range, length or file size than asked.
@@ -221,8 +283,8 @@ def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session
 
-    name = files.name
-    url = hf_hub_url(name.repo, shard.path, repo_type="dataset", revision=files.commit)
+    repo = shards.name.repo
+    url = hf_hub_url(repo, file.path, repo_type="dataset", revision=shards.commit)
     headers = build_hf_headers() | {"range": f"bytes={start}-{stop - 1}", "accept-encoding": "identity"}
     seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
@@ -233,110 +295,15 @@ def fetch_range(files: HubFiles, shard: Shard, start: int, stop: int) -> bytes:
     if _passing(status):
         raise RetryableError(f"HTTP {status}", _asked_pause(answer))
     if status >= 400:
-        raise SmolseekError(f"data {name.repo} {why_refused(name.repo, 'data set', status, answer.headers)}")
+        raise SmolseekError(f"data {repo} {why_refused(repo, 'data set', status, answer.headers)}")
     if status != 206:
         raise RetryableError(f"HTTP {status} in answer to a range")
-    told = answer.headers.get("content-range", "")
-    if told != f"bytes {start}-{stop - 1}/{shard.size}":
-        raise RetryableError(f"the answer is of {told or 'no range'}, not of bytes {start}-{stop - 1}/{shard.size}")
+    content_range, expected = answer.headers.get("content-range", ""), f"bytes {start}-{stop - 1}/{file.size}"
+    if content_range != expected:
+        raise RetryableError(f"the answer is of {content_range or 'no range'}, not of {expected}")
     if len(answer.content) != stop - start:
         raise RetryableError(f"{len(answer.content):,} bytes instead of {stop - start:,}")
     return answer.content
-
-
-class RemoteFile(io.RawIOBase):
-    """A shard as a seekable file; each read is one range request, made again until it succeeds."""
-
-    def __init__(
-        self, files: HubFiles, shard: Shard, give_up_after: float, stop: threading.Event, traffic: ReadStatistics
-    ) -> None:
-        super().__init__()
-        self._files, self._shard, self._give_up_after, self._stop = files, shard, give_up_after, stop
-        self._traffic = traffic
-        self._at = 0
-        self._tail_start = max(0, shard.size - TAIL)
-        self._tail: bytes | None = None
-
-    def readable(self) -> bool:
-        """A shard can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """A shard can be sought in."""
-        return True
-
-    def tell(self) -> int:
-        """Return the position in bytes."""
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position in bytes and return it."""
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._shard.size}[whence]
-        return self._at
-
-    def read(self, size: int | None = -1) -> bytes:
-        """Return the next `size` bytes, fewer only at the end."""
-        end = self._shard.size if size is None or size < 0 else min(self._at + size, self._shard.size)
-        start = self._at
-        if end <= start:
-            return b""
-        if start >= self._tail_start:  # the footer is read in three small pieces
-            if self._tail is None:
-                self._tail = self._fetch(self._tail_start, self._shard.size)
-            data = self._tail[start - self._tail_start : end - self._tail_start]
-        else:
-            data = self._fetch(start, end)
-        self._at = end
-        return data
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer, less of it only at the end; return how many bytes."""
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _fetch(self, start: int, stop: int) -> bytes:
-        what = f"{self._shard.path} bytes {start:,}-{stop:,}"
-
-        def ask() -> bytes:
-            return fetch_range(self._files, self._shard, start, stop)
-
-        data = retry(ask, what, self._give_up_after, self._stop, self._traffic)
-        self._traffic.received(len(data))
-        return data
-
-
-class HubShards:
-    """The texts of a data set's shards by shard and row."""
-
-    def __init__(
-        self,
-        files: HubFiles,
-        text_column: str,
-        give_up_after: float,
-        traffic: ReadStatistics | None = None,
-        separator: str | None = None,
-    ) -> None:
-        self.files, self._column, self._give_up_after = files, text_column, give_up_after
-        self._traffic, self._separator = traffic or ReadStatistics(), separator
-
-    def __len__(self) -> int:
-        return len(self.files.shards)
-
-    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
-        """Yield (number, text) of a shard's rows from number `row` on, null texts as None; `stop` ends retries.
-
-        In a parquet file the rows before are passed over; of the other formats they are read again.
-
-        Raises:
-            HubUnavailable: when the hub does not answer for long.
-            SmolseekError: for a column that is not there or holds no text, or a damaged file.
-        """
-        what = self.files.shards[shard]
-        remote = RemoteFile(self.files, what, self._give_up_after, stop, self._traffic)
-        where = f"data {self.files.name.repo} {what.path}"
-        form = Format.of(what.path)
-        yield from formats.rows(remote, form, where, column=self._column, separator=self._separator, first=row)
 
 
 def _passing(status: int) -> bool:
@@ -353,14 +320,15 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
 
 
-class _quiet:
-    """Silences the lines of `huggingface_hub`'s own retries: ours say the same in one."""
-
-    def __enter__(self) -> None:
-        self._loggers = [(log, log.level) for log in map(logging.getLogger, ("huggingface_hub", "datasets"))]
-        for log, _ in self._loggers:
-            log.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for log, level in self._loggers:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the lines of `huggingface_hub`'s own retries: ours say the same in one."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "datasets")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in zip(loggers, levels, strict=True):
             log.setLevel(level)

@@ -1,12 +1,11 @@
 """Requests that are made again until they succeed, are no longer wanted, or have failed for too long."""
 
-import contextlib
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from concurrent import futures
+from typing import Any, TypeVar
 
 from smolseek import console
 from smolseek.errors import Stopped
@@ -38,7 +37,7 @@ class RetryableError(Exception):
 
 
 class ReadStatistics:
-    """What went over the line, counted by the threads that read and told to the one that trains."""
+    """What went over the network, counted by the threads that read and told to the one that trains."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -65,53 +64,51 @@ class ReadStatistics:
 
 
 def retry(
-    ask: Callable[[], T],
+    request: Callable[[], T],
     what: str,
     give_up_after: float,
     stop: threading.Event | None = None,
-    traffic: ReadStatistics | None = None,
+    statistics: ReadStatistics | None = None,
 ) -> T:
-    """Return what `ask` returns, asking again after each `RetryableError`, with growing pauses and one plain line each.
+    """Return what `request` returns; call it again after each RetryableError, with growing pauses and a line each.
 
     Raises:
         HubUnavailable: when no try has succeeded for `give_up_after` seconds, or as soon as `stop` is set.
     """
     began, pause = time.monotonic(), FIRST_PAUSE
+    stop = stop or threading.Event()
     while True:
         try:
-            return ask() if stop is None else _unless(stop, ask, what)
-        except RetryableError as fault:
-            wait = max(pause, fault.pause)
+            return _unless(stop, request, what)
+        except RetryableError as error:
+            wait = max(pause, error.pause)
             spent = time.monotonic() - began
             if spent + wait > give_up_after:
-                raise HubUnavailable(f"the hub has not delivered {what} for {spent:.0f} s ({fault})") from None
-            console.warn(f"hub: {what}: {fault}; trying again in {wait:g} s")
-            if traffic is not None:
-                traffic.retried(f"{what}: {fault}")
-            if (stop or threading.Event()).wait(wait):
+                raise HubUnavailable(f"the hub has not delivered {what} for {spent:.0f} s ({error})") from None
+            console.warn(f"hub: {what}: {error}; trying again in {wait:g} s")
+            if statistics is not None:
+                statistics.retried(f"{what}: {error}")
+            if stop.wait(wait):
                 raise HubUnavailable(f"{what} is no longer wanted") from None
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _unless(stop: threading.Event, ask: Callable[[], T], what: str) -> T:
-    """Return what `ask` returns from a thread of its own, which is left to itself once `stop` is set.
+def _unless(stop: threading.Event, request: Callable[[], T], what: str) -> T:
+    """Return what `request` returns from a thread of its own, which is left to itself once `stop` is set.
 
     A server that has gone silent holds a request for its whole time-out, and nobody should wait along for data that
     are not wanted any more.
     """
-    found: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+    future: futures.Future[T] = futures.Future()
 
     def work() -> None:
         try:
-            found.put((ask(), None))
+            future.set_result(request())
         except BaseException as error:
-            found.put((None, error))
+            future.set_exception(error)
 
     threading.Thread(target=work, daemon=True, name="request").start()
     while not stop.is_set():
-        with contextlib.suppress(queue.Empty):
-            value, error = found.get(timeout=0.1)
-            if error is not None:
-                raise error
-            return cast(T, value)
+        if futures.wait([future], timeout=0.1).done:
+            return future.result()
     raise HubUnavailable(f"{what} is no longer wanted")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from smolseek.data.formats import ENDINGS, Format, NotText, rows
+from smolseek.data.formats import ENDINGS, Format, NotText, read_texts
 from smolseek.data.shards import is_prepared
 from smolseek.errors import SmolseekError
 
@@ -173,7 +173,7 @@ def _from_path(source: str, text_column: str, separator: str | None, report: Rea
     for path in list_files(source, report):
         form, empty = Format.of(path.name), True
         try:
-            for _, text in rows(path, form, f"data {path}", column=text_column, separator=separator):
+            for _, text in read_texts(path, form, f"data {path}", column=text_column, separator=separator):
                 empty = False
                 if separator is None and text and form.kind in ("text", ""):
                     report.separators.update({sign: n for sign in SEPARATORS if (n := text.count(sign))})

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolseek.errors import SmolseekError
-from smolseek.tokenizer import missing_bytes
+from smolseek.tokenizer import byte_of_character, is_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,7 +24,7 @@ class Spelling:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
         self._name = name
-        self._missing = missing_bytes(tokenizer)
+        self._missing = _missing_bytes(tokenizer)
         """Bytes without a token; None where tokens do not stand for bytes, so that only encoding tells."""
         self._backend: Any = None
         self._unknown: int | None = None
@@ -73,6 +73,15 @@ class Spelling:
                 f"the tokenizer {self._name} cannot spell {self.lost:.0%} of the text's characters ({examples}), and "
                 "they would be left out: use another --tokenizer, such as a byte-level one"
             )
+
+
+def _missing_bytes(tokenizer: "PreTrainedTokenizerFast") -> bytes | None:
+    """Return the bytes that a tokenizer has no token for, so that it drops them; None for one without byte tokens."""
+    vocabulary = tokenizer.get_vocab()
+    if is_byte_level(tokenizer):
+        return bytes(byte for sign, byte in byte_of_character().items() if sign not in vocabulary)
+    falls_back = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("byte_fallback")
+    return b"" if falls_back and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) else None
 
 
 def sample(documents: Sequence[str]) -> Iterable[str]:

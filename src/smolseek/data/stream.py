@@ -1,205 +1,179 @@
-"""Documents packed into rows of tokens: whole, unpadded, in a seeded order, from any position on.
-
-The training text is one endless sequence of tokens: all documents in a new order every epoch, each followed by EOS.
-Row n is its tokens nT to (n+1)T inclusive, so a row holds T inputs and T targets, and every token is predicted once.
-"""
+"""The training stream: documents of one or several sources, mixed, packed into sequences, from any position on."""
 
 import functools
-import hashlib
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from smolseek.data.prefetch import Prefetch
-from smolseek.data.sequences import CHUNK, cut_sequences, encode_documents
-from smolseek.data.split import digest
+from smolseek.data.retries import ReadStatistics
+from smolseek.data.sequences import cut_sequences
+from smolseek.data.shuffle import Position, ShuffledShards, ShuffledTexts
+from smolseek.data.split import fingerprint
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
-DEPTH = 2
-"""Chunks that are encoded ahead of the model."""
-CACHED_CHARACTERS = 64_000_000
-"""Corpora up to this size keep their tokens in memory, so that only the first epoch encodes."""
-
-
-class Texts(Protocol):
-    """Texts by shard and row."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
-        """Yield (number, text) of a shard's rows from number `row` on; `stop` ends retries."""
-
 
 class TrainStream:
-    """The endless sequence of training rows, at a position that can be saved and found again."""
+    """The endless training sequences, at a position that can be saved and found again.
+
+    Sources are mixed document by document: next comes the one furthest behind its share of the tokens.
+    """
 
     def __init__(
         self,
-        documents: Sequence[str],
-        encode: Encode,
-        eos_id: int,
+        sources: Sequence[ShuffledTexts | ShuffledShards],
+        weights: Sequence[float],
         seq_len: int,
         seed: int,
-        min_tokens: int = 0,
+        fingerprint: str,
+        statistics: ReadStatistics | None = None,
     ) -> None:
-        """Begin at the first epoch; `seq_len` is T, and one pass over the documents must give `min_tokens`.
+        """Begin at the first epoch of `sources`, whose order was drawn from `seed`; `seq_len` is T.
 
-        Raises:
-            SmolseekError: when there are no documents or too few tokens.
+        `fingerprint` names the data in the saved position; `statistics` of reading them go into the record.
         """
-        if not documents:
-            raise SmolseekError("no training document: give more documents")
-        self._documents, self._encode, self._eos_id = documents, encode, eos_id
-        self._seq_len, self._seed = seq_len, seed
-        self._cache: dict[int, np.ndarray] | None = None
-        if sum(map(len, documents)) <= CACHED_CHARACTERS:
-            self._cache = {}
-        self._tokens = 0
-        self._running: Prefetch[np.ndarray] | None = None
-        self._known_fingerprint = ""
-        self._epoch: int
-        self._document: int
-        self._offset: int
-        self._seek(0, 0, 0)
-        self._require(min_tokens)
+        assert len(sources) == len(weights) > 0
+        self._sources, self._weights = list(sources), list(weights)
+        self._seq_len, self._seed, self._fingerprint, self._statistics = seq_len, seed, fingerprint, statistics
+        # Text held whole has a position of its own form, which the checkpoints of all releases share.
+        self._texts = sources[0] if isinstance(sources[0], ShuffledTexts) else None
+        self._running: list[Prefetch[tuple[Position, np.ndarray]]] = []
+        self._tokens = self._documents = 0
+        self._seek([0] * len(sources), [Position()] * len(sources), 0)
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str], encode: Encode, eos_id: int, seq_len: int, seed: int) -> Self:
+        """Return the stream of texts held whole; raises SmolseekError when there are none."""
+        source = ShuffledTexts(texts, encode, eos_id, seed)
+        return cls([source], [1.0], seq_len, seed, fingerprint(texts))
+
+    def require(self, min_tokens: int) -> None:
+        """Raise SmolseekError if one pass over texts held whole gives fewer than `min_tokens`."""
+        assert self._texts is not None
+        while self._held < min_tokens and len(self._ahead) < len(self._texts):
+            self._read_document()
+        if self._held < min_tokens:
+            raise SmolseekError(
+                f"the training documents hold {self._held:,} tokens and one step takes {min_tokens:,}: "
+                "give more text, or lower --batch-size, --grad-accum or --seq-len"
+            )
 
     def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
-        """Return the next `n` rows, int64 [n, T+1]; the last token of a row is the first of the next.
+        """Return the next `n` sequences, int64 [n, T+1]; the last token of one is the first of the next.
 
-        When it raises, the position is the one before the call. `stopped` is for data that may be away, which these
-        are not.
-        """
-        ahead, missing, pieces = n * self._seq_len, n * self._seq_len + 1, []
-        skip, i = self._offset, 0
-        while missing:
-            if i == len(self._ahead):
-                self._read_document()
-            piece = self._ahead[i][skip : skip + missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            skip, i = 0, i + 1
-        rows = cut_sequences(np.concatenate(pieces), self._seq_len)
-        self._tokens += ahead
-        self._offset += ahead
-        while self._offset >= len(self._ahead[0]):
-            self._offset -= len(self._ahead.popleft())
-            self._document += 1
-            if self._document == len(self._documents):
-                self._epoch, self._document = self._epoch + 1, 0
-        return rows
-
-    def position(self) -> dict[str, int]:
-        """Return where the next row begins, for a person to find it: as in `state_dict`, and quick."""
-        return {"tokens": self._tokens, "epoch": self._epoch, "document": self._document, "offset": self._offset}
-
-    def record(self) -> dict[str, Any]:
-        """Return for the metrics what was read: whole documents and tokens, in all."""
-        return {"documents": self._epoch * len(self._documents) + self._document, "tokens": self._tokens}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the next row's first token, in JSON types.
-
-        `document` counts in the epoch's order, `offset` counts tokens in that document (EOS is its last), `tokens` is
-        how many have been handed out for prediction since the start.
-        """
-        return {
-            **self.position(),
-            "seed": self._seed,
-            "fingerprint": self._fingerprint(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the rows that follow are those that would have followed, at any batch size.
+        When it raises, the position is the one before the call.
 
         Raises:
-            SmolseekError: when the documents, their order or the seed are others than when the state was saved, or
-                the tokenizer is another so that the position does not exist.
+            HubUnavailable: when the data do not come, or `stopped` returns true while they are waited for.
         """
-        saved, here = state["fingerprint"], self._fingerprint()
-        if saved != here:
-            raise other_data(saved, here)
+        step = n * self._seq_len
+        while self._held < self._offset + step + 1:
+            self._read_document(stopped)
+        missing, pieces, skip = step + 1, [], self._offset
+        for _, tokens in self._ahead:
+            pieces.append(tokens[skip : skip + missing])
+            missing -= len(pieces[-1])
+            skip = 0
+            if not missing:
+                break
+        sequences = cut_sequences(np.concatenate(pieces), self._seq_len)
+        self._offset += step
+        self._tokens += step
+        while self._offset >= len(self._ahead[0][1]):
+            length = len(self._ahead.popleft()[1])
+            self._offset -= length
+            self._held -= length
+            self._documents += 1
+        return sequences
+
+    def position(self) -> dict[str, Any]:
+        """Return where the next sequence begins, as in `state_dict`, in JSON types.
+
+        `given` counts the tokens of each source's documents and `positions` says where it stands, both before the
+        document that holds the next token; `offset` counts tokens in it; `documents` and `tokens` are how many have
+        been handed out, documents whole. Of text held whole there are the epoch and the document's place in its order.
+        """
+        given, positions = self._ahead[0][0] if self._ahead else (self._given, self._positions)
+        if self._texts is not None:
+            at = {"epoch": positions[0].epoch, "document": positions[0].document}
+            return {"tokens": self._tokens, **at, "offset": self._offset}
+        return {
+            "given": list(given),
+            "positions": [position._asdict() for position in positions],
+            "offset": self._offset,
+            "documents": self._documents,
+            "tokens": self._tokens,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Return for the metrics what was read: documents and tokens in all, bytes and retries since the last call."""
+        read = {"documents": self._documents, "tokens": self._tokens}
+        return read if self._statistics is None else read | self._statistics.tell()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what it belongs to, in JSON types."""
+        return {**self.position(), "seed": self._seed, "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a saved position; the sequences that follow are those that would have followed, at any batch size.
+
+        Raises:
+            SmolseekError: when the data, the seed or the tokenizer are others than when the state was saved.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise SmolseekError(
+                f"the training data is not what the checkpoint saw ({state['fingerprint']} then, {self._fingerprint} "
+                "now): resume with --data naming the text as it was, wherever it lies now, or train on this text from "
+                "the run's weights: --init RUN --run OTHER"
+            )
         if state["seed"] != self._seed:
             raise SmolseekError(
                 f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"
             )
-        self._seek(state["epoch"], state["document"], state["offset"])
+        if self._texts is not None:
+            epoch, document = state["epoch"], state["document"]
+            self._seek([0], [Position(epoch, document=document)], state["offset"])
+            self._documents = epoch * len(self._texts) + document
+        else:
+            self._seek(state["given"], [Position(**position) for position in state["positions"]], state["offset"])
+            self._documents = state["documents"]
         self._tokens = state["tokens"]
-        self._read_document()
-        if self._offset >= len(self._ahead[0]):
-            raise SmolseekError(
-                f"the checkpoint stands at token {self._offset} of a document that has {len(self._ahead[0])}: "
-                "resume with the same --tokenizer"
-            )
+        if self._offset:
+            self._read_document()
+            if self._offset >= self._held:
+                raise SmolseekError(
+                    f"the checkpoint stands at token {self._offset} of a document that has {self._held}: "
+                    "resume with the same --tokenizer"
+                )
 
     def close(self) -> None:
-        """End the thread that encodes."""
-        if self._running is not None:
-            self._running.close()
-            self._running = None
+        """End the threads."""
+        for running in self._running:
+            running.close()
+        self._running = []
 
-    def _seek(self, epoch: int, document: int, offset: int) -> None:
+    def _seek(self, given: Sequence[int], positions: Sequence[Position], offset: int) -> None:
         self.close()
-        # The position of the next row's first token, and the encoded documents from that one on.
-        self._epoch, self._document, self._offset = epoch, document, offset
-        self._ahead: deque[np.ndarray] = deque()
+        # Before the next document to be read; `_ahead` holds the same before each document that was read.
+        self._given, self._positions = tuple(given), tuple(positions)
+        self._ahead: deque[tuple[tuple[tuple[int, ...], tuple[Position, ...]], np.ndarray]] = deque()
+        self._offset, self._held = offset, 0
 
-    def _visits(self, epoch: int, document: int) -> Iterator[list[int]]:
-        """Yield chunks of documents to visit, from a position on and for ever."""
-        while True:
-            # Raw PCG64 numbers never change between numpy releases, which Generator.permutation does not promise.
-            draw = np.random.PCG64(np.random.SeedSequence([self._seed % 2**64, epoch])).random_raw(len(self._documents))
-            order = np.argsort(draw, kind="stable")
-            for start in range(document, len(order), CHUNK):
-                yield order[start : start + CHUNK].tolist()
-            epoch, document = epoch + 1, 0
-
-    def _read_document(self) -> None:
-        if self._running is None:
-            # From the first document that was not read yet.
-            epoch, document = divmod(self._document + len(self._ahead), len(self._documents))
-            chunks = functools.partial(self._chunks, self._epoch + epoch, document)
-            self._running = Prefetch(chunks, DEPTH)
-        self._ahead.append(self._running.next())
-
-    def _chunks(self, epoch: int, document: int, stop: threading.Event) -> Iterator[list[np.ndarray]]:
-        """Yield chunks of encoded documents, from a position on and for ever."""
-        cache = self._cache
-        for chunk in self._visits(epoch, document):
-            new = [i for i in chunk if cache is None or i not in cache]
-            encoded = encode_documents([self._documents[i] for i in new], self._encode, self._eos_id)
-            known = dict(zip(new, encoded, strict=True))
-            if cache is not None:
-                cache.update(known)
-            yield [known[i] if cache is None else cache[i] for i in chunk]
-
-    def _require(self, min_tokens: int) -> None:
-        held = 0
-        while len(self._ahead) < len(self._documents) and held < min_tokens:
-            self._read_document()
-            held += len(self._ahead[-1])
-        if held < min_tokens:
-            raise SmolseekError(
-                f"the training documents hold {held:,} tokens and one step takes {min_tokens:,}: "
-                "give more text, or lower --batch-size, --grad-accum or --seq-len"
-            )
-
-    def _fingerprint(self) -> str:
-        if not self._known_fingerprint:
-            whole = hashlib.blake2b(digest_size=16)
-            for text in self._documents:
-                whole.update(digest(text))
-            self._known_fingerprint = f"{len(self._documents)} documents, {whole.hexdigest()}"
-        return self._known_fingerprint
-
-
-def other_data(saved: str, here: str) -> SmolseekError:
-    """Return what is said where the data with the fingerprint `here` are not those of the checkpoint, `saved`."""
-    return SmolseekError(
-        f"the training data is not what the checkpoint saw ({saved} then, {here} now): resume with --data naming the "
-        "text as it was, wherever it lies now, or train on this text from the run's weights: --init RUN --run OTHER"
-    )
+    def _read_document(self, stopped: Callable[[], object] | None = None) -> None:
+        if not self._running:
+            starts = zip(self._sources, self._positions, strict=True)
+            self._running = [Prefetch(functools.partial(source.chunks, at), source.depth) for source, at in starts]
+        # The one furthest behind its share; the first of equals.
+        k = min(range(len(self._sources)), key=lambda i: self._given[i] / self._weights[i])
+        position, tokens = self._running[k].next(stopped)
+        # As it was read: after the end of a block the source's own position lags behind.
+        before = (*self._positions[:k], position, *self._positions[k + 1 :])
+        self._ahead.append(((self._given, before), tokens))
+        self._held += len(tokens)
+        self._given = (*self._given[:k], self._given[k] + len(tokens), *self._given[k + 1 :])
+        after = position._replace(document=position.document + 1)
+        self._positions = (*before[:k], after, *before[k + 1 :])

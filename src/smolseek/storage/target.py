@@ -6,11 +6,12 @@ from typing import Any
 
 from smolseek.data.hub import why_refused
 from smolseek.errors import SmolseekError, nearest
+from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.presets import PRESETS
 from smolseek.run_folder import RunFolder
 from smolseek.storage.manifest import MANIFEST, newest_valid, verify
 from smolseek.storage.safetensors_file import INDEX, WEIGHTS, indexed_files
-from smolseek.tokenizer import SMOLLM2_HUB, smollm2_gguf
+from smolseek.tokenizer import SMOLLM2_HUB
 
 MODEL_MAY_BE = (
     "a run folder, a checkpoint, a Hugging Face folder, a .gguf file, smollm2, or a hub name such as owner/name"

@@ -9,11 +9,10 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
+from smolseek.data.corpus import Corpus
 from smolseek.data.datasets import open_dataset, open_stream
-from smolseek.data.mixture import MixedStream
 from smolseek.data.sequences import build_sequences
 from smolseek.data.spelling import Spelling, sample
-from smolseek.data.split import Corpus
 from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode, encoder, for_training, load_tokenizer, token_bytes
@@ -26,7 +25,7 @@ class Datasets:
     tokenizer: Any
     encode: Encode
     corpus: Corpus
-    stream: TrainStream | MixedStream
+    stream: TrainStream
     val_rows: torch.Tensor
     """Sequences of validation text, int64 [N, T+1]."""
     val_bytes: int

@@ -1,5 +1,7 @@
-"""Shuffling in blocks, mixing and the position of a stream too large to hold."""
+"""Shuffling in blocks, mixing and the position of data too large to hold."""
 
+import functools
+import hashlib
 import json
 import threading
 from collections import Counter
@@ -8,10 +10,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from smolseek.data import mixture
-from smolseek.data.mixture import MixedStream, Source, TrainTexts
+from smolseek.data import shuffle
 from smolseek.data.retries import HubUnavailable
+from smolseek.data.sequences import encode_documents
+from smolseek.data.shards import Document, text_documents
+from smolseek.data.shuffle import ShuffledShards
 from smolseek.data.split import is_validation
+from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError
 
 EOS = 0
@@ -34,12 +39,12 @@ class Lists:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def rows(self, shard: int, row: int, stop: threading.Event) -> Iterator[tuple[int, str | None]]:
-        for number in range(row, len(self.texts[shard])):
+    def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
+        for number in range(first, len(self.texts[shard])):
             if (shard, number) == self.away_at:
                 raise HubUnavailable("away")
             self.read.append((shard, number))
-            yield number, self.texts[shard][number]
+            yield from text_documents([(number, self.texts[shard][number])])
 
 
 def shards(name: str, sizes: tuple[int, ...] = (70, 0, 45, 90)) -> Lists:
@@ -53,9 +58,10 @@ def wanted(lists: Lists) -> list[str]:
     return [text for text in texts if text and text.strip() and not is_validation(text, VAL)]
 
 
-def mixed(*lists: Lists, weights: tuple[float, ...] = (), seq_len: int = 16, seed: int = 3) -> MixedStream:
-    sources = [Source(TrainTexts(found, encode, EOS, VAL), seed, i) for i, found in enumerate(lists)]
-    return MixedStream(sources, weights or [1.0] * len(lists), seq_len, seed, "these")
+def mixed(*lists: Lists, weights: tuple[float, ...] = (), seq_len: int = 16, seed: int = 3) -> TrainStream:
+    tokens = functools.partial(encode_documents, encode=encode, eos_id=EOS)
+    sources = [ShuffledShards(found, tokens, VAL, seed, i) for i, found in enumerate(lists)]
+    return TrainStream(sources, weights or [1.0] * len(lists), seq_len, seed, "these")
 
 
 def texts_of(rows: torch.Tensor) -> list[str]:
@@ -66,9 +72,9 @@ def texts_of(rows: torch.Tensor) -> list[str]:
 
 @pytest.fixture(autouse=True, params=[7, 64, 4096])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(mixture, "BLOCK", request.param)
-    monkeypatch.setattr(mixture, "CHUNK", 5)
-    monkeypatch.setattr(mixture, "QUEUE", 2)
+    monkeypatch.setattr(shuffle, "BLOCK", request.param)
+    monkeypatch.setattr(shuffle, "CHUNK", 5)
+    monkeypatch.setattr(ShuffledShards, "depth", 2)
     return request.param
 
 
@@ -84,8 +90,8 @@ def test_every_training_document_once_an_epoch_and_no_validation_document() -> N
 
 def test_order_depends_on_the_seed_and_not_on_the_speed_of_the_thread(monkeypatch) -> None:
     first = mixed(shards("a")).next_batch(100)
-    monkeypatch.setattr(mixture, "QUEUE", 1)
-    monkeypatch.setattr(mixture, "CHUNK", 3)
+    monkeypatch.setattr(ShuffledShards, "depth", 1)
+    monkeypatch.setattr(shuffle, "CHUNK", 3)
     slow = mixed(shards("a"))
     assert torch.equal(torch.cat([slow.next_batch(1) for _ in range(100)]), first)
     assert not torch.equal(mixed(shards("a"), seed=4).next_batch(100), first)
@@ -106,6 +112,20 @@ def test_resume_at_another_batch_size(done: int) -> None:
     assert resumed.state_dict() == state
     assert torch.equal(torch.cat([resumed.next_batch(3) for _ in range(200)]), expected)
     assert resumed.state_dict() == whole.state_dict()
+
+
+def test_a_checkpoint_of_an_earlier_release_goes_on_with_its_batches(block: int) -> None:
+    if block != 64:
+        return
+    first = {"epoch": 0, "block": 2, "shard": 2, "row": 71, "document": 55}
+    second = {"epoch": 1, "block": 0, "shard": 0, "row": 0, "document": 23}
+    state = {"given": [5013, 2168], "positions": [first, second], "offset": 35, "documents": 263, "tokens": 7216}
+    state |= {"seed": 3, "fingerprint": "these"}
+    at = mixed(shards("a"), shards("b", (30, 30)), weights=(0.7, 0.3))
+    at.load_state_dict(state)
+    assert at.state_dict() == state
+    batch = hashlib.sha256(at.next_batch(500).numpy().tobytes()).hexdigest()
+    assert batch == "249fde799c98a23a888f784f7f93a3f2b2bc3cde69788b621f407615649a5bba"
 
 
 def test_every_position_can_be_gone_back_to() -> None:
