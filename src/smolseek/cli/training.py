@@ -61,17 +61,10 @@ def train(argv: Sequence[str]) -> None:
     wants_help = not {"-h", "--help", "--help-model"}.isdisjoint(argv)
     name, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     options = resume_with_value(options)
-    resume = option(options, "--resume")
-    if resume in ("yes", "auto") and not wants_help:
-        if name is not None and Path(name).name == "config.json" and option(options, "--run") is None:
-            options, name = ["--run", str(Path(name).parent), *options], None
-        begun = _begun_run(name, options)
-    else:
-        begun = None
     if wants_help and name is None:
-        config = TrainConfig(model=preset("tiny"), run="runs/PRESET")
+        config, begun = TrainConfig(model=preset("tiny"), run="runs/PRESET"), None
     else:
-        config = _defaults(name, [] if wants_help else options, begun)
+        config, begun = _defaults(name, [] if wants_help else options)
     if "--help-model" in options:
         parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
     kind = TrainHelp if wants_help else TrainArgs
@@ -83,47 +76,47 @@ def train(argv: Sequence[str]) -> None:
         return TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
 
     chosen = parsed(config)
-    if begun is not None and name is not None:
-        # The run keeps its settings, whatever the preset or the model says that is named beside it.
+    if begun is not None:
         begun.check(chosen, resume=True)
         chosen = parsed(dataclasses.replace(begun.read_config(), run=chosen.run))
     from smolseek.train import loop
 
+    resume = option(options, "--resume")
     loop.train(chosen, resume="auto" if resume == "auto" else resume == "yes")
 
 
-def _begun_run(name: str | None, options: Sequence[str]) -> "RunFolder | None":
-    """Return the run that a command line with --resume goes on with, if there is one."""
-    from smolseek.run_folder import RunFolder
+def _defaults(name: str | None, options: Sequence[str]) -> "tuple[TrainConfig, RunFolder | None]":
+    """Return the settings that options change: those of a run, of the model of --init, or of the preset `name`.
 
-    run, init = option(options, "--run"), option(options, "--init")
-    folder = run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
-    return RunFolder(folder) if folder and RunFolder(folder).config.exists() else None
-
-
-def _defaults(name: str | None, options: Sequence[str], begun: "RunFolder | None") -> "TrainConfig":
-    """Return the settings that options change: those of a run, of the model of --init, or of the preset `name`."""
+    With a run that is there already, and keeps its own settings whatever is named beside --resume; None without one.
+    """
     from smolseek.config import TrainConfig
     from smolseek.presets import PRESETS, preset
     from smolseek.run_folder import RunFolder
 
-    run, init = option(options, "--run"), option(options, "--init")
-    if begun is not None and name is None:
-        return dataclasses.replace(begun.read_config(), run=str(begun.path))
-    if name is not None and Path(name).name == "config.json":
-        return RunFolder(Path(name).parent).read_config()
+    run, init, resume = (option(options, word) for word in ("--run", "--init", "--resume"))
+    other_run = Path(name).parent if name is not None and Path(name).name == "config.json" else None
+    begun = None
+    if resume in ("yes", "auto"):
+        folder = run or other_run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
+        if folder and RunFolder(folder).config.exists():
+            begun = RunFolder(folder)
+    if begun is not None and (name is None or begun.path == other_run):
+        return dataclasses.replace(begun.read_config(), run=str(begun.path)), None
+    if other_run is not None:
+        return RunFolder(other_run).read_config(), begun
     if init is not None:
         if name is not None:
             raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
-        return _from_model(init, option(options, "--tokenizer"))
+        return _from_model(init, option(options, "--tokenizer")), begun
     if name is not None:
-        return TrainConfig(model=preset(name), run=f"runs/{name}")
-    if run is None or option(options, "--resume") != "yes":
+        return TrainConfig(model=preset(name), run=f"runs/{name}"), begun
+    if run is None or resume != "yes":
         raise SmolseekError(
             f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, "
             "or --run RUN --resume to go on"
         )
-    return RunFolder(run).read_config()
+    return RunFolder(run).read_config(), None
 
 
 def resume_with_value(argv: Sequence[str]) -> list[str]:
