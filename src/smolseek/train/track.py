@@ -30,8 +30,7 @@ class Tracker:
             SmolseekError: if it is not installed.
         """
         self.kind, self.run, self.config = kind, run, config
-        self._module: Any = None
-        self._to: Any = None
+        self._writer: Any = None
         if kind != "none":
             try:
                 self._module = importlib.import_module(_MODULES[kind])
@@ -43,19 +42,46 @@ class Tracker:
 
     def open(self, step: int) -> None:
         """Begin after `step` steps: what the run records from now on is handed on."""
-        if self._module is None:
+        if self.kind == "none":
             return
         self.run.unread = []
+        settings, name = flatten(to_dict(self.config)), self.run.path.name
         with self._survived():
-            self._to = self._begun(step)
+            if self.kind == "tensorboard":
+                # Later steps of a run that was killed after its last checkpoint are hidden.
+                folder = str(self.run.path / "tensorboard")
+                self._writer = self._module.SummaryWriter(folder, purge_step=step + 1)
+                if step == 0:
+                    self._writer.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
+            elif self.kind == "trackio":
+                self._writer = self._module.init(project=PROJECT, name=name, config=settings, resume="allow")
+            else:
+                folder = str(self.run.path)
+                self._writer = self._module.init(
+                    project=PROJECT, name=name, id=name, config=settings, dir=folder, resume="allow"
+                )
 
     def follow(self) -> None:
         """Hand on what the run has recorded since the last call."""
-        records, self.run.unread = self.run.unread or [], None if self._to is None else []
+        records, self.run.unread = self.run.unread or [], None if self._writer is None else []
         with self._survived():
             for record in records:
-                if self._to is not None and (step := record.get("step")) is not None:
-                    self._hand_on(step, record)
+                if self._writer is not None and "step" in record:
+                    self._hand_on(record)
+
+    def close(self) -> None:
+        """Hand on the rest and end."""
+        self.follow()
+        if self._writer is not None:
+            with self._survived():
+                (self._writer.close if self.kind == "tensorboard" else self._writer.finish)()
+            self._writer = None
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @contextlib.contextmanager
     def _survived(self) -> Iterator[None]:
@@ -63,49 +89,18 @@ class Tracker:
         try:
             yield
         except Exception as error:
-            self._to = None
+            self._writer = None
             what = " ".join(str(error).split())[:200]
             console.warn(f"--track {self.kind} ends here, and the run goes on: {type(error).__name__}: {what}")
 
-    def _begun(self, step: int) -> Any:
-        name = self.run.path.name
-        settings = flatten(to_dict(self.config))
-        if self.kind == "tensorboard":
-            # Later steps of a run that was killed after its last checkpoint are hidden.
-            to = self._module.SummaryWriter(str(self.run.path / "tensorboard"), purge_step=step + 1)
-            if step == 0:
-                to.add_text("settings", f"```\n{json.dumps(settings, indent=1)}\n```", 0)
-            return to
-        if self.kind == "trackio":
-            return self._module.init(project=PROJECT, name=name, config=settings, resume="allow")
-        own = {"dir": str(self.run.path), "id": name, "resume": "allow"}
-        return self._module.init(project=PROJECT, name=name, config=settings, **own)
-
-    def _hand_on(self, step: int, record: dict[str, Any]) -> None:
-        figures = {
-            key: value
-            for key, value in record.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and key != "step"
-        }
+    def _hand_on(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        figures = {key: value for key, value in record.items() if type(value) in (int, float) and key != "step"}
         if self.kind == "tensorboard":
             for key, value in figures.items():
-                self._to.add_scalar(key, value, step)
+                self._writer.add_scalar(key, value, step)
             if "samples" in record:
-                self._to.add_text("samples", "\n\n".join(f"**{a}** {b}" for a, b in record["samples"]), step)
-            self._to.flush()
+                self._writer.add_text("samples", "\n\n".join(f"**{a}** {b}" for a, b in record["samples"]), step)
+            self._writer.flush()
         elif figures:
-            self._to.log(figures, step=step)
-
-    def close(self) -> None:
-        """Hand on the rest and end."""
-        self.follow()
-        if self._to is not None:
-            with self._survived():
-                (self._to.close if self.kind == "tensorboard" else self._to.finish)()
-            self._to = None
-
-    def __enter__(self) -> "Tracker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            self._writer.log(figures, step=step)
