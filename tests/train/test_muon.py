@@ -8,8 +8,7 @@ import torch
 from smolseek.config import OptimConfig
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
-from smolseek.train.muon import MuonAdamW, orthogonalize
-from smolseek.train.optim import make_optimizer
+from smolseek.train.optim import MuonAdamW, make_optimizer, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (3, 48, 16)])

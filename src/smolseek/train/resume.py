@@ -1,7 +1,7 @@
 """Where a run starts: anew, or from its newest checkpoint with all that it reads, wherever that lies now.
 
 The paths of text, tokenizer, teacher and first weights may change between two lives of a run. The contents decide: the
-stream's state holds the fingerprint of the training text, `input_digests` are the others.
+stream's state holds the fingerprint of the training text, `Training.input_digests` are the others.
 """
 
 import dataclasses
@@ -22,8 +22,6 @@ from smolseek.run_folder import RunFolder
 from smolseek.storage.manifest import newest_valid
 from smolseek.storage.state_shards import load_progress
 from smolseek.storage.target import resolve
-from smolseek.train.datasets import Datasets
-from smolseek.train.distill import Teacher
 from smolseek.train.schedule import Schedule
 from smolseek.train.state import progress_of
 
@@ -157,14 +155,8 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
     return copy if config.tokenizer == previous.tokenizer else None
 
 
-def input_digests(datasets: Datasets | None, teacher: Teacher | None) -> dict[str, str]:
-    """Return digests of what a run reads beside its training text, for its checkpoints."""
-    digests = {} if datasets is None else datasets.fingerprints()
-    return digests if teacher is None else digests | {"teacher": teacher.fingerprint()}
-
-
 def check_inputs(digests: dict[str, str], start: Start) -> None:
-    """Compare `input_digests` with those in the checkpoint that the run starts from; an older one has none.
+    """Compare the digests of what a run reads with those in the checkpoint that it starts from; an old one has none.
 
     Raises:
         SmolseekError: if the tokenizer or the teacher is another one. Another validation text is only warned of.
@@ -190,7 +182,8 @@ def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[s
     differing = differences(previous, config)
     for key, (old, new, change) in differing.items():
         if change == "path":
-            yield f"{key} is now {_in_words(new)}, and was {_in_words(old)}"
+            now, was = (" ".join(value) if isinstance(value, list) else value for value in (new, old))
+            yield f"{key} is now {now}, and was {was}"
     said = [key for key, (_, _, change) in differing.items() if change in ("always", "resume") and key != "run"]
     if said:
         yield "Changed from here on: " + "; ".join(
@@ -202,7 +195,3 @@ def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[s
             f"The learning rate follows the schedule ({config.schedule.kind}) of a run of {config.steps} steps from "
             f"here on: {after:.2e} in step {step + 1}, after {before:.2e}"
         )
-
-
-def _in_words(value: Any) -> str:
-    return " ".join(value) if isinstance(value, list) else str(value)

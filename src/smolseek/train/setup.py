@@ -43,6 +43,7 @@ class Training(TrainState):
     forward_backward: ForwardBackward
     schedule: Schedule
     input_digests: dict[str, str]
+    """Of the tokenizer, the validation text and the teacher, for checkpoints."""
     saver: Saver
     saved_step: int = 0
     """Step of the last checkpoint that was begun."""
@@ -94,7 +95,8 @@ def set_up(run: RunFolder, start: resume.Start, device: torch.device, distribute
         val_bytes=val_bytes,
         forward_backward=ForwardBackward(model, objective, distributed, context, grad_accum=accum, alpha=alpha),
         schedule=Schedule.of(config),
-        input_digests=resume.input_digests(datasets, teacher),
+        input_digests=(datasets.fingerprints() if datasets else {})
+        | ({"teacher": teacher.fingerprint()} if teacher else {}),
         saver=Saver(
             run,
             model,
