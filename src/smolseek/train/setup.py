@@ -109,14 +109,18 @@ def set_up(run: RunFolder, start: resume.Start, device: torch.device, distribute
         tracker=tracker,
         log=console.Log(run.log if distributed.is_main else os.devnull),
     )
-    if start.checkpoint is not None:
-        training.restore(start.checkpoint, data=True)
-        if start.previous is not None:
-            resume.check_inputs(training.input_digests, start)
-    else:
-        if config.init is not None:
-            training.load_weights(resolve(config.init))
-        if teacher is not None:
-            training.progress.evaluated = -1  # the divergence before the first step
-    training.saved_step = training.progress.step
+    _load(training, start)
     return training
+
+
+def _load(t: Training, start: resume.Start) -> None:
+    """Load the checkpoint that the run goes on from, or the weights that it begins with."""
+    if start.checkpoint is not None:
+        t.restore(start.checkpoint, data=True)
+        if start.previous is not None:
+            resume.check_inputs(t.input_digests, start)
+    elif start.config.init is not None:
+        t.load_weights(resolve(start.config.init))
+    if start.checkpoint is None and start.config.distill.teacher is not None:
+        t.progress.evaluated = -1  # the divergence before the first step
+    t.saved_step = t.progress.step
