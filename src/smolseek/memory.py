@@ -1,7 +1,8 @@
-"""The process's memory on a CPU: what a step frees is kept for the next one."""
+"""The process's memory on a CPU: how much it was, and what a step frees is kept for the next one."""
 
 import contextlib
 import ctypes
+import resource
 import sys
 
 # Names and numbers from glibc's malloc.h.
@@ -29,3 +30,9 @@ def keep_freed_memory() -> bool:
         return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
     except (OSError, AttributeError):
         return False
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory of this process so far, mapped files included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

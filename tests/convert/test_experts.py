@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from smolseek.config import ModelConfig
-from smolseek.convert.experts import clustered, grow, grow_config, split, split_config
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.experts import FeedForward, clustered, grow, split, with_experts
 from smolseek.errors import SmolseekError
 from smolseek.model.moe import MLP, MoE
 
@@ -13,7 +14,7 @@ DENSE = ModelConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4,
 def dense_layer():
     torch.manual_seed(0)
     layer = MLP(32, 48)
-    return layer, [layer.gate_proj.weight.detach(), layer.up_proj.weight.detach(), layer.down_proj.weight.detach()]
+    return layer, FeedForward.of(layer)
 
 
 def mixture(config, tensors):
@@ -33,17 +34,17 @@ def mixture(config, tensors):
 @pytest.mark.parametrize(("experts", "shared"), [(3, 1), (6, 2), (2, 0), (4, 4)])
 def test_a_split_layer_computes_the_dense_one(experts, shared, neurons):
     layer, weights = dense_layer()
-    config = split_config(DENSE, experts, shared)
+    config = with_experts(DENSE, Conversion(experts=experts, shared=shared))
     x = torch.randn(2, 7, 32)
     with torch.no_grad():
-        split_layer = mixture(config, split(config, *weights, neurons=neurons, seed=0))
+        split_layer = mixture(config, split(config, weights, neurons=neurons, seed=0))
         assert torch.allclose(split_layer(x)[0], layer(x), atol=1e-6)
 
 
 def test_a_grown_layer_computes_the_dense_one_and_learns():
     layer, weights = dense_layer()
-    config = grow_config(DENSE, 4, 2, 2)
-    grown = mixture(config, grow(config, *weights, seed=0))
+    config = with_experts(DENSE, Conversion(mode="grow", experts=4, shared=2, top_k=2))
+    grown = mixture(config, grow(config, weights, seed=0))
     x = torch.randn(2, 7, 32)
     out, load = grown(x)
     assert torch.allclose(out, layer(x), atol=1e-6)
@@ -60,7 +61,7 @@ def test_a_grown_layer_computes_the_dense_one_and_learns():
 
 def test_clusters_are_a_partition_and_repeatable():
     _, weights = dense_layer()
-    orders = [clustered(*weights, shared_neurons=12, experts=3, seed=seed) for seed in (0, 0, 1)]
+    orders = [clustered(weights, shared_neurons=12, experts=3, seed=seed) for seed in (0, 0, 1)]
     assert torch.equal(orders[0], orders[1])
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(48))
@@ -70,21 +71,21 @@ def test_clusters_hold_neurons_of_one_direction():
     torch.manual_seed(0)
     directions = torch.eye(4, 32).repeat_interleave(8, dim=0)[torch.randperm(32)]
     gate = directions + 0.01 * torch.randn(32, 32)
-    order = clustered(gate, torch.ones(32, 32), torch.ones(32, 32), shared_neurons=0, experts=4, seed=3)
+    order = clustered(FeedForward(gate, torch.ones(32, 32), torch.ones(32, 32)), shared_neurons=0, experts=4, seed=3)
     kinds = directions.argmax(dim=1)[order].view(4, 8)
     assert (kinds == kinds[:, :1]).float().mean() >= 0.9
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("options", "words"),
     [
-        (lambda: split_config(DENSE, 4, 1), "48 neurons"),
-        (lambda: split_config(DENSE, 1, 1), "experts 1"),
-        (lambda: grow_config(DENSE, 4, 5, 2), "48 neurons"),
-        (lambda: grow_config(DENSE, 4, 0, 2), "shared 0"),
-        (lambda: grow_config(DENSE, 4, 1, 5), "top-k 5"),
+        ({"experts": 4}, "48 neurons"),
+        ({"experts": 1}, "experts 1"),
+        ({"mode": "grow", "experts": 4, "shared": 5, "top_k": 2}, "48 neurons"),
+        ({"mode": "grow", "experts": 4, "shared": 0, "top_k": 2}, "shared 0"),
+        ({"mode": "grow", "experts": 4, "top_k": 5}, "top-k 5"),
     ],
 )
-def test_sizes_that_do_not_fit(make, words):
+def test_sizes_that_do_not_fit(options, words):
     with pytest.raises(SmolseekError, match=words):
-        make()
+        with_experts(DENSE, Conversion(**options))

@@ -10,33 +10,19 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from smolseek.cli import main
-from smolseek.config import ModelConfig
 from smolseek.convert import pipeline
 from smolseek.convert.card import source_of
-from smolseek.convert.pipeline import Conversion, convert
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.pipeline import convert
 from smolseek.data.split import is_validation
 from smolseek.errors import SmolseekError
-from smolseek.model.transformer import new_model
 from smolseek.storage import safetensors_file
-from smolseek.storage.hf_folder import load_model, save_folder
-
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-)
+from smolseek.storage.hf_folder import load_model
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    path = tmp_path_factory.mktemp("source") / "llama"
-    save_folder(new_model(CONFIG), path)
+def original(save_llama):
+    path = save_llama()
     (path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A Llama\n")
     (path / "chat_template.jinja").write_text("{{ messages }}")
     return path
@@ -50,16 +36,6 @@ def llama(original, tmp_path):
 def change(path, **values):
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | values))
-
-
-def refused(llama, words, capsys, *options, code=2):
-    """The command line must say one line, exit with `code` and leave nothing behind."""
-    out = llama.parent / "out"
-    assert main(["convert", str(llama), str(out), *options]) == code
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1, said
-    assert not out.exists()
-    assert [p.name for p in llama.parent.iterdir() if p.name.startswith(".tmp-")] == []
 
 
 def test_a_whole_conversion(llama, capsys):
@@ -102,38 +78,35 @@ def test_shards(llama, monkeypatch):
         ({"num_hidden_layers": 1}, "model.layers.1"),
     ],
 )
-def test_other_architectures(llama, values, words, capsys):
+def test_other_architectures(llama, refused, values, words):
     change(llama, **values)
-    refused(llama, words, capsys)
+    refused(words, llama)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [("self_attn.q_proj.bias", "biases"), ("self_attn.q_norm.weight", "QK-norm"), ("self_attn.sinks", "unknown")],
 )
-def test_tensors_that_a_llama_has_not(llama, name, words, capsys):
+def test_tensors_that_a_llama_has_not(llama, refused, name, words):
     file = llama / "model.safetensors"
     save_file(load_file(file) | {f"model.layers.0.{name}": torch.zeros(32)}, file, {"format": "pt"})
-    refused(llama, words, capsys)
+    refused(words, llama)
 
 
-def test_a_model_that_is_converted_already(llama, capsys):
+def test_a_model_that_is_converted_already(llama, refused):
     convert(str(llama), llama.parent / "deepseek", Conversion())
-    refused(llama.parent / "deepseek", "only Llama models", capsys)
+    refused("only Llama models", llama.parent / "deepseek")
 
 
-def test_truncated_weights(llama, capsys):
+def test_truncated_weights(llama, refused):
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    refused(llama, "model.safetensors", capsys)
+    refused("model.safetensors", llama)
 
 
-def test_a_truncated_gguf(llama, tmp_path, capsys):
-    file = tmp_path / "cut.gguf"
-    file.write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\0" * 7)
-    assert main(["convert", str(file), str(tmp_path / "out")]) == 2
-    assert "cut.gguf" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+def test_a_truncated_gguf(refused, tmp_path):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + b"\x03\0\0\0" + b"\0" * 7)
+    refused("cut.gguf", tmp_path / "cut.gguf")
 
 
 def test_a_folder_that_is_not_empty(llama, capsys):
@@ -183,7 +156,7 @@ def no_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("the work began")
 
-    for name in ("_layers", "statistics", "prune", "sparse"):
+    for name in ("_write_model", "load_causal_lm"):
         monkeypatch.setattr(pipeline, name, work)
 
 
@@ -195,17 +168,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(llama, capsy
 
 
 @pytest.mark.parametrize("options", [["--cache", "0.5"], ["--prune", "0.5"], ["--experts", "3", "--active", "1"]])
-def test_too_little_calibration_text_is_refused_before_the_work(llama, options, capsys, monkeypatch):
+def test_too_little_calibration_text_is_refused_before_the_work(llama, options, refused, monkeypatch):
     no_work(monkeypatch)
     tokenizer(llama)
     texts = [f"abc {n} " * 9 for n in range(40)]
-    kept, held_out = ([t for t in texts if is_validation(t, 0.1) == side] for side in (False, True))
+    used, held_out = ([t for t in texts if is_validation(t, 0.1) == side] for side in (False, True))
     assert len(held_out) > 1
-    for name, part, words in (("kept", kept, "held out"), ("held", held_out, "but a tenth")):
+    for name, part, words in (("used", used, "held out"), ("held", held_out, "but a tenth")):
         file = llama.parent / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-        refused(llama, words, capsys, "--mode", "compress", *options, "--calibration", str(file))
-    refused(llama, "nowhere", capsys, "--mode", "compress", *options, "--calibration", "nowhere.txt")
+        refused(words, llama, "--mode", "compress", *options, "--calibration", str(file))
+    refused("nowhere", llama, "--mode", "compress", *options, "--calibration", "nowhere.txt")
 
 
 def tokenizer(folder):
@@ -236,24 +209,24 @@ def test_the_source_is_known_from_the_card(llama, tmp_path):
     assert source_of(out) is None
 
 
-def test_no_space(llama, capsys, monkeypatch):
+def test_no_space(llama, refused, monkeypatch):
     def full(path, entries):
         path.write_bytes(b"part")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors_file, "write", full)
-    refused(llama, "No space left", capsys)
+    refused("No space left", llama)
 
 
-def test_interrupted(llama, capsys, monkeypatch):
+def test_interrupted(llama, refused, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_write_text_files", stop)
-    refused(llama, "interrupted", capsys, code=130)
+    monkeypatch.setattr(pipeline, "write_rest", stop)
+    refused("interrupted", llama, code=130)
 
 
-def test_an_unfaithful_result_is_not_kept(llama, capsys, monkeypatch):
+def test_an_unfaithful_result_is_not_kept(llama, refused, monkeypatch):
     attention = pipeline.lossless.attention
 
     def wrong(*args):
@@ -261,22 +234,8 @@ def test_an_unfaithful_result_is_not_kept(llama, capsys, monkeypatch):
         return new | {"q_proj.weight": 1.1 * new["q_proj.weight"]}
 
     monkeypatch.setattr(pipeline.lossless, "attention", wrong)
-    refused(llama, "not faithful", capsys)
+    refused("not faithful", llama)
     assert main(["convert", str(llama), str(llama.parent / "out"), "--no-verify"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--mode", "grow"], "--experts"),
-        (["--mode", "grow", "--experts", "4", "--top-k", "2", "--neurons", "clustered"], "--neurons"),
-        (["--top-k", "2"], "--top-k"),
-        (["--shared", "1"], "--experts"),
-        (["--experts", "4"], "48 neurons"),
-    ],
-)
-def test_options_that_do_not_fit(llama, options, words, capsys):
-    refused(llama, words, capsys, *options)
 
 
 def test_library_errors_are_ours(llama):

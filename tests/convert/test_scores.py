@@ -2,22 +2,9 @@
 
 import torch
 
-from smolseek.config import ModelConfig
 from smolseek.convert import components, scores
 from smolseek.convert.calibrate import statistics
 from smolseek.model.transformer import new_model
-
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-)
 
 
 def turning(angle):
@@ -47,41 +34,42 @@ def test_mean_rotations_are_those_of_matrices():
             torch.testing.assert_close(found[head], plain)
 
 
-def key_error(at, w_S, fit):
+def key_error(layer, w_S, fit):
     """The keys' error that the fit minimises, by rotating matrices one distance after the other."""
-    root = torch.linalg.cholesky(at.moment_DD + 1e-9 * torch.eye(48).double())
+    root = torch.linalg.cholesky(layer.moment_DD + 1e-9 * torch.eye(48).double())
     w_F = torch.cat((w_S.repeat_interleave(2), torch.zeros(len(fit.stored_FD) - 2 * len(w_S)))).double()
     out = 0.0
-    for h, weight in enumerate(components.asked(at)):
-        k_JD = at.k_KD.unflatten(0, (3, -1))[h // 2]
-        for t, p in enumerate(at.seen_HT[h]):
-            true = torch.view_as_real(k_JD * torch.exp(-1j * at.w_J * t)[:, None]).transpose(1, 2).flatten(0, 1)
+    for h, weight in enumerate(components.query_weights(layer)):
+        k_JD = layer.k_KD.unflatten(0, (3, -1))[h // 2]
+        for t, p in enumerate(layer.seen_HT[h]):
+            true = torch.view_as_real(k_JD * torch.exp(-1j * layer.w_J * t)[:, None]).transpose(1, 2).flatten(0, 1)
             wrong = true - fit.keys_HdF[h] @ rotation(w_F, 2 * len(w_S), torch.tensor(t)) @ fit.stored_FD
             out += float(p * (weight * (wrong @ root @ root.T @ wrong.T)).sum())
     return out
 
 
 @torch.no_grad()
-def test_every_round_lowers_the_error(monkeypatch):
+def test_every_round_lowers_the_error(six_heads, sequences, monkeypatch):
     """Slots of frequencies that the source does not have, so that something is to be fitted."""
-    model = new_model(CONFIG).eval()
-    rows = torch.randint(61, (8, 33), generator=torch.Generator().manual_seed(0))
-    weights = [getattr(model.model.layers[0].self_attn, f"{x}_proj").weight for x in "qkvo"]
-    at = components.layer(CONFIG, statistics(model, rows)[0], weights, "smolseek", 1)
-    chosen, w_S = torch.arange(6), at.w_J[at.frequency_C[:6]] * 0.9
+    model = new_model(six_heads).eval()
+    stats = statistics(model, sequences(8, 32))[0]
+    layer = components.analyse(six_heads, model.model.layers[0].self_attn, stats, "smolseek", 1)
+    chosen, w_S = torch.arange(6), layer.w_J[layer.frequency_C[:6]] * 0.9
     rest = torch.arange(6, 12)
-    queries, scaled, back, vectors = components.latent(at, rest)
+    queries, scaled, back, vectors = components.latent(layer, rest)
     up = back @ vectors[:, :20]
     start = scores.Fit(
-        torch.cat((components.keys(at, chosen), vectors[:, :20].T @ scaled)),
-        torch.cat((components.queries(at, chosen, w_S).mT, queries.mT @ up[:12]), dim=2),
+        torch.cat((components.keys(layer, chosen), vectors[:, :20].T @ scaled)),
+        torch.cat((components.queries(layer, chosen, w_S).mT, queries.mT @ up[:12]), dim=2),
         up[12:].unflatten(0, (3, 8)),
     )
-    errors = [key_error(at, w_S, start)]
+    errors = [key_error(layer, w_S, start)]
     for rounds in (1, 2, 4):
         monkeypatch.setattr(scores, "_ROUNDS", rounds)
-        errors.append(key_error(at, w_S, scores.alternate(at, w_S, start)))
+        errors.append(key_error(layer, w_S, scores.alternate(layer, w_S, start)))
     assert errors[1] < 0.98 * errors[0] and errors[2] < errors[1] and errors[3] < errors[2], errors
     monkeypatch.setattr(scores, "_ROUNDS", 1)
-    again = scores.alternate(at, w_S, scores.alternate(at, w_S, start))
-    assert key_error(at, w_S, again) < errors[1] * (1 + 1e-6)  # the queries' step is a minimum: nothing is left to gain
+    again = scores.alternate(layer, w_S, scores.alternate(layer, w_S, start))
+    assert key_error(layer, w_S, again) < errors[1] * (
+        1 + 1e-6
+    )  # the queries' step is a minimum: nothing is left to gain

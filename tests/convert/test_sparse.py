@@ -4,51 +4,48 @@ import pytest
 import torch
 
 from smolseek.cli import main
-from smolseek.config import ModelConfig
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.experts import FeedForward, with_experts
 from smolseek.convert.lossless import target_config
-from smolseek.convert.sparse import layer, sparse, sparse_config
+from smolseek.convert.sparse import fit_experts, sparse
 from smolseek.model.moe import MoE
 from smolseek.model.transformer import new_model
-from smolseek.storage.hf_folder import load_model, save_folder
+from smolseek.storage.hf_folder import load_model
 
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-    eos_token_id=0,
-)
 OPTIONS = ["--mode", "compress", "--calibration", "self", "--calibration-tokens", "630"]
 EXPERTS = ["--experts", "8", "--shared", "4", "--active", "5"]
 
 
+@pytest.fixture(scope="module")
+def llama(save_llama):
+    return save_llama()
+
+
 @pytest.fixture
-def llama(tmp_path):
-    save_folder(new_model(CONFIG), tmp_path / "llama")
-    return tmp_path / "llama"
+def model(llama_config):
+    return new_model(llama_config())
+
+
+def shape_with(model, experts, shared, active):
+    conversion = Conversion(mode="compress", experts=experts, shared=shared, active=active)
+    return with_experts(target_config(model.config), conversion)
 
 
 @torch.no_grad()
-def test_neurons_of_which_each_token_needs_some_are_found():
+def test_neurons_of_which_each_token_needs_some_are_found(model):
     """Half of the routed neurons answer to one kind of token and half to another: the gate has to learn which."""
-    model = new_model(CONFIG)
     mlp = model.model.layers[0].mlp
     x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
     kind = torch.where(x[:, 0] > 0, 1.0, -1.0)
     x[:, 0] = kind * 8
-    shape = sparse_config(target_config(CONFIG), 2, 1, 1)  # 16 neurons shared, 16 of 32 routed
+    shape = shape_with(model, 2, 1, 1)  # 16 neurons shared, 16 of 32 routed
     gate = mlp.gate_proj.weight.detach().clone()
     gate[:, 0] = 0
     gate[16:32, 0], gate[32:, 0] = 5, -5  # silu(-40) is nothing
     up, down = mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach().clone()
     down[:, :16] *= 100
     h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
-    tensors, error = layer(shape, gate, up, down, x, h, seed=0)
+    tensors, error = fit_experts(shape, FeedForward(gate, up, down), x, h, seed=0)
     assert error < 1e-6
     moe = MoE(shape)
     routed = [[tensors[f"experts.{n}.{name}_proj.weight"] for name in ("gate", "up", "down")] for n in range(2)]
@@ -65,13 +62,12 @@ def test_neurons_of_which_each_token_needs_some_are_found():
     assert float((moe(x[None])[0][0] - y).square().sum() / y.square().sum()) < 1e-6
 
 
-def test_nearer_than_the_control_on_its_text():
-    model = new_model(CONFIG)
-    rows = torch.randint(61, (16, 65), generator=torch.Generator().manual_seed(0))
-    ours, control = sparse(model, sparse_config(target_config(CONFIG), 8, 16, 2), rows, seed=0)
-    assert all(0 < a < b for a, b in zip(ours.errors, control.errors, strict=True))
-    again, _ = sparse(model, sparse_config(target_config(CONFIG), 8, 16, 2), rows, seed=0)
-    for a, b in zip(ours.layers, again.layers, strict=True):
+def test_nearer_than_the_control_on_its_text(model, sequences):
+    config, text = shape_with(model, 8, 16, 2), sequences(16, 64)
+    ours, control = sparse(model, config, text, seed=0)
+    assert all(0 < a < b for (_, a), (_, b) in zip(ours, control, strict=True))
+    again, _ = sparse(model, config, text, seed=0)
+    for (a, _), (b, _) in zip(ours, again, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -95,36 +91,13 @@ def test_from_the_command_line_to_stock_transformers(llama, tmp_path, capsys, mo
         torch.testing.assert_close(stock(rows).logits, ours(rows), rtol=1e-4, atol=1e-4)
 
 
-def test_the_chosen_experts_weigh_nearly_one():
-    model = new_model(CONFIG)
-    shape = sparse_config(target_config(CONFIG), 8, 4, 5)
-    rows = torch.randint(61, (8, 65), generator=torch.Generator().manual_seed(0))
+def test_the_chosen_experts_weigh_nearly_one(model, sequences):
+    shape = shape_with(model, 8, 4, 5)
+    rows = sequences(8, 64)
     ours, _ = sparse(model, shape, rows, seed=0)
     moe = MoE(shape)
-    moe.gate.weight.data = ours.layers[0]["gate.weight"]
+    moe.gate.weight.data = ours[0][0]["gate.weight"]
     x = model.model.layers[0].post_attention_layernorm(model.model.embed_tokens(rows.flatten()))
     weights = moe.gate(x).weights_NK
     torch.testing.assert_close(weights.sum(dim=1), torch.full((len(x),), 5.0))
     assert (weights - 1).abs().max().item() < 0.3
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--mode", "compress", "--experts", "8"], "--active"),
-        (["--mode", "compress", "--active", "2"], "--experts"),
-        (["--mode", "compress", "--experts", "8", "--shared", "4", "--active", "8"], "--mode exact"),
-        (["--mode", "compress", "--experts", "8", "--shared", "4", "--active", "0"], "between 1 and 7"),
-        (["--mode", "compress", "--experts", "7", "--shared", "4", "--active", "2"], "48 neurons"),
-        (["--mode", "compress", "--experts", "8", "--shared", "-2", "--active", "2"], "below 0"),
-        (["--mode", "compress", "--experts", "1", "--active", "1"], "below 2"),
-        (["--mode", "compress", "--experts", "8", "--active", "2", "--prune", "0.5"], "choose one"),
-        (["--mode", "compress", "--experts", "8", "--active", "2", "--top-k", "2"], "--top-k"),
-        (["--experts", "8", "--active", "2"], "--mode compress"),
-    ],
-)
-def test_refused(llama, tmp_path, options, words, capsys):
-    assert main(["convert", str(llama), str(tmp_path / "out"), *options]) == 2
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1, said
-    assert not (tmp_path / "out").exists()

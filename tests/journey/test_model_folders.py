@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from smolseek import load
 from smolseek.cli import main
 from smolseek.config import DataConfig, ModelConfig, TrainConfig
-from smolseek.convert.calibrate import calibration_rows
+from smolseek.convert.calibrate import calibration_sequences
 from smolseek.errors import SmolseekError
 from smolseek.evaluate.compare import text_sequences
 from smolseek.model.transformer import new_model
@@ -99,8 +99,8 @@ def test_texts_of_compare_and_calibration_begin_with_bos(base):
     rows = text_sequences([source], "text", tokenizer, 64, 640)
     flat = [*rows[:, :-1].flatten().tolist()]
     assert flat[0] == BOS and all((flat[i + 1] == BOS) == (flat[i] == END) for i in range(len(flat) - 1))
-    assert BOS in calibration_rows(path, source, 256, 0).flatten().tolist()
-    own = calibration_rows(path, "self", 64, 0)
+    assert BOS in calibration_sequences(path, source, 256, 0).flatten().tolist()
+    own = calibration_sequences(path, "self", 64, 0)
     assert own.shape == (1, 65) and own[0, 0] == BOS
 
 

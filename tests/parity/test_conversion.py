@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smolseek.convert.pipeline import Conversion, convert
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.pipeline import convert
 from smolseek.evaluate.compare import compare, text_sequences
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams

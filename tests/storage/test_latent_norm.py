@@ -33,9 +33,10 @@ def test_unfolding_is_the_inverse(norm_first):
     matrix = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
     stored, weight = fold(matrix, 16, reversible=True)
     file = [(MATRIX, stored), (NORM, weight)]
-    found = dict(unfolded([("other", weight), *(reversed(file) if norm_first else file)], 16))
-    assert sorted(found) == sorted(["other", MATRIX])
-    assert torch.equal(found[MATRIX], matrix)
+    file = [("other", weight), *(reversed(file) if norm_first else file)]
+    unscaled = dict(unfolded(file, small()))
+    assert sorted(unscaled) == sorted(["other", MATRIX])
+    assert torch.equal(unscaled[MATRIX], matrix)
 
 
 def small(**changes):

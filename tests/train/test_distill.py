@@ -1,6 +1,5 @@
 """The chunked divergence against the plain one, and a model that learns from another."""
 
-import dataclasses
 import json
 
 import pytest
@@ -10,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from smolseek.cli import main
-from smolseek.config import ModelConfig, OptimConfig
-from smolseek.convert.pipeline import Conversion, convert
+from smolseek.config import OptimConfig
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.pipeline import convert
 from smolseek.errors import SmolseekError
 from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.transformer import new_model
@@ -80,25 +80,25 @@ def test_under_autocast_it_stays_near():
     assert w.grad.dtype == torch.float32
 
 
-def small(vocab: int = 64) -> ModelConfig:
-    return ModelConfig(
-        model_type="llama",
-        vocab_size=vocab,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        eos_token_id=2,
-        initializer_range=0.2,
-        max_position_embeddings=256,
-    )
+TEXT = "".join(json.dumps({"text": f"Line {n} of some text, and {n * n} more to learn."}) + "\n" for n in range(300))
 
 
-def test_attention_alone_learns_from_the_teacher(tmp_path):
-    save_folder(new_model(small()), tmp_path / "llama")
-    options = Conversion(mode="compress", cache=0.5, calibration="self", calibration_tokens=400)
-    convert(str(tmp_path / "llama"), tmp_path / "half", options)
+@pytest.fixture(scope="session")
+def small(llama_config):
+    """Return a function that makes a Llama with that many tokens."""
+    shape = {"eos_token_id": 2, "initializer_range": 0.2, "max_position_embeddings": 256}
+    return lambda vocab_size=64, **changes: new_model(llama_config(vocab_size=vocab_size, **shape, **changes))
+
+
+def convert_half(base, text, **options):
+    """Convert `base`/llama to half of its cache in `base`/half."""
+    half = Conversion(mode="compress", cache=0.5, calibration=str(text), **options)
+    convert(str(base / "llama"), base / "half", half)
+
+
+def test_attention_alone_learns_from_the_teacher(small, tmp_path):
+    save_folder(small(), tmp_path / "llama")
+    convert_half(tmp_path, "self", calibration_tokens=400)
     model, teacher = load_model(tmp_path / "half").model, Teacher(str(tmp_path / "llama"), 64, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention_only(model)
@@ -116,23 +116,19 @@ def test_attention_alone_learns_from_the_teacher(tmp_path):
         assert torch.equal(tensor, before[name]) == ("self_attn" not in name), name
 
 
-def test_another_vocabulary_is_refused(tmp_path):
-    save_folder(new_model(small()), tmp_path / "llama")
+def test_another_vocabulary_is_refused(small, tmp_path):
+    save_folder(small(), tmp_path / "llama")
     with pytest.raises(SmolseekError, match="same vocabulary"):
         Teacher(str(tmp_path / "llama"), 65, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def compressed(tmp_path_factory):
+def compressed(small, tmp_path_factory):
     base = tmp_path_factory.mktemp("heal")
-    save_folder(new_model(small(49_152)), base / "llama", load_tokenizer("smollm2"))
-    text = "".join(
-        json.dumps({"text": f"Line {n} of some text, and {n * n} more to learn."}) + "\n" for n in range(300)
-    )
-    (base / "text.jsonl").write_text(text)
+    save_folder(small(49_152), base / "llama", load_tokenizer("smollm2"))
+    (base / "text.jsonl").write_text(TEXT)
     (base / "other.txt").write_text(" ".join(f"Other words {n}." for n in range(40)))
-    half = Conversion(mode="compress", cache=0.5, calibration=str(base / "text.jsonl"), calibration_tokens=256)
-    convert(str(base / "llama"), base / "half", half)
+    convert_half(base, base / "text.jsonl", calibration_tokens=256)
     return base
 
 
@@ -190,21 +186,15 @@ def test_the_source_writes_text_to_learn_from(compressed):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def tiny(small, tmp_path_factory):
     """A model of few tokens, half of its cache, and text: what is checked before a healing needs no more."""
     base = tmp_path_factory.mktemp("tiny")
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    save_folder(
-        new_model(small(260)), base / "llama", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    )
-    lines = "".join(
-        json.dumps({"text": f"Line {n} of some text, and {n * n} more to learn."}) + "\n" for n in range(300)
-    )
-    (base / "text.jsonl").write_text(lines)
-    (base / "content.jsonl").write_text(lines.replace('"text"', '"content"'))
-    half = Conversion(mode="compress", cache=0.5, calibration=str(base / "text.jsonl"), calibration_tokens=256)
-    convert(str(base / "llama"), base / "half", half)
+    save_folder(small(260), base / "llama", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    (base / "text.jsonl").write_text(TEXT)
+    (base / "content.jsonl").write_text(TEXT.replace('"text"', '"content"'))
+    convert_half(base, base / "text.jsonl", calibration_tokens=256)
     return base
 
 
@@ -222,8 +212,6 @@ def test_the_text_that_the_source_writes_is_enough_to_train_and_to_validate_on(t
 
 
 def test_the_source_writes_under_the_key_of_the_other_text(tiny):
-    text = (tiny / "text.jsonl").read_text().replace('"text"', '"content"')
-    (tiny / "content.jsonl").write_text(text)
     run = tiny / "content"
     words = ["--calibration", str(tiny / "content.jsonl"), "self", "--text-column", "content"]
     words += ["--tokens", "64", "--seq-len", "16", "--held-out-tokens", "16"]
@@ -249,12 +237,12 @@ def test_the_source_writes_under_the_key_of_the_other_text(tiny):
         (["--run", "{}/file/run"], "cannot be written"),
     ],
 )
-def test_refused_before_the_source_writes(tiny, capsys, monkeypatch, words, said):
+def test_refused_before_the_source_writes(tiny, small, capsys, monkeypatch, words, said):
     def write(*_, **__):
         raise AssertionError("the source writes")
 
     monkeypatch.setattr("smolseek.train.distill.write_own_text", write)
-    save_folder(new_model(dataclasses.replace(small(260), hidden_size=16)), tiny / "other")
+    save_folder(small(260, hidden_size=16), tiny / "other")
     for name, text in (("few.jsonl", '{"text": "One document."}\n'), ("short.txt", "Short."), ("file", "")):
         (tiny / name).write_text(text)
     given = ["--calibration", "self", "--seq-len", "16", "--run", str(tiny / "refused")]

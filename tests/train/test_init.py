@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig
-from smolseek.convert.pipeline import Conversion, convert
+from smolseek.convert.conversion import Conversion
+from smolseek.convert.pipeline import convert
 from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, save_folder

@@ -4,12 +4,13 @@ import importlib.util
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from smolseek import console
 from smolseek.cli.arguments import parse
+from smolseek.convert.conversion import Conversion
 from smolseek.errors import SmolseekError
 
 
@@ -100,54 +101,13 @@ def inspect(argv: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class ConvertArgs:
+class ConvertArgs(Conversion):
     """Make a DeepSeek model of a Llama's weights; stock transformers opens the folder."""
 
     source: str
     """A Llama: a hub name, a Hugging Face folder, a .gguf file or `smollm2`."""
     out: str
     """Folder to write; it must not exist or be empty."""
-    mode: Literal["exact", "grow", "compress"] = "exact"
-    """exact computes what the source computes; grow does so with new experts beside, to be trained; compress comes
-    near it with a smaller cache."""
-    experts: int | None = None
-    """Routed experts: parts of the dense layers (exact, compress) or new ones (grow). None leaves the layers dense."""
-    shared: int | None = None
-    """Shared experts; None is 1."""
-    neurons: Literal["contiguous", "clustered"] = "contiguous"
-    """How the neurons are dealt out to the experts (exact)."""
-    top_k: int | None = None
-    """Routed experts that a token visits (grow)."""
-    cache: float | None = None
-    """Share of the source's cache that is kept, for example 0.5 (compress)."""
-    kv_rank: int | None = None
-    """Features of the latent, with --rope-dim, instead of --cache (compress)."""
-    rope_dim: int | None = None
-    """Rotary features; None has them searched (compress)."""
-    profile: Literal["hf-exact", "portable"] = "hf-exact"
-    """portable does without longrope, for engines that have one ladder of frequencies and one epsilon (compress)."""
-    method: Literal["smolseek", "transmla"] = "smolseek"
-    """transmla is the published method, to compare with (compress)."""
-    freq_fold: int = 1
-    """Adjacent frequencies treated as one: FreqFold of the published method (compress)."""
-    prune: float | None = None
-    """Share of the neurons of each feed-forward layer that is kept, for example 0.75 (compress)."""
-    active: int | None = None
-    """Routed experts that a token uses, beside the shared ones (compress, with --experts)."""
-    calibration: str = "builtin"
-    """Text that the smaller model is fitted to: builtin, a file or folder, or self, which the source writes
-    (compress)."""
-    calibration_tokens: int = 16_384
-    """Tokens of it (compress)."""
-    text_column: str = "text"
-    """Column (parquet, csv) or key (JSON) that holds the text (compress)."""
-    tokenizer: str | None = None
-    """Another tokenizer than the source's own, for a .gguf file whose tokenizer is not supported: a folder or hub name
-    of the same model."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights."""
-    seed: int = 0
-    """Seed of the clustering, of the new experts and of the text that the source writes."""
     no_verify: bool = False
     """Do not open the result and compare it with the source."""
 
@@ -160,12 +120,10 @@ def convert(argv: Sequence[str]) -> None:
     from smolseek.convert import pipeline
     from smolseek.evaluate.compare import measure_conversion, verify_conversion
 
-    options = {f.name: getattr(args, f.name) for f in fields(pipeline.Conversion)}
-
-    def verify(source: Path, out: Path, *, held_out: torch.Tensor | None) -> str:
+    def verify(source: Path, out: Path, held_out: torch.Tensor | None) -> str:
         return verify_conversion(source, out) if held_out is None else measure_conversion(source, out, held_out)
 
-    pipeline.convert(args.source, args.out, pipeline.Conversion(**options), None if args.no_verify else verify)
+    pipeline.convert(args.source, args.out, args, None if args.no_verify else verify)
 
 
 @dataclass(frozen=True, kw_only=True)

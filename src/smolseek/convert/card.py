@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 from smolseek.config import ModelConfig
+from smolseek.convert.source import Source
 from smolseek.gguf_header import read_metadata
 from smolseek.model.summary import cache_bytes, count
 from smolseek.tokenizer import SMOLLM2_HUB
@@ -28,28 +29,12 @@ _NEEDS = (
 )
 
 
-def model_card(
-    source: str,
-    path: Path,
-    before: ModelConfig,
-    after: ModelConfig,
-    mode: str,
-    dtype: str,
-    command: str,
-    fidelity: str | None,
-) -> str:
-    """Return the text of README.md.
+def model_card(source: str, opened: Source, config: ModelConfig, mode: str, command: str, fidelity: str | None) -> str:
+    """Return the text of README.md for the model of shape `config`, made by `command` of what the user calls `source`.
 
-    Args:
-        source: what the user called the source.
-        path: where it lay.
-        before: the source's shape.
-        after: the converted model's shape.
-        mode: the mode in words.
-        dtype: number format of the weights.
-        command: the command that made the model.
-        fidelity: the measured line, None when it was not verified.
+    `fidelity` is the measured line, None when it was not verified.
     """
+    path, before = opened.path, opened.config
     license_name, base = _origin(source, path)
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"license: {license_name}"] if license_name else []
@@ -57,17 +42,17 @@ def model_card(
     front += ["tags:", "- deepseek_v3", "- mla", "- smolseek", "---"]
     name = base or (path.name if path.exists() else source)
     compressed = mode.startswith("compress")
-    counted, cached = count(after), cache_bytes(after)["MLA"]
-    was = before.num_hidden_layers * before.cache_features * 2
+    counts = count(config)
+    cache, cache_before = cache_bytes(config)["MLA"], before.num_hidden_layers * before.cache_features * 2
     body = [
         f"# {name} as DeepSeek-V3",
         "",
         f"The weights of {name}, converted from Llama to `DeepseekV3ForCausalLM`. Nothing was trained: the new model",
         _CLAIMS[compressed],
         "",
-        f"- Mode: {mode}; {dtype}",
-        f"- Parameters: {counted.total:,}, {counted.active:,} active per token (original: {count(before).total:,})",
-        f"- Cache per token in 16 bits: {cached:,} bytes (original: {was:,})",
+        f"- Mode: {mode}",
+        f"- Parameters: {counts.total:,}, {counts.active:,} active per token (original: {count(before).total:,})",
+        f"- Cache per token in 16 bits: {cache:,} bytes (original: {cache_before:,})",
         f"- Licence: {license_name or 'that of the original'}",
         f"- Measured: {fidelity or 'not verified'}",
         *([f"- {UNLIKE_CALIBRATION}."] if compressed else []),
@@ -80,7 +65,7 @@ def model_card(
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         "```",
         "",
-        "It needs no remote code. " + _NEEDS[after.rope_parameters.rope_type == "longrope"],
+        "It needs no remote code. " + _NEEDS[config.rope_parameters.rope_type == "longrope"],
         "Use float32 or bfloat16, never float16: the weights of the latent are too small for it.",
         "",
     ]
@@ -95,26 +80,25 @@ def measured_on(calibration: str) -> str:
 
 def source_of(folder: Path) -> str | None:
     """Return what `smolseek convert` called the source of the model in `folder`, by its card; None where none says."""
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    found = re.search(r"^- Made with: `smolseek convert (.*)`$", text, re.M)
+    command = re.search(r"^- Made with: `smolseek convert (.*)`$", _read_card(folder), re.M)
     try:
-        words = shlex.split(found[1]) if found else []
-    except ValueError:  # written by hand
+        return shlex.split(command[1])[0] if command else None
+    except (ValueError, IndexError):  # written by hand
         return None
-    return words[0] if words else None
+
+
+def _read_card(folder: Path) -> str:
+    card = folder / "README.md"
+    return card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
 
 
 def _origin(source: str, path: Path) -> tuple[str | None, str | None]:
     """Return licence and hub name of the source, each None when nothing tells it."""
-    hub_name = source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).exists() else None
     if path.is_file():
-        meta = read_metadata(path)
+        license_name = read_metadata(path).get("general.license")
         hub_name = SMOLLM2_HUB if source == "smollm2" else None
-        license_name = meta.get("general.license")
         return (license_name if isinstance(license_name, str) else None), hub_name
-    card = path / "README.md"
-    text = card.read_text(encoding="utf-8", errors="replace") if card.exists() else ""
-    front = re.match(r"---\n(.*?)\n---", text, re.S)
-    found = re.search(r"^license:\s*(\S+)\s*$", front[1], re.M) if front else None
-    return (found[1] if found else None), hub_name
+    hub_name = source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).exists() else None
+    front = re.match(r"---\n(.*?)\n---", _read_card(path), re.S)
+    license_line = re.search(r"^license:\s*(\S+)\s*$", front[1], re.M) if front else None
+    return (license_line[1] if license_line else None), hub_name

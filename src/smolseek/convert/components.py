@@ -1,4 +1,4 @@
-"""What a Llama's attention is made of, for a smaller cache: key components, each with a frequency and a worth.
+"""What a Llama's attention is made of, for a smaller cache: key components, each with a frequency and an importance.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, J = d/2 frequencies, K = GJ complex key
 features in the order (g, j), C components of the key, N real features without position, S slots with position, T
@@ -8,19 +8,16 @@ Everything about positions is complex: k_gj turns by e^(i t w_j), and head h of 
 Re sum_j conj(q_hj) k_gj e^(i w_j (s-t)). Derived in docs/conversion.md.
 """
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import torch
 
 from smolseek.config import ModelConfig
 from smolseek.convert import lossless
 from smolseek.convert.calibrate import Statistics
+from smolseek.convert.conversion import Method
+from smolseek.model.attention import GQA
 from smolseek.model.rope import frequencies
-
-Method = Literal["smolseek", "transmla"]
 
 
 @dataclass
@@ -37,21 +34,21 @@ class Layer:
     seen_HT: torch.Tensor
     """Share of each head's attention by distance."""
     value_Gdd: torch.Tensor
-    worth_H: torch.Tensor
+    importance_H: torch.Tensor
     """Energy that a head writes: what a unit of error in its scores costs."""
-    basis_KC: torch.Tensor = dataclasses.field(init=False)  # k = basis c
-    inverse_CK: torch.Tensor = dataclasses.field(init=False)  # c = inverse k
-    weighted_HJ: torch.Tensor = dataclasses.field(init=False)
-    """Energy of a head's queries times its worth."""
-    share_CK: torch.Tensor = dataclasses.field(init=False)
+    basis_KC: torch.Tensor = field(init=False)  # k = basis c
+    inverse_CK: torch.Tensor = field(init=False)  # c = inverse k
+    weighted_HJ: torch.Tensor = field(init=False)
+    """Energy of a head's queries times its importance."""
+    share_CK: torch.Tensor = field(init=False)
     """Energy of a component that a key carries, by unit of what reads it."""
-    loss_C: torch.Tensor = dataclasses.field(init=False)
+    loss_C: torch.Tensor = field(init=False)
     """What is lost when a component loses its position."""
-    frequency_C: torch.Tensor = dataclasses.field(init=False)
+    frequency_C: torch.Tensor = field(init=False)
 
     def total(self) -> float:
         """Return the energy that all heads write: the measure of the layer's errors."""
-        return float(self.worth_H.sum())
+        return float(self.importance_H.sum())
 
     def phase(self, w_S: torch.Tensor) -> torch.Tensor:
         """Return the mean rotation [H, J, S], complex, that attention sees a key of frequency w_j make beside w_s.
@@ -68,39 +65,38 @@ class Layer:
         return self.share_CK @ left_HJS.unflatten(0, (len(self.v_GdD), -1)).sum(dim=1).flatten(0, 1)
 
 
-def layer(
-    config: ModelConfig, stats: Statistics, weights: Sequence[torch.Tensor], method: Method, freq_fold: int
-) -> Layer:
-    """Return the layer with weights (q, k, v, o) of the Llama `config`, its key components found."""
+def analyse(config: ModelConfig, attention: GQA, stats: Statistics, method: Method, freq_fold: int) -> Layer:
+    """Return the layer with the attention of the Llama `config`, its key components found."""
     H, G, d = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
-    q, k, v, o = (w.double() for w in weights)
+    projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    q, k, v, o = (projection.weight.detach().double() for projection in projections)
     w_J = frequencies(config.rope_parameters, d).double()
-    q_HdD = lossless.pairs(q, H).unflatten(0, (H, d))
-    k_KD = torch.view_as_complex(lossless.pairs(k, G).unflatten(0, (-1, 2)).mT.contiguous())
+    q_HdD = lossless.interleave(q, H).unflatten(0, (H, d))
+    k_KD = torch.view_as_complex(lossless.interleave(k, G).unflatten(0, (-1, 2)).mT.contiguous())
     v_GdD = v.unflatten(0, (G, d))
     o_Hdd = torch.stack([part.T @ part for part in o.split(d, dim=1)])
     value_Gdd = o_Hdd.unflatten(0, (G, -1)).sum(dim=1)
     moment = stats.attended_DD if method == "smolseek" else stats.moment_DD
     vv_Gdd = v_GdD @ moment @ v_GdD.mT
-    worth_H = (o_Hdd * vv_Gdd.repeat_interleave(H // G, dim=0)).sum(dim=(1, 2))
+    importance_H = (o_Hdd * vv_Gdd.repeat_interleave(H // G, dim=0)).sum(dim=(1, 2))
     seen_HT = stats.distance_HT / stats.distance_HT.sum(dim=1, keepdim=True).clamp(min=1e-12)
-    out = Layer(method, w_J, q_HdD, k_KD, v_GdD, moment, seen_HT, value_Gdd, worth_H)
-    _components(out, freq_fold)
+    out = Layer(method, w_J, q_HdD, k_KD, v_GdD, moment, seen_HT, value_Gdd, importance_H)
+    _find_components(out, freq_fold)
     return out
 
 
-def _components(at: Layer, freq_fold: int) -> None:
+def _find_components(layer: Layer, freq_fold: int) -> None:
     """Find the components: principal axes over the groups, within a frequency or `freq_fold` adjacent ones."""
-    G, J, ours = len(at.v_GdD), len(at.w_J), at.method == "smolseek"
-    energy_HJ = ((at.q_HdD @ at.moment_DD) * at.q_HdD).sum(dim=-1).unflatten(1, (J, 2)).sum(dim=-1)
-    at.weighted_HJ = at.worth_H[:, None] * energy_HJ
-    a_GJ = at.weighted_HJ.unflatten(0, (G, -1)).sum(dim=1) if ours else torch.ones(G, J).double()
+    G, J, ours = len(layer.v_GdD), len(layer.w_J), layer.method == "smolseek"
+    energy_HJ = ((layer.q_HdD @ layer.moment_DD) * layer.q_HdD).sum(dim=-1).unflatten(1, (J, 2)).sum(dim=-1)
+    layer.weighted_HJ = layer.importance_H[:, None] * energy_HJ
+    a_GJ = layer.weighted_HJ.unflatten(0, (G, -1)).sum(dim=1) if ours else torch.ones(G, J).double()
     a_GJ = a_GJ.clamp(min=1e-9 * float(a_GJ.max()))
     root_K = a_GJ.flatten().sqrt()
-    left_HJ = at.weighted_HJ * (1 - at.phase(torch.zeros(1))[:, :, 0].abs().square())
+    left_HJ = layer.weighted_HJ * (1 - layer.phase(torch.zeros(1))[:, :, 0].abs().square())
     lost_K = left_HJ.unflatten(0, (G, -1)).sum(dim=1).flatten() / root_K.square()
-    scaled_KD = root_K[:, None] * at.k_KD
-    cov_KK = scaled_KD @ at.moment_DD.to(scaled_KD) @ scaled_KD.mH
+    scaled_KD = root_K[:, None] * layer.k_KD
+    cov_KK = scaled_KD @ layer.moment_DD.to(scaled_KD) @ scaled_KD.mH
     if not ours:
         cov_KK = cov_KK.real.to(scaled_KD)  # published: one real rotation for both halves
     unitary = torch.zeros_like(cov_KK)
@@ -115,10 +111,10 @@ def _components(at: Layer, freq_fold: int) -> None:
         share_CK[numbers[:, None], places] = (energy.clamp(min=0) * axes.abs().square()).T[order]
         loss.append(cost[order])
         freq += [start] * len(places)
-    at.basis_KC = unitary / root_K[:, None]
-    at.inverse_CK = unitary.mH * root_K
-    at.share_CK = share_CK / root_K.square()
-    at.loss_C, at.frequency_C = torch.cat(loss), torch.tensor(freq)
+    layer.basis_KC = unitary / root_K[:, None]
+    layer.inverse_CK = unitary.mH * root_K
+    layer.share_CK = share_CK / root_K.square()
+    layer.loss_C, layer.frequency_C = torch.cat(loss), torch.tensor(freq)
 
 
 def real(z: torch.Tensor) -> torch.Tensor:
@@ -127,41 +123,41 @@ def real(z: torch.Tensor) -> torch.Tensor:
     return rows.flatten(-4, -3).flatten(-2)
 
 
-def queries(at: Layer, chosen: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
+def queries(layer: Layer, chosen: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
     """Return the real maps [H, 2S, d] from a head's query to what meets the components `chosen` [S], turned by w_s."""
-    H, G, J = len(at.q_HdD), len(at.v_GdD), len(at.w_J)
-    basis_HJS = at.basis_KC.unflatten(0, (G, J))[:, :, chosen].repeat_interleave(H // G, dim=0)
-    if at.method == "smolseek":
-        basis_HJS = basis_HJS * at.phase(w_S)
+    H, G, J = len(layer.q_HdD), len(layer.v_GdD), len(layer.w_J)
+    basis_HJS = layer.basis_KC.unflatten(0, (G, J))[:, :, chosen].repeat_interleave(H // G, dim=0)
+    if layer.method == "smolseek":
+        basis_HJS = basis_HJS * layer.phase(w_S)
     return real(basis_HJS.conj().mT.contiguous())
 
 
-def keys(at: Layer, chosen: torch.Tensor) -> torch.Tensor:
+def keys(layer: Layer, chosen: torch.Tensor) -> torch.Tensor:
     """Return the real rows [2S, D] of the components `chosen` [S]."""
-    return real((at.inverse_CK @ at.k_KD)[chosen])[:, ::2]
+    return real((layer.inverse_CK @ layer.k_KD)[chosen])[:, ::2]
 
 
-def latent(at: Layer, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def latent(layer: Layer, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what the components `rest` and all values are read with and from, the best directions first.
 
     Returns:
         Queries [H, N, d]; features [F, D] of keys and values, F = N + Gd, weighted; the way back from them [F, F] to
         plain ones; and the principal axes [F, F] of the weighted ones.
     """
-    queries_HNd = queries(at, rest, torch.zeros(1))
-    keys_ND, values = keys(at, rest), at.v_GdD.flatten(0, 1)
-    if at.method == "smolseek":
-        parts = [(queries_HNd @ asked(at) @ queries_HNd.mT).sum(dim=0), torch.block_diag(*at.value_Gdd)]
+    queries_HNd = queries(layer, rest, torch.zeros(1))
+    keys_ND, values = keys(layer, rest), layer.v_GdD.flatten(0, 1)
+    if layer.method == "smolseek":
+        parts = [(queries_HNd @ query_weights(layer) @ queries_HNd.mT).sum(dim=0), torch.block_diag(*layer.value_Gdd)]
     else:
-        norm = [(f @ at.moment_DD * f).sum().clamp(min=1e-12) for f in (keys_ND, values)]
+        norm = [(f @ layer.moment_DD * f).sum().clamp(min=1e-12) for f in (keys_ND, values)]
         parts = [torch.eye(len(keys_ND)).double() * norm[1] / norm[0], torch.eye(len(values)).double()]
     weight, axes = torch.linalg.eigh(torch.block_diag(*parts))
     root = weight.clamp(min=1e-10 * float(weight.max())).sqrt()
     scaled = root[:, None] * (axes.T @ torch.cat((keys_ND, values)))
-    vectors = torch.linalg.eigh(scaled @ at.moment_DD @ scaled.T)[1]
+    vectors = torch.linalg.eigh(scaled @ layer.moment_DD @ scaled.T)[1]
     return queries_HNd, scaled, axes / root, vectors.flip(1)
 
 
-def asked(at: Layer) -> torch.Tensor:
-    """Return the weight [H, d, d] of an error in each head's keys: its queries' second moment times its worth."""
-    return at.q_HdD @ at.moment_DD @ at.q_HdD.mT * (at.worth_H / at.q_HdD.shape[1])[:, None, None]
+def query_weights(layer: Layer) -> torch.Tensor:
+    """Return the weight [H, d, d] of an error in each head's keys: its queries' second moment times its importance."""
+    return layer.q_HdD @ layer.moment_DD @ layer.q_HdD.mT * (layer.importance_H / layer.q_HdD.shape[1])[:, None, None]

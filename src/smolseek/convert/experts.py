@@ -4,198 +4,169 @@ Shapes: D hidden_size, I neurons of the dense layer, S shared and E routed exper
 """
 
 import dataclasses
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from smolseek.config import ModelConfig
+from smolseek.convert.conversion import Conversion, Neurons
 from smolseek.errors import SmolseekError
+from smolseek.model.moe import MLP
 
-Neurons = Literal["contiguous", "clustered"]
+_BIAS = "gate.e_score_correction_bias"
+_ROUNDS = 8
+"""Rounds of k-means."""
 
 
-def split_config(config: ModelConfig, experts: int, shared: int) -> ModelConfig:
-    """Return `config` with every dense layer split into `shared` shared and `experts` routed experts, all active.
+class FeedForward(NamedTuple):
+    """The matrices of a SwiGLU layer."""
 
-    A router of zeros gives every expert sigmoid(0) = 1/2, the weights are normalised to 1/E and multiplied by E.
+    gate_ID: torch.Tensor
+    up_ID: torch.Tensor
+    down_DI: torch.Tensor
+
+    @classmethod
+    def of(cls, mlp: MLP) -> "FeedForward":
+        """Return the matrices of a module."""
+        return cls(*(module.weight.detach() for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
+
+    def neurons(self, chosen: torch.Tensor) -> "FeedForward":
+        """Return the layer with the neurons `chosen` alone, in this order."""
+        return FeedForward(self.gate_ID[chosen], self.up_ID[chosen], self.down_DI[:, chosen])
+
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Return the matrices under their names in a checkpoint."""
+        return {f"{prefix}{name}_proj.weight": w for name, w in zip(("gate", "up", "down"), self, strict=True)}
+
+
+def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
+    """Return `config` with the experts of `conversion` in place of its dense layers, if there are to be some.
+
+    Split layers (exact, compress) have all neurons in their shared and routed experts. Where all are active, a router
+    of zeros gives every expert sigmoid(0) = 1/2; the weights are normalised to 1/E and multiplied by E. A grown layer
+    keeps them all in its S shared experts and has new routed ones beside. All experts are of one size, so S also says
+    how small the new ones are: I / S neurons.
 
     Raises:
-        SmolseekError: if the neurons do not fall into so many experts.
+        SmolseekError: if the neurons do not fall into so many experts, or a token cannot use so many of them.
     """
-    _check(experts, shared, least_shared=0)
-    parts, neurons = experts + shared, config.intermediate_size
-    if neurons % parts:
+    experts, shared, neurons = conversion.experts, conversion.shared_experts, config.intermediate_size
+    if experts is None:
+        return config
+    grown, active = conversion.mode == "grow", conversion.active
+    if experts < 2:
+        raise SmolseekError(f"experts {experts} is below 2: transformers rates a group by its two best experts")
+    least = 1 if grown else 0
+    if shared < least:
+        raise SmolseekError(f"shared {shared} is below {least}: use a larger --shared")
+    if grown and neurons % shared:
+        raise SmolseekError(f"{neurons} neurons do not fall into {shared} shared experts: choose a divisor")
+    if not grown and neurons % (experts + shared):
         raise SmolseekError(
             f"{neurons} neurons do not fall into {shared} shared and {experts} routed experts of equal size: "
             f"make their sum a divisor of {neurons}"
         )
-    return dataclasses.replace(
-        config,
-        n_routed_experts=experts,
-        n_shared_experts=shared,
-        num_experts_per_tok=experts,
-        moe_intermediate_size=neurons // parts,
-        first_k_dense_replace=0,
-        norm_topk_prob=True,
-        routed_scaling_factor=float(experts),
-    )
-
-
-def grow_config(config: ModelConfig, experts: int, shared: int, top_k: int) -> ModelConfig:
-    """Return `config` with the whole dense layer as `shared` shared experts and `experts` new routed ones beside it.
-
-    All experts are of one size, so `shared` also says how small the new ones are: I / S neurons.
-
-    Raises:
-        SmolseekError: if the neurons do not fall into so many experts, or `top_k` is no number of them.
-    """
-    _check(experts, shared, least_shared=1)
-    if config.intermediate_size % shared:
+    if grown and not 1 <= (conversion.top_k or 0) <= experts:
+        wrong = f"top-k {conversion.top_k} is not between 1 and the {experts} experts"
+        raise SmolseekError(f"{wrong}: change --top-k or --experts")
+    if active is not None and not 1 <= active < experts:
         raise SmolseekError(
-            f"{config.intermediate_size} neurons do not fall into {shared} shared experts: choose a divisor"
+            f"--active {active} is not between 1 and {experts - 1}, a part of the {experts} routed experts: change "
+            "--active or --experts (all of them are --mode exact)"
         )
-    if not 1 <= top_k <= experts:
-        raise SmolseekError(f"top-k {top_k} is not between 1 and the {experts} experts: change --top-k or --experts")
+    top_k = conversion.top_k or active or experts
     return dataclasses.replace(
         config,
         n_routed_experts=experts,
         n_shared_experts=shared,
         num_experts_per_tok=top_k,
-        moe_intermediate_size=config.intermediate_size // shared,
+        moe_intermediate_size=neurons // (shared if grown else experts + shared),
         first_k_dense_replace=0,
         norm_topk_prob=True,
-        routed_scaling_factor=1.0,
+        routed_scaling_factor=1.0 if grown else float(top_k),
     )
 
 
-def _check(experts: int, shared: int, least_shared: int) -> None:
-    if experts < 2:
-        raise SmolseekError(f"experts {experts} is below 2: transformers rates a group by its two best experts")
-    if shared < least_shared:
-        raise SmolseekError(f"shared {shared} is below {least_shared}: use a larger --shared")
-
-
-def split(
-    config: ModelConfig,
-    gate_ID: torch.Tensor,
-    up_ID: torch.Tensor,
-    down_DI: torch.Tensor,
-    neurons: Neurons,
-    seed: int,
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of one mixture layer of `split_config`, named without the prefix `model.layers.N.mlp.`.
+def split(config: ModelConfig, dense: FeedForward, neurons: Neurons, seed: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of one split layer of the shape `config`, named without the prefix `model.layers.N.mlp.`.
 
     The layer is a sum over neurons, so any partition of them gives the same function.
     """
     shared, experts, size = config.n_shared_experts, config.n_routed_experts, config.moe_intermediate_size
+    order_I = torch.arange(len(dense.gate_ID))
     if neurons == "clustered":
-        order_I = clustered(gate_ID, up_ID, down_DI, shared * size, experts, seed)
-    else:
-        order_I = torch.arange(gate_ID.shape[0])
-    out = layer_tensors(gate_ID, up_ID, down_DI, order_I, shared * size, size)
-    return out | {"gate.weight": gate_ID.new_zeros(experts, gate_ID.shape[1])} | _no_bias(experts)
+        order_I = clustered(dense, shared * size, experts, seed)
+    router = dense.gate_ID.new_zeros(experts, dense.gate_ID.shape[1])
+    return partition(config, dense, order_I) | {"gate.weight": router, _BIAS: torch.zeros(experts)}
 
 
-def grow(
-    config: ModelConfig, gate_ID: torch.Tensor, up_ID: torch.Tensor, down_DI: torch.Tensor, seed: int
-) -> dict[str, torch.Tensor]:
-    """Return the tensors of one mixture layer of `grow_config`, named without the prefix `model.layers.N.mlp.`.
+def grow(config: ModelConfig, dense: FeedForward, seed: int) -> dict[str, torch.Tensor]:
+    """Return the tensors of one grown layer of the shape `config`, named without the prefix `model.layers.N.mlp.`.
 
     The routed experts add nothing while their down projections are zero. Gates, up projections and the router are
     drawn as for a new model, so the down projections have a gradient from the first step on, and the others from the
     second.
     """
-    experts, size = config.n_routed_experts, config.moe_intermediate_size
+    experts, size, width = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * config.initializer_range
 
-    width = gate_ID.shape[1]
-    out = _expert("shared_experts", gate_ID, up_ID, down_DI, torch.arange(gate_ID.shape[0]))
+    out = dense.tensors("shared_experts.")
     for n in range(experts):
-        out[f"experts.{n}.gate_proj.weight"] = drawn(size, width)
-        out[f"experts.{n}.up_proj.weight"] = drawn(size, width)
-        out[f"experts.{n}.down_proj.weight"] = torch.zeros(width, size)
-    return out | {"gate.weight": drawn(experts, width)} | _no_bias(experts)
+        out |= FeedForward(drawn(size, width), drawn(size, width), torch.zeros(width, size)).tensors(f"experts.{n}.")
+    return out | {"gate.weight": drawn(experts, width), _BIAS: torch.zeros(experts)}
 
 
-def layer_tensors(
-    gate_ID: torch.Tensor,
-    up_ID: torch.Tensor,
-    down_DI: torch.Tensor,
-    order_I: torch.Tensor,
-    shared_neurons: int,
-    size: int,
-) -> dict[str, torch.Tensor]:
-    """Return the experts: the first neurons of `order_I` are shared, then each `size` of them are a routed one."""
-    out = _expert("shared_experts", gate_ID, up_ID, down_DI, order_I[:shared_neurons])
-    for n, members in enumerate(order_I[shared_neurons:].split(size)):
-        out |= _expert(f"experts.{n}", gate_ID, up_ID, down_DI, members)
+def partition(config: ModelConfig, dense: FeedForward, order_I: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the experts of `config`: the first neurons of `order_I` are shared, the others are routed in turn."""
+    size = config.moe_intermediate_size
+    shared, routed = order_I.tensor_split([config.n_shared_experts * size])
+    out = dense.neurons(shared).tensors("shared_experts.")
+    for n, members in enumerate(routed.split(size)):
+        out |= dense.neurons(members).tensors(f"experts.{n}.")
     return out
 
 
-def _expert(
-    name: str, gate_ID: torch.Tensor, up_ID: torch.Tensor, down_DI: torch.Tensor, members: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Return the three matrices of the expert made of the neurons `members`."""
-    return {
-        f"{name}.gate_proj.weight": gate_ID[members],
-        f"{name}.up_proj.weight": up_ID[members],
-        f"{name}.down_proj.weight": down_DI[:, members],
-    }
-
-
-def _no_bias(experts: int) -> dict[str, torch.Tensor]:
-    return {"gate.e_score_correction_bias": torch.zeros(experts, dtype=torch.float32)}
-
-
-def clustered(
-    gate_ID: torch.Tensor,
-    up_ID: torch.Tensor,
-    down_DI: torch.Tensor,
-    shared_neurons: int,
-    experts: int,
-    seed: int,
-) -> torch.Tensor:
+def clustered(dense: FeedForward, shared_neurons: int, experts: int, seed: int) -> torch.Tensor:
     """Return an order of the neurons [I]: the heaviest first, for the shared experts, then cluster after cluster.
 
     The heaviest have the largest product of the norms of their three weight vectors. The others are clustered by the
     directions of their gates, which decide when a neuron is active. The same weights and seed give the same order.
     """
-    gate, up, down = gate_ID.float(), up_ID.float(), down_DI.float()
-    weight_I = gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)
+    weight_I = dense.gate_ID.norm(dim=1) * dense.up_ID.norm(dim=1) * dense.down_DI.norm(dim=0)
+    shared, routed = heaviest(weight_I, shared_neurons)
+    return torch.cat((shared, routed[clusters(dense.gate_ID[routed], experts, seed)]))
+
+
+def heaviest(weight_I: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the `count` largest weights, and those of the others, each in ascending order."""
     by_weight = weight_I.argsort(descending=True, stable=True)
-    heavy, rest = by_weight[:shared_neurons].sort().values, by_weight[shared_neurons:].sort().values
-    owner_N = clusters(gate[rest], experts, seed)
-    return torch.cat((heavy, rest[owner_N.argsort(stable=True)]))
+    return by_weight[:count].sort().values, by_weight[count:].sort().values
 
 
-def clusters(x_ND: torch.Tensor, count: int, seed: int, rounds: int = 8) -> torch.Tensor:
-    """Return the cluster of each row [N]: `count` clusters of one size by the rows' directions.
+def clusters(x_ND: torch.Tensor, count: int, seed: int) -> torch.Tensor:
+    """Return an order of the rows [N], cluster after cluster: `count` clusters of one size by the rows' directions.
 
-    Spherical k-means with balanced assignment, in `rounds` rounds.
+    Spherical k-means with balanced assignment.
     """
     x_ND = F.normalize(x_ND, dim=1)
-    size = len(x_ND) // count
     generator = torch.Generator().manual_seed(seed)
     centre_ED = x_ND[torch.randperm(len(x_ND), generator=generator)[:count]]
-    owner_N = torch.zeros(len(x_ND), dtype=torch.int64)
-    for _ in range(rounds):
-        owner_N = _balanced(x_ND @ centre_ED.T, size)
-        sums = torch.zeros_like(centre_ED).index_add_(0, owner_N, x_ND)
-        centre_ED = F.normalize(sums, dim=1)
-    return owner_N
+    for _ in range(_ROUNDS):
+        cluster_N = _balanced(x_ND @ centre_ED.T, len(x_ND) // count)
+        centre_ED = F.normalize(torch.zeros_like(centre_ED).index_add_(0, cluster_N, x_ND), dim=1)
+    return cluster_N.argsort(stable=True)
 
 
 def _balanced(similarity_NE: torch.Tensor, size: int) -> torch.Tensor:
-    """Return an owner for each row [N], `size` rows for each column: the closest pairs choose first."""
-    owner = [-1] * similarity_NE.shape[0]
-    room = [size] * similarity_NE.shape[1]
+    """Return a cluster for each row [N], `size` rows for each column: the closest pairs choose first."""
+    clusters, free = [-1] * len(similarity_NE), [size] * similarity_NE.shape[1]
     for pair in similarity_NE.flatten().argsort(descending=True, stable=True).tolist():
-        n, e = divmod(pair, len(room))
-        if owner[n] < 0 and room[e]:
-            owner[n] = e
-            room[e] -= 1
-    return torch.tensor(owner)
+        n, e = divmod(pair, len(free))
+        if clusters[n] < 0 and free[e]:
+            clusters[n] = e
+            free[e] -= 1
+    return torch.tensor(clusters)

@@ -10,7 +10,6 @@ import torch
 
 from smolseek.config import ModelConfig, RopeConfig
 from smolseek.model.rope import frequencies
-from smolseek.storage.latent_norm import fold
 
 
 def target_config(source: ModelConfig) -> ModelConfig:
@@ -54,17 +53,13 @@ def reciprocals(w_J: torch.Tensor) -> list[float]:
     position 8,000 a last bit of the highest frequency is half a thousandth of a radian.
     """
     nearest = 1 / w_J
-    candidates = [
-        nearest,
-        torch.nextafter(nearest, torch.full_like(nearest, torch.inf)),
-        torch.nextafter(nearest, torch.zeros_like(nearest)),
-    ]
-    tried = torch.stack(candidates)
-    best = (1 / tried - w_J).abs().argmin(dim=0)
-    return tried.gather(0, best[None])[0].tolist()
+    neighbours = [torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, 0.0)]
+    candidates = torch.stack((nearest, *neighbours))
+    best = (1 / candidates - w_J).abs().argmin(dim=0)
+    return candidates.gather(0, best[None])[0].tolist()
 
 
-def pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Reorder the rows [heads*d, D] of each head from halves (j, j+J) to pairs (2j, 2j+1), the order of DeepSeek."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
@@ -75,18 +70,16 @@ def attention(
     """Return MLA's tensors, named without the prefix `model.layers.N.self_attn.`, for those of the Llama `config`.
 
     Head h of group g has its query in slot g of the rotary features and zeros elsewhere, and reads slot g of the
-    latent. The output projection stays as it is. The latent's norm is folded away (`latent_norm.fold`).
+    latent. The output projection stays as it is.
     """
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     group_of_head = torch.arange(heads) // (heads // groups)
     q_HGdD = q_proj.new_zeros(heads, groups, size, config.hidden_size)
-    q_HGdD[torch.arange(heads), group_of_head] = pairs(q_proj, heads).unflatten(0, (heads, size))
+    q_HGdD[torch.arange(heads), group_of_head] = interleave(q_proj, heads).unflatten(0, (heads, size))
     up_HdGd = v_proj.new_zeros(heads, size, groups, size)
     up_HdGd[torch.arange(heads), :, group_of_head] = torch.eye(size, dtype=v_proj.dtype)
-    matrix, norm = fold(torch.cat((v_proj, pairs(k_proj, groups))), groups * size)
     return {
         "q_proj.weight": q_HGdD.flatten(0, 2),
-        "kv_a_proj_with_mqa.weight": matrix,
-        "kv_a_layernorm.weight": norm,
+        "kv_a_proj_with_mqa.weight": torch.cat((v_proj, interleave(k_proj, groups))),
         "kv_b_proj.weight": up_HdGd.flatten(2).flatten(0, 1),
     }

@@ -1,68 +1,65 @@
 """From a source to a finished folder: layer by layer, and not a trace of it when something goes wrong."""
 
 import dataclasses
-import functools
-import json
 import os
-import resource
 import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig
-from smolseek.convert import compress, lossless, portable
-from smolseek.convert import experts as mixture
-from smolseek.convert.calibrate import calibration_rows, held_out_rows, statistics
+from smolseek.convert import lossless
+from smolseek.convert.calibrate import calibration_sequences, statistics
 from smolseek.convert.card import UNLIKE_CALIBRATION, measured_on, model_card
+from smolseek.convert.compress import balanced, compress
 from smolseek.convert.conversion import Conversion
+from smolseek.convert.experts import FeedForward, grow, split, with_experts
+from smolseek.convert.portable import one_epsilon
 from smolseek.convert.prune import prune
 from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
-from smolseek.convert.sparse import Fitted, active_neurons, sparse, sparse_config
+from smolseek.convert.sparse import active_neurons, sparse
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.files import atomic_folder, is_vacant, write_atomically
+from smolseek.memory import peak_resident_bytes
 from smolseek.model.summary import count
-from smolseek.storage import generation_config
-from smolseek.storage.hf_config import config_to_hf
-from smolseek.storage.hf_folder import load_causal_lm
+from smolseek.storage import latent_norm
+from smolseek.storage.hf_folder import load_causal_lm, write_rest
 from smolseek.storage.safetensors_file import ShardWriter
 from smolseek.storage.weights import file_dtype
 
 # Files of a Hugging Face folder that are taken over as they are: the tokenizer's, and others.
-_TEXT = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-_REST = (generation_config.NAME, "LICENSE")
+_TEXT = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
+_TEXT += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+_REST = ["generation_config.json", "LICENSE"]
 _HELD_OUT_TOKENS = 2048
 """Tokens on which a compressed model is compared with its source."""
 _SHARD_BYTES = 1_000_000_000
 
-Attention = Callable[[int], dict[str, torch.Tensor]]
-"""The new attention of a layer, named without the prefix `model.layers.N.self_attn.`."""
+Tensors = dict[str, torch.Tensor]
 
 
-class Verify(Protocol):
-    """Compares a new folder with its source."""
+class _Model(NamedTuple):
+    """A model that is to be written. Its layers are computed when they are asked for, in float32."""
 
-    def __call__(self, source: Path, out: Path, *, held_out: torch.Tensor | None) -> str:
-        """Return the line of fidelity, or raise SmolseekError if the result is not to be kept.
+    config: ModelConfig
+    attention: Callable[[int], Tensors]
+    """The attention of a layer, named without the prefix `model.layers.N.self_attn.`."""
+    feed_forward: Callable[[int], Tensors]
+    """The feed-forward layer, named without the prefix `model.layers.N.mlp.`."""
 
-        `held_out` are windows [N, T+1] of text that a compressed model was not fitted to; None where it must be exact.
-        """
+
+Verify = Callable[[Path, Path, torch.Tensor | None], str]
+"""Compares a new folder with its source and returns the line of fidelity, or raises SmolseekError to refuse the result.
+
+It takes the source, the folder, and sequences [N, T+1] that a compressed model was not fitted to; None means exact.
+"""
 
 
 def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify | None = None) -> Path:
@@ -80,244 +77,166 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
     place = Path(os.path.realpath(out))  # of a link its target
     if not is_vacant(place):
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
-    with open_source(source, conversion.tokenizer) as opened:
-        config = conversion.config(opened.config)
-        needed = count(config).total * getattr(torch, conversion.dtype).itemsize
-        needed *= 1 + (conversion.active is not None and verify is not None)  # the control stands beside it for a while
-        try:
-            with atomic_folder(place, last="config.json") as part:  # without which it is no model yet
-                free = shutil.disk_usage(part).free
-                if free < needed:
-                    raise SmolseekError(
-                        f"no space left for {out}: it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
-                    )
-                _write(source, opened, config, conversion, part, out, verify)
-        except OSError as error:
-            raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
-        except KeyboardInterrupt:
-            raise Stopped(f"interrupted: {out} was not written", 130) from None
+    opened = open_source(source, conversion.tokenizer)
+    if conversion.smaller_cache:
+        conversion.check_cache(opened.config)
+    config = with_experts(lossless.target_config(opened.config), conversion)
+    needed = count(config).total * getattr(torch, conversion.dtype).itemsize
+    needed *= 1 + (conversion.active is not None and verify is not None)  # the control stands beside it for a while
+    try:
+        with atomic_folder(place, last="config.json") as part:  # without which it is no model yet
+            free = shutil.disk_usage(part).free
+            if free < needed:
+                sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+                raise SmolseekError(f"no space left for {out}: {sizes}")
+            _fill(part, source, opened, conversion, out, verify)
+    except OSError as error:
+        raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
+    except KeyboardInterrupt:
+        raise Stopped(f"interrupted: {out} was not written", 130) from None
     console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
     return out
 
 
-def _write(
-    source: str,
-    opened: Source,
-    config: ModelConfig,
-    conversion: Conversion,
-    part: Path,
-    out: Path,
-    verify: Verify | None,
-) -> None:
-    """Fill the folder `part`, and verify it."""
-    rows = held_out = None
-    words = conversion.words()
+def _fill(part: Path, source: str, opened: Source, conversion: Conversion, out: Path, verify: Verify | None) -> None:
+    """Convert into the folder `part`, and verify it."""
+    model, control, held_out, mode = _exact(opened, conversion), None, None, conversion.description()
     if conversion.mode == "compress":
-        source_text, read_by = (opened.path, conversion.calibration), (opened.tokenizer, conversion.text_column)
-        rows = calibration_rows(*source_text, conversion.calibration_tokens, conversion.seed, *read_by)
+        options = conversion.seed, opened.tokenizer, conversion.text_column
+        path, text = opened.path, conversion.calibration
+        sequences = calibration_sequences(path, text, conversion.calibration_tokens, *options)
         if verify is not None:
-            held_out = held_out_rows(*source_text, _HELD_OUT_TOKENS, conversion.seed, *read_by)
+            held_out = calibration_sequences(path, text, _HELD_OUT_TOKENS, *options, held_out=True)
         # There may be less text than was asked for.
-        words = dataclasses.replace(conversion, calibration_tokens=rows[:, 1:].numel()).words()
-    attention: Attention = functools.partial(_exact_attention, opened)
-    if rows is not None and (budget := conversion.budget(opened.config)) is not None:
-        config, attention = _compressed(opened, budget, rows)
-    elif conversion.mode == "compress":
-        config = lossless.target_config(opened.config)
-    layers = _layers(opened, config, attention, conversion)
-    control_line = None
-    if rows is not None and conversion.prune is not None:
-        config, layers = _pruned(opened, config, layers, conversion.prune, rows)
-    elif rows is not None and conversion.active is not None:
-        ours, control = _sparse(opened, config, conversion, rows)
-        if verify is not None:
-            again = _replaced(_layers(opened, config, attention, conversion), control.layers)
-            control_line = _control(
-                opened, config, again, conversion, part, functools.partial(verify, held_out=held_out)
-            )
-        config = _shape(config, conversion)
-        layers = _replaced(layers, ours.layers)
-    if conversion.profile == "portable":
-        config, layers = portable.one_epsilon(config, layers)
-    values = _write_model(part, config, layers, conversion.dtype)
+        mode = dataclasses.replace(conversion, calibration_tokens=sequences[:, 1:].numel()).description()
+        model, control = _compressed(model, opened, conversion, sequences)
+    config = _write_model(part, opened, model, conversion)
     console.say(
-        f"Converted {config.num_hidden_layers} layers of {source} ({words}, {conversion.dtype}); "
-        f"peak memory {_peak_bytes() / 1e6:,.0f} MB"
+        f"Converted {config.num_hidden_layers} layers of {source} ({mode}, {conversion.dtype}); "
+        f"peak memory {peak_resident_bytes() / 1e6:,.0f} MB"
     )
-    _write_text_files(opened, part, values, conversion.tokenizer is None)
-    line = None
+    fidelity = None
     if verify is not None:
-        line = verify(opened.path, part, held_out=held_out)
+        fidelity = verify(opened.path, part, held_out)
         if held_out is not None:
-            line += f", {measured_on(conversion.calibration)}"
-        console.say(line)
-        if control_line is not None:
-            console.say(control_line)
-            line = f"{line}. {control_line}"
+            fidelity += f", {measured_on(conversion.calibration)}"
+        console.say(fidelity)
+        if control is not None:
+            share = control.config.intermediate_size / opened.config.intermediate_size
+            with tempfile.TemporaryDirectory(dir=part, prefix="control") as folder:
+                _write_model(Path(folder), opened, control, conversion)
+                line = verify(opened.path, Path(folder), held_out)
+            fidelity_of_control = f"Control, --prune {share:.4g} instead: {line}"
+            console.say(fidelity_of_control)
+            fidelity += f". {fidelity_of_control}"
     if held_out is not None:
         console.say(UNLIKE_CALIBRATION)
-    command = shlex.join(["smolseek", "convert", source, str(out), *_words_of(conversion)])
-    card = model_card(source, opened.path, opened.config, config, words, conversion.dtype, command, line)
+    command = shlex.join(["smolseek", "convert", source, str(out), *conversion.arguments()])
+    card = model_card(source, opened, config, f"{mode}; {conversion.dtype}", command, fidelity)
     write_atomically(part / "README.md", card)
 
 
-def _write_model(
-    folder: Path, config: ModelConfig, layers: Iterator[dict[str, torch.Tensor]], dtype: str
-) -> dict[str, Any]:
-    """Write weights and config.json, and return the latter's values."""
-    _write_weights(folder, layers, config.num_hidden_layers, getattr(torch, dtype))
-    values = config_to_hf(config, dtype)
-    write_atomically(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
-    return values
+def _exact(opened: Source, conversion: Conversion) -> _Model:
+    """Return the model that computes what the source computes; the feed-forward layers stay dense for a compression."""
+    config = lossless.target_config(opened.config)
+    if conversion.mode != "compress":
+        config = with_experts(config, conversion)
+
+    def attention(n: int) -> Tensors:
+        q, k, v, o = (opened.read(f"model.layers.{n}.self_attn.{name}_proj.weight") for name in "qkvo")
+        return lossless.attention(opened.config, q, k, v) | {"o_proj.weight": o}
+
+    def feed_forward(n: int) -> Tensors:
+        names = (f"model.layers.{n}.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+        dense = FeedForward(*map(opened.read, names))
+        if conversion.mode == "grow":
+            return grow(config, dense, seed=conversion.seed * config.num_hidden_layers + n)
+        if config.n_routed_experts:
+            return split(config, dense, conversion.neurons, conversion.seed)
+        return dense.tensors()
+
+    return _Model(config, attention, feed_forward)
 
 
-def _words_of(conversion: Conversion) -> list[str]:
-    """Return the options that differ from their defaults, as on the command line."""
-    words = []
-    for field in dataclasses.fields(conversion):
-        value = getattr(conversion, field.name)
-        if value != field.default:
-            words += [f"--{field.name.replace('_', '-')}", str(value)]
-    return words
+def _compressed(
+    model: _Model, opened: Source, conversion: Conversion, sequences: torch.Tensor
+) -> tuple[_Model, _Model | None]:
+    """Return the exact `model` made smaller, fitted on `sequences` [N, T+1].
 
-
-def _exact_attention(opened: Source, n: int) -> dict[str, torch.Tensor]:
-    """Return the attention of layer `n` as MLA, exactly."""
-    q, k, v, o = (opened.tensors[f"model.layers.{n}.self_attn.{name}_proj.weight"].float() for name in "qkvo")
-    return lossless.attention(opened.config, q, k, v) | {"o_proj.weight": o}
-
-
-def _compressed(opened: Source, budget: compress.Budget, rows: torch.Tensor) -> tuple[ModelConfig, Attention]:
-    """Return shape and attention of the model with a smaller cache, fitted on `rows` [N, T+1]."""
-    model = load_causal_lm(opened.path)
-    config, layers = compress.compress(model, budget, statistics(model, rows))
-    if budget.method == "smolseek":
-        layers = refit(model, config, layers, rows)
+    With sparse experts there is a control, too: the same number of neurons, chosen once and for all.
+    """
+    llama, dense = load_causal_lm(opened.path), model.config.intermediate_size
+    if conversion.smaller_cache:
+        config, attentions = compress(llama, conversion, statistics(llama, sequences))
+        if conversion.method == "smolseek":
+            attentions = refit(llama, config, attentions, sequences)
+        console.say(
+            f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
+            f"of {opened.config.cache_features} before"
+        )
+        attentions = [balanced(config, tensors) for tensors in attentions]
+        model = model._replace(config=config, attention=attentions.__getitem__)
+    if conversion.prune is not None:
+        neurons = max(1, round(conversion.prune * dense))
+        pruned = prune(llama, sequences, neurons)
+        errors = [error for _, error in pruned]
+        console.say(
+            f"Neurons: {neurons:,} of {dense:,} in each layer; relative squared error of a layer's output "
+            f"{fmean(errors):.3f} on average, {max(errors):.3f} at most"
+        )
+        return _with_neurons(model, neurons, pruned), None
+    if conversion.active is None:
+        return model, None
+    config = with_experts(model.config, conversion)
+    experts, control = sparse(llama, config, sequences, conversion.seed)
+    neurons = active_neurons(config)
+    means = [fmean(error for _, error in layers) for layers in (experts, control)]
     console.say(
-        f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
-        f"of {opened.config.cache_features} before"
+        f"Experts: {neurons:,} of {dense:,} neurons a token in each layer; relative squared error of a layer's output "
+        f"{means[0]:.3f} on average; control, --prune {neurons / dense:.4g}: {means[1]:.3f}"
     )
-    layers = [compress.balanced(config, tensors) for tensors in layers]
-    return config, layers.__getitem__
+    sparse_model = model._replace(config=config, feed_forward=lambda n: experts[n][0])
+    return sparse_model, _with_neurons(model, neurons, control)
 
 
-def _pruned(
-    opened: Source, config: ModelConfig, layers: Iterator[dict[str, torch.Tensor]], share: float, rows: torch.Tensor
-) -> tuple[ModelConfig, Iterator[dict[str, torch.Tensor]]]:
-    """Return the shape with fewer neurons, and the layers with the feed-forward matrices of those that are kept."""
-    kept = max(1, round(share * config.intermediate_size))
-    found, errors = prune(load_causal_lm(opened.path), rows, kept)
-    console.say(
-        f"Neurons: {kept:,} of {config.intermediate_size:,} in each layer; relative squared error of a layer's output "
-        f"{sum(errors) / len(errors):.3f} on average, {max(errors):.3f} at most"
-    )
-
-    return dataclasses.replace(config, intermediate_size=kept), _replaced(layers, found)
+def _with_neurons(model: _Model, neurons: int, layers: list[tuple[FeedForward, float]]) -> _Model:
+    """Return the model with dense `layers` of fewer neurons."""
+    config = dataclasses.replace(model.config, intermediate_size=neurons)
+    return model._replace(config=config, feed_forward=lambda n: layers[n][0].tensors())
 
 
-def _sparse(opened: Source, config: ModelConfig, conversion: Conversion, rows: torch.Tensor) -> tuple[Fitted, Fitted]:
-    """Return the sparse experts, and the control: the same number of neurons, chosen once and for all."""
-    shape = _shape(config, conversion)
-    ours, control = sparse(load_causal_lm(opened.path), shape, rows, conversion.seed)
-    active = active_neurons(shape)
-    said = [f"{sum(one.errors) / len(one.errors):.3f}" for one in (ours, control)]
-    console.say(
-        f"Experts: {active:,} of {config.intermediate_size:,} neurons a token in each layer; relative squared error of "
-        f"a layer's output {said[0]} on average; control, --prune {active / config.intermediate_size:.4g}: {said[1]}"
-    )
-    return ours, control
-
-
-def _shape(config: ModelConfig, conversion: Conversion) -> ModelConfig:
-    """Return the shape with sparse experts instead of the dense layers of `config`."""
-    shared = 1 if conversion.shared is None else conversion.shared
-    return sparse_config(config, conversion.experts or 0, shared, conversion.active or 0)
-
-
-def _control(
-    opened: Source,
-    config: ModelConfig,
-    layers: Iterator[dict[str, torch.Tensor]],
-    conversion: Conversion,
-    part: Path,
-    verify: Callable[[Path, Path], str],
-) -> str:
-    """Return the line of fidelity of the control, whose folder in `part` is there only as long."""
-    kept = active_neurons(_shape(config, conversion))
-    with tempfile.TemporaryDirectory(dir=part, prefix="control") as folder:
-        shape = dataclasses.replace(config, intermediate_size=kept)
-        _write_model(Path(folder), shape, layers, conversion.dtype)
-        return f"Control, --prune {kept / config.intermediate_size:.4g} instead: {verify(opened.path, Path(folder))}"
-
-
-def _replaced(
-    layers: Iterator[dict[str, torch.Tensor]], found: list[dict[str, torch.Tensor]]
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield `layers` with the feed-forward tensors `found` instead of their own."""
-    for n, tensors in enumerate(layers, -1):
-        prefix = f"model.layers.{n}.mlp."
-        if 0 <= n < len(found):
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(prefix)}
-            tensors |= {f"{prefix}{name}": tensor for name, tensor in found[n].items()}
-        yield tensors
-
-
-def _layers(
-    opened: Source, config: ModelConfig, attention: Attention, conversion: Conversion
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield the new tensors in float32: the embedding, layer after layer, and what follows the last."""
-
-    def read(name: str) -> torch.Tensor:
-        return opened.tensors[name].float()
-
-    yield {"model.embed_tokens.weight": read("model.embed_tokens.weight")}
-    for n in range(config.num_hidden_layers):
-        layer = f"model.layers.{n}."
-        out = {f"{layer}{name}": read(f"{layer}{name}") for name in _UNCHANGED}
-        out |= {f"{layer}self_attn.{name}": tensor for name, tensor in attention(n).items()}
-        gate, up, down = (read(f"{layer}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
-        if conversion.experts is None or conversion.mode == "compress":
-            new = {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}
-        elif conversion.mode == "grow":
-            new = mixture.grow(config, gate, up, down, seed=conversion.seed * config.num_hidden_layers + n)
-        else:
-            new = mixture.split(config, gate, up, down, neurons=conversion.neurons, seed=conversion.seed)
-        yield out | {f"{layer}mlp.{name}": tensor for name, tensor in new.items()}
-    last = {"model.norm.weight": read("model.norm.weight")}
-    if not config.tie_word_embeddings:
-        last["lm_head.weight"] = read("lm_head.weight")
-    yield last
-
-
-_UNCHANGED = ("input_layernorm.weight", "post_attention_layernorm.weight")
-
-
-def _write_weights(part: Path, layers: Iterator[dict[str, torch.Tensor]], n_layers: int, dtype: torch.dtype) -> None:
-    """Write the tensors to shards of at most a gigabyte, each as soon as it is full."""
-    writer = ShardWriter(part, _SHARD_BYTES)
-    with console.progress(n_layers, "converting") as bar:
+def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conversion) -> ModelConfig:
+    """Write weights, configurations and tokenizer, and return the shape that the files have."""
+    config, layers = model.config, _layers(opened, model)
+    if conversion.profile == "portable":
+        config, layers = one_epsilon(config, layers)
+    dtype = getattr(torch, conversion.dtype)
+    writer = ShardWriter(folder, _SHARD_BYTES)
+    with console.progress(config.num_hidden_layers, "converting") as bar:
         for done, tensors in enumerate(layers):
-            for name, tensor in tensors.items():
-                kind = file_dtype(name, dtype)
-                writer.add((name, tensor.to(kind), kind))
-            bar.update(min(done, n_layers))
+            for name, tensor in latent_norm.folded(tensors.items(), config):
+                writer.add((name, tensor.to(file_dtype(name, dtype)), file_dtype(name, dtype)))
+            bar.update(min(done, config.num_hidden_layers))
     writer.finish()
-
-
-def _write_text_files(opened: Source, part: Path, values: dict, own: bool) -> None:
-    """Put tokenizer, chat template and generation settings beside the weights; the tokenizer may be another's."""
     source = opened.path
-    if source.is_file() or not own:
-        opened.tokenizer.save_pretrained(part)
+    same_tokenizer = source.is_dir() and conversion.tokenizer is None
+    write_rest(folder, config, dtype, None if same_tokenizer else opened.tokenizer)
     if source.is_dir():
-        for name in (*(_TEXT if own else ()), *_REST):
+        for name in _REST + (_TEXT if same_tokenizer else []):
             if (source / name).is_file():
-                shutil.copyfile(source / name, part / name)
-    if not (part / generation_config.NAME).exists():
-        generation_config.write(part, values)
+                shutil.copyfile(source / name, folder / name)
+    return config
 
 
-def _peak_bytes() -> int:
-    """Return the largest resident memory of this process so far, mapped files included."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def _layers(opened: Source, model: _Model) -> Iterator[Tensors]:
+    """Yield the new tensors in float32: the embedding, layer after layer, and what follows the last."""
+    yield {"model.embed_tokens.weight": opened.read("model.embed_tokens.weight")}
+    for n in range(model.config.num_hidden_layers):
+        prefix = f"model.layers.{n}."
+        out = {f"{prefix}self_attn.{name}": tensor for name, tensor in model.attention(n).items()}
+        out |= {f"{prefix}mlp.{name}": tensor for name, tensor in model.feed_forward(n).items()}
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            out[prefix + name] = opened.read(prefix + name)
+        yield out
+    last = ["model.norm.weight"] + ([] if model.config.tie_word_embeddings else ["lm_head.weight"])
+    yield {name: opened.read(name) for name in last}

@@ -16,8 +16,6 @@ from smolseek.convert.components import Layer
 from smolseek.model.rope import frequencies
 from smolseek.storage.latent_norm import EPS
 
-LEAST_HEAD = 32
-"""Features without position that a head has at least; a compressed head has as many as the source's."""
 _FINER = (1, 2, 3)
 
 
@@ -28,27 +26,29 @@ def ladder(source: ModelConfig, rope: int, layers: list[Layer]) -> RopeConfig:
     a half or a third offer two or three slots to each frequency, at it and near it, and leave out the low ones, whose
     keys hardly turn within a text.
     """
-    found = []
-    for finer in _FINER:
-        parameters = RopeConfig(rope_theta=source.rope_parameters.rope_theta ** (rope / (source.qk_head_dim * finer)))
+    theta = source.rope_parameters.rope_theta
+    ladders = [RopeConfig(rope_theta=theta ** (rope / (source.qk_head_dim * finer))) for finer in _FINER]
+
+    def energy(parameters: RopeConfig) -> float:
         w_S = frequencies(parameters, rope).double()
-        found.append((sum(seats(at, w_S)[1] / at.total() for at in layers), parameters))
-    return max(found, key=lambda pair: pair[0])[1]
+        return sum(assign_slots(layer, w_S)[1] / layer.total() for layer in layers)
+
+    return max(ladders, key=energy)
 
 
-def seats(at: Layer, w_S: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return a component [S] for each slot of frequency w_s, and what they keep together.
+def assign_slots(layer: Layer, w_S: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return a component [S] for each slot of frequency w_s, and the energy that they keep together.
 
     The pair of a component and a slot that keeps the most is made first, and so on.
     """
-    saved_CS, kept = at.loss_C[:, None] - at.losses(w_S), 0.0
-    out = torch.empty(len(w_S), dtype=torch.long)
+    saved_CS, energy = layer.loss_C[:, None] - layer.losses(w_S), 0.0
+    components_S = torch.empty(len(w_S), dtype=torch.long)
     for _ in w_S:
         component, slot = divmod(int(saved_CS.argmax()), len(w_S))
-        kept += float(saved_CS[component, slot])
-        out[slot] = component
+        energy += float(saved_CS[component, slot])
+        components_S[slot] = component
         saved_CS[component], saved_CS[:, slot] = -torch.inf, -torch.inf
-    return out, kept
+    return components_S, energy
 
 
 def one_epsilon(
@@ -65,8 +65,6 @@ def one_epsilon(
 
     def scaled(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith(written):
-            return tensor * factor
-        if config.tie_word_embeddings and name == "lm_head.weight":
             return tensor * factor
         if config.tie_word_embeddings and name == "model.norm.weight":
             return tensor / factor

@@ -1,19 +1,22 @@
 """Least squares after the cut: each head reads its values anew from the latent, through the attention that it now has.
 
-Shapes: N windows, T tokens of a window, D hidden_size, H query heads, d features of a value, R kv_lora_rank.
+Shapes: N sequences, T tokens of a sequence, D hidden_size, H query heads, d features of a value, R kv_lora_rank.
 """
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from smolseek.config import ModelConfig
 from smolseek.convert.calibrate import observe
+from smolseek.convert.least_squares import ridge_solve
 from smolseek.model.attention import MLA
 from smolseek.model.rope import Rope
 from smolseek.model.transformer import CausalLM
-from smolseek.ops.rotary import rotate
-from smolseek.storage.latent_norm import unfolded
+from smolseek.ops.mla_attention import CosSin
 
 _RIDGE = 3e-3
 """Weight of staying near the first W_UV, as a share of the features' mean energy."""
@@ -21,59 +24,46 @@ _RIDGE = 3e-3
 
 @torch.no_grad()
 def refit(
-    model: CausalLM, shape: ModelConfig, layers: list[dict[str, torch.Tensor]], rows: torch.Tensor
+    model: CausalLM, config: ModelConfig, layers: list[dict[str, torch.Tensor]], sequences: torch.Tensor
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the layers that `compress` gave for the Llama `model` with new W_UV, fitted on `rows` [N, T+1].
+    """Return the layers that `compress` gave for the Llama `model` with new W_UV, fitted on `sequences` [N, T+1].
 
     On the original's inputs head h gives A = P V, and the smaller one could give any Z W with Z = P' c, P' its own
     attention and c the latent: W minimises |A - Z W|^2 + ridge |W - W_UV|^2. So the values make up, as far as they
     can, for what the attention has lost, too.
     """
-    assert shape.kv_lora_rank is not None
     blocks: Any = model.model.layers
-    H, d, R, T = shape.num_attention_heads, shape.v_head_dim, shape.kv_lora_rank, rows.shape[1] - 1
-    rope = Rope(shape.rope_parameters, shape.rope_dim, shape.max_position_embeddings)(torch.arange(T), T)
-    smaller = []
-    for n, tensors in enumerate(layers):
-        smaller.append(MLA(shape, n))
-        smaller[-1].load_state_dict(dict(unfolded(tensors.items(), R)))
-    squares = [torch.zeros(H, R, R).double() for _ in layers]
-    crosses = [torch.zeros(H, R, d).double() for _ in layers]
+    H, d, R, T = config.num_attention_heads, config.v_head_dim, config.kv_lora_rank or 0, sequences.shape[1] - 1
+    rope = Rope(config.rope_parameters, config.rope_dim, config.max_position_embeddings)(torch.arange(T), T)
+    smaller = [_latent_attention(config, n, tensors) for n, tensors in enumerate(layers)]
+    squares, crosses = torch.zeros(len(layers), H, R, R).double(), torch.zeros(len(layers), H, R, d).double()
     inputs: dict[int, torch.Tensor] = {}
 
-    def keep(attention: Any, given: Any) -> None:
-        inputs[attention.layer] = given[0][0]
+    def keep(n: int, x_BTD: torch.Tensor, _: CosSin) -> None:
+        inputs[n] = x_BTD
 
-    def compare(n: int, heads_TX: torch.Tensor) -> None:
-        z_HTR = _mixed(smaller[n], inputs.pop(n), rope)
+    def add(n: int, heads_BTX: torch.Tensor) -> None:
+        z_HTR = smaller[n](inputs.pop(n), rope)[0].unflatten(1, (H, R)).transpose(0, 1)
         squares[n] += (z_HTR.mT @ z_HTR).double()
-        crosses[n] += (z_HTR.mT @ heads_TX.unflatten(1, (H, d)).transpose(0, 1)).double()
+        crosses[n] += (z_HTR.mT @ heads_BTX[0].unflatten(1, (H, d)).transpose(0, 1)).double()
 
-    hooks = [block.self_attn.register_forward_pre_hook(keep) for block in blocks]
-    for n, block in enumerate(blocks):
-        hooks.append(block.self_attn.o_proj.register_forward_pre_hook(lambda _, given, n=n: compare(n, given[0][0])))
-    observe(model, rows, hooks, "refitting")
+    watched = [(block.self_attn, partial(keep, n)) for n, block in enumerate(blocks)]
+    watched += [(block.self_attn.o_proj, partial(add, n)) for n, block in enumerate(blocks)]
+    observe(model, sequences, "refitting", watched)
     out = []
     for tensors, square_HRR, cross_HRd in zip(layers, squares, crosses, strict=True):
-        w_HXR = tensors["kv_b_proj.weight"].double().unflatten(0, (H, -1))
-        w_uv_HdR = w_HXR[:, -d:]
-        ridge_H = _RIDGE * square_HRR.diagonal(dim1=1, dim2=2).mean(dim=1)
-        system_HRR = square_HRR + ridge_H[:, None, None] * torch.eye(R).double()
-        change_HRd = torch.linalg.solve(system_HRR, cross_HRd - square_HRR @ w_uv_HdR.mT)
-        w_HXR = torch.cat((w_HXR[:, :-d], w_uv_HdR + change_HRd.mT), dim=1)
-        out.append(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1).float()})
+        w_uk_HNR, w_uv_HdR = tensors["kv_b_proj.weight"].unflatten(0, (H, -1)).tensor_split([-d], dim=1)
+        w_HXR = torch.cat((w_uk_HNR, ridge_solve(square_HRR, cross_HRd.mT, w_uv_HdR, _RIDGE)), dim=1)
+        out.append(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1)})
     return out
 
 
-def _mixed(attention: MLA, x_TD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return the latents as each head's attention mixes them [H, T, R]."""
-    T, H = len(x_TD), attention.heads
-    q_nope, q_pe = (
-        attention.q_proj(x_TD).unflatten(1, (H, -1)).transpose(0, 1).split([attention.nope, attention.rope], dim=-1)
-    )
-    c_TR, k_pe = attention.kv_a_proj_with_mqa(x_TD).split([attention.rank, attention.rope], dim=-1)
-    w_uk_HNR = attention.kv_b_proj.weight.unflatten(0, (H, -1))[:, : attention.nope]
-    scores_HTT = (q_nope @ w_uk_HNR) @ c_TR.T
-    scores_HTT += rotate(q_pe, *rope, interleave=True) @ rotate(k_pe, *rope, interleave=True).T
-    unseen_TT = torch.ones(T, T, dtype=torch.bool).triu(1)
-    return (scores_HTT * attention.scale).masked_fill(unseen_TT, -torch.inf).softmax(dim=-1) @ c_TR
+def _latent_attention(config: ModelConfig, n: int, tensors: dict[str, torch.Tensor]) -> MLA:
+    """Return the attention with the identity for W_UV and no W_O: its heads return the latents that they mix."""
+    H, R = config.num_attention_heads, config.kv_lora_rank or 0
+    w_uk_HNR = tensors["kv_b_proj.weight"].unflatten(0, (H, -1))[:, : config.qk_nope_head_dim]
+    w_HXR = torch.cat((w_uk_HNR, torch.eye(R).expand(H, R, R)), dim=1)
+    attention = MLA(dataclasses.replace(config, v_head_dim=R), n)
+    attention.o_proj = nn.Identity()  # type: ignore[assignment]
+    attention.load_state_dict(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1)}, strict=False)  # without W_O
+    return attention

@@ -1,4 +1,4 @@
-"""Least squares in turn: what each head asks for, and what is cached, until the scores are near those of the source.
+"""Alternating least squares: what each head reads, and what is cached, until the scores are near those of the source.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, S slots with position, R kv_lora_rank,
 F = 2S + R cached features, T distances.
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from smolseek.convert.components import Layer, asked
+from smolseek.convert.components import Layer, query_weights
 
 _ROUNDS = 4
 _RIDGE = 1e-3
@@ -32,21 +32,13 @@ class Fit(NamedTuple):
     """A group's values out of the latent."""
 
 
-class _Means(NamedTuple):
-    """Mean products of cosines and sines under each head's distances, for features a and b [H, a, b]."""
-
-    cc: torch.Tensor
-    cs: torch.Tensor
-    sc: torch.Tensor
-    ss: torch.Tensor
-
-
-def _means(seen_HT: torch.Tensor, w_a: torch.Tensor, w_b: torch.Tensor) -> _Means:
+def _means(seen_HT: torch.Tensor, w_a: torch.Tensor, w_b: torch.Tensor) -> list[torch.Tensor]:
+    """Return the mean products cos cos, cos sin, sin cos and sin sin under each head's distances [H, a, b]."""
     distance_T = torch.arange(seen_HT.shape[1]).double()
     (one, at_a), (two, at_b) = (w.unique(return_inverse=True) for w in (w_a, w_b))
     a, b = one[:, None] * distance_T, two[:, None] * distance_T
     left = [seen_HT[:, None] * x for x in (a.cos(), a.sin())]
-    return _Means(*((x @ y.T)[:, at_a][:, :, at_b] for x in left for y in (b.cos(), b.sin())))
+    return [(x @ y.T)[:, at_a][:, :, at_b] for x in left for y in (b.cos(), b.sin())]
 
 
 def _quarter(x: torch.Tensor, turned: int) -> torch.Tensor:
@@ -56,35 +48,35 @@ def _quarter(x: torch.Tensor, turned: int) -> torch.Tensor:
     return out
 
 
-def _turned(x_Hab: torch.Tensor, means: _Means, turned: tuple[int, int], sign: int = 1) -> torch.Tensor:
+def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, int], sign: int = 1) -> torch.Tensor:
     """Return E[Rot_a(D) x Rot_b(D)'], Rot(D) z = z cos wD + quarter(z) sin wD; a negative sign turns the other way."""
-    a, b = turned
+    (a, b), (cc, cs, sc, ss) = turned, means
     right = _quarter(x_Hab, b)
     left, both = (_quarter(x.mT, a).mT for x in (x_Hab, right))
-    return x_Hab * means.cc + sign * (right * means.cs + left * means.sc) + both * means.ss
+    return x_Hab * cc + sign * (right * cs + left * sc) + both * ss
 
 
-def alternate(at: Layer, w_S: torch.Tensor, fit: Fit) -> Fit:
-    """Return a nearer fit of layer `at` for slots of the frequencies `w_S`, starting from `fit`."""
-    G, d, _ = at.v_GdD.shape
-    heads, slots, moment = len(at.q_HdD) // G, 2 * len(w_S), at.moment_DD
+def alternate(layer: Layer, w_S: torch.Tensor, fit: Fit) -> Fit:
+    """Return a nearer fit of `layer` for slots of the frequencies `w_S`, starting from `fit`."""
+    G, d, _ = layer.v_GdD.shape
+    heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD
     w_F = torch.cat((w_S.repeat_interleave(2), torch.zeros(len(fit.stored_FD) - slots))).double()
-    within = _means(at.seen_HT, w_F, w_F)
-    across = _means(at.seen_HT, at.w_J.repeat_interleave(2), w_F)
-    keys_GdD = torch.view_as_real(at.k_KD.unflatten(0, (G, -1))).transpose(2, 3).flatten(1, 2)
-    keys_HdD, weight_Hdd = keys_GdD.repeat_interleave(heads, dim=0), asked(at)
+    within = _means(layer.seen_HT, w_F, w_F)
+    across = _means(layer.seen_HT, layer.w_J.repeat_interleave(2), w_F)
+    keys_GdD = torch.view_as_real(layer.k_KD.unflatten(0, (G, -1))).transpose(2, 3).flatten(1, 2)
+    keys_HdD, weight_Hdd = keys_GdD.repeat_interleave(heads, dim=0), query_weights(layer)
     stored_FD, keys_HdF, values_GdR = fit
     for step in range(_ROUNDS):
         if step:
             heard_HdF = weight_Hdd @ keys_HdF
             system = _turned(keys_HdF.mT @ heard_HdF, within, (slots, slots), -1).sum(dim=0)
             target = (_turned(heard_HdF, across, (d, slots), -1).mT @ keys_HdD).sum(dim=0)
-            weighed_GRd = values_GdR.mT @ at.value_Gdd
+            weighed_GRd = values_GdR.mT @ layer.value_Gdd
             system[slots:, slots:] += (weighed_GRd @ values_GdR).sum(dim=0)
-            target[slots:] += (weighed_GRd @ at.v_GdD).sum(dim=0)
+            target[slots:] += (weighed_GRd @ layer.v_GdD).sum(dim=0)
             stored_FD = stored_FD + _solve(system, target - system @ stored_FD)
             latent_RD = stored_FD[slots:]
-            square, cross = latent_RD @ moment @ latent_RD.T, latent_RD @ moment @ at.v_GdD.mT
+            square, cross = latent_RD @ moment @ latent_RD.T, latent_RD @ moment @ layer.v_GdD.mT
             values_GdR = values_GdR + _solve(square, cross - square @ values_GdR.mT).mT
         square = _turned((stored_FD @ moment @ stored_FD.T)[None], within, (slots, slots))
         cross = _turned(keys_HdD @ (moment @ stored_FD.T), across, (d, slots))

@@ -47,9 +47,9 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
     return stored, matrix.new_full((rank,), norm)
 
 
-def unfolded(tensors: Tensors, config: ModelConfig | int) -> Iterator[tuple[str, torch.Tensor]]:
+def unfolded(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass on a folder's tensors as the model has them: without the norm of the latent where the model has none."""
-    rank = config if isinstance(config, int) else None if config.latent_norm else config.kv_lora_rank
+    rank = None if config.latent_norm else config.kv_lora_rank
     waiting: dict[str, tuple[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         if rank is None or not name.endswith((MATRIX, NORM)):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.convert.calibrate import calibration_rows
+from smolseek.convert.calibrate import written_sequences
 from smolseek.convert.card import source_of
 from smolseek.data.datasets import open_dataset
 from smolseek.data.sequences import TooFewTokens, build_sequences
@@ -28,8 +28,8 @@ from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
 from smolseek.tokenizer import encoder, load_tokenizer, tokenizer_of, vocabulary_digest
 from smolseek.train.loss import Losses
 
-_ROUNDS = 8
-"""How often a model is asked for more text, at most."""
+_ATTEMPTS = 8
+"""How often a model writes more text, at most."""
 
 
 class Teacher:
@@ -46,10 +46,10 @@ class Teacher:
 
     def fingerprint(self) -> str:
         """Return a name of the model for checkpoints: of each parameter its name, shape and first values."""
-        found = hashlib.blake2b(digest_size=16)
+        digest = hashlib.blake2b(digest_size=16)
         for name, tensor in self.model.named_parameters():
-            found.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
-        return found.hexdigest()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
+        return digest.hexdigest()
 
     def losses(
         self,
@@ -89,17 +89,17 @@ def source_of_model(model: str) -> str:
         SmolseekError: if nothing does, or that model is not to be found any more.
     """
     path = resolve(model)
-    name, run = source_of(path), RunFolder(path.parent.parent)
-    if name is None and path.parent == run.checkpoints and run.config.exists():
+    source, run = source_of(path), RunFolder(path.parent.parent)
+    if source is None and path.parent == run.checkpoints and run.config.exists():
         config = run.read_config()
-        name = config.distill.teacher or (source_of_model(config.init) if config.init else None)
-    if name is None:
+        source = config.distill.teacher or (source_of_model(config.init) if config.init else None)
+    if source is None:
         raise SmolseekError(f"{model} does not say what it was made of: give --teacher, the model that it was made of")
     try:
-        resolve(name)
+        resolve(source)
     except SmolseekError as error:
-        raise SmolseekError(f"{model} was made of {name}, and {error}: give --teacher, where that model is") from None
-    return name
+        raise SmolseekError(f"{model} was made of {source}, and {error}: give --teacher, where that model is") from None
+    return source
 
 
 def check_teacher(teacher: str, model: str) -> None:
@@ -117,7 +117,7 @@ def check_teacher(teacher: str, model: str) -> None:
                 "--distill.attention-only"
             )
     tokenizers = [tokenizer for name in (teacher, model) if (tokenizer := tokenizer_of(resolve(name))) is not None]
-    if len(tokenizers) == 2 and vocabulary_digest(tokenizers[0]) != vocabulary_digest(tokenizers[1]):
+    if len({vocabulary_digest(tokenizer) for tokenizer in tokenizers}) > 1:
         raise SmolseekError(f"{teacher} and {model} have different tokenizers: give the model that it was made of")
 
 
@@ -127,10 +127,8 @@ def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False
     Raises:
         SmolseekError: if it cannot be read.
     """
-    tokenizer, data = (
-        load_tokenizer(config.tokenizer),
-        dataclasses.replace(config.data, sources=sources, val_sources=()),
-    )
+    tokenizer = load_tokenizer(config.tokenizer)
+    data = dataclasses.replace(config.data, sources=sources, val_sources=())
     try:
         if whole:
             documents = list(read_documents(sources, data.text_column))
@@ -143,7 +141,7 @@ def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False
 
 
 def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "text", least: int = 0) -> None:
-    """Have the model `model` write `tokens` tokens of text, a document a window, into the JSON lines `out`.
+    """Have the model `model` write `tokens` tokens of text, a document a sequence, into the JSON lines `out`.
 
     It goes on until a training on the text has at least `least` tokens; `key` is the one that holds a document.
 
@@ -154,16 +152,16 @@ def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "te
     tokenizer = tokenizer_of(path)
     if tokenizer is None:
         raise SmolseekError(f"{model} has no tokenizer to write text with: put its tokenizer.json into the folder")
-    encode, texts, held = encoder(tokenizer), [], 0
-    for round_ in range(_ROUNDS):
-        rows = calibration_rows(path, "self", tokens, seed + round_ * 1_000_003, tokenizer)
-        texts += [tokenizer.decode(row, skip_special_tokens=True) for row in rows.tolist()]
+    writer, encode, texts, written = load_causal_lm(path), encoder(tokenizer), [], 0
+    for attempt in range(_ATTEMPTS):
+        sequences = written_sequences(writer, tokenizer, tokens, seed + attempt * 1_000_003)
+        texts += tokenizer.batch_decode(sequences, skip_special_tokens=True)
         with contextlib.suppress(EmptySide):
-            learned = split(list(dict.fromkeys(texts)), DataConfig.val_fraction, needs_validation=False).train
-            held = sum(len(ids) + 1 for ids in encode(learned))
-        if held >= least:
+            documents = split(list(dict.fromkeys(texts)), DataConfig.val_fraction, needs_validation=False).train
+            written = sum(len(ids) + 1 for ids in encode(documents))
+        if written >= least:
             break
     else:
-        raise SmolseekError(f"{model} writes {held:,} tokens of text where {least:,} are needed: give files instead")
+        raise SmolseekError(f"{model} writes {written:,} tokens of text where {least:,} are needed: give files instead")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, "".join(json.dumps({key: text}) + "\n" for text in texts))

@@ -3,7 +3,6 @@
 import os
 import platform
 import resource
-import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from smolseek.config import TrainConfig
+from smolseek.memory import peak_resident_bytes
 from smolseek.model import summary
 from smolseek.run_folder import RunFolder
 from smolseek.train.state import Progress
@@ -40,8 +40,7 @@ def memory(device: torch.device) -> tuple[int, int]:
     """Return current and peak memory in bytes: what PyTorch holds of the GPU, or resident of this process."""
     if device.type == "cuda":  # not what tensors take: what a CUDA graph writes into is held, and seen by no tensor
         return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024
+    peak = peak_resident_bytes()
     try:
         with open("/proc/self/statm", encoding="ascii") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize(), peak

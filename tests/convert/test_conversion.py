@@ -1,0 +1,72 @@
+"""Options that do not go together, or do not fit the source, are refused in one line, and nothing is written."""
+
+import pytest
+
+from smolseek.convert.conversion import Conversion
+
+SELF = ["--calibration", "self"]
+
+
+@pytest.fixture(scope="module")
+def llama(save_llama):
+    return save_llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mode", "grow"], "--experts"),
+        (["--mode", "grow", "--experts", "4", "--top-k", "2", "--neurons", "clustered"], "--neurons"),
+        (["--top-k", "2"], "--top-k"),
+        (["--shared", "1"], "--experts"),
+        (["--experts", "4"], "48 neurons"),
+        (["--cache", "0.5"], "--mode compress"),
+        (["--prune", "0.5"], "--mode compress"),
+        (["--experts", "8", "--active", "2"], "--mode compress"),
+        (["--profile", "portable"], "--mode compress"),
+    ],
+)
+def test_exact_and_grow(llama, refused, options, words):
+    refused(words, llama, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--cache 0.5"),
+        (["--cache", "0.5", "--kv-rank", "20", "--rope-dim", "8"], "leave one of them out"),
+        (["--kv-rank", "20"], "--rope-dim"),
+        (["--cache", "1.5"], "between 0 and 1"),
+        (["--cache", "0.1"], "too few"),
+        (["--kv-rank", "24", "--rope-dim", "24"], "no fewer than the source's 48"),
+        (["--cache", "0.5", "--rope-dim", "7"], "even"),
+        (["--cache", "0.5", "--freq-fold", "3"], "does not divide"),
+        (["--cache", "0.5", "--calibration-tokens", "0"], "below 1"),
+        (["--cache", "0.5"], "no tokenizer"),
+        (["--cache", "0.8", "--method", "transmla", "--rope-dim", "12", *SELF], "multiple of 8"),
+        (["--cache", "0.5", "--profile", "portable", *SELF], "32 features or more, and the source's have 8"),
+        (["--cache", "0.5", "--method", "transmla", "--profile", "portable"], "leave one"),
+        (["--kv-rank", "40", "--rope-dim", "7", "--profile", "portable"], "even"),
+        (["--prune", "1.5"], "between 0 and 1"),
+        (["--prune", "0.5", "--rope-dim", "8"], "--cache"),
+        (["--prune", "0.5", "--profile", "portable"], "need a smaller cache"),
+        (["--cache", "0.5", "--experts", "3"], "--experts"),
+        (["--experts", "8"], "--active"),
+        (["--active", "2"], "--experts"),
+        (["--experts", "8", "--shared", "4", "--active", "8"], "--mode exact"),
+        (["--experts", "8", "--shared", "4", "--active", "0"], "between 1 and 7"),
+        (["--experts", "7", "--shared", "4", "--active", "2"], "48 neurons"),
+        (["--experts", "8", "--shared", "-2", "--active", "2"], "below 0"),
+        (["--experts", "1", "--active", "1"], "below 2"),
+        (["--experts", "8", "--active", "2", "--prune", "0.5"], "choose one"),
+        (["--experts", "8", "--active", "2", "--top-k", "2"], "--top-k"),
+    ],
+)
+def test_compress(llama, refused, options, words):
+    refused(words, llama, "--mode", "compress", *options)
+
+
+def test_the_options_that_are_not_defaults_are_those_of_the_command_line():
+    assert Conversion().arguments() == []
+    arguments = Conversion(mode="compress", cache=0.5, freq_fold=2, calibration="self").arguments()
+    assert arguments == ["--mode", "compress", "--cache", "0.5", "--freq-fold", "2", "--calibration", "self"]
