@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from smolseek.ops import cross_entropy
-from smolseek.ops.cross_entropy import chunks, objectives
+from smolseek.ops.cross_entropy import chunks
 
 
 def linear_cross_entropy(*given, **options):
@@ -40,7 +40,7 @@ def test_value_and_gradients_equal_the_plain_loss(n):
 
 def test_also_in_chunks_as_a_gpu_has_them(monkeypatch):
     """Each is a block of its own, and of 300 tokens some are left over."""
-    monkeypatch.setattr(objectives, "sizes", lambda *_: (128, 128))
+    monkeypatch.setattr(cross_entropy, "sizes", lambda *_: (128, 128))
     assert_equals_the_plain_loss(300)
 
 

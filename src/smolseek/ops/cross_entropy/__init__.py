@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smolseek.ops.backend import gradient_to_add_to, product_type
-from smolseek.ops.cross_entropy.chunks import SLICE, held_bytes, logits_bytes
+from smolseek.ops.cross_entropy.chunks import CHUNK, SLICE, held_bytes, logits_bytes, sizes
 from smolseek.ops.cross_entropy.objectives import CrossEntropy, Divergence
 
 __all__ = ["Means", "held_bytes", "linear_cross_entropy", "linear_kl", "logits_bytes"]
@@ -62,7 +62,8 @@ def linear_cross_entropy(
             raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
     wanted = _wanted(h_ND, w_VD)
     objective = CrossEntropy(targets_N, z_loss, any(wanted))
-    return Means(*_LinearHead.apply(h_ND, w_VD, objective, product_type(h_ND), wanted, accumulate, factor))
+    chunks = sizes(len(w_VD), h_ND.is_cuda, wanted[1])
+    return Means(*_LinearHead.apply(h_ND, w_VD, objective, chunks, product_type(h_ND), wanted, accumulate, factor))
 
 
 def linear_kl(
@@ -71,7 +72,7 @@ def linear_kl(
     """Return the mean KL(p || q) of p = softmax(taught taught_VD^T) and q = softmax(h w^T)."""
     wanted, dtype = _wanted(h_ND, w_VD), product_type(h_ND)
     objective = Divergence(taught_ND.to(dtype), taught_VD.to(dtype), targets_N, any(wanted))
-    return Means(*_LinearHead.apply(h_ND, w_VD, objective, dtype, wanted, False, None))
+    return Means(*_LinearHead.apply(h_ND, w_VD, objective, (CHUNK, CHUNK), dtype, wanted, False, None))
 
 
 def _wanted(*tensors: torch.Tensor) -> tuple[bool, ...]:
@@ -86,6 +87,7 @@ class _LinearHead(torch.autograd.Function):
         h_ND: torch.Tensor,
         w_VD: torch.Tensor,
         objective: CrossEntropy | Divergence,
+        chunks: tuple[int, int],
         dtype: torch.dtype,
         wanted: tuple[bool, bool],
         accumulate: bool,
@@ -100,7 +102,7 @@ class _LinearHead(torch.autograd.Function):
         ctx.added = None if place is None else factor
         # Made once and used by every chunk: fresh pages would cost more than the arithmetic. The logits' gradients
         # take the logits' place.
-        chunk, block = objective.sizes(V, h_ND.is_cuda, w_wanted)
+        chunk, block = chunks
         d_SV = h_ND.new_empty(min(N, block), V)
         dh_ND, dw_VD = torch.empty_like(h_ND) if h_wanted else None, None
         with torch.autocast(h_ND.device.type, enabled=False):
@@ -146,7 +148,7 @@ class _LinearHead(torch.autograd.Function):
             dw_VD = None
         elif dw_VD is not None:
             dw_VD = dw_VD.float().mul_(grad)
-        return dh_ND, dw_VD, None, None, None, None, None
+        return dh_ND, dw_VD, None, None, None, None, None, None
 
 
 def _logits(h_CD: torch.Tensor, w_VD: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from smolseek.ops.backend import c_supports, call, triton_supports
 from smolseek.ops.cross_entropy import reference
-from smolseek.ops.cross_entropy.chunks import CHUNK, rows_of, sizes
+from smolseek.ops.cross_entropy.chunks import CHUNK, rows_of
 
 
 class CrossEntropy:
@@ -16,10 +16,6 @@ class CrossEntropy:
     def __init__(self, targets_N: torch.Tensor, z_loss: float, wanted: bool) -> None:
         self.targets_N, self.z_loss, self.wanted = targets_N.contiguous(), z_loss, wanted
         self.loss, self.squares = _zero(targets_N), _zero(targets_N)
-
-    def sizes(self, vocab: int, cuda: bool, weight_wanted: bool) -> tuple[int, int]:
-        """Return how many tokens a chunk and a block have."""
-        return sizes(vocab, cuda, weight_wanted)
 
     def add(self, logits_CV: torch.Tensor, begin: int) -> None:
         """Take the logits of the tokens from `begin` on; d loss / d logits = (softmax - one-hot) / N."""
@@ -63,10 +59,6 @@ class Divergence:
         rows = rows_of(targets_N.device)
         self.taught_CV = taught_ND.new_empty(min(N, CHUNK), V)
         self.buffers = [taught_ND.new_empty(min(N, rows), V, dtype=torch.float32) for _ in range(3)]
-
-    def sizes(self, vocab: int, cuda: bool, weight_wanted: bool) -> tuple[int, int]:
-        """Return how many tokens a chunk and a block have."""
-        return CHUNK, CHUNK
 
     def add(self, logits_CV: torch.Tensor, begin: int) -> None:
         """Take the logits of the tokens from `begin` on; d KL / d logits = (q - p) / N."""
