@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -50,8 +51,8 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
     Raises:
         OSError: if it cannot be written; the old file stays.
     """
-    # The number keeps processes apart that write the same file at the same time.
-    part = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    # The number keeps processes and threads apart that write the same file at the same time.
+    part = path.with_name(f"{UNFINISHED}{threading.get_native_id()}-{path.name}")
     try:
         with part.open("wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)

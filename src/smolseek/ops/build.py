@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from smolseek import console
+from smolseek.files import write_atomically
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 # What a compiler may not know (Apple's clang no OpenMP, some no native processor): first all flags, then without these.
@@ -109,7 +110,7 @@ def _digest_file(path: Path) -> Path:
 
 
 def _build(sources: tuple[Path, ...], path: Path) -> None:
-    """Compile under another name, then rename: processes may build at the same time.
+    """Compile elsewhere, then write: processes may build at the same time.
 
     Raises:
         _BuildFailed: naming the first compiler's reason, tried with all flags.
@@ -117,16 +118,16 @@ def _build(sources: tuple[Path, ...], path: Path) -> None:
     """
     reason = None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made, digest = Path(folder) / "made.so", Path(folder) / "made.sha256"
+        made = Path(folder) / "made.so"
         for compiler in _compilers():
             for left_out in _OPTIONAL:
                 flags = [flag for flag in FLAGS if flag not in left_out]
                 command = [*compiler, *flags, "-o", str(made), f"-I{_FOLDER}", *map(str, sources), "-lm"]
                 failure = _run(command)
                 if failure is None:
-                    digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), encoding="ascii")
-                    digest.replace(_digest_file(path))
-                    made.replace(path)
+                    content = made.read_bytes()
+                    write_atomically(_digest_file(path), hashlib.sha256(content).hexdigest())
+                    write_atomically(path, content)
                     return
                 reason = reason or f"the C compiler {shlex.join(compiler)} fails ({failure})"
     raise _BuildFailed(reason or "no C compiler is found (cc, gcc, clang, or the one named by CC)")

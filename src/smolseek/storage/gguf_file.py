@@ -1,7 +1,6 @@
 """Llama models in llama.cpp's GGUF files, quantised or not, as Hugging Face's tensors in float32."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -100,19 +99,13 @@ def _format(info: TensorInfo) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...
 def _check(name: str, info: TensorInfo) -> None:
     """Raise SmolseekError for a tensor that cannot be read."""
     try:
-        _, shape = _format(info)
-        _try(info.format)
+        kind, shape = _format(info)
+        empty = np.zeros((1, *gguf.quant_shape_to_byte_shape((256,), kind)), np.uint8)
+        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError where there is no such function
     except (NotImplementedError, ValueError) as error:
         raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
     if info.start + math.prod(shape) > info.file.stat().st_size:
         raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it anew")
-
-
-@functools.cache
-def _try(number: int) -> None:
-    """Dequantise nothing of ggml's format `number`. Raises NotImplementedError for one that cannot be."""
-    kind = gguf.GGMLQuantizationType(number)
-    gguf.quants.dequantize(np.zeros((1, *gguf.quant_shape_to_byte_shape((256,), kind)), np.uint8), kind)
 
 
 def _decimal(value: float) -> float:
