@@ -8,7 +8,7 @@ INLINE void mix_tile(const void *v, int64_t stride, int64_t tokens, const float 
                      int64_t j, const int n, const int64_t bfloat16) {
     vec acc[4] = {{0}};
     for (int64_t s = 0; s < tokens; s++) {
-        vec value = load(v, s * stride + j, bfloat16);
+        vec value = load_once(v, s * stride + j, bfloat16);
         for (int h = 0; h < n; h++) acc[h] += value * p[h * CHUNK + s];
     }
     for (int h = 0; h < n; h++) memcpy(out + h * out_stride + j, &acc[h], sizeof acc[h]);

@@ -56,6 +56,15 @@ static inline void meet(Gate *gate, int all) {
         if (spins > 4000) sched_yield();
 }
 
+/* As `load`, for what is read from memory once: with the compiler's own conversion of bfloat16 a step is a tenth faster
+   than with the one instruction that `load` names (AMD EPYC, GCC). */
+INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
+    if (!bfloat16) return load(w, i, 0);
+    short_vec bits;
+    memcpy(&bits, (const bf16 *)w + i, sizeof bits);
+    return (vec)(__builtin_convertvector(bits, uint_vec) << 16);
+}
+
 /* y[b][o] = sum_i w[o, i] x[b][i] for b < NB, a constant where it is called. One row after the other, as it lies in
    memory: the processor's prefetcher follows that best. Four running sums hide the latency of an addition. */
 INLINE void row(const void *w, int64_t cols, const float *const *x, float *const *y, int64_t o, const int NB,
@@ -64,12 +73,12 @@ INLINE void row(const void *w, int64_t cols, const float *const *x, float *const
     int64_t i = 0;
     for (; i + 64 <= cols; i += 64)
         for (int part = 0; part < 4; part++) {
-            vec weight = load(w, i + 16 * part, bfloat16);
+            vec weight = load_once(w, i + 16 * part, bfloat16);
             if (part % 2 == 0) __builtin_prefetch((const char *)at(w, i + 16 * part, bfloat16) + 4096, 0, 0);
             for (int b = 0; b < NB; b++) acc[part][b] += weight * load(x[b], i + 16 * part, 0);
         }
     for (; i + 16 <= cols; i += 16) {
-        vec weight = load(w, i, bfloat16);
+        vec weight = load_once(w, i, bfloat16);
         for (int b = 0; b < NB; b++) acc[0][b] += weight * load(x[b], i, 0);
     }
     for (int b = 0; b < NB; b++) {
