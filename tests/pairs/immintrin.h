@@ -32,33 +32,33 @@ EMULATED uint16_t bfloat16_bits(float x) {
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-#define LANES(expression)                                                                                              \
+#define EACH_LANE(expression)                                                                                          \
     lanes16 y;                                                                                                         \
     for (int i = 0; i < 16; i++) y[i] = (expression);                                                                  \
     return y
 
-EMULATED lanes16 _mm512_set1_ps(float a) { LANES(a); }
-EMULATED lanes16 _mm512_setzero_ps(void) { LANES(0.0f); }
+EMULATED lanes16 _mm512_set1_ps(float a) { EACH_LANE(a); }
+EMULATED lanes16 _mm512_setzero_ps(void) { EACH_LANE(0.0f); }
 EMULATED lanes16 _mm512_add_ps(lanes16 a, lanes16 b) { return a + b; }
 EMULATED lanes16 _mm512_sub_ps(lanes16 a, lanes16 b) { return a - b; }
 EMULATED lanes16 _mm512_mul_ps(lanes16 a, lanes16 b) { return a * b; }
-EMULATED lanes16 _mm512_max_ps(lanes16 a, lanes16 b) { LANES(a[i] > b[i] ? a[i] : b[i]); }
-EMULATED lanes16 _mm512_fmadd_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(a[i], b[i], c[i])); }
-EMULATED lanes16 _mm512_fmsub_ps(lanes16 a, lanes16 b, lanes16 c) { LANES(__builtin_fmaf(a[i], b[i], -c[i])); }
+EMULATED lanes16 _mm512_max_ps(lanes16 a, lanes16 b) { EACH_LANE(a[i] > b[i] ? a[i] : b[i]); }
+EMULATED lanes16 _mm512_fmadd_ps(lanes16 a, lanes16 b, lanes16 c) { EACH_LANE(__builtin_fmaf(a[i], b[i], c[i])); }
+EMULATED lanes16 _mm512_fmsub_ps(lanes16 a, lanes16 b, lanes16 c) { EACH_LANE(__builtin_fmaf(a[i], b[i], -c[i])); }
 
 EMULATED lanes16 _mm512_roundscale_ps(lanes16 a, int how) {
     (void)how; /* 1: to whole numbers, downwards */
-    LANES(__builtin_floorf(a[i]));
+    EACH_LANE(__builtin_floorf(a[i]));
 }
 
 EMULATED lanes16 _mm512_scalef_ps(lanes16 a, lanes16 b) {
-    LANES(__builtin_ldexpf(a[i], (int)__builtin_floorf(b[i])));
+    EACH_LANE(__builtin_ldexpf(a[i], (int)__builtin_floorf(b[i])));
 }
 
-EMULATED lanes16 _mm512_maskz_mov_ps(mask16 k, lanes16 a) { LANES(k >> i & 1 ? a[i] : 0.0f); }
+EMULATED lanes16 _mm512_maskz_mov_ps(mask16 k, lanes16 a) { EACH_LANE(k >> i & 1 ? a[i] : 0.0f); }
 
 EMULATED lanes16 _mm512_mask_mul_ps(lanes16 other, mask16 k, lanes16 a, lanes16 b) {
-    LANES(k >> i & 1 ? a[i] * b[i] : other[i]);
+    EACH_LANE(k >> i & 1 ? a[i] * b[i] : other[i]);
 }
 
 EMULATED float _mm512_reduce_add_ps(lanes16 a) {

@@ -58,8 +58,8 @@ static void attend(const Model *m, const void *cache, int64_t first, int64_t tok
                     ph[s] *= m->scale;
                     top = ph[s] > top ? ph[s] : top;
                 }
-                for (int64_t s = 0; s < tokens; s += 16)
-                    store_some(ph, s, tokens - s, exp16(load_some(ph, s, tokens - s, 0) - top), 0);
+                for (int64_t s = 0; s < tokens; s += LANES)
+                    store_some(ph, s, tokens - s, exp_lanes(load_some(ph, s, tokens - s, 0) - top), 0);
                 for (int64_t s = 0; s < tokens; s++) total += ph[s];
                 out[h * (2 + width)] = top;
                 out[h * (2 + width) + 1] = total;
@@ -78,7 +78,7 @@ static void combine(const float *part, int64_t chunks, int64_t stride, int64_t w
     for (int64_t c = 0; c < chunks; c++) top = part[c * stride] > top ? part[c * stride] : top;
     memset(out, 0, width * sizeof *out);
     for (int64_t c = 0; c < chunks; c++) {
-        float weight = exp16((vec){part[c * stride] - top})[0];
+        float weight = exp_lanes((lanes){part[c * stride] - top})[0];
         total += weight * part[c * stride + 1];
         for (int64_t j = 0; j < width; j++) out[j] += weight * part[c * stride + 2 + j];
     }

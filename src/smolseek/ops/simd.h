@@ -1,7 +1,8 @@
-/* Sixteen float32 numbers at a time, read from and written to float32 or bfloat16, for every C file of the package.
+/* Vectors of float32 numbers, read from and written to float32 or bfloat16, for every C file of the package.
 
    `bfloat16` says how the numbers lie in memory. It is a constant where a function is called, so each C file is written
-   once for both. Sums over lanes are taken in one order, whatever the processor is. */
+   once for both. A `vec` has 16 lanes on every processor, so that its sums are taken in one order; `lanes` are as many as
+   a register has. */
 
 #include <stdint.h>
 #include <string.h>
@@ -11,7 +12,13 @@
 #endif
 #if defined(__AVX512F__) || defined(BF16_PRODUCTS)
 #define AVX512
+#define LANES 16
 #include <immintrin.h>
+#elif defined(__AVX__)
+#define LANES 8
+#include <immintrin.h>
+#else
+#define LANES 4
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -21,7 +28,8 @@ typedef float half_vec __attribute__((vector_size(32)));
 typedef float quarter_vec __attribute__((vector_size(16)));
 typedef uint16_t short_vec __attribute__((vector_size(32)));
 typedef uint32_t uint_vec __attribute__((vector_size(64)));
-typedef int32_t int_vec __attribute__((vector_size(64)));
+typedef float lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t bf16; /* the bits of a bfloat16 */
 
 /* Call `f` with the number format as a constant. */
@@ -62,11 +70,18 @@ INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
     return out;
 }
 
-/* `load` of the first n numbers, with zeros behind them; rows of bfloat16 are whole vectors. */
-INLINE vec load_some(const void *w, int64_t i, int64_t n, int64_t bfloat16) {
-    if (bfloat16 || n >= 16) return load(w, i, bfloat16);
-    vec out = {0};
-    memcpy(&out, (const float *)w + i, n * sizeof(float));
+/* The first n numbers, LANES at most, with zeros behind them; rows of bfloat16 are whole vectors. */
+INLINE lanes load_some(const void *w, int64_t i, int64_t n, int64_t bfloat16) {
+    lanes out = {0};
+#if LANES == 16
+    if (bfloat16) return load(w, i, 1);
+#endif
+    if (bfloat16)
+        for (int64_t l = 0; l < n && l < LANES; l++) out[l] = load1(w, i + l, 1);
+    else if (n >= LANES)
+        memcpy(&out, (const float *)w + i, sizeof out);
+    else
+        memcpy(&out, (const float *)w + i, n * sizeof(float));
     return out;
 }
 
@@ -97,10 +112,18 @@ INLINE void store(void *w, int64_t i, vec x, int64_t bfloat16) {
 #endif
 }
 
-/* `store` of the first n numbers, as `load_some` reads them. */
-INLINE void store_some(void *w, int64_t i, int64_t n, vec x, int64_t bfloat16) {
-    if (bfloat16 || n >= 16)
-        store(w, i, x, bfloat16);
+/* Write the first n numbers, as `load_some` reads them. */
+INLINE void store_some(void *w, int64_t i, int64_t n, lanes x, int64_t bfloat16) {
+#if LANES == 16
+    if (bfloat16) {
+        store(w, i, x, 1);
+        return;
+    }
+#endif
+    if (bfloat16)
+        for (int64_t l = 0; l < n && l < LANES; l++) store1(w, i + l, x[l], 1);
+    else if (n >= LANES)
+        memcpy((float *)w + i, &x, sizeof x);
     else
         memcpy((float *)w + i, &x, n * sizeof(float));
 }
@@ -115,37 +138,44 @@ INLINE float sum(vec v) {
     return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
-/* One lane after the other. */
-INLINE float sum_in_order(vec v) {
+/* Of bfloat16 as `sum`, of float32 one lane after the other. */
+INLINE float sum_lanes(lanes v, int64_t bfloat16) {
+#if LANES == 16
+    if (bfloat16) return sum(v);
+#endif
     float total = 0;
-    for (int l = 0; l < 16; l++) total += v[l];
+    for (int l = 0; l < LANES; l++) total += v[l];
     return total;
 }
 
-INLINE vec max16(vec a, vec b) {
+INLINE lanes max_lanes(lanes a, lanes b) {
 #ifdef AVX512
     return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+    return _mm256_max_ps(a, b);
 #else
-    int_vec more = a > b;
-    return (vec)(((int_vec)a & more) | ((int_vec)b & ~more));
+    int_lanes more = a > b;
+    return (lanes)(((int_lanes)a & more) | ((int_lanes)b & ~more));
 #endif
 }
 
-INLINE vec floor16(vec x) {
+INLINE lanes floor_lanes(lanes x) {
 #ifdef AVX512
     return _mm512_roundscale_ps(x, 1);
+#elif defined(__AVX__)
+    return _mm256_floor_ps(x);
 #else
-    vec whole = __builtin_convertvector(__builtin_convertvector(x, int_vec), vec);
-    return whole + __builtin_convertvector(whole > x, vec); /* a lane that holds is -1 */
+    lanes whole = __builtin_convertvector(__builtin_convertvector(x, int_lanes), lanes);
+    return whole + __builtin_convertvector(whole > x, lanes); /* a lane that holds is -1 */
 #endif
 }
 
 /* e^x for x <= 0, to about two units of the last place, and exactly 0 below -87; what is no number stays so. It is 2^n
    times a polynomial on [-ln2/2, ln2/2]. */
-INLINE vec exp16(vec x) {
-    vec n = floor16(x * 1.44269504f + 0.5f);
-    vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    vec p = (vec){0} + 1.0f / 720;
+INLINE lanes exp_lanes(lanes x) {
+    lanes n = floor_lanes(x * 1.44269504f + 0.5f);
+    lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    lanes p = (lanes){0} + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
@@ -153,18 +183,18 @@ INLINE vec exp16(vec x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
 #ifdef AVX512
-    vec y = _mm512_scalef_ps(p, n);
+    lanes y = _mm512_scalef_ps(p, n);
 #else
-    vec y = p * (vec)((__builtin_convertvector(n, int_vec) + 127) << 23);
+    lanes y = p * (lanes)((__builtin_convertvector(n, int_lanes) + 127) << 23);
 #endif
-    return (vec)((int_vec)y & ~(x < -87.0f));
+    return (lanes)((int_lanes)y & ~(x < -87.0f));
 }
 
 /* 1 / (1 + e^-x), through e^-|x|. */
-INLINE vec sigmoid16(vec x) {
-    vec small = exp16(-(vec)((int_vec)x & 0x7fffffff)), one = (vec){0} + 1.0f;
-    int_vec below = x < 0.0f;
-    return (vec)(((int_vec)small & below) | ((int_vec)one & ~below)) / (one + small);
+INLINE lanes sigmoid(lanes x) {
+    lanes small = exp_lanes(-(lanes)((int_lanes)x & 0x7fffffff)), one = (lanes){0} + 1.0f;
+    int_lanes below = x < 0.0f;
+    return (lanes)(((int_lanes)small & below) | ((int_lanes)one & ~below)) / (one + small);
 }
 
 /* Rotate the R features of x by the angles; frequency i turns features 2i and 2i + 1 when `interleaved`, else i and

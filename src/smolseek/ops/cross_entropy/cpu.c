@@ -7,15 +7,14 @@
 #define PART 1024 /* float32 numbers whose sum is float32; the sum of these sums is float64 */
 
 INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
-    vec tops[4];
-    for (int i = 0; i < 4; i++) tops[i] = (vec){0} - INFINITY;
+    lanes tops[4];
+    for (int i = 0; i < 4; i++) tops[i] = (lanes){0} - INFINITY;
     int64_t v = 0;
-    for (; v + 64 <= V; v += 64)
-        for (int i = 0; i < 4; i++) tops[i] = max16(load(x, at + v + 16 * i, bfloat16), tops[i]);
-    for (; v + 16 <= V; v += 16) tops[0] = max16(load(x, at + v, bfloat16), tops[0]);
-    vec top = max16(max16(tops[0], tops[1]), max16(tops[2], tops[3]));
+    for (; v + 4 * LANES <= V; v += 4 * LANES)
+        for (int i = 0; i < 4; i++) tops[i] = max_lanes(load_some(x, at + v + LANES * i, LANES, bfloat16), tops[i]);
+    lanes top = max_lanes(max_lanes(tops[0], tops[1]), max_lanes(tops[2], tops[3]));
     float best = -INFINITY;
-    for (int l = 0; l < 16; l++) best = top[l] > best ? top[l] : best;
+    for (int l = 0; l < LANES; l++) best = top[l] > best ? top[l] : best;
     for (; v < V; v++) {
         float one = load1(x, at + v, bfloat16);
         best = one > best ? one : best;
@@ -23,25 +22,30 @@ INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
     return best;
 }
 
-/* The sum of e^(x - top): of bfloat16 in 64 lanes of float32, of float32 in parts, for it is known more exactly. */
+/* The sum of e^(x - top): of bfloat16 in four vectors of float32, of float32 in parts, for it is known more exactly. */
 INLINE double exponentials(const void *x, int64_t at, int64_t V, float top, int64_t bfloat16) {
     if (bfloat16) {
-        vec sums[4] = {{0}};
+        lanes sums[4] = {{0}};
         int64_t v = 0;
-        for (; v + 64 <= V; v += 64)
-            for (int i = 0; i < 4; i++) sums[i] += exp16(load(x, at + v + 16 * i, 1) - top);
-        for (; v < V; v += 16) sums[0] += exp16(load(x, at + v, 1) - top);
-        return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+        for (; v + 4 * LANES <= V; v += 4 * LANES)
+            for (int i = 0; i < 4; i++) sums[i] += exp_lanes(load_some(x, at + v + LANES * i, LANES, 1) - top);
+        for (; v < V; v += LANES) sums[0] += exp_lanes(load_some(x, at + v, LANES, 1) - top);
+        return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]), 1);
     }
     double total = 0.0;
     for (int64_t begin = 0; begin < V; begin += PART) {
         int64_t v = begin, end = begin + PART < V ? begin + PART : V;
-        vec part = {0};
-        for (; v + 16 <= end; v += 16) part += exp16(load(x, at + v, 0) - top);
-        for (; v < end; v++) part[0] += exp16((vec){load1(x, at + v, 0) - top})[0];
-        total += sum_in_order(part);
+        lanes part = {0};
+        for (; v + LANES <= end; v += LANES) part += exp_lanes(load_some(x, at + v, LANES, 0) - top);
+        total += sum_lanes(part, 0);
+        for (; v < end; v++) total += exp_lanes((lanes){load1(x, at + v, 0) - top})[0];
     }
     return total;
+}
+
+/* d = e^(x - top) * share, for n numbers. */
+INLINE void probabilities(const void *x, int64_t i, int64_t n, float top, float share, void *d, int64_t bfloat16) {
+    store_some(d, i, n, exp_lanes(load_some(x, i, n, bfloat16) - top) * share, bfloat16);
 }
 
 INLINE void row(const void *x, int64_t at, int64_t target, int64_t V, float factor, float *loss, void *d,
@@ -52,8 +56,9 @@ INLINE void row(const void *x, int64_t at, int64_t target, int64_t V, float fact
     if (!d) return;
     /* The row is in the nearest cache still: to compute again costs less than to keep in float32. */
     float share = (float)(factor / total);
-    for (int64_t v = 0; v < V; v += 16)
-        store_some(d, at + v, V - v, exp16(load_some(x, at + v, V - v, bfloat16) - top) * share, bfloat16);
+    int64_t v = 0;
+    for (; v + LANES <= V; v += LANES) probabilities(x, at + v, LANES, top, share, d, bfloat16);
+    if (v < V) probabilities(x, at + v, V - v, top, share, d, bfloat16);
     store1(d, at + target, (float)((exp((double)own - top) / total - 1.0) * factor), bfloat16);
 }
 

@@ -44,7 +44,7 @@ void linear(const bf16 *x, const int64_t *ends, int64_t E, const bf16 *w, const 
                     bf16 *to = y + (m + r) * out + column;
                     if (up)
                         for (int v = 0; v < 2; v++)
-                            store(to, 16 * v, sums[r][v] * sigmoid16(sums[r][v]) * sums[r][v + 2], 1);
+                            store(to, 16 * v, sums[r][v] * sigmoid(sums[r][v]) * sums[r][v + 2], 1);
                     else
                         for (int v = 0; v < 4 && column + 16 * v < out; v++) store(to, 16 * v, sums[r][v], 1);
                 }

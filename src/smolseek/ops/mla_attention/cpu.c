@@ -132,8 +132,8 @@ void mla_attention(const bf16 *q_all, int64_t q_next, int64_t q_head, const bf16
                 for (int64_t i = 0; i < keys; i += 2)
                     for (int v = 0; v < 4; v++) {
                         const float *at = s + i * BLOCK + 16 * v;
-                        __m512 low = exp16(_mm512_sub_ps(_mm512_loadu_ps(at), top[v])), high = _mm512_setzero_ps();
-                        if (i + 1 < keys) high = exp16(_mm512_sub_ps(_mm512_loadu_ps(at + BLOCK), top[v]));
+                        __m512 low = exp_lanes(_mm512_sub_ps(_mm512_loadu_ps(at), top[v])), high = _mm512_setzero_ps();
+                        if (i + 1 < keys) high = exp_lanes(_mm512_sub_ps(_mm512_loadu_ps(at + BLOCK), top[v]));
                         total[v] = _mm512_add_ps(total[v], _mm512_add_ps(low, high));
                         __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
                         __m512i more = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
@@ -205,7 +205,7 @@ void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, i
                     for (int64_t r = 0; r < rows; r++)
                         for (int v = 0; v < 4; v++) {
                             __m512 x = _mm512_fmsub_ps(s[r][v], factor, _mm512_loadu_ps(logs + 16 * v));
-                            x = _mm512_maskz_mov_ps(seen(key + r, first, v), exp16(x));
+                            x = _mm512_maskz_mov_ps(seen(key + r, first, v), exp_lanes(x));
                             store(p, (key + r) * BLOCK + 16 * v, x, 1);
                             __m512 rest = _mm512_sub_ps(dp[r][v], _mm512_loadu_ps(dots + 16 * v));
                             store(ds, (key + r) * BLOCK + 16 * v, _mm512_mul_ps(_mm512_mul_ps(x, factor), rest), 1);

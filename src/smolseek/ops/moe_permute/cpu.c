@@ -4,7 +4,7 @@
 #include "simd.h"
 
 INLINE void copy(const float *x, int64_t D, void *y, int64_t to, int64_t bfloat16) {
-    for (int64_t d = 0; d < D; d += 16)
+    for (int64_t d = 0; d < D; d += LANES)
         store_some(y, to + d, D - d, load_some(x, d, D - d, 0), bfloat16);
 }
 
@@ -18,10 +18,10 @@ void permute(const float *x, const int64_t *order, int64_t M, int64_t K, int64_t
 /* y[to..] = the sum of the token's rows of x, times their weights where there are any. y is float32 without. */
 INLINE void gather(const void *x, const int64_t *slots, const float *weights, int64_t K, int64_t D, void *y, int64_t to,
                    int64_t bfloat16) {
-    for (int64_t d = 0; d < D; d += 16) {
-        vec sum = {0};
+    for (int64_t d = 0; d < D; d += LANES) {
+        lanes sum = {0};
         for (int64_t k = 0; k < K; k++) {
-            vec own = load_some(x, slots[k] * D + d, D - d, bfloat16);
+            lanes own = load_some(x, slots[k] * D + d, D - d, bfloat16);
             sum += weights ? own * weights[k] : own;
         }
         store_some(y, to + d, D - d, sum, weights ? bfloat16 : 0);
@@ -44,13 +44,13 @@ void unpermute(const void *x, const int64_t *slots, const float *weights, int64_
 
 INLINE void scatter(const void *x, int64_t at, float weight, const void *dy, int64_t from, int64_t D, void *dx,
                     float *dweight, int64_t bfloat16) {
-    vec dot = {0};
-    for (int64_t d = 0; d < D; d += 16) {
-        vec own = load_some(dy, from + d, D - d, bfloat16);
+    lanes dot = {0};
+    for (int64_t d = 0; d < D; d += LANES) {
+        lanes own = load_some(dy, from + d, D - d, bfloat16);
         dot += own * load_some(x, at + d, D - d, bfloat16);
         store_some(dx, at + d, D - d, own * weight, bfloat16);
     }
-    *dweight = bfloat16 ? sum(dot) : sum_in_order(dot);
+    *dweight = sum_lanes(dot, bfloat16);
 }
 
 /* dx[slots[n, k]] = weights[n, k] dy[n], dweights[n, k] = dy[n] . x[slots[n, k]]. */

@@ -3,17 +3,17 @@
 #include "simd.h"
 
 INLINE void forward(const void *gate, const void *up, int64_t at, int64_t F, void *y, int64_t to, int64_t bfloat16) {
-    for (int64_t f = 0; f < F; f += 16) {
-        vec g = load_some(gate, at + f, F - f, bfloat16);
-        store_some(y, to + f, F - f, g * sigmoid16(g) * load_some(up, at + f, F - f, bfloat16), bfloat16);
+    for (int64_t f = 0; f < F; f += LANES) {
+        lanes g = load_some(gate, at + f, F - f, bfloat16);
+        store_some(y, to + f, F - f, g * sigmoid(g) * load_some(up, at + f, F - f, bfloat16), bfloat16);
     }
 }
 
 INLINE void backward(const void *gate, const void *up, int64_t at, int64_t F, const void *dy, void *dgate, void *dup,
                      void *y, int64_t to, int64_t bfloat16) {
-    for (int64_t f = 0; f < F; f += 16) {
-        vec g = load_some(gate, at + f, F - f, bfloat16), u = load_some(up, at + f, F - f, bfloat16);
-        vec d = load_some(dy, to + f, F - f, bfloat16), s = sigmoid16(g), silu = g * s;
+    for (int64_t f = 0; f < F; f += LANES) {
+        lanes g = load_some(gate, at + f, F - f, bfloat16), u = load_some(up, at + f, F - f, bfloat16);
+        lanes d = load_some(dy, to + f, F - f, bfloat16), s = sigmoid(g), silu = g * s;
         store_some(dgate, at + f, F - f, d * u * (s + silu * (1.0f - s)), bfloat16);
         store_some(dup, at + f, F - f, d * silu, bfloat16);
         store_some(y, to + f, F - f, silu * u, bfloat16);
