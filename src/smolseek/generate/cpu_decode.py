@@ -116,10 +116,7 @@ class CpuDecoder:
         """Return a tensor's address and keep it alive; `small` ones (norms, biases, the router) as float32."""
         if tensor is None:
             return None
-        tensor = tensor.detach()
-        if small:
-            tensor = tensor.float()
-        tensor = tensor.contiguous()
+        tensor = (tensor.detach().float() if small else tensor.detach()).contiguous()
         self._alive.append(tensor)
         return tensor.data_ptr()
 
@@ -178,9 +175,8 @@ class CpuDecoder:
         entry.o = self._at(attention.o_proj.weight)
         entry.o_bias = self._at(attention.o_proj.bias, small=True)
         if isinstance(attention, GQA):
-            entry.q, entry.k, entry.v = (
-                self._at(matrix.weight) for matrix in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+            matrices = attention.q_proj, attention.k_proj, attention.v_proj
+            entry.q, entry.k, entry.v = (self._at(matrix.weight) for matrix in matrices)
             return
         if attention.compressed_query:
             entry.q_a = self._at(attention.q_a_proj.weight)

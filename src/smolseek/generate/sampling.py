@@ -79,9 +79,8 @@ def candidates(logits_V: torch.Tensor, sampling: SamplingParams) -> tuple[torch.
     """Return the logits [C] and ids [C] of the tokens still in the draw, after the temperature and the filters."""
     given_V = logits_V.float()
     logits_V = given_V / sampling.temperature
-    if (
-        sampling.temperature < 1e-3 and not logits_V.isfinite().all()
-    ):  # a temperature so low that the quotient is no float32
+    # A temperature so low that the quotient is no float32.
+    if sampling.temperature < 1e-3 and not logits_V.isfinite().all():
         logits_V = (given_V - given_V.max()).double() / sampling.temperature
     V = logits_V.shape[-1]
     top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
