@@ -2,10 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
+
+if TYPE_CHECKING:  # the command line's overview loads this file, and config/ imports tyro
+    from smolseek.config import ModelConfig
 
 Neurons = Literal["contiguous", "clustered"]
 Method = Literal["smolseek", "transmla"]
@@ -117,7 +119,7 @@ class Conversion:
             if value is not None and value < 1:
                 raise SmolseekError(f"{_option(name)} {value} is below 1: use a positive number")
 
-    def check_cache(self, source: ModelConfig) -> None:
+    def check_cache(self, source: "ModelConfig") -> None:
         """Raise SmolseekError if the Llama `source` cannot be given the smaller cache."""
         features, rope = self.cache_features(source), self.rotary_features(source)
         before, size = source.cache_features, source.qk_head_dim
@@ -147,13 +149,13 @@ class Conversion:
         """Shared experts beside the routed ones."""
         return 1 if self.shared is None else self.shared
 
-    def cache_features(self, source: ModelConfig) -> int:
+    def cache_features(self, source: "ModelConfig") -> int:
         """Return how many features the smaller cache holds of a token and layer: the latent's and the rotary ones."""
         if self.cache is not None:
             return round(self.cache * source.cache_features)
         return (self.kv_rank or 0) + (self.rope_dim or 0)
 
-    def rotary_features(self, source: ModelConfig) -> int | None:
+    def rotary_features(self, source: "ModelConfig") -> int | None:
         """Return the rotary features, None where they are searched; the published method keeps one head's."""
         return source.qk_head_dim if self.rope_dim is None and self.method == "transmla" else self.rope_dim
 
