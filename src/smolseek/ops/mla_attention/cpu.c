@@ -156,6 +156,17 @@ void mla_attention(const bf16 *q_all, int64_t q_next, int64_t q_head, const bf16
     }
 }
 
+/* The dot product of each query's output and its gradient, whose rows of V numbers lie `next` apart; 0 beyond the end. */
+static void output_dots(const bf16 *dout, const bf16 *out, int64_t next, int64_t queries, int64_t V, float *dots) {
+    memset(dots, 0, BLOCK * sizeof *dots);
+    for (int64_t t = 0; t < queries; t++) {
+        __m512 dot = _mm512_setzero_ps();
+        for (int64_t i = 0; i < V; i += 16)
+            dot = _mm512_fmadd_ps(load(dout, t * next + i, 1), load(out, t * next + i, 1), dot);
+        dots[t] = _mm512_reduce_add_ps(dot);
+    }
+}
+
 /* For all T queries, none of whose heads share keys. q: [B, T, H, Q], kv: [B, T, H, N + V], the rest as above; dq, dkv and
    dpe are as q, kv and pe, which for dpe is dense; parts: [B, H, T, R] for the heads' dpe. */
 void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe_next, const float *cos,
@@ -183,14 +194,9 @@ void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, i
                 int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
                 const bf16 *dout = dout_all + ((b * T + first) * H + h) * V, *out = out_all + ((b * T + first) * H + h) * V;
                 float dots[BLOCK], logs[BLOCK];
-                for (int64_t t = 0; t < BLOCK; t++) dots[t] = 0, logs[t] = INFINITY; /* beyond the end: weights of 0 */
-                for (int64_t t = 0; t < queries; t++) {
-                    __m512 dot = _mm512_setzero_ps();
-                    for (int64_t i = 0; i < V; i += 16)
-                        dot = _mm512_fmadd_ps(load(dout, t * H * V + i, 1), load(out, t * H * V + i, 1), dot);
-                    dots[t] = _mm512_reduce_add_ps(dot);
-                    logs[t] = log_sums[(b * H + h) * T + first + t];
-                }
+                output_dots(dout, out, H * V, queries, V, dots);
+                for (int64_t t = 0; t < BLOCK; t++) /* beyond the end: weights of 0 */
+                    logs[t] = t < queries ? log_sums[(b * H + h) * T + first + t] : INFINITY;
                 turn_block(q + first * Q, Q, queries, Q, turned_q);
                 turn_block(dout, H * V, queries, V, turned_do);
                 memset(pairs_q, 0, BLOCK / 2 * Q * 4);
