@@ -33,6 +33,7 @@ check: $(STAMP)
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	$(PY) bench/architecture.py --check
 
 # The standard measurements, into docs/results/; nothing else should run meanwhile.
 bench: $(STAMP)
