@@ -23,11 +23,12 @@ from torch.distributed.tensor import DTensor
 from smolseek import console, launch
 from smolseek.config import ModelConfig, TrainConfig
 from smolseek.data.retries import HubUnavailable
+from smolseek.data.stream import TrainStream
 from smolseek.distributed.fsdp import Shard, fsdp_modules, local, make_meshes, shard_model
 from smolseek.distributed.heartbeat import Heartbeat
 from smolseek.distributed.mesh import Mesh
 from smolseek.distributed.rendezvous import wait_for_peers
-from smolseek.distributed.single_process import Named, SingleProcess, Stream
+from smolseek.distributed.single_process import Named, SingleProcess
 from smolseek.errors import PeerLost, SmolseekError, Stopped
 from smolseek.model.local_shards import LocalShard, full_tensor
 from smolseek.model.transformer import CausalLM, draw_weight
@@ -180,12 +181,12 @@ class DistributedContext(SingleProcess):
         dist.broadcast(received, 0)
         return received
 
-    def share_stream(self, stream: Stream | None) -> Stream:
+    def share_stream(self, stream: TrainStream | None) -> TrainStream:
         """Return the stream that the main process alone reads."""
-        return cast(Stream, _RemoteStream()) if stream is None else stream
+        return cast(TrainStream, _RemoteStream()) if stream is None else stream
 
     def micro_batches(
-        self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
+        self, stream: TrainStream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the sequences of a step on the main process, and scatter them."""
         size, n = config.batch_size, config.grad_accum

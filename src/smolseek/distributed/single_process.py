@@ -5,37 +5,16 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 
 from smolseek.config import ModelConfig, TrainConfig
+from smolseek.data.stream import TrainStream
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM, new_model
 
 Named = list[tuple[str, torch.nn.Parameter]]
-
-
-class Stream(Protocol):
-    """Training sequences from a position on."""
-
-    def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
-        """Return the next `n` sequences, int64 [n, T+1]; `stopped` ends a wait for them."""
-
-    def position(self) -> dict[str, Any]:
-        """Return where the next sequence begins."""
-
-    def record(self) -> dict[str, Any]:
-        """Return what the metrics hold of it."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position with what else a checkpoint needs."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position."""
-
-    def close(self) -> None:
-        """End the threads that read ahead."""
 
 
 class SingleProcess:
@@ -78,13 +57,13 @@ class SingleProcess:
         assert tensor is not None
         return tensor
 
-    def share_stream(self, stream: Stream | None) -> Stream:
+    def share_stream(self, stream: TrainStream | None) -> TrainStream:
         """Return the stream that the main process reads; in the others it stands still."""
         assert stream is not None
         return stream
 
     def micro_batches(
-        self, stream: Stream, config: TrainConfig, stopped: Callable[[], object] | None = None
+        self, stream: TrainStream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the sequences of one step: `grad_accum` micro-batches of `batch_size`.
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from smolseek.config import from_dict
-from smolseek.distributed.single_process import SingleProcess, Stream
+from smolseek.data.stream import TrainStream
+from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import damage_told
 from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
@@ -69,7 +70,7 @@ class TrainState:
     model: CausalLM
     optimizer: torch.optim.Optimizer
     balancer: Balancer
-    stream: Stream
+    stream: TrainStream
     guard: Guard
     distributed: SingleProcess
     progress: Progress = dataclasses.field(default_factory=Progress)
