@@ -137,6 +137,7 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_the_model_as_it_was(monk
     monkeypatch.setattr(compiling, "BACKEND", code)
     model = new_model(CONFIG.model)
     expected = gradients(model)
+    capsys.readouterr()  # SMOLSEEK_BACKEND, where it is set, is said there
     compiled(model)
     error = capsys.readouterr().err
     assert model.call_block is call_block and says in error
