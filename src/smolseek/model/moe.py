@@ -149,8 +149,8 @@ class Experts(nn.Module):
         With `accumulate` a backward pass on a CPU adds the weights' gradients to their `.grad`.
         """
         weights = self.gate_up_proj if self.gated else self.up_proj, self.down_proj, self.up_bias, self.down_bias
-        # A single token has no earlier one whose result must stay as it is.
-        padded = x_MD.shape[0] > self.top_k
+        # A single token has no earlier one whose result must stay as it is, and a prompt (inference mode) is read once.
+        padded = x_MD.shape[0] > self.top_k and not torch.is_inference_mode_enabled()
         return grouped_experts(x_MD, counts_E, *weights, gated=self.gated, padded=padded, accumulate=accumulate)
 
 
