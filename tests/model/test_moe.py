@@ -212,3 +212,14 @@ def test_grouped_products_take_experts_of_any_size(hidden, neurons, gated):
         experts.zero_grad()
     for found, expected in zip(*gradients, strict=True):
         assert found.shape == expected.shape and (found - expected).norm() <= 2e-2 * expected.norm()
+
+
+def test_a_decode_step_of_several_sequences_pads_the_experts(use_backend):
+    # So a sequence's logits do not change with the others that chose its experts. A prompt is read alone, unpadded.
+    use_backend("reference")
+    moe = make(replace(CONFIG, hidden_size=512, moe_intermediate_size=384))
+    x_B1D = torch.randn(5, 1, 512, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = moe(x_B1D)[0]
+    with torch.inference_mode():
+        assert torch.equal(moe(x_B1D)[0], expected)

@@ -143,14 +143,16 @@ class Experts(nn.Module):
         self.up_bias = nn.Parameter(torch.zeros(E, size)) if config.mlp_bias else None
         self.down_bias = nn.Parameter(torch.zeros(E, D)) if config.mlp_bias else None
 
-    def forward(self, x_MD: torch.Tensor, counts_E: torch.Tensor, accumulate: bool = False) -> torch.Tensor:
+    def forward(
+        self, x_MD: torch.Tensor, counts_E: torch.Tensor, accumulate: bool = False, padded: bool = True
+    ) -> torch.Tensor:
         """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D].
 
-        With `accumulate` a backward pass on a CPU adds the weights' gradients to their `.grad`.
+        With `accumulate` a backward pass on a CPU adds the weights' gradients to their `.grad`; `padded` as in
+        `grouped_experts`.
         """
         weights = self.gate_up_proj if self.gated else self.up_proj, self.down_proj, self.up_bias, self.down_bias
-        # A single token has no earlier one whose result must stay as it is, and a prompt (inference mode) is read once.
-        padded = x_MD.shape[0] > self.top_k and not torch.is_inference_mode_enabled()
+        padded = padded and x_MD.shape[0] > self.top_k  # a single token has no other whose result must stay as it is
         return grouped_experts(x_MD, counts_E, *weights, gated=self.gated, padded=padded, accumulate=accumulate)
 
 
@@ -188,7 +190,10 @@ class MoE(nn.Module):
         routing = self.gate(x_ND)
         n_experts = routing.scores_NE.shape[1]
         x_MD, counts_E, load_E, permutation = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
-        y_MD = self.experts(x_MD, counts_E, accumulate)
+        # A prompt (several tokens in inference mode) is read once: no result has to stay as it is. Compiled code is for
+        # training, and asking for the mode would break its graph.
+        padded = torch.compiler.is_compiling() or T == 1 or not torch.is_inference_mode_enabled()
+        y_MD = self.experts(x_MD, counts_E, accumulate, padded)
         y_BTD = self.dispatcher.combine(y_MD, permutation, routing.weights_NK).view(B, T, -1)
         if self.n_shared_experts:
             assert self.shared_experts is not None
