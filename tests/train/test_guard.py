@@ -454,9 +454,9 @@ def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, cap
     real_write, real_open = safetensors_file.write, builtins.open
     full = []
 
-    def write(path, entries):
+    def write(path, entries):  # by the checkpoint's name: its thread may still write when the next steps are done
         real_write(path, entries)
-        if full:
+        if path.parent.name.endswith(("step-000004", "step-000006")):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def opened(path, mode="r", *words, **options):
@@ -475,10 +475,7 @@ def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, cap
     monkeypatch.setattr(console, "open", opened, raising=False)
     last = loop.train(config(run, text))
     assert weights(last) == weights(whole)
-    assert sorted(p.name for p in RunFolder(run).checkpoints.iterdir()) in (
-        ["step-000002", "step-000008"],
-        ["step-000002", "step-000006", "step-000008"],
-    )
+    assert sorted(p.name for p in RunFolder(run).checkpoints.iterdir()) == ["step-000002", "step-000008"]
     failed = [r["save_failed"] for r in records(run) if "save_failed" in r]
     assert "the checkpoint of step 4 cannot be written" in failed[0] and "No space left" in failed[0]
     assert [r for r in records(run) if "save_failed" not in r] == records(whole.parents[1])
