@@ -1,14 +1,16 @@
-# The habits of the house: make demo, make test, make soak, make check, make bench. `make PYTHON=python3.12 test` picks another Python.
+# make install, demo, test, soak, check, docs, bench. `make PYTHON=python3.12 test` picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: demo test machines soak check bench format clean
+.PHONY: install demo test machines soak check docs bench format clean
 .DEFAULT_GOAL := demo
 
 # Made once; again only when what is to be installed has changed.
 $(STAMP): pyproject.toml constraints.txt tools/install.py
 	@$(PYTHON) tools/install.py
+
+install: $(STAMP)
 
 demo: $(STAMP)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo.sh
@@ -34,6 +36,13 @@ check: $(STAMP)
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	$(PY) bench/architecture.py --check
+
+# The documentation as a site, build/site: it ends at a dead link and at a page outside the navigation.
+docs: .venv/installed-docs
+	$(PY) tools/docs.py
+
+.venv/installed-docs: $(STAMP)
+	@$(PYTHON) tools/install.py docs
 
 # The standard measurements, into docs/results/; nothing else should run meanwhile.
 bench: $(STAMP)

@@ -4,7 +4,7 @@
     python bench/tradeoff.py --data FILE ... --calibration self   calibrated on text that the original wrote itself
     python bench/tradeoff.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that is there already
     python bench/tradeoff.py --conversion                         seconds and memory of the command
-    python bench/tradeoff.py --plot docs/tradeoff.png             the curves of docs/results/tradeoff.json, domains.json
+    python bench/tradeoff.py --plot docs/tradeoff.png             the chart of docs/results/tradeoff.json, domains.json
 
 `smolseek convert` makes every model, calibrated on `--calibration` (built-in text unless it is given). Stock
 transformers opens its folder and the original, and both are compared: weights in float32, matrix products of the layers
@@ -43,8 +43,14 @@ from smolseek.train.device import autocast, multiplies_bfloat16
 
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
 PANELS = {
-    "manuals, like the calibration text": "docs/results/tradeoff.json",
-    "novel, jargon, quotations, encyclopedia": "docs/results/domains.json",
+    "kl": "KL divergence, nats/token\n(0 is SmolLM2 itself, lower is better)",
+    "agreement": "same next token as SmolLM2\n(higher is better)",
+}
+DRAWN = {"transmla": ("TransMLA (our copy)", "#c2410c"), "smolseek": ("smolseek", "#15803d")}
+"""Methods with their names and colours; neither trains."""
+LINES = {
+    "manuals": ("o-", "docs/results/tradeoff.json"),
+    "other text": ("o--", "docs/results/domains.json"),
 }
 
 
@@ -91,36 +97,45 @@ def conversion_cost(tokens: int) -> dict:
 
 
 def plot(path: Path) -> None:
-    """Draw the divergence over the share of the cache, a panel for each kind of text (matplotlib draws it)."""
+    """Draw KL and top-1 agreement over the share of the cache, from the results of both kinds of text."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4.4), layout="constrained", sharex=True, sharey=True)
-    for axes, (title, file) in zip(panels, PANELS.items(), strict=True):
-        models = json.loads(Path(file).read_text())["models"]
-        for method, label, style, beside in (
-            ("transmla", "published method (TransMLA)", "C0s-", (-7, 7)),
-            ("portable", "smolseek, portable", "C1^-", None),
-            ("smolseek", "smolseek", "C2o-", (-7, 7)),
-            ("smolseek, self", "smolseek, calibrated on its own text", "C4v:", None),
-            ("healed", "smolseek, healed", "C3D--", None),
-        ):
-            rows = [(SHARES[s], models[f"{s} {method}"]["kl"]) for s in SHARES if f"{s} {method}" in models]
-            if rows:
-                axes.plot(*zip(*rows, strict=True), style, label=label)
-            for share, kl in rows if beside else ():
-                axes.annotate(f"{kl:.2f}", (share, kl), textcoords="offset points", xytext=beside, fontsize=8)
-        axes.set_title(title, fontsize=10)
-        axes.set_yscale("log")
-        axes.margins(x=0.12, y=0.1)
-        axes.set_xticks(list(SHARES.values()), list(SHARES))
-        axes.set_xlabel("share of SmolLM2-135M-Instruct's KV cache")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    panels[0].set_ylabel("KL divergence from the original, nats/token")
-    figure.savefig(path, dpi=110)
+    figure, panels = plt.subplots(1, 2, figsize=(8, 4.5), sharex=True)
+    for axes, (field, title) in zip(panels, PANELS.items(), strict=True):
+        for (method, (name, color)), (text, (style, file)) in itertools.product(DRAWN.items(), LINES.items()):
+            models = json.loads(Path(file).read_text())["models"]
+            rows = [models[f"{share} {method}"] for share in SHARES if f"{share} {method}" in models]
+            shares = [100 * SHARES[row["share"]] for row in rows]
+            values = [row["kl"] if field == "kl" else 100 * row["agreement"] for row in rows]
+            axes.plot(shares, values, style, color=color, linewidth=2.5, markersize=8, label=f"{name}, {text}")
+            below = field != "kl" or (method, style) == ("smolseek", "o-")
+            for share, value in zip(shares, values, strict=True):
+                label, offset = f"{value:.2f}" if field == "kl" else f"{value:.0f}%", (5, -16 if below else 5)
+                axes.annotate(
+                    label, (share, value), textcoords="offset points", xytext=offset, color=color, fontsize=12
+                )
+        axes.set_title(title, fontsize=12, loc="left")
+        axes.set_xticks(
+            [100 * share for share in SHARES.values()], [f"{100 * share:.0f}%" for share in SHARES.values()]
+        )
+        axes.set_xlabel("share of the KV cache that is kept", fontsize=11)
+        axes.margins(x=0.16, y=0.12)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].set_ylim(bottom=-0.25)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="lower center",
+        ncols=2,
+        fontsize=11,
+        frameon=False,
+        handlelength=3.2,
+    )
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.savefig(path, dpi=125, facecolor="white")
 
 
 @torch.no_grad()

