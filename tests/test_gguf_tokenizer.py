@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smolseek.errors import SmolseekError
-from smolseek.tokenizer import Detokenizer, load_tokenizer
+from smolseek.generate.text import Detokenizer
+from smolseek.tokenizer import load_tokenizer
 
 TEXTS = [
     "Hello, world! It's 2024, 12345678 or 3.14159.\n\n\tdef f(x):\r\n        return x  \n",

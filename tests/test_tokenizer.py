@@ -2,6 +2,7 @@
 
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,17 +10,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smolseek.errors import SmolseekError
+from smolseek.generate.text import Detokenizer
 from smolseek.gguf_header import read_metadata
 from smolseek.gguf_tokenizer import smollm2_gguf
-from smolseek.tokenizer import (
-    Detokenizer,
-    begin_ids,
-    decoder,
-    encoder,
-    for_training,
-    load_tokenizer,
-    token_bytes,
-)
+from smolseek.tokenizer import begin_ids, decoder, encoder, for_training, load_tokenizer, token_bytes
 
 TEXTS = [
     "Hello, world! It's 2024.\n\n\tdef f(x):\n        return x  \n",
@@ -130,8 +124,8 @@ def test_token_bytes(smollm2: PreTrainedTokenizerFast, sentencepiece: PreTrained
 @pytest.mark.parametrize("kind", ["smollm2", "sentencepiece"])
 def test_text_stream_gives_the_whole_text(kind: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(kind)
-    stream = Detokenizer(tokenizer)
     for text in [*TEXTS[:3], "abc 你好 a bc😀"]:
+        stream = Detokenizer(tokenizer)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         pieces = [stream.push(i) for i in ids] + [stream.finish()]
         assert "".join(pieces) == tokenizer.decode(ids) == text
@@ -148,16 +142,15 @@ def test_text_stream_of_any_tokens(smollm2: PreTrainedTokenizerFast) -> None:
     assert Detokenizer(smollm2).push(60_000) == ""
 
 
-def test_text_stream_decodes_a_short_window(sentencepiece: PreTrainedTokenizerFast, monkeypatch) -> None:
-    longest, decode = 0, sentencepiece.decode
+def test_text_stream_decodes_a_short_window(sentencepiece: PreTrainedTokenizerFast) -> None:
+    longest = 0
 
-    def watched(ids: list[int]) -> str:
+    def decode(ids: list[int], skip_special_tokens: bool) -> str:
         nonlocal longest
         longest = max(longest, len(ids))
-        return decode(ids)
+        return sentencepiece.backend_tokenizer.decode(ids, skip_special_tokens)
 
-    monkeypatch.setattr(sentencepiece, "decode", watched)
-    stream = Detokenizer(sentencepiece)
+    stream = Detokenizer(SimpleNamespace(backend_tokenizer=SimpleNamespace(decode=decode)))
     for i in sentencepiece("abc 你好 " * 50, add_special_tokens=False).input_ids:
         stream.push(i)
     assert 0 < longest < 20

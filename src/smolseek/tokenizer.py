@@ -4,7 +4,6 @@ A tokenizer is a transformers fast tokenizer. SmolLM2's comes out of the GGUF fi
 that nothing needs a hub. Heavy imports stand inside the functions.
 """
 
-import codecs
 import copy
 import hashlib
 import json
@@ -297,53 +296,3 @@ def byte_of_character() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-class Detokenizer:
-    """Text from tokens that arrive one by one; the pieces put together are `tokenizer.decode` of all of them.
-
-    A character that spans several tokens comes out with the last of them. The cost of a token does not grow with the
-    length of the text.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        self._tokenizer = tokenizer
-        self._alphabet = byte_of_character() if is_byte_level(tokenizer) else None
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._ids: list[int] = []  # only without an alphabet: tokens from a little before the first one not yet told
-        self._told = 0  # how many of them have been told
-
-    def push(self, token_id: int) -> str:
-        """Take one token and return the text that became certain, possibly none."""
-        if self._alphabet is not None:
-            return self._utf8.decode(self._bytes(token_id))
-        self._ids.append(token_id)
-        return self._window(final=False)
-
-    def finish(self) -> str:
-        """Return what was held back; the stream may then begin another text."""
-        if self._alphabet is not None:
-            rest = self._utf8.decode(b"", final=True)
-            self._utf8.reset()
-            return rest
-        rest = self._window(final=True)
-        self._ids, self._told = [], 0
-        return rest
-
-    def _bytes(self, token_id: int) -> bytes:
-        assert self._alphabet is not None
-        token = self._tokenizer.convert_ids_to_tokens(token_id)
-        if token is None:
-            return b""  # an id beyond the vocabulary (a padded embedding) has no text
-        if all(character in self._alphabet for character in token):
-            return bytes(self._alphabet[character] for character in token)
-        return token.encode("utf-8")
-
-    def _window(self, final: bool) -> str:
-        # A space at the start belongs to the token before, so the told tokens are decoded along and taken off.
-        told = self._tokenizer.decode(self._ids[: self._told])
-        text = self._tokenizer.decode(self._ids)
-        if len(text) <= len(told) or (text.endswith("\ufffd") and not final):
-            return ""
-        self._ids, self._told = self._ids[self._told :], len(self._ids) - self._told
-        return text[len(told) :]

@@ -115,7 +115,7 @@ def test_every_way_to_end():
     watched = Generator(model, [ids], GREEDY, 3)
     for count, token in enumerate(watched, 1):
         if count == 3:
-            watched.stop(token.row)  # counts more than the limit of 3
+            watched.stop(token.sequence)  # counts more than the limit of 3
     assert (watched.results[0].stop_reason, watched.results[0].tokens) == ("stop_string", full.tokens[:3])
     assert Generator(model, [ids], GREEDY, max_time=1e-9).finish()[0].stop_reason == "time"
     writer = Generator(model, [ids], GREEDY)

@@ -70,11 +70,11 @@ def test_a_nucleus_wider_than_the_first_candidates_is_found_whole():
 def test_presence_and_frequency_count_what_was_written():
     sampler = Sampler(SamplingParams(temperature=0, presence_penalty=1.0, frequency_penalty=0.5), [3], ())
     for token in (1, 1, 2):
-        sampler.append(token)
+        sampler.ids.append(token)
     logits_V = torch.tensor([0.0, 2.1, 1.4, 0.0])
     # 1: 2.1 - 1 - 2 * 0.5 = 0.1; 2: 1.4 - 1 - 0.5 = -0.1; 3 is of the prompt and keeps its 0.
     assert sampler.sample(logits_V) == 1
-    sampler.append(1)
+    sampler.ids.append(1)
     assert sampler.sample(logits_V) in (0, 3)
 
 

@@ -40,7 +40,7 @@ def test_rows_of_unlike_lengths_that_end_get_the_same_logits(name, use_backend):
     for row, tokens in enumerate((1, 30, 9)):
         ids = torch.randint(120, (tokens,), generator=generator).tolist()
         assert torch.equal(plain.prefill(row, ids), fixed.prefill(row, ids))
-    static = StaticStep(model, fixed.cache, graph=False)
+    static = StaticStep(model, fixed.cache)
     rows = 3
     for number in range(20):
         if number in (8, 14):

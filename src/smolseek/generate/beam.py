@@ -39,16 +39,16 @@ def beam_search(
     early_stopping: EarlyStopping = False,
     returned: int = 1,
 ) -> list[Result]:
-    """Return the `returned` best continuations that a search over `beams` open ones finds, best first.
+    """Return the `returned` best continuations that a search over `beams` running ones finds, best first.
 
     A finished one is scored by its summed log-probabilities over its length (the stop token counts) to the power of
-    `length_penalty`. The search ends when `early_stopping` is true and `beams` are finished, or when no open one can
+    `length_penalty`. The search ends when `early_stopping` is true and `beams` are finished, or when no running one can
     beat the finished ones: judged at its present length, or with "never" at the greatest possible one.
 
     Args:
         model: the model.
         ids: the prompt.
-        beams: continuations kept open.
+        beams: number of continuations that run side by side.
         max_tokens: new tokens, at most.
         sampling: penalties, bans and processors to apply to the log-probabilities; the search itself draws nothing.
         stop_ids: tokens that finish a continuation; they are not part of it.
@@ -64,62 +64,59 @@ def beam_search(
         raise SmolseekError(f"beams {beams} and n {returned} do not fit: n is at most the beams, and both at least 1")
     if not -1000 <= length_penalty <= 1000:
         raise SmolseekError(f"length-penalty {length_penalty} is out of range: 1 is usual")
-    begun = time.perf_counter()
+    start = time.perf_counter()
     stops = sorted(set(stop_ids))
     most = min(max_tokens, model.config.max_position_embeddings - len(ids))
     limit: StopReason = "length" if most == max_tokens else "context"
-    changes = processors(sampling or SamplingParams(), len(ids), stops)
+    chain = processors(sampling or SamplingParams(), len(ids), stops)
     decoder = Decoder(model, beams, len(ids) + most)
     logits_WV = decoder.prefill(0, ids).expand(beams, -1)
-    for row in range(1, beams):
-        decoder.copy(0, row)
-    read = time.perf_counter()
+    decoder.reorder_cache([0] * beams)
+    decoding = time.perf_counter()
     # All beams begin alike: only the first counts, or they would all find the same.
-    open_ = [_Hypothesis([], [], -1e9 if beam else 0.0) for beam in range(beams)]
+    running = [_Hypothesis([], [], -1e9 if beam else 0.0) for beam in range(beams)]
     finished: list[_Hypothesis] = []
     for length in range(1, most + 1):
         full = early_stopping is True and len(finished) == beams
         longer: list[_Hypothesis] = []
-        for rank, new in enumerate(_best(logits_WV, open_, ids, changes, max(2, 1 + len(stops)) * beams)):
-            ends = new.tokens[-1] in stops
-            if ends or length == most:
-                # Candidates beyond the first `beams` only stand by to go on.
+        for rank, new in enumerate(_best(logits_WV, running, ids, chain, max(2, 1 + len(stops)) * beams)):
+            stopped = new.tokens[-1] in stops
+            if stopped or length == most:
+                # Candidates beyond the first `beams` are only there to go on.
                 if rank < beams and not full:
-                    tokens, logprobs = (new if not ends else open_[new.parent])[:2]
-                    reason: StopReason = "stop_token" if ends else limit
+                    tokens, logprobs = (running[new.parent] if stopped else new)[:2]
+                    reason: StopReason = "stop_token" if stopped else limit
                     finished.append(_Hypothesis(tokens, logprobs, new.score / length**length_penalty, reason=reason))
             elif len(longer) < beams:
                 longer.append(new)
-        finished = sorted(finished, key=lambda f: -f.score)[:beams]
+        finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:beams]
         reach = most if early_stopping == "never" and length_penalty > 0 else length
         if length == most or not longer or (len(finished) == beams and early_stopping is True):
             break
         if len(finished) == beams and longer[0].score / reach**length_penalty <= finished[-1].score:
             break
-        open_ = longer + [longer[0]._replace(score=-1e9)] * (beams - len(longer))
-        decoder.reorder_cache([beam.parent for beam in open_])
-        logits_WV = decoder.step([beam.tokens[-1] for beam in open_])
-    times = read - begun, time.perf_counter() - read
-    about = len(ids), *times, decoder.cache.nbytes
-    return [Result(f.tokens, f.logprobs, f.reason, *about, f.score) for f in finished[:returned]]
+        running = longer + [longer[0]._replace(score=-1e9)] * (beams - len(longer))
+        decoder.reorder_cache([beam.parent for beam in running])
+        logits_WV = decoder.step([beam.tokens[-1] for beam in running])
+    measured = len(ids), decoding - start, time.perf_counter() - decoding, decoder.cache.nbytes
+    return [Result(best.tokens, best.logprobs, best.reason, *measured, best.score) for best in finished[:returned]]
 
 
 def _best(
-    logits_WV: torch.Tensor, beams: list[_Hypothesis], prompt: Sequence[int], changes: list[Processor], count: int
+    logits_WV: torch.Tensor, beams: list[_Hypothesis], prompt: Sequence[int], chain: list[Processor], count: int
 ) -> list[_Hypothesis]:
     """Return the `count` best continuations of `beams` by one token, best first."""
     require_finite(logits_WV)
-    own_WV = logits_WV.cpu().log_softmax(dim=-1)
-    changed_WV = own_WV
-    so_far = torch.tensor([[*prompt, *beam.tokens] for beam in beams]) if changes else torch.empty(0)
-    for change in changes:
-        changed_WV = torch.cat([change(so_far[w : w + 1], changed_WV[w : w + 1].clone()) for w in range(len(beams))])
+    logp_WV = logits_WV.cpu().log_softmax(dim=-1)
+    processed_WV = logp_WV.clone()
+    for processor in chain:
+        for w, beam in enumerate(beams):
+            processed_WV[w] = processor(torch.tensor([[*prompt, *beam.tokens]]), processed_WV[w : w + 1].clone())[0]
     scores_W = torch.tensor([beam.score for beam in beams])
-    best = (changed_WV + scores_W[:, None]).flatten().topk(min(count, own_WV.numel()))
-    logprobs = own_WV.flatten()[best.indices].tolist()
-    found = []
-    for score, at, logprob in zip(best.values.tolist(), best.indices.tolist(), logprobs, strict=True):
-        parent, token = divmod(at, own_WV.shape[1])
-        tokens, so_far_logprobs, *_ = beams[parent]
-        found.append(_Hypothesis([*tokens, token], [*so_far_logprobs, logprob], score, parent))
-    return found
+    best = (processed_WV + scores_W[:, None]).flatten().topk(min(count, logp_WV.numel()))
+    hypotheses = []
+    for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        parent, token = divmod(index, logp_WV.shape[1])
+        tokens, logprobs, *_ = beams[parent]
+        hypotheses.append(_Hypothesis([*tokens, token], [*logprobs, float(logp_WV[parent, token])], score, parent))
+    return hypotheses

@@ -21,37 +21,36 @@ StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "
 
 
 class Decoder:
-    """A model with a cache of rows, one a sequence: reads prompts, then takes one token of each row at a time.
+    """A model with a cache for a batch of sequences: reads prompts, then takes one token of each sequence at a time.
 
     A step goes through cpu_decode.c on a CPU, where that can be built, and through a CUDA graph on a GPU; prompts and
     all other steps go through the model's forward pass.
 
     Args:
         model: in the number format it shall compute in.
-        rows: sequences.
-        capacity: tokens to make room for, in each row.
+        batch: number of sequences.
+        capacity: tokens that the cache can hold of each.
     """
 
-    def __init__(self, model: CausalLM, rows: int, capacity: int) -> None:
+    def __init__(self, model: CausalLM, batch: int, capacity: int) -> None:
         weight = model.lm_head.weight
-        self.model = model
-        self.cache = Cache(model.config, rows, capacity, dtype=weight.dtype, device=weight.device)
-        self.lengths = [0] * rows
+        self.model, self.device = model, weight.device
+        self.cache = Cache(model.config, batch, capacity, dtype=weight.dtype, device=weight.device)
+        self.lengths = [0] * batch
         self.cpu = bind(model, self.cache)
-        fixed = weight.device.type == "cuda" and capacity > 1
-        self.static = StaticStep(model, self.cache, graph=True) if fixed else None
+        self.static = StaticStep(model, self.cache) if weight.is_cuda and capacity > 1 else None
 
     @torch.inference_mode()
-    def prefill(self, row: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
-        """Read a prompt into an empty row -> the logits [logits, V] after its last tokens, in float32."""
+    def prefill(self, sequence: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
+        """Read a prompt into an empty cache entry -> the logits [logits, V] after its last tokens, in float32."""
         ids_1T = torch.tensor([list(ids)], device=self.device)
-        logits_XV = self.model(ids_1T, self.cache.row(row), last=logits)[0]
-        self.lengths[row] = len(ids)
+        logits_XV = self.model(ids_1T, self.cache.row(sequence), last=logits)[0]
+        self.lengths[sequence] = len(ids)
         return logits_XV.float()
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append one token to each row -> the logits [B, V] after them, in float32."""
+        """Append one token to each sequence -> the logits [B, V] after them, in float32."""
         assert len(tokens) == len(self.lengths)
         if self.cpu is not None:
             logits_BV = self.cpu.step(torch.tensor(tokens), torch.tensor(self.lengths))
@@ -65,23 +64,11 @@ class Decoder:
         return logits_BV
 
     @torch.inference_mode()
-    def reorder_cache(self, rows: Sequence[int]) -> None:
-        """Make the rows those numbered in `rows`, which may repeat or leave some out."""
+    def reorder_cache(self, sequences: Sequence[int]) -> None:
+        """Make the batch consist of the sequences numbered here, which may repeat or leave some out."""
         self.cache.length = max(self.lengths)
-        self.cache.reorder(rows)
-        self.lengths = [self.lengths[row] for row in rows]
-
-    @torch.inference_mode()
-    def copy(self, source: int, row: int) -> None:
-        """Make `row` hold what `source` holds."""
-        for held in self.cache.layers:
-            held[row, : self.lengths[source]] = held[source, : self.lengths[source]]
-        self.lengths[row] = self.lengths[source]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.lm_head.weight.device
+        self.cache.reorder(sequences)
+        self.lengths = [self.lengths[sequence] for sequence in sequences]
 
 
 @dataclass
@@ -107,9 +94,9 @@ class Result:
 
 
 class Token(NamedTuple):
-    """A token as it is written."""
+    """A new token."""
 
-    row: int
+    sequence: int
     """Number of its prompt."""
     id: int
     logprob: float
@@ -149,15 +136,15 @@ def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
 class Generator:
     """Continues one or more prompts: an iterator of tokens, with the `results` beside it.
 
-    A row's tokens do not depend on the other rows. Rows that end make room at once.
+    The tokens of a sequence do not depend on the others. Sequences that end make room at once.
 
     Args:
         model: the model.
-        prompts: token ids; each prompt is a row. Equal prompts are read once.
-        sampling: one strategy for all rows, or one for each.
-        max_tokens: new tokens of a row, at most; None goes on to the end of the context.
-        stop_ids: tokens that end a row; they are not part of it.
-        max_time: seconds after which all rows end, counted from the first token asked for.
+        prompts: token ids; equal prompts are read once.
+        sampling: one for all prompts, or one for each.
+        max_tokens: new tokens of a sequence, at most; None goes on to the end of the context.
+        stop_ids: tokens that end a sequence; they are not part of it.
+        max_time: seconds after which all sequences end, counted from the first token requested.
 
     Raises:
         SmolseekError: for an empty prompt, one beyond the context, or numbers out of range.
@@ -173,16 +160,16 @@ class Generator:
         stop_ids: Collection[int] = (),
         max_time: float | None = None,
     ) -> None:
-        check_request(model, prompts, max_tokens)
         if max_time is not None and not max_time > 0:
             raise SmolseekError(f"max-time {max_time} must be above 0 seconds")
-        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        assert len(samplings) == len(prompts)
-        check_request(model, [[*p, *s.prefix] for p, s in zip(prompts, samplings, strict=True)], max_tokens)
-        self._model, self._prompts, self._samplings = model, [list(ids) for ids in prompts], samplings
-        self._max_tokens, self._stop_ids = max_tokens, frozenset(stop_ids)
-        self._max_time, self._cancelled, self._stopped = max_time, False, set[int]()
-        self._tokens = self._write()
+        samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
+        forced = [[*p, *s.prefix] if p else [] for p, s in zip(prompts, samplings, strict=True)]
+        check_request(model, forced, max_tokens)
+        self._model, self._max_tokens, self._max_time = model, max_tokens, max_time
+        self._stop_ids = frozenset(stop_ids)
+        self._samplers = [Sampler(s, p, self._stop_ids) for p, s in zip(prompts, samplings, strict=True)]
+        self._cancelled, self._stopped = False, set[int]()
+        self._tokens = self._generate()
         self.results = [Result(prompt_tokens=len(ids)) for ids in prompts]
 
     def __iter__(self) -> Iterator[Token]:
@@ -191,12 +178,12 @@ class Generator:
     def __next__(self) -> Token:
         return next(self._tokens)
 
-    def stop(self, row: int) -> None:
-        """End a row after the token that came last, with "stop_string"."""
-        self._stopped.add(row)
+    def stop(self, sequence: int) -> None:
+        """End a sequence after its newest token, with "stop_string"."""
+        self._stopped.add(sequence)
 
     def cancel(self) -> None:
-        """End all rows before their next token; may be called from another thread."""
+        """End all sequences before their next token; may be called from another thread."""
         self._cancelled = True
 
     def finish(self) -> list[Result]:
@@ -205,84 +192,66 @@ class Generator:
             pass
         return self.results
 
-    def _write(self) -> Iterator[Token]:
-        model, context = self._model, self._model.config.max_position_embeddings
-        begun = time.perf_counter()
-        limit = max(self._end(row) for row in range(len(self._prompts)))
-        decoder = Decoder(model, len(self._prompts), min(limit, context))
-        logits, samplers = self._read(decoder)
-        read = time.perf_counter()
+    def _generate(self) -> Iterator[Token]:
+        start = time.perf_counter()
+        decoder, logits = self._prefill()
+        decoding = time.perf_counter()
         for result in self.results:
-            result.cache_bytes, result.prompt_seconds = decoder.cache.nbytes, read - begun
-        rows = list(range(len(self._prompts)))  # the prompt of each of the decoder's rows
-        while rows:
-            kept: list[int] = []
-            for place, row in enumerate(rows):
-                # The first logits of a row are those after the prompt and after each token of its forced prefix.
-                reason: StopReason | None = None
-                for logits_V in logits[place]:
-                    token, reason = self._advance(row, samplers[row], logits_V, begun)
-                    self.results[row].decode_seconds = time.perf_counter() - read
+            result.cache_bytes, result.prompt_seconds = decoder.cache.nbytes, decoding - start
+        active = list(range(len(self.results)))  # the sequences in the decoder's batch
+        while active:
+            for sequence, logits_XV in zip(active, logits, strict=True):
+                result = self.results[sequence]
+                # The first logits are those after the prompt and after each token of the forced prefix.
+                for logits_V in logits_XV:
+                    token, result.stop_reason = self._advance(sequence, logits_V, start)
+                    result.decode_seconds = time.perf_counter() - decoding
                     if token is not None:
                         yield token
-                    if row in self._stopped:
-                        reason = "stop_string"
-                    if reason is not None:
+                    if sequence in self._stopped:
+                        result.stop_reason = "stop_string"
+                    if result.stop_reason is not None:
                         break
-                self.results[row].stop_reason = reason
-                if reason is None:
-                    kept.append(place)
-            if len(kept) < len(rows):
-                rows = [rows[place] for place in kept]
-                if rows:
-                    decoder.reorder_cache(kept)
-            if rows:
-                logits = list(decoder.step([samplers[row].ids[-1] for row in rows])[:, None])
+            remaining = [entry for entry, n in enumerate(active) if self.results[n].stop_reason is None]
+            if remaining and len(remaining) < len(active):
+                decoder.reorder_cache(remaining)
+            active = [active[entry] for entry in remaining]
+            if active:
+                logits = list(decoder.step([self._samplers[n].ids[-1] for n in active])[:, None])
 
-    def _advance(
-        self, row: int, sampler: Sampler, logits_V: torch.Tensor, begun: float
-    ) -> tuple[Token | None, StopReason | None]:
-        """Choose and note the next token of a row; return it, if there is one, and why the row ends, if it does."""
-        result, prefix = self.results[row], sampler.sampling.prefix
+    def _prefill(self) -> tuple[Decoder, list[torch.Tensor]]:
+        """Read the prompts with their forced prefixes -> a decoder, and the logits [1 + prefix, V] of each sequence."""
+        keys = [(tuple(sampler.ids), sampler.sampling.prefix) for sampler in self._samplers]
+        context, most = self._model.config.max_position_embeddings, self._max_tokens
+        ends = [context if most is None else min(context, len(prompt) + most) for prompt, _ in keys]
+        capacity = max(max(end, len(prompt) + len(prefix)) for end, (prompt, prefix) in zip(ends, keys, strict=True))
+        decoder = Decoder(self._model, len(keys), capacity)
+        logits: dict[int, torch.Tensor] = {}
+        first = [keys.index(key) for key in keys]  # equal prompts are read once, then copied
+        for sequence in dict.fromkeys(first):
+            prompt, prefix = keys[sequence]
+            logits[sequence] = decoder.prefill(sequence, [*prompt, *prefix], len(prefix) + 1)
+        decoder.reorder_cache(first)
+        return decoder, [logits[sequence] for sequence in first]
+
+    def _advance(self, sequence: int, logits_V: torch.Tensor, start: float) -> tuple[Token | None, StopReason | None]:
+        """Choose and note the next token of a sequence -> that token, and why the sequence ends, if it does."""
+        result, sampler = self.results[sequence], self._samplers[sequence]
         if self._cancelled:
             return None, "cancelled"
-        if self._max_time is not None and time.perf_counter() - begun >= self._max_time:
+        if self._max_time is not None and time.perf_counter() - start >= self._max_time:
             return None, "time"
         total = require_finite(logits_V)
-        if len(result.tokens) < len(prefix):
-            token = prefix[len(result.tokens)]
-        else:
-            token = sampler.sample(logits_V)
-            if token in self._stop_ids:
-                return None, "stop_token"
-        sampler.append(token)
-        written = Token(row, token, float(logits_V[token] - total))
+        prefix = sampler.sampling.prefix[len(result.tokens) :]
+        token = prefix[0] if prefix else sampler.sample(logits_V)
+        if token in self._stop_ids and not prefix:
+            return None, "stop_token"
+        sampler.ids.append(token)
         result.tokens.append(token)
-        result.logprobs.append(written.logprob)
+        result.logprobs.append(float(logits_V[token] - total))
+        reason: StopReason | None = None
         if self._max_tokens is not None and len(result.tokens) >= self._max_tokens:
-            return written, "length"
-        if len(sampler.ids) >= self._model.config.max_position_embeddings:
-            return written, "context"
-        return written, None
-
-    def _end(self, row: int) -> int:
-        """Return how long a row may become."""
-        context, prompt = self._model.config.max_position_embeddings, self._prompts[row]
-        most = context if self._max_tokens is None else len(prompt) + self._max_tokens
-        return max(min(most, context), len(prompt) + len(self._samplings[row].prefix))
-
-    def _read(self, decoder: Decoder) -> tuple[list[torch.Tensor], list[Sampler]]:
-        """Read the prompts, with the forced prefixes; a prompt that came before is copied from its row."""
-        logits: list[torch.Tensor] = []
-        samplers = []
-        seen: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        for row, (prompt, sampling) in enumerate(zip(self._prompts, self._samplings, strict=True)):
-            key = (tuple(prompt), sampling.prefix)
-            if key in seen:
-                decoder.copy(seen[key], row)
-                logits.append(logits[seen[key]])
-            else:
-                seen[key] = row
-                logits.append(decoder.prefill(row, [*prompt, *sampling.prefix], len(sampling.prefix) + 1))
-            samplers.append(Sampler(sampling, prompt, self._stop_ids))
-        return logits, samplers
+            reason = "length"
+        elif len(sampler.ids) >= self._model.config.max_position_embeddings:
+            reason = "context"
+        return Token(sequence, token, result.logprobs[-1]), reason

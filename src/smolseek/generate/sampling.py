@@ -1,10 +1,11 @@
-"""How the next token is picked from the logits: strategies, with the semantics and the order of transformers.
+"""How the next token is sampled from the logits, with the semantics and the order of transformers.
 
-Shapes: V vocab_size, T tokens so far (prompt and new), C candidates that are still in the draw.
+Shapes: V vocab_size, T tokens so far (prompt and new), C candidates that may still be drawn.
 """
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,14 +21,14 @@ _ENOUGH = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(SamplingOptions):
-    """A strategy with what is told in tokens."""
+    """How the tokens of one sequence are sampled; what is text in the Python interface is token ids here."""
 
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that are never written."""
+    """Sequences of tokens that are never generated."""
     prefix: tuple[int, ...] = ()
     """Tokens that the continuation begins with."""
     processors: tuple[Processor, ...] = ()
-    """Your own, for example transformers' LogitsProcessor objects; they come after the penalties."""
+    """Functions of your own, for example transformers' LogitsProcessor objects; they run after the penalties."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,64 +40,60 @@ def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int])
     """Return what changes the logits before the draw, in transformers' order; empty in the usual case.
 
     Args:
-        sampling: the strategy.
-        prompt: tokens of the prompt.
-        stop_ids: the tokens that `min_tokens` holds back.
+        sampling: the options.
+        prompt: number of the prompt's tokens.
+        stop_ids: tokens that may not come before `min_tokens`.
     """
-    found: list[Processor] = []
+    chain: list[Processor] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
-        found.append(_penalty(sampling, prompt))
-    needs_stop = bool(sampling.min_tokens and stop_ids)
-    if sampling.repetition_penalty != 1 or sampling.no_repeat_ngram or sampling.bad_words or needs_stop:
-        # Imported here: a plain draw does without these classes.
-        from transformers.generation import logits_process as hf
+        chain.append(_penalty(sampling, prompt))
+    if sampling.repetition_penalty != 1:
+        chain.append(_transformers("RepetitionPenalty", float(sampling.repetition_penalty)))
+    if sampling.no_repeat_ngram:
+        chain.append(_transformers("NoRepeatNGram", sampling.no_repeat_ngram))
+    if sampling.bad_words:
+        chain.append(_transformers("NoBadWords", [list(word) for word in sampling.bad_words], None))
+    if sampling.min_tokens and stop_ids:
+        chain.append(_transformers("MinNewTokensLength", prompt, sampling.min_tokens, sorted(stop_ids), "cpu"))
+    return chain + list(sampling.processors)
 
-        if sampling.repetition_penalty != 1:
-            found.append(hf.RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
-        if sampling.no_repeat_ngram:
-            found.append(hf.NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram))
-        if sampling.bad_words:
-            words = [list(word) for word in sampling.bad_words]
-            found.append(hf.NoBadWordsLogitsProcessor(words, eos_token_id=None))
-        if needs_stop:
-            stops = sorted(stop_ids)
-            found.append(hf.MinNewTokensLengthLogitsProcessor(prompt, sampling.min_tokens, stops, device="cpu"))
-    return found + list(sampling.processors)
+
+def _transformers(name: str, *arguments: Any) -> Processor:
+    """Make one of transformers' processors; imported here since a plain draw does without them."""
+    from transformers.generation import logits_process
+
+    return getattr(logits_process, f"{name}LogitsProcessor")(*arguments)
 
 
 def _penalty(sampling: SamplingParams, prompt: int) -> Processor:
-    """Presence and frequency penalties, as OpenAI's API has them: of the tokens written, not of the prompt."""
+    """Presence and frequency penalties, as OpenAI's API has them: of the new tokens, not of the prompt's."""
 
     def apply(ids_1T: torch.Tensor, scores_1V: torch.Tensor) -> torch.Tensor:
-        seen, times = ids_1T[0, prompt:].unique(return_counts=True)
-        off = sampling.presence_penalty + sampling.frequency_penalty * times.to(scores_1V.dtype)
-        return scores_1V.index_add(1, seen.to(scores_1V.device), -off.to(scores_1V.device)[None])
+        new, counts = ids_1T[0, prompt:].unique(return_counts=True)
+        penalty = sampling.presence_penalty + sampling.frequency_penalty * counts.to(scores_1V.dtype)
+        return scores_1V.index_add(1, new.to(scores_1V.device), -penalty.to(scores_1V.device)[None])
 
     return apply
 
 
 def candidates(logits_V: torch.Tensor, sampling: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the logits [C] and ids [C] of the tokens still in the draw, after the temperature and the filters."""
-    given_V = logits_V.float()
-    logits_V = given_V / sampling.temperature
+    """Return the logits [C] and ids [C] of the tokens that may be drawn, after the temperature and the filters."""
+    raw_V = logits_V.float()
+    logits = raw_V / sampling.temperature
     # A temperature so low that the quotient is no float32.
-    if sampling.temperature < 1e-3 and not logits_V.isfinite().all():
-        logits_V = (given_V - given_V.max()).double() / sampling.temperature
-    V = logits_V.shape[-1]
-    top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
-    if sampling.top_k is not None and sampling.top_k < V:
+    if sampling.temperature < 1e-3 and not logits.isfinite().all():
+        logits = (raw_V - raw_V.max()).double() / sampling.temperature
+    ids = torch.arange(len(logits), device=logits.device)
+    if sampling.top_k is not None and sampling.top_k < len(logits):
         # Those as likely as the k-th stay too, as in transformers.
-        least = logits_V.topk(sampling.top_k, sorted=False).values.min()
-        ids = (logits_V >= least).nonzero()[:, 0]
-        logits = logits_V[ids]
-    else:
-        ids, logits = torch.arange(V, device=logits_V.device), logits_V
-    if top_p is not None:
-        logits, ids = _nucleus(logits, ids, top_p)
+        ids = (logits >= logits.topk(sampling.top_k, sorted=False).values.min()).nonzero()[:, 0]
+        logits = logits[ids]
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits, ids = _nucleus(logits, ids, sampling.top_p)
     if sampling.min_p:
-        keep = logits.softmax(dim=-1)
-        keep = keep >= sampling.min_p * keep.max()
-        logits, ids = logits[keep], ids[keep]
+        p = logits.softmax(dim=-1)
+        likely = p >= sampling.min_p * p.max()
+        logits, ids = logits[likely], ids[likely]
     if sampling.typical_p is not None and sampling.typical_p < 1:
         logits, ids = _typical(logits, ids, sampling.typical_p)
     return logits, ids
@@ -104,32 +101,31 @@ def candidates(logits_V: torch.Tensor, sampling: SamplingParams) -> tuple[torch.
 
 def _nucleus(logits: torch.Tensor, ids: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     total = logits.logsumexp(dim=-1)
-    for enough in (_ENOUGH, logits.shape[-1]):
-        best = logits.topk(min(enough, logits.shape[-1]))
+    for count in (_ENOUGH, len(logits)):
+        best = logits.topk(min(count, len(logits)))
         p = (best.values - total).exp()
         before = p.cumsum(dim=-1) - p
-        # A token goes when those before it already make up top_p; the likeliest always stays.
-        if before[-1] >= top_p or enough >= logits.shape[-1]:
+        if before[-1] >= top_p:
             break
-    keep = before < top_p
-    return best.values[keep], ids[best.indices[keep]]
+    # A token is removed if those before it already make up top_p; the likeliest always stays.
+    inside = before < top_p
+    return best.values[inside], ids[best.indices[inside]]
 
 
 def _typical(logits: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
     log_p = logits.log_softmax(dim=-1)
     p = log_p.exp()
-    surprise = -(p * log_p).nansum()
-    order = (-log_p - surprise).abs().sort().indices
-    last = int((p[order].cumsum(dim=-1) < mass).sum())
-    kept = order[: last + 1]
-    return logits[kept], ids[kept]
+    entropy = -(p * log_p).nansum()
+    order = (-log_p - entropy).abs().sort().indices
+    typical = order[: 1 + int((p[order].cumsum(dim=-1) < mass).sum())]
+    return logits[typical], ids[typical]
 
 
 class Sampler:
-    """Draws the tokens of one sequence; it holds the sequence's draws and, where a strategy needs them, its tokens.
+    """Draws the tokens of one sequence, from random numbers of its own; `ids` are its tokens so far.
 
     Args:
-        sampling: the strategy.
+        sampling: the options.
         prompt: the prompt's tokens.
         stop_ids: tokens that end the sequence.
     """
@@ -154,7 +150,3 @@ class Sampler:
             raise SmolseekError("no token is left to choose from: leave out a bad word or a penalty")
         drawn = torch.multinomial(logits_C.softmax(dim=-1).cpu(), 1, generator=self.generator)
         return int(ids_C[drawn.to(ids_C.device)])
-
-    def append(self, token: int) -> None:
-        """Note that `token` comes next."""
-        self.ids.append(token)

@@ -1,23 +1,71 @@
-"""From the tokens of a generator to text: the one file of this folder that knows text."""
+"""From the tokens of a generator to text: the one file of this package that handles text."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Generator, Result
-from smolseek.tokenizer import Detokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class TextStream:
-    """Turns the tokens of a generator into text as they come, and ends each row before a stop string.
+class Detokenizer:
+    """Text from tokens that arrive one by one, up to a stop string; without one it is the tokenizer's `decode` of all.
 
-    Iterating gives the pieces of text, `finish` the text of each row.
+    Text is held back while it is half a character or may still become a stop string. The cost of a token does not grow
+    with the length of the text.
 
     Args:
-        generator: of one row or more.
+        tokenizer: the model's.
+        stop: strings before any of which the text ends; `stopped` is then true.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._decode, self._stop = tokenizer.backend_tokenizer.decode, stop
+        self._ids: list[int] = []  # the last tokens: the first `_decoded` of them are decoded already
+        self._decoded = 0
+        self._pending = ""  # decoded, but may be the beginning of a stop string
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text that became certain, possibly none."""
+        self._ids.append(token_id)
+        return self._before_stop(self._new_text(final=False))
+
+    def finish(self) -> str:
+        """Return the text that was held back."""
+        return "" if self.stopped else self._before_stop(self._new_text(final=True)) + self._pending
+
+    def _new_text(self, final: bool) -> str:
+        # A space at the start belongs to the token before, so tokens before the new ones are decoded with them.
+        before = self._decode(self._ids[: self._decoded], skip_special_tokens=False)
+        text = self._decode(self._ids, skip_special_tokens=False)
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
+            return ""
+        self._ids, self._decoded = self._ids[self._decoded :], len(self._ids) - self._decoded
+        return text[len(before) :]
+
+    def _before_stop(self, new: str) -> str:
+        text, self._pending = self._pending + new, ""
+        if starts := [start for string in self._stop if (start := text.find(string)) >= 0]:
+            self.stopped = True
+            return text[: min(starts)]
+        # The longest end of the text that a stop string begins with.
+        longest = min(max(map(len, self._stop), default=1) - 1, len(text))
+        lengths = (n for n in range(longest, 0, -1) if any(string.startswith(text[-n:]) for string in self._stop))
+        end = len(text) - next(lengths, 0)
+        self._pending = text[end:]
+        return text[:end]
+
+
+class TextStream:
+    """The text of a generator's tokens as they come; each sequence ends before a stop string.
+
+    Iterating gives the text piece by piece, `finish` the text of each sequence.
+
+    Args:
+        generator: of one sequence or more.
         tokenizer: the model's.
         stop: strings before any of which a text ends.
 
@@ -29,20 +77,20 @@ class TextStream:
         if any(not string for string in stop):
             raise SmolseekError("a stop string is empty: leave it out, or give some text")
         self._generator = generator
-        self._rows = [_RowText(tokenizer, stop) for _ in generator.results]
-        self._pieces = self._read()
+        self._detokenizers = [Detokenizer(tokenizer, stop) for _ in generator.results]
+        self._stream = self._read()
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)[1]
+        return next(self._stream)[1]
 
     def finish(self) -> list[str]:
-        """Generate to the end -> each row's text, from where it was read last."""
-        texts = [""] * len(self._rows)
-        for row, piece in self._pieces:
-            texts[row] += piece
+        """Generate to the end -> each sequence's text, from where it was read last."""
+        texts = [""] * len(self._detokenizers)
+        for sequence, text in self._stream:
+            texts[sequence] += text
         return texts
 
     def cancel(self) -> None:
@@ -51,48 +99,17 @@ class TextStream:
 
     @property
     def result(self) -> Result:
-        """Tokens, log-probabilities and times of the first row, and why it ended once it has."""
+        """Tokens, log-probabilities and times of the first sequence, and why it ended once it has."""
         return self._generator.results[0]
 
     def _read(self) -> Iterator[tuple[int, str]]:
         for token in self._generator:
-            row = self._rows[token.row]
-            piece = row.push(token.id)
-            if row.stopped:
-                self._generator.stop(token.row)
-            if piece:
-                yield token.row, piece
-        for number, row in enumerate(self._rows):
-            if rest := row.finish():
-                yield number, rest
-
-
-class _RowText:
-    """The text of one row; holds back what may still become a stop string."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str]) -> None:
-        self.stopped = False
-        self._stop, self._detokenizer, self._held = stop, Detokenizer(tokenizer), ""
-
-    def push(self, token: int) -> str:
-        """Take a token and return the text that certainly comes before every stop string."""
-        return self._before_stop(self._detokenizer.push(token))
-
-    def finish(self) -> str:
-        """Return what was held back."""
-        text = "" if self.stopped else self._before_stop(self._detokenizer.finish())
-        return text + self._held
-
-    def _before_stop(self, piece: str) -> str:
-        text = self._held + piece
-        found = [at for string in self._stop if (at := text.find(string)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        # The longest end of the text that a stop string begins with may still become it.
-        longest = max((len(string) for string in self._stop), default=1) - 1
-        held = next(
-            (n for n in range(min(longest, len(text)), 0, -1) if any(s.startswith(text[-n:]) for s in self._stop)), 0
-        )
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            detokenizer = self._detokenizers[token.sequence]
+            text = detokenizer.push(token.id)
+            if detokenizer.stopped:
+                self._generator.stop(token.sequence)
+            if text:
+                yield token.sequence, text
+        for sequence, detokenizer in enumerate(self._detokenizers):
+            if text := detokenizer.finish():
+                yield sequence, text
