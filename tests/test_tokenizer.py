@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.text import Detokenizer
-from smolseek.gguf_header import read_metadata
+from smolseek.gguf_header import read_header
 from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.tokenizer import begin_ids, decoder, encoder, for_training, load_tokenizer, token_bytes
 
@@ -190,7 +190,7 @@ def test_gguf_values(tmp_path: Path) -> None:
         ("texts", 9, struct.pack("<IQ", 8, 2) + text + text),
         ("nested", 9, struct.pack("<IQIQ2b", 9, 1, 1, 2, 3, 4)),
     )
-    assert read_metadata(path) == {
+    assert read_header(path).metadata == {
         "text": "é",
         "yes": True,
         "float": 0.5,

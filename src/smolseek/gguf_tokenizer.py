@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smolseek import console
 from smolseek.errors import SmolseekError
-from smolseek.gguf_header import SPECIAL_IDS, read_metadata, special_ids
+from smolseek.gguf_header import SPECIAL_IDS, read_header, special_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     Raises:
         SmolseekError: for another kind, a vocabulary that is incomplete, or a file that cannot be read.
     """
-    meta = read_metadata(path)
+    meta = read_header(path).metadata
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre is not None and pre not in _RULES):
         what = f"tokenizer {kind!r}" + (f" with pre-tokenizer {pre!r}" if kind == "gpt2" else "")

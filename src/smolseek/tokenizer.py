@@ -289,10 +289,3 @@ def is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
     """Return whether a token stands for bytes, each written as a character of GPT-2's alphabet."""
     decoder = tokenizer.backend_tokenizer.decoder
     return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
-
-
-def byte_of_character() -> dict[str, int]:
-    """Return GPT-2's alphabet."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return {character: byte for byte, character in bytes_to_unicode().items()}

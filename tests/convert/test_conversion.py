@@ -49,7 +49,7 @@ def test_exact_and_grow(llama, refused, options, words):
         (["--kv-rank", "40", "--rope-dim", "7", "--profile", "portable"], "even"),
         (["--prune", "1.5"], "between 0 and 1"),
         (["--prune", "0.5", "--rope-dim", "8"], "--cache"),
-        (["--prune", "0.5", "--profile", "portable"], "need a smaller cache"),
+        (["--prune", "0.5", "--profile", "portable"], "needs a smaller cache"),
         (["--cache", "0.5", "--experts", "3"], "--experts"),
         (["--experts", "8"], "--active"),
         (["--active", "2"], "--experts"),

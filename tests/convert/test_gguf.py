@@ -74,7 +74,7 @@ def test_a_control_beside_the_model(tmp_path, text, capsys):
 def test_a_tokenizer_that_is_not_supported(tmp_path, text, capsys, monkeypatch):
     file = write(tmp_path / "m.gguf", "tekken")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_layers", lambda *_: pytest.fail("a layer was converted"))
+        patch.setattr(pipeline, "_tensors", lambda *_: pytest.fail("a layer was converted"))
         for command in (["convert", file, tmp_path / "out"], ["convert", file, tmp_path / "out", *EXPERTS, *text]):
             assert main(list(map(str, command))) == 2
             said = capsys.readouterr().err

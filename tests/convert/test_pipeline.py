@@ -58,7 +58,7 @@ def test_bfloat16_keeps_the_bias_of_the_router_in_float32(llama):
 
 def test_shards(llama, monkeypatch):
     whole = convert(str(llama), llama.parent / "whole", Conversion())
-    monkeypatch.setattr(pipeline, "_SHARD_BYTES", 20_000)
+    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 20_000)
     sharded = convert(str(llama), llama.parent / "sharded", Conversion())
     assert len(list(sharded.glob("model-*-of-*.safetensors"))) > 1
     a, b = load_model(whole).model.state_dict(), load_model(sharded).model.state_dict()

@@ -5,7 +5,7 @@ import torch
 
 from smolseek.cli import main
 from smolseek.convert.experts import FeedForward
-from smolseek.convert.prune import fit, prune
+from smolseek.convert.sparse import fit_pruned, prune
 from smolseek.evaluate.compare import compare
 from smolseek.storage.hf_folder import load_model
 
@@ -19,7 +19,7 @@ def test_the_fit_is_the_least_squares_solution():
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(200, 12, generator=generator).double() @ torch.randn(12, 12, generator=generator).double()
     down = torch.randn(5, 12, generator=generator).double()
-    layer, error = fit(FeedForward(torch.arange(12.0)[:, None], torch.zeros(12, 1), down), h.T @ h, 8)
+    layer, error = fit_pruned(FeedForward(torch.arange(12.0)[:, None], torch.zeros(12, 1), down), h.T @ h, 8)
     chosen, new = layer.gate_ID[:, 0].long(), layer.down_DI
     # The ridge as more rows: towards the first output matrix, weighted with a tenth of the mean energy.
     z, y = h[:, chosen], h @ down.T

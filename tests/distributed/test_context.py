@@ -17,10 +17,10 @@ from smolseek.distributed.mesh import choose
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
+from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import verify
 from smolseek.storage.saver import Saver
-from smolseek.storage.state_shards import load_state
 from smolseek.train.balance import Balancer
 from smolseek.train.evaluate import evaluate
 from smolseek.train.guard import Guard

@@ -6,9 +6,9 @@ import torch
 from texts import write_words
 
 from smolseek.cli import main
+from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
 from smolseek.storage.manifest import verify
-from smolseek.storage.state_shards import load_state
 
 STEPS = ("--steps", "6", "--save-every", "3", "--balance.settle-steps", "2")
 LAST = "checkpoints/step-000006"

@@ -16,11 +16,10 @@ from smolseek.model.local_shards import full_tensors
 from smolseek.model.transformer import new_model
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
-from smolseek.storage.checkpoint import CheckpointWriter
+from smolseek.storage.checkpoint import CheckpointWriter, load_state
 from smolseek.storage.hf_folder import load_model, load_weights, read_config
 from smolseek.storage.manifest import newest_valid, verify
-from smolseek.storage.state_shards import load_state
-from smolseek.storage.weights import file_entries
+from smolseek.storage.weights import file_tensors
 
 MODEL = ModelConfig(
     vocab_size=64,
@@ -56,13 +55,6 @@ TENSORS = {
 STATE = {"progress": {"step": 7, "loss": 1.5}, "data": {"epoch": 0, "at": [1, 2]}}
 
 
-class Tokenizer:
-    """Stands in for a tokenizer: one more file in the folder."""
-
-    def save_pretrained(self, path):
-        (path / "special_tokens_map.json").write_text("{}")
-
-
 @pytest.fixture
 def run(tmp_path):
     run = RunFolder(tmp_path / "run")
@@ -73,8 +65,8 @@ def run(tmp_path):
 def save(run, step=7, seed=0):
     writer, model = CheckpointWriter(run, step), new_model(MODEL, seed)
     assert writer.begin() is None
-    writer.write_shard([*file_entries(MODEL, full_tensors(model), None)], TENSORS)
-    writer.finish(MODEL, Tokenizer(), STATE)
+    writer.write_shard(dict(file_tensors(MODEL, full_tensors(model))), TENSORS)
+    writer.finish(MODEL, {"special_tokens_map.json": b"{}"}, STATE)
     return run.checkpoint_path(step)
 
 

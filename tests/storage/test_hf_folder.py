@@ -12,6 +12,7 @@ from smolseek.config import ModelConfig, RopeConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import PRESETS
+from smolseek.storage import safetensors_file
 from smolseek.storage.hf_config import config_from_hf, config_to_hf
 from smolseek.storage.hf_folder import load_model, load_weights, read_config, save_folder
 
@@ -166,7 +167,8 @@ def test_presets_survive_config_json(name):
 
 def test_bfloat16_keeps_the_balancing_bias_in_float32(tmp_path):
     ours = random_model(DEEPSEEK)
-    save_folder(ours, tmp_path, dtype=torch.bfloat16)
+    save_folder(ours, tmp_path)
+    save_folder(load_model(tmp_path, dtype="bfloat16").model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     loaded = load_model(tmp_path, dtype="auto").model
     kinds = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
@@ -179,10 +181,12 @@ def test_bfloat16_keeps_the_balancing_bias_in_float32(tmp_path):
     assert {p.dtype for p in load_model(tmp_path, dtype="float32").model.parameters()} == {torch.float32}
 
 
-def test_shards_load_alike_and_replace_one_another(tmp_path):
+def test_shards_load_alike_and_replace_one_another(tmp_path, monkeypatch):
     ours = random_model(DEEPSEEK)
     save_folder(ours, tmp_path)
-    save_folder(ours, tmp_path, max_shard_bytes=20_000)
+    monkeypatch.setattr(safetensors_file, "SHARD_BYTES", 20_000)
+    save_folder(ours, tmp_path)
+    monkeypatch.undo()
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     shards = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert shards == sorted(set(index["weight_map"].values())) and len(shards) > 2
@@ -427,6 +431,7 @@ def test_hub_names(monkeypatch, tmp_path):
 
 
 def test_unknown_dtypes_are_refused(tmp_path):
+    save_folder(random_model(LLAMA), tmp_path)
     for name in ("int8", "Tensor", "nonsense"):
         with pytest.raises(SmolseekError, match=f"dtype {name}"):
             load_model(tmp_path, dtype=name)

@@ -24,9 +24,8 @@ from smolseek.errors import SmolseekError, Stopped
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
-from smolseek.storage.checkpoint import CheckpointWriter
+from smolseek.storage.checkpoint import CheckpointWriter, load_state
 from smolseek.storage.manifest import newest_valid
-from smolseek.storage.state_shards import load_state
 from smolseek.train import audits, loop, setup
 from smolseek.train.guard import VAIN_RETURNS, WINDOW, Guard, StopRequest
 

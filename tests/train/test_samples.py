@@ -11,8 +11,8 @@ from smolseek.model.transformer import new_model
 from smolseek.presets import tiny
 from smolseek.report.read import read_run
 from smolseek.run_folder import RunFolder
+from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
-from smolseek.storage.state_shards import load_state
 from smolseek.tokenizer import load_tokenizer
 from smolseek.train import loop, samples
 from smolseek.train.samples import PROMPTS

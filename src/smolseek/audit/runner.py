@@ -19,7 +19,7 @@ from smolseek.data.corpus import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.memory import give_back_freed_memory
 from smolseek.run_folder import step_of
-from smolseek.storage.state_shards import load_state
+from smolseek.storage.checkpoint import load_state
 from smolseek.tokenizer import Encode
 
 SEQUENCES, TOKENS = 16, 128

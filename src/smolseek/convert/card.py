@@ -6,7 +6,7 @@ from pathlib import Path
 
 from smolseek.config import ModelConfig
 from smolseek.convert.source import Source
-from smolseek.gguf_header import read_metadata
+from smolseek.gguf_header import read_header
 from smolseek.model.summary import cache_bytes, count
 from smolseek.tokenizer import SMOLLM2_HUB
 
@@ -95,7 +95,7 @@ def _read_card(folder: Path) -> str:
 def _origin(source: str, path: Path) -> tuple[str | None, str | None]:
     """Return licence and hub name of the source, each None when nothing tells it."""
     if path.is_file():
-        license_name = read_metadata(path).get("general.license")
+        license_name = read_header(path).metadata.get("general.license")
         hub_name = SMOLLM2_HUB if source == "smollm2" else None
         return (license_name if isinstance(license_name, str) else None), hub_name
     hub_name = source if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not Path(source).exists() else None

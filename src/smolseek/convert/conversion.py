@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from smolseek.errors import SmolseekError
 
@@ -15,8 +15,12 @@ Profile = Literal["hf-exact", "portable"]
 
 _LEAST_HEAD = 32
 """Features without position that other engines need in a head; a compressed head has as many as the source's."""
-_COMPRESS_ONLY = {"cache", "kv_rank", "rope_dim", "profile", "method", "freq_fold", "prune", "active"}
-_COMPRESS_ONLY |= {"calibration", "calibration_tokens", "text_column"}
+_CACHE_OPTIONS = ("rope_dim", "profile", "method", "freq_fold")
+_FITTED = ("cache", "kv_rank", "prune", "active", "calibration", "calibration_tokens", "text_column", *_CACHE_OPTIONS)
+_MODE_OF = {"top_k": "grow", "neurons": "exact", **dict.fromkeys(_FITTED, "compress")}
+"""Options that belong to one mode."""
+_NEEDS = (("shared", "experts", 4), ("neurons", "experts", 4), ("active", "experts", 48), ("kv_rank", "rope_dim", 48))
+"""Options that need another one beside them, with an example of that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,30 +72,19 @@ class Conversion:
     def __post_init__(self) -> None:
         if not -(2**31) <= self.seed < 2**31:  # seeds of layers and sequences are computed from it
             raise SmolseekError(f"--seed {self.seed:.3e} does not fit 32 bits: use a smaller number")
+        changed = self._changed()
+        for name in changed:
+            if _MODE_OF.get(name, self.mode) != self.mode:
+                raise SmolseekError(f"{_option(name)} belongs to --mode {_MODE_OF[name]}: add that, or leave it out")
+        for name, other, example in _NEEDS:
+            if name in changed and other not in changed:
+                raise SmolseekError(f"{_option(name)} needs {_option(other)}: for example {_option(other)} {example}")
+        if self.mode == "grow" and not {"experts", "top_k"} <= changed.keys():
+            raise SmolseekError("--mode grow needs --experts E and --top-k K: for example --experts 4 --top-k 2")
         if self.mode == "compress":
             self._check_compression()
-            return
-        for field in dataclasses.fields(Conversion):
-            if field.name in _COMPRESS_ONLY and getattr(self, field.name) != field.default:
-                raise SmolseekError(f"{_option(field.name)} belongs to --mode compress: add that, or leave it out")
-        if self.mode == "grow":
-            if self.experts is None or self.top_k is None:
-                raise SmolseekError("--mode grow needs --experts E and --top-k K: for example --experts 4 --top-k 2")
-            if self.neurons != "contiguous":
-                raise SmolseekError("--neurons clustered belongs to --mode exact: grow keeps the whole layer together")
-        elif self.top_k is not None:
-            raise SmolseekError(f"--top-k {self.top_k} belongs to --mode grow: in an exact split all are active")
-        elif self.experts is None and (self.shared is not None or self.neurons != "contiguous"):
-            raise SmolseekError("--shared and --neurons need --experts E: without it the layers stay dense")
 
     def _check_compression(self) -> None:
-        if self.top_k is not None:
-            raise SmolseekError("--top-k belongs to --mode grow: --mode compress has --active A")
-        if self.neurons != "contiguous":
-            raise SmolseekError("--neurons clustered belongs to --mode exact: compress clusters by what neurons write")
-        if self.experts is None and (self.shared is not None or self.active is not None):
-            example = "for example --experts 48 --shared 80 --active 16"
-            raise SmolseekError(f"--shared and --active need --experts E: {example}")
         if self.experts is not None and self.active is None:
             why = "the routed experts that a token uses: with all of them it is --mode exact"
             raise SmolseekError(f"--mode compress --experts needs --active A, {why}")
@@ -103,13 +96,11 @@ class Conversion:
             if self.prune is None and self.experts is None:
                 ways = "--cache SHARE, --kv-rank R with --rope-dim D, --prune SHARE or --experts E: --cache 0.5"
                 raise SmolseekError(f"--mode compress needs {ways}")
-            if (self.rope_dim, self.profile, self.method, self.freq_fold) != (None, "hf-exact", "smolseek", 1):
-                options = "--rope-dim, --profile, --method and --freq-fold"
-                raise SmolseekError(f"{options} need a smaller cache: add --cache SHARE")
+            for name in _CACHE_OPTIONS:
+                if name in self._changed():
+                    raise SmolseekError(f"{_option(name)} needs a smaller cache: add --cache SHARE")
         if self.profile == "portable" and self.method == "transmla":
             raise SmolseekError("--profile portable belongs to --method smolseek: leave one of them out")
-        if self.kv_rank is not None and self.rope_dim is None:
-            raise SmolseekError(f"--kv-rank {self.kv_rank} needs --rope-dim D beside it: for example 48")
         for name, example in (("cache", "0.5 halves the cache"), ("prune", "0.75 keeps three quarters")):
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
@@ -174,11 +165,14 @@ class Conversion:
         calibrated = f"calibrated on {self.calibration_tokens:,} tokens of {self.calibration}"
         return f"compress, {', '.join(parts)}, {calibrated}"
 
+    def _changed(self) -> dict[str, Any]:
+        """Return the options that differ from their defaults."""
+        values = ((field, getattr(self, field.name)) for field in dataclasses.fields(Conversion))
+        return {field.name: value for field, value in values if value != field.default}
+
     def arguments(self) -> list[str]:
         """Return the options that differ from their defaults, as on the command line."""
-        values = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(Conversion)}
-        changed = [(name, value) for name, (value, default) in values.items() if value != default]
-        return [word for name, value in changed for word in (_option(name), str(value))]
+        return [word for name, value in self._changed().items() for word in (_option(name), str(value))]
 
 
 def _option(name: str) -> str:

@@ -21,18 +21,16 @@ from smolseek.convert.compress import balanced, compress
 from smolseek.convert.conversion import Conversion
 from smolseek.convert.experts import FeedForward, grow, split, with_experts
 from smolseek.convert.portable import one_epsilon
-from smolseek.convert.prune import prune
 from smolseek.convert.refit import refit
 from smolseek.convert.source import Source, open_source
-from smolseek.convert.sparse import active_neurons, sparse
+from smolseek.convert.sparse import active_neurons, prune, sparse
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.files import atomic_folder, is_vacant, write_atomically
 from smolseek.memory import peak_resident_bytes
 from smolseek.model.summary import count
 from smolseek.storage import latent_norm
 from smolseek.storage.hf_folder import load_causal_lm, write_rest
-from smolseek.storage.safetensors_file import ShardWriter
-from smolseek.storage.weights import file_dtype
+from smolseek.storage.safetensors_file import write_shards
 
 # Files of a Hugging Face folder that are taken over as they are: the tokenizer's, and others.
 _TEXT = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
@@ -40,7 +38,6 @@ _TEXT += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"
 _REST = ["generation_config.json", "LICENSE"]
 _HELD_OUT_TOKENS = 2048
 """Tokens on which a compressed model is compared with its source."""
-_SHARD_BYTES = 1_000_000_000
 
 Tensors = dict[str, torch.Tensor]
 
@@ -207,17 +204,13 @@ def _with_neurons(model: _Model, neurons: int, layers: list[tuple[FeedForward, f
 
 def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conversion) -> ModelConfig:
     """Write weights, configurations and tokenizer, and return the shape that the files have."""
-    config, layers = model.config, _layers(opened, model)
+    config, tensors = model.config, _tensors(opened, model)
     if conversion.profile == "portable":
-        config, layers = one_epsilon(config, layers)
-    dtype = getattr(torch, conversion.dtype)
-    writer = ShardWriter(folder, _SHARD_BYTES)
-    with console.progress(config.num_hidden_layers, "converting") as bar:
-        for done, tensors in enumerate(layers):
-            for name, tensor in latent_norm.folded(tensors.items(), config):
-                writer.add((name, tensor.to(file_dtype(name, dtype)), file_dtype(name, dtype)))
-            bar.update(min(done, config.num_hidden_layers))
-    writer.finish()
+        config, tensors = one_epsilon(config, tensors)
+    dtype, bias = getattr(torch, conversion.dtype), "e_score_correction_bias"
+    # The biases stay float32: bfloat16 would round them to steps larger than the updates of a training.
+    stored = latent_norm.folded(tensors, config)
+    write_shards(folder, ((name, tensor if name.endswith(bias) else tensor.to(dtype)) for name, tensor in stored))
     source = opened.path
     same_tokenizer = source.is_dir() and conversion.tokenizer is None
     write_rest(folder, config, dtype, None if same_tokenizer else opened.tokenizer)
@@ -228,15 +221,17 @@ def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conver
     return config
 
 
-def _layers(opened: Source, model: _Model) -> Iterator[Tensors]:
+def _tensors(opened: Source, model: _Model) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the new tensors in float32: the embedding, layer after layer, and what follows the last."""
-    yield {"model.embed_tokens.weight": opened.read("model.embed_tokens.weight")}
-    for n in range(model.config.num_hidden_layers):
-        prefix = f"model.layers.{n}."
-        out = {f"{prefix}self_attn.{name}": tensor for name, tensor in model.attention(n).items()}
-        out |= {f"{prefix}mlp.{name}": tensor for name, tensor in model.feed_forward(n).items()}
-        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
-            out[prefix + name] = opened.read(prefix + name)
-        yield out
-    last = ["model.norm.weight"] + ([] if model.config.tie_word_embeddings else ["lm_head.weight"])
-    yield {name: opened.read(name) for name in last}
+    layers, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
+    yield "model.embed_tokens.weight", opened.read("model.embed_tokens.weight")
+    with console.progress(layers, "converting") as bar:
+        for n in range(layers):
+            prefix = f"model.layers.{n}."
+            for part, tensors in (("self_attn", model.attention(n)), ("mlp", model.feed_forward(n))):
+                yield from ((f"{prefix}{part}.{name}", tensor) for name, tensor in tensors.items())
+            for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+                yield prefix + name, opened.read(prefix + name)
+            bar.update(n + 1)
+    for name in ("model.norm.weight",) if tied else ("model.norm.weight", "lm_head.weight"):
+        yield name, opened.read(name)

@@ -52,9 +52,9 @@ def assign_slots(layer: Layer, w_S: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def one_epsilon(
-    config: ModelConfig, layers: Iterable[dict[str, torch.Tensor]]
-) -> tuple[ModelConfig, Iterator[dict[str, torch.Tensor]]]:
-    """Return the same function with `rms_norm_eps` 1e-6, as shape and tensors.
+    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]]]:
+    """Return the same function with `rms_norm_eps` 1e-6, as shape and tensors by name.
 
     The norms see the residual stream and epsilon together, so a stream that is scaled by f = sqrt(1e-6 / eps) leaves
     the same after each norm. What writes to the stream is scaled: embedding, output and down projections. A head that
@@ -66,9 +66,6 @@ def one_epsilon(
     def scaled(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name.endswith(written):
             return tensor * factor
-        if config.tie_word_embeddings and name == "model.norm.weight":
-            return tensor / factor
-        return tensor
+        return tensor / factor if config.tie_word_embeddings and name == "model.norm.weight" else tensor
 
-    new = ({name: scaled(name, tensor) for name, tensor in tensors.items()} for tensors in layers)
-    return dataclasses.replace(config, rms_norm_eps=EPS), new
+    return dataclasses.replace(config, rms_norm_eps=EPS), ((name, scaled(name, tensor)) for name, tensor in tensors)

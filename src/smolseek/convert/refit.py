@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from smolseek.config import ModelConfig
-from smolseek.convert.calibrate import observe
-from smolseek.convert.least_squares import ridge_solve
+from smolseek.convert.calibrate import observe, ridge_solve
 from smolseek.model.attention import MLA
 from smolseek.model.rope import Rope
 from smolseek.model.transformer import CausalLM

@@ -11,9 +11,9 @@ from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_folder import folder_config
-from smolseek.storage.safetensors_file import FLOAT_TYPES, SafetensorsFiles, weight_files
+from smolseek.storage.safetensors_file import SafetensorsFiles, weight_files
 from smolseek.storage.target import resolve
-from smolseek.storage.weights import file_views
+from smolseek.storage.weights import check_dtype, check_shape, file_views
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
 _ADDITIONS = {r"\.bias$": "biases", r"\.[qk]_norm\.": "QK-norm"}
@@ -38,9 +38,7 @@ class Source(NamedTuple):
             SmolseekError: if its numbers are quantised, or not finite.
         """
         tensor = self.tensors[name]
-        if tensor.dtype not in FLOAT_TYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise SmolseekError(f"{self.path}: {name} is stored as {kind}: take the bfloat16 or float32 version")
+        check_dtype(self.path, name, tensor)
         if not tensor.isfinite().all():
             raise SmolseekError(f"{self.path}: {name} holds numbers that are not finite: copy or download it anew")
         return tensor.float()
@@ -72,16 +70,13 @@ def open_source(target: str, tokenizer_name: str | None = None) -> Source:
 def _check_tensors(config: ModelConfig, tensors: SafetensorsFiles | GgufFile, path: Path) -> None:
     """Compare the names and shapes in the files with those that `config` makes."""
     with torch.device("meta"):
-        expected = {name: tuple(view.shape) for name, view in file_views(CausalLM(config)).items()}
+        expected = {name: view.shape for name, view in file_views(CausalLM(config)).items()}
+    names = set(tensors)  # `in` of a Mapping would read the tensor
     for name, shape in expected.items():
-        if name not in tensors:
+        if name not in names:
             raise SmolseekError(f"{path}: {name} is missing: copy or download the model anew")
-        if tensors.shape(name) != shape:
-            raise SmolseekError(
-                f"{path}: {name} has shape {list(tensors.shape(name))}, but config.json makes it {list(shape)}: "
-                "config.json and the weights are not of one model"
-            )
-    for name in tensors:
+        check_shape(path, name, tensors.shape(name), shape)
+    for name in names:
         if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
             kinds = (words for pattern, words in _ADDITIONS.items() if re.search(pattern, name))
             kind = next(kinds, "an unknown tensor")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from smolseek.errors import SmolseekError
-from smolseek.tokenizer import byte_of_character, is_byte_level
+from smolseek.tokenizer import is_byte_level
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -79,7 +79,9 @@ def _missing_bytes(tokenizer: "PreTrainedTokenizerFast") -> bytes | None:
     """Return the bytes that a tokenizer has no token for, so that it drops them; None for one without byte tokens."""
     vocabulary = tokenizer.get_vocab()
     if is_byte_level(tokenizer):
-        return bytes(byte for sign, byte in byte_of_character().items() if sign not in vocabulary)
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+        return bytes(byte for byte, sign in bytes_to_unicode().items() if sign not in vocabulary)
     falls_back = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("byte_fallback")
     return b"" if falls_back and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) else None
 

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smolseek.config import ModelConfig, from_dict, parse_json
+from smolseek.config import ModelConfig, from_dict
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.sampling_options import SamplingOptions
+from smolseek.storage.hf_config import read_json
 
 NAME = "generation_config.json"
 _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")
@@ -16,28 +17,12 @@ _DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _ALWAYS = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
 """Settings that greedy decoding follows too, and our names of them."""
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
-    "num_beam_groups": (1,),
-    "diversity_penalty": (0,),
-    "min_length": (0,),
-    "guidance_scale": (1,),
-    "encoder_repetition_penalty": (1,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "penalty_alpha": (0,),
-    "epsilon_cutoff": (0,),
-    "eta_cutoff": (0,),
-    "top_h": (),
-    "stop_strings": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "begin_suppress_tokens": (),
-    "sequence_bias": (),
-    "exponential_decay_length_penalty": (),
-    "constraints": (),
-    "force_words_ids": (),
-    "dola_layers": (),
-    "watermarking_config": (),
-    "token_healing": (False,),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (1,)),
+    **dict.fromkeys(("diversity_penalty", "min_length", "encoder_no_repeat_ngram_size", "penalty_alpha"), (0,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "token_healing"), (0,)),
+    **dict.fromkeys(("top_h", "stop_strings", "forced_bos_token_id", "forced_eos_token_id"), ()),
+    **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("constraints", "force_words_ids", "dola_layers", "watermarking_config"), ()),
 }
 """Settings that would change the text and that smolseek does not follow, with the values that change nothing."""
 
@@ -55,16 +40,10 @@ def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         SmolseekError: for a file that is no JSON object.
     """
-    file = path / NAME
     try:
-        values = parse_json(file.read_text(encoding="utf-8"))
+        return read_json(path / NAME)
     except FileNotFoundError:
         return config_json
-    except (OSError, ValueError) as error:
-        raise SmolseekError(f"{file} cannot be read ({error}): copy or download it anew") from None
-    if not isinstance(values, dict):
-        raise SmolseekError(f"{file} is no JSON object: copy or download it anew")
-    return values
 
 
 def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tuple[int, ...]:

@@ -52,13 +52,11 @@ class GgufFile(Mapping[str, torch.Tensor]):
         """
         header = read_header(path)
         self.path = path
-        self._tensors: dict[str, TensorInfo] = {}
         self._mapped: dict[Path, np.ndarray] = {}
         for name, info in header.tensors.items():
             _check(name, info)
-            if name != _ROPE_FACTORS:
-                self._tensors[_hf_name(name, path)] = info
-        factors = header.tensors.get(_ROPE_FACTORS)
+        factors = header.tensors.pop(_ROPE_FACTORS, None)
+        self._tensors = {_hf_name(name, path): info for name, info in header.tensors.items()}
         with damage_told(path, "download it anew"):
             self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
 
@@ -108,11 +106,6 @@ def _check(name: str, info: TensorInfo) -> None:
         raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it anew")
 
 
-def _decimal(value: float) -> float:
-    """Return the shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
 def _config(header: Header, rope_factors: list[float] | None, path: Path) -> ModelConfig:
     """Read the shape from the file's metadata; `rope_factors` divide the frequencies, one each."""
     meta = header.metadata
@@ -124,11 +117,11 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
         value = meta.get(key, default)
         if not isinstance(value, int | float):
             refuse(f"{key} {value!r}")
-        return _decimal(value) if isinstance(value, float) else value
+        # The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
-    kind = meta.get("general.architecture")
-    if kind != "llama":
-        refuse(f"architecture {kind!r}")
+    if meta.get("general.architecture") != "llama":
+        refuse(f"architecture {meta.get('general.architecture')!r}")
     if meta.get("llama.expert_count", 0):
         refuse(f"llama.expert_count {meta['llama.expert_count']}")
     if "token_embd.weight" not in header.tensors:
@@ -137,16 +130,12 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
     head_dim = meta.get("llama.attention.key_length") or (int(width // heads) if heads > 0 else None)
     if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
         refuse(f"llama.rope.dimension_count {meta['llama.rope.dimension_count']} of heads of {head_dim}")
-    context = meta.get("llama.context_length", 2048)
     rope: dict[str, Any] = {"rope_theta": number("llama.rope.freq_base", 10_000.0), "rope_type": "default"}
     scaling = meta.get("llama.rope.scaling.type", "none")
-    if rope_factors is not None:  # of Llama 3's scaling, which the file does not name
-        if scaling != "none":
-            refuse(f"llama.rope.scaling.type {scaling!r} beside {_ROPE_FACTORS}")
-    elif scaling == "linear":
+    if scaling == "linear" and rope_factors is None:
         rope |= {"rope_type": "linear", "factor": number("llama.rope.scaling.factor", 1.0)}
     elif scaling != "none":
-        refuse(f"llama.rope.scaling.type {scaling!r}")
+        refuse(f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" beside {_ROPE_FACTORS}"))
     ids, ends = special_ids(meta), meta.get("tokenizer.ggml.eot_token_id")
     eos = ids.get("eos")
     values = {
@@ -157,7 +146,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
         "num_attention_heads": heads or None,
         "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
         "head_dim": head_dim,
-        "max_position_embeddings": context,
+        "max_position_embeddings": meta.get("llama.context_length", 2048),
         "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon", 1e-5),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": ids.get("bos"),
@@ -168,28 +157,25 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
     config = llama_config(values, str(path))
     if rope_factors is None:
         return config
-    factors = tuple(rope_factors)
-    return dataclasses.replace(
-        config,
-        rope_parameters=RopeConfig(
-            rope_type="longrope",
-            rope_theta=config.rope_parameters.rope_theta,
-            attention_factor=1.0,
-            short_factor=factors,
-            long_factor=factors,
-            original_max_position_embeddings=config.max_position_embeddings,
-        ),
+    longrope = RopeConfig(
+        rope_type="longrope",
+        rope_theta=config.rope_parameters.rope_theta,
+        attention_factor=1.0,
+        short_factor=tuple(rope_factors),
+        long_factor=tuple(rope_factors),
+        original_max_position_embeddings=config.max_position_embeddings,
     )
+    return dataclasses.replace(config, rope_parameters=longrope)
 
 
 def _hf_name(name: str, path: Path) -> str:
     """Return Hugging Face's name for llama.cpp's. Raises SmolseekError for an unknown one."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if found is None or found[2] not in _IN_BLOCK:
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match is None or match[2] not in _IN_BLOCK:
         raise SmolseekError(f"{path}: tensor {name} is not known: a plain Llama has none of that name")
-    return f"model.layers.{found[1]}.{_IN_BLOCK[found[2]]}.weight"
+    return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.weight"
 
 
 def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:

@@ -1,9 +1,10 @@
 """`config.json`: our `ModelConfig` as Hugging Face writes it, and back. Imports no torch."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from smolseek.config import ModelConfig, from_dict, to_dict
+from smolseek.config import ModelConfig, from_dict, parse_json, to_dict
 from smolseek.errors import SmolseekError, damage_told
 from smolseek.model.llama import llama_config
 
@@ -52,6 +53,24 @@ _DEEPSEEK_DEFAULTS = {
 _DEEPSEEK_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 # Keys of a config.json that say nothing about the shape.
 _BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object in `file`.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        SmolseekError: if it cannot be read, or holds something else.
+    """
+    try:
+        values = parse_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise SmolseekError(f"{file} cannot be read ({error}): copy or download it anew") from None
+    if not isinstance(values, dict):
+        raise SmolseekError(f"{file} is no JSON object: copy or download it anew")
+    return values
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:

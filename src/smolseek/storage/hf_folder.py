@@ -8,21 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from smolseek.config import ModelConfig, parse_json
+from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
 from smolseek.storage import generation_config
 from smolseek.storage.gguf_file import GgufFile
-from smolseek.storage.hf_config import config_from_hf, config_to_hf
-from smolseek.storage.safetensors_file import FLOAT_TYPES, INDEX, WEIGHTS, SafetensorsFiles, ShardWriter, weight_files
+from smolseek.storage.hf_config import config_from_hf, config_to_hf, read_json
+from smolseek.storage.safetensors_file import FLOAT_TYPES, INDEX, WEIGHTS, SafetensorsFiles, weight_files, write_shards
 from smolseek.storage.target import MODEL_MAY_BE, resolve
-from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_entries, fill
+from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_tensors, fill
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
-
-_ROWS = 4096
-"""Rows of two matrices that are compared at a time."""
 
 
 class LoadedModel(NamedTuple):
@@ -36,17 +33,10 @@ class LoadedModel(NamedTuple):
     """Folder or file that the weights came from."""
 
 
-def save_folder(
-    model: CausalLM,
-    path: str | Path,
-    tokenizer: Any = None,
-    *,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 4_000_000_000,
-) -> None:
+def save_folder(model: CausalLM, path: str | Path, tokenizer: Any = None) -> None:
     """Write config.json, generation_config.json, the weights, and the tokenizer where there is one.
 
-    Weights take `dtype`, or keep their own (`weights.file_dtype`). Files of an earlier model in `path` are replaced.
+    Files of an earlier model in `path` are replaced.
 
     Raises:
         SmolseekError: if the configuration fits no format (`config_to_hf`).
@@ -55,11 +45,8 @@ def save_folder(
     path = Path(path)
     config_to_hf(model.config)  # refuses before anything is written
     path.mkdir(parents=True, exist_ok=True)
-    writer = ShardWriter(path, max_shard_bytes)
-    for entry in file_entries(model.config, full_tensors(model), dtype):
-        writer.add(entry)
-    writer.finish()
-    write_rest(path, model.config, dtype or model.model.embed_tokens.weight.dtype, tokenizer)
+    write_shards(path, file_tensors(model.config, full_tensors(model)))
+    write_rest(path, model.config, model.model.embed_tokens.weight.dtype, tokenizer)
 
 
 def write_rest(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> None:
@@ -109,21 +96,18 @@ def sampling_options(path: Path) -> dict[str, Any]:
 
 
 def _has_own_head(path: Path) -> bool:
-    """Return whether the files hold a head that differs from the embedding; only rows up to a difference are read."""
+    """Return whether the files hold a head that differs from the embedding."""
     if not ((path / WEIGHTS).exists() or (path / INDEX).exists()):
         return False
     files = SafetensorsFiles(weight_files(path))
-    if HEAD not in files or EMBEDDING not in files:
+    if not {HEAD, EMBEDDING} <= set(files):
         return False
-    if files.shape(HEAD) != files.shape(EMBEDDING):
-        return True
-    starts = range(0, files.shape(HEAD)[0], _ROWS)
-    blocks = ((files.rows(name, start, start + _ROWS).float() for name in (HEAD, EMBEDDING)) for start in starts)
-    return any(not torch.equal(*pair) for pair in blocks)
+    embedding = files[EMBEDDING]
+    return not torch.equal(files[HEAD].to(embedding.dtype), embedding)
 
 
 def load_model(
-    target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu", tokenizer: str | None = None
+    target: str | Path, dtype: str = "float32", device: str = "cpu", tokenizer: str | None = None
 ) -> LoadedModel:
     """Load a model with its tokenizer, in evaluation mode.
 
@@ -138,42 +122,35 @@ def load_model(
     Raises:
         SmolseekError: if there is no such model, it is damaged, or it is none of those we compute.
     """
-    kind = _dtype(dtype)
     path = resolve(target)
-    opened = _open(path, kind)
     text = tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    model = _filled(*opened, path, device)
+    model = _load(path, dtype, device)
     return LoadedModel(model, text, model.config, path)
 
 
-def load_causal_lm(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> CausalLM:
+def load_causal_lm(target: str | Path, dtype: str = "float32", device: str = "cpu") -> CausalLM:
     """Load a model without its tokenizer, whatever its kind. Otherwise as `load_model`."""
-    kind = _dtype(dtype)
-    path = resolve(target)
-    return _filled(*_open(path, kind), path, device)
+    return _load(resolve(target), dtype, device)
 
 
-def _open(path: Path, kind: torch.dtype | None) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]], torch.dtype]:
-    """Return shape and tensors of the model in the folder or .gguf file `path`, and the type that its weights take.
-
-    That is `kind`, or their own where None. The tensors bear their names in the files and are read one after another.
-    """
+def _load(path: Path, dtype: str, device: str) -> CausalLM:
+    """Return the model in the folder or .gguf file `path`."""
+    if dtype != "auto" and dtype not in FLOAT_TYPES:
+        raise SmolseekError(f"dtype {dtype} is not supported: use auto, float32, bfloat16 or float16")
+    tensors: Iterable[tuple[str, torch.Tensor]]
+    parameter_dtype = FLOAT_TYPES.get(dtype, torch.float32)
     if path.is_file():
         file = GgufFile(path)
-        return file.config, file.items(), kind or torch.float32
-    values, files = config_json(path), SafetensorsFiles(weight_files(path))
-    config, kind = folder_config(path), kind or _number_format(values, files, path)
-    return config, computed(files.items(), values), kind
-
-
-def _filled(
-    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path, device: str
-) -> CausalLM:
-    """Return the model with the weights `tensors`, which lie at `path`."""
+        config, tensors = file.config, file.items()
+    else:
+        values, files = config_json(path), SafetensorsFiles(weight_files(path))
+        config, tensors = folder_config(path), computed(files.items(), values)
+        if dtype == "auto":
+            parameter_dtype = _folder_dtype(values, files, path)
     with torch.device("meta"):
         model = CausalLM(config)
     for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
+        parameter.data = torch.empty_like(parameter, dtype=parameter_dtype)
     model.to_empty(device=device)
     model.tie_weights()
     model.reset_buffers()
@@ -194,38 +171,23 @@ def load_weights(model: CausalLM, path: str | Path, shards: Mapping[str, LocalSh
     fill(model.config, full_tensors(model) if shards is None else shards, tensors, path)
 
 
-def _dtype(name: str | torch.dtype) -> torch.dtype | None:
-    """Return the floating-point type of that name, None for "auto"."""
-    if name == "auto":
-        return None
-    found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if found not in FLOAT_TYPES:
-        raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
-    return found
-
-
-def _number_format(values: Mapping[str, Any], files: SafetensorsFiles, path: Path) -> torch.dtype:
-    """Return the type that a folder's weights take: the one that its `config.json` names, else that of a file."""
-    named = values.get("dtype") or values.get("torch_dtype")
-    if named is None:
-        return next((kind for name in files if (kind := files.dtype(name)) in FLOAT_TYPES), None) or torch.float32
-    found = getattr(torch, named, None) if isinstance(named, str) else None
-    if not isinstance(found, torch.dtype) or found not in FLOAT_TYPES:
-        raise SmolseekError(f"{path / 'config.json'}: dtype {named!r} is not supported: take the bf16 or fp32 version")
-    return found
+def _folder_dtype(values: Mapping[str, Any], files: SafetensorsFiles, path: Path) -> torch.dtype:
+    """Return the type of a folder's weights: the one that its `config.json` names, else that of the first tensor."""
+    name = values.get("dtype") or values.get("torch_dtype")
+    if name is None:
+        dtypes = (tensor.dtype for tensor in files.values())
+        return next((dtype for dtype in dtypes if dtype in FLOAT_TYPES.values()), torch.float32)
+    if not isinstance(name, str) or name not in FLOAT_TYPES:
+        raise SmolseekError(f"{path / 'config.json'}: dtype {name!r} is not supported: take the bf16 or fp32 version")
+    return FLOAT_TYPES[name]
 
 
 def config_json(path: Path) -> dict[str, Any]:
     """Read `config.json` of a model folder."""
-    file = path / "config.json"
     try:
-        values = parse_json(file.read_text(encoding="utf-8"))
+        values = read_json(path / "config.json")
     except FileNotFoundError:
         raise SmolseekError(f"{path} holds no config.json: a model is {MODEL_MAY_BE}") from None
-    except (OSError, ValueError) as error:
-        raise SmolseekError(f"{file} cannot be read ({error}): copy or download it anew") from None
-    if not isinstance(values, dict):
-        raise SmolseekError(f"{file} is no JSON object: copy or download it anew")
     if "run" in values and "model" in values:
         raise SmolseekError(f"run folder {path} holds no checkpoint: train it further")
     return values

@@ -42,38 +42,25 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
     Every file must have the size and SHA-256 of the manifest. With `model_only` the training state, which is twice
     the model's size, is only looked up and not read.
     """
+    name = MANIFEST
     try:
         text = (path / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    try:
         files = parse_json(text)["files"]
         if manifest_text(files) != text:
             return f"{MANIFEST} is altered"
         for name, expected in files.items():
-            reason = _judge(path / name, expected, model_only and is_state_file(name))
-            if reason:
-                return reason
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                kind = "truncated" if size < expected["size"] else "altered"
+                return f"{name} is {kind} ({size} bytes, not {expected['size']})"
+            if not (model_only and is_state_file(name)) and digest(path / name) != expected["sha256"]:
+                return f"{name} is altered (its SHA-256 is not the manifest's)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is altered"
-    return None
-
-
-def _judge(file: Path, expected: dict[str, Any], size_only: bool) -> str | None:
-    """Return what is wrong with one file of a checkpoint, or None."""
-    try:
-        size = file.stat().st_size
-        if size != expected["size"]:
-            kind = "truncated" if size < expected["size"] else "altered"
-            return f"{file.name} is {kind} ({size} bytes, not {expected['size']})"
-        if not size_only and digest(file) != expected["sha256"]:
-            return f"{file.name} is altered (its SHA-256 is not the manifest's)"
-    except FileNotFoundError:
-        return f"{file.name} is missing"
-    except OSError as error:
-        return f"{file.name} cannot be read ({error.strerror})"
     return None
 
 

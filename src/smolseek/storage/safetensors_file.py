@@ -1,7 +1,8 @@
-"""The safetensors files of a model folder: written one tensor at a time, so that saving needs no second copy, and read.
+"""The safetensors files of a model folder: written tensor by tensor, and read one tensor at a time.
 
-The format: the header's length (8 bytes, little-endian), a JSON header with the type, shape and place of each tensor,
-and the tensors' bytes.
+The format: the header's length (8 bytes, little-endian), a JSON header with the type, shape and offsets of each tensor,
+and the tensors' bytes. The library's `save_file` is not used: only the owner may read its files, and a full disk is no
+OSError.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ from smolseek.files import UNFINISHED, write_atomically
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 1_000_000_000
+"""Size of a model's file beyond which another one is begun."""
 
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -32,36 +35,26 @@ TYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-TYPES = {name: dtype for dtype, name in TYPE_NAMES.items()}
-FLOAT_TYPES = tuple(dtype for dtype in TYPE_NAMES if dtype.is_floating_point)
-
-# A tensor to be written: its name, the tensor (a view will do, on any device), and the type it takes in the file.
-Entry = tuple[str, torch.Tensor, torch.dtype]
+FLOAT_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES if dtype.is_floating_point}
+"""The types of weights, by torch's names."""
 
 
-def write(path: Path, entries: Sequence[Entry]) -> None:
-    """Write `entries` to `path`. Raises OSError, for a full disk for one."""
-    # Wide types first: every tensor then lies at a multiple of its own item size, which mapping readers want.
-    ordered = sorted(entries, key=lambda e: (-e[2].itemsize, e[0]))
+def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write `tensors` (views will do, on any device) to `path`. Raises OSError, for example for a full disk."""
+    # Wide types first: every tensor then starts at a multiple of its item size, which memory-mapping readers need.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for entry in ordered:
-        name, tensor, dtype = entry
-        start, end = end, end + n_bytes(entry)
-        header[name] = {"dtype": TYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor, dtype in ordered:
+        for _, tensor in ordered:
             if tensor.numel():
-                flat = tensor.detach().to(device="cpu", dtype=dtype).contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data)
-
-
-def n_bytes(entry: Entry) -> int:
-    """Return the bytes that a tensor takes in a file."""
-    return entry[1].numel() * entry[2].itemsize
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def shard_name(number: int, count: int, stem: str = "model") -> str:
@@ -76,45 +69,41 @@ def write_index(folder: Path, names: Sequence[Iterable[str]], total_size: int) -
     write_atomically(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-class ShardWriter:
-    """Writes a model's tensors to files of at most `max_bytes` each (one tensor at least), and their index.
+def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write a model's tensors to files of at most `SHARD_BYTES` each (one tensor at least), and their index.
 
-    A file is written as soon as it is full. All get their names in `finish`, in place of an earlier model's files: the
+    A file is written as soon as it is full. All get their names in the end, in place of an earlier model's files: the
     folder may hold that model's only other copy.
     """
+    names: list[list[str]] = []
+    total_size = 0
+    for shard in _shards(tensors):
+        write(_unnamed(folder, len(names)), shard)
+        names.append([*shard])
+        total_size += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # frees the tensors before the next shard is gathered
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX]:
+        old.unlink(missing_ok=True)
+    for n in range(len(names)):
+        _unnamed(folder, n).rename(folder / shard_name(n, len(names)))
+    if len(names) > 1:
+        write_index(folder, names, total_size)
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder, self.max_bytes = folder, max_bytes
-        self._shard: list[Entry] = []
-        self._shard_bytes = self._total_bytes = 0
-        self._names: list[list[str]] = []
 
-    def add(self, entry: Entry) -> None:
-        """Take a tensor, to be written with its shard."""
-        if self._shard and self._shard_bytes + n_bytes(entry) > self.max_bytes:
-            self._write_shard()
-        self._shard.append(entry)
-        self._shard_bytes += n_bytes(entry)
+def _shards(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
 
-    def finish(self) -> None:
-        """Write the last shard and the index."""
-        self._write_shard()
-        for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / WEIGHTS, self.folder / INDEX]:
-            old.unlink(missing_ok=True)
-        count = len(self._names)
-        for n in range(count):
-            self._part(n).rename(self.folder / shard_name(n, count))
-        if count > 1:
-            write_index(self.folder, self._names, self._total_bytes)
 
-    def _write_shard(self) -> None:
-        write(self._part(len(self._names)), self._shard)
-        self._names.append([name for name, _, _ in self._shard])
-        self._total_bytes += self._shard_bytes
-        self._shard, self._shard_bytes = [], 0
-
-    def _part(self, number: int) -> Path:
-        return self.folder / f"{UNFINISHED}shard-{number}.safetensors"
+def _unnamed(folder: Path, number: int) -> Path:
+    return folder / f"{UNFINISHED}shard-{number}.safetensors"
 
 
 def indexed_files(folder: Path) -> list[str]:
@@ -148,20 +137,10 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-@contextlib.contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turn the errors of an unreadable file into a SmolseekError that names it."""
-    try:
-        yield
-    except (safetensors.SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise SmolseekError(f"{path} is damaged or unreadable ({reason}): copy or download it anew") from None
-
-
 class SafetensorsFiles(Mapping[str, torch.Tensor]):
-    """The tensors of some safetensors files by their names. Each is read when asked for, and lies in mapped memory.
+    """The tensors of some safetensors files, by name, memory-mapped: only what is used of them is read.
 
-    One file is open at a time, so that memory holds no more of the files than that: ask in their order (`items`).
+    One file is open at a time, to save memory: read the tensors in the order of `items`.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -170,39 +149,34 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
         Raises:
             SmolseekError: for a file that is damaged.
         """
-        self.path_of: dict[str, Path] = {}
+        self._paths: dict[str, Path] = {}
         self._path = Path()
         self._file: Any = None
         for path in paths:
-            with damage_named(path):
-                self.path_of |= dict.fromkeys(self._opened(path).keys(), path)
+            with self._open(path) as file:
+                self._paths |= dict.fromkeys(file.keys(), path)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.path_of)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self.path_of)
+        return len(self._paths)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        with damage_named(self.path_of[name]):
-            return self._opened(self.path_of[name]).get_tensor(name)
+        with self._open(self._paths[name]) as file:
+            return file.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor, from its file's header."""
-        with damage_named(self.path_of[name]):
-            return tuple(self._opened(self.path_of[name]).get_slice(name).get_shape())
+        """Return the shape of a tensor; none of its numbers are read."""
+        return tuple(self[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype | None:
-        """Return the type of a tensor, from its file's header; None for one that torch does not have."""
-        with damage_named(self.path_of[name]):
-            return TYPES.get(self._opened(self.path_of[name]).get_slice(name).get_dtype())
-
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return some rows of a tensor; no others are read."""
-        with damage_named(self.path_of[name]):
-            return self._opened(self.path_of[name]).get_slice(name)[start:stop]
-
-    def _opened(self, path: Path) -> Any:
-        if path != self._path:
-            self._path, self._file = path, safetensors.safe_open(path, framework="pt")
-        return self._file
+    @contextlib.contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        """Give the open file; the errors of a damaged one become a SmolseekError that names it."""
+        try:
+            if path != self._path:
+                self._path, self._file = path, safetensors.safe_open(path, framework="pt")
+            yield self._file
+        except (safetensors.SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise SmolseekError(f"{path} is damaged or unreadable ({reason}): copy or download it anew") from None

@@ -15,7 +15,7 @@ from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, step_of
 from smolseek.storage.checkpoint import CheckpointWriter
-from smolseek.storage.weights import file_entries
+from smolseek.storage.weights import file_tensors
 
 
 class Saver:
@@ -38,7 +38,12 @@ class Saver:
     ) -> None:
         """`timeout` is how many seconds the main process waits for what the others write."""
         self.run, self.model, self.distributed, self.timeout = run, model, distributed, timeout
-        self.tokenizer = _Files(tokenizer)
+        # Written once: the thread must not touch the tokenizer, which the training may be using.
+        self._tokenizer_files: dict[str, bytes] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            self._tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         self.keep_last, self.keep_every = keep_last, keep_every
         self.failure: SmolseekError | None = None
         """Why the last save failed; None after a whole one."""
@@ -96,10 +101,9 @@ class Saver:
         try:
             if obstacle is not None:
                 raise writer.failure(obstacle)
-            config = self.model.config
-            writer.write_shard([*file_entries(config, self._weights, None)], self._tensors)
+            writer.write_shard(dict(file_tensors(self.model.config, self._weights)), self._tensors)
             if self.run.writes:
-                writer.finish(config, self.tokenizer, state)
+                writer.finish(self.model.config, self._tokenizer_files, state)
                 self._prune()
             self.failure = None
         except SmolseekError as failure:
@@ -131,18 +135,3 @@ def _copied(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
 
 def _copied_shard(shard: LocalShard, buffer: LocalShard | None) -> LocalShard:
     return shard._replace(tensor=_copied(shard.tensor, None if buffer is None else buffer.tensor))
-
-
-class _Files:
-    """A tokenizer's files, read once: the thread must not touch the tokenizer, which the training may be using."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            self.files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-    def save_pretrained(self, path: Path) -> None:
-        """Write the files as the tokenizer would."""
-        for name, content in self.files.items():
-            (path / name).write_bytes(content)

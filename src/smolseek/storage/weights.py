@@ -4,9 +4,9 @@ Views of the stacks are written from, and read into, so neither way needs a seco
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,7 +15,7 @@ from smolseek.errors import SmolseekError
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.latent_norm import folded, unfolded
-from smolseek.storage.safetensors_file import FLOAT_TYPES, Entry
+from smolseek.storage.safetensors_file import FLOAT_TYPES
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -25,21 +25,12 @@ def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
     return dict(_views(full_tensors(model)))
 
 
-def file_entries(config: ModelConfig, shards: Mapping[str, LocalShard], dtype: torch.dtype | None) -> Iterator[Entry]:
-    """Yield what is written of `shards`, of which only the experts' may lack rows, in `dtype` or their own types.
+def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a file has of `shards`, of which only the experts' may lack rows.
 
     A model without a norm of the latent gets one that does nothing, and that reading takes off to the last bit.
     """
-    for name, tensor in folded(_views(shards), config, reversible=True):
-        yield name, tensor, file_dtype(name, dtype or tensor.dtype)
-
-
-def file_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the type of a tensor in a file of `dtype`.
-
-    The balancing biases stay float32, since bfloat16 would round them to steps larger than the updates.
-    """
-    return torch.float32 if name.endswith("e_score_correction_bias") else dtype
+    return folded(_views(shards), config, reversible=True)
 
 
 def _views(shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -82,25 +73,34 @@ def computed(
     return (pair for pair in tensors if not (pair[0].endswith("rotary_emb.inv_freq") or pair[0].startswith(mtp)))
 
 
-class _Target(NamedTuple):
-    """Where a tensor of a file goes."""
+def _targets(shards: Mapping[str, LocalShard]) -> dict[str, tuple[torch.Size, torch.Tensor | None, int]]:
+    """Return where every tensor of a model's files goes: its full shape, the view that takes its rows, the first row.
 
-    shape: torch.Size
-    """What it must have."""
-    view: torch.Tensor | None
-    """What takes its rows from `start` on; None where another process does."""
-    start: int
-
-
-def _targets(shards: Mapping[str, LocalShard]) -> dict[str, _Target]:
-    """Return where every tensor of a model's files goes."""
+    The view is None for an expert that another process has.
+    """
     targets = {}
     for name, shard in shards.items():
         full = torch.empty(shard.rows, *shard.tensor.shape[1:], device="meta")
         views = dict(_unstacked(name, shard.tensor, shard.start))
-        for file_name, view in _unstacked(name, full):
-            targets[file_name] = _Target(view.shape, views.get(file_name), shard.start if file_name == name else 0)
+        for file_name, tensor in _unstacked(name, full):
+            targets[file_name] = tensor.shape, views.get(file_name), shard.start if file_name == name else 0
     return targets
+
+
+def check_shape(path: Path, name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise SmolseekError if a tensor in the files of `path` has another shape than its model."""
+    if list(shape) != list(expected):
+        raise SmolseekError(
+            f"{path}: {name} has shape {list(shape)}, but config.json makes it {list(expected)}: "
+            "config.json and the weights are not of one model"
+        )
+
+
+def check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise SmolseekError if a tensor in the files of `path` is quantised."""
+    if tensor.dtype not in FLOAT_TYPES.values():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise SmolseekError(f"{path}: {name} is stored as {dtype}: take the model's bfloat16 or float32 version")
 
 
 def fill(
@@ -113,7 +113,7 @@ def fill(
     """
     targets = _targets(shards)
     # Without shared experts their matrices hold no numbers, and not every program writes such tensors.
-    missing = {name for name, target in targets.items() if target.shape.numel()}
+    missing = {name for name, (shape, _, _) in targets.items() if shape.numel()}
     head, embedding = None, shards[EMBEDDING]
     for name, tensor in unfolded(tensors, config):
         if name == HEAD and config.tie_word_embeddings:
@@ -122,16 +122,8 @@ def fill(
         if name not in targets:
             raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
         shape, view, start = targets[name]
-        if tensor.shape != shape:
-            raise SmolseekError(
-                f"{path}: {name} has shape {list(tensor.shape)}, but config.json makes it {list(shape)}: "
-                "config.json and the weights are not of one model"
-            )
-        if tensor.dtype not in FLOAT_TYPES:
-            raise SmolseekError(
-                f"{path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
-                "take the model's bfloat16 or float32 version"
-            )
+        check_shape(path, name, tensor.shape, shape)
+        check_dtype(path, name, tensor)
         if view is not None:
             view.copy_(tensor[start : start + len(view)])
         missing.discard(name)

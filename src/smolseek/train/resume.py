@@ -19,8 +19,8 @@ from smolseek.device import multiplies_bfloat16
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.run_folder import RunFolder
+from smolseek.storage.checkpoint import load_progress
 from smolseek.storage.manifest import newest_valid
-from smolseek.storage.state_shards import load_progress
 from smolseek.storage.target import resolve
 from smolseek.train.schedule import Schedule
 from smolseek.train.state import progress_of

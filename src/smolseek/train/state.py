@@ -13,9 +13,9 @@ from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import damage_told
 from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
+from smolseek.storage.checkpoint import load_state, state_name
 from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
-from smolseek.storage.state_shards import load_state, state_name
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
