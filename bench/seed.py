@@ -20,12 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.leaks.seed_experiment import SeedModel, honest_loss, loss
 
-from smolseek.audit.finding import verdict
+from smolseek.audit.check import verdict
 from smolseek.audit.ngram import ngram_nats
 from smolseek.audit.plausibility import check_plausibility, text_baselines
-from smolseek.audit.probe import others, random_ids
+from smolseek.audit.probe import Subject, random_ids, replace_ids
 from smolseek.audit.runner import audit_model
-from smolseek.audit.subject import Subject
 from smolseek.config import DataConfig
 from smolseek.data.corpus import read_corpus
 
@@ -61,7 +60,7 @@ def leak(model: SeedModel, T: int) -> float:
     """Return the largest change of early logits when later tokens change."""
     ids = random_ids(4, T, VOCAB, 0)
     changed = ids.clone()
-    changed[:, T // 2 :] = others(ids[:, T // 2 :], VOCAB, 1)
+    changed[:, T // 2 :] = replace_ids(ids[:, T // 2 :], VOCAB, 1)
     return float((model(ids) - model(changed))[:, : T // 2].abs().max())
 
 
@@ -171,7 +170,7 @@ def main() -> None:
 
     encoded, test = encode(train), encode(held_out)
     rows, val_rows = cut(encoded, args.tokens), cut(test, args.tokens)
-    baselines = text_baselines(encoded, test, "\n\n".join(train)[-1_000_000:], "\n\n".join(held_out), VOCAB)
+    baselines = text_baselines(encoded, test, train, held_out, VOCAB)
     seen = [ids[: args.tokens] for ids in encoded]
     result = {
         **describe(),

@@ -8,14 +8,14 @@ from examples.leaks import no_mask, right
 from torch import nn
 
 from smolseek.audit.causality import check_causality
-from smolseek.audit.finding import Finding, failures
-from smolseek.audit.subject import Subject
+from smolseek.audit.check import Check, failures
+from smolseek.audit.probe import Subject
 
 SMOOTH = {"causality: later tokens changed", "causality: later tokens cut", "causality: gradient to later tokens"}
 
 
-def failed(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in failures(findings)}
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in failures(checks)}
 
 
 def test_a_leak_behind_a_projection_of_zeros_is_found() -> None:

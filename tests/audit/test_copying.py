@@ -5,13 +5,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from smolseek.audit.check import Check, failures
 from smolseek.audit.copying import check_copying
-from smolseek.audit.finding import Finding, failures
-from smolseek.audit.subject import Subject
+from smolseek.audit.probe import Subject
 
 
-def failed(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in failures(findings)}
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in failures(checks)}
 
 
 class Echo(nn.Module):

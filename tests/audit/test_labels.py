@@ -4,12 +4,12 @@ import torch
 import torch.nn.functional as F
 from examples.leaks import right
 
-from smolseek.audit.finding import Finding, failures
+from smolseek.audit.check import Check, failures
 from smolseek.audit.labels import check_loss
 
 
-def failed(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in failures(findings)}
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in failures(checks)}
 
 
 def test_the_mean_over_wrong_tokens_is_found() -> None:

@@ -2,12 +2,12 @@
 
 import pytest
 
-from smolseek.audit.finding import Finding, failures
-from smolseek.audit.plausibility import check_plausibility, reported
+from smolseek.audit.check import Check, failures
+from smolseek.audit.plausibility import check_plausibility, reported_losses
 
 
-def failed(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in failures(findings)}
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in failures(checks)}
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,8 @@ def test_plausibility_of_a_loss_for_its_tokens(loss: float, tokens: float, ok: b
 def test_steps_in_which_the_weights_rest_train_on_no_token() -> None:
     records = [{"loss": 4.0, "lr": 1e-3, "tokens": 512}, {"val_loss": 4.1}, {"loss": 3.0, "lr": 0.0}]
     records[-1] |= {"tokens": 1024, "settling": True}
-    assert reported(records) == ({"training": 3.0, "validation": 4.1}, 512.0)
-    assert reported(records[1:]) == ({"training": 3.0, "validation": 4.1}, None)
+    assert reported_losses(records) == ({"training": 3.0, "validation": 4.1}, 512.0)
+    assert reported_losses(records[1:]) == ({"training": 3.0, "validation": 4.1}, None)
 
 
 def test_rote_learning_over_many_epochs_is_not_judged_by_the_training_loss() -> None:

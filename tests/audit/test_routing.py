@@ -5,17 +5,17 @@ from dataclasses import replace
 import torch
 from examples.leaks import right
 
-from smolseek.audit.finding import Finding, failures
+from smolseek.audit.check import Check, failures
+from smolseek.audit.probe import Subject
 from smolseek.audit.routing import check_routing
-from smolseek.audit.subject import Subject
 from smolseek.model.transformer import new_model
 from smolseek.presets import tiny
 
 SMALL = {"num_hidden_layers": 2, "vocab_size": 256}
 
 
-def failed(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in failures(findings)}
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in failures(checks)}
 
 
 def test_the_router_without_gradient_is_found() -> None:
@@ -33,10 +33,10 @@ def test_freshly_grown_experts_are_no_alarm() -> None:
     with torch.no_grad():
         for block in model.model.layers:
             block.mlp.experts.down_proj.zero_()
-    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.check == check] == ["skip"]
+    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.name == check] == ["skip"]
     with torch.no_grad():
         model.model.layers[0].mlp.experts.down_proj.normal_()
-    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.check == check] == ["pass"]
+    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.name == check] == ["pass"]
 
 
 def test_a_bias_of_ours_that_never_moved_is_found() -> None:
@@ -51,7 +51,7 @@ def test_a_bias_of_ours_that_never_moved_is_found() -> None:
 def test_where_every_expert_is_chosen_no_bias_has_to_move() -> None:
     model = new_model(replace(tiny(), **SMALL, num_experts_per_tok=8))
     findings = check_routing(Subject(model=model, vocab=256, balanced_steps=10))
-    found = [f.status for f in findings if f.check == "routing: biases move"]
+    found = [f.status for f in findings if f.name == "routing: biases move"]
     assert found == ["pass"]
 
 

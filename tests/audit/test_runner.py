@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from smolseek.audit.finding import Finding, failures
+from smolseek.audit.check import Check, failures
 from smolseek.audit.overlap import check_data
+from smolseek.audit.probe import Subject
 from smolseek.audit.runner import audit_model
-from smolseek.audit.subject import Subject
 from smolseek.cli import main
 from smolseek.config import DataConfig, TrainConfig
 from smolseek.model.transformer import new_model
@@ -41,11 +41,11 @@ def leak(name: str) -> object:
     return importlib.import_module(f"examples.leaks.{name}")
 
 
-def failed(findings: list[Finding]) -> set[str]:
-    return {finding.check for finding in failures(findings)}
+def failed(checks: list[Check]) -> set[str]:
+    return {check.name for check in failures(checks)}
 
 
-def right_audit(name: str) -> list[Finding]:
+def right_audit(name: str) -> list[Check]:
     """Audit a leak's file; what it does not define is the right model's."""
     module, right = leak(name), leak("right")
     subject = Subject(
@@ -54,7 +54,7 @@ def right_audit(name: str) -> list[Finding]:
         context=1000,
         loss=getattr(module, "loss", right.loss),
         step=getattr(module, "step", None),
-        remake=module.model,
+        build=module.model,
         pad_id=0,
         eos_id=1,
     )
@@ -128,7 +128,7 @@ def test_no_false_alarm_on_a_preset(name: str, dtype: torch.dtype) -> None:
     loss = lambda model, ids: losses(model, ids).total  # noqa: E731
     findings = audit_model(Subject(model=model, vocab=256, context=1000, loss=loss, eos_id=0))
     assert failed(findings) == set()
-    assert {f.check for f in findings if f.status == "pass"} > SMOOTH | {"target: shift", "decoding: cached"}
+    assert {f.name for f in findings if f.status == "pass"} > SMOOTH | {"target: shift", "decoding: cached"}
 
 
 SIZES = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0}
@@ -162,9 +162,9 @@ def test_no_false_alarm_on_stock_transformers(name: str, capsys: pytest.CaptureF
 
 def test_cli_says_what_failed_and_how_to_mend_it(capsys: pytest.CaptureFixture[str]) -> None:
     loss = ["--loss", "examples.leaks.unshifted_labels:loss"]
-    assert main(["audit", "examples.leaks.right:model", *loss, "--fix-hints"]) == 1
+    assert main(["audit", "examples.leaks.right:model", *loss]) == 1
     out = capsys.readouterr().out
-    assert "FAIL  target: shift" in out and "usually: loss = " in out
+    assert "FAIL  target: shift" in out and "Usual fix: loss = " in out
     assert "Audit FAILED: target: shift" in out
 
 

@@ -249,7 +249,7 @@ def test_the_metrics_hold_what_was_read_and_the_report_shows_the_retries(hub, tm
     assert 0 < told <= done.stderr.count("trying again in") and sum(data["bytes"] for data in read) > 0
     assert all(("last_retry" in data) == (data["retries"] > 0) for data in read)
     events = [text for _, text in read_run(tmp_path / "run").events]
-    assert any("made again" in text and "HTTP 500" in text for text in events)
+    assert any("repeated" in text and "HTTP 500" in text for text in events)
 
 
 def test_prepare_goes_on_when_the_hub_is_back(hub, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smolseek.audit.finding import lines, record
+from smolseek.audit.check import lines, record
+from smolseek.audit.probe import Subject
 from smolseek.audit.runner import audit_model
-from smolseek.audit.subject import Subject
 from smolseek.chat import Chat
 from smolseek.cli import main
 from smolseek.config import ModelConfig, parse_json

@@ -12,7 +12,7 @@ from smolseek.cli import main
 from smolseek.config import TrainConfig, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.presets import tiny
-from smolseek.report.page import grown, page, tiles, write_report
+from smolseek.report.page import page, samples_by_prompt, tiles, write_report
 from smolseek.report.plots import Line, heat_map, line_chart, number, ticks
 from smolseek.report.read import read_run
 
@@ -90,7 +90,7 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
     for words in ("5.5000", "1.5000", "Abacus", "8.0M", "40k", "0:01:20", "2,000 MB", "0.250"):
         assert words in text, words
     events = ("resumed from step-000020", "its loss is nan", "went back from step 33; 3,000 tokens were undone")
-    events += ("step 31 cannot be written", "made again 2 times; the last: a.parquet: HTTP 429")
+    events += ("step 31 cannot be written", "repeated 2 times; the last: a.parquet: HTTP 429")
     for words in (*events, "1 failed", "It counts.", "target: padding"):
         assert words in text, words
     assert "is &lt;b&gt;wet&lt;/b&gt; and blue" in text
@@ -100,7 +100,7 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
 def test_samples_are_shown_as_they_grew(tmp_path):
     run = a_run(tmp_path / "mine")
     add(run, *({"step": n, "samples": [["The sea", f"text{n}."], ["DNA", f"other{n}."]]} for n in range(1, 101)))
-    shown = dict(grown(read_run(run).samples))
+    shown = dict(samples_by_prompt(read_run(run).samples))
     assert list(shown) == ["The sea", "DNA"]
     steps = [step for step, _ in shown["DNA"]]
     assert steps[0] == 1 and steps[-1] == 100 and 6 <= len(steps) <= 12 and steps == sorted(steps)
@@ -114,7 +114,7 @@ def test_a_model_that_writes_markdown_invents_no_prompts(tmp_path):
     run = a_run(tmp_path / "mine")
     text = "is wide.\n\n**Note** it is deep.\n\n## Step 7\n\n**DNA** is"
     add(run, {"step": 40, "samples": [["The sea", "first try"]]}, {"step": 40, "samples": [["The sea", text]]})
-    assert [(s.step, s.texts) for s in read_run(run).samples][1:] == [(40, (("The sea", " ".join(text.split())),))]
+    assert read_run(run).samples[40] == {"The sea": " ".join(text.split())}
 
 
 def test_points_are_those_of_the_metrics(tmp_path):
@@ -178,7 +178,7 @@ def test_a_long_run_gives_a_heat_map_of_bearable_size():
     [
         ({"loss": "low"}, "loss 'low'"),
         ({"tokens": None}, "tokens is missing"),
-        ({"tokens_per_second": float("inf")}, "not finite"),
+        ({"tokens_per_second": float("inf")}, "tokens_per_second 'inf'"),
         ({"step": 10**30}, "step"),
         ({"data": []}, "data"),
         ({"data": {"retries": "many"}}, "retries"),

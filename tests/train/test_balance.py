@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smolseek.audit.plausibility import reported
+from smolseek.audit.plausibility import reported_losses
 from smolseek.config import BalanceConfig, DataConfig, GuardConfig, ScheduleConfig, TrainConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
@@ -125,7 +125,7 @@ def test_where_the_weights_come_to_rest_a_line_is_logged(text, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "lr" in record] == [3, 4, 5]
     tokens = config.step_tokens
-    assert reported(records)[1] == 3 * tokens
+    assert reported_losses(records)[1] == 3 * tokens
     assert f"tokens: {3 * tokens:,} and {2 * tokens:,} read while" in (tmp_path / "run" / "train.log").read_text()
     assert ("tokens", number(3 * tokens)) in tiles(read_run(str(tmp_path / "run")))
 

@@ -1,4 +1,4 @@
-"""Baselines for a loss: n-gram models of the same tokens, and a general compressor on the same text.
+"""Baselines for a loss: n-gram models of the tokens, and xz on the text.
 
 Shapes: N tokens.
 """
@@ -12,16 +12,16 @@ import numpy as np
 def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) -> float:
     """Return the mean cross-entropy, in nats a token, of an interpolated Witten-Bell model of `order`.
 
-    p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)) with d(h) the number of distinct tokens seen after h
-    (Witten and Bell 1991; Chen and Goodman 1998), down to 1/vocab below the unigram. It sums to 1 over the
-    vocabulary. A test token without a full history before it uses what there is.
+    p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)), where d(h) is the number of distinct tokens after h
+    (Witten and Bell 1991; Chen and Goodman 1998), down to 1/vocab below the unigram; it sums to 1 over the vocabulary.
+    The first test tokens have shorter histories.
     """
     train, test = np.asarray(train_N, np.uint64), np.asarray(test_N, np.uint64)
     p = np.full(len(test), 1.0 / vocab)
     history_train, history_test = np.zeros(len(train), np.uint64), np.zeros(len(test), np.uint64)
     for n in range(order):
         if n:
-            # The history grows by the token n places back; a hash of 64 bits stands for it.
+            # The history grows by the token n positions back; a 64-bit hash stands for it.
             history_train[n:] = _mix(history_train[n:], train[:-n], n)
             history_test[n:] = _mix(history_test[n:], test[:-n], n)
         continued = _mix(history_train[n:], train[n:], 0)
@@ -44,19 +44,19 @@ def _mix(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
         return x ^ (x >> np.uint64(29))
 
 
-def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the value of each wanted key, 0 where it is not among the sorted `keys`."""
-    at = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[at] == wanted, values[at], 0)
+def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Return the value of each query, 0 if it is not among the sorted `keys`."""
+    i = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[i] == queries, values[i], 0)
 
 
 def xz_nats(before: str, text: str, tokens: int) -> float:
-    """Return what `text` adds to the size of `before` under xz -9, in nats a token; `tokens` is how many they are."""
+    """Return how many nats per token `text`, of `tokens` tokens, adds to the xz -9 size of `before`."""
 
-    def size(whole: str) -> int:
-        data = whole.encode("utf-8")
-        # The same bytes as with the dictionary of 64 MiB of -9, which takes 674 MB however short the text.
-        room = min(max(len(data), 4096), 64 << 20)
-        return len(lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": room}]))
+    def size(characters: str) -> int:
+        data = characters.encode("utf-8")
+        # The same bytes as with the 64 MiB dictionary of -9, which takes 674 MB of memory for any text.
+        dictionary = min(max(len(data), 4096), 64 << 20)
+        return len(lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]))
 
     return (size(before + text) - size(before)) * 8 * math.log(2) / tokens

@@ -1,4 +1,4 @@
-"""What `smolseek audit TARGET` can be given, made ready: a preset, a model or run of ours, any folder, any function."""
+"""What `smolseek audit TARGET` accepts: a preset, a model or run of ours, any model folder, or a function."""
 
 import importlib
 import re
@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolseek.audit.probe import call
-from smolseek.audit.subject import Subject
+from smolseek.audit.probe import Subject, call
 from smolseek.config import DataConfig, parse_json
 from smolseek.data.corpus import Corpus
 from smolseek.data.datasets import open_dataset
@@ -19,11 +18,10 @@ from smolseek.errors import SmolseekError, reason
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, preset
 from smolseek.run_folder import RunFolder
+from smolseek.storage.hf_config import ARCHITECTURES
 from smolseek.storage.hf_folder import load_model, resolve
 from smolseek.storage.stock_transformers import open_with_transformers, quiet
 from smolseek.tokenizer import load_tokenizer
-
-NATIVE = ("deepseek_v3", "llama", "smolseek_gqa_moe")
 
 
 def is_function(name: str) -> bool:
@@ -31,23 +29,23 @@ def is_function(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None and not Path(name).exists()
 
 
-def function(name: str) -> Callable[..., Any]:
-    """Return the function `package.module:function`, looked for from the current folder on.
+def import_function(name: str) -> Callable[..., Any]:
+    """Return the function `package.module:function`; the current folder is searched first.
 
     Raises:
         SmolseekError: if the module does not import, or has no such function.
     """
     module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the user's module does when imported
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # importing a user's module can raise anything
         raise SmolseekError(f"{name} cannot be imported ({reason(error)}): give package.module:function") from error
-    if not callable(found):
-        raise SmolseekError(f"{name} is a {type(found).__name__}, not a function: give package.module:function")
-    return found
+    if not callable(function):
+        raise SmolseekError(f"{name} is a {type(function).__name__}, not a function: give package.module:function")
+    return function
 
 
 def open_subject(target: str, dtype: str = "auto") -> Subject:
@@ -55,16 +53,16 @@ def open_subject(target: str, dtype: str = "auto") -> Subject:
 
     Args:
         target: a preset (initial weights), a run folder, a checkpoint, a Hugging Face folder of any causal language
-            model, a .gguf file, `smollm2`, or package.module:function, which returns a module.
-        dtype: type of the weights of what is loaded, by torch's name; `auto` keeps the file's.
+            model, a .gguf file, `smollm2`, or package.module:function, which returns a torch module.
+        dtype: number format of the weights, by torch's name; `auto` is that of the file.
 
     Raises:
         SmolseekError: if there is no such model, or it does not map ids to logits.
     """
     if is_function(target):
-        make = function(target)
-        model = _make(make, target)
-        return Subject(model=model, vocab=_vocab(model), remake=lambda: _make(make, target))
+        build = import_function(target)
+        model = _build(build, target)
+        return Subject(model=model, vocab=_vocab(model), build=lambda: _build(build, target))
     key = re.sub(r"[-.]", "_", target)
     if key in PRESETS and not Path(target).exists():
         config = preset(key)
@@ -77,13 +75,8 @@ def open_subject(target: str, dtype: str = "auto") -> Subject:
             trained=False,
         )
     path = resolve(target)
-    if path.is_dir() and _model_type(path) not in NATIVE:
+    if path.is_dir() and _model_type(path) not in ARCHITECTURES:
         return _open_stock(target, path, dtype)
-    return _open_native(target, path, dtype)
-
-
-def _open_native(target: str, path: Path, dtype: str) -> Subject:
-    """Load a model of ours, and its run where it lies in one."""
     loaded = load_model(target, dtype=dtype)
     subject = Subject(
         model=loaded.model,
@@ -92,35 +85,35 @@ def _open_native(target: str, path: Path, dtype: str) -> Subject:
         tokenizer=loaded.tokenizer,
         eos_id=next(iter(loaded.config.eos_ids), None),
     )
-    run = RunFolder(target) if (Path(target) / "checkpoints").is_dir() else None
-    if run is None and path.parent.name == "checkpoints":
-        run = RunFolder(path.parent.parent)
-    if run is not None and run.config.exists():
+    if path.parent.name == "checkpoints" and (run := RunFolder(path.parent.parent)).config.exists():
         subject.run, subject.config, subject.trained = run, run.read_config(), True
     return subject
 
 
 def _open_stock(target: str, path: Path, dtype: str) -> Subject:
-    """Load a folder of another architecture with transformers' own classes: no remote code, no pickles."""
+    """Open a folder of another architecture with stock transformers: no remote code, no pickles."""
     model = open_with_transformers(path, dtype, target, "copy or download it anew")
     try:
         tokenizer = load_tokenizer(str(path))
     except SmolseekError:
         tokenizer = None
+    with quiet():  # transformers warns about its choice of a loss
+        loss = getattr(model, "loss_function", None)
     eos = model.config.eos_token_id
     return Subject(
         model=model,
         vocab=_vocab(model),
         context=getattr(model.config, "max_position_embeddings", None) or Subject.context,
         tokenizer=tokenizer,
-        loss=_transformers_loss(model),
+        # Padding is left to the collator there.
+        loss=loss and (lambda logits, ids: loss(logits=logits, labels=ids, vocab_size=logits.shape[-1])),
         eos_id=eos[0] if isinstance(eos, list) else eos,
     )
 
 
-def _make(make: Callable[[], Any], name: str) -> nn.Module:
+def _build(build: Callable[[], Any], name: str) -> nn.Module:
     try:
-        model = make()
+        model = build()
     except Exception as error:
         raise SmolseekError(f"{name}() failed ({reason(error)}): it must return a torch module") from error
     if not isinstance(model, nn.Module):
@@ -129,30 +122,20 @@ def _make(make: Callable[[], Any], name: str) -> nn.Module:
 
 
 def _vocab(model: nn.Module) -> int:
-    """Return the size of the vocabulary, read off the logits."""
+    """Return the size of the vocabulary, from the shape of the logits."""
     with torch.no_grad():
         return call(model, torch.zeros(1, 4, dtype=torch.int64)).shape[-1]
 
 
 def _model_type(path: Path) -> str | None:
     try:
-        values = parse_json((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return str(parse_json((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return values.get("model_type") if isinstance(values, dict) else None
-
-
-def _transformers_loss(model: nn.Module) -> Callable[..., Any] | None:
-    """Return the loss that a transformers model computes from labels; padding is the collator's affair there."""
-    with quiet():  # its choice of a loss is told in a warning
-        own = getattr(model, "loss_function", None)
-    if own is None:
-        return None
-    return lambda logits, ids: own(logits=logits, labels=ids, vocab_size=logits.shape[-1])
 
 
 def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
-    """Return training and validation documents: from sources, split as training splits them, or from a function.
+    """Return training and validation documents from sources, split as training splits them, or from a function.
 
     A function package.module:function returns two lists of texts.
 
@@ -161,11 +144,13 @@ def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
     """
     if len(data) != 1 or not is_function(data[0]):
         return open_dataset(DataConfig(sources=tuple(data), text_column=text_column))
-    returned = function(data[0])()
+    returned = import_function(data[0])()
     try:
         train, validation = (list(side) for side in returned)
+        if not train or not validation or not all(isinstance(text, str) for text in [*train, *validation]):
+            raise TypeError
     except (TypeError, ValueError):
-        raise SmolseekError(f"{data[0]}() must return two lists of texts: training and validation") from None
-    if not train or not validation or not all(isinstance(text, str) for text in [*train, *validation]):
-        raise SmolseekError(f"{data[0]}() must return two lists of texts, neither of them empty")
+        raise SmolseekError(
+            f"{data[0]}() must return two lists of texts, training and validation, neither of them empty"
+        ) from None
     return Corpus(train, validation)

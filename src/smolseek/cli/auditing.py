@@ -42,27 +42,26 @@ class AuditArgs:
     """Tokens after which it was reached."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the file's."""
-    fix_hints: bool = False
-    """Say for each failure how such a thing is usually mended."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
 
 def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
-    args = parse(AuditArgs, "audit", argv)
+    # The fix hints are always printed now; the option is still accepted.
+    args = parse(AuditArgs, "audit", [word for word in argv if word != "--fix-hints"])
     if args.reported_tokens is not None and not 1 <= args.reported_tokens < math.inf:
         raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is no number of tokens: give those trained on")
-    from smolseek.audit.finding import failures, lines
+    from smolseek.audit.check import failures, lines
     from smolseek.audit.runner import audit
-    from smolseek.audit.targets import function, open_subject, open_text
+    from smolseek.audit.targets import import_function, open_subject, open_text
     from smolseek.data.datasets import open_dataset
     from smolseek.model.transformer import CausalLM
     from smolseek.tokenizer import encoder, load_tokenizer
     from smolseek.train.loss import losses
 
-    loss = function(args.loss) if args.loss else None
-    step = function(args.step) if args.step else None
+    loss = import_function(args.loss) if args.loss else None
+    step = import_function(args.step) if args.step else None
     subject = open_subject(args.target, args.dtype)
     subject.step = step
     for name in ("pad_id", "eos_id"):
@@ -84,19 +83,19 @@ def audit(argv: Sequence[str]) -> None:
         corpus = open_text(args.data, args.text_column)
     elif subject.config is not None:
         corpus = open_dataset(subject.config.data, subject.config.eval_tokens, tokenizer)
-    findings = audit(
+    checks = audit(
         subject,
         corpus=corpus,
-        reading=open_text(("builtin",)).validation if tokenizer and corpus is None else None,
+        documents=open_text(("builtin",)).validation if tokenizer and corpus is None else (),
         encode=encoder(tokenizer) if tokenizer else None,
-        claim=None if args.reported_loss is None else ({"training": args.reported_loss}, args.reported_tokens),
+        reported=None if args.reported_loss is None else ({"training": args.reported_loss}, args.reported_tokens),
     )
-    failed = failures(findings)
+    failed = failures(checks)
     if args.json:
-        record = {"target": args.target, "passed": not failed, "findings": [finding.record() for finding in findings]}
+        record = {"target": args.target, "passed": not failed, "findings": [check.record() for check in checks]}
         console.say(json.dumps(record))
     else:
-        for line in lines(findings, fix_hints=args.fix_hints):
+        for line in lines(checks):
             console.say(line)
     if failed:
         raise SystemExit(1)

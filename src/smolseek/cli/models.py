@@ -159,15 +159,14 @@ def compare(argv: Sequence[str]) -> None:
     args = parse(CompareArgs, "compare", argv)
     from smolseek.evaluate import compare as comparing
 
-    pair = comparing.find_models(args.a, args.b)
-    sequences = pair.sequences(args.data, args.text_column, args.seq_len, args.tokens)
-    a, b = (comparing.open_model(path, args.engine, args.dtype) for path in pair.paths)
-    found = comparing.compare(a, b, sequences)
+    paths, sequences = comparing.prepare(args.a, args.b, args.data, args.text_column, args.seq_len, args.tokens)
+    a, b = (comparing.open_model(path, args.engine, args.dtype) for path in paths)
+    comparison = comparing.compare(a, b, sequences)
+    models = comparing.describe(args.a, comparison.loss_a), comparing.describe(args.b, comparison.loss_b)
     if args.json:
-        sides = comparing.sides((args.a, args.b), found)
-        console.say(json.dumps(asdict(found) | {"engine": args.engine, "dtype": args.dtype, "models": sides}))
+        console.say(json.dumps(asdict(comparison) | {"engine": args.engine, "dtype": args.dtype, "models": models}))
         return
-    for line in comparing.report((args.a, args.b), found):
+    for line in comparing.report(comparison, models):
         console.say(line)
 
 
@@ -204,7 +203,7 @@ def evaluate(argv: Sequence[str]) -> None:
         raise SmolseekError("eval needs lm-eval, which is not installed: pip install '.[eval]' in a clone of smolseek")
     from smolseek.evaluate import harness
 
-    found = harness.evaluate_tasks(
+    results = harness.evaluate_tasks(
         args.model,
         names,
         fewshot=args.fewshot,
@@ -214,7 +213,7 @@ def evaluate(argv: Sequence[str]) -> None:
         dtype=args.dtype,
     )
     if args.json:
-        console.say(json.dumps({"model": args.model, "tasks": found}))
+        console.say(json.dumps({"model": args.model, "tasks": results}))
         return
-    for line in harness.report(found):
+    for line in harness.report(results):
         console.say(line)

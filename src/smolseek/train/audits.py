@@ -4,9 +4,9 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from smolseek.audit.finding import Finding, lines, record
+from smolseek.audit.check import Check, lines, record
+from smolseek.audit.probe import Subject
 from smolseek.audit.runner import audit, audit_model
-from smolseek.audit.subject import Subject
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.storage.hf_folder import load_weights
@@ -29,13 +29,13 @@ def audit_end(t: Training, datasets: Datasets) -> None:
     """Write the last samples and audit the run."""
     config, step = t.config, t.progress.step
     model = _full_model(t, t.run.checkpoint_path(step))
-    findings: list[Finding] = []
+    checks: list[Check] = []
     if model is not None:
         if config.sample_tokens:
             write_samples(t.run, step, model, datasets.tokenizer, config.sample_tokens, config.seed, t.log)
         subject = replace(_subject(model), run=t.run, config=config)
-        findings = audit(subject, corpus=datasets.corpus, encode=datasets.encode)
-    _log(t, "end", findings)
+        checks = audit(subject, corpus=datasets.corpus, encode=datasets.encode)
+    _log(t, "end", checks)
 
 
 def _subject(model: CausalLM) -> Subject:
@@ -64,8 +64,8 @@ def _full_model(t: Training, path: Path | None) -> CausalLM | None:
     return model
 
 
-def _log(t: Training, when: str, findings: list[Finding]) -> None:
-    """Put an audit's findings into the metrics, and say the outcome with what failed."""
-    t.run.append_metrics({"step": t.progress.step, **record(findings, when)})
-    for line in lines(findings, failed_only=True):
+def _log(t: Training, when: str, checks: list[Check]) -> None:
+    """Write the outcome of an audit to the metrics, and its failures to the log."""
+    t.run.append_metrics({"step": t.progress.step, **record(checks, when)})
+    for line in lines(checks, failed_only=True):
         t.log.say(line)

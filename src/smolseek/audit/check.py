@@ -1,0 +1,99 @@
+"""A check of the audit and its outcome, and how outcomes are recorded and printed."""
+
+import math
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from smolseek import console
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One check; `judge` and `skip` return it with its outcome."""
+
+    name: str
+    """Group and name, such as `causality: later tokens changed`."""
+    limit: float = 0.0
+    """The figure must be at most this, or at least this if `least` is set; NaN fails."""
+    least: bool = False
+    unit: str = ""
+    """Unit of the figure, printed after it; "of ..." for a share."""
+    meaning: str = ""
+    """What a failure means."""
+    look: str = ""
+    """Where to look for the cause."""
+    hint: str = ""
+    """The usual fix."""
+    status: Literal["pass", "fail", "skip"] = "skip"
+    """`skip` is neither: the check does not apply, or lacks what it needs."""
+    figure: float | None = None
+    done: str = ""
+    """How the figure was measured, or why the check was skipped."""
+
+    def judge(self, figure: float, done: str) -> "Check":
+        """Return the check passed or failed: `figure` was measured, and `done` says how."""
+        passed = figure >= self.limit if self.least else figure <= self.limit
+        return replace(self, status="pass" if passed else "fail", figure=figure, done=done)
+
+    def skip(self, reason: str) -> "Check":
+        """Return the check skipped."""
+        return replace(self, done=reason)
+
+    def shown(self, value: float) -> str:
+        """Return a figure as text, a share in percent."""
+        scale, sign = (100, "%") if self.unit.startswith("of ") else (1, "")
+        value *= scale
+        return (f"{value:.0f}" if abs(value) < 1e6 and value == int(value) else f"{value:.3g}") + sign
+
+    def record(self) -> dict[str, Any]:
+        """Return the outcome in JSON types; a figure that is not finite becomes "nan" or "inf"."""
+        values: dict[str, Any] = {"check": self.name, "done": self.done, "status": self.status}
+        if self.figure is not None:
+            values["figure"] = self.figure if math.isfinite(self.figure) else str(self.figure)
+            values["threshold"] = self.limit
+        if self.status == "fail":
+            values |= {"meaning": self.meaning, "look": self.look, "hint": self.hint}
+        return values
+
+
+def failures(checks: Sequence[Check]) -> list[Check]:
+    """Return the checks that failed."""
+    return [check for check in checks if check.status == "fail"]
+
+
+def record(checks: Sequence[Check], when: str) -> dict[str, Any]:
+    """Return the record of an audit in a run's metrics; `when` is `start` or `end`."""
+    counts = {status: sum(check.status == status for check in checks) for status in ("pass", "fail", "skip")}
+    return {"audit": when, "audit_counts": counts, "audit_findings": [check.record() for check in checks]}
+
+
+def lines(checks: Sequence[Check], *, failed_only: bool = False) -> Iterator[str]:
+    """Yield a line for each check (several for a failure), and the verdict; wrapped on a terminal."""
+    width = shutil.get_terminal_size().columns if console.on_terminal() else 10_000
+    for check in failures(checks) if failed_only else checks:
+        start = f"{check.status.upper()}  {check.name:<36} "
+        if check.status == "skip":
+            yield from textwrap.wrap(start + check.done, width, subsequent_indent=" " * 8)
+            continue
+        bound = "at least" if check.least else "at most"
+        yield f"{start}{check.shown(check.figure or 0.0)} {check.unit} ({bound} {check.shown(check.limit)})"
+        if check.status == "fail":
+            for title, text in (
+                ("Measured:", check.done),
+                ("Meaning:", check.meaning),
+                ("Look at:", check.look),
+                ("Usual fix:", check.hint),
+            ):
+                yield from textwrap.wrap(f"      {title:<10} {text}", width, subsequent_indent=" " * 17)
+    yield from textwrap.wrap(verdict(checks), width, subsequent_indent="  ")
+
+
+def verdict(checks: Sequence[Check]) -> str:
+    """Return the outcome of all checks in one line."""
+    failed = [check.name for check in failures(checks)]
+    passed, skipped = (sum(check.status == status for check in checks) for status in ("pass", "skip"))
+    outcome = f"Audit FAILED: {', '.join(failed)};" if failed else "Audit passed:"
+    return f"{outcome} {passed} checks passed, {skipped} skipped"

@@ -1,0 +1,15 @@
+"""How outcomes are printed."""
+
+import math
+from dataclasses import replace
+
+from smolseek.audit.check import Check, lines
+
+
+def test_failures_are_printed_with_the_verdict_on_all_checks() -> None:
+    check = Check(name="one", limit=1.0)
+    checks = [check.judge(1, ""), replace(check, name="two").judge(math.nan, ""), check.skip(""), check.judge(0, "")]
+    told = list(lines(checks, failed_only=True))
+    assert told[0].startswith("FAIL  two") and not any("one" in line or "three" in line for line in told)
+    assert told[-1] == "Audit FAILED: two; 2 checks passed, 1 skipped"
+    assert list(lines(checks[::2], failed_only=True)) == ["Audit passed: 1 checks passed, 1 skipped"]
