@@ -28,7 +28,7 @@ machines: $(STAMP)
 # docs/results/soak.json, processes.json and fuzz.json.
 soak: $(STAMP)
 	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json \
-		FUZZ_RESULT=docs/results/fuzz.json $(PY) -m pytest -m soak tests/soak tests/fuzz
+		FUZZ_RESULT=docs/results/fuzz.json $(PY) -m pytest -m soak tests/soak tests/fuzz tests/test_docs.py
 
 check: $(STAMP)
 	.venv/bin/ruff format --check

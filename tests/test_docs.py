@@ -1,10 +1,20 @@
-"""README and docs: commands can be pasted word for word, their options exist, and links lead somewhere."""
+"""README and docs: commands can be pasted word for word, their options exist, and links lead somewhere.
+
+A block of code after `<!-- run: quick -->` or `<!-- run: soak -->` is run, and its other lines must be among what it
+prints: any number matches any number, and `...` any text. `<!-- run: quick, exit 1 -->` expects that exit code.
+"""
 
 import importlib
 import importlib.util
+import io
+import os
 import re
 import shlex
+import subprocess
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -102,3 +112,104 @@ def test_the_site_refuses_a_dead_link_and_a_page_outside_the_navigation(site):
         site.check_navigation()
     with pytest.raises(SystemExit, match=r"nothing\.json"):
         site.site_link(ROOT / "README.md", "docs/results/nothing.json")
+
+
+class Block(NamedTuple):
+    """A block of code that is run."""
+
+    level: str
+    exit_code: int
+    language: str
+    code: str
+
+
+def runnable(page: Path) -> list[Block]:
+    marked = r"^<!-- run: (quick|soak)(?:, exit (\d+))? -->\n+```(console|python)\n(.*?)^```$"
+    matches = re.findall(marked, page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [Block(level, int(code or 0), language, text) for level, code, language, text in matches]
+
+
+def commands_with_output(code: str) -> list[tuple[str, list[str]]]:
+    """Return the commands of a console block, each with the lines that it prints."""
+    parts = re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]
+    return [(part.splitlines()[0], [line for line in part.splitlines()[1:] if line.strip()]) for part in parts]
+
+
+NUMBER = r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?"
+
+
+def pattern(line: str) -> re.Pattern:
+    """Return what a printed line must look like to match a line of the page."""
+    parts = re.split(rf"(\.\.\.|\s+|{NUMBER})", line.strip())
+    kinds = {"...": ".*"}
+    return re.compile(
+        "".join(
+            kinds.get(part) or (r"\s+" if part.isspace() else NUMBER if n % 2 else re.escape(part))
+            for n, part in enumerate(parts)
+            if part
+        )
+    )
+
+
+def require_printed(expected: list[str], printed: str, command: str) -> None:
+    """Assert that the lines `expected` are printed, in this order."""
+    lines = iter(printed.splitlines())
+    for line in expected:
+        assert any(pattern(line).fullmatch(one.strip()) for one in lines), f"{command}\n{line}\n{printed}"
+
+
+def test_lines_match_with_other_numbers_and_in_their_order():
+    require_printed(["Loss: 1.5 | ...", "12,000 tokens  at 3e-4"], "Loss: 2.25 | x\n9 tokens at 0.1\n", "")
+    for wrong in (["Loss: 1.5"], ["12 tokens at 3e-4", "Loss: 1.5 | ..."], ["tokens at 3e-4"]):
+        with pytest.raises(AssertionError):
+            require_printed(wrong, "Loss: 2.25 | x\n9 tokens at 0.1\n", "")
+
+
+def with_level(level: str) -> list[Path]:
+    return [page for page in PAGES if any(block.level == level for block in runnable(page))]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """Return an empty folder with the examples, which is the current one."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", with_level("quick"), ids=lambda page: str(page.relative_to(ROOT)))
+def test_quick_commands_do_what_the_page_says(page, folder, run_cli):
+    for block in runnable(page):
+        if block.level != "quick":
+            continue
+        if block.language == "python":
+            with redirect_stdout(io.StringIO()) as printed:
+                exec(compile(block.code, str(page), "exec"), {"__name__": "docs"})
+            assert printed.getvalue()
+            continue
+        for command, expected in commands_with_output(block.code):
+            program, *words = shlex.split(command, comments=True)
+            assert program == "smolseek", command
+            result = run_cli(*words)
+            assert result.code == block.exit_code, f"{command}\n{result.out}{result.err}"
+            require_printed(expected, result.out + result.err, command)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("page", with_level("soak"), ids=lambda page: str(page.relative_to(ROOT)))
+def test_all_commands_do_what_the_page_says(page, folder):
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "COLUMNS": "100",
+    }
+    for block in runnable(page):
+        if block.language == "python":
+            subprocess.run([sys.executable, "-c", block.code], env=env, check=True)
+            continue
+        for command, expected in commands_with_output(block.code):
+            result = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
+            printed = result.stdout + result.stderr
+            code = result.returncode if result.returncode >= 0 else 128 - result.returncode  # by a signal
+            assert code == block.exit_code, f"{command}\n{printed}"
+            require_printed(expected, printed, command)
