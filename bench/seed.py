@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from examples.leaks.seed_experiment import SeedModel, honest_loss, loss
 
 from smolseek.audit.check import verdict
-from smolseek.audit.ngram import ngram_nats
-from smolseek.audit.plausibility import check_plausibility, text_baselines
+from smolseek.audit.plausibility import check_plausibility, ngram_nats, text_baselines
 from smolseek.audit.probe import Subject, random_ids, replace_ids
 from smolseek.audit.runner import audit_model
 from smolseek.config import DataConfig

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from smolseek.audit.ngram import ngram_nats, xz_nats
+from smolseek.audit.plausibility import ngram_nats, xz_nats
 
 
 @pytest.mark.parametrize("order", [1, 2, 5])

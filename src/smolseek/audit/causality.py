@@ -1,10 +1,7 @@
 """Causality: does a logit depend on a later token, or on another sequence of the batch?
 
-Finds missing or shifted masks, norms, means and convolutions over later tokens, experts that choose or drop tokens,
-and batch statistics. Inputs that must not matter are replaced and the logits compared; then the gradient of early
-logits with respect to later embeddings is taken.
-Limits: a change of ten times the model's rounding noise (`probe.rounding_noise`); a gradient to later embeddings of
-1e-5 of that to earlier ones.
+Inputs that must not matter are replaced and the logits compared, in units of the model's rounding noise
+(`probe.rounding_noise`); then the gradient of early logits with respect to later embeddings is taken.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -15,20 +12,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from smolseek.audit import probe
 from smolseek.audit.check import Check
-from smolseek.audit.probe import (
-    Subject,
-    call,
-    find_embedding,
-    hooked,
-    largest_change,
-    precise_copy,
-    random_ids,
-    randomize,
-    replace_ids,
-    rounding_noise,
-    training_mode,
-)
+from smolseek.audit.probe import Subject
 
 TOKENS = 48
 """Length of the test sequences: short enough to be fast, long enough to fill an expert's capacity."""
@@ -38,10 +24,8 @@ CHANGED = Check(
     limit=10.0,
     unit="x rounding noise",
     meaning="logits depend on later tokens: the loss does not measure prediction, and sampling will fail",
-    look="the causal mask (is_causal, its diagonal), norms and means over time, padding of convolutions, experts that "
-    "choose or drop tokens",
-    hint="run each block alone on a hidden state in which only the last position changes: the block that leaks changes "
-    "earlier positions",
+    look="the causal mask, norms and means over time, padding of convolutions, experts that choose or drop tokens",
+    hint="change only the last position of a block's input: the block whose earlier outputs change has the leak",
 )
 CUT = replace(CHANGED, name="causality: later tokens cut")
 NEIGHBOURS = replace(
@@ -56,7 +40,7 @@ GRADIENT = replace(
     limit=1e-5,
     unit="of that to earlier ones",
     meaning="early logits are a differentiable function of later tokens, and training will exploit that",
-    hint="is_causal=True in scaled_dot_product_attention, or add -inf above the diagonal before the softmax",
+    hint="is_causal=True in scaled_dot_product_attention, or -inf above the diagonal before the softmax",
 )
 
 
@@ -69,7 +53,7 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
     if T < 4 or vocab < 2:
         reason = f"a context of {subject.context} tokens or a vocabulary of {vocab} is too small"
         return [Check(name="causality").skip(reason)]
-    ids_1T = random_ids(1, T, vocab, 0)
+    ids_1T = probe.random_ids(1, T, vocab, 0)
     positions = sorted({T // 4, T // 2, T - 2})
     done = {
         CHANGED: f"largest change of the logits up to t when later tokens are replaced, t = {positions}",
@@ -79,9 +63,9 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
     }
     # Of each check and set of weights the largest (figure, change).
     measured: dict[Check, dict[str, tuple[float, float]]] = {check: {} for check in done}
-    with training_mode(subject.model, training=False):
+    with probe.training_mode(subject.model, training=False):
         for weights, model, eps in _variants(subject.model, ids_1T, thorough):
-            noise = rounding_noise(model, ids_1T, eps)
+            noise = probe.rounding_noise(model, ids_1T, eps)
             for check, change in _changes(model, ids_1T, vocab, positions, exact=eps is not None):
                 figure = change if check is GRADIENT else change / noise
                 measured[check][weights] = max((figure, change), measured[check].get(weights, (0.0, 0.0)))
@@ -104,14 +88,14 @@ def _variants(model: nn.Module, ids_1T: torch.Tensor, thorough: bool) -> Iterato
 
     In the model's own format only inputs of one shape can be compared: another shape may be summed in another order.
     """
-    precise = precise_copy(model, ids_1T)
+    precise = probe.precise_copy(model, ids_1T)
     if thorough or precise is None:
         yield "original weights", model, None
     if precise is not None:
         eps = torch.finfo(torch.float32).eps  # many models compute norms and routers in float32 in any case
         if thorough:
             yield "float64 copy", precise, eps
-        randomize(precise)
+        probe.randomize(precise)
         yield "random weights", precise, eps
 
 
@@ -123,33 +107,33 @@ def _changes(
 
     def change_later(ids: torch.Tensor, base: torch.Tensor, t: int, seed: int) -> float:
         changed = ids.clone()
-        changed[:, t + 1 :] = replace_ids(changed[:, t + 1 :], vocab, seed)
-        return largest_change(call(model, changed).double()[:, : t + 1], base[:, : t + 1])
+        changed[:, t + 1 :] = probe.replace_ids(changed[:, t + 1 :], vocab, seed)
+        return probe.largest_change(probe.call(model, changed).double()[:, : t + 1], base[:, : t + 1])
 
-    base = call(model, ids_1T).double()
+    base = probe.call(model, ids_1T).double()
     changes = [change_later(ids_1T, base, t, seed) for seed, t in enumerate(positions)]
     if not exact:
         # The median: in a coarse number format rounding can flip one router's choice; a leak shows at every t.
         yield CHANGED, sorted(changes)[len(changes) // 2]
         return
     yield CHANGED, max(changes)
-    ends = positions[0], positions[-1]
-    yield CUT, max(largest_change(call(model, ids_1T[:, : t + 1]).double(), base[:, : t + 1]) for t in ends)
-    batch = random_ids(3, ids_1T.shape[1], vocab, 3)
-    replaced = replace_ids(batch, vocab, 4)
+    cut = {t: probe.call(model, ids_1T[:, : t + 1]).double() for t in (positions[0], positions[-1])}
+    yield CUT, max(probe.largest_change(logits, base[:, : t + 1]) for t, logits in cut.items())
+    batch = probe.random_ids(3, ids_1T.shape[1], vocab, 3)
+    replaced = probe.replace_ids(batch, vocab, 4)
     replaced[1] = batch[1]
     buffers = {name: value.clone() for name, value in model.named_buffers()}
     # Batch statistics and capacity limits may act in training mode only. Dropout stays off: it is random.
-    with training_mode(model, training=True):
+    with probe.training_mode(model, training=True):
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.training = False
-        before, after = call(model, batch).double(), call(model, replaced).double()
-        yield NEIGHBOURS, largest_change(before[1], after[1])
+        before, after = probe.call(model, batch).double(), probe.call(model, replaced).double()
+        yield NEIGHBOURS, probe.largest_change(before[1], after[1])
         yield CHANGED, change_later(batch, before, positions[1], 5)
     for name, value in model.named_buffers():
         value.copy_(buffers[name])
-    embedding = find_embedding(model, ids_1T)
+    embedding = probe.find_embedding(model, ids_1T)
     if embedding is not None:
         yield GRADIENT, _gradient_to_later(model, embedding, ids_1T, ids_1T.shape[1] // 2)
 
@@ -162,8 +146,8 @@ def _gradient_to_later(model: nn.Module, embedding: nn.Embedding, ids_1T: torch.
         leaves.append(x.detach().requires_grad_())
         return leaves[-1]
 
-    with torch.enable_grad(), hooked([embedding], detach):
-        early = call(model, ids_1T)[:, : t + 1]
+    with torch.enable_grad(), probe.hooked([embedding], detach):
+        early = probe.call(model, ids_1T)[:, : t + 1]
         direction = torch.randn(early.shape, generator=torch.Generator().manual_seed(6)).to(early)
         (gradient,) = torch.autograd.grad((early * direction).sum(), leaves[:1])
     return float(gradient[:, t + 1 :].abs().max()) / max(float(gradient[:, : t + 1].abs().max()), 1e-300)

@@ -1,8 +1,7 @@
 """Copying: does the model repeat the token that it has just read or written?
 
-Unshifted labels or a missing mask teach a model to do so. The model reads text, in which the most likely next token is
-seldom the current one, and continues it at temperature 1.
-Limit: five times the share of repeats in the text itself, or that share plus 0.1.
+Unshifted labels or a missing mask teach a model to do so. Limit: five times the share of repeats in the text itself, or
+that share plus 0.1.
 
 Shapes: B sequences, T tokens.
 """
@@ -13,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from smolseek.audit import probe
 from smolseek.audit.check import Check
-from smolseek.audit.probe import Subject, call, device_of
+from smolseek.audit.probe import Subject
 
 NEW_TOKENS = 32
 PROMPT_TOKENS = 8
@@ -24,8 +24,7 @@ ARG_MAX = Check(
     limit=0.1,
     unit="of positions",
     meaning="the model predicts the token that it has just read",
-    look="unshifted labels (target: shift) or a missing mask (causality); at the last position there is no later token "
-    "to copy, so such a model copies the current one",
+    look="unshifted labels (target: shift) or a missing mask (causality)",
     hint="fix the failure listed above this one, and train again",
 )
 SAMPLES = replace(
@@ -70,7 +69,7 @@ def _read(model: nn.Module, ids_BT: torch.Tensor) -> tuple[float, float, float]:
     """Return mean loss in nats, share of arg-max that repeat the current token, and that share in the text itself."""
     nats, copies, repeats, count = 0.0, 0, 0, 0
     for ids in ids_BT.cpu().split(2):
-        logits = call(model, ids[:, :-1]).float().cpu()
+        logits = probe.call(model, ids[:, :-1]).float().cpu()
         current, targets = ids[:, :-1], ids[:, 1:]
         nats -= float(logits.log_softmax(-1).gather(2, targets[..., None]).sum())
         copies += int((logits.argmax(-1) == current).sum())
@@ -85,7 +84,7 @@ def _repeats_in_samples(model: nn.Module, prompts_BT: torch.Tensor, context: int
     generator = torch.Generator().manual_seed(14)
     ids = prompts_BT.cpu()
     for _ in range(NEW_TOKENS):
-        last = call(model, ids[:, -context:].to(device_of(model)))[:, -1].float().cpu()
+        last = probe.call(model, ids[:, -context:])[:, -1].float().cpu()
         ids = torch.cat((ids, torch.multinomial(last.softmax(-1), 1, generator=generator)), dim=1)
     new = ids[:, prompts_BT.shape[1] - 1 :]
     return float((new[:, 1:] == new[:, :-1]).double().mean())

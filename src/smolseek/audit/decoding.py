@@ -1,8 +1,7 @@
 """Decoding: are the logits the same with a cache, in a batch, and after saving and loading?
 
-Finds wrong positions or masks beside a cache, sequences that affect each other, and state that is not saved.
-Limits: a hundred times the rounding noise (`probe.rounding_noise`), since decoding sums in another order; bit for bit
-after loading.
+The limit is a hundred times the rounding noise (`probe.rounding_noise`), since decoding sums in another order; after
+loading, logits must be equal bit for bit.
 """
 
 import copy
@@ -14,18 +13,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from smolseek.audit import probe
 from smolseek.audit.check import Check
-from smolseek.audit.probe import (
-    Subject,
-    call,
-    device_of,
-    is_transformers,
-    largest_change,
-    precise_copy,
-    random_ids,
-    rounding_noise,
-    uncompiled,
-)
+from smolseek.audit.probe import Subject
 from smolseek.errors import SmolseekError, reason
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
@@ -36,9 +26,8 @@ CACHED = Check(
     limit=100.0,
     unit="x rounding noise",
     meaning="decoding with a cache gives other logits than a forward pass over the whole sequence",
-    look="RoPE positions, the mask when several tokens follow a cache, or a leak: only the whole sequence has later "
-    "tokens",
-    hint="compare layer by layer: the bug is in the first layer whose output differs",
+    look="RoPE positions, the mask if several tokens follow a cache, or a leak (a cache has no later tokens)",
+    hint="compare layer by layer: the error is in the first layer whose output differs",
 )
 BATCH = replace(
     CACHED,
@@ -58,18 +47,18 @@ RELOADED = Check(
 
 def check_decoding(subject: Subject) -> list[Check]:
     """Check decoding with a cache, in a batch, and after saving and loading."""
-    model = uncompiled(subject.model)
-    ids = random_ids(1, min(32, subject.context), subject.vocab, 11)
-    precise = precise_copy(model, ids)
+    model = probe.uncompiled(subject.model)
+    ids = probe.random_ids(1, min(32, subject.context), subject.vocab, 11)
+    precise = probe.precise_copy(model, ids)
     if precise is None:
         checks = [Check(name="decoding").skip("the model cannot be copied in float64 or float32")]
     else:
-        noise = rounding_noise(precise, ids, torch.finfo(torch.float32).eps)
-        batch = random_ids(3, ids.shape[1], subject.vocab, 12)
+        noise = probe.rounding_noise(precise, ids, torch.finfo(torch.float32).eps)
+        batch = probe.random_ids(3, ids.shape[1], subject.vocab, 12)
         with torch.no_grad():
-            batched = call(precise, batch).double()
-            single = torch.cat([call(precise, ids[None]) for ids in batch]).double()
-        change = largest_change(batched, single)
+            batched = probe.call(precise, batch).double()
+            single = torch.cat([probe.call(precise, ids[None]) for ids in batch]).double()
+        change = probe.largest_change(batched, single)
         done = "largest difference of the logits of 3 sequences in one batch and each alone"
         checks = [_check_cached(precise, ids, noise), BATCH.judge(change / noise, done)]
         del precise
@@ -79,15 +68,15 @@ def check_decoding(subject: Subject) -> list[Check]:
 @torch.no_grad()
 def _check_cached(model: nn.Module, ids: torch.Tensor, noise: float) -> Check:
     T = ids.shape[1]
-    ids = ids.to(device_of(model))
+    ids = ids.to(probe.device_of(model))
     if isinstance(model, CausalLM):
         cache = Cache(model.config, 1, T, dtype=model.lm_head.weight.dtype, device=ids.device)
         # Many tokens, then three, then one by one: each of them has its own path through attention.
         chunks = [ids[:, : T // 2], ids[:, T // 2 : T // 2 + 3], *ids[:, T // 2 + 3 :].split(1, dim=1)]
         cached = torch.cat([model(chunk, cache) for chunk in chunks], dim=1).double()
-        uncached = call(model, ids).double()
+        uncached = probe.call(model, ids).double()
         how = f"{T} random tokens read at once and in chunks with a cache"
-    elif is_transformers(model):
+    elif probe.is_transformers(model):
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig(  # type: ignore[assignment]
@@ -98,16 +87,16 @@ def _check_cached(model: nn.Module, ids: torch.Tensor, noise: float) -> Check:
         except Exception as error:
             return CACHED.skip(f"generate() failed ({reason(error)})")
         cached = torch.stack(out.logits, dim=1).double()
-        uncached = call(model, out.sequences[:, :-1]).double()[:, T - 1 :]
+        uncached = probe.call(model, out.sequences[:, :-1]).double()[:, T - 1 :]
         how = f"8 tokens generated with transformers' cache after {T} random tokens, and read at once"
     else:
         return CACHED.skip("only models of smolseek and transformers have a known cache")
-    return CACHED.judge(largest_change(cached, uncached) / noise, f"largest difference of the logits of {how}")
+    return CACHED.judge(probe.largest_change(cached, uncached) / noise, f"largest difference of the logits of {how}")
 
 
 @torch.no_grad()
 def _check_reloaded(model: nn.Module, ids: torch.Tensor, build: Callable[[], nn.Module] | None) -> Check:
-    before = call(model.eval(), ids).double()
+    before = probe.call(model.eval(), ids).double()
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(model, CausalLM):
             save_folder(model, Path(folder))
@@ -118,13 +107,13 @@ def _check_reloaded(model: nn.Module, ids: torch.Tensor, build: Callable[[], nn.
             reloaded.reset_buffers()  # type: ignore[operator]
             load_weights(reloaded, folder)  # type: ignore[arg-type]
             how = "saving as a folder and loading into a model without weights"
-        elif is_transformers(model):
+        elif probe.is_transformers(model):
             model.save_pretrained(folder)  # type: ignore[operator]
             dtype = next(model.parameters()).dtype
             reloaded = type(model).from_pretrained(folder, dtype=dtype)  # type: ignore[attr-defined]
             how = "save_pretrained and from_pretrained"
         elif build is not None:
-            reloaded = uncompiled(build())
+            reloaded = probe.uncompiled(build())
             for parameter in reloaded.parameters():
                 parameter.normal_(generator=torch.Generator(parameter.device).manual_seed(13))
             try:
@@ -134,5 +123,5 @@ def _check_reloaded(model: nn.Module, ids: torch.Tensor, build: Callable[[], nn.
             how = "loading its state_dict into a second model"
         else:
             return RELOADED.skip("a second model of this architecture cannot be built")
-    after = call(reloaded.to(device_of(model)).eval(), ids).double()
-    return RELOADED.judge(largest_change(after, before), f"largest difference of the logits after {how}")
+    after = probe.call(reloaded.to(probe.device_of(model)).eval(), ids).double()
+    return RELOADED.judge(probe.largest_change(after, before), f"largest difference of the logits after {how}")

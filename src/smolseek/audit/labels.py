@@ -1,10 +1,7 @@
 """Target: which token does the loss compare each position with, and with what weight?
 
-Finds labels that are not shifted or shifted twice, padding that counts, ends of texts that do not, and a wrong divisor.
 The loss function is called on known sequences of distinct tokens, with a model whose logits are chosen here. At uniform
 logits d loss / d logits[b, t] = w (1/V - [target]): the most negative entry is the target, and w its weight.
-Limits: the next token everywhere, no weight on padding, at least half of the mean weight on an end of text, and weights
-that sum to 1 within 1%.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """

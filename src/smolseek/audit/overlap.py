@@ -1,8 +1,6 @@
 """Data: is validation text in the training text, and did the run train on the text that its record names?
 
-Limits: no validation document is also a training document; at most a tenth of them have more than half of their 13-word
-sequences in training text (the contamination measure of GPT-3, 2005.14165, appendix C); no training document that the
-run's own split validates on.
+The 13-gram overlap is the contamination measure of GPT-3 (2005.14165, appendix C).
 """
 
 import hashlib
@@ -12,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from smolseek.audit.check import Check
 from smolseek.data.corpus import Corpus
 from smolseek.data.split import is_held_out, text_key
 
-WORDS = 13
+N = 13
+# The hash of N words is the sum of their codes times these, modulo 2^64.
+_FACTORS = np.random.default_rng(0).integers(1, 1 << 64, N, np.uint64, endpoint=False) | np.uint64(1)
 CHARACTERS = 50_000_000
 """Training text that is searched, at most."""
 
@@ -30,7 +31,7 @@ DUPLICATES = Check(
 )
 OVERLAP = replace(
     DUPLICATES,
-    name=f"data: {WORDS}-gram overlap",
+    name=f"data: {N}-gram overlap",
     limit=0.1,
     unit="of documents",
     meaning="much of the validation text is in the training text: the validation loss is partly recall",
@@ -61,7 +62,7 @@ def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = 
         ),
         OVERLAP.judge(
             sum(share > 0.5 for share in shares) / max(1, len(validation)),
-            f"share of the validation documents with more than half of their {WORDS}-word sequences in {where} (on "
+            f"share of the validation documents with more than half of their {N}-word sequences in {where} (on "
             f"average {np.mean(shares or [0.0]):.2%} of a document's sequences)",
         ),
     ]
@@ -73,14 +74,9 @@ def _digest(text: str) -> bytes:
 
 def _ngrams(text: str) -> np.ndarray:
     """Return a 64-bit hash of each sequence of 13 words, letters and digits only."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
-    n = max(0, len(words) - WORDS + 1)
-    codes = np.array([zlib.crc32(word.encode()) for word in words], dtype=np.uint64)
-    mixed = np.zeros(n, dtype=np.uint64)
-    for i in range(WORDS if n else 0):
-        mixed = (mixed ^ codes[i : i + n]) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(32)
-    return mixed
+    matches = re.findall(r"[a-z0-9]+", text.lower())
+    codes = np.array([zlib.crc32(word.encode()) for word in matches] or [0], np.uint64)
+    return sliding_window_view(codes, N) @ _FACTORS if len(codes) >= N else codes[:0]
 
 
 def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Check:

@@ -1,9 +1,6 @@
 """Routing: is the load balanced, does the router learn, and does the router bias act on the choice of experts only?
 
-Counts the load of each expert on trained weights, takes the routers' gradient of the next-token loss, changes router
-biases a little (only tokens at the border between two experts may be affected), and checks that training updates them.
-Limits: no dead expert; a MaxVio (largest load over mean load, minus 1, 2408.15664) of 2, or 0.8 of the worst possible;
-every router has a gradient; a changed bias affects at most half of the tokens.
+MaxVio is the largest load over the mean load, minus 1 (2408.15664); its limit is 2, or 0.8 of the worst possible.
 
 Shapes: B batch, T tokens, N all tokens, K experts per token, E experts, L layers with experts.
 """
@@ -16,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from smolseek.audit import probe
 from smolseek.audit.check import Check
-from smolseek.audit.probe import Subject, call, device_of, hooked, precise_copy, random_ids, uncompiled
+from smolseek.audit.probe import Subject
 
 BIAS_NAMES = (
     "e_score_correction_bias",
@@ -66,19 +64,18 @@ BIASES_MOVE = Check(
     name="routing: biases move",
     unit="layers with constant biases",
     meaning="the router bias is never updated: the load is not balanced",
-    look="the update after each optimizer step: is it called, is gamma above 0, does it change the buffer (not a "
-    "copy), is the bias float32 (bfloat16 rounds small steps away)?",
+    look="the update after each step: called? gamma above 0? in place? bias in float32 (bfloat16 rounds steps away)?",
     hint="bias += gamma * sign(mean load - load), once per step, over the whole batch",
 )
 
 
 def check_routing(subject: Subject) -> list[Check]:
     """Check the routers; loads are judged on trained weights only."""
-    model = uncompiled(subject.model)
+    model = probe.uncompiled(subject.model)
     routers = dict(_find_routers(model))
     if not routers:
         return [Check(name="routing").skip("the model has no routed experts")]
-    ids = subject.sequences if subject.sequences is not None else random_ids(2, 64, subject.vocab, 7)
+    ids = subject.sequences if subject.sequences is not None else probe.random_ids(2, 64, subject.vocab, 7)
     checks = [*_check_load(subject, model, routers, ids), _check_gradient(model, routers, ids[:2, :64])]
     biased = [name for name, router in routers.items() if _bias(router) is not None]
     if not biased:
@@ -151,9 +148,9 @@ def _measure_load(model: nn.Module, routers: dict[str, nn.Module], ids: torch.Te
             chosen = weights.reshape(-1, E).nonzero()[:, 1]
         load[router] = load.get(router, 0) + torch.bincount(chosen.flatten(), minlength=E).cpu()
 
-    with hooked(routers.values(), count):
+    with probe.hooked(routers.values(), count):
         for batch in ids.split(4):
-            call(model, batch)
+            probe.call(model, batch)
     loads = list(load.values())
     return torch.stack(loads).double() if len({len(load_E) for load_E in loads}) == 1 else None
 
@@ -173,17 +170,17 @@ def _check_gradient(model: nn.Module, routers: dict[str, nn.Module], ids: torch.
             if active
             else "the routed experts return zeros (new ones of --mode grow do), so no gradient reaches the router yet"
         )
-    flags = {p: p.requires_grad for p in model.parameters()}
-    for p in flags:
-        p.requires_grad_(any(p is weight for weight in weights))
+    frozen = [p for p in weights if not p.requires_grad]
     try:
+        for p in frozen:
+            p.requires_grad_()
         with torch.enable_grad():
-            logits = call(model, ids).float()
+            logits = probe.call(model, ids).float()
             loss = -logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None].to(logits.device)).mean()
             gradients = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else [None]
     finally:
-        for p, flag in flags.items():
-            p.requires_grad_(flag)
+        for p in frozen:
+            p.requires_grad_(False)
     return GRADIENT.judge(
         sum(gradient is None or not bool(gradient.any()) for gradient in gradients),
         f"of {len(active)} routers those whose weights get no gradient from the next-token loss",
@@ -193,8 +190,8 @@ def _check_gradient(model: nn.Module, routers: dict[str, nn.Module], ids: torch.
 @torch.no_grad()
 def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
     """Change each router bias a little: only tokens at the border between two experts may be affected."""
-    ids = random_ids(1, 48, vocab, 8)
-    precise = precise_copy(model, ids)
+    ids = probe.random_ids(1, 48, vocab, 8)
+    precise = probe.precise_copy(model, ids)
     if precise is None:
         return BIAS_IN_WEIGHTS.skip("the model cannot be copied")
     shares = []
@@ -203,7 +200,7 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
         assert bias is not None
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         handle = layer.register_forward_pre_hook(lambda _, *arguments, c=calls: c.append(arguments), with_kwargs=True)
-        call(precise, ids)
+        probe.call(precise, ids)
         handle.remove()
         if not calls:
             continue
@@ -235,7 +232,7 @@ def _check_update(subject: Subject, model: nn.Module, biased: list[str]) -> Chec
     if subject.step is not None:
         trained = copy.deepcopy(model).train()
         for n in range(STEPS):
-            subject.step(trained, random_ids(4, 48, subject.vocab, 10 + n).to(device_of(trained)))
+            subject.step(trained, probe.random_ids(4, 48, subject.vocab, 10 + n).to(probe.device_of(trained)))
         before, after = ([_bias(m.get_submodule(name)) for name in biased] for m in (model, trained))
         constant = sum(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
         return BIASES_MOVE.judge(constant, f"of {len(biased)} layers those whose biases {STEPS} steps do not change")

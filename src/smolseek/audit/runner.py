@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from smolseek.audit import probe
 from smolseek.audit.causality import check_causality
 from smolseek.audit.check import Check
 from smolseek.audit.copying import check_copying
@@ -12,7 +13,7 @@ from smolseek.audit.decoding import check_decoding
 from smolseek.audit.labels import check_loss
 from smolseek.audit.overlap import check_data, check_record, first_characters
 from smolseek.audit.plausibility import check_plausibility, reported_losses, text_baselines
-from smolseek.audit.probe import Subject, device_of, training_mode
+from smolseek.audit.probe import Subject
 from smolseek.audit.routing import check_routing
 from smolseek.data.corpus import Corpus
 from smolseek.errors import SmolseekError
@@ -32,10 +33,10 @@ def audit_model(subject: Subject, *, thorough: bool = True) -> list[Check]:
 
     Without `thorough` it is faster, for the start of a training run: one set of weights, and no decoding.
     """
-    device = device_of(subject.model)
+    device = probe.device_of(subject.model)
     # The run that is audited continues with its own random numbers.
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with random_state, training_mode(subject.model, training=False):
+    with random_state, probe.training_mode(subject.model, training=False):
         checks = check_causality(subject, thorough=thorough)
         if subject.loss is None:
             checks.append(Check(name="target").skip("no loss function (--loss module:function)"))

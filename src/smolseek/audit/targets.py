@@ -1,6 +1,6 @@
 """What `smolseek audit TARGET` accepts: a preset, a model or run of ours, any model folder, or a function."""
 
-import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -35,12 +35,10 @@ def import_function(name: str) -> Callable[..., Any]:
     Raises:
         SmolseekError: if the module does not import, or has no such function.
     """
-    module, _, attribute = name.partition(":")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        function = pkgutil.resolve_name(name)
     except Exception as error:  # importing a user's module can raise anything
         raise SmolseekError(f"{name} cannot be imported ({reason(error)}): give package.module:function") from error
     if not callable(function):
@@ -112,6 +110,7 @@ def _open_stock(target: str, path: Path, dtype: str) -> Subject:
 
 
 def _build(build: Callable[[], Any], name: str) -> nn.Module:
+    """Return the module that the function `name` builds, in evaluation mode."""
     try:
         model = build()
     except Exception as error:

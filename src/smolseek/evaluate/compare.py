@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -22,8 +22,6 @@ from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, save_folder
 from smolseek.storage.stock_transformers import open_with_transformers
 from smolseek.tokenizer import encoder, require_known, tokenizer_of
-
-Engine = Literal["native", "transformers"]
 
 # Positions whose logits of both models are in memory at one time.
 _CHUNK = 64
@@ -148,7 +146,7 @@ def text_sequences(
         ) from None
 
 
-def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
+def verify_conversion(source: Path, out: Path) -> str:
     """Compare a lossless conversion with its source, in float32, and return the result in one line.
 
     Both read built-in text, or random tokens if there is no tokenizer. A bfloat16 model may differ from its source as
@@ -158,7 +156,7 @@ def verify_conversion(source: Path, out: Path, tokens: int = 512) -> str:
         SmolseekError: if the converted model differs by more than its number format explains.
     """
     original = load_causal_lm(source)
-    vocab, length = original.config.vocab_size, min(tokens, original.config.max_position_embeddings - 1)
+    vocab, length = original.config.vocab_size, min(512, original.config.max_position_embeddings - 1)
     tokenizer = tokenizer_of(out)
     if tokenizer is None:
         sequences = torch.randint(vocab, (1, length + 1), generator=torch.Generator().manual_seed(0))
@@ -239,7 +237,7 @@ def prepare(
     return paths, sequences
 
 
-def open_model(path: Path, engine: Engine, dtype: str) -> Any:
+def open_model(path: Path, engine: str, dtype: str) -> Any:
     """Open the folder or .gguf file `path` with our engine or with stock transformers.
 
     Raises:

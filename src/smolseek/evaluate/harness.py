@@ -50,23 +50,12 @@ class NativeLM(TemplateLM):
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
-    @property
-    def tokenizer_name(self) -> str:
-        """A name for lm-eval's cache of requests."""
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the tokens of a text."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         ids = self.tokenizer.encode(string, **options)
         require_known(max(ids, default=0), self.tokenizer, self.model.config.vocab_size)
         return ids
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as text, by the tokenizer's chat template."""
-        return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[_Request], **_: Any) -> list[tuple[float, bool]]:

@@ -91,13 +91,13 @@ def line_chart(lines: Sequence[Line], *, end: int, from_zero: bool = False) -> s
         across, _ = place(x, low)
         out.append(f'<text class="tick" x="{across}" y="{HEIGHT - 8}" text-anchor="middle">{number(x)}</text>')
     for line, points in zip(lines, drawn, strict=True):
-        places = [place(*point) for point in points]
+        coordinates = [place(*point) for point in points]
         colour = f"c{line.colour % 6}"
-        path = "M" + " L".join(f"{x} {y}" for x, y in places) if places else ""
+        path = "M" + " L".join(f"{x} {y}" for x, y in coordinates) if coordinates else ""
         style = f"line {colour}{' dashed' if line.dashed else ''}"
         out.append(f'<path class="{style}" d="{path}"><title>{escape(line.name)}</title></path>')
-        if len(places) == 1:
-            out.append(f'<circle class="dot {colour}" cx="{places[0][0]}" cy="{places[0][1]}" r="3"/>')
+        if len(coordinates) == 1:
+            out.append(f'<circle class="dot {colour}" cx="{coordinates[0][0]}" cy="{coordinates[0][1]}" r="3"/>')
     out.append(f'<path class="cursor" d="M0 {TOP}V{HEIGHT - BOTTOM}" visibility="hidden"/></svg>')
     return "".join(out)
 
