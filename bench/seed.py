@@ -25,7 +25,7 @@ from smolseek.audit.plausibility import check_plausibility, ngram_nats, text_bas
 from smolseek.audit.probe import Subject, random_ids, replace_ids
 from smolseek.audit.runner import audit_model
 from smolseek.config import DataConfig
-from smolseek.data.corpus import read_corpus
+from smolseek.data.datasets import read_corpus
 
 VOCAB = 4096
 PROMPTS = ("The function returns", "If the argument is", "A module that", "This method is called when")

@@ -38,7 +38,7 @@ def damage_told(file: object, way_out: str) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """Return an exception's type and the first 200 characters of its message, in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -15,15 +15,14 @@ import pytest
 import torch
 
 from smolseek.config import DataConfig
-from smolseek.data import corpus, preparing, shuffle
-from smolseek.data.datasets import open_texts
-from smolseek.data.preparing import Target, TextSource, prepare
+from smolseek.data import datasets, preparing, shuffle
+from smolseek.data.preparing import Target, TextSource, open_texts, prepare
 from smolseek.data.retries import HubUnavailable
 from smolseek.data.sequences import encode_documents
-from smolseek.data.shards import Document, Prepared, Shards, is_prepared, read_index, text_documents
+from smolseek.data.shards import Document, PreparedDataset, Shards, is_prepared, read_index, text_documents
 from smolseek.data.shuffle import ShuffledShards
 from smolseek.data.spelling import Spelling
-from smolseek.data.split import is_held_out, is_validation
+from smolseek.data.split import in_validation, is_validation
 from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError, Stopped
 
@@ -58,8 +57,21 @@ def sources() -> list[TextSource]:
     return [TextSource("a", Lists("a", (70, 0, 45, 90)), 0.7), TextSource("b", Lists("b", (80, 20)), 0.3)]
 
 
+class Loses(Spelling):
+    """A tokenizer without tokens for the bytes of some characters."""
+
+    def __init__(self, characters: str = "") -> None:
+        self._name, self._missing, self._seen, self._lost = "bytes", characters.encode(), 0, Counter()
+
+
 def target(path: Path, **changes: object) -> Target:
-    values = {"encode": encode, "decode": lambda ids: bytes(ids).decode(), "eos_id": EOS, "vocab": 256}
+    values = {
+        "spelling": Loses(),
+        "encode": encode,
+        "decode": lambda ids: bytes(ids).decode(),
+        "eos_id": EOS,
+        "vocab": 256,
+    }
     return Target(path=path, **(values | {"tokenizer": "abc", "tokenizer_name": "bytes"} | changes))  # type: ignore[arg-type]
 
 
@@ -77,7 +89,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_are_those_of_the_stream(tmp_path: Path) -> None:
     held = prepare(sources(), target(tmp_path / "out"))
-    whole = Prepared(tmp_path / "out")
+    whole = PreparedDataset(tmp_path / "out")
     assert (
         held
         == whole.index.tokens
@@ -98,10 +110,10 @@ def test_rows_are_those_of_the_stream(tmp_path: Path) -> None:
 
 def test_both_sides_of_the_split(tmp_path: Path) -> None:
     prepare(sources()[:1], target(tmp_path / "out"))
-    [shards] = Prepared(tmp_path / "out").shards
+    [shards] = PreparedDataset(tmp_path / "out").shards
     sides: list[list[str]] = [[], []]
     for document in (document for s in range(4) for document in shards.documents(s, 0, threading.Event())):
-        sides[not is_held_out(document.key, VAL)].append(bytes(document.content[:-1].tolist()).decode())
+        sides[not in_validation(document.key, VAL)].append(bytes(document.content[:-1].tolist()).decode())
     texts = [text for shard in sources()[0].texts.texts for text in shard if text != " "]  # type: ignore[attr-defined]
     assert sides[0] == [text for text in texts if is_validation(text, VAL)] and sides[0]
     assert sides[1] == [text for text in texts if not is_validation(text, VAL)]
@@ -120,7 +132,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
     assert stopped.value.code == (75 if isinstance(error, HubUnavailable) else 130)
     assert is_prepared(tmp_path / "out")
     with pytest.raises(SmolseekError, match="not finished"):
-        Prepared(tmp_path / "out")
+        PreparedDataset(tmp_path / "out")
     # What a kill may leave behind: a part begun, and one that the index does not name yet.
     for name in ("00-00000-000099.tokens", "00-00000-000098.tokens.tmp", ".tmp-9-index.json"):
         (tmp_path / "out" / name).write_bytes(b"half")
@@ -152,7 +164,7 @@ def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None
 
 def test_only_so_many_tokens(tmp_path: Path) -> None:
     held = prepare(sources(), target(tmp_path / "out"), tokens=2000)
-    parts = [sum(p.tokens.bytes // 2 for p in s.parts) for s in Prepared(tmp_path / "out").index.sources]
+    parts = [sum(p.tokens.bytes // 2 for p in s.parts) for s in PreparedDataset(tmp_path / "out").index.sources]
     assert 2000 <= held == sum(parts) < 2600
     assert 1400 <= parts[0] < 1700 and 600 <= parts[1] < 900
 
@@ -166,12 +178,12 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         data = bytearray((copy / name).read_bytes())
         data[len(data) // 2] ^= 1
         (copy / name).write_bytes(data)
-        source = ShuffledShards(Prepared(copy).shards[0], list, VAL, 5, 0)
+        source = ShuffledShards(PreparedDataset(copy).shards[0], list, VAL, 5, 0)
         with pytest.raises(SmolseekError, match=f"{name} is damaged"):
             TrainStream([source], [1.0], 16, 5, "x").next_batch(1000)
         (copy / name).write_bytes(data[:-1])
         with pytest.raises(SmolseekError, match=f"{name} is missing or has not"):
-            Prepared(copy)
+            PreparedDataset(copy)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -199,7 +211,7 @@ def test_larger_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     wide = lambda texts: [[70_000 + token for token in ids] for ids in encode(texts)]  # noqa: E731
     narrow = lambda ids: bytes(token - 70_000 for token in ids).decode()  # noqa: E731
     prepare(sources()[:1], target(tmp_path / "out", encode=wide, decode=narrow, vocab=100_000))
-    source = ShuffledShards(Prepared(tmp_path / "out").shards[0], list, VAL, 5, 0)
+    source = ShuffledShards(PreparedDataset(tmp_path / "out").shards[0], list, VAL, 5, 0)
     rows = TrainStream([source], [1.0], 16, 5, "x").next_batch(100)
     assert int(rows.max()) > 70_000 and int(rows.min()) == EOS
 
@@ -278,10 +290,10 @@ def interrupted(sources: list[TextSource], after: int) -> list[TextSource]:
 def test_local_text_is_read_once_for_all_parts(tmp_path: Path, monkeypatch) -> None:
     write_lines(tmp_path / "a.jsonl", 300)
     sources, begun = local(tmp_path / "a.jsonl"), []
-    read = corpus.read_documents
-    monkeypatch.setattr(corpus, "read_documents", lambda *given: begun.append(1) or read(*given))
+    read = datasets.read_documents
+    monkeypatch.setattr(datasets, "read_documents", lambda *given: begun.append(1) or read(*given))
     prepare(sources, target(tmp_path / "out"))
-    assert len(Prepared(tmp_path / "out").index.sources[0].parts) > 4 and len(begun) == 1
+    assert len(PreparedDataset(tmp_path / "out").index.sources[0].parts) > 4 and len(begun) == 1
 
 
 def test_text_that_has_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch) -> None:
@@ -330,7 +342,7 @@ def test_a_folder_that_an_earlier_release_began(tmp_path: Path, monkeypatch) -> 
     (tmp_path / "out/index.json").write_text(json.dumps(index))
     prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out"))
     parts = [
-        [part.tokens for source in Prepared(tmp_path / name).index.sources for part in source.parts]
+        [part.tokens for source in PreparedDataset(tmp_path / name).index.sources for part in source.parts]
         for name in ("out", "plain")
     ]
     assert parts[0] == parts[1]
@@ -340,28 +352,23 @@ def test_a_single_document_is_prepared_in_parts(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(f"Paragraph {i} of it." * 4 for i in range(200)))
     sources = local(tmp_path / "a.txt")
     prepare(sources, target(tmp_path / "out"))
-    documents = list(Prepared(tmp_path / "out").shards[0].documents(0, 0, threading.Event()))
+    documents = list(PreparedDataset(tmp_path / "out").shards[0].documents(0, 0, threading.Event()))
     text = "".join(
         bytes(document.content[:-1].tolist()).decode()
         for side in (False, True)
         for document in documents
-        if is_held_out(document.key, VAL) == side
+        if in_validation(document.key, VAL) == side
     )
     assert text == (tmp_path / "a.txt").read_text(), "the last parts are those held out"
-    assert "cut into parts at paragraph borders" in sources[0].texts.notes()
+    assert "cut into parts at paragraph borders" in sources[0].texts.last_read.notes()
 
 
 def test_what_only_later_documents_lose_is_found(tmp_path: Path) -> None:
-    class Loses(Spelling):
-        def __init__(self) -> None:
-            self._name, self._missing, self._backend = "bytes", "\u00e9".encode(), None
-            self._seen, self._lost = 0, Counter()
-
     texts = ["plain text " * 9] * 3
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t + str(i)}) for i, t in enumerate(texts)))
-    spelling = Loses()
+    spelling = Loses("\u00e9")
     prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out", spelling=spelling))
     assert spelling.lost == 0
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "plain"}) + "\n" + json.dumps({"text": "\u00e9" * 9}))
     with pytest.raises(SmolseekError, match="the tokenizer bytes cannot spell 64% of the text's characters"):
-        prepare(local(tmp_path / "b.jsonl"), target(tmp_path / "lossy", spelling=Loses()))
+        prepare(local(tmp_path / "b.jsonl"), target(tmp_path / "lossy", spelling=Loses("\u00e9")))

@@ -282,7 +282,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert documents == ["text"]
     expected = {"hidden": 2, "json": 1, "empty": 2, "blank": 2, "binary": 1, "special": 2}
     assert report.left_out == expected
-    assert report.left_out_words() == (
+    assert report.summary() == (
         "2 blank documents, 2 empty files, 2 hidden files and folders, 1 .json file (name it to have it read), "
         "1 file that is no text, 2 pipes, sockets and devices"
     )

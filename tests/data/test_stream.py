@@ -13,8 +13,7 @@ import torch
 
 from smolseek.config import DataConfig
 from smolseek.data import shuffle
-from smolseek.data.corpus import read_corpus
-from smolseek.data.datasets import open_dataset
+from smolseek.data.datasets import open_dataset, read_corpus
 from smolseek.data.sequences import build_sequences
 from smolseek.data.split import cut_documents, is_validation, text_key
 from smolseek.data.stream import TrainStream
@@ -299,9 +298,9 @@ def test_one_long_document_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
     "text", ["x" * 5000, "x" * 1500 + "\n\n" + " " * 5000, "\n\n".join("y" * 300 for _ in range(40))]
 )
 def test_every_text_is_cut_without_loss(text: str) -> None:
-    parts = [part.text for part in cut_documents([text]).parts]
+    parts = [part.text for part in cut_documents([text]).chunks]
     assert "".join(parts) == text and all(part.strip() for part in parts)
-    assert [part.key for part in cut_documents([text]).parts][-1] in (0, text_key(text))
+    assert [part.key for part in cut_documents([text]).chunks][-1] in (0, text_key(text))
 
 
 def test_a_short_document_is_not_cut(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from smolseek.audit.check import Check
-from smolseek.data.corpus import Corpus
-from smolseek.data.split import is_held_out, text_key
+from smolseek.data.datasets import Corpus
+from smolseek.data.split import in_validation, text_key
 
 N = 13
 # The hash of N words is the sum of their codes times these, modulo 2^64.
@@ -90,12 +90,12 @@ def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Che
     if state is None:
         return NEVER_TRAINED_ON.skip("no checkpoint with a data position")
     # Of a document that was cut, a part's position decides its side; of others, their text.
-    keys = {part.text: part.key for part in corpus.cut.parts} if corpus.cut else {}
-    wrong = sum(is_held_out(keys.get(text, text_key(text)), val_fraction) for text in corpus.train)
+    keys = {chunk.text: chunk.key for chunk in corpus.cut.chunks} if corpus.cut else {}
+    wrong = sum(in_validation(keys.get(text, text_key(text)), val_fraction) for text in corpus.train)
     differs = state.get("fingerprint") != corpus.fingerprint()
     return NEVER_TRAINED_ON.judge(
         wrong + differs,
-        f"of {'' if corpus.whole is None else 'a sample of '}{len(corpus.train):,} training documents those that the "
+        f"of {'' if corpus.sample_of is None else 'a sample of '}{len(corpus.train):,} training documents those that the "
         "split holds out; one more if the checkpoint has the fingerprint of other documents",
     )
 

@@ -15,7 +15,7 @@ from smolseek.audit.overlap import check_data, check_record, first_characters
 from smolseek.audit.plausibility import check_plausibility, reported_losses, text_baselines
 from smolseek.audit.probe import Subject
 from smolseek.audit.routing import check_routing
-from smolseek.data.corpus import Corpus
+from smolseek.data.datasets import Corpus
 from smolseek.errors import SmolseekError
 from smolseek.memory import give_back_freed_memory
 from smolseek.run_folder import step_of
@@ -85,7 +85,7 @@ def audit(
         checks.append(Check(name="plausibility").skip("no reported loss (a run's metrics, or --reported-loss)"))
     if corpus is None:
         return [*checks, Check(name="data").skip("no training text (--data)")]
-    checks += check_data(corpus.train, corpus.validation, sampled=corpus.whole is not None)
+    checks += check_data(corpus.train, corpus.validation, sampled=corpus.sample_of is not None)
     if config is not None:
         state = load_state(checkpoints[0])[1].get("data") if checkpoints else None
         checks.append(check_record(corpus, config.data.val_fraction, state))
@@ -101,7 +101,7 @@ def _check_losses(
     train_ids = encode(train)
     baselines = text_baselines(train_ids, encode(test), train, test, vocab)
     size = None
-    if corpus.whole is None:  # a sample does not show the size of the data set
+    if corpus.sample_of is None:  # a sample does not show the size of the data set
         size = sum(map(len, train_ids)) / sum(map(len, train)) * sum(map(len, corpus.train))
     return check_plausibility(losses, tokens=tokens, corpus_tokens=size, baselines=baselines)
 

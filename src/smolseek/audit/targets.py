@@ -12,8 +12,7 @@ from torch import nn
 
 from smolseek.audit.probe import Subject, call
 from smolseek.config import DataConfig, parse_json
-from smolseek.data.corpus import Corpus
-from smolseek.data.datasets import open_dataset
+from smolseek.data.datasets import Corpus, open_dataset
 from smolseek.errors import SmolseekError, reason
 from smolseek.model.transformer import new_model
 from smolseek.presets import PRESETS, preset

@@ -45,7 +45,6 @@ def prepare(argv: Sequence[str]) -> None:
         raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
     from smolseek.config import DataConfig
     from smolseek.data import datasets, preparing
-    from smolseek.data.corpus import LocalShard
     from smolseek.data.shards import prepared_names
     from smolseek.data.spelling import Spelling
     from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
@@ -75,13 +74,13 @@ def prepare(argv: Sequence[str]) -> None:
         tokenizer_name=name,
         spelling=spelling,
     )
-    sources = datasets.open_texts(data)
+    sources = preparing.open_texts(data)
     held = preparing.prepare(sources, target, args.tokens)
     for texts in (source.texts for source in sources):
-        if isinstance(texts, LocalShard):
-            if hint := texts.hint():
+        if isinstance(texts, preparing.LocalShard):
+            if hint := texts.last_read.report.separator_hint():
                 console.warn(hint)
-            if notes := texts.notes():
+            if notes := texts.last_read.notes():
                 console.say(f"{' '.join(args.data)}: {notes}")
     if spelling.lost:
         console.say(f"The tokenizer cannot spell {spelling.lost:.2%} of the characters: they are left out")

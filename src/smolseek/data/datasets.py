@@ -1,20 +1,19 @@
-"""What `--data` names, opened: local text held whole; hub data sets and prepared tokens as they come."""
+"""The text that `--data` names, opened: local text is read at once; hub datasets and prepared tokens are streamed."""
 
 import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.data.corpus import Corpus, LocalShard, read_corpus
 from smolseek.data.hub import HubDataset, HubName, find_shards, parse_names
-from smolseek.data.preparing import TextSource
 from smolseek.data.sequences import encode_documents
-from smolseek.data.shards import Prepared, Shards, is_prepared
+from smolseek.data.shards import PreparedDataset, Shards, is_prepared
 from smolseek.data.shuffle import ShuffledShards
-from smolseek.data.sources import read_documents
-from smolseek.data.split import is_held_out, text_key
+from smolseek.data.sources import ReadReport, read_documents
+from smolseek.data.split import Cut, fingerprint, in_validation, split, text_key
 from smolseek.data.stream import TrainStream
 from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode, decoder, vocabulary_digest
@@ -23,14 +22,90 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAIN_CHARACTERS = 8_000_000
-"""Training text kept for the audit of data too large to hold, at most."""
+"""Characters of training text kept for the audit of streamed data, at most."""
 CHARACTERS_PER_TOKEN = 6
-"""More than the mean of any tokenizer used here on prose, so that the evaluation's sequences are filled."""
+"""More than any tokenizer used here needs on average for prose, so that the validation sequences are filled."""
+
+
+@dataclass
+class Corpus:
+    """Distinct documents, in the order in which they were read."""
+
+    train: list[str]
+    """Training documents."""
+    validation: list[str]
+    """Validation documents, never trained on."""
+    sample_of: HubDataset | PreparedDataset | None = None
+    """The dataset that the documents are a sample of; None where they are all of the text."""
+    report: ReadReport = field(default_factory=ReadReport)
+    """What was left out while reading."""
+    cut: Cut | None = None
+    """How long documents were cut, where there were too few for both sides of the split."""
+    unused: int = 0
+    """Validation documents of the split that `data.val_sources` replaces."""
+    unspelled: float = 0.0
+    """Share of the characters that the tokenizer cannot encode."""
+
+    def fingerprint(self) -> str:
+        """Return a name of the contents of the training data."""
+        return fingerprint(self.train) if self.sample_of is None else self.sample_of.fingerprint()
+
+    def summary(self) -> str:
+        """Describe the data in a few words: what there is to train on, and what was left out."""
+        if self.sample_of is None:
+            training = f"{len(self.train):,} training and"
+        else:
+            training = f"{self.sample_of.summary()};"
+        return "; ".join(filter(None, (f"{training} {len(self.validation):,} validation documents", self.notes())))
+
+    def notes(self) -> str:
+        """Describe in a few words how documents were cut and what was left out; empty if neither happened."""
+        notes = []
+        if self.cut is not None:
+            n = self.cut.documents
+            notes.append(
+                f"{n:,} document{'s' * (n > 1)} cut into parts at {self.cut.border} borders, "
+                f"the last ones {'of each ' * (n > 1)}held out"
+            )
+        left_out = [self.report.summary()] if self.report.left_out.total() else []
+        if self.unused:
+            left_out.append(f"{self.unused:,} of --data.val-fraction, since --data.val-sources are validated on")
+        if self.unspelled:
+            left_out.append(f"{self.unspelled:.2%} of the characters, which the tokenizer cannot spell")
+        return "; ".join([*notes, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
+
+
+def read_distinct(data: DataConfig, report: ReadReport) -> Iterator[tuple[int, str | None]]:
+    """Yield (key, text) of each local document; None instead of an exact copy, which is counted in `report`.
+
+    Raises:
+        SmolseekError: for sources that cannot be read.
+    """
+    seen: set[int] = set()
+    for text in read_documents(data.sources, data.text_column, data.document_separator, report):
+        key = text_key(text)
+        if key in seen:
+            report.left_out["copy"] += 1
+        yield key, None if key in seen else text
+        seen.add(key)
+
+
+def read_corpus(data: DataConfig) -> Corpus:
+    """Read local documents and split them; a document's side depends on its text alone.
+
+    Where one side would be empty, long documents are cut into parts, and the last parts of each are held out.
+
+    Raises:
+        SmolseekError: for sources that cannot be read, or when one side of the split has no document.
+    """
+    report = ReadReport()
+    documents = [text for _, text in read_distinct(data, report) if text is not None]
+    train, validation, cut = split(documents, data.val_fraction, needs_validation=not data.val_sources)
+    return Corpus(train, validation, report=report, cut=cut)
 
 
 def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
-    """Return `data` with the commit of each hub source: the one that a run with the settings `saved` began with, or
-    the newest.
+    """Return `data` with a commit for each hub source: that of `saved`, the settings a run began with, or the newest.
 
     Raises:
         SmolseekError: as `hub.find_shards`.
@@ -42,70 +117,67 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
         begun = parse_names(saved.sources)
         if len(begun) == len(names) and all(map(HubName.completes, begun, names)):
             return dataclasses.replace(data, sources=saved.sources)
-    pinned = tuple(find_shards(name, data).pinned for name in names)
-    return dataclasses.replace(data, sources=pinned)
+    return dataclasses.replace(data, sources=tuple(find_shards(name, data).pinned for name in names))
 
 
 def open_dataset(
     data: DataConfig, eval_tokens: int = 65_536, tokenizer: "PreTrainedTokenizerFast | None" = None
 ) -> Corpus:
-    """Return the documents of `data`, split; of what is too large to hold the first ones, enough for `eval_tokens`.
+    """Return the documents of `data`, split; of streamed data the first ones, enough for `eval_tokens`.
 
-    Those of `data.val_sources` take the place of the validation side. `tokenizer` gives the text of prepared tokens
-    back.
+    Those of `data.val_sources` replace the validation side. `tokenizer` turns prepared tokens into text.
 
     Raises:
-        SmolseekError: as `corpus.read_corpus`, `hub.find_shards` and `shards.Prepared`, or for prepared tokens without
-            a tokenizer or with another than theirs.
+        SmolseekError: as `read_corpus`, `hub.find_shards` and `shards.PreparedDataset`, or for prepared tokens without
+            their tokenizer.
     """
     names = parse_names(data.sources)
     if names:
-        # What is on the hub is read no further than the validation needs.
-        corpus = _sample(HubDataset(names, data), data.val_fraction, eval_tokens, str, fill=False)
+        # Hub data is read no further than the validation needs.
+        corpus = _sample(HubDataset(names, data), data.val_fraction, eval_tokens, str)
     elif any(map(is_prepared, data.sources)):
-        prepared, decode = _open_prepared(data.sources, tokenizer)
-        corpus = _sample(prepared, data.val_fraction, eval_tokens, lambda ids: decode(ids[:-1].tolist()), fill=True)
+        prepared, text_of = _open_prepared(data.sources, tokenizer)
+        corpus = _sample(prepared, data.val_fraction, eval_tokens, text_of)
     else:
         corpus = read_corpus(data)
     if data.val_sources:
-        corpus.unused = len(corpus.validation) if corpus.whole is None else 0
-        corpus.validation = _other_text(data, eval_tokens * CHARACTERS_PER_TOKEN)
+        corpus.unused = len(corpus.validation) if corpus.sample_of is None else 0
+        corpus.validation = _first_by_key(data, eval_tokens * CHARACTERS_PER_TOKEN)
     return corpus
 
 
 def _open_prepared(
     sources: tuple[str, ...], tokenizer: "PreTrainedTokenizerFast | None"
-) -> tuple[Prepared, Callable[[list[int]], str]]:
-    """Return prepared tokens, and what makes text of them."""
+) -> tuple[PreparedDataset, Callable[[Any], str]]:
+    """Return prepared tokens, and the function that decodes a document."""
     if len(sources) > 1:
         raise SmolseekError(f"data {' '.join(sources)}: prepared tokens stand alone: prepare all of it together")
-    prepared = Prepared(sources[0])
+    prepared = PreparedDataset(sources[0])
     if tokenizer is None:
         raise SmolseekError(f"data {prepared.path} is prepared tokens, and text is needed here: give the text itself")
     prepared.check_vocabulary(vocabulary_digest(tokenizer))
-    return prepared, decoder(tokenizer)
+    decode = decoder(tokenizer)
+    return prepared, lambda ids: decode(ids[:-1].tolist())
 
 
 def _sample(
-    whole: HubDataset | Prepared, val_fraction: float, eval_tokens: int, text_of: Callable[[Any], str], *, fill: bool
+    dataset: HubDataset | PreparedDataset, val_fraction: float, eval_tokens: int, text_of: Callable[[Any], str]
 ) -> Corpus:
-    """Return the first documents of each source: enough to validate on and, with `fill`, enough to train on."""
-    corpus = Corpus([], [], whole=whole)
-    sources: Sequence[Shards] = whole.shards
-    for shards, weight in zip(sources, whole.weights, strict=True):
-        share = weight / sum(whole.weights)
-        to_validate, to_train = eval_tokens * CHARACTERS_PER_TOKEN * share, TRAIN_CHARACTERS * share
+    """Return the first documents of each source, enough to validate on; of prepared tokens also enough to train on."""
+    corpus = Corpus([], [], sample_of=dataset)
+    sources: Sequence[Shards] = dataset.shards
+    for shards, weight in zip(sources, dataset.weights, strict=True):
+        share = weight / sum(dataset.weights)
+        missing = {True: eval_tokens * CHARACTERS_PER_TOKEN * share, False: TRAIN_CHARACTERS * share}
         for document in (d for n in range(len(shards)) for d in shards.documents(n, 0, threading.Event())):
             if document.content is None:
                 continue
-            if is_held_out(document.key, val_fraction):
-                if to_validate > 0:
-                    corpus.validation.append(text_of(document.content))
-                    to_validate -= len(corpus.validation[-1])
-            elif to_train > 0:
-                corpus.train.append(text_of(document.content))
-                to_train -= len(corpus.train[-1])
-            if to_validate <= 0 and not (fill and to_train > 0):
+            side = in_validation(document.key, val_fraction)
+            if missing[side] > 0:
+                text = text_of(document.content)
+                (corpus.validation if side else corpus.train).append(text)
+                missing[side] -= len(text)
+            if missing[True] <= 0 and (missing[False] <= 0 or isinstance(dataset, HubDataset)):
                 break
     if not corpus.validation or not corpus.train:
         raise SmolseekError(
@@ -115,15 +187,15 @@ def _sample(
     return corpus
 
 
-def _other_text(data: DataConfig, characters: int) -> list[str]:
-    """Return documents of `val_sources` in the order in which they are evaluated on, until they have `characters`."""
-    documents, held = [], 0
+def _first_by_key(data: DataConfig, characters: int) -> list[str]:
+    """Return documents of `val_sources` in the order of evaluation, until they have `characters`."""
+    documents: list[str] = []
     texts = set(read_documents(data.val_sources, data.text_column, data.document_separator))
     for text in sorted(texts, key=text_key):
-        if held >= characters:
+        if characters <= 0:
             break
         documents.append(text)
-        held += len(text)
+        characters -= len(text)
     return documents
 
 
@@ -131,39 +203,21 @@ def open_stream(config: TrainConfig, corpus: Corpus, encode: Encode, eos_id: int
     """Return the training sequences of what `open_dataset` returned.
 
     Raises:
-        SmolseekError: when documents held whole have less than `min_tokens`, or prepared ones end in another token.
+        SmolseekError: when local documents have fewer than `min_tokens`, or prepared ones end in another token.
     """
-    whole = corpus.whole
-    if whole is None:
+    dataset = corpus.sample_of
+    if dataset is None:
         stream = TrainStream.of_texts(corpus.train, encode, eos_id, config.seq_len, config.seed)
         stream.require(min_tokens)
         return stream
-    tokens: Any = functools.partial(encode_documents, encode=encode, eos_id=eos_id)
-    if isinstance(whole, Prepared):
-        whole.check_eos(eos_id)
-        tokens = list  # they are tokens already
-    shards: Sequence[Shards] = whole.shards
+    to_tokens: Any = functools.partial(encode_documents, encode=encode, eos_id=eos_id)
+    if isinstance(dataset, PreparedDataset):
+        dataset.check_eos(eos_id)
+        to_tokens = list  # they are tokens already
+    shards: Sequence[Shards] = dataset.shards
     sources = [
-        ShuffledShards(source, tokens, config.data.val_fraction, config.seed, number)
+        ShuffledShards(source, to_tokens, config.data.val_fraction, config.seed, number)
         for number, source in enumerate(shards)
     ]
-    statistics = whole.statistics if isinstance(whole, HubDataset) else None
-    return TrainStream(sources, whole.weights, config.seq_len, config.seed, whole.fingerprint(), statistics)
-
-
-def open_texts(data: DataConfig) -> list[TextSource]:
-    """Return what `data` names as texts to be prepared.
-
-    Raises:
-        SmolseekError: as `hub.find_shards`, and for a folder that is prepared already.
-    """
-    if any(map(is_prepared, data.sources)):
-        raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")
-    # The options on which it depends what the documents are.
-    options = {"text_column": data.text_column, "document_separator": data.document_separator or ""}
-    names = parse_names(data.sources)
-    if not names:
-        shard = LocalShard(data)
-        return [TextSource(" ".join(data.sources), shard, 1.0, options | {"files": shard.files()}, may_change=True)]
-    hub = [find_shards(name, data) for name in names]
-    return [TextSource(shards.pinned, shards, shards.name.weight, options) for shards in hub]
+    statistics = dataset.statistics if isinstance(dataset, HubDataset) else None
+    return TrainStream(sources, dataset.weights, config.seq_len, config.seed, dataset.fingerprint(), statistics)

@@ -1,4 +1,4 @@
-"""Reading in a thread, a bounded queue ahead of the model."""
+"""Reads documents in a thread, with a bounded queue."""
 
 import atexit
 import contextlib
@@ -14,41 +14,41 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """Reads chunks of documents in a thread; what the thread raises is raised in its place.
+    """Reads chunks of documents in a thread; `next` raises the thread's exceptions.
 
-    A thread is enough: reading waits for the network, and encoding happens in all cores outside of Python's lock.
+    A thread is enough: reading waits for the network, and encoding uses all cores without Python's lock.
     """
 
     def __init__(self, chunks: Callable[[threading.Event], Iterator[list[T]]], depth: int) -> None:
-        """Begin to read what `chunks` yields, `depth` chunks ahead; it is given an event that ends its waiting."""
+        """Begin to read `chunks(stop)`, up to `depth` chunks ahead; the event `stop` ends its waits."""
         self._queue: queue.Queue[list[T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._chunk: deque[T] = deque()
         self._thread = threading.Thread(target=self._run, args=(chunks,), daemon=True, name="data")
         self._thread.start()
-        # A thread that comes back from foreign code into an interpreter that ends would abort the process.
+        # A thread that returns from foreign code while the interpreter exits would abort the process.
         atexit.register(self.close)
 
     def next(self, stopped: Callable[[], object] | None = None) -> T:
-        """Return the next document; raises again what ended the thread.
+        """Return the next document.
 
         Raises:
-            HubUnavailable: when `stopped` returns true while there is none.
+            HubUnavailable: when `stopped` returns true while waiting for it.
         """
         while not self._chunk:
             if self._failure is not None:
                 raise self._failure
             try:
-                got = self._queue.get(timeout=0.1 if stopped else None)
+                item = self._queue.get(timeout=0.1 if stopped else None)
             except queue.Empty:
                 if stopped and stopped():
                     raise HubUnavailable("the data are no longer waited for") from None
                 continue
-            if isinstance(got, BaseException):
-                self._failure = got
+            if isinstance(item, BaseException):
+                self._failure = item
             else:
-                self._chunk.extend(got)
+                self._chunk.extend(item)
         return self._chunk.popleft()
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class Prefetch(Generic[T]):
         while self._thread.is_alive():
             with contextlib.suppress(queue.Empty):
                 while True:
-                    self._queue.get_nowait()  # wakes the thread if it waits for room
+                    self._queue.get_nowait()  # wakes the thread if the queue was full
             self._thread.join(0.02)
         atexit.unregister(self.close)
 

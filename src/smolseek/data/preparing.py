@@ -1,4 +1,4 @@
-"""`smolseek prepare`: text made into tokens once, part by part; what was finished stays and is gone on from."""
+"""`smolseek prepare`: text is made into tokens once, part by part; after an interruption finished parts are kept."""
 
 import dataclasses
 import hashlib
@@ -7,23 +7,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from smolseek import console
+from smolseek.config import DataConfig
+from smolseek.data.datasets import Corpus, read_distinct
+from smolseek.data.hub import find_shards, parse_names
 from smolseek.data.sequences import encode_documents
 from smolseek.data.shards import (
     DOCUMENT,
     FORMAT,
     INDEX,
     KINDS,
-    At,
     Document,
     FileRecord,
     Index,
+    NextDocument,
     Part,
     Shards,
     SourceEntry,
@@ -31,8 +34,9 @@ from smolseek.data.shards import (
     is_prepared,
     read_index,
 )
+from smolseek.data.sources import list_files, read_documents
 from smolseek.data.spelling import Spelling
-from smolseek.data.split import text_key
+from smolseek.data.split import cut_documents, text_key
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.files import LOCK, UNFINISHED, FolderLock, write_atomically
 from smolseek.tokenizer import Encode
@@ -42,7 +46,7 @@ PART_TOKENS = 1 << 25
 ENCODED = 256
 """Documents encoded at a time."""
 COMPARED = 10_000
-"""Tokens of the first document that are made into text again."""
+"""Tokens of the first document that are decoded again."""
 
 
 @dataclass
@@ -54,14 +58,14 @@ class TextSource:
     texts: Shards
     weight: float = 1.0
     identity: dict[str, str] = field(default_factory=dict)
-    """What a call that goes on must find unchanged: options by their names, and `files`."""
+    """What must be the same when preparing continues: options by name, and `files`."""
     may_change: bool = False
-    """Whether its text may be another one at the next call: what was prepared is then read again and compared."""
+    """Whether the text may differ at the next call: what was prepared is then read again and compared."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the tokens go and what they are."""
+    """The folder for the tokens, and the tokenizer."""
 
     path: Path
     encode: Encode
@@ -71,22 +75,22 @@ class Target:
     tokenizer: str
     """Fingerprint of the tokenizer."""
     tokenizer_name: str
-    spelling: Spelling | None = None
-    """Counts what the tokenizer loses."""
+    spelling: Spelling
+    """Counts the characters that the tokenizer loses."""
 
 
 def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None) -> int:
-    """Write the tokens of `sources` to a folder, going on where an earlier call stopped; return how many it holds.
+    """Write the tokens of `sources` to a folder, or continue an earlier call; return how many the folder has.
 
     Args:
         sources: the text.
         to: the folder, and the tokenizer.
-        tokens: how many are wanted in all, by the sources' weights; all there are where None.
+        tokens: how many to write in all, divided by the sources' weights; None writes all.
 
     Raises:
-        SmolseekError: if the folder holds something else, the text has changed since an earlier call, or the tokenizer
-            does not give a text back.
-        HubUnavailable: when the data do not come; what was finished stays.
+        SmolseekError: if the folder has other contents, the text has changed since an earlier call, or the tokenizer
+            does not restore a text.
+        HubUnavailable: when the hub does not answer; finished parts stay.
         Stopped: for a KeyboardInterrupt, likewise.
     """
     with FolderLock(to.path) as lock:
@@ -105,10 +109,10 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
 
 
 def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: FolderLock) -> Index:
-    """Return the index of an earlier call, or a new one; remove what no index names."""
+    """Return the index of an earlier call, or a new one; delete files that no index names."""
     entries = [
-        SourceEntry(number, source.name, source.weight, len(source.texts), False, At(0, 0), [], source.identity)
-        for number, source in enumerate(sources)
+        SourceEntry(n, source.name, source.weight, len(source.texts), False, NextDocument(0, 0), [], source.identity)
+        for n, source in enumerate(sources)
     ]
     dtype: Literal["<u2", "<u4"] = "<u2" if to.vocab <= 1 << 16 else "<u4"
     index = Index(FORMAT, to.tokenizer, to.tokenizer_name, to.eos_id, dtype, tokens, entries)
@@ -136,7 +140,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
 
 
 def _identity(index: Index) -> list[object]:
-    """Return what an index must share with that of the call that goes on with it."""
+    """Return what must be equal in two indices for one call to continue the other."""
     named = [(source.name, source.weight) for source in index.sources]
     return [index.tokenizer, index.eos_id, index.dtype, index.limit, named]
 
@@ -144,14 +148,13 @@ def _identity(index: Index) -> list[object]:
 def _require_unchanged(source: TextSource, entry: SourceEntry, to: Target) -> None:
     for name, value in source.identity.items():
         begun = entry.text.get(name, value)
-        if begun == value:
-            continue
-        if name == "files":
+        if begun != value and name == "files":
             raise _changed(source, to)
-        raise SmolseekError(
-            f"{to.path} was begun with --{name.replace('_', '-')} {begun or 'left out'}, not {value or 'left out'}: "
-            "give the same, or choose another folder"
-        )
+        if begun != value:
+            raise SmolseekError(
+                f"{to.path} was begun with --{name.replace('_', '-')} {begun or 'left out'}, not "
+                f"{value or 'left out'}: give the same, or choose another folder"
+            )
 
 
 def _changed(source: TextSource, to: Target) -> SmolseekError:
@@ -165,17 +168,15 @@ def _write(sources: Sequence[TextSource], index: Index, to: Target, tokens: int 
     began, before = time.monotonic(), index.tokens
     with console.progress(tokens or sum(entry.shards for entry in index.sources), "preparing") as bar:
 
-        def tell(unwritten: int) -> None:
-            held = index.tokens + unwritten
-            rate = (held - before) / max(time.monotonic() - began, 1e-9)
+        def show(unwritten: int) -> None:
+            written = index.tokens + unwritten
+            rate = (written - before) / max(time.monotonic() - began, 1e-9)
             shards = sum(entry.at.shard for entry in index.sources)
-            bar.update(min(held, tokens) if tokens else shards, f"{held:,} tokens, {rate:,.0f} tokens/s")
+            bar.update(min(written, tokens) if tokens else shards, f"{written:,} tokens, {rate:,.0f} tokens/s")
 
         for source, entry in zip(sources, index.sources, strict=True):
             wanted = None if tokens is None else round(tokens * source.weight / total)
-            writer = _SourceWriter(source, entry, to, np.dtype(index.dtype))
-            while not entry.done:
-                writer.write_part(wanted, tell)
+            for _ in _write_source(source, entry, to, np.dtype(index.dtype), wanted, show):
                 _write_index(to.path, index)
 
 
@@ -183,90 +184,149 @@ def _write_index(folder: Path, index: Index) -> None:
     write_atomically(folder / INDEX, json.dumps(dataclasses.asdict(index), indent=1) + "\n")
 
 
-class _SourceWriter:
-    """Writes one source part by part, in one pass over its documents from where an earlier call stopped."""
+def _write_source(
+    source: TextSource, entry: SourceEntry, to: Target, dtype: np.dtype, wanted: int | None, show: Callable[[int], None]
+) -> Iterator[None]:
+    """Write a source part by part, until it has `wanted` tokens; yields whenever the entry has advanced.
 
-    def __init__(self, source: TextSource, entry: SourceEntry, to: Target, dtype: np.dtype) -> None:
-        self._source, self._entry, self._to, self._dtype = source, entry, to, dtype
-        self._shard = -1
-        self._documents: Iterator[Document] = iter(())
-        self._read = hashlib.blake2b(digest_size=16)
-
-    def write_part(self, wanted: int | None, tell: Callable[[int], None]) -> None:
-        """Write the next part of a shard and move the entry behind it; `wanted` tokens are all that is needed.
-
-        Raises:
-            SmolseekError: if the documents prepared before have changed, or the tokenizer loses too much of the text.
-        """
-        entry, to = self._entry, self._to
-        limit, row = PART_TOKENS, entry.at.row
+    Raises:
+        SmolseekError: if documents prepared before have changed, or the tokenizer loses too much of the text.
+    """
+    documents: Iterator[Document] = iter(())
+    read, shard = hashlib.blake2b(digest_size=16), -1
+    while not entry.done:
+        limit = PART_TOKENS
         if wanted is not None:
-            limit = min(limit, wanted - sum(part.tokens.bytes for part in entry.parts) // self._dtype.itemsize)
+            limit = min(limit, wanted - sum(part.tokens.bytes for part in entry.parts) // dtype.itemsize)
         if limit <= 0 or entry.at.shard == entry.shards:
             entry.done = True
-            return
-        pieces: list[np.ndarray] = []
+            yield
+            break
+        if entry.at.shard != shard:
+            shard, documents = entry.at.shard, _documents(source, entry, to, read)
+        tokens: list[np.ndarray] = []
         keys: list[int] = []
-        held = 0
-        while held < limit and (documents := self._take(ENCODED)):
-            row = documents[-1].number + 1
-            chosen = [document for document in documents if document.content is not None]
-            texts = [document.content for document in chosen]
-            tokens = encode_documents(texts, to.encode, to.eos_id)
-            if texts and not entry.parts and not pieces:
-                _require_exact(texts[0], tokens[0], to)
-            if to.spelling is not None:
-                to.spelling.add(texts)
-            pieces += [piece.astype(self._dtype) for piece in tokens]
-            keys += [document.key for document in chosen]
-            held += sum(map(len, tokens))
-            tell(held)
-        if to.spelling is not None:
-            to.spelling.require()
-        shard = entry.at.shard
-        entry.at = At(shard, row) if held >= limit else At(shard + 1, 0)
-        if self._source.may_change:
-            entry.read = self._read.hexdigest()
-        if pieces:
-            table = np.zeros(len(pieces), DOCUMENT)
-            table["tokens"], table["key"] = [len(piece) for piece in pieces], keys
+        row, n_tokens = entry.at.row, 0
+        while n_tokens < limit and (batch := list(islice(documents, ENCODED))):
+            row = batch[-1].number + 1
+            batch = [document for document in batch if document.content is not None]
+            texts = [document.content for document in batch]
+            encoded = encode_documents(texts, to.encode, to.eos_id)
+            if texts and not entry.parts and not tokens:
+                _require_exact(texts[0], encoded[0], to)
+            to.spelling.add(texts)
+            tokens += [ids.astype(dtype) for ids in encoded]
+            keys += [document.key for document in batch]
+            n_tokens += sum(map(len, encoded))
+            show(n_tokens)
+        to.spelling.require()
+        entry.at = NextDocument(shard, row) if n_tokens >= limit else NextDocument(shard + 1, 0)
+        entry.read = read.hexdigest() if source.may_change else None
+        if tokens:
             name = f"{entry.number:02d}-{shard:05d}-{len(entry.parts):06d}"
-            files = [self._write(f"{name}.tokens", np.concatenate(pieces)), self._write(f"{name}.documents", table)]
-            entry.parts.append(Part(name, shard, *files))
+            entry.parts.append(_write_part(name, shard, tokens, keys, to.path))
+        yield
 
-    def _write(self, name: str, data: np.ndarray) -> FileRecord:
-        write_atomically(self._to.path / name, data.view(np.uint8).data)
-        return FileRecord(data.nbytes, checksum(data.view(np.uint8)))
 
-    def _take(self, n: int) -> list[Document]:
-        """Return the next `n` documents of the shard at hand."""
-        at, again = self._entry.at, self._source.may_change
-        if at.shard != self._shard:
-            self._shard = at.shard
-            documents = self._source.texts.documents(at.shard, 0 if again else at.row, threading.Event())
-            self._documents = self._counted(documents) if again else documents
-            if again and at.row:
-                for _ in islice(self._documents, at.row):
-                    pass
-                if self._entry.read not in (None, self._read.hexdigest()):
-                    raise _changed(self._source, self._to)
-        return list(islice(self._documents, n))
+def _documents(source: TextSource, entry: SourceEntry, to: Target, read: Any) -> Iterator[Document]:
+    """Return a shard's documents from the entry's next one on; text that may change is hashed from the beginning."""
+    at = entry.at
+    documents = source.texts.documents(at.shard, 0 if source.may_change else at.row, threading.Event())
+    if not source.may_change:
+        return documents
+    documents = _hashed(documents, read)
+    for _ in islice(documents, at.row):
+        pass
+    if at.row and entry.read not in (None, read.hexdigest()):
+        raise _changed(source, to)
+    return documents
 
-    def _counted(self, documents: Iterator[Document]) -> Iterator[Document]:
-        for document in documents:
-            text = document.content
-            self._read.update(bytes(8) if text is None else text_key(text).to_bytes(8, "big"))
-            yield document
+
+def _hashed(documents: Iterator[Document], read: Any) -> Iterator[Document]:
+    for document in documents:
+        read.update(bytes(8) if document.content is None else text_key(document.content).to_bytes(8, "big"))
+        yield document
+
+
+def _write_part(name: str, shard: int, tokens: list[np.ndarray], keys: list[int], folder: Path) -> Part:
+    table = np.zeros(len(tokens), DOCUMENT)
+    table["tokens"], table["key"] = [len(ids) for ids in tokens], keys
+    records = []
+    for kind, data in zip(KINDS, (np.concatenate(tokens), table), strict=True):
+        content = data.view(np.uint8)
+        write_atomically(folder / f"{name}.{kind}", content.data)
+        records.append(FileRecord(content.nbytes, checksum(content)))
+    return Part(name, shard, *records)
 
 
 def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
-    # The audit and the validation's bytes are taken from the text that the tokens give back.
-    if len(tokens) > COMPARED:  # the beginning says it, up to a character that is cut there
-        again = to.decode(tokens[:COMPARED].tolist()).rstrip("\ufffd")
-        exact = bool(again) and text.startswith(again)
+    # The audit and the bytes of the validation text are computed from the text that the tokens give back.
+    if len(tokens) > COMPARED:  # only the beginning, up to a character that is cut there
+        restored = to.decode(tokens[:COMPARED].tolist()).rstrip("\ufffd")
+        exact = bool(restored) and text.startswith(restored)
     else:
         exact = to.decode(tokens[:-1].tolist()) == text
     if not exact:
         raise SmolseekError(
             f"the tokenizer {to.tokenizer_name} does not give a text back as it was: train on the text itself"
         )
+
+
+class LocalShard:
+    """Files, folders and builtin as one shard. A single long document is cut, as for training on the text itself.
+
+    Raises:
+        SmolseekError: for a source that cannot be read, before anything is written.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        self._data = data
+        self.last_read = Corpus([], [])
+        """What the last reading cut and left out, without its documents."""
+        for source in data.sources:
+            next(iter(read_documents((source,), data.text_column, data.document_separator)), None)
+
+    def __len__(self) -> int:
+        return 1
+
+    def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
+        """Yield documents from number `first` on."""
+        self.last_read = Corpus([], [])
+        documents = read_distinct(self._data, self.last_read.report)
+        # Read on to the second document that is no copy, if there is one: a document that is alone is cut.
+        head = list(islice(documents, 1))
+        for key, text in documents:
+            head.append((key, text))
+            if text is not None:
+                break
+        else:
+            cut = cut_documents([text for _, text in head if text is not None])
+            if cut.documents:
+                self.last_read.cut, head = cut, [(chunk.key, chunk.text) for chunk in cut.chunks]
+        for number, (key, text) in enumerate(chain(head, documents)):
+            if number >= first:
+                yield Document(number, key, text)
+
+    def files(self) -> str:
+        """Return a checksum of the files' names and sizes."""
+        sources = [source for source in self._data.sources if source != "builtin"]
+        files = [(str(path), path.stat().st_size) for source in sources for path in list_files(source)]
+        return checksum(repr(files).encode())
+
+
+def open_texts(data: DataConfig) -> list[TextSource]:
+    """Return the texts that `data` names.
+
+    Raises:
+        SmolseekError: as `hub.find_shards`, and for a folder that is prepared already.
+    """
+    if any(map(is_prepared, data.sources)):
+        raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")
+    # The options that change the documents.
+    options = {"text_column": data.text_column, "document_separator": data.document_separator or ""}
+    names = parse_names(data.sources)
+    if not names:
+        shard = LocalShard(data)
+        return [TextSource(" ".join(data.sources), shard, 1.0, options | {"files": shard.files()}, may_change=True)]
+    hub = [find_shards(name, data) for name in names]
+    return [TextSource(shards.pinned, shards, shards.name.weight, options) for shards in hub]

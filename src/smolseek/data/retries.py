@@ -1,4 +1,4 @@
-"""Requests that are made again until they succeed, are no longer wanted, or have failed for too long."""
+"""Retrying requests until they succeed, the run stops, or they have failed for too long."""
 
 import os
 import threading
@@ -13,14 +13,14 @@ from smolseek.errors import Stopped
 T = TypeVar("T")
 
 FIRST_PAUSE = 0.5
-"""Seconds before the first new try; each further one in a row doubles it."""
+"""Seconds before the first retry; each further retry in a row doubles them."""
 LONGEST_PAUSE = 60.0
 
 
 class HubUnavailable(Stopped):
-    """The hub gave no sound answer for longer than `data.give_up_after`, or the data are no longer waited for.
+    """The hub gave no sound answer for `data.give_up_after` seconds, or the run stopped waiting for data.
 
-    Nothing is lost, and it can be gone on from later. `what` is the message without the advice.
+    Nothing is lost: the same command continues later. `what` is the message without this advice.
     """
 
     def __init__(self, what: str) -> None:
@@ -29,7 +29,7 @@ class HubUnavailable(Stopped):
 
 
 class RetryableError(Exception):
-    """A request that may succeed when it is made again; `pause` is what the server asked for, in seconds."""
+    """A request failed that may succeed when it is repeated, after the `pause` in seconds that the server asked for."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
         super().__init__(what)
@@ -37,30 +37,28 @@ class RetryableError(Exception):
 
 
 class ReadStatistics:
-    """What went over the network, counted by the threads that read and told to the one that trains."""
+    """Bytes and retries, counted by the threads that read from the network."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._bytes, self._retries, self._last = 0, 0, ""
+        self._counts: dict[str, Any] = {"bytes": 0, "retries": 0}
 
     def received(self, n: int) -> None:
-        """Count `n` bytes that came as they should."""
+        """Count `n` bytes of sound answers."""
         with self._lock:
-            self._bytes += n
+            self._counts["bytes"] += n
 
     def retried(self, why: str) -> None:
-        """Count a request that is made again."""
+        """Count a retry."""
         with self._lock:
-            self._retries, self._last = self._retries + 1, why
+            self._counts["retries"] += 1
+            self._counts["last_retry"] = why
 
-    def tell(self) -> dict[str, Any]:
-        """Return the bytes and retries since the last call, with the reason of the last retry, in JSON types."""
+    def reset(self) -> dict[str, Any]:
+        """Return the bytes and retries since the last call, with the last retry's reason, in JSON types."""
         with self._lock:
-            told: dict[str, Any] = {"bytes": self._bytes, "retries": self._retries}
-            if self._retries:
-                told["last_retry"] = self._last
-            self._bytes, self._retries = 0, 0
-        return told
+            counts, self._counts = self._counts, {"bytes": 0, "retries": 0}
+        return counts
 
 
 def retry(
@@ -70,16 +68,23 @@ def retry(
     stop: threading.Event | None = None,
     statistics: ReadStatistics | None = None,
 ) -> T:
-    """Return what `request` returns; call it again after each RetryableError, with growing pauses and a line each.
+    """Return what `request` returns; repeat it after each RetryableError, with growing pauses and a warning each.
 
     Raises:
-        HubUnavailable: when no try has succeeded for `give_up_after` seconds, or as soon as `stop` is set.
+        HubUnavailable: after `give_up_after` seconds without success, or as soon as `stop` is set.
     """
     began, pause = time.monotonic(), FIRST_PAUSE
     stop = stop or threading.Event()
-    while True:
+    while not stop.is_set():
+        # In a thread, which is abandoned once `stop` is set: a silent server holds a request for its whole time-out.
+        future: futures.Future[T] = futures.Future()
+        threading.Thread(target=_run, args=(future, request), daemon=True, name="request").start()
+        while not stop.is_set() and not futures.wait([future], timeout=0.1).done:
+            pass
+        if stop.is_set():
+            break
         try:
-            return _unless(stop, request, what)
+            return future.result()
         except RetryableError as error:
             wait = max(pause, error.pause)
             spent = time.monotonic() - began
@@ -88,27 +93,13 @@ def retry(
             console.warn(f"hub: {what}: {error}; trying again in {wait:g} s")
             if statistics is not None:
                 statistics.retried(f"{what}: {error}")
-            if stop.wait(wait):
-                raise HubUnavailable(f"{what} is no longer wanted") from None
+            stop.wait(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
-
-
-def _unless(stop: threading.Event, request: Callable[[], T], what: str) -> T:
-    """Return what `request` returns from a thread of its own, which is left to itself once `stop` is set.
-
-    A server that has gone silent holds a request for its whole time-out, and nobody should wait along for data that
-    are not wanted any more.
-    """
-    future: futures.Future[T] = futures.Future()
-
-    def work() -> None:
-        try:
-            future.set_result(request())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="request").start()
-    while not stop.is_set():
-        if futures.wait([future], timeout=0.1).done:
-            return future.result()
     raise HubUnavailable(f"{what} is no longer wanted")
+
+
+def _run(future: "futures.Future[T]", request: Callable[[], T]) -> None:
+    try:
+        future.set_result(request())
+    except BaseException as error:
+        future.set_exception(error)

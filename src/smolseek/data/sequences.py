@@ -1,7 +1,7 @@
-"""Training sequences out of documents: tokens packed whole and unpadded, each document followed by EOS.
+"""Sequences from documents: packed without padding, each document followed by EOS.
 
-All tokens form one long sequence. Training sequence n is its tokens nT to (n+1)T inclusive: T inputs and T targets, so
-that every token is predicted once.
+All tokens form one long stream. Sequence n is its tokens nT to (n+1)T inclusive, T inputs and T targets, so that every
+token is predicted once.
 """
 
 from collections.abc import Iterable
@@ -14,49 +14,48 @@ from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
 CHUNK = 64
-"""Documents encoded at a time: enough to keep all cores busy."""
+"""Documents encoded at a time, enough to keep all cores busy."""
 
 
 class TooFewTokens(SmolseekError):
-    """Validation text that does not fill one sequence; it has `held` tokens."""
+    """Validation text of `tokens` tokens, which do not fill one sequence."""
 
-    def __init__(self, held: int, seq_len: int) -> None:
+    def __init__(self, tokens: int, seq_len: int) -> None:
         super().__init__(
-            f"the validation documents hold {held:,} tokens and one row takes {seq_len + 1:,}: "
+            f"the validation documents hold {tokens:,} tokens and one row takes {seq_len + 1:,}: "
             "raise --data.val-fraction, give more text or lower --seq-len"
         )
-        self.held = held
+        self.tokens = tokens
 
 
 def build_sequences(
     documents: Iterable[str], encode: Encode, eos_id: int, seq_len: int, max_tokens: int
 ) -> torch.Tensor:
-    """Return sequences of a few documents, int64 [N, T+1], where N is at most max_tokens / T.
+    """Return sequences of the documents, int64 [N, T+1], where N is at most max_tokens / T.
 
-    The documents come in the order of their hashes, so that further ones change the sequences little.
+    The documents are ordered by their hashes, so that adding some changes the sequences little.
 
     Raises:
-        SmolseekError: when `max_tokens` do not fill one sequence.
-        TooFewTokens: when the documents do not.
+        SmolseekError: when `max_tokens` is less than one sequence.
+        TooFewTokens: when the documents have fewer tokens than one sequence.
     """
     if max_tokens < seq_len:
         raise SmolseekError(f"{max_tokens:,} validation tokens do not fill a row of {seq_len:,}: raise --eval-tokens")
     limit = max_tokens // seq_len * seq_len + 1
     ordered = sorted(documents, key=digest)
-    pieces: list[np.ndarray] = []
-    held = 0
+    tokens: list[np.ndarray] = []
+    n_tokens = 0
     for start in range(0, len(ordered), CHUNK):
-        if held >= limit:
-            break
-        pieces += encode_documents(ordered[start : start + CHUNK], encode, eos_id)
-        held = sum(map(len, pieces))
-    if held < seq_len + 1:
-        raise TooFewTokens(held, seq_len)
-    return cut_sequences(np.concatenate(pieces)[:limit], seq_len)
+        if n_tokens < limit:
+            tokens += encode_documents(ordered[start : start + CHUNK], encode, eos_id)
+            n_tokens = sum(map(len, tokens))
+    if n_tokens < seq_len + 1:
+        raise TooFewTokens(n_tokens, seq_len)
+    return cut_sequences(np.concatenate(tokens)[:limit], seq_len)
 
 
 def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[np.ndarray]:
-    """Return each document's tokens with EOS behind them, uint32."""
+    """Return the tokens of each document, uint32, with EOS at the end."""
     if not documents:
         return []
     end = np.array([eos_id], dtype=np.uint32)
@@ -64,6 +63,6 @@ def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[
 
 
 def cut_sequences(flat: np.ndarray, seq_len: int) -> torch.Tensor:
-    """Return all whole sequences of `flat`, int64 [N, T+1], each beginning with the last token of the one before."""
+    """Return the complete sequences of `flat`, int64 [N, T+1]; each begins with the last token of the one before."""
     starts = np.arange((len(flat) - 1) // seq_len) * seq_len
     return torch.from_numpy(flat[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))

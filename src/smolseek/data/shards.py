@@ -1,11 +1,10 @@
-"""Documents by shard: the one shape that all data are read in, and prepared tokens, which are read through memory maps.
+"""Documents by shard, the interface of all data, and prepared tokens, which are read through memory maps.
 
 `smolseek prepare` writes a folder with `index.json` and, for each part, `NAME.tokens` (the documents one after another,
-each ended by EOS) and `NAME.documents` (for each document its number of tokens and its place in the split). A source
-keeps the boundaries of its hub shards, so that training reads from it the very documents that it would have streamed.
+each ended by EOS) and `NAME.documents` (for each document its number of tokens and its key in the split). A source
+keeps the boundaries of its hub shards, so that training reads the same documents as it would by streaming.
 """
 
-import dataclasses
 import hashlib
 import math
 import os
@@ -24,7 +23,7 @@ from smolseek.errors import SmolseekError
 INDEX = "index.json"
 FORMAT: Literal["smolseek tokens 1"] = "smolseek tokens 1"
 DOCUMENT = np.dtype([("tokens", "<u4"), ("key", "<u8")])
-"""What is kept of each document."""
+"""One entry of a `.documents` file."""
 KINDS: tuple[Literal["tokens", "documents"], ...] = ("tokens", "documents")
 """The files of a part."""
 
@@ -33,11 +32,11 @@ class Document(NamedTuple):
     """One document of a shard."""
 
     number: int
-    """Its place in the shard."""
+    """Index in the shard."""
     key: int
-    """Its place in the split, as `split.text_key` gives it."""
+    """Decides on the side of the split (`split.text_key`)."""
     content: Any
-    """Its text, or its tokens with EOS; None for a document that is left out (blank, or a copy)."""
+    """Text, or tokens with EOS; None for a document that is left out (blank, or a copy)."""
 
 
 class Shards(Protocol):
@@ -57,7 +56,7 @@ def text_documents(texts: Iterable[tuple[int, str | None]]) -> Iterator[Document
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the index says of a file."""
+    """Size and checksum of a file."""
 
     bytes: int
     blake2b: str
@@ -65,7 +64,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Part:
-    """Some documents of one shard."""
+    """Two files with documents of one shard."""
 
     name: str
     shard: int
@@ -74,8 +73,8 @@ class Part:
 
 
 @dataclass
-class At:
-    """Where `smolseek prepare` goes on: the next document."""
+class NextDocument:
+    """The document at which `smolseek prepare` continues."""
 
     shard: int
     row: int
@@ -90,17 +89,17 @@ class SourceEntry:
     weight: float
     shards: int
     done: bool
-    at: At
+    at: NextDocument
     parts: list[Part]
     text: dict[str, Any] = field(default_factory=dict)
     """What must not change until everything is prepared; earlier releases wrote none."""
     read: str | None = None
-    """Name of the documents read so far, where they might change."""
+    """Hash of the documents read so far, where they might change."""
 
 
 @dataclass
 class Index:
-    """What `index.json` holds."""
+    """The contents of `index.json`."""
 
     format: Literal["smolseek tokens 1"]
     tokenizer: str
@@ -112,7 +111,7 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        """Tokens held, EOS included."""
+        """Tokens in all parts, EOS included."""
         size = sum(part.tokens.bytes for source in self.sources for part in source.parts)
         return size // np.dtype(self.dtype).itemsize
 
@@ -121,14 +120,14 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     """Return the index of a prepared folder, every value checked.
 
     Raises:
-        SmolseekError: if it cannot be read, or is none that `smolseek prepare` writes.
+        SmolseekError: if it cannot be read, or `smolseek prepare` cannot have written it.
     """
     file = Path(path, INDEX)
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
-        index = from_dict(Index, _known(Index, values), "index")
+        index = from_dict(Index, values, "index")
         for source in index.sources:
             if not 0 < source.weight < math.inf or min(source.shards, source.at.shard, source.at.row) < 0:
                 raise ValueError(f"source {source.name!r} has a weight or a count that is none")
@@ -142,19 +141,8 @@ def read_index(path: str | os.PathLike[str]) -> Index:
     return index
 
 
-def _known(kind: type, value: Any) -> Any:
-    """Return `value` with the keys of `kind` alone, at all levels: another version may write more of them."""
-    if not isinstance(value, dict):
-        return value
-    known = {f.name: value[f.name] for f in dataclasses.fields(kind) if f.name in value}
-    for key, inner in (("sources", SourceEntry), ("parts", Part)):
-        if isinstance(known.get(key), list):
-            known[key] = [_known(inner, item) for item in known[key]]
-    return known
-
-
 def prepared_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return the sources of a folder that `smolseek prepare` began, none for anything else."""
+    """Return the names of the sources of a folder that `smolseek prepare` began; none for any other path."""
     try:
         values = parse_json(Path(path, INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -169,11 +157,11 @@ def is_prepared(path: str | os.PathLike[str]) -> bool:
     return bool(prepared_names(path))
 
 
-class Prepared:
-    """A folder of tokens, ready to be read.
+class PreparedDataset:
+    """A folder of tokens, opened for reading.
 
     Raises:
-        SmolseekError: for an index that does not hold, or a folder that is not finished.
+        SmolseekError: for a damaged index, a missing file, or a folder that is not finished.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -192,16 +180,16 @@ class Prepared:
         """The documents of each source, as tokens."""
 
     def summary(self) -> str:
-        """Return in a few words what there is to train on."""
+        """Describe the data in a few words."""
         return f"{self.index.tokens:,} prepared tokens of {', '.join(source.name for source in self.index.sources)}"
 
     def fingerprint(self) -> str:
-        """Return a name of the contents: their order, weights and checksums."""
+        """Return a name of the contents: order, weights and checksums."""
         contents = [(s.weight, [(p.shard, p.tokens.blake2b) for p in s.parts]) for s in self.index.sources]
         return f"{self.index.tokens} prepared tokens, {checksum(repr(contents).encode())}"
 
     def check_vocabulary(self, digest: str) -> None:
-        """Raise SmolseekError if the tokens are not those of the tokenizer whose `vocabulary_digest` is given."""
+        """Raise SmolseekError if `digest` is not the `vocabulary_digest` of the tokenizer that made the tokens."""
         if self.index.tokenizer != digest:
             raise SmolseekError(
                 f"data {self.path} was prepared with the tokenizer {self.index.tokenizer_name}, which is another: "
@@ -209,7 +197,7 @@ class Prepared:
             )
 
     def check_eos(self, eos_id: int) -> None:
-        """Raise SmolseekError if its documents end in another token than `eos_id`."""
+        """Raise SmolseekError if the documents do not end in the token `eos_id`."""
         if self.index.eos_id != eos_id:
             raise SmolseekError(
                 f"the documents of data {self.path} end in token {self.index.eos_id}, the model's eos_token_id is "
@@ -221,44 +209,41 @@ class TokenShards:
     """The documents of one prepared source, as memory-mapped tokens."""
 
     def __init__(self, folder: Path, dtype: str, source: SourceEntry) -> None:
-        self._folder, self._dtype = folder, np.dtype(dtype)
-        self._parts: list[list[Part]] = [[] for _ in range(source.shards)]
-        for part in source.parts:
-            self._parts[part.shard].append(part)
-        self._sound: set[str] = set()
+        self._folder, self._dtype, self._source = folder, np.dtype(dtype), source
+        self._verified: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return self._source.shards
 
     def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
         """Yield a shard's documents from number `first` on.
 
         Raises:
-            SmolseekError: for a part that is not what was written.
+            SmolseekError: for a damaged file.
         """
         begin = 0
-        for part in self._parts[shard]:
+        for part in (part for part in self._source.parts if part.shard == shard):
             count = part.documents.bytes // DOCUMENT.itemsize
             if first < begin + count:
-                tokens, documents = self._open(part)
-                ends = np.cumsum(documents["tokens"], dtype=np.int64).tolist()
-                starts, keys = [0, *ends], documents["key"].tolist()
+                # np.asarray, since slicing a memmap costs more than slicing an array.
+                tokens = np.asarray(np.memmap(self._folder / f"{part.name}.tokens", self._dtype, "r"))
+                documents = np.fromfile(self._folder / f"{part.name}.documents", DOCUMENT)
+                if part.name not in self._verified:  # once a run; it costs less than a hundredth of the training
+                    self._verify(part, tokens=tokens, documents=documents)
+                stops = np.cumsum(documents["tokens"], dtype=np.int64).tolist()
+                starts, keys = [0, *stops], documents["key"].tolist()
                 for i in range(max(0, first - begin), count):
-                    yield Document(begin + i, keys[i], tokens[starts[i] : ends[i]])
+                    yield Document(begin + i, keys[i], tokens[starts[i] : stops[i]])
             begin += count
 
-    def _open(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
-        file = self._folder / part.name
-        tokens = np.asarray(np.memmap(f"{file}.tokens", self._dtype, "r"))  # a plain array is sliced sooner
-        documents = np.fromfile(f"{file}.documents", DOCUMENT)
-        if part.name not in self._sound:  # once: reading it all costs less than a hundredth of training on it
-            for kind, data, record in (("tokens", tokens, part.tokens), ("documents", documents, part.documents)):
-                if checksum(data.view(np.uint8)) != record.blake2b:
-                    raise SmolseekError(f"{file}.{kind} is damaged (its checksum is another): prepare the data anew")
-            self._sound.add(part.name)
-        return tokens, documents
+    def _verify(self, part: Part, **contents: np.ndarray) -> None:
+        for kind, data in contents.items():
+            if checksum(data.view(np.uint8)) != getattr(part, kind).blake2b:
+                file = self._folder / f"{part.name}.{kind}"
+                raise SmolseekError(f"{file} is damaged (its checksum is another): prepare the data anew")
+        self._verified.add(part.name)
 
 
 def checksum(data: Any) -> str:
-    """Return the BLAKE2b of some bytes, hexadecimal."""
+    """Return the BLAKE2b hash of some bytes, hexadecimal."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Documents from files, folders, or the running Python itself; what is left out is counted by reason."""
+"""Documents from files, folders, or the running Python; what is left out is counted by reason."""
 
 import ast
 import os
@@ -7,6 +7,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from smolseek.data.formats import ENDINGS, Format, NotText, read_texts
@@ -14,12 +15,12 @@ from smolseek.data.shards import is_prepared
 from smolseek.errors import SmolseekError
 
 SHORTEST_DOCSTRINGS = 200
-"""Built-in documents with fewer characters are left out: they are little more than a name."""
+"""Characters: shorter built-in documents are left out, since they are little more than a name."""
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
-"""Signs that stand between the documents of many text files."""
+"""Signs that separate documents in many text files."""
 OFTEN = 3
-"""How often such a sign must stand in the text for it to be offered."""
+"""How often such a sign must occur for a split to be offered."""
 
 REASONS = {
     "copy": ("copy of another document", "copies of other documents"),
@@ -40,60 +41,58 @@ _SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "ensurepip", "tu
 _SKIPPED |= {"site-packages", "dist-packages", "lib-dynload"}
 
 
+@dataclass
 class ReadReport:
-    """What was met in reading documents beside the documents."""
+    """What reading the documents left out, and signs of documents that were not split."""
 
-    def __init__(self) -> None:
-        self.left_out: Counter[str] = Counter()
-        """How many of each of `REASONS`."""
-        self.separators: Counter[str] = Counter()
-        """How often each of `SEPARATORS` stands in text files that were not split."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many of each of `REASONS`."""
+    separators: Counter[str] = field(default_factory=Counter)
+    """How often each of `SEPARATORS` occurs in text files that were not split."""
 
-    def left_out_words(self) -> str:
-        """Return in a few words what was left out, nothing if that is nothing."""
+    def summary(self) -> str:
+        """Describe in a few words what was left out; empty for nothing."""
         return ", ".join(f"{n:,} {REASONS[reason][n != 1]}" for reason in REASONS if (n := self.left_out[reason]) > 0)
 
     def separator_hint(self) -> str:
-        """Return one line that offers to split the text, empty if nothing suggests it."""
-        found = self.separators.most_common(1)
-        if not found or found[0][1] < OFTEN:
+        """Return one line that offers to split the text; empty if nothing suggests it."""
+        [(sign, n)] = self.separators.most_common(1) or [("", 0)]
+        if n < OFTEN:
             return ""
-        sign, n = found[0]
         return f"the text holds {sign} {n:,} times: --data.document-separator '{sign}' makes separate documents of it"
 
 
 def read_documents(
     sources: Sequence[str], text_column: str, separator: str | None = None, report: ReadReport | None = None
 ) -> Iterator[str]:
-    """Yield every document of `sources` whole, in an order that depends only on names and contents.
+    """Yield every document of `sources`, in an order that depends only on names and contents.
 
     A source is `builtin`, a file, or a folder, walked in sorted order. Text files are one document each, or several
     with `separator` between them; JSON files hold theirs under the key `text_column`, csv and parquet files in the
-    column of that name; any of them may be compressed. What is left out is counted in `report`: blank documents and,
-    of a folder, hidden files, .json files, files that are no text by neither name nor content (pictures, archives),
-    folders of runs and models, and what cannot be opened for good (pipes, broken links).
+    column of that name; any of them may be compressed. `report` counts what is left out: blank documents and, in
+    folders, hidden files, .json files, files that are not text by name or content (pictures, archives), folders of
+    runs and models, pipes and broken links.
 
     Raises:
-        SmolseekError: for a path that is missing or gives no document, a file that is no text or damaged, a line that
-            is no JSON object, or a key or column that is not there.
+        SmolseekError: for a path that is missing or gives no document, a file that is damaged or not text, a line that
+            is no JSON object, or a missing key or column.
     """
     report = ReadReport() if report is None else report
     for source in sources:
-        found = False
+        empty = True
         for text in _builtin() if source == "builtin" else _from_path(source, text_column, separator, report):
             if text is not None and text.strip():
-                found = True
+                empty = False
                 yield text
             else:
                 report.left_out["blank"] += 1
-        if not found:
-            left_out = report.left_out_words()
-            beside = f" ({left_out} left out)" if left_out else ""
-            raise SmolseekError(f"data {source} holds no text{beside}: give files ({ENDINGS}), folders, or builtin")
+        if empty:
+            left_out = f" ({report.summary()} left out)" if report.left_out.total() else ""
+            raise SmolseekError(f"data {source} holds no text{left_out}: give files ({ENDINGS}), folders, or builtin")
 
 
 def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
-    """Yield the files that are read of a file or folder, in their order.
+    """Yield the files to read of a file or folder, in their order.
 
     Raises:
         SmolseekError: for a path that is missing, a pipe, or a folder that cannot be read.
@@ -105,7 +104,7 @@ def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
     except FileNotFoundError:
         raise SmolseekError(f"data {path} does not exist: give a file or folder that does, or builtin") from None
     except (OSError, ValueError) as error:
-        raise SmolseekError(f"data {path} cannot be read ({_reason(error)}): check its name and rights") from None
+        raise _unreadable(path, error) from None
     if stat.S_ISDIR(mode):
         yield from _walk(path, report)
     elif stat.S_ISREG(mode):
@@ -114,40 +113,44 @@ def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
         raise SmolseekError(f"data {path} is a pipe or device, and text is read more than once: write it to a file")
 
 
-def _walk(root: Path, report: ReadReport) -> Iterator[Path]:
-    def unreadable(error: OSError) -> None:
-        raise SmolseekError(f"data {error.filename} cannot be read ({_reason(error)}): check its rights")
+def _unreadable(path: object, error: OSError | ValueError) -> SmolseekError:
+    reason = getattr(error, "strerror", None) or error
+    return SmolseekError(f"data {path} cannot be read ({reason}): check its name and rights")
 
-    seen = {os.path.realpath(root)}
-    for folder, folders, files in os.walk(root, onerror=unreadable, followlinks=True):
+
+def _walk(root: Path, report: ReadReport) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error)
+
+    visited = {os.path.realpath(root)}
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
         if Path(folder) != root and _is_run_or_model(folder, folders, files):
             report.left_out["run"] += 1
             folders.clear()
             continue
-        inside = []
-        for name in sorted(folders):
-            place = os.path.realpath(os.path.join(folder, name))
+        names, folders[:] = sorted(folders), []
+        for name in names:
+            target = os.path.realpath(os.path.join(folder, name))
             if name.startswith("."):
                 report.left_out["hidden"] += 1
-            elif place in seen:  # by a link, perhaps to a folder around it
+            elif target in visited:  # through a link, perhaps to a parent folder
                 report.left_out["seen"] += 1
             else:
-                seen.add(place)
-                inside.append(name)
-        folders[:] = inside
+                visited.add(target)
+                folders.append(name)
         for name in sorted(files):
-            reason = _why_not(os.path.join(folder, name), name)
+            reason = _skip_reason(os.path.join(folder, name), name)
             if reason:
                 report.left_out[reason] += 1
             else:
                 yield Path(folder, name)
 
 
-def _why_not(path: str, name: str) -> str:
-    """Return why a file of a folder is not read, empty if it is."""
+def _skip_reason(path: str, name: str) -> str:
+    """Return why a file of a folder is not read, empty if it is read."""
     if name.startswith("."):
         return "hidden"
-    if name.lower().endswith(".json"):  # one that nobody named is as likely a configuration as documents
+    if name.lower().endswith(".json"):  # as likely a configuration as documents, unless the user names it
         return "json"
     try:
         return "" if stat.S_ISREG(os.stat(path).st_mode) else "special"
@@ -156,7 +159,7 @@ def _why_not(path: str, name: str) -> str:
 
 
 def _is_run_or_model(folder: str, folders: list[str], files: list[str]) -> bool:
-    """Return whether a folder inside a data folder is a run, a checkpoint, a model or prepared tokens: no data."""
+    """Return whether a folder inside a data folder is a run, a checkpoint, a model or prepared tokens."""
     if "index.json" in files:
         try:
             if is_prepared(folder):
@@ -184,13 +187,9 @@ def _from_path(source: str, text_column: str, separator: str | None, report: Rea
             report.left_out["binary"] += 1
             continue
         except OSError as error:
-            raise SmolseekError(f"data {path} cannot be read ({_reason(error)}): check the file") from None
+            raise _unreadable(path, error) from None
         if empty:
             report.left_out["empty"] += 1
-
-
-def _reason(error: OSError | ValueError) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def _builtin() -> Iterator[str]:
@@ -200,8 +199,8 @@ def _builtin() -> Iterator[str]:
     for name in sorted(topics):
         if len(topics[name]) >= SHORTEST_DOCSTRINGS:
             yield topics[name].strip()
-    root = sysconfig.get_path("stdlib")  # the base interpreter's, also inside a virtual environment
-    for folder, folders, files in os.walk(root):
+    # Of the base interpreter, also inside a virtual environment.
+    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("config-"))
         for name in sorted(files):
             if name.endswith(".py"):
@@ -215,16 +214,15 @@ def _docstrings(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons warn of
-            tree = ast.parse(path.read_bytes())
+            nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
     except (SyntaxError, ValueError, OSError):
         return
-    waiting: list[ast.AST] = [tree]
-    while waiting:
-        node = waiting.pop()
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)  # cleaned as inspect.cleandoc does
-            if text and text.strip():
-                yield text.strip()
+            text = (ast.get_docstring(node) or "").strip()  # cleaned as inspect.cleandoc does
+            if text:
+                yield text
         # Only statements define things with docstrings, so the many expressions below them are not walked.
         for block in ("finalbody", "orelse", "handlers", "cases", "body"):
-            waiting.extend(reversed(getattr(node, block, ())))
+            nodes.extend(reversed(getattr(node, block, ())))

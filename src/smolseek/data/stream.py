@@ -18,9 +18,10 @@ from smolseek.tokenizer import Encode
 
 
 class TrainStream:
-    """The endless training sequences, at a position that can be saved and found again.
+    """The endless training sequences, at a position that can be saved and restored.
 
-    Sources are mixed document by document: next comes the one furthest behind its share of the tokens.
+    Sources are mixed document by document: the next document is from the source whose tokens are furthest behind its
+    share.
     """
 
     def __init__(
@@ -34,95 +35,90 @@ class TrainStream:
     ) -> None:
         """Begin at the first epoch of `sources`, whose order was drawn from `seed`; `seq_len` is T.
 
-        `fingerprint` names the data in the saved position; `statistics` of reading them go into the record.
+        `fingerprint` identifies the data in the saved position; `statistics` are those of reading them, for `record`.
         """
         assert len(sources) == len(weights) > 0
         self._sources, self._weights = list(sources), list(weights)
         self._seq_len, self._seed, self._fingerprint, self._statistics = seq_len, seed, fingerprint, statistics
-        # Text held whole has a position of its own form, which the checkpoints of all releases share.
+        # The position of local text has a format of its own, which the checkpoints of all releases share.
         self._texts = sources[0] if isinstance(sources[0], ShuffledTexts) else None
-        self._running: list[Prefetch[tuple[Position, np.ndarray]]] = []
+        self._threads: list[Prefetch[tuple[Position, np.ndarray]]] = []
         self._tokens = self._documents = 0
         self._seek([0] * len(sources), [Position()] * len(sources), 0)
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], encode: Encode, eos_id: int, seq_len: int, seed: int) -> Self:
-        """Return the stream of texts held whole; raises SmolseekError when there are none."""
+        """Return the stream of texts in memory; raises SmolseekError when there are none."""
         source = ShuffledTexts(texts, encode, eos_id, seed)
         return cls([source], [1.0], seq_len, seed, fingerprint(texts))
 
     def require(self, min_tokens: int) -> None:
-        """Raise SmolseekError if one pass over texts held whole gives fewer than `min_tokens`."""
+        """Raise SmolseekError if one epoch of texts in memory has fewer than `min_tokens`."""
         assert self._texts is not None
-        while self._held < min_tokens and len(self._ahead) < len(self._texts):
+        while self._buffered < min_tokens and len(self._buffer) < len(self._texts):
             self._read_document()
-        if self._held < min_tokens:
+        if self._buffered < min_tokens:
             raise SmolseekError(
-                f"the training documents hold {self._held:,} tokens and one step takes {min_tokens:,}: "
+                f"the training documents hold {self._buffered:,} tokens and one step takes {min_tokens:,}: "
                 "give more text, or lower --batch-size, --grad-accum or --seq-len"
             )
 
     def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
         """Return the next `n` sequences, int64 [n, T+1]; the last token of one is the first of the next.
 
-        When it raises, the position is the one before the call.
+        When it raises, the position does not change.
 
         Raises:
-            HubUnavailable: when the data do not come, or `stopped` returns true while they are waited for.
+            HubUnavailable: when the hub does not answer, or `stopped` returns true while waiting for data.
         """
         step = n * self._seq_len
-        while self._held < self._offset + step + 1:
+        while self._buffered < self._offset + step + 1:
             self._read_document(stopped)
-        missing, pieces, skip = step + 1, [], self._offset
-        for _, tokens in self._ahead:
-            pieces.append(tokens[skip : skip + missing])
-            missing -= len(pieces[-1])
-            skip = 0
-            if not missing:
+        documents, start, stop = [], self._offset, self._offset + step + 1
+        for _, tokens in self._buffer:
+            if stop <= 0:
                 break
-        sequences = cut_sequences(np.concatenate(pieces), self._seq_len)
+            documents.append(tokens[max(start, 0) : stop])
+            start, stop = start - len(tokens), stop - len(tokens)
+        sequences = cut_sequences(np.concatenate(documents), self._seq_len)
         self._offset += step
         self._tokens += step
-        while self._offset >= len(self._ahead[0][1]):
-            length = len(self._ahead.popleft()[1])
+        while self._offset >= len(self._buffer[0][1]):
+            length = len(self._buffer.popleft()[1])
             self._offset -= length
-            self._held -= length
+            self._buffered -= length
             self._documents += 1
         return sequences
 
     def position(self) -> dict[str, Any]:
         """Return where the next sequence begins, as in `state_dict`, in JSON types.
 
-        `given` counts the tokens of each source's documents and `positions` says where it stands, both before the
-        document that holds the next token; `offset` counts tokens in it; `documents` and `tokens` are how many have
-        been handed out, documents whole. Of text held whole there are the epoch and the document's place in its order.
+        `positions` are those of the sources before the document with the next token, and `given` counts the tokens read
+        from each source by then; `offset` counts tokens in that document; `documents` and `tokens` count what was
+        returned, documents only when complete. Local text has its epoch and the document's index in the epoch instead.
         """
-        given, positions = self._ahead[0][0] if self._ahead else (self._given, self._positions)
+        at: dict[str, Any]
+        drawn, positions = self._buffer[0][0] if self._buffer else (self._drawn, self._positions)
         if self._texts is not None:
             at = {"epoch": positions[0].epoch, "document": positions[0].document}
             return {"tokens": self._tokens, **at, "offset": self._offset}
-        return {
-            "given": list(given),
-            "positions": [position._asdict() for position in positions],
-            "offset": self._offset,
-            "documents": self._documents,
-            "tokens": self._tokens,
-        }
+        at = {"given": list(drawn), "positions": [position._asdict() for position in positions], "offset": self._offset}
+        return at | {"documents": self._documents, "tokens": self._tokens}
 
     def record(self) -> dict[str, Any]:
-        """Return for the metrics what was read: documents and tokens in all, bytes and retries since the last call."""
+        """Return metrics of reading: documents and tokens in all, bytes and retries since the last call."""
         read = {"documents": self._documents, "tokens": self._tokens}
-        return read if self._statistics is None else read | self._statistics.tell()
+        return read if self._statistics is None else read | self._statistics.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it belongs to, in JSON types."""
+        """Return the position, the seed and the fingerprint of the data, in JSON types."""
         return {**self.position(), "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the sequences that follow are those that would have followed, at any batch size.
+        """Go to a saved position: the same sequences follow as after the save, at any batch size.
 
         Raises:
-            SmolseekError: when the data, the seed or the tokenizer are others than when the state was saved.
+            SmolseekError: when the data, the seed or the tokenizer differ from those of the save.
         """
         if state["fingerprint"] != self._fingerprint:
             raise SmolseekError(
@@ -144,36 +140,36 @@ class TrainStream:
         self._tokens = state["tokens"]
         if self._offset:
             self._read_document()
-            if self._offset >= self._held:
+            if self._offset >= self._buffered:
                 raise SmolseekError(
-                    f"the checkpoint stands at token {self._offset} of a document that has {self._held}: "
+                    f"the checkpoint stands at token {self._offset} of a document that has {self._buffered}: "
                     "resume with the same --tokenizer"
                 )
 
     def close(self) -> None:
         """End the threads."""
-        for running in self._running:
-            running.close()
-        self._running = []
+        for thread in self._threads:
+            thread.close()
+        self._threads = []
 
-    def _seek(self, given: Sequence[int], positions: Sequence[Position], offset: int) -> None:
+    def _seek(self, drawn: Sequence[int], positions: Sequence[Position], offset: int) -> None:
         self.close()
-        # Before the next document to be read; `_ahead` holds the same before each document that was read.
-        self._given, self._positions = tuple(given), tuple(positions)
-        self._ahead: deque[tuple[tuple[tuple[int, ...], tuple[Position, ...]], np.ndarray]] = deque()
-        self._offset, self._held = offset, 0
+        # Before the next document to be read; `_buffer` has the same for each document that was read.
+        self._drawn, self._positions = tuple(drawn), tuple(positions)
+        self._buffer: deque[tuple[tuple[tuple[int, ...], tuple[Position, ...]], np.ndarray]] = deque()
+        self._offset, self._buffered = offset, 0
 
     def _read_document(self, stopped: Callable[[], object] | None = None) -> None:
-        if not self._running:
+        if not self._threads:
             starts = zip(self._sources, self._positions, strict=True)
-            self._running = [Prefetch(functools.partial(source.chunks, at), source.depth) for source, at in starts]
-        # The one furthest behind its share; the first of equals.
-        k = min(range(len(self._sources)), key=lambda i: self._given[i] / self._weights[i])
-        position, tokens = self._running[k].next(stopped)
-        # As it was read: after the end of a block the source's own position lags behind.
+            self._threads = [Prefetch(functools.partial(source.chunks, at), source.depth) for source, at in starts]
+        # The source furthest behind its share; the first of equals.
+        k = min(range(len(self._sources)), key=lambda i: self._drawn[i] / self._weights[i])
+        position, tokens = self._threads[k].next(stopped)
+        # The position that came with the document: after the end of a block, `_positions` lags behind.
         before = (*self._positions[:k], position, *self._positions[k + 1 :])
-        self._ahead.append(((self._given, before), tokens))
-        self._held += len(tokens)
-        self._given = (*self._given[:k], self._given[k] + len(tokens), *self._given[k + 1 :])
+        self._buffer.append(((self._drawn, before), tokens))
+        self._buffered += len(tokens)
+        self._drawn = (*self._drawn[:k], self._drawn[k] + len(tokens), *self._drawn[k + 1 :])
         after = position._replace(document=position.document + 1)
         self._positions = (*before[:k], after, *before[k + 1 :])

@@ -9,8 +9,7 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
-from smolseek.data.corpus import Corpus
-from smolseek.data.datasets import open_dataset, open_stream
+from smolseek.data.datasets import Corpus, open_dataset, open_stream
 from smolseek.data.sequences import build_sequences
 from smolseek.data.spelling import Spelling, sample
 from smolseek.data.stream import TrainStream
