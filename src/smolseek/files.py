@@ -1,30 +1,30 @@
-"""Files and folders that are written whole or not at all, and folders that one process at a time may write."""
+"""Files and folders written completely or not at all, and a lock on folders that one process at a time may write."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from smolseek.errors import SmolseekError
 
 LOCK = ".lock"
-"""Name of the file in a folder that the process which writes there holds locked."""
+"""Name of the lock file in a folder."""
 
 UNFINISHED = ".tmp-"
 """How the name of a file or folder begins while it is written, or about to be deleted."""
 
-# What file systems answer that have no such call. Network and FUSE mounts differ in which.
+# Errors of file systems without such a call. Network and FUSE mounts differ.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def sync(path: str | os.PathLike[str]) -> None:
-    """Force a file, or a folder's list of files, to the disk. Some file systems cannot; that is no error.
+    """Force a file, or a folder's list of files, to the disk. File systems that cannot do so are ignored.
 
     Raises:
         OSError: if the path cannot be opened, or the disk is full or broken.
@@ -46,12 +46,12 @@ def sync_handle(handle: int) -> None:
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Replace the file `path`: a crash, of the power too, leaves the old contents or the new ones, never a part.
+    """Replace the file `path`: after a crash or power cut it has its old contents or the new ones, never a mixture.
 
     Raises:
         OSError: if it cannot be written; the old file stays.
     """
-    # The number keeps processes and threads apart that write the same file at the same time.
+    # The thread's number separates processes and threads that write the same file at the same time.
     part = path.with_name(f"{UNFINISHED}{threading.get_native_id()}-{path.name}")
     try:
         with part.open("wb") as file:
@@ -68,21 +68,21 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Return where the folder `path` is written until it is whole: beside it, or in it where it is there and empty.
+    """Return where the folder `path` is written until it is complete: beside it, or inside an empty folder `path`.
 
-    An empty folder is filled, not replaced: it may be a mount point, or lie where we may not write.
+    An empty folder is filled, not replaced: it may be a mount point, or lie in a folder without write permission.
     """
     inside = path.is_dir() and is_vacant(path)
     return (path if inside else path.parent) / f"{UNFINISHED}{path.name}"
 
 
 def is_vacant(path: Path) -> bool:
-    """Return whether nothing is at `path`, or a folder with no more than a crash has left there."""
+    """Return whether `path` does not exist, or is a folder with nothing but the remains of a crash."""
     return not path.exists() or (path.is_dir() and all(file.name.startswith(UNFINISHED) for file in path.iterdir()))
 
 
 def begin_folder(path: Path) -> Path:
-    """Make the empty folder `unfinished(path)`, to be filled and then given to `publish`, and return it."""
+    """Create the empty folder `unfinished(path)`, to be filled and passed to `publish`, and return it."""
     part = unfinished(path)
     part.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
@@ -91,9 +91,9 @@ def begin_folder(path: Path) -> Path:
 
 
 def publish(part: Path, path: Path, last: str = "") -> None:
-    """Force the folder `part` to the disk and give it the name `path`; a folder that had that name is deleted.
+    """Force the folder `part` to the disk and rename it to `path`; a folder of that name is replaced.
 
-    Where `part` lies in `path`, its files are moved there, the one named `last` after the others.
+    A `part` inside `path` has its files moved there, the one named `last` after the others.
     """
     for file in [*part.rglob("*"), part]:
         sync(file)
@@ -113,7 +113,7 @@ def publish(part: Path, path: Path, last: str = "") -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes `path` on leaving (`publish`); an error leaves nothing of it.
+    """Give an empty folder to fill, which becomes `path` on leaving (`publish`); after an error nothing of it remains.
 
     Raises:
         OSError: if it cannot be written.
@@ -128,7 +128,7 @@ def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder, so that no crash leaves a part of it under its name. What cannot be deleted stays."""
+    """Delete a folder, so that after a crash no part of it has its name. Errors are ignored."""
     old = path.with_name(f"{UNFINISHED}old-{path.name}")
     with contextlib.suppress(OSError):
         path.rename(old)
@@ -136,10 +136,10 @@ def delete_folder(path: Path) -> None:
 
 
 class FolderLock:
-    """Keeps a second process from writing a folder: an flock on a file in it, which holds this host and process.
+    """Keeps a second process from writing a folder: an flock on a file in it, which names this host and process.
 
-    The system releases the lock when the process ends, however it ends, so a file that is left over is harmless. `with`
-    takes it where that file is there already, so that nothing is written yet; `acquire` makes the file.
+    The system releases the lock when the process ends, so a lock file that is left over is harmless. `with` takes the
+    lock only if its file exists, so that nothing is written; `acquire` creates the file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -150,28 +150,23 @@ class FolderLock:
         self._named = False
 
     def acquire(self, create: bool = True) -> None:
-        """Take the lock, if this object does not hold it yet. The folder must exist.
+        """Take the lock, if this object does not have it yet. The folder must exist.
 
-        Without `create` nothing is written: the lock is taken where an earlier process has left its file. A folder that
-        cannot be written gives no lock and no error: the first real write says why.
+        Without `create` nothing is written: the lock is taken if its file exists. A folder without write permission
+        gives neither lock nor error: the first write fails and says why.
 
         Raises:
-            SmolseekError: if another process holds it.
+            SmolseekError: if another process has it.
         """
         if self._handle is None:
-            self._handle = self._locked(os.O_RDWR | (os.O_CREAT if create else 0))
+            self._handle = self._lock(os.O_RDWR | (os.O_CREAT if create else 0))
         if self._handle is not None and create:
-            with contextlib.suppress(OSError):  # on a full disk the lock holds without its text
+            with contextlib.suppress(OSError):  # on a full disk the lock is valid without its text
                 os.truncate(self._handle, 0)
                 os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 self._named = True
 
-    def _locked(self, flags: int) -> int | None:
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            self.supported = False
-            return None
+    def _lock(self, flags: int) -> int | None:
         try:
             handle = os.open(self.path, flags, 0o666)
         except OSError:
@@ -181,7 +176,7 @@ class FolderLock:
         except OSError as error:
             holder = os.read(handle, 300).decode("utf-8", "replace").strip() or "which is starting"
             os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # not taken by another: there are no locks here
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # not locked by another: there are no locks here
                 self.supported = False
                 return None
             raise SmolseekError(
@@ -191,7 +186,7 @@ class FolderLock:
         return handle
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         if self._handle is not None:
             if self._named:
                 with contextlib.suppress(OSError):
@@ -203,7 +198,5 @@ class FolderLock:
         self.acquire(create=False)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()

@@ -6,7 +6,7 @@ from threading import Thread
 import pytest
 import torch.distributed as dist
 
-from smolseek.distributed.heartbeat import FIRST_SIGN, Heartbeat
+from smolseek.distributed.heartbeat import FIRST_HEARTBEAT, Heartbeat
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def store():
 def heartbeats(store):
     """Three processes that give a sign of life every 0.2 seconds."""
     for rank in range(3):
-        store.set(f"sign/{rank}", FIRST_SIGN)
+        store.set(f"sign/{rank}", FIRST_HEARTBEAT)
     heartbeats = [Heartbeat(store, rank, 3, 2.0) for rank in range(3)]
     yield heartbeats
     for heartbeat in heartbeats:
@@ -28,7 +28,7 @@ def heartbeats(store):
 def begin_step(heartbeats):
     """Count a step that begins now: no collective has waited for long."""
     for heartbeat in heartbeats:
-        heartbeat.beat()
+        heartbeat.begin_step()
 
 
 def test_who_gives_no_sign_of_life_is_named_by_all(heartbeats):
@@ -75,7 +75,7 @@ def test_a_store_that_is_gone_is_a_reason():
 
 def test_who_is_late_is_named_before_the_time_is_over(heartbeats, capfd):
     heartbeats[2].close(left=False)
-    heartbeats[1].beat()
+    heartbeats[1].begin_step()
     until = time.monotonic() + 10
     said = ""
     while "warning" not in said and time.monotonic() < until:

@@ -45,7 +45,7 @@ def prepare(argv: Sequence[str]) -> None:
         raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
     from smolseek.config import DataConfig
     from smolseek.data import datasets, preparing
-    from smolseek.data.shards import prepared_names
+    from smolseek.data.shards import read_index
     from smolseek.data.spelling import Spelling
     from smolseek.tokenizer import decoder, encoder, for_training, load_tokenizer, vocabulary_digest
 
@@ -61,8 +61,8 @@ def prepare(argv: Sequence[str]) -> None:
         document_separator=args.document_separator,
         give_up_after=args.give_up_after,
     )
-    begun = prepared_names(args.out)
-    data = datasets.pin(data, DataConfig(sources=begun) if begun else None)
+    begun = read_index(args.out)
+    data = datasets.pin(data, DataConfig(sources=tuple(source.name for source in begun.sources)) if begun else None)
     spelling = Spelling(tokenizer, name)
     target = preparing.Target(
         path=Path(args.out),

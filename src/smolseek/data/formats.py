@@ -7,7 +7,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -35,32 +34,22 @@ class NotText(SmolseekError):
     """A file that is not text, whatever its name says."""
 
 
-@dataclass(frozen=True)
-class Format:
-    """The format that a file's name stands for."""
-
-    kind: str
-    """A value of `KINDS`; empty for an unknown ending."""
-    compression: str | None
-    """A value of `COMPRESSIONS`."""
-
-    @classmethod
-    def of(cls, name: str) -> "Format":
-        """Return the format of the file `name`."""
-        path = PurePosixPath(name.lower())
-        compression = COMPRESSIONS.get(path.suffix)
-        return cls(KINDS.get(path.with_suffix("").suffix if compression else path.suffix, ""), compression)
+def file_format(name: str) -> tuple[str, str | None]:
+    """Return a file's kind (of `KINDS`, empty for an unknown ending) and its compression (of `COMPRESSIONS`)."""
+    path = PurePosixPath(name.lower())
+    compression = COMPRESSIONS.get(path.suffix)
+    return KINDS.get(path.with_suffix("").suffix if compression else path.suffix, ""), compression
 
 
 def read_texts(
-    source: Path | io.RawIOBase, form: Format, where: str, *, column: str, separator: str | None = None, first: int = 0
+    source: Path | io.RawIOBase, name: str, where: str, *, column: str, separator: str | None = None, first: int = 0
 ) -> Iterator[tuple[int, str | None]]:
     """Yield (number, text) of a file's documents from number `first` on; null texts are None.
 
     Args:
         source: a path, or an open file.
-        form: its format; one without a kind is read as text.
-        where: the file's name in error messages.
+        name: the file's name, which tells the format; unknown endings are read as text.
+        where: what error messages call the file.
         column: key (JSON) or column (csv, parquet) that holds the text.
         separator: what separates the documents of a text file; None reads the file as one document.
         first: number of the first document to yield.
@@ -70,21 +59,22 @@ def read_texts(
         SmolseekError: for a file that is damaged, or has no such column.
         OSError: with an error number, for errors of the file system.
     """
+    kind, compression = file_format(name)
     import pyarrow as pa
 
     try:
-        if form.kind == "parquet" and form.compression is None:
+        if kind == "parquet" and compression is None:
             yield from _parquet(source, where, column, first)
             return
-        with _open(source, form.compression) as file:
-            if form.kind == "parquet":
+        with _open(source, compression) as file:
+            if kind == "parquet":
                 yield from _parquet(io.BytesIO(file.read()), where, column, first)
                 return
             texts: Iterator[str | None]
-            if form.kind in ("json", "jsonl"):
-                texts = _json(file, where, column, may_be_array=form.kind == "json")
-            elif form.kind in ("csv", "tsv"):
-                texts = _table(file, where, column, ",;" if form.kind == "csv" else "\t")
+            if kind in ("json", "jsonl"):
+                texts = _json(file, where, column, may_be_array=kind == "json")
+            elif kind in ("csv", "tsv"):
+                texts = _table(file, where, column, ",;" if kind == "csv" else "\t")
             else:
                 texts = _text(file, where, separator)
             yield from itertools.islice(enumerate(texts), first, None)
@@ -94,9 +84,10 @@ def read_texts(
     except (pa.ArrowException, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # from the file system; pyarrow's OSError for damaged contents has no number
-        kind = form.compression or form.kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SmolseekError(f"{where} is no sound {kind} file ({reason[:200]}): fetch or write it again") from None
+        raise SmolseekError(
+            f"{where} is no sound {compression or kind} file ({reason[:200]}): fetch or write it again"
+        ) from None
 
 
 def _open(source: Path | io.RawIOBase, compression: str | None) -> io.BufferedReader:

@@ -13,7 +13,7 @@ from typing import Any
 from fsspec.spec import AbstractBufferedFile
 
 from smolseek.config import DataConfig
-from smolseek.data.formats import Format, read_texts
+from smolseek.data.formats import file_format, read_texts
 from smolseek.data.retries import ReadStatistics, RetryableError, retry
 from smolseek.data.shards import Document, checksum, text_documents
 from smolseek.errors import SmolseekError, reason
@@ -82,8 +82,7 @@ def _parse(text: str) -> HubName | None:
 def _may_be_repo(text: str) -> bool:
     """Return whether a name without a configuration means a hub repository, and is no misspelt path."""
     owner, slash, name = text.partition("/")
-    form = Format.of(name)
-    return bool(slash) and owner[0] != "." and not (form.kind or form.compression or Path(owner).exists())
+    return bool(slash) and owner[0] != "." and not any((*file_format(name), Path(owner).exists()))
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class HubShards:
         path, data = self.files[shard][0], self.data
         options: Any = {"column": data.text_column, "separator": data.document_separator, "first": first}
         file, where = _RemoteFile(self, shard, stop), f"data {self.name.repo} {path}"
-        yield from text_documents(read_texts(file, Format.of(path), where, **options))
+        yield from text_documents(read_texts(file, path, where, **options))
 
 
 class HubDataset:
@@ -222,7 +221,7 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
     for path in paths:
         if path not in sizes:  # `datasets` fell back to an older copy of its own
             raise RetryableError("the list of files does not fit the commit")
-        if not Format.of(path).kind:
+        if not file_format(path)[0]:
             raise SmolseekError(
                 f"data {name} holds {path}, which is no text, JSON, csv or parquet: fetch it and give its text"
             )

@@ -118,7 +118,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
     index = Index(FORMAT, to.tokenizer, to.tokenizer_name, to.eos_id, dtype, tokens, entries)
     begun = (to.path / INDEX).exists()
     if begun:
-        earlier = read_index(to.path) if is_prepared(to.path) else None
+        earlier = read_index(to.path)
         if earlier is None or _identity(earlier) != _identity(index):
             raise SmolseekError(f"{to.path} holds other data, or is of another tokenizer or --tokens: choose another")
         for source, entry in zip(sources, earlier.sources, strict=True):

@@ -116,18 +116,23 @@ class Index:
         return size // np.dtype(self.dtype).itemsize
 
 
-def read_index(path: str | os.PathLike[str]) -> Index:
-    """Return the index of a prepared folder, every value checked.
+def read_index(path: str | os.PathLike[str]) -> Index | None:
+    """Return the index of a folder that `smolseek prepare` began, every value checked; None for any other path.
 
     Raises:
-        SmolseekError: if it cannot be read, or `smolseek prepare` cannot have written it.
+        SmolseekError: for a damaged index.
     """
     file = Path(path, INDEX)
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it is no JSON object")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        return None
+    try:
         index = from_dict(Index, values, "index")
+        if not index.sources:
+            raise ValueError("it has no sources")
         for source in index.sources:
             if not 0 < source.weight < math.inf or min(source.shards, source.at.shard, source.at.row) < 0:
                 raise ValueError(f"source {source.name!r} has a weight or a count that is none")
@@ -135,26 +140,14 @@ def read_index(path: str | os.PathLike[str]) -> Index:
                 wrong = part.tokens.bytes % np.dtype(index.dtype).itemsize or part.documents.bytes % DOCUMENT.itemsize
                 if wrong or not 0 <= part.shard < source.shards or Path(part.name).name != part.name:
                     raise ValueError(f"part {part.name!r} does not fit")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SmolseekError(f"{file} cannot be read ({reason}): prepare the data anew") from None
+    except ValueError as error:
+        raise SmolseekError(f"{file} cannot be read ({error}): prepare the data anew") from None
     return index
-
-
-def prepared_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Return the names of the sources of a folder that `smolseek prepare` began; none for any other path."""
-    try:
-        values = parse_json(Path(path, INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ()
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        return ()
-    return tuple(source.name for source in read_index(path).sources)
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
     """Return whether `path` is a folder that `smolseek prepare` began."""
-    return bool(prepared_names(path))
+    return read_index(path) is not None
 
 
 class PreparedDataset:
@@ -166,7 +159,9 @@ class PreparedDataset:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.index = read_index(self.path)
+        index = read_index(path)
+        assert index is not None
+        self.index = index
         if not all(source.done for source in self.index.sources):
             raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare again, it goes on")
         for part in (part for source in self.index.sources for part in source.parts):

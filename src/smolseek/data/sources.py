@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from smolseek.data.formats import ENDINGS, Format, NotText, read_texts
+from smolseek.data.formats import ENDINGS, NotText, file_format, read_texts
 from smolseek.data.shards import is_prepared
 from smolseek.errors import SmolseekError
 
@@ -174,15 +174,15 @@ def _is_run_or_model(folder: str, folders: list[str], files: list[str]) -> bool:
 def _from_path(source: str, text_column: str, separator: str | None, report: ReadReport) -> Iterator[str | None]:
     is_folder = os.path.isdir(Path(source).expanduser())
     for path in list_files(source, report):
-        form, empty = Format.of(path.name), True
+        kind, empty = file_format(path.name)[0], True
         try:
-            for _, text in read_texts(path, form, f"data {path}", column=text_column, separator=separator):
+            for _, text in read_texts(path, path.name, f"data {path}", column=text_column, separator=separator):
                 empty = False
-                if separator is None and text and form.kind in ("text", ""):
+                if separator is None and text and kind in ("text", ""):
                     report.separators.update({sign: n for sign in SEPARATORS if (n := text.count(sign))})
                 yield text
         except NotText:
-            if not is_folder or form.kind:
+            if not is_folder or kind:
                 raise
             report.left_out["binary"] += 1
             continue

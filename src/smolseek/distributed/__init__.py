@@ -1,1 +1,1 @@
-"""Many processes: their mesh, the parts of a model that each holds, and what they tell one another."""
+"""Many processes: their mesh, the shards of a model, and collectives."""

@@ -1,7 +1,7 @@
-"""Many processes, as torchrun starts them: the methods of `SingleProcess` by collectives.
+"""Many processes, as torchrun starts them: the methods of `SingleProcess`, by collectives.
 
-What the processes tell one another about the run - sequences, signals, decisions - lies on the CPU and goes by gloo, so
-that no GPU is waited for. Nothing is pickled on the way, as `broadcast_object_list` would.
+Sequences, signals and decisions are on the CPU and go by gloo, so that no GPU is waited for. Nothing is pickled, which
+`broadcast_object_list` would do.
 """
 
 import datetime
@@ -33,24 +33,24 @@ from smolseek.errors import PeerLost, SmolseekError, Stopped
 from smolseek.model.local_shards import LocalShard, full_tensor
 from smolseek.model.transformer import CausalLM, draw_weight
 
-_AWAY = -1
-"""In place of tokens: the main process cannot read its data."""
+_UNAVAILABLE = -1
+"""Sent instead of tokens when the main process cannot read its data."""
 
 
 class _Ended(Stopped):
-    """A SIGTERM outside the steps; torchrun sends it to all when one has ended."""
+    """A SIGTERM outside the steps; torchrun sends it to all processes when one has ended."""
 
 
 class DistributedContext(SingleProcess):
     """This process among those of `mesh`."""
 
-    accumulates = False  # FSDP2 has to see every gradient
+    accumulates = False  # FSDP2 must see every gradient
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
-        """Connect to the others within `timeout` seconds; so long a collective may take as well.
+        """Connect to the others within `timeout` seconds, which is also the time limit of collectives.
 
         Raises:
-            PeerLost: if some do not come; every process that did names them.
+            PeerLost: if some are missing; every other process names them.
         """
         self.mesh = mesh
         self.rank, self.size = launch.number("RANK", 0), mesh.size
@@ -62,7 +62,7 @@ class DistributedContext(SingleProcess):
         try:
             self._connect(device, timeout)
         except BaseException:
-            # torchrun sends a SIGTERM as soon as the first one has ended: the last words are said all the same.
+            # torchrun sends a SIGTERM as soon as the first process has ended; the error is printed all the same.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise
 
@@ -70,7 +70,7 @@ class DistributedContext(SingleProcess):
         limit = datetime.timedelta(seconds=timeout)
         try:
             store, _, _ = next(iter(rendezvous("env://", timeout=limit)))
-        except (RuntimeError, ValueError) as error:  # nothing answers, or the environment does not say where
+        except (RuntimeError, ValueError) as error:  # no answer, or no address in the environment
             at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise PeerLost(
                 f"process {self.rank}: process 0 is missing, its store at {at} does not answer within {timeout:g} "
@@ -93,24 +93,24 @@ class DistributedContext(SingleProcess):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Leave the others. What ends all of them is said by one, and that somebody is missing by everyone else.
+        """Leave the others. One process prints an error that ends all; every process prints that another is missing.
 
         Raises:
-            PeerLost: instead of what a collective that failed says.
+            PeerLost: instead of the error of a failed collective.
         """
         sys.stdout = self._stdout
         signal.signal(signal.SIGTERM, self._sigterm_before if error is None else signal.SIG_IGN)
         code = None
-        if isinstance(error, RuntimeError | _Ended) and not self._add_spoken(0):
+        if isinstance(error, RuntimeError | _Ended) and not self._count_errors(0):
             self._raise_if_lost(error)
         if isinstance(error, Stopped | SmolseekError):
-            is_first = self._add_spoken(1) == 1
+            is_first = self._count_errors(1) == 1
             if is_first and not self.is_main:
                 console.complain(f"{'' if isinstance(error, Stopped) else 'error: '}process {self.rank}: {error}")
             if not (is_first and self.is_main):
                 code = error.code if isinstance(error, Stopped) else 2
-        elif isinstance(error, RuntimeError) and self._add_spoken(0):
-            code = 1  # the other end of a broken connection has spoken
+        elif isinstance(error, RuntimeError) and self._count_errors(0):
+            code = 1  # the process at the other end of a broken connection has printed its error
         elif isinstance(error, Exception):
             reason = " ".join(str(error).split())
             self.heartbeat.blame(f"process {self.rank} has failed ({type(error).__name__}: {reason})")
@@ -120,11 +120,11 @@ class DistributedContext(SingleProcess):
         if code is not None:
             raise SystemExit(code)
 
-    def _add_spoken(self, n: int) -> int:
-        """Return how many processes have ended with a line of their own, with `n` added."""
+    def _count_errors(self, n: int) -> int:
+        """Add `n` to the number of processes that have printed their error, and return it."""
         try:
             return self.store.add("spoken", n)
-        except RuntimeError:  # the store has gone
+        except RuntimeError:  # the store is gone
             return n
 
     def _raise_if_lost(self, error: BaseException) -> None:
@@ -137,11 +137,11 @@ class DistributedContext(SingleProcess):
             ) from error
 
     def describe(self, device: torch.device) -> str:
-        """Return in a few words where they compute."""
+        """Describe device and mesh in a few words."""
         return f"{device.type}, {self.mesh}"
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
-        """Return this process's shards of a new model. Never more than one full tensor is in memory."""
+        """Return a new model with this process's shards; at most one full tensor is in memory."""
         model, self.shards = shard_model(config, self.meshes)
         model.to_empty(device=device)
         model.tie_weights()
@@ -150,70 +150,64 @@ class DistributedContext(SingleProcess):
         return model
 
     def init_weights(self, model: CausalLM, seed: int) -> None:
-        """Draw the weights that `new_model` would give, and keep this process's shards."""
+        """Draw the weights of `new_model`, and keep this process's shards."""
         device = model.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        for name, part in self.local_shards(model).items():
+        for name, (tensor, start, length) in self.local_shards(model).items():
             if name in self.shards:
-                full = torch.empty(part.rows, *part.tensor.shape[1:], device=device)
+                full = torch.empty(length, *tensor.shape[1:], device=device)
                 draw_weight(name, full, model.config.initializer_range, generator)
-                part.tensor.copy_(full[part.start : part.start + len(part.tensor)])
+                tensor.copy_(full[start : start + len(tensor)])
             else:
-                part.tensor.zero_()  # the balancing biases
+                tensor.zero_()  # a router bias
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns to the main process, as JSON."""
-        text = json.dumps(make()).encode() if self.is_main else b""
-        length = torch.tensor([len(text)])
+        """Return the result of `make` in the main process, as JSON."""
+        data = bytearray(json.dumps(make()).encode()) if self.is_main else bytearray()
+        length = torch.tensor([len(data)])
         dist.broadcast(length, 0)
-        data = (
-            torch.frombuffer(bytearray(text), dtype=torch.uint8)
-            if self.is_main
-            else length.new_empty(int(length), dtype=torch.uint8)
-        )
-        dist.broadcast(data, 0)
-        return json.loads(data.numpy().tobytes())
+        data = data or bytearray(int(length))
+        dist.broadcast(torch.frombuffer(data, dtype=torch.uint8), 0)
+        return json.loads(data)
 
     def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return the main process's tensor."""
+        """Return the int64 tensor of the main process."""
         shape = self.broadcast_object(lambda: list(tensor.shape) if tensor is not None else None)
         received = tensor if tensor is not None else torch.empty(shape, dtype=torch.int64)
         dist.broadcast(received, 0)
         return received
 
     def share_stream(self, stream: TrainStream | None) -> TrainStream:
-        """Return the stream that the main process alone reads."""
+        """Return the stream; only the main process reads it."""
         return cast(TrainStream, _RemoteStream()) if stream is None else stream
 
     def micro_batches(
         self, stream: TrainStream, config: TrainConfig, stopped: Callable[[], object] | None = None
     ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Read the sequences of a step on the main process, and scatter them."""
+        """Read the sequences of a step in the main process, and scatter them."""
         size, n = config.batch_size, config.grad_accum
         counts = [len(share) for share in torch.arange(size).tensor_split(self.size)]
         local_batch = torch.empty(n, counts[0], config.seq_len + 1, dtype=torch.int64)  # the first has the most
-        away, sent = None, None
+        failure, sent = None, None
         if self.is_main:
             try:
                 batch = stream.next_batch(size * n, stopped).unflatten(0, (n, size))
                 by_rank = batch.tensor_split(self.size, dim=1)
                 sent = [F.pad(share, (0, 0, 0, counts[0] - share.shape[1])) for share in by_rank]
             except HubUnavailable as error:
-                away, sent = error, [torch.full_like(local_batch, _AWAY)] * self.size
+                failure, sent = error, [torch.full_like(local_batch, _UNAVAILABLE)] * self.size
         dist.scatter(local_batch, sent, 0)
-        if away is not None:
-            raise away
-        if local_batch[0, 0, 0] == _AWAY:
-            raise HubUnavailable("the training data are away")
+        if local_batch[0, 0, 0] == _UNAVAILABLE:
+            raise failure or HubUnavailable("the training data are unavailable")
         return ((micro[: counts[self.rank]], counts[self.rank] / size) for micro in local_batch)
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's sequences; where there are too few, one of share 0, since all must take part."""
+        """Return this process's sequences; if there are too few, one with share 0, since all must take part."""
         share = batch.tensor_split(self.size)[self.rank]
         return (share, len(share) / len(batch)) if len(share) else (batch[:1], 0.0)
 
     def set_last_backward(self, model: CausalLM, is_last: bool) -> None:
-        """Gradients are summed over replicas once a step; over shards each time, since only a shard is kept."""
+        """Sum gradients over replicas once a step; over shards every time, since a process keeps only its shard."""
         model.set_is_last_backward(is_last)  # type: ignore[operator]
         if self.mesh.shard == 1:
             model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
@@ -221,16 +215,16 @@ class DistributedContext(SingleProcess):
             model.set_requires_all_reduce(is_last)  # type: ignore[operator]
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all processes, the same everywhere."""
+        """Return the sum over all processes."""
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
-        """Hand the gradients over to what the optimizer steps, and clip them by the norm over all processes."""
+        """Move the gradients to the optimizer's parameters, and clip them by the norm over all processes."""
         squares = torch.zeros((), device=model.lm_head.weight.device)
         for (name, shard), p in zip(self._optimized, _nonempty(model), strict=True):
-            # Bound anew each time: FSDP2 may have moved its shard.
+            # Assigned every time, since FSDP2 may have moved its shard.
             shard.data, shard.grad = local(p), None if p.grad is None else local(p.grad)
             p.grad = None
             if shard.grad is not None:
@@ -243,40 +237,41 @@ class DistributedContext(SingleProcess):
         return norm
 
     def optimizer_parameters(self, model: CausalLM) -> Named:
-        """Return plain tensors that share memory with the local shards; `clip_grad_norm` gives them gradients."""
+        """Return plain tensors that share memory with the local shards; `clip_grad_norm` sets their gradients."""
         names = [name for name, p in model.named_parameters() if p.numel()]
         self._optimized = [(n, nn.Parameter(local(p).detach())) for n, p in zip(names, _nonempty(model), strict=True)]
         return self._optimized
 
     def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
         """Return the signal with the highest number that any process received."""
-        self.heartbeat.beat()
+        self.heartbeat.begin_step()
         number = torch.tensor(0 if received is None else int(received))
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return signal.Signals(int(number)) if number else None
 
     def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return this process's shard of every tensor, with no gathered copy beside them."""
+        """Return this process's shard of every tensor; gathered copies are freed."""
         for module in fsdp_modules(model):
             module.reshard()
-        shards = {}
-        for name, p in model.named_parameters():
-            shards[name] = LocalShard(local(p).detach(), self.shards[name].start, self.shards[name].full_length)
+        shards = {
+            name: LocalShard(local(p).detach(), self.shards[name].start, self.shards[name].full_length)
+            for name, p in model.named_parameters()
+        }
         biases = {name: b for name, b in model.named_buffers() if name.endswith("e_score_correction_bias")}
         return shards | {name: full_tensor(b) for name, b in biases.items()}
 
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process is the `number`-th, counted around, of those that hold the same shard."""
+        """Return whether this process is number `number` (modulo their count) of those with the same shard."""
         shard = self.shards[name]
         return shard.length > 0 and shard.replica == number % shard.replicas
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
-        """Yield what this process is to write of the weights, to be copied at once; all iterate together.
+        """Yield the weights that this process writes, to be copied at once; all processes iterate together.
 
-        Experts are written as shards. Any other tensor is gathered, one at a time, and one process writes it: no
-        process ever holds more than its share and one tensor.
+        Experts are written as shards. Any other tensor is gathered, one at a time, and written by one process, so that
+        no process ever holds more than its shards and one tensor.
         """
-        shards = self.local_shards(model)  # reshards, which gives the parameters anew
+        shards = self.local_shards(model)  # reshards, which replaces the parameters
         parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
         for number, (name, shard) in enumerate(shards.items()):
             p = parameters.get(name)
@@ -293,14 +288,14 @@ class DistributedContext(SingleProcess):
 
 
 class _RemoteStream:
-    """The stream of a process that does not read: it stands still, and what it says is not written."""
+    """The stream of a process that does not read; its state is never written."""
 
     position = state_dict = record = staticmethod(lambda: {"tokens": 0})
     load_state_dict = close = staticmethod(lambda *_: None)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    raise _Ended("stopped by SIGTERM; what was saved before counts: go on with --resume", 128 + number)
+    raise _Ended("stopped by SIGTERM; go on from the newest checkpoint with --resume", 128 + number)
 
 
 def _nonempty(model: CausalLM) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""Expert parallelism: each process holds some experts, and tokens travel to them and back.
+"""Expert parallelism: each process holds some experts; an all-to-all sends tokens there, another the results back.
 
 Shapes as in `model/moe.py`; X slots (token, expert) that this process computes.
 """
@@ -13,37 +13,38 @@ from smolseek.ops.moe_permute import inverse, permute
 
 
 class _Permutation(NamedTuple):
-    """How the tokens came, for the way back."""
+    """How the slots were sent and sorted, to be undone for the results."""
 
     order_M: torch.Tensor
-    """Of this process's slots, by expert."""
+    """Order by expert of this process's slots."""
     order_X: torch.Tensor
-    """Of the slots that arrived, by expert."""
+    """Order by expert of the received slots."""
     sent: list[int]
-    """Slots that went to each process."""
+    """Slots sent to each process."""
     received: list[int]
-    """Slots that came from each process."""
+    """Slots received from each process."""
 
 
 class ExpertDispatcher(LocalDispatcher):
-    """Brings each token to the process that holds its expert, by one all-to-all each way.
+    """Sends each token to the process that holds its expert, by one all-to-all each way.
 
-    No token is dropped: the processes first tell one another how many come. Neighbours hold neighbouring experts.
+    No token is dropped: the processes exchange the numbers of slots first. Process r of P holds the r-th of P
+    contiguous ranges of experts.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, group.size()
 
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
-        """Return the slots whose experts are here, from all processes of the group, sorted by expert."""
+        """Return the slots for this process's experts, from all processes of the group, sorted by expert."""
         x_MD, load_E, _, order_M = super().dispatch(x_ND, experts_NK, n_experts)
         received_E = torch.empty_like(load_E)
         dist.all_to_all_single(received_E, load_E, group=self.group)
         n_local = n_experts // self.size
-        # The one place where the host waits: the collective takes its splits as Python's numbers.
+        # The host waits for the GPU here alone: the collective takes its splits as Python integers.
         sent, received = torch.stack((load_E, received_E)).view(2, self.size, n_local).sum(dim=2).tolist()
         x_XD = _AllToAll.apply(x_MD, sent, received, self.group)
-        # From each process they came by expert; now by expert alone, and of one expert in the processes' order.
+        # They arrive sorted by process, then expert; the experts need them sorted by expert, then process.
         experts = torch.arange(n_local, device=x_ND.device).repeat(self.size)
         order_X = experts.repeat_interleave(received_E, output_size=sum(received)).argsort(stable=True)
         counts_E = received_E.view(self.size, n_local).sum(dim=0)
@@ -61,9 +62,9 @@ def _reordered(x_XD: torch.Tensor, order_X: torch.Tensor) -> torch.Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to the processes that they are for; the gradients go the way back.
+    """All-to-all with a gradient, which is the all-to-all in the other direction.
 
-    PyTorch's own with a gradient is deprecated (`torch.distributed.nn`) or private (`_functional_collectives`).
+    PyTorch's own is deprecated (`torch.distributed.nn`) or private (`_functional_collectives`).
     """
 
     @staticmethod

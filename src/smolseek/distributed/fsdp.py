@@ -1,7 +1,7 @@
-"""A model sharded over the processes of a mesh: by PyTorch's FSDP2, the routed experts by hand on top.
+"""A model sharded over the processes of a mesh, by PyTorch's FSDP2; the routed experts are partitioned first.
 
-Every parameter is sharded along its first dimension. One engine serves all meshes: `fully_shard` over a mesh of
-replicas and shards is hybrid sharding, with one shard it is plain data parallelism, and with one replica full sharding.
+Every parameter is sharded along its first dimension. `fully_shard` serves all meshes: over replicas and shards it is
+hybrid sharding, with one shard plain data parallelism, with one replica full sharding.
 """
 
 import datetime
@@ -23,26 +23,25 @@ from smolseek.model.transformer import CausalLM
 
 
 class Shard(NamedTuple):
-    """Which rows of a parameter a process holds."""
+    """The slice of a parameter that a process holds, along the first dimension."""
 
     start: int
     length: int
-    """Rows from there on that are this process's."""
     full_length: int
-    """Rows of the full parameter."""
+    """Length of the full parameter."""
     replicas: int
-    """Processes that hold the same rows."""
+    """Number of processes that hold the same slice."""
     replica: int
-    """This process's number among them."""
+    """Index of this process among them."""
 
 
 class Meshes(NamedTuple):
     """The device meshes that parameters are sharded over."""
 
     dense: DeviceMesh
-    """[replicas, shards] of all that is no routed expert's."""
+    """[replicas, shards] of all parameters but the routed experts'."""
     experts: DeviceMesh | None
-    """[replicas, shards, expert neighbours] of the routed experts; None where they are sharded like the rest."""
+    """[replicas, shards, partitions] of the routed experts; None where they are sharded like the rest."""
 
 
 def make_meshes(mesh: Mesh, device_type: str, timeout: datetime.timedelta) -> Meshes:
@@ -54,13 +53,13 @@ def make_meshes(mesh: Mesh, device_type: str, timeout: datetime.timedelta) -> Me
         shape = (mesh.expert_replicas, mesh.expert_shard, mesh.expert)
         experts = init_device_mesh(device_type, shape, mesh_dim_names=names)
     for group in dense.get_all_groups() + (experts.get_all_groups() if experts else []):
-        # Private; init_device_mesh leaves groups of some processes half an hour on gloo, ten minutes on NCCL.
+        # Private. Without it the groups of some processes keep PyTorch's 30 minutes (gloo) or 10 (NCCL).
         _set_pg_timeout(timeout, group)
     return Meshes(dense, experts)
 
 
 def shard_model(config: ModelConfig, meshes: Meshes) -> tuple[CausalLM, dict[str, Shard]]:
-    """Return a model on the meta device of which this process holds its shards, and which rows those are, by name."""
+    """Return a model on the meta device with this process's shards, and which slices those are, by name."""
     with torch.device("meta"):
         model = CausalLM(config)
     full_lengths = {name: len(p) for name, p in model.named_parameters()}
@@ -75,40 +74,39 @@ def shard_model(config: ModelConfig, meshes: Meshes) -> tuple[CausalLM, dict[str
             fully_shard(experts, mesh=meshes.experts["replica", "shard"])
         fully_shard(block, mesh=meshes.dense, ignored_params=empty)
     fully_shard(model, mesh=meshes.dense, ignored_params=empty)
-    # The training calls `hidden`, and then uses the head's weight, which the root keeps whole until the backward pass.
+    # Training calls `hidden`, and then uses the head's weight, which the root keeps gathered until the backward pass.
     register_fsdp_forward_method(model, "hidden")
     for module in fsdp_modules(model):
-        # The loss is divided by all processes' tokens, so the gradients are added up.
+        # The loss is divided by the tokens of all processes, so gradients are summed and not averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return model, {name: _shard(p, full_lengths[name], offsets[name]) for name, p in model.named_parameters()}
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """Return the modules whose parameters are gathered together."""
+    """Return the modules whose parameters FSDP2 gathers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def local(p: torch.Tensor) -> torch.Tensor:
-    """Return this process's rows of a parameter or gradient."""
+    """Return this process's shard of a parameter or gradient."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
 def _keep_local(experts: Experts, rank: int, size: int) -> int:
-    """Leave process `rank` of `size` its experts, and return the number of the first."""
-    begin = 0
+    """Keep only the experts of process `rank` of `size`, and return the index of the first."""
+    n_local = 0
     for name, p in list(experts.named_parameters()):
         n_local = len(p) // size
-        begin = rank * n_local
-        setattr(experts, name, nn.Parameter(p.detach()[begin : begin + n_local].clone()))
-    return begin
+        setattr(experts, name, nn.Parameter(p.detach().chunk(size)[rank].clone()))
+    return rank * n_local
 
 
 def _shard(p: torch.Tensor, full_length: int, offset: int) -> Shard:
     if not isinstance(p, DTensor):
         return Shard(0, full_length, full_length, dist.get_world_size(), dist.get_rank())
     mesh = p.device_mesh
-    # As torch.chunk cuts, and FSDP2 with it.
+    # As torch.chunk and FSDP2 split.
     step = -(-p.shape[0] // mesh.size(1))
     start = min(mesh.get_local_rank(1) * step, p.shape[0])
     return Shard(offset + start, len(p.to_local()), full_length, mesh.size(0), mesh.get_local_rank(0))

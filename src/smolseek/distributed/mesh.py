@@ -1,7 +1,7 @@
-"""Which process holds what: the sizes of the mesh, checked. Imports no torch.
+"""The sizes of a mesh of processes, checked. Imports no torch.
 
-P processes stand in a row. Each `expert` neighbours hold all routed experts together; each `shard` neighbours hold
-all other weights together. Every process trains on sequences of its own, whatever it holds.
+P processes stand in a row. Each group of `expert` neighbours holds all routed experts; each group of `shard` neighbours
+holds all other weights. Every process trains on its own sequences.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from smolseek.errors import SmolseekError
 
 @dataclass(frozen=True)
 class Mesh:
-    """The sizes of a mesh that fits."""
+    """The sizes of a valid mesh."""
 
     size: int
-    """Processes."""
+    """Number of processes."""
     expert: int
     """Processes that the routed experts are partitioned over."""
     shard: int
@@ -23,12 +23,12 @@ class Mesh:
 
     @property
     def replicas(self) -> int:
-        """Replicas of a weight that is no routed expert's."""
+        """Replicas of a weight outside the routed experts."""
         return self.size // self.shard
 
     @property
     def expert_shard(self) -> int:
-        """Processes that the experts of one of the `expert` neighbours are sharded over in turn."""
+        """Processes that each process's partition of the experts is sharded over in turn."""
         return max(1, self.shard // self.expert)
 
     @property
@@ -43,46 +43,41 @@ class Mesh:
 
 
 def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size: int | None = None) -> Mesh:
-    """Return the mesh of `size` processes, or of as many as `config` asks for when that is None.
+    """Return the mesh of `size` processes, or of as many as `config` requests when that is None.
 
     Raises:
-        SmolseekError: for sizes that do not divide; those that would are named.
+        SmolseekError: for sizes that do not divide, with the sizes that would.
     """
-    wanted = max(1, config.data) * config.expert
+    requested = max(1, config.data) * config.expert
     if size is None:
-        size = wanted
+        size = requested
+    processes = f"{size} process{'es' if size > 1 else ''}"
+    divisors = [n for n in range(1, size + 1) if size % n == 0]
     experts = model.n_routed_experts if model.n_moe_layers else 1
-    fitting = [n for n in _divisors(size) if experts % n == 0]
-    if config.expert not in fitting:
+    valid = [n for n in divisors if experts % n == 0]
+    if config.expert not in valid:
         raise SmolseekError(
-            f"mesh.expert {config.expert} does not divide both {_processes(size)} and {experts} routed experts: "
-            f"use --mesh.expert {_either(fitting)}"
+            f"mesh.expert {config.expert} does not divide both {processes} and {experts} routed experts: "
+            f"use --mesh.expert {_either(valid)}"
         )
-    if config.data and wanted != size:
+    if config.data and requested != size:
         raise SmolseekError(
-            f"mesh.data {config.data} times mesh.expert {config.expert} is {wanted} and not {_processes(size)}: "
-            f"use --mesh.data {size // config.expert}, or torchrun --nproc-per-node {wanted}"
+            f"mesh.data {config.data} times mesh.expert {config.expert} is {requested} and not {processes}: "
+            f"use --mesh.data {size // config.expert}, or torchrun --nproc-per-node {requested}"
         )
-    fitting = [n for n in _divisors(size) if n == 1 or n % config.expert == 0]
-    if config.shard not in fitting:
+    valid = [n for n in divisors if n == 1 or n % config.expert == 0]
+    if config.shard not in valid:
         raise SmolseekError(
-            f"mesh.shard {config.shard} does not divide {_processes(size)} into whole groups of mesh.expert "
-            f"{config.expert}: use --mesh.shard {_either(fitting)}"
+            f"mesh.shard {config.shard} does not divide {processes} into whole groups of mesh.expert "
+            f"{config.expert}: use --mesh.shard {_either(valid)}"
         )
     if batch_size is not None and batch_size < size:
         raise SmolseekError(
-            f"batch-size {batch_size} leaves some of {_processes(size)} without a row: use --batch-size {size} or more"
+            f"batch-size {batch_size} leaves some of {processes} without a sequence: use --batch-size {size} or more"
         )
     return Mesh(size, config.expert, config.shard)
 
 
-def _processes(n: int) -> str:
-    return f"{n} process{'es' if n > 1 else ''}"
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
 def _either(numbers: list[int]) -> str:
-    return " or ".join([", ".join(map(str, numbers[:-1])), str(numbers[-1])] if numbers[:-1] else [str(numbers[-1])])
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last

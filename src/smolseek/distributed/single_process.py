@@ -18,16 +18,16 @@ Named = list[tuple[str, torch.nn.Parameter]]
 
 
 class SingleProcess:
-    """One process. The main process of many reads the data, prints and writes the run folder."""
+    """One process; of many, the main process reads the data, prints and writes the run folder."""
 
     rank = 0
     size = 1
     accumulates = True
-    """Whether a backward pass may add gradients to `.grad` where autograd does not see it (`CausalLM.hidden`)."""
+    """Whether a backward pass may add gradients to `.grad` itself, outside of autograd (`CausalLM.hidden`)."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that reads the data, prints and writes."""
+        """Whether this is the main process."""
         return self.rank == 0
 
     def __enter__(self) -> Self:
@@ -37,11 +37,11 @@ class SingleProcess:
         """Leave the others."""
 
     def describe(self, device: torch.device) -> str:
-        """Return in a few words where it computes."""
+        """Describe in a few words where it computes."""
         return device.type
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
-        """Return what this process holds of a new model: the same weights, however many processes there are."""
+        """Return a new model, or this process's shards of it; the weights do not depend on the number of processes."""
         return new_model(config, seed, device)
 
     def init_weights(self, model: CausalLM, seed: int) -> None:
@@ -49,16 +49,16 @@ class SingleProcess:
         model.init_weights(torch.Generator(model.lm_head.weight.device).manual_seed(seed))
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
-        """Return what `make` returns to the main process, in JSON types; the others do not call it."""
+        """Return the result of `make` in the main process, in JSON types; the others do not call it."""
         return make()
 
     def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return the main process's int64 tensor."""
+        """Return the int64 tensor of the main process."""
         assert tensor is not None
         return tensor
 
     def share_stream(self, stream: TrainStream | None) -> TrainStream:
-        """Return the stream that the main process reads; in the others it stands still."""
+        """Return the stream of the main process; the others get one that is never read."""
         assert stream is not None
         return stream
 
@@ -67,8 +67,8 @@ class SingleProcess:
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the sequences of one step: `grad_accum` micro-batches of `batch_size`.
 
-        Yields this process's sequences of each micro-batch, and their share in it. Those of all processes, side by
-        side, are the micro-batch that one process would read.
+        Yields this process's sequences of each micro-batch, and their share of it. The sequences of all processes,
+        concatenated, are the micro-batch of a single process.
 
         Raises:
             HubUnavailable: in all processes, when the main process cannot read its data.
@@ -77,11 +77,11 @@ class SingleProcess:
         return ((micro, 1.0) for micro in batch.split(config.batch_size))
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's sequences of `batch`, which all have, and their share in it."""
+        """Return this process's sequences of `batch`, which all processes have, and their share of it."""
         return batch, 1.0
 
     def set_last_backward(self, model: CausalLM, is_last: bool) -> None:
-        """Prepare a backward pass: is it the last one before the optimizer's step?"""
+        """Prepare a backward pass; `is_last` is for the last one before the optimizer's step."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of every process's `x`."""
@@ -92,7 +92,7 @@ class SingleProcess:
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def optimizer_parameters(self, model: CausalLM) -> Named:
-        """Return what the optimizer steps, by name: this process's shard of every parameter that is not empty."""
+        """Return the optimizer's parameters by name: this process's shard of every parameter that is not empty."""
         return [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
 
     def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
@@ -100,16 +100,16 @@ class SingleProcess:
         return received
 
     def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return what this process holds of the model, by name; a tied head is left out."""
+        """Return this process's shards of the model by name, without a tied head."""
         return full_tensors(model)
 
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process writes its shard of the parameter `name`, the `number`-th, into checkpoints.
+        """Return whether this process writes its shard of the parameter `name`, number `number`, into checkpoints.
 
-        Of the processes that hold the same shard one does, another one for each number.
+        Of the processes with the same shard one does, a different one for each number.
         """
         return True
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
-        """Yield what this process is to write of the weights, to be copied at once; all iterate together."""
+        """Yield the weights that this process writes, to be copied at once; all processes iterate together."""
         yield from full_tensors(model).items()
