@@ -18,7 +18,7 @@ def store():
 def heartbeats(store):
     """Three processes that give a sign of life every 0.2 seconds."""
     for rank in range(3):
-        store.set(f"sign/{rank}", FIRST_HEARTBEAT)
+        store.set(f"heartbeat/{rank}", FIRST_HEARTBEAT)
     heartbeats = [Heartbeat(store, rank, 3, 2.0) for rank in range(3)]
     yield heartbeats
     for heartbeat in heartbeats:

@@ -29,7 +29,7 @@ def life(store, word, ranks=(0, 1, 2)):
 def test_a_second_life_reads_nothing_of_the_first():
     store = dist.HashStore()
     for word in ("first", "second", "third"):
-        store.set("asks/2", "a word of one who died while it asked")
+        store.set("request/2", "a word of one who died while it asked")
         assert life(store, word) == {rank: [word] * 3 for rank in range(3)}
 
 

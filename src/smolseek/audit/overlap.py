@@ -95,8 +95,8 @@ def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Che
     differs = state.get("fingerprint") != corpus.fingerprint()
     return NEVER_TRAINED_ON.judge(
         wrong + differs,
-        f"of {'' if corpus.sample_of is None else 'a sample of '}{len(corpus.train):,} training documents those that the "
-        "split holds out; one more if the checkpoint has the fingerprint of other documents",
+        f"of {'' if corpus.sample_of is None else 'a sample of '}{len(corpus.train):,} training documents those that "
+        "the split holds out; one more if the checkpoint has the fingerprint of other documents",
     )
 
 

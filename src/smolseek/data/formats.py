@@ -145,8 +145,8 @@ def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> 
         except UnicodeDecodeError as error:
             raise SmolseekError(f"{place} is no UTF-8 (byte {error.start:,}): {_CONVERT}") from None
         except (ValueError, RecursionError) as error:
-            way_out = "write one JSON object a line, or name a text file .txt"
-            raise SmolseekError(f"{place} is no JSON ({error}): {way_out}") from None
+            advice = "write one JSON object a line, or name a text file .txt"
+            raise SmolseekError(f"{place} is no JSON ({error}): {advice}") from None
         if not spans_lines:
             yield _json_text(value, key, place, "write one JSON object a line")
         else:
@@ -154,10 +154,10 @@ def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> 
                 yield _json_text(record, key, f"{where} item {item}", "write an array of JSON objects")
 
 
-def _json_text(record: Any, key: str, place: str, way_out: str) -> str | None:
+def _json_text(record: Any, key: str, place: str, advice: str) -> str | None:
     """Return the text of a JSON record, None for null."""
     if not isinstance(record, dict):
-        raise SmolseekError(f"{place} is a JSON {type(record).__name__}, not an object: {way_out}")
+        raise SmolseekError(f"{place} is a JSON {type(record).__name__}, not an object: {advice}")
     _require_name(key, record, f"{place} has no key")
     value = record[key]
     if value is None:

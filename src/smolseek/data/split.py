@@ -8,7 +8,7 @@ from smolseek.errors import SmolseekError
 
 SHORTEST, LONGEST = 1000, 16_384
 """Bounds of a part in characters."""
-PARTS_PER_DOCUMENT = 50
+CHUNKS_PER_DOCUMENT = 50
 """A part is a fiftieth of its document, within the bounds."""
 BORDERS = {"paragraph": "\n\n", "line": "\n", "sentence": ". ", "word": " "}
 """Where a document may be cut, best first, and the sign before the cut."""
@@ -118,7 +118,7 @@ def cut_documents(documents: Sequence[str]) -> Cut:
 
 def _cut(text: str) -> tuple[list[str], int]:
     """Return the parts of a text, and the index of the worst border used."""
-    size = min(max(len(text) // PARTS_PER_DOCUMENT, SHORTEST), LONGEST)
+    size = min(max(len(text) // CHUNKS_PER_DOCUMENT, SHORTEST), LONGEST)
     cuts, worst = [0], 0
     while len(text) - cuts[-1] >= 2 * size:
         start = cuts[-1]

@@ -123,7 +123,7 @@ class DistributedContext(SingleProcess):
     def _count_errors(self, n: int) -> int:
         """Add `n` to the number of processes that have printed their error, and return it."""
         try:
-            return self.store.add("spoken", n)
+            return self.store.add("errors", n)
         except RuntimeError:  # the store is gone
             return n
 
@@ -137,7 +137,6 @@ class DistributedContext(SingleProcess):
             ) from error
 
     def describe(self, device: torch.device) -> str:
-        """Describe device and mesh in a few words."""
         return f"{device.type}, {self.mesh}"
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
@@ -162,7 +161,6 @@ class DistributedContext(SingleProcess):
                 tensor.zero_()  # a router bias
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
-        """Return the result of `make` in the main process, as JSON."""
         data = bytearray(json.dumps(make()).encode()) if self.is_main else bytearray()
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0)
@@ -171,14 +169,12 @@ class DistributedContext(SingleProcess):
         return json.loads(data)
 
     def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return the int64 tensor of the main process."""
         shape = self.broadcast_object(lambda: list(tensor.shape) if tensor is not None else None)
         received = tensor if tensor is not None else torch.empty(shape, dtype=torch.int64)
         dist.broadcast(received, 0)
         return received
 
     def share_stream(self, stream: TrainStream | None) -> TrainStream:
-        """Return the stream; only the main process reads it."""
         return cast(TrainStream, _RemoteStream()) if stream is None else stream
 
     def micro_batches(
@@ -215,7 +211,6 @@ class DistributedContext(SingleProcess):
             model.set_requires_all_reduce(is_last)  # type: ignore[operator]
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all processes."""
         total = x.clone()
         dist.all_reduce(total)
         return total

@@ -23,7 +23,7 @@ _LEFT = -1
 
 
 class _Heartbeat(NamedTuple):
-    """The value in the store under `sign/RANK`."""
+    """The value in the store under `heartbeat/RANK`."""
 
     steps: int
     """Steps that the process has begun."""
@@ -46,7 +46,7 @@ class Heartbeat:
         # A connection of its own, since the other one waits inside collectives. PyTorch's stubs lack `clone`.
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self.rank, self.timeout, self.interval = rank, timeout, min(timeout / 10, _INTERVAL)
-        self._keys = [f"sign/{other}" for other in range(size)]
+        self._keys = [f"heartbeat/{other}" for other in range(size)]
         self._steps, self._failed, self._since = 0, False, time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)

@@ -26,27 +26,27 @@ def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> d
         PeerLost: in every process, with the missing ones named, after `timeout` seconds or on a SIGTERM.
     """
     nonce, begun = uuid.uuid4().hex, time.monotonic()
-    launch = dist.PrefixStore(f"life/{nonce}", store) if rank == 0 else None
+    launch = dist.PrefixStore(f"launch/{nonce}", store) if rank == 0 else None
     others = [other for other in range(size) if other != rank]
     if launch is None:
-        store.set(f"asks/{rank}", nonce)
+        store.set(f"request/{rank}", nonce)
     else:
-        launch.set("sign/0", FIRST_HEARTBEAT)
+        launch.set("heartbeat/0", FIRST_HEARTBEAT)
     try:
         while time.monotonic() - begun < timeout:
             if rank == 0:
                 for other in others:
-                    if store.check([f"asks/{other}"]):  # the request of a dead process gets an answer that nobody reads
-                        store.set(f"answer/{store.get(f'asks/{other}').decode()}", nonce)
+                    if store.check([f"request/{other}"]):  # perhaps of a dead process; nobody reads that answer
+                        store.set(f"answer/{store.get(f'request/{other}').decode()}", nonce)
             elif launch is None and store.check([f"answer/{nonce}"]):
-                launch = dist.PrefixStore(f"life/{store.get(f'answer/{nonce}').decode()}", store)
-                launch.set(f"sign/{rank}", FIRST_HEARTBEAT)
-            if launch is not None and launch.check([f"sign/{other}" for other in others]):
+                launch = dist.PrefixStore(f"launch/{store.get(f'answer/{nonce}').decode()}", store)
+                launch.set(f"heartbeat/{rank}", FIRST_HEARTBEAT)
+            if launch is not None and launch.check([f"heartbeat/{other}" for other in others]):
                 return launch
             time.sleep(max(_POLL, size / 5000))
     except Stopped:
         pass
-    missing = [0] if launch is None else [other for other in others if not launch.check([f"sign/{other}"])]
+    missing = [0] if launch is None else [other for other in others if not launch.check([f"heartbeat/{other}"])]
     raise PeerLost(
         f"process {rank}: no word of process {', '.join(map(str, missing))} in {time.monotonic() - begun:.1f} seconds: "
         "start all processes, or raise --mesh.timeout"

@@ -142,7 +142,7 @@ def text_sequences(
         return build_sequences(texts, encoder(tokenizer), tokenizer.eos_token_id or 0, seq_len, max_tokens)
     except TooFewTokens as error:
         raise SmolseekError(
-            f"the text has {error.tokens:,} tokens, but one sequence takes {seq_len + 1:,}: give more, or lower --seq-len"
+            f"the text has {error.tokens:,} tokens, but a sequence takes {seq_len + 1:,}: give more, or lower --seq-len"
         ) from None
 
 
