@@ -198,9 +198,9 @@ def test_names() -> None:
     assert parse_names(["a/b:c@main=2", "d:e"]) == [HubName("a/b", "c", "main", 2.0), HubName("d", "e")]
     assert parse_names(["builtin", "folder/of/text", "x,y.txt"]) == []
     for word in ("cosmopedia-v2=none", "cosmopedia-v2=0", "cosmopedia-v2=-1", "cosmopedia-v2=inf"):
-        with pytest.raises(SmolseekError, match="is no weight"):
+        with pytest.raises(SmolseekError, match="is not a weight"):
             parse_names([word])
-    with pytest.raises(SmolseekError, match="one or the other"):
+    with pytest.raises(SmolseekError, match="only one of the two"):
         parse_names(["cosmopedia-v2", "builtin"])
 
 
@@ -260,7 +260,7 @@ def test_prepare_goes_on_when_the_hub_is_back(hub, tmp_path: Path) -> None:
     hub.requests, hub.fault = 0, lambda number: "500" if number >= 8 else None
     stopped = run(hub, tmp_path, *words("out"), "--give-up-after", 1)
     assert stopped.returncode == os.EX_TEMPFAIL, stopped.stderr
-    assert "give the same command again when it is back" in stopped.stderr.splitlines()[-1]
+    assert "run the same command again later" in stopped.stderr.splitlines()[-1]
     hub.fault = lambda number: None
     again = run(hub, tmp_path, *words("out"))
     assert again.returncode == 0 and files("out") == files("plain"), again.stderr
@@ -282,7 +282,7 @@ def test_what_is_not_there_is_told_at_once(hub, tmp_path: Path, source: str, mes
 def test_an_endpoint_that_is_none_is_told_at_once(hub, tmp_path: Path) -> None:
     words = ["-m", "smolseek", "train", "tiny", "--data", "cosmopedia-v2", "--run", tmp_path / "run"]
     done = run(hub, tmp_path, *words, HF_ENDPOINT="hub.example")
-    assert done.returncode == 2 and "HF_ENDPOINT 'hub.example' is no address" in done.stderr, done.stderr
+    assert done.returncode == 2 and "HF_ENDPOINT 'hub.example' is not an address" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -350,13 +350,13 @@ def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
     assert several == "data a/several has several configurations (one, two): add one, as in a/several:one"
     assert (
         pictures
-        == "data a/pictures:all holds a.arrow, which is no text, JSON, csv or parquet: fetch it and give its text"
+        == "data a/pictures:all has a.arrow, which is not text, JSON, csv or parquet: convert it and give the file"
     )
     for message in closed:
         assert "data a/closed is gated" in message and "accept the licence at " in message
         assert "/datasets/a/closed and log in (hf auth login)" in message
     assert nothing == (
-        "data a/nothing is no file or folder here, and is no public data set on the hub (HTTP 401): "
+        "data a/nothing is not a file or folder here, and is not a public dataset on the hub (HTTP 401): "
         "check the name or, if it is private, log in (hf auth login)"
     )
 
@@ -412,7 +412,7 @@ def test_of_a_model_only_what_is_read_is_fetched(hub, tmp_path: Path) -> None:
     done = run(hub, tmp_path, "-c", code)
     assert done.returncode == 0 and "loaded" in done.stdout, done.stderr
     assert fetched() == set(files)
-    for name, message in (("a/closed", "a/closed is gated"), ("a/nothing", "no public model on the hub (HTTP 401)")):
+    for name, message in (("a/closed", "a/closed is gated"), ("a/nothing", "not a public model on the hub (HTTP 401)")):
         done = run(hub, tmp_path, "-m", "smolseek", "inspect", name)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert "log in (hf auth login)" in done.stderr

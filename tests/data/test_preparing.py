@@ -127,7 +127,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
     prepare(sources(), target(tmp_path / "plain"))
     broken = sources()
     broken[0].texts.away_at, broken[0].texts.error = away_at, error  # type: ignore[attr-defined]
-    with pytest.raises(Stopped, match="give the same command again") as stopped:
+    with pytest.raises(Stopped, match="run the same command again") as stopped:
         prepare(broken, target(tmp_path / "out"))
     assert stopped.value.code == (75 if isinstance(error, HubUnavailable) else 130)
     assert is_prepared(tmp_path / "out")
@@ -182,7 +182,7 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
         with pytest.raises(SmolseekError, match=f"{name} is damaged"):
             TrainStream([source], [1.0], 16, 5, "x").next_batch(1000)
         (copy / name).write_bytes(data[:-1])
-        with pytest.raises(SmolseekError, match=f"{name} is missing or has not"):
+        with pytest.raises(SmolseekError, match=f"{name} is missing or does not have"):
             PreparedDataset(copy)
 
 
@@ -195,7 +195,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         (sources(), target(tmp_path / "out", eos_id=1), None),
         (sources(), target(tmp_path / "out"), 5000),
     ):
-        with pytest.raises(SmolseekError, match="holds other data"):
+        with pytest.raises(SmolseekError, match="has other data"):
             prepare(found, to, tokens)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SmolseekError, match="not empty"):
         prepare(sources(), target(tmp_path / "mine"))
     assert (tmp_path / "mine/letter.tokens").exists()
-    with pytest.raises(SmolseekError, match="does not give a text back"):
+    with pytest.raises(SmolseekError, match="does not restore a text"):
         prepare(sources(), target(tmp_path / "lossy", decode=lambda ids: bytes(ids).decode().upper()))
 
 
@@ -247,8 +247,8 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
         (["--data", "picture.txt"], "picture.txt"),
         (["--data", "text.jsonl", "--tokens", "0"], "tokens 0 is below 1"),
         (["--data", "text.jsonl", "--eos-id", "99999999"], "99999999"),
-        (["--data", "cosmopedia-v2=much"], "'much' is no weight"),
-        (["--data", "text.jsonl", "cosmopedia-v2"], "one or the other"),
+        (["--data", "cosmopedia-v2=much"], "'much' is not a weight"),
+        (["--data", "text.jsonl", "cosmopedia-v2"], "only one of the two"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run_cli, monkeypatch, words, message) -> None:

@@ -121,7 +121,7 @@ def test_paths_without_text(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
-    for data, reason in ((b"abc\0def", "NUL"), (b"abc\xff\xfe", "byte 3 is no UTF-8")):
+    for data, reason in ((b"abc\0def", "NUL"), (b"abc\xff\xfe", "byte 3 is not UTF-8")):
         for name in ("a.bin", "a.txt"):
             (tmp_path / name).write_bytes(data)
             assert reason in refused(tmp_path / name)
@@ -130,7 +130,7 @@ def test_files_that_are_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [(b"{'text': 1}", "is no JSON"), (b"[1]", "is a JSON list"), (b'{"text": 3}', "is a int"), (b"\xff", "no UTF-8")],
+    [(b"{'text': 1}", "is not JSON"), (b"[1]", "is a JSON list"), (b'{"text": 3}', "is a int"), (b"\xff", "not UTF-8")],
 )
 def test_bad_json_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
     path = tmp_path / "a.jsonl"
@@ -205,7 +205,7 @@ def test_broken_compressed_files(tmp_path: Path, ending: str) -> None:
     # This zstd has no checksum.
     for data in (whole[:-20], b"no archive at all", whole + b"more", *(() if ending == ".zst" else (damaged,))):
         (tmp_path / f"a.txt{ending}").write_bytes(data)
-        assert f"a.txt{ending} is no sound" in refused(tmp_path)
+        assert f"a.txt{ending} is not a valid" in refused(tmp_path)
 
 
 def test_columns_of_tables(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_columns_of_tables(tmp_path: Path) -> None:
     path.write_text(f"id,text\n1,{'long ' * 100_000}\n")
     assert len(read(path)[0]) == 500_000
     path.write_bytes(b"id,text\n1,\xff\n")
-    assert "is no UTF-8" in refused(path)
+    assert "is not UTF-8" in refused(path)
 
 
 def test_utf_16(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_utf_16(tmp_path: Path) -> None:
         (tmp_path / name).write_text(data.decode(), encoding="utf-16", newline="")
         assert read(tmp_path / name) == TEXTS[name]
     (tmp_path / "a.txt").write_bytes(b"\xff\xfea\0b")
-    assert "is no UTF-16" in refused(tmp_path / "a.txt")
+    assert "is not UTF-16" in refused(tmp_path / "a.txt")
 
 
 def test_json_over_the_whole_file(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     assert report.left_out == expected
     assert report.summary() == (
         "2 blank documents, 2 empty files, 2 hidden files and folders, 1 .json file (name it to have it read), "
-        "1 file that is no text, 2 pipes, sockets and devices"
+        "1 file that is not text, 2 pipes, sockets and devices"
     )
     assert "is a pipe or device" in refused(tmp_path / "pipe")
     (tmp_path / "a.txt").unlink()

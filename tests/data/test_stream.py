@@ -167,7 +167,7 @@ def test_the_record_counts_whole_documents_and_tokens() -> None:
 def test_other_data_or_seed_is_refused() -> None:
     state = stream().state_dict()
     for texts in (documents(199), documents(201), documents()[::-1], [*documents()[:-1], "another"]):
-        with pytest.raises(SmolseekError, match="not what the checkpoint saw"):
+        with pytest.raises(SmolseekError, match="not the checkpoint's"):
             stream(texts).load_state_dict(state)
     with pytest.raises(SmolseekError, match="seed 4"):
         stream(seed=4).load_state_dict(state)
@@ -198,7 +198,7 @@ def test_empty_encoding_and_long_document() -> None:
 def test_corpus_too_small_for_a_batch() -> None:
     texts = ["a" * 9, "b" * 9]
     assert stream(texts, min_tokens=20).next_batch(1).shape == (1, 17)
-    with pytest.raises(SmolseekError, match="hold 20 tokens and one step takes 21"):
+    with pytest.raises(SmolseekError, match="have 20 tokens, but a step takes 21"):
         stream(texts, min_tokens=21)
     with pytest.raises(SmolseekError, match="no training document"):
         stream([])
@@ -261,7 +261,7 @@ def test_validation_sequences() -> None:
 
 
 def test_too_little_validation_text() -> None:
-    with pytest.raises(SmolseekError, match="hold 16 tokens and one row takes 17"):
+    with pytest.raises(SmolseekError, match="have 16 tokens, but a sequence takes 17"):
         build_sequences(["a" * 15], encode, EOS, 16, 100)
     assert build_sequences(["a" * 16], encode, EOS, 16, 100).shape == (1, 17)
     with pytest.raises(SmolseekError, match="raise --eval-tokens"):

@@ -16,7 +16,7 @@ def store():
 
 @pytest.fixture
 def heartbeats(store):
-    """Three processes that give a sign of life every 0.2 seconds."""
+    """Three processes that send a heartbeat every 0.2 seconds."""
     for rank in range(3):
         store.set(f"heartbeat/{rank}", FIRST_HEARTBEAT)
     heartbeats = [Heartbeat(store, rank, 3, 2.0) for rank in range(3)]
@@ -34,9 +34,9 @@ def begin_step(heartbeats):
 def test_who_gives_no_sign_of_life_is_named_by_all(heartbeats):
     heartbeats[2].close(left=False)
     begin_step(heartbeats)
-    assert heartbeats[0].lost() == "nothing is heard of process 2 any more"
+    assert heartbeats[0].lost() == "no heartbeat from process 2"
     heartbeats[0].close(left=False)  # it has found the reason, and is not missing itself
-    assert heartbeats[1].lost() == "nothing is heard of process 2 any more"
+    assert heartbeats[1].lost() == "no heartbeat from process 2"
 
 
 def test_nobody_is_named_where_all_live(heartbeats):
@@ -54,7 +54,7 @@ def test_who_lives_and_does_not_come_is_named(heartbeats):
     time.sleep(heartbeats[0].timeout)  # a collective's end
     other = Thread(target=heartbeats[1].lost)
     other.start()
-    assert heartbeats[0].lost().startswith("process 2 did not come to the same point in ")
+    assert heartbeats[0].lost().startswith("process 2 did not reach the same collective in ")
     other.join()
 
 
@@ -81,4 +81,4 @@ def test_who_is_late_is_named_before_the_time_is_over(heartbeats, capfd):
     while "warning" not in said and time.monotonic() < until:
         time.sleep(0.05)
         said += capfd.readouterr().err
-    assert "process 2 gives no sign of life" in said
+    assert "process 2 sends no heartbeat" in said

@@ -47,8 +47,8 @@ def test_who_does_not_come_is_named_by_all_that_did():
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(said[rank].startswith(f"process {rank}: no word of process 1 in 0.5 seconds") for rank in (0, 2))
-    with pytest.raises(PeerLost, match=r"process 1: no word of process 0 in 0\.2 seconds"):
+    assert all(said[rank].startswith(f"process {rank}: process 1 did not join in 0.5 seconds") for rank in (0, 2))
+    with pytest.raises(PeerLost, match=r"process 1: process 0 did not join in 0\.2 seconds"):
         wait_for_peers(dist.HashStore(), 1, 3, 0.2)
 
 
@@ -57,5 +57,5 @@ def test_a_sigterm_ends_the_wait_and_the_missing_ones_are_named():
         def check(self, keys):
             raise Stopped("stopped by SIGTERM", 143)
 
-    with pytest.raises(PeerLost, match="process 1: no word of process 0 in"):
+    with pytest.raises(PeerLost, match="process 1: process 0 did not join in"):
         wait_for_peers(Told(), 1, 3, 10.0)

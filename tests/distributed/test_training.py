@@ -63,7 +63,7 @@ def test_when_one_dies_every_other_names_it_in_one_line(data, tmp_path):
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert sorted(line.split(";")[0] for line in ours) == [
-        f"error: process {rank}: nothing is heard of process 2 any more" for rank in range(2)
+        f"error: process {rank}: no heartbeat from process 2" for rank in range(2)
     ]
     assert all("--resume" in line for line in ours) and "gloo" not in done.stderr
 

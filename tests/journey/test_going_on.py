@@ -115,7 +115,7 @@ def test_the_same_data_elsewhere(run_cli, here):
     with open(here / "a.jsonl", "a") as file:
         file.write('{"text": "a document that came later"}\n')
     code, _, err = run_cli("train", "--run", "run", "--resume")
-    assert code == 2 and "not what the checkpoint saw" in err and "--data" in err and "--init RUN" in err
+    assert code == 2 and "not the checkpoint's" in err and "--data" in err and "--init RUN" in err
     assert (here / "run" / "config.json").read_bytes() == before
 
     code, out, err = run_cli("train", "--run", "run", "--resume", "--data", "b/moved text.jsonl")

@@ -123,4 +123,4 @@ def test_a_broken_archive_is_one_line(train, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines("a", 60).encode())[:-30])
     refused = train("--data", "a.jsonl.gz", "--run", "run")
     assert refused.code == 2 and refused.err.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert "a.jsonl.gz is no sound gzip file" in refused.err
+    assert "a.jsonl.gz is not a valid gzip file" in refused.err

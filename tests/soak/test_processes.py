@@ -94,9 +94,9 @@ def test_ten_kills_change_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("after", "what", "seconds", "says"),
     [
-        (2, "SIGSTOP", 30, "nothing is heard of process 2 any more"),
-        (2, "sleep", 15, "process 2 did not come to the same point in "),
-        (0, "sleep", 10, "no word of process 2 in "),
+        (2, "SIGSTOP", 30, "no heartbeat from process 2"),
+        (2, "sleep", 15, "process 2 did not reach the same collective in "),
+        (0, "sleep", 10, "process 2 did not join in "),
         (2, "raise", 60, "process 2 has failed (RuntimeError: a fault of ours)"),
     ],
 )
@@ -111,7 +111,7 @@ def test_one_that_is_missing_is_named_by_every_other(after, what, seconds, says,
         )
     assert "gloo" not in done.stderr
     if what == "SIGSTOP":
-        assert "warning: waiting for" in done.stderr and "process 2 gives no sign of life" in done.stderr
+        assert "warning: waiting for" in done.stderr and "process 2 sends no heartbeat" in done.stderr
 
 
 def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
@@ -143,7 +143,7 @@ def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
             machine.terminate()
             machine.wait(timeout=60)
     lines = [line for line in (tmp_path / "first").read_text().splitlines() if line.startswith("error: ")]
-    assert len(lines) == 2 and len({line.split(": nothing is heard of process ")[1] for line in lines}) == 1, lines
+    assert len(lines) == 2 and len({line.split(": no heartbeat from process ")[1] for line in lines}) == 1, lines
 
 
 def connects(at: str) -> bool:

@@ -181,7 +181,7 @@ def _sample(
                 break
     if not corpus.validation or not corpus.train:
         raise SmolseekError(
-            f"the data hold {len(corpus.train):,} training and {len(corpus.validation):,} validation documents at "
+            f"the data has {len(corpus.train):,} training and {len(corpus.validation):,} validation documents at "
             f"data.val_fraction {val_fraction}: change --data.val-fraction or give more documents"
         )
     return corpus

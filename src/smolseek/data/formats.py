@@ -80,13 +80,13 @@ def read_texts(
             yield from itertools.islice(enumerate(texts), first, None)
     except UnicodeDecodeError as error:
         encoding = "UTF-16" if "16" in error.encoding else "UTF-8"
-        raise NotText(f"{where} is no {encoding}: {_CONVERT}") from None
+        raise NotText(f"{where} is not {encoding}: {_CONVERT}") from None
     except (pa.ArrowException, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno:
             raise  # from the file system; pyarrow's OSError for damaged contents has no number
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SmolseekError(
-            f"{where} is no sound {compression or kind} file ({reason[:200]}): fetch or write it again"
+            f"{where} is not a valid {compression or kind} file ({reason[:200]}): download or write it again"
         ) from None
 
 
@@ -114,11 +114,11 @@ def _text(file: io.BufferedReader, where: str, separator: str | None) -> Iterato
     for size in (_SNIFFED, -1):
         data += file.read(size)
         if b"\0" in data:
-            raise NotText(f"{where} is no text (it has NUL bytes): {_CONVERT}")
+            raise NotText(f"{where} is not text (it has NUL bytes): {_CONVERT}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise NotText(f"{where} is no text (byte {error.start:,} is no UTF-8): {_CONVERT}") from None
+        raise NotText(f"{where} is not text (byte {error.start:,} is not UTF-8): {_CONVERT}") from None
     del data
     text = text.replace("\r\n", "\n")
     if separator is not None:
@@ -143,10 +143,10 @@ def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> 
             value = json.loads(line + file.read() if spans_lines else line)
             line = b""  # it may be most of the memory in use
         except UnicodeDecodeError as error:
-            raise SmolseekError(f"{place} is no UTF-8 (byte {error.start:,}): {_CONVERT}") from None
+            raise SmolseekError(f"{place} is not UTF-8 (byte {error.start:,}): {_CONVERT}") from None
         except (ValueError, RecursionError) as error:
             advice = "write one JSON object a line, or name a text file .txt"
-            raise SmolseekError(f"{place} is no JSON ({error}): {advice}") from None
+            raise SmolseekError(f"{place} is not JSON ({error}): {advice}") from None
         if not spans_lines:
             yield _json_text(value, key, place, "write one JSON object a line")
         else:
@@ -164,7 +164,7 @@ def _json_text(record: Any, key: str, place: str, advice: str) -> str | None:
         return None
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise SmolseekError(f"{place}: {key!r} is a {kind}, not text: set --text-column to one that holds text")
+        raise SmolseekError(f"{place}: {key!r} is a {kind}, not text: set --text-column to a key with text")
     try:
         value.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
@@ -195,7 +195,7 @@ def _table(file: io.BufferedReader, where: str, column: str, delimiters: str) ->
             if record:
                 yield record[index].replace("\r\n", "\n")
     except csv.Error as error:
-        message = f"{where} cannot be read as a table ({error}): mend its quotes, or write JSON lines"
+        message = f"{where} cannot be read as a table ({error}): fix its quotes, or write JSON lines"
         raise SmolseekError(message) from None
 
 
@@ -210,9 +210,7 @@ def _parquet(source: Any, where: str, column: str, first: int) -> Iterator[tuple
             kind = schema.field(column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
-                raise SmolseekError(
-                    f"{where}: {column!r} is {kind}, not text: set --text-column to one that holds text"
-                )
+                raise SmolseekError(f"{where}: {column!r} is {kind}, not text: set --text-column to a column with text")
             begin = 0
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
@@ -223,7 +221,7 @@ def _parquet(source: Any, where: str, column: str, first: int) -> Iterator[tuple
                         yield from enumerate(texts.slice(start, _BATCH).to_pylist(), begin + start)
                 begin += count
     except UnicodeDecodeError as error:
-        raise SmolseekError(f"{where} is no sound parquet file ({error}): fetch or write it again") from None
+        raise SmolseekError(f"{where} is not a valid parquet file ({error}): download or write it again") from None
 
 
 def _require_name(name: str, names: Iterable[str], problem: str) -> None:

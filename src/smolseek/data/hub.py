@@ -55,9 +55,7 @@ def parse_names(sources: Sequence[str]) -> list[HubName]:
     names = [name for _, name in parsed if name is not None]
     local = [text for text, name in parsed if name is None]
     if names and local:
-        raise SmolseekError(
-            f"data {local[0]} is local and {names[0]} is on the hub: one run reads from one or the other"
-        )
+        raise SmolseekError(f"data {local[0]} is local and {names[0]} is on the hub: give only one of the two")
     return names
 
 
@@ -75,7 +73,7 @@ def _parse(text: str) -> HubName | None:
     except ValueError:
         share = -1.0
     if not 0 < share < float("inf"):
-        raise SmolseekError(f"data {text}: {weight!r} is no weight: give a number above 0, as in {name}=0.7")
+        raise SmolseekError(f"data {text}: {weight!r} is not a weight: give a number above 0, as in {name}=0.7")
     return HubName(match[1], match[2] or None, revision or None, share, match[3])
 
 
@@ -179,7 +177,7 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
     from huggingface_hub.errors import HfHubHTTPError
 
     gated = False
-    not_local = "" if name.config else "is no file or folder here, and "
+    not_local = "" if name.config else "is not a file or folder here, and "
     try:
         info = HfApi().dataset_info(name.repo, revision=name.revision, files_metadata=True)
         assert info.sha and info.siblings is not None
@@ -200,15 +198,17 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
     except HfHubHTTPError as error:
         raise _refusal(error.response, name.repo, not_local) from None
     except httpx2.UnsupportedProtocol:
-        raise SmolseekError(f"HF_ENDPOINT {constants.ENDPOINT!r} is no address: use https://... or unset it") from None
+        raise SmolseekError(
+            f"HF_ENDPOINT {constants.ENDPOINT!r} is not an address: use https://... or unset it"
+        ) from None
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         if gated:  # the list of files is public, the files are not
-            refused = why_refused(name.repo, "data set", 403, {"x-error-code": "GatedRepo"})
+            refused = why_refused(name.repo, "dataset", 403, {"x-error-code": "GatedRepo"})
             raise SmolseekError(f"data {name.repo} {refused}") from None
         raise SmolseekError(f"data {name}: {reason(error)}") from None
     except (httpx2.TransportError, OSError) as error:
         if isinstance(error, ConnectionError) and "offline" in str(error).lower():
-            raise SmolseekError(f"data {name.repo} {not_local}the hub is switched off: unset HF_HUB_OFFLINE") from None
+            raise SmolseekError(f"data {name.repo} {not_local}the hub is disabled: unset HF_HUB_OFFLINE") from None
         raise RetryableError(reason(error)) from None
     split = name.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
@@ -220,10 +220,10 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
     paths = [path.removeprefix(f"hf://datasets/{name.repo}@{info.sha}/") for path in splits[split]]
     for path in paths:
         if path not in sizes:  # `datasets` fell back to an older copy of its own
-            raise RetryableError("the list of files does not fit the commit")
+            raise RetryableError("the list of files does not match the commit")
         if not file_format(path)[0]:
             raise SmolseekError(
-                f"data {name} holds {path}, which is no text, JSON, csv or parquet: fetch it and give its text"
+                f"data {name} has {path}, which is not text, JSON, csv or parquet: convert it and give the file"
             )
     name = replace(name, split=None if split == "train" else split)
     return name, info.sha, tuple((path, sizes[path]) for path in paths)
@@ -235,19 +235,19 @@ def _refusal(answer: Any, repo: str, not_local: str = "") -> Exception:
     if status in (408, 429) or status >= 500:
         pause = answer.headers.get("retry-after", "")
         return RetryableError(f"HTTP {status}", float(pause) if pause.isdigit() else 0.0)
-    return SmolseekError(f"data {repo} {not_local}{why_refused(repo, 'data set', status, answer.headers)}")
+    return SmolseekError(f"data {repo} {not_local}{why_refused(repo, 'dataset', status, answer.headers)}")
 
 
 def why_refused(repo: str, kind: str, status: int, headers: Mapping[str, str]) -> str:
-    """Return the rest of a sentence that begins with the name of a data set or model that the hub refuses."""
+    """Return the rest of a sentence that begins with the name of a dataset or model that the hub refuses."""
     from huggingface_hub import constants
 
-    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'data set')}{repo}"
+    page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo}"
     if headers.get("x-error-code") == "GatedRepo":
         return f"is gated (HTTP {status}): accept the licence at {page} and log in (hf auth login)"
     if status in (401, 403, 404):
         advice = "check the name or, if it is private, log in (hf auth login)"
-        return f"is no public {kind} on the hub (HTTP {status}): {advice}"
+        return f"is not a public {kind} on the hub (HTTP {status}): {advice}"
     return f"cannot be read from the hub (HTTP {status}): look at {page}"
 
 
@@ -306,7 +306,7 @@ def _request_range(repo: str, commit: str, path: str, size: int, start: int, sto
         raise RetryableError(f"HTTP {answer.status_code} in answer to a range")
     content_range, expected = answer.headers.get("content-range", ""), f"bytes {start}-{stop - 1}/{size}"
     if content_range != expected:
-        raise RetryableError(f"the answer is of {content_range or 'no range'}, not of {expected}")
+        raise RetryableError(f"the answer has {content_range or 'no range'}, not {expected}")
     if len(answer.content) != stop - start:
         raise RetryableError(f"{len(answer.content):,} bytes instead of {stop - start:,}")
     return answer.content

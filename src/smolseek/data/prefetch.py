@@ -43,7 +43,7 @@ class Prefetch(Generic[T]):
                 item = self._queue.get(timeout=0.1 if stopped else None)
             except queue.Empty:
                 if stopped and stopped():
-                    raise HubUnavailable("the data are no longer waited for") from None
+                    raise HubUnavailable("stopped while waiting for data") from None
                 continue
             if isinstance(item, BaseException):
                 self._failure = item

@@ -99,11 +99,11 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
             _write(sources, index, to, tokens)
         except KeyboardInterrupt:
             raise Stopped(
-                f"interrupted: {to.path} keeps {index.tokens:,} tokens; give the same command again, it goes on", 130
+                f"interrupted: {to.path} keeps {index.tokens:,} tokens; run the same command again to continue", 130
             ) from None
         except OSError as error:
             raise SmolseekError(
-                f"{to.path} cannot be written ({error.strerror}): make room and give the same command again, it goes on"
+                f"{to.path} cannot be written ({error.strerror}): free space and run the same command again to continue"
             ) from None
         return index.tokens
 
@@ -120,12 +120,14 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
     if begun:
         earlier = read_index(to.path)
         if earlier is None or _identity(earlier) != _identity(index):
-            raise SmolseekError(f"{to.path} holds other data, or is of another tokenizer or --tokens: choose another")
+            raise SmolseekError(
+                f"{to.path} has other data, another tokenizer or another --tokens: choose another folder"
+            )
         for source, entry in zip(sources, earlier.sources, strict=True):
             _require_unchanged(source, entry, to)
         index = earlier
     elif to.path.exists() and (not to.path.is_dir() or any(file.name != LOCK for file in to.path.iterdir())):
-        raise SmolseekError(f"{to.path} is there and not empty: choose another folder")
+        raise SmolseekError(f"{to.path} exists and is not empty: choose another folder")
     to.path.mkdir(parents=True, exist_ok=True)
     lock.acquire()
     if not begun and (to.path / INDEX).exists():  # another process was quicker
@@ -159,7 +161,7 @@ def _require_unchanged(source: TextSource, entry: SourceEntry, to: Target) -> No
 
 def _changed(source: TextSource, to: Target) -> SmolseekError:
     return SmolseekError(
-        f"the text of {source.name} has changed since {to.path} was begun: choose another folder, or put the text back"
+        f"the text of {source.name} has changed since {to.path} was begun: choose another folder, or restore the text"
     )
 
 
@@ -268,7 +270,7 @@ def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
         exact = to.decode(tokens[:-1].tolist()) == text
     if not exact:
         raise SmolseekError(
-            f"the tokenizer {to.tokenizer_name} does not give a text back as it was: train on the text itself"
+            f"the tokenizer {to.tokenizer_name} does not restore a text exactly: train on the text itself"
         )
 
 

@@ -24,7 +24,7 @@ class HubUnavailable(Stopped):
     """
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: give the same command again when it is back; it goes on", os.EX_TEMPFAIL)
+        super().__init__(f"{what}: run the same command again later to continue", os.EX_TEMPFAIL)
         self.what = what
 
 
@@ -95,7 +95,7 @@ def retry(
                 statistics.retried(f"{what}: {error}")
             stop.wait(wait)
             pause = min(2 * pause, LONGEST_PAUSE)
-    raise HubUnavailable(f"{what} is no longer wanted")
+    raise HubUnavailable(f"{what} is no longer needed")
 
 
 def _run(future: "futures.Future[T]", request: Callable[[], T]) -> None:

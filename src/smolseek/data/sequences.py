@@ -22,7 +22,7 @@ class TooFewTokens(SmolseekError):
 
     def __init__(self, tokens: int, seq_len: int) -> None:
         super().__init__(
-            f"the validation documents hold {tokens:,} tokens and one row takes {seq_len + 1:,}: "
+            f"the validation documents have {tokens:,} tokens, but a sequence takes {seq_len + 1:,}: "
             "raise --data.val-fraction, give more text or lower --seq-len"
         )
         self.tokens = tokens
@@ -40,7 +40,9 @@ def build_sequences(
         TooFewTokens: when the documents have fewer tokens than one sequence.
     """
     if max_tokens < seq_len:
-        raise SmolseekError(f"{max_tokens:,} validation tokens do not fill a row of {seq_len:,}: raise --eval-tokens")
+        raise SmolseekError(
+            f"{max_tokens:,} validation tokens do not fill a sequence of {seq_len:,}: raise --eval-tokens"
+        )
     limit = max_tokens // seq_len * seq_len + 1
     ordered = sorted(documents, key=digest)
     tokens: list[np.ndarray] = []

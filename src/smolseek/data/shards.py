@@ -135,13 +135,13 @@ def read_index(path: str | os.PathLike[str]) -> Index | None:
             raise ValueError("it has no sources")
         for source in index.sources:
             if not 0 < source.weight < math.inf or min(source.shards, source.at.shard, source.at.row) < 0:
-                raise ValueError(f"source {source.name!r} has a weight or a count that is none")
+                raise ValueError(f"source {source.name!r} has an invalid weight or count")
             for part in source.parts:
                 wrong = part.tokens.bytes % np.dtype(index.dtype).itemsize or part.documents.bytes % DOCUMENT.itemsize
                 if wrong or not 0 <= part.shard < source.shards or Path(part.name).name != part.name:
-                    raise ValueError(f"part {part.name!r} does not fit")
+                    raise ValueError(f"part {part.name!r} is inconsistent")
     except ValueError as error:
-        raise SmolseekError(f"{file} cannot be read ({error}): prepare the data anew") from None
+        raise SmolseekError(f"{file} cannot be read ({error}): prepare the data again") from None
     return index
 
 
@@ -163,12 +163,12 @@ class PreparedDataset:
         assert index is not None
         self.index = index
         if not all(source.done for source in self.index.sources):
-            raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare again, it goes on")
+            raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare again to continue")
         for part in (part for source in self.index.sources for part in source.parts):
             for kind in KINDS:
                 file, size = self.path / f"{part.name}.{kind}", getattr(part, kind).bytes
                 if not file.is_file() or file.stat().st_size != size:
-                    raise SmolseekError(f"{file} is missing or has not {size:,} bytes: prepare the data anew")
+                    raise SmolseekError(f"{file} is missing or does not have {size:,} bytes: prepare the data again")
         self.weights = [source.weight for source in self.index.sources]
         """Weight of each source in the mixture."""
         self.shards = [TokenShards(self.path, self.index.dtype, source) for source in self.index.sources]
@@ -187,8 +187,8 @@ class PreparedDataset:
         """Raise SmolseekError if `digest` is not the `vocabulary_digest` of the tokenizer that made the tokens."""
         if self.index.tokenizer != digest:
             raise SmolseekError(
-                f"data {self.path} was prepared with the tokenizer {self.index.tokenizer_name}, which is another: "
-                "use that --tokenizer, or prepare the data anew"
+                f"data {self.path} was prepared with another tokenizer, {self.index.tokenizer_name}: "
+                "use that --tokenizer, or prepare the data again"
             )
 
     def check_eos(self, eos_id: int) -> None:
@@ -196,7 +196,7 @@ class PreparedDataset:
         if self.index.eos_id != eos_id:
             raise SmolseekError(
                 f"the documents of data {self.path} end in token {self.index.eos_id}, the model's eos_token_id is "
-                f"{eos_id}: set --model.eos-token-id, or prepare the data anew"
+                f"{eos_id}: set --model.eos-token-id, or prepare the data again"
             )
 
 
@@ -235,7 +235,7 @@ class TokenShards:
         for kind, data in contents.items():
             if checksum(data.view(np.uint8)) != getattr(part, kind).blake2b:
                 file = self._folder / f"{part.name}.{kind}"
-                raise SmolseekError(f"{file} is damaged (its checksum is another): prepare the data anew")
+                raise SmolseekError(f"{file} is damaged (its checksum differs): prepare the data again")
         self._verified.add(part.name)
 
 

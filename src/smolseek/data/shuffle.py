@@ -104,7 +104,7 @@ class ShuffledShards:
                 shard, last = block[-1]
                 at = Position(at.epoch, at.block + 1, shard, last.number + 1)
             if at.block == 0:
-                raise SmolseekError("the data hold no training document: give more, or lower --data.val-fraction")
+                raise SmolseekError("the data has no training document: give more, or lower --data.val-fraction")
             at = Position(at.epoch + 1)
 
     def _epoch(self, at: Position, stop: threading.Event) -> Iterator[tuple[int, Document]]:

@@ -28,7 +28,7 @@ REASONS = {
     "empty": ("empty file", "empty files"),
     "hidden": ("hidden file or folder", "hidden files and folders"),
     "json": (".json file (name it to have it read)", ".json files (name them to have them read)"),
-    "binary": ("file that is no text", "files that are no text"),
+    "binary": ("file that is not text", "files that are not text"),
     "run": ("run, model or token folder", "run, model or token folders"),
     "seen": ("folder linked to twice", "folders linked to twice"),
     "broken": ("broken link", "broken links"),
@@ -75,7 +75,7 @@ def read_documents(
 
     Raises:
         SmolseekError: for a path that is missing or gives no document, a file that is damaged or not text, a line that
-            is no JSON object, or a missing key or column.
+            is not a JSON object, or a missing key or column.
     """
     report = ReadReport() if report is None else report
     for source in sources:

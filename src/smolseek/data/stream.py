@@ -59,7 +59,7 @@ class TrainStream:
             self._read_document()
         if self._buffered < min_tokens:
             raise SmolseekError(
-                f"the training documents hold {self._buffered:,} tokens and one step takes {min_tokens:,}: "
+                f"the training documents have {self._buffered:,} tokens, but a step takes {min_tokens:,}: "
                 "give more text, or lower --batch-size, --grad-accum or --seq-len"
             )
 
@@ -122,7 +122,7 @@ class TrainStream:
         """
         if state["fingerprint"] != self._fingerprint:
             raise SmolseekError(
-                f"the training data is not what the checkpoint saw ({state['fingerprint']} then, {self._fingerprint} "
+                f"the training data is not the checkpoint's ({state['fingerprint']} then, {self._fingerprint} "
                 "now): resume with --data naming the text as it was, wherever it lies now, or train on this text from "
                 "the run's weights: --init RUN --run OTHER"
             )
@@ -142,7 +142,7 @@ class TrainStream:
             self._read_document()
             if self._offset >= self._buffered:
                 raise SmolseekError(
-                    f"the checkpoint stands at token {self._offset} of a document that has {self._buffered}: "
+                    f"the checkpoint is at token {self._offset} of a document that has {self._buffered}: "
                     "resume with the same --tokenizer"
                 )
 

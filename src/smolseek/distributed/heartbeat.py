@@ -95,11 +95,11 @@ class Heartbeat:
             silent = [rank for rank in silent if now[rank].number == first[rank].number]
             absent = [rank for rank in absent if not now[rank].failed]
         if silent:
-            return f"nothing is heard of {_listed(silent)} any more"
+            return f"no heartbeat from {_listed(silent)}"
         if waited < self.timeout:
             return None
         who = _listed(absent) if absent else "another process"
-        return f"{who} did not come to the same point in {waited:.0f} seconds (--mesh.timeout)"
+        return f"{who} did not reach the same collective in {waited:.0f} seconds (--mesh.timeout)"
 
     def _run(self) -> None:
         number, warned = 0, False
@@ -130,7 +130,7 @@ class Heartbeat:
         others = {*range(len(now))} - {*silent} - {*behind}
         if self.rank != min(others, default=None) or any(other.number == _LEFT for other in now):
             return
-        what = [f"process {rank} gives no sign of life" for rank in silent]
+        what = [f"process {rank} sends no heartbeat" for rank in silent]
         what += [f"process {rank} is {self._steps - now[rank].steps} steps behind" for rank in behind]
         console.warn(
             f"waiting for {waited:.0f} seconds: {'; '.join(what) or 'all processes are in the same step'}; "
