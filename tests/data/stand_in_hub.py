@@ -1,4 +1,4 @@
-"""A loopback stand-in for the hub: what `huggingface_hub` and `datasets` ask of it, with faults to order."""
+"""A loopback stand-in for the hub: answers `huggingface_hub` and `datasets`, with faults on request."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ KINDS = ("timeout", "reset", "429", "500", "short", "long", "whole", "wrong rang
 
 
 class StandInHub:
-    """Serves `files` (path -> bytes) as the data set `repo`; `fault(number)` names what befalls a request for data.
+    """Serves `files` (path -> bytes) as the data set `repo`; `fault(number)` names the fault of a request for data.
 
     `more` holds further repositories, such as "models/owner/name" -> files; of those in `gated` it gives no file.
     """
@@ -28,9 +28,9 @@ class StandInHub:
         self.gated: set[str] = set()
         self.requests = 0
         self.faults: Counter[str] = Counter()
-        self.asked: list[str] = []
+        self.requested: list[str] = []
         self.hang = 1.5
-        self.away = False
+        self.unavailable = False
         self._lock = threading.Lock()
         hub = self
 
@@ -53,7 +53,7 @@ class StandInHub:
             daemon_threads = True
 
             def handle_error(self, *_: object) -> None:
-                pass  # the client has gone, as it should after a fault
+                pass  # the client has closed the connection, as it should after a fault
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -66,16 +66,16 @@ class StandInHub:
     def _answer(self, handler: BaseHTTPRequestHandler, body: bool) -> None:
         parts = urlsplit(handler.path)
         path = unquote(parts.path)
-        self.asked.append(f"{handler.command} {path}")
+        self.requested.append(f"{handler.command} {path}")
         length = int(handler.headers.get("content-length") or 0)
         sent = handler.rfile.read(length).decode() if length else ""
-        if self.away:
+        if self.unavailable:
             return self._reset(handler)
         api = re.fullmatch(
             r"/api/((?:datasets|models)/[^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)/?(.*))?", path
         )
-        found = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        name = api[1] if api else found[1] if found else ""
+        file = re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        name = api[1] if api else file[1] if file else ""
         name = name if name.startswith("datasets/") or api else f"models/{name}"
         if name not in self.more:
             return self._send(handler, 401, b"", {"X-Error-Code": "RepoNotFound"})
@@ -93,10 +93,10 @@ class StandInHub:
             gated = "auto" if name in self.gated else False
             values = {"id": name.partition("/")[2], "sha": COMMIT, "siblings": siblings, "tags": [], "gated": gated}
             return self._json(handler, values)
-        if found and name in self.gated:
+        if file and name in self.gated:
             return self._send(handler, 401, b"", {"X-Error-Code": "GatedRepo"})
-        if found and found[3] in files:
-            return self._file(handler, files[found[3]], found[3], body)
+        if file and file[3] in files:
+            return self._file(handler, files[file[3]], file[3], body)
         self._send(handler, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
 
     def _entry(self, files: Mapping[str, bytes], path: str) -> list[dict]:

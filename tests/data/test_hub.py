@@ -99,9 +99,9 @@ def settings(hub, home: Path, **more: str) -> dict[str, str]:
     return env | more
 
 
-def run(hub, home: Path, *words: object, **more: str) -> subprocess.CompletedProcess:
+def run(hub, home: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess:
     """Run Python in a process of its own, because `huggingface_hub` reads its settings when it is imported."""
-    return hub.fork_server.run(*words, env=settings(hub, home, **more))
+    return hub.fork_server.run(*arguments, env=settings(hub, home, **more))
 
 
 def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> No
 
     def fault(number: int) -> str | None:
         if number == 41:
-            hub.away = True
-            threading.Timer(2.0, setattr, (hub, "away", False)).start()
+            hub.unavailable = True
+            threading.Timer(2.0, setattr, (hub, "unavailable", False)).start()
         return stand_in.KINDS[number // 2 % len(stand_in.KINDS)] if number % 2 == 0 else None
 
     hub.requests, hub.fault = 0, fault
@@ -138,34 +138,34 @@ sys.exit(main(sys.argv[1:]))
 
 
 def train_words(folder: Path, steps: int, batch_size: int, grad_accum: int) -> list[object]:
-    words = ["-c", TRAIN, "train", "tiny", "--data", "cosmopedia-v2", "--run", folder, "--steps", steps]
-    words += ["--batch-size", batch_size, "--grad-accum", grad_accum, "--seq-len", 128, "--eval-tokens", 640]
-    words += ["--model.num-hidden-layers", 1, "--model.hidden-size", 32]
-    return [*words, "--sample-tokens", 0, "--log-every", 1, "--data.give-up-after", 1]
+    arguments = ["-c", TRAIN, "train", "tiny", "--data", "cosmopedia-v2", "--run", folder, "--steps", steps]
+    arguments += ["--batch-size", batch_size, "--grad-accum", grad_accum, "--seq-len", 128, "--eval-tokens", 640]
+    arguments += ["--model.num-hidden-layers", 1, "--model.hidden-size", 32]
+    return [*arguments, "--sample-tokens", 0, "--log-every", 1, "--data.give-up-after", 1]
 
 
-def test_a_hub_that_stays_away_saves_and_stops_and_the_run_goes_on_later(hub, tmp_path: Path) -> None:
-    words = lambda name: train_words(tmp_path / name, 9, 4, 2)  # noqa: E731
-    whole = run(hub, tmp_path, *words("whole"))
+def test_a_hub_that_stays_unavailable_saves_and_stops_and_the_run_goes_on_later(hub, tmp_path: Path) -> None:
+    arguments = lambda name: train_words(tmp_path / name, 9, 4, 2)  # noqa: E731
+    whole = run(hub, tmp_path, *arguments("whole"))
     assert whole.returncode == 0, whole.stderr
     assert stand_in.COMMIT in (tmp_path / "whole/config.json").read_text()
 
     def fault(number: int) -> str | None:
         metrics = tmp_path / "run/metrics.jsonl"
         if metrics.exists() and '"step": 2,' in metrics.read_text():
-            hub.away = True
+            hub.unavailable = True
         return None
 
     hub.fault = fault
-    stopped = run(hub, tmp_path, *words("run"))
+    stopped = run(hub, tmp_path, *arguments("run"))
     assert stopped.returncode == os.EX_TEMPFAIL, stopped.stdout
     last = stopped.stderr.splitlines()[-1]
     assert "the hub has not delivered cosmopedia-v2/train" in last and "--resume" in last
     saved = [path.name for path in (tmp_path / "run/checkpoints").iterdir()]
     assert len(saved) == 1 and "step-000002" <= saved[0] < "step-000009"
 
-    hub.away, hub.fault = False, lambda number: None
-    resumed = run(hub, tmp_path, *words("run"), "--resume")
+    hub.unavailable, hub.fault = False, lambda number: None
+    resumed = run(hub, tmp_path, *arguments("run"), "--resume")
     assert resumed.returncode == 0, resumed.stderr
     files = [tmp_path / name / "checkpoints/step-000009/model.safetensors" for name in ("whole", "run")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -181,11 +181,11 @@ def test_resume_at_another_batch_size_and_accumulation_goes_on_at_the_next_token
     assert plain.returncode == 0 and first.returncode == 0, plain.stderr + first.stderr
     for step in (8, 10):
         shutil.rmtree(tmp_path / f"b/checkpoints/step-{step:06d}")
-    words = [*train_words(tmp_path / "b", 10, 4, 1), "--resume", "--save-every", 2]
+    arguments = [*train_words(tmp_path / "b", 10, 4, 1), "--resume", "--save-every", 2]
     # Also with one thread that encodes instead of as many as there are cores.
-    resumed = run(hub, tmp_path, *words, RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    resumed = run(hub, tmp_path, *arguments, RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     assert resumed.returncode == 0, resumed.stderr
-    # 4 steps of 2 rows and 2 of 4 rows are 16 rows, and so are 4 of 4.
+    # 4 steps of 2 sequences and 2 of 4 are 16, and so are 4 of 4.
     assert data("b", 6) == data("a", 4) and data("a", 4)["tokens"] == 16 * 128
 
 
@@ -204,7 +204,7 @@ def test_names() -> None:
         parse_names(["cosmopedia-v2", "builtin"])
 
 
-@pytest.mark.parametrize("how", ["away", "silent"])
+@pytest.mark.parametrize("how", ["unavailable", "silent"])
 def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: Path, how: str) -> None:
     """In a pause of five minutes, or in a request that would time out after as long."""
     metrics, waiting = tmp_path / "run/metrics.jsonl", threading.Event()
@@ -216,9 +216,9 @@ def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: 
         return None
 
     hub.fault, hub.hang = fault, 300
-    words = [*train_words(tmp_path / "run", 9, 4, 2), "--data.give-up-after", 1800]
+    arguments = [*train_words(tmp_path / "run", 9, 4, 2), "--data.give-up-after", 1800]
     env = settings(hub, tmp_path, FIRST_PAUSE="300", HF_HUB_DOWNLOAD_TIMEOUT="300")
-    process = hub.fork_server.start(*words, env=env)
+    process = hub.fork_server.start(*arguments, env=env)
     try:
         assert waiting.wait(200)
         time.sleep(2)  # what was read before is trained on, and then the data are waited for
@@ -229,9 +229,9 @@ def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: 
     err = stopped.stderr
     assert stopped.returncode == 130, err
     assert "stopped by SIGINT after step" in err and "is saved; go on with" in err
-    assert ("trying again in 300 s" in err) == (how == "away")
+    assert ("trying again in 300 s" in err) == (how == "unavailable")
     hub.fault = lambda number: None
-    resumed = run(hub, tmp_path, *words, "--resume")
+    resumed = run(hub, tmp_path, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     read = [record["data"] for record in map(json.loads, metrics.read_text().splitlines()) if "data" in record]
     assert [data["tokens"] for data in read] == [1024 * step for step in range(1, 10)]
@@ -254,15 +254,15 @@ def test_the_metrics_hold_what_was_read_and_the_report_shows_the_retries(hub, tm
 
 def test_prepare_goes_on_when_the_hub_is_back(hub, tmp_path: Path) -> None:
     source, files = "fineweb-edu-dedup", lambda name: {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()}
-    words = lambda name: ["-m", "smolseek", "prepare", tmp_path / name, "--data", source]  # noqa: E731
-    plain = run(hub, tmp_path, *words("plain"))
+    arguments = lambda name: ["-m", "smolseek", "prepare", tmp_path / name, "--data", source]  # noqa: E731
+    plain = run(hub, tmp_path, *arguments("plain"))
     assert plain.returncode == 0, plain.stderr
     hub.requests, hub.fault = 0, lambda number: "500" if number >= 8 else None
-    stopped = run(hub, tmp_path, *words("out"), "--give-up-after", 1)
+    stopped = run(hub, tmp_path, *arguments("out"), "--give-up-after", 1)
     assert stopped.returncode == os.EX_TEMPFAIL, stopped.stderr
     assert "run the same command again later" in stopped.stderr.splitlines()[-1]
     hub.fault = lambda number: None
-    again = run(hub, tmp_path, *words("out"))
+    again = run(hub, tmp_path, *arguments("out"))
     assert again.returncode == 0 and files("out") == files("plain"), again.stderr
 
 
@@ -280,8 +280,8 @@ def test_what_is_not_there_is_told_at_once(hub, tmp_path: Path, source: str, mes
 
 
 def test_an_endpoint_that_is_none_is_told_at_once(hub, tmp_path: Path) -> None:
-    words = ["-m", "smolseek", "train", "tiny", "--data", "cosmopedia-v2", "--run", tmp_path / "run"]
-    done = run(hub, tmp_path, *words, HF_ENDPOINT="hub.example")
+    arguments = ["-m", "smolseek", "train", "tiny", "--data", "cosmopedia-v2", "--run", tmp_path / "run"]
+    done = run(hub, tmp_path, *arguments, HF_ENDPOINT="hub.example")
     assert done.returncode == 2 and "HF_ENDPOINT 'hub.example' is not an address" in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -291,13 +291,13 @@ import json, sys, threading
 from smolseek.config import DataConfig
 from smolseek.data import hub
 from smolseek.errors import SmolseekError
-for word in sys.argv[1:]:
+for text in sys.argv[1:]:
     try:
-        name, = hub.parse_names([word])
-        found = hub.find_shards(name, DataConfig(give_up_after=5))
-        shards = [found.documents(number, 1, threading.Event()) for number in range(len(found))]
+        name, = hub.parse_names([text])
+        source = hub.find_shards(name, DataConfig(give_up_after=5))
+        shards = [source.documents(number, 1, threading.Event()) for number in range(len(source))]
         texts = [[(document.number, document.content) for document in shard] for shard in shards]
-        print(json.dumps([found.pinned.replace(found.commit, "COMMIT"), texts]))
+        print(json.dumps([source.pinned.replace(source.commit, "COMMIT"), texts]))
     except SmolseekError as error:
         print(json.dumps(str(error)))
 """
@@ -338,8 +338,16 @@ def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
         "datasets/a/closed": {"README.md": configurations(train__all="*.jsonl"), "a.jsonl": jsonl},
     }
     hub.gated = {"datasets/a/closed"}
-    words = ["a/plain", "a/default", "a/several:one", "a/several:two", "a/several:one:test", "a/several", "a/pictures"]
-    done = run(hub, tmp_path, "-c", LOOK, *words, "a/closed", "a/closed:all", "a/nothing")
+    arguments = [
+        "a/plain",
+        "a/default",
+        "a/several:one",
+        "a/several:two",
+        "a/several:one:test",
+        "a/several",
+        "a/pictures",
+    ]
+    done = run(hub, tmp_path, "-c", LOOK, *arguments, "a/closed", "a/closed:all", "a/nothing")
     assert done.returncode == 0, done.stderr
     plain, default, one, two, no_split, several, pictures, *closed, nothing = map(json.loads, done.stdout.splitlines())
     assert plain == ["a/plain:default@COMMIT", [rows, rows]]
@@ -364,11 +372,11 @@ def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
 def test_a_run_on_compressed_json_without_a_configuration(hub, tmp_path: Path) -> None:
     texts = (json.dumps({"text": f"document {i} " + "word " * 30}) + "\n" for i in range(300))
     hub.more["datasets/a/plain"] = {"train.json.gz": gzip.compress("".join(texts).encode())}
-    words = ["a/plain" if word == "cosmopedia-v2" else word for word in train_words(tmp_path / "run", 2, 1, 1)]
-    done = run(hub, tmp_path, *words, "--seq-len", 32)
+    arguments = ["a/plain" if word == "cosmopedia-v2" else word for word in train_words(tmp_path / "run", 2, 1, 1)]
+    done = run(hub, tmp_path, *arguments, "--seq-len", 32)
     assert done.returncode == 0, done.stderr
     assert f"a/plain:default@{stand_in.COMMIT}" in (tmp_path / "run/config.json").read_text()
-    again = run(hub, tmp_path, *words, "--seq-len", 32, "--resume")
+    again = run(hub, tmp_path, *arguments, "--seq-len", 32, "--resume")
     assert again.returncode == 0 and "The run is complete" in again.stdout, again.stderr
 
 
@@ -404,7 +412,7 @@ def test_of_a_model_only_what_is_read_is_fetched(hub, tmp_path: Path) -> None:
     hub.more["models/a/model"] = files | dict.fromkeys(unread, b"x" * 100)
     hub.more["models/a/closed"] = files
     hub.gated = {"models/a/closed"}
-    fetched = lambda: {line.rsplit("/", 1)[-1] for line in hub.asked if line.startswith("GET /a/model/resolve")}  # noqa: E731
+    fetched = lambda: {line.rsplit("/", 1)[-1] for line in hub.requested if line.startswith("GET /a/model/resolve")}  # noqa: E731
     done = run(hub, tmp_path, "-m", "smolseek", "inspect", "a/model")
     assert done.returncode == 0, done.stderr
     assert fetched() == {"config.json", "generation_config.json"}

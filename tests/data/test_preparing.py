@@ -1,4 +1,4 @@
-"""Tokens prepared once: the same rows as the stream's, whole after any interruption, checked when read."""
+"""Tokens prepared once: the same sequences as the stream's, complete after any interruption, verified when read."""
 
 import dataclasses
 import functools
@@ -33,28 +33,28 @@ def encode(texts: list[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
 
 
-class Lists:
-    """Texts held in memory, which cannot be read at `away_at`, a (shard, row)."""
+class ListShards:
+    """Texts held in memory, which cannot be read at `unavailable_at`, a (shard, row)."""
 
     def __init__(self, name: str, sizes: tuple[int, ...]) -> None:
         self.texts = [[f"{name} {s}.{i} " + "word " * (i % 9) for i in range(n)] for s, n in enumerate(sizes)]
         for shard in self.texts:
             shard.insert(len(shard) // 2, " ")
-        self.away_at: tuple[int, int] | None = None
-        self.error: BaseException = HubUnavailable("away")
+        self.unavailable_at: tuple[int, int] | None = None
+        self.error: BaseException = HubUnavailable("unavailable")
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
         for number in range(first, len(self.texts[shard])):
-            if (shard, number) == self.away_at:
+            if (shard, number) == self.unavailable_at:
                 raise self.error
             yield from text_documents([(number, self.texts[shard][number])])
 
 
 def sources() -> list[TextSource]:
-    return [TextSource("a", Lists("a", (70, 0, 45, 90)), 0.7), TextSource("b", Lists("b", (80, 20)), 0.3)]
+    return [TextSource("a", ListShards("a", (70, 0, 45, 90)), 0.7), TextSource("b", ListShards("b", (80, 20)), 0.3)]
 
 
 class Loses(Spelling):
@@ -87,23 +87,23 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shuffle, "CHUNK", 7)
 
 
-def test_rows_are_those_of_the_stream(tmp_path: Path) -> None:
-    held = prepare(sources(), target(tmp_path / "out"))
-    whole = PreparedDataset(tmp_path / "out")
+def test_sequences_are_those_of_the_stream(tmp_path: Path) -> None:
+    n_tokens = prepare(sources(), target(tmp_path / "out"))
+    dataset = PreparedDataset(tmp_path / "out")
     assert (
-        held
-        == whole.index.tokens
+        n_tokens
+        == dataset.index.tokens
         == sum(len(t) + 1 for s in sources() for shard in s.texts.texts for t in shard if t != " ")
     )
-    assert len(whole.index.sources[0].parts) > 10
+    assert len(dataset.index.sources[0].parts) > 10
     encoded = functools.partial(encode_documents, encode=encode, eos_id=EOS)
-    texts = [ShuffledShards(found.texts, encoded, VAL, 5, i) for i, found in enumerate(sources())]
-    tokens = [ShuffledShards(found, list, VAL, 5, i) for i, found in enumerate(whole.shards)]
+    texts = [ShuffledShards(source.texts, encoded, VAL, 5, i) for i, source in enumerate(sources())]
+    tokens = [ShuffledShards(shards, list, VAL, 5, i) for i, shards in enumerate(dataset.shards)]
     expected = TrainStream(texts, [0.7, 0.3], 16, 5, "x").next_batch(1500)
-    got = TrainStream(tokens, whole.weights, 16, 5, "x")
-    assert torch.equal(torch.cat([got.next_batch(3) for _ in range(250)]), expected[:750])
-    state = got.state_dict()
-    again = TrainStream(tokens, whole.weights, 16, 5, "x")
+    stream = TrainStream(tokens, dataset.weights, 16, 5, "x")
+    assert torch.equal(torch.cat([stream.next_batch(3) for _ in range(250)]), expected[:750])
+    state = stream.state_dict()
+    again = TrainStream(tokens, dataset.weights, 16, 5, "x")
     again.load_state_dict(json.loads(json.dumps(state)))
     assert torch.equal(torch.cat([again.next_batch(5) for _ in range(150)]), expected[750:])
 
@@ -119,14 +119,14 @@ def test_both_sides_of_the_split(tmp_path: Path) -> None:
     assert sides[1] == [text for text in texts if not is_validation(text, VAL)]
 
 
-@pytest.mark.parametrize("error", [HubUnavailable("the hub is away"), KeyboardInterrupt()])
-@pytest.mark.parametrize("away_at", [(0, 0), (0, 33), (2, 44), (3, 90)])
+@pytest.mark.parametrize("error", [HubUnavailable("the hub is unavailable"), KeyboardInterrupt()])
+@pytest.mark.parametrize("unavailable_at", [(0, 0), (0, 33), (2, 44), (3, 90)])
 def test_interrupted_anywhere_it_goes_on_to_the_same_files(
-    tmp_path: Path, away_at: tuple[int, int], error: BaseException
+    tmp_path: Path, unavailable_at: tuple[int, int], error: BaseException
 ) -> None:
     prepare(sources(), target(tmp_path / "plain"))
     broken = sources()
-    broken[0].texts.away_at, broken[0].texts.error = away_at, error  # type: ignore[attr-defined]
+    broken[0].texts.unavailable_at, broken[0].texts.error = unavailable_at, error  # type: ignore[attr-defined]
     with pytest.raises(Stopped, match="run the same command again") as stopped:
         prepare(broken, target(tmp_path / "out"))
     assert stopped.value.code == (75 if isinstance(error, HubUnavailable) else 130)
@@ -163,9 +163,9 @@ def test_full_disk_leaves_what_was_finished(tmp_path: Path, monkeypatch) -> None
 
 
 def test_only_so_many_tokens(tmp_path: Path) -> None:
-    held = prepare(sources(), target(tmp_path / "out"), tokens=2000)
+    n_tokens = prepare(sources(), target(tmp_path / "out"), tokens=2000)
     parts = [sum(p.tokens.bytes // 2 for p in s.parts) for s in PreparedDataset(tmp_path / "out").index.sources]
-    assert 2000 <= held == sum(parts) < 2600
+    assert 2000 <= n_tokens == sum(parts) < 2600
     assert 1400 <= parts[0] < 1700 and 600 <= parts[1] < 900
 
 
@@ -186,17 +186,17 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
             PreparedDataset(copy)
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_other_data_or_tokenizers_are_refused(tmp_path: Path) -> None:
     prepare(sources(), target(tmp_path / "out"))
     before = contents(tmp_path / "out")
-    for found, to, tokens in (
+    for texts, to, tokens in (
         (sources()[:1], target(tmp_path / "out"), None),
         (sources(), target(tmp_path / "out", tokenizer="other"), None),
         (sources(), target(tmp_path / "out", eos_id=1), None),
         (sources(), target(tmp_path / "out"), 5000),
     ):
         with pytest.raises(SmolseekError, match="has other data"):
-            prepare(found, to, tokens)
+            prepare(texts, to, tokens)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.tokens").write_text("x")
@@ -212,8 +212,8 @@ def test_larger_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     narrow = lambda ids: bytes(token - 70_000 for token in ids).decode()  # noqa: E731
     prepare(sources()[:1], target(tmp_path / "out", encode=wide, decode=narrow, vocab=100_000))
     source = ShuffledShards(PreparedDataset(tmp_path / "out").shards[0], list, VAL, 5, 0)
-    rows = TrainStream([source], [1.0], 16, 5, "x").next_batch(100)
-    assert int(rows.max()) > 70_000 and int(rows.min()) == EOS
+    sequences = TrainStream([source], [1.0], 16, 5, "x").next_batch(100)
+    assert int(sequences.max()) > 70_000 and int(sequences.min()) == EOS
 
 
 def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
@@ -223,9 +223,9 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
     out = tmp_path / "out"
     done = run_cli("prepare", out, "--data", text)
     assert done.code == 0 and f"smolseek train PRESET --data {out}" in done.out, done.err
-    words = ["train", "tiny", "--data", out, "--run", tmp_path / "run", "--steps", "2", "--seq-len", "32"]
-    words += ["--eval-tokens", "64", "--sample-tokens", "0", "--data.val-fraction", "0.1"]
-    done = run_cli(*words)
+    arguments = ["train", "tiny", "--data", out, "--run", tmp_path / "run", "--steps", "2", "--seq-len", "32"]
+    arguments += ["--eval-tokens", "64", "--sample-tokens", "0", "--data.val-fraction", "0.1"]
+    done = run_cli(*arguments)
     assert done.code == 0, done.err
     assert f"prepared tokens of {text}" in done.out
     record = [finding for finding in done.out.splitlines() if "Audit" in finding][-1]
@@ -240,7 +240,7 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--data", "text.jsonl", "--text-column", "body"], "body"),
@@ -251,11 +251,11 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
         (["--data", "text.jsonl", "cosmopedia-v2"], "only one of the two"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run_cli, monkeypatch, words, message) -> None:
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run_cli, monkeypatch, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
     Path("text.jsonl").write_text('{"text": "A line."}\n')
     Path("picture.txt").write_bytes(b"\x89PNG\0\0")
-    done = run_cli("prepare", "out", *words)
+    done = run_cli("prepare", "out", *arguments)
     assert done.code == 2 and done.out == "" and done.err.count("\n") == 1, done
     assert done.err.startswith("error: ") and message in done.err
     assert not Path("out").exists() or not any(Path("out").iterdir())
@@ -291,12 +291,12 @@ def test_local_text_is_read_once_for_all_parts(tmp_path: Path, monkeypatch) -> N
     write_lines(tmp_path / "a.jsonl", 300)
     sources, begun = local(tmp_path / "a.jsonl"), []
     read = datasets.read_documents
-    monkeypatch.setattr(datasets, "read_documents", lambda *given: begun.append(1) or read(*given))
+    monkeypatch.setattr(datasets, "read_documents", lambda *arguments: begun.append(1) or read(*arguments))
     prepare(sources, target(tmp_path / "out"))
     assert len(PreparedDataset(tmp_path / "out").index.sources[0].parts) > 4 and len(begun) == 1
 
 
-def test_text_that_has_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch) -> None:
+def test_changed_text_is_refused(tmp_path: Path, monkeypatch) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         write_lines(tmp_path / name, 200)
     names = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")

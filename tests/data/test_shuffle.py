@@ -1,4 +1,4 @@
-"""Shuffling in blocks, mixing and the position of data too large to hold."""
+"""Shuffling in blocks, mixing and the position of streamed data."""
 
 import functools
 import hashlib
@@ -24,16 +24,16 @@ VAL = 0.1
 
 
 def encode(texts: list[str]) -> list[list[int]]:
-    """One token a byte, so that rows can be read back."""
+    """One token a byte, so that sequences can be read back."""
     return [list(text.encode()) for text in texts]
 
 
-class Lists:
-    """Shards held in memory; `away_at` is a (shard, row) that cannot be read while it is set."""
+class ListShards:
+    """Shards held in memory; `unavailable_at` is a (shard, row) that cannot be read while it is set."""
 
     def __init__(self, texts: list[list[str | None]]) -> None:
         self.texts = texts
-        self.away_at: tuple[int, int] | None = None
+        self.unavailable_at: tuple[int, int] | None = None
         self.read: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
@@ -41,32 +41,32 @@ class Lists:
 
     def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
         for number in range(first, len(self.texts[shard])):
-            if (shard, number) == self.away_at:
-                raise HubUnavailable("away")
+            if (shard, number) == self.unavailable_at:
+                raise HubUnavailable("unavailable")
             self.read.append((shard, number))
             yield from text_documents([(number, self.texts[shard][number])])
 
 
-def shards(name: str, sizes: tuple[int, ...] = (70, 0, 45, 90)) -> Lists:
-    return Lists(
+def shards(name: str, sizes: tuple[int, ...] = (70, 0, 45, 90)) -> ListShards:
+    return ListShards(
         [[f"{name} {s}.{i} " + "word " * (i % 9) for i in range(n)] + [None, "  "] for s, n in enumerate(sizes)]
     )
 
 
-def wanted(lists: Lists) -> list[str]:
+def training_texts(lists: ListShards) -> list[str]:
     texts = [text for shard in lists.texts for text in shard]
     return [text for text in texts if text and text.strip() and not is_validation(text, VAL)]
 
 
-def mixed(*lists: Lists, weights: tuple[float, ...] = (), seq_len: int = 16, seed: int = 3) -> TrainStream:
-    tokens = functools.partial(encode_documents, encode=encode, eos_id=EOS)
-    sources = [ShuffledShards(found, tokens, VAL, seed, i) for i, found in enumerate(lists)]
+def mixed(*lists: ListShards, weights: tuple[float, ...] = (), seq_len: int = 16, seed: int = 3) -> TrainStream:
+    to_tokens = functools.partial(encode_documents, encode=encode, eos_id=EOS)
+    sources = [ShuffledShards(shards, to_tokens, VAL, seed, i) for i, shards in enumerate(lists)]
     return TrainStream(sources, weights or [1.0] * len(lists), seq_len, seed, "these")
 
 
-def texts_of(rows: torch.Tensor) -> list[str]:
-    assert torch.equal(rows[1:, 0], rows[:-1, -1])
-    flat = rows[0].tolist() + rows[1:, 1:].flatten().tolist()
+def texts_of(sequences: torch.Tensor) -> list[str]:
+    assert torch.equal(sequences[1:, 0], sequences[:-1, -1])
+    flat = sequences[0].tolist() + sequences[1:, 1:].flatten().tolist()
     return [part.decode() for part in bytes(flat).split(b"\0")[:-1]]
 
 
@@ -80,7 +80,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> in
 
 def test_every_training_document_once_an_epoch_and_no_validation_document() -> None:
     lists = shards("a")
-    texts = wanted(lists)
+    texts = training_texts(lists)
     tokens = sum(len(text) + 1 for text in texts)
     seen = texts_of(mixed(lists).next_batch(3 * tokens // 16))
     epochs = [seen[: len(texts)], seen[len(texts) : 2 * len(texts)]]
@@ -130,14 +130,14 @@ def test_a_checkpoint_of_an_earlier_release_goes_on_with_its_batches(block: int)
 
 def test_every_position_can_be_gone_back_to() -> None:
     whole, states = mixed(shards("a", (30,)), shards("b", (20,))), []
-    rows = []
+    sequences = []
     for _ in range(120):
         states.append(whole.state_dict())
-        rows.append(whole.next_batch(1))
+        sequences.append(whole.next_batch(1))
     resumed = mixed(shards("a", (30,)), shards("b", (20,)))
-    for state, row in zip(states, rows, strict=True):
+    for state, sequence in zip(states, sequences, strict=True):
         resumed.load_state_dict(state)
-        assert torch.equal(resumed.next_batch(1), row)
+        assert torch.equal(resumed.next_batch(1), sequence)
 
 
 def test_resume_reads_only_from_its_block_on(block: int) -> None:
@@ -161,25 +161,25 @@ def test_weights_are_shares_of_the_tokens() -> None:
     assert tokens["a"] / tokens.total() == pytest.approx(0.75, abs=0.01)
 
 
-def test_data_that_do_not_come_leave_the_position_where_it_was(block: int) -> None:
+def test_unavailable_data_do_not_change_the_position(block: int) -> None:
     lists = shards("a", (300,))
     at = mixed(lists)
     expected = mixed(shards("a", (300,))).next_batch(500)
-    lists.away_at = (0, 150)
-    rows = []
+    lists.unavailable_at = (0, 150)
+    sequences = []
     with pytest.raises(HubUnavailable):
         while True:
             state = at.state_dict()
-            rows.append(at.next_batch(2))
+            sequences.append(at.next_batch(2))
     assert at.state_dict() == state
     with pytest.raises(HubUnavailable):
         at.next_batch(2)
-    lists.away_at = None
+    lists.unavailable_at = None
     resumed = mixed(lists)
     resumed.load_state_dict(json.loads(json.dumps(state)))
-    rows += [resumed.next_batch(5) for _ in range(20)]
-    got = torch.cat(rows)
-    assert len(got) >= 100 and torch.equal(got, expected[: len(got)])
+    sequences += [resumed.next_batch(5) for _ in range(20)]
+    batch = torch.cat(sequences)
+    assert len(batch) >= 100 and torch.equal(batch, expected[: len(batch)])
 
 
 def test_other_data_seed_or_tokenizer_is_refused() -> None:
@@ -196,7 +196,7 @@ def test_other_data_seed_or_tokenizer_is_refused() -> None:
 
 def test_no_training_document_at_all() -> None:
     with pytest.raises(SmolseekError, match="no training document"):
-        mixed(Lists([["", None], [" "]])).next_batch(1)
+        mixed(ListShards([["", None], [" "]])).next_batch(1)
 
 
 def test_threads_end() -> None:

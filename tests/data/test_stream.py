@@ -23,7 +23,7 @@ EOS = 0
 
 
 def encode(texts: list[str]) -> list[list[int]]:
-    """One token a byte, so that rows can be read back."""
+    """One token a byte, so that sequences can be read back."""
     return [list(text.encode()) for text in texts]
 
 
@@ -32,15 +32,15 @@ def documents(n: int = 200) -> list[str]:
 
 
 def stream(texts: Sequence[str] | None = None, seq_len: int = 16, seed: int = 3, min_tokens: int = 0) -> TrainStream:
-    made = TrainStream.of_texts(documents() if texts is None else texts, encode, EOS, seq_len, seed)
-    made.require(min_tokens)
-    return made
+    stream = TrainStream.of_texts(documents() if texts is None else texts, encode, EOS, seq_len, seed)
+    stream.require(min_tokens)
+    return stream
 
 
-def flat(rows: torch.Tensor) -> list[int]:
-    """Undo the packing: the first row, then each further row without the token it shares."""
-    assert torch.equal(rows[1:, 0], rows[:-1, -1])
-    return rows[0].tolist() + rows[1:, 1:].flatten().tolist()
+def flat(sequences: torch.Tensor) -> list[int]:
+    """Undo the packing: the first sequence, then each further one without the token it shares."""
+    assert torch.equal(sequences[1:, 0], sequences[:-1, -1])
+    return sequences[0].tolist() + sequences[1:, 1:].flatten().tolist()
 
 
 def texts_of(tokens: list[int]) -> list[str]:
@@ -51,9 +51,9 @@ def texts_of(tokens: list[int]) -> list[str]:
 def test_every_document_is_seen_whole_once_an_epoch() -> None:
     texts = documents()
     epoch = sum(len(text) + 1 for text in texts)
-    rows = stream(texts).next_batch(3 * epoch // 16)
-    assert rows.dtype == torch.int64 and rows.shape == (3 * epoch // 16, 17)
-    seen = texts_of(flat(rows))
+    sequences = stream(texts).next_batch(3 * epoch // 16)
+    assert sequences.dtype == torch.int64 and sequences.shape == (3 * epoch // 16, 17)
+    seen = texts_of(flat(sequences))
     orders = [seen[:200], seen[200:400]]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(texts)
     assert orders[0] != orders[1] and orders[0] != texts
@@ -75,18 +75,18 @@ def test_order_depends_on_the_seed_and_nothing_else() -> None:
 def test_resume_at_another_batch_size(cached: bool, done: int, monkeypatch) -> None:
     if not cached:
         monkeypatch.setattr(shuffle, "CACHED_CHARACTERS", 0)
-    whole = stream()
+    stream_once = stream()
     for _ in range(done):
-        whole.next_batch(4)
-    state = json.loads(json.dumps(whole.state_dict()))
+        stream_once.next_batch(4)
+    state = json.loads(json.dumps(stream_once.state_dict()))
     assert state["tokens"] == done * 4 * 16
-    expected = torch.cat([whole.next_batch(4) for _ in range(300)])
+    expected = torch.cat([stream_once.next_batch(4) for _ in range(300)])
     resumed = stream()
     resumed.next_batch(5)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
     assert torch.equal(torch.cat([resumed.next_batch(2) for _ in range(600)]), expected)
-    assert resumed.state_dict() == whole.state_dict()
+    assert resumed.state_dict() == stream_once.state_dict()
 
 
 def test_a_checkpoint_of_an_earlier_release_goes_on_with_its_batches() -> None:
@@ -104,10 +104,10 @@ def test_position_is_that_of_the_next_first_token() -> None:
     tokens = flat(at.next_batch(40))
     at = stream(["abc", "defgh"], seq_len=2)
     lengths = [len(text) + 1 for text in texts_of(tokens)]
-    for row in range(30):
+    for n in range(30):
         state = at.state_dict()
         visited = 2 * state["epoch"] + state["document"]
-        assert sum(lengths[:visited]) + state["offset"] == 2 * row == state["tokens"]
+        assert sum(lengths[:visited]) + state["offset"] == 2 * n == state["tokens"]
         assert 0 <= state["offset"] < lengths[visited]
         at.next_batch(1)
 
@@ -142,8 +142,8 @@ def test_text_is_encoded_in_a_thread_that_ends() -> None:
     first = at.next_batch(3)
     at.close()
     assert names == {"data"} and threading.active_count() == before
-    whole = stream().next_batch(6)
-    assert torch.equal(torch.cat((first, at.next_batch(3))), whole)  # and begins anew where it is needed
+    stream_once = stream().next_batch(6)
+    assert torch.equal(torch.cat((first, at.next_batch(3))), stream_once)  # and begins anew where it is needed
 
 
 def test_what_the_thread_raises_comes_out() -> None:
@@ -159,8 +159,8 @@ def test_what_the_thread_raises_comes_out() -> None:
 def test_the_record_counts_whole_documents_and_tokens() -> None:
     at = stream(["abc", "defgh"], seq_len=2)
     ends = [i for i, token in enumerate(flat(stream(["abc", "defgh"], seq_len=2).next_batch(40))) if token == EOS]
-    for row in range(30):
-        assert at.record() == {"documents": sum(end < 2 * row for end in ends), "tokens": 2 * row}
+    for n in range(30):
+        assert at.record() == {"documents": sum(end < 2 * n for end in ends), "tokens": 2 * n}
         at.next_batch(1)
 
 
@@ -191,8 +191,8 @@ def test_cached_corpus_is_encoded_once(monkeypatch) -> None:
 
 
 def test_empty_encoding_and_long_document() -> None:
-    rows = stream(["", "x" * 1000], seq_len=8).next_batch(250)
-    assert sorted(set(texts_of(flat(rows)))) == ["", "x" * 1000]
+    sequences = stream(["", "x" * 1000], seq_len=8).next_batch(250)
+    assert sorted(set(texts_of(flat(sequences)))) == ["", "x" * 1000]
 
 
 def test_corpus_too_small_for_a_batch() -> None:
@@ -236,8 +236,8 @@ def test_other_text_takes_the_place_of_the_validation_side(tmp_path: Path) -> No
     assert corpus.train == split.train and len(corpus.train) < 200  # the split holds on
     few = open_dataset(data, 100).validation
     assert few == corpus.validation[: len(few)] and 600 <= sum(map(len, few)) < 1200
-    rows = [build_sequences(texts, encode, EOS, 8, 96) for texts in (few, corpus.validation)]
-    assert torch.equal(*rows)
+    sequences = [build_sequences(texts, encode, EOS, 8, 96) for texts in (few, corpus.validation)]
+    assert torch.equal(*sequences)
 
 
 def test_one_sided_corpora(tmp_path: Path) -> None:
@@ -249,15 +249,15 @@ def test_one_sided_corpora(tmp_path: Path) -> None:
 
 def test_validation_sequences() -> None:
     texts = documents(50)
-    rows = build_sequences(texts, encode, EOS, 16, 10_000)
+    sequences = build_sequences(texts, encode, EOS, 16, 10_000)
     total = sum(len(text) + 1 for text in texts)
-    assert rows.shape == ((total - 1) // 16, 17) and rows.dtype == torch.int64
-    seen = texts_of(flat(rows))
+    assert sequences.shape == ((total - 1) // 16, 17) and sequences.dtype == torch.int64
+    seen = texts_of(flat(sequences))
     assert set(seen) <= set(texts) and len(seen) == len(set(seen)) >= 48
     again = build_sequences(texts[::-1], encode, EOS, 16, 10_000)
-    assert torch.equal(again, rows)
+    assert torch.equal(again, sequences)
     few = build_sequences(texts, encode, EOS, 16, 100)
-    assert torch.equal(few, rows[:6])
+    assert torch.equal(few, sequences[:6])
 
 
 def test_too_little_validation_text() -> None:

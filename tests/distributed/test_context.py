@@ -39,8 +39,8 @@ MODEL = replace(
 CONFIG = TrainConfig(model=MODEL, run="unused", batch_size=4, grad_accum=2, seq_len=16)
 
 
-class Rows:
-    """A stream of drawn rows, at a position that is saved."""
+class RandomSequences:
+    """A stream of random sequences, at a position that can be saved."""
 
     def __init__(self):
         self.at = 0
@@ -60,41 +60,41 @@ class Rows:
 
 
 def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, resume: int = 0) -> dict:
-    """Take `steps` steps, from the checkpoint after `resume` ones if that is given, save, and return what came out."""
+    """Take `steps` steps, after those of the checkpoint `resume` if given, save, and return the measurements."""
     model = distributed.build_model(MODEL, 3, torch.device("cpu"))
     trained = distributed.optimizer_parameters(model)
     optimizer = make_optimizer(model, OptimConfig(kind=kind), trained)
     balancer = Balancer(model, 0.01)
-    stream = distributed.share_stream(Rows() if distributed.is_main else None)
+    stream = distributed.share_stream(RandomSequences() if distributed.is_main else None)
     state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), distributed)
     if resume:
         state.restore(run.checkpoint_path(resume), data=True)
-    found, norms, load = [], [], []
+    step_losses, norms, load = [], [], []
     for _ in range(steps):
         total = torch.zeros(())
-        for number, (rows, share) in enumerate(distributed.micro_batches(stream, CONFIG), 1):
+        for number, (sequences, share) in enumerate(distributed.micro_batches(stream, CONFIG), 1):
             distributed.set_last_backward(model, number == CONFIG.grad_accum)
-            out = losses(model, rows, alpha=1e-2)
+            out = losses(model, sequences, alpha=1e-2)
             (out.total * share / CONFIG.grad_accum).backward()
             total += out.next_token * share
             balancer.add(out.load_LE)
         norms.append(float(distributed.clip_grad_norm(model, 0.5)))
-        found.append(float(distributed.all_reduce(total)) / CONFIG.grad_accum)
+        step_losses.append(float(distributed.all_reduce(total)) / CONFIG.grad_accum)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         load.append(balancer.step(1.0, distributed.all_reduce).tolist())
         state.progress.step += 1
-    rows = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
-    record = evaluate(model, rows, 100, 3, torch.autocast("cpu", enabled=False), distributed=distributed)
+    sequences = torch.randint(64, (7, 17), generator=torch.Generator().manual_seed(0))
+    record = evaluate(model, sequences, 100, 3, torch.autocast("cpu", enabled=False), distributed=distributed)
     with Saver(run, model, None, distributed, timeout=60.0) as saver:
         saver.save(state.progress.step, *state.capture(0.0))
     assert saver.failure is None
-    held = sum(p.numel() for _, p in trained)
-    return {"losses": found, "norms": norms, "maxvio": load, "val": record, "held": held}
+    parameters = sum(p.numel() for _, p in trained)
+    return {"losses": step_losses, "norms": norms, "maxvio": load, "val": record, "parameters": parameters}
 
 
 def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: int, kind: str, resume: int) -> None:
-    """Be one of the processes; the results go into a file."""
+    """Train in one of the processes and write the results to a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (
@@ -102,9 +102,9 @@ def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: 
         if size == 1
         else DistributedContext(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as distributed
     ):
-        found = train(distributed, RunFolder(folder, writes=distributed.is_main), steps, kind, resume)
-        found["timeouts"] = timeouts(distributed)
-    (Path(folder) / f"found-{rank}.json").write_text(json.dumps(found))
+        results = train(distributed, RunFolder(folder, writes=distributed.is_main), steps, kind, resume)
+        results["timeouts"] = timeouts(distributed)
+    (Path(folder) / f"results-{rank}.json").write_text(json.dumps(results))
 
 
 def timeouts(distributed: SingleProcess) -> list[float]:
@@ -117,32 +117,32 @@ def timeouts(distributed: SingleProcess) -> list[float]:
     return [backend.options._timeout.total_seconds() for backend in backends]
 
 
-def together(size: int, folder: Path, steps: int, resume: int = 0, kind: str = "adamw", **mesh: int) -> list[dict]:
-    """Train with `size` processes and return what each found."""
+def run_processes(size: int, folder: Path, steps: int, resume: int = 0, kind: str = "adamw", **mesh: int) -> list[dict]:
+    """Train with `size` processes and return the results of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
-    words = (size, port, MeshConfig(**mesh), str(folder), steps, kind, resume)
+    arguments = (size, port, MeshConfig(**mesh), str(folder), steps, kind, resume)
     # Forked, since each would need seconds to import what is loaded here; so this process must not use autograd.
-    mp.start_processes(work, words, nprocs=size, start_method="fork")
-    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(size)]
+    mp.start_processes(work, arguments, nprocs=size, start_method="fork")
+    return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(size)]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def single(tmp_path_factory):
     """Four steps by one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    return RunFolder(folder), together(1, folder, 4)[0]
+    folder = tmp_path_factory.mktemp("single")
+    return RunFolder(folder), run_processes(1, folder, 4)[0]
 
 
-def check_same(found, expected, first=0):
+def check_same(results, expected, first=0):
     for name in ("losses", "maxvio"):
-        for ours, theirs in zip(found[name], expected[name][first:], strict=True):
+        for ours, theirs in zip(results[name], expected[name][first:], strict=True):
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-9), name
-    assert found["norms"] == pytest.approx(expected["norms"][first:], rel=1e-4)
-    assert found["val"]["val_loss"] == pytest.approx(expected["val"]["val_loss"], rel=1e-5)
-    assert found["val"]["val_load"] == expected["val"]["val_load"]
+    assert results["norms"] == pytest.approx(expected["norms"][first:], rel=1e-4)
+    assert results["val"]["val_loss"] == pytest.approx(expected["val"]["val_loss"], rel=1e-5)
+    assert results["val"]["val_load"] == expected["val"]["val_load"]
 
 
 def check_checkpoint(run, other, step):
@@ -169,28 +169,28 @@ def check_checkpoint(run, other, step):
         (4, {"data": 2, "expert": 2, "shard": 4}, 0.25),
     ],
 )
-def test_many_processes_step_as_one(size, mesh, share, alone, tmp_path):
-    run, expected = alone
-    found = together(size, tmp_path / "run", 4, **mesh)
-    for each in found:
+def test_many_processes_step_as_one(size, mesh, share, single, tmp_path):
+    run, expected = single
+    results = run_processes(size, tmp_path / "run", 4, **mesh)
+    for each in results:
         check_same(each, expected)
         assert set(each["timeouts"]) == {60.0}
     if share is not None:
-        assert max(each["held"] for each in found) <= 1.1 * share * expected["held"]
+        assert max(each["parameters"] for each in results) <= 1.1 * share * expected["parameters"]
     check_checkpoint(RunFolder(tmp_path / "run"), run, 4)
 
 
-def test_saved_by_four_it_goes_on_with_two_and_then_with_one(alone, tmp_path):
-    run, expected = alone
+def test_saved_by_four_it_goes_on_with_two_and_then_with_one(single, tmp_path):
+    run, expected = single
     folder = tmp_path / "run"
-    first = together(4, folder, 2, data=2, expert=2, shard=4)
-    second = together(2, folder, 1, resume=2, shard=2)
-    third = together(1, folder, 1, resume=3)
+    first = run_processes(4, folder, 2, data=2, expert=2, shard=4)
+    second = run_processes(2, folder, 1, resume=2, shard=2)
+    third = run_processes(1, folder, 1, resume=3)
     assert first[0]["losses"] + second[0]["losses"] + third[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     check_checkpoint(RunFolder(folder), run, 4)
 
 
 def test_muon_steps_whole_matrices_in_every_process(tmp_path):
-    expected = together(1, tmp_path / "alone", 3, kind="muon")[0]
-    for each in together(2, tmp_path / "run", 3, kind="muon", expert=2):
+    expected = run_processes(1, tmp_path / "single", 3, kind="muon")[0]
+    for each in run_processes(2, tmp_path / "run", 3, kind="muon", expert=2):
         assert each["losses"] == pytest.approx(expected["losses"], rel=1e-4)

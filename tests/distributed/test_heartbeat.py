@@ -1,4 +1,4 @@
-"""After a collective has failed every process that is left names the same missing one."""
+"""After a failed collective, every other process names the same missing one."""
 
 import time
 from threading import Thread
@@ -31,26 +31,26 @@ def begin_step(heartbeats):
         heartbeat.begin_step()
 
 
-def test_who_gives_no_sign_of_life_is_named_by_all(heartbeats):
+def test_a_process_without_heartbeats_is_named_by_all(heartbeats):
     heartbeats[2].close(left=False)
     begin_step(heartbeats)
     assert heartbeats[0].lost() == "no heartbeat from process 2"
-    heartbeats[0].close(left=False)  # it has found the reason, and is not missing itself
+    heartbeats[0].close(left=False)  # it knows the reason, and is not missing itself
     assert heartbeats[1].lost() == "no heartbeat from process 2"
 
 
-def test_nobody_is_named_where_all_live(heartbeats):
+def test_no_process_is_named_if_all_send_heartbeats(heartbeats):
     begin_step(heartbeats)
     assert heartbeats[1].lost() is None
 
 
-def test_who_has_done_its_work_is_not_missing(heartbeats):
+def test_a_finished_process_is_not_missing(heartbeats):
     heartbeats[2].close(left=True)
     begin_step(heartbeats)
     assert heartbeats[0].lost() is None
 
 
-def test_who_lives_and_does_not_come_is_named(heartbeats):
+def test_a_process_that_never_calls_the_collective_is_named(heartbeats):
     time.sleep(heartbeats[0].timeout)  # a collective's end
     other = Thread(target=heartbeats[1].lost)
     other.start()
@@ -58,13 +58,13 @@ def test_who_lives_and_does_not_come_is_named(heartbeats):
     other.join()
 
 
-def test_a_reason_that_was_told_holds(heartbeats):
+def test_the_first_reason_counts(heartbeats):
     heartbeats[1].blame("process 1 has failed (TypeError: why)")
     heartbeats[2].blame("process 2 has failed as well")
     assert heartbeats[0].lost() == "process 1 has failed (TypeError: why)"
 
 
-def test_a_store_that_is_gone_is_a_reason():
+def test_a_missing_store_is_named():
     store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
     heartbeat = Heartbeat(client, 1, 2, 0.5)
@@ -73,12 +73,12 @@ def test_a_store_that_is_gone_is_a_reason():
     heartbeat.close(left=True)
 
 
-def test_who_is_late_is_named_before_the_time_is_over(heartbeats, capfd):
+def test_a_late_process_is_named_before_the_timeout(heartbeats, capfd):
     heartbeats[2].close(left=False)
     heartbeats[1].begin_step()
     until = time.monotonic() + 10
-    said = ""
-    while "warning" not in said and time.monotonic() < until:
+    warnings = ""
+    while "warning" not in warnings and time.monotonic() < until:
         time.sleep(0.05)
-        said += capfd.readouterr().err
-    assert "process 2 sends no heartbeat" in said
+        warnings += capfd.readouterr().err
+    assert "process 2 sends no heartbeat" in warnings

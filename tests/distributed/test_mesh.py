@@ -1,4 +1,4 @@
-"""Sizes of a mesh: what fits, and what is refused with the sizes that would fit."""
+"""Sizes of a mesh: valid ones, and errors that name the valid ones."""
 
 import pytest
 
@@ -11,7 +11,7 @@ TINY = preset("tiny")  # 8 routed experts
 
 
 @pytest.mark.parametrize(
-    ("data", "expert", "shard", "size", "copies", "expert_shard", "expert_replicas"),
+    ("data", "expert", "shard", "size", "replicas", "expert_shard", "expert_replicas"),
     [
         (0, 1, 1, 4, 4, 1, 4),
         (0, 1, 4, 4, 1, 4, 1),
@@ -22,15 +22,15 @@ TINY = preset("tiny")  # 8 routed experts
     ],
 )
 def test_every_weight_is_held_as_often_as_there_are_copies(
-    data, expert, shard, size, copies, expert_shard, expert_replicas
+    data, expert, shard, size, replicas, expert_shard, expert_replicas
 ):
     mesh = choose(MeshConfig(data=data, expert=expert, shard=shard), TINY, size)
-    assert (mesh.replicas, mesh.expert_shard, mesh.expert_replicas) == (copies, expert_shard, expert_replicas)
+    assert (mesh.replicas, mesh.expert_shard, mesh.expert_replicas) == (replicas, expert_shard, expert_replicas)
     assert mesh.replicas * mesh.shard == mesh.expert_replicas * mesh.expert_shard * mesh.expert == size
 
 
 @pytest.mark.parametrize(
-    ("config", "size", "batch", "says"),
+    ("config", "size", "batch", "message"),
     [
         (MeshConfig(expert=3), 4, 4, "--mesh.expert 1, 2 or 4"),
         (MeshConfig(expert=16), 16, 16, "--mesh.expert 1, 2, 4 or 8"),
@@ -41,12 +41,12 @@ def test_every_weight_is_held_as_often_as_there_are_copies(
         (MeshConfig(), 4, 3, "--batch-size 4 or more"),
     ],
 )
-def test_what_does_not_divide_is_refused_with_what_would(config, size, batch, says):
+def test_sizes_that_do_not_divide_are_refused(config, size, batch, message):
     with pytest.raises(SmolseekError) as refused:
         choose(config, TINY, size, batch)
-    assert says in str(refused.value) and "\n" not in str(refused.value)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_a_dense_model_has_no_experts_to_deal_out():
+def test_a_dense_model_has_no_experts_to_partition():
     with pytest.raises(SmolseekError, match=r"--mesh\.expert 1"):
         choose(MeshConfig(expert=2), preset("smollm2_135m"), 4)

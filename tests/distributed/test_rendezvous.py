@@ -1,4 +1,4 @@
-"""Processes find those of their own life in a store that outlives them."""
+"""Processes of one launch find one another in a store that earlier launches have used."""
 
 from threading import Thread
 
@@ -9,53 +9,53 @@ from smolseek.distributed.rendezvous import wait_for_peers
 from smolseek.errors import PeerLost, Stopped
 
 
-def life(store, word, ranks=(0, 1, 2)):
+def launch(store, word, ranks=(0, 1, 2)):
     """Start these processes as threads; each leaves `word` and returns what the others left."""
-    found = {}
+    words = {}
 
-    def be(rank):
+    def join(rank):
         shared = wait_for_peers(store, rank, 3, 10.0)
         shared.set(f"word/{rank}", word)
-        found[rank] = [shared.get(f"word/{other}").decode() for other in range(3)]
+        words[rank] = [shared.get(f"word/{other}").decode() for other in range(3)]
 
-    threads = [Thread(target=be, args=(rank,)) for rank in ranks]
+    threads = [Thread(target=join, args=(rank,)) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return words
 
 
-def test_a_second_life_reads_nothing_of_the_first():
+def test_a_second_launch_reads_nothing_of_the_first():
     store = dist.HashStore()
     for word in ("first", "second", "third"):
-        store.set("request/2", "a word of one who died while it asked")
-        assert life(store, word) == {rank: [word] * 3 for rank in range(3)}
+        store.set("request/2", "a request of a process that has died")
+        assert launch(store, word) == {rank: [word] * 3 for rank in range(3)}
 
 
-def test_who_does_not_come_is_named_by_all_that_did():
+def test_all_processes_name_the_one_that_does_not_join():
     store = dist.HashStore()
-    said = {}
+    errors = {}
 
     def wait(rank):
         with pytest.raises(PeerLost) as lost:
             wait_for_peers(store, rank, 3, 0.5)
-        said[rank] = str(lost.value)
+        errors[rank] = str(lost.value)
 
     threads = [Thread(target=wait, args=(rank,)) for rank in (0, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(said[rank].startswith(f"process {rank}: process 1 did not join in 0.5 seconds") for rank in (0, 2))
+    assert all(errors[rank].startswith(f"process {rank}: process 1 did not join in 0.5 seconds") for rank in (0, 2))
     with pytest.raises(PeerLost, match=r"process 1: process 0 did not join in 0\.2 seconds"):
         wait_for_peers(dist.HashStore(), 1, 3, 0.2)
 
 
 def test_a_sigterm_ends_the_wait_and_the_missing_ones_are_named():
-    class Told(dist.HashStore):
+    class Interrupted(dist.HashStore):
         def check(self, keys):
             raise Stopped("stopped by SIGTERM", 143)
 
     with pytest.raises(PeerLost, match="process 1: process 0 did not join in"):
-        wait_for_peers(Told(), 1, 3, 10.0)
+        wait_for_peers(Interrupted(), 1, 3, 10.0)

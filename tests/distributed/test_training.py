@@ -20,39 +20,39 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(data, fork_server, tmp_path_factory):
-    run = tmp_path_factory.mktemp("alone") / "run"
+def single(data, fork_server, tmp_path_factory):
+    run = tmp_path_factory.mktemp("single") / "run"
     fork_server.run("-m", "smolseek", *runs.arguments(run, data, *STEPS)).check_returncode()
     return run
 
 
-def check_same(run, alone, first=1):
-    ours, theirs = runs.trained(run), runs.trained(alone)
+def check_same(run, single, first=1):
+    ours, theirs = runs.trained(run), runs.trained(single)
     assert sorted(ours) == sorted(theirs)
     for step in range(first, max(ours) + 1):
         assert ours[step]["loss"] == pytest.approx(theirs[step]["loss"], rel=1e-5)
         assert ours[step]["grad_norm"] == pytest.approx(theirs[step]["grad_norm"], rel=1e-3)
         assert ours[step]["maxvio_layers"] == pytest.approx(theirs[step]["maxvio_layers"], abs=1e-6)
-    for step, record in runs.validated(alone).items():
+    for step, record in runs.validated(single).items():
         assert runs.validated(run)[step]["val_loss"] == pytest.approx(record["val_loss"], rel=1e-5)
         assert runs.validated(run)[step]["val_load"] == record["val_load"]
-    a, b = load_model(run / LAST).model.state_dict(), load_model(alone / LAST).model.state_dict()
+    a, b = load_model(run / LAST).model.state_dict(), load_model(single / LAST).model.state_dict()
     for name in b:
         assert torch.allclose(a[name], b[name], atol=2e-5), name
         if name.endswith("e_score_correction_bias"):
             assert torch.equal(a[name], b[name])
 
 
-def test_the_losses_are_those_of_one_process(data, alone, tmp_path):
+def test_the_losses_are_those_of_one_process(data, single, tmp_path):
     """Two processes, each with half the experts and half the weights."""
     run = tmp_path / "run"
     mesh = ("--mesh.expert", "2", "--mesh.shard", "2")
     done = runs.launch(2, run, data, *STEPS, *mesh)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Step     6/6") == 1 and done.stdout.count("Audit passed") == 2
-    check_same(run, alone)
+    check_same(run, single)
     assert verify(run / LAST) is None
-    ours, theirs = load_state(run / LAST), load_state(alone / LAST)
+    ours, theirs = load_state(run / LAST), load_state(single / LAST)
     assert ours[1]["data"] == theirs[1]["data"] and sorted(ours[0]) == sorted(theirs[0])
     assert all(torch.allclose(ours[0][name], theirs[0][name], atol=1e-4) for name in theirs[0])
 
@@ -71,7 +71,7 @@ def test_when_one_dies_every_other_names_it_in_one_line(data, tmp_path):
 def test_sizes_that_do_not_fit_are_refused_in_one_line(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    words = ["train", "tiny", "--data", str(data), "--run", str(tmp_path / "run"), "--mesh.shard", "3"]
-    assert main(words) == 2
+    arguments = ["train", "tiny", "--data", str(data), "--run", str(tmp_path / "run"), "--mesh.shard", "3"]
+    assert main(arguments) == 2
     assert "use --mesh.shard 1 or 2" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
