@@ -6,9 +6,9 @@
 The text is the English of the running Python, cut into documents of Cosmopedia's length, several numbered copies of it
 in parquet shards of Cosmopedia's columns. It is streamed from a stand-in for the hub on loopback (tests/data), a
 process of its own on the same cores, and read once more as `smolseek prepare` wrote it. The model is deepseek_159m in
-bfloat16, 4 rows of 256 tokens a step, as `smolseek train` takes it; it is measured with the same rows over and over,
-and then fed by each loader, which is to keep it from ever waiting. "First batch" is a fresh process: tokenizer, corpus,
-split, first rows. Writes docs/results/loader.json.
+bfloat16, 4 sequences of 256 tokens a step, as in `smolseek train`; it is measured on fixed sequences
+and then fed by each loader, so that it should never wait. "First batch" is a fresh process: tokenizer, corpus,
+split, first sequences. Writes docs/results/loader.json.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from machine import describe
 
 ROOT = Path(__file__).parents[1]
 BATCH, LENGTH = 4, 256
-SHARDS, COPIES, PIECE = 2, 4, 4000
+SHARDS, COPIES, CHUNK = 2, 4, 4000
 README = b"""---
 configs:
 - config_name: cosmopedia-v2
@@ -50,8 +50,8 @@ def parquet_shards() -> dict[str, bytes]:
     from smolseek.data.sources import read_documents
 
     text = "\n\n".join(read_documents(["builtin"], "text"))
-    pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
-    documents = [f"Copy {copy}, piece {i}. {piece}" for copy in range(COPIES) for i, piece in enumerate(pieces)]
+    chunks = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+    documents = [f"Copy {copy}, piece {i}. {chunk}" for copy in range(COPIES) for i, chunk in enumerate(chunks)]
     files = {"README.md": README}
     for shard in range(SHARDS):
         texts = documents[shard::SHARDS]
@@ -76,7 +76,7 @@ def serve() -> None:
 
 
 def open_stream(source: str):
-    """The training rows of `source`, as the training loop opens them."""
+    """The training sequences of `source`, as the training loop opens them."""
     from smolseek.config import DataConfig, TrainConfig
     from smolseek.data import datasets
     from smolseek.presets import preset
@@ -91,18 +91,18 @@ def open_stream(source: str):
 
 
 def first_batch() -> None:
-    """Print when the first rows of the built-in corpus were there."""
-    rows = open_stream("builtin").next_batch(BATCH)
-    print(json.dumps({"rows": list(rows.shape), "at": time.time()}))
+    """Print when the first sequences of the built-in corpus were read."""
+    sequences = open_stream("builtin").next_batch(BATCH)
+    print(json.dumps({"shape": list(sequences.shape), "at": time.time()}))
 
 
 def loader(source: str, seconds: float) -> None:
-    """Print the tokens a second that the loader alone gives, and the time to its first row."""
+    """Print the tokens a second of the loader alone, and the time to its first sequence."""
     begun = time.perf_counter()
     stream = open_stream(source)
     stream.next_batch(BATCH)
     first = time.perf_counter() - begun
-    while time.perf_counter() - begun < first + 2:  # what was waiting in the queue
+    while time.perf_counter() - begun < first + 2:  # what was in the queue
         stream.next_batch(BATCH)
     begun, tokens = time.perf_counter(), 0
     while (spent := time.perf_counter() - begun) < seconds:
@@ -112,7 +112,7 @@ def loader(source: str, seconds: float) -> None:
 
 
 def model(sources: list[str], seconds: float) -> None:
-    """Print the tokens a second of training steps on the same rows, then on those of each source, in turns."""
+    """Print the tokens a second of training steps on fixed sequences and on those of each source, in turns."""
     import torch
 
     from smolseek.config import OptimConfig
@@ -129,10 +129,10 @@ def model(sources: list[str], seconds: float) -> None:
     fixed = torch.randint(net.config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     streams = {source: open_stream(source) for source in sources}
 
-    def step(next_rows) -> tuple[float, float]:
-        """Seconds of a step, and of them the seconds that the model waited for its rows."""
+    def step(next_batch) -> tuple[float, float]:
+        """Seconds of a step, and of them the seconds that the model waited for its batch."""
         begun = time.perf_counter()
-        rows = next_rows()
+        rows = next_batch()
         waited = time.perf_counter() - begun
         with autocast("auto", torch.device("cpu")):
             loss = losses(net, rows).total
@@ -142,32 +142,32 @@ def model(sources: list[str], seconds: float) -> None:
         optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begun, waited
 
-    feeds = {"same rows": lambda: fixed}
-    feeds |= {source: (lambda stream=stream: stream.next_batch(BATCH)) for source, stream in streams.items()}
-    for feed in feeds.values():
-        step(feed)
-    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in feeds}
+    batches = {"same rows": lambda: fixed}
+    batches |= {source: (lambda stream=stream: stream.next_batch(BATCH)) for source, stream in streams.items()}
+    for next_batch in batches.values():
+        step(next_batch)
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in batches}
     begun = time.perf_counter()
     while time.perf_counter() - begun < seconds:
-        for name, feed in feeds.items():
-            steps[name].append(step(feed))
-    found = {}
+        for name, next_batch in batches.items():
+            steps[name].append(step(next_batch))
+    results = {}
     for name, times in steps.items():
         whole, waited = zip(*times, strict=True)
-        found[name] = {
+        results[name] = {
             "tokens_s": BATCH * LENGTH / statistics.median(whole),
             "steps": len(times),
             "longest_wait_seconds": max(waited),
             "waited_share": sum(waited) / sum(whole),
         }
-    print(json.dumps(found))
+    print(json.dumps(results))
     for stream in streams.values():
         stream.close()
 
 
-def ask(*words: object, env: dict[str, str] | None = None) -> dict:
-    """Run this file's part named by `words` in a process of its own and return what it printed."""
-    done = subprocess.run([sys.executable, __file__, *map(str, words)], env=env, stdout=subprocess.PIPE, check=True)
+def ask(*arguments: object, env: dict[str, str] | None = None) -> dict:
+    """Run this file's part named by `arguments` in a process of its own and return what it printed."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=env, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -187,13 +187,13 @@ def main() -> None:
         case ["model", seconds, *sources]:
             return model(sources, float(seconds))
 
-    found = {**describe(), "command": "python bench/loader.py", "batch_size": BATCH, "seq_len": LENGTH}
+    results = {**describe(), "command": "python bench/loader.py", "batch_size": BATCH, "seq_len": LENGTH}
     firsts = []
     for _ in range(2):
         begun = time.time()
         firsts.append(ask("--part", "first")["at"] - begun)
     print("first batch of builtin: " + ", ".join(f"{seconds:.1f} s" for seconds in firsts), flush=True)
-    found["first_batch_builtin_seconds"] = firsts
+    results["first_batch_builtin_seconds"] = firsts
     server = subprocess.Popen(
         [sys.executable, __file__, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -202,29 +202,29 @@ def main() -> None:
         hub = json.loads(server.stdout.readline())
         with tempfile.TemporaryDirectory() as folder:
             env = os.environ | hub | {"HF_HOME": f"{folder}/home"}
-            words = ["-m", "smolseek", "prepare", f"{folder}/tokens", "--data", "cosmopedia-v2"]
+            arguments = ["-m", "smolseek", "prepare", f"{folder}/tokens", "--data", "cosmopedia-v2"]
             begun = time.perf_counter()
-            subprocess.run([sys.executable, *words], env=env, stdout=subprocess.PIPE, check=True)
-            found["prepare_seconds"] = time.perf_counter() - begun
+            subprocess.run([sys.executable, *arguments], env=env, stdout=subprocess.PIPE, check=True)
+            results["prepare_seconds"] = time.perf_counter() - begun
             sources = {"streaming": "cosmopedia-v2", "prepared": f"{folder}/tokens"}
-            print(f"prepared in {found['prepare_seconds']:.1f} s", flush=True)
+            print(f"prepared in {results['prepare_seconds']:.1f} s", flush=True)
             loaders = {name: ask("--part", "loader", source, 4, env=env) for name, source in sources.items()}
             trained = ask("--part", "model", 26, *sources.values(), env=env)
     finally:
         server.stdin.close()
         server.wait()
-    found["model_tokens_s"] = trained["same rows"]["tokens_s"]
+    results["model_tokens_s"] = trained["same rows"]["tokens_s"]
     for name, source in sources.items():
         row = loaders[name] | {"training": trained[source]}
-        row["times_the_model"] = row["tokens_s"] / found["model_tokens_s"]
-        row["training_against_same_rows"] = trained[source]["tokens_s"] / found["model_tokens_s"]
-        found[name] = row
+        row["times_the_model"] = row["tokens_s"] / results["model_tokens_s"]
+        row["training_against_same_rows"] = trained[source]["tokens_s"] / results["model_tokens_s"]
+        results[name] = row
         print(
             f"{name}: {row['tokens_s']:,.0f} tokens/s, {row['times_the_model']:.0f}x the model's "
-            f"{found['model_tokens_s']:,.0f}; fed by it the model takes {trained[source]['tokens_s']:,.0f} and waits "
+            f"{results['model_tokens_s']:,.0f}; fed by it the model takes {trained[source]['tokens_s']:,.0f} and waits "
             f"at most {1000 * trained[source]['longest_wait_seconds']:.0f} ms"
         )
-    args.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,28 +25,28 @@ SIZE, DOCUMENTS = 20_000_000, 3_000
 EOS = 0
 
 
-def pieces() -> list[str]:
-    """The text in `DOCUMENTS` pieces."""
+def cut_text() -> list[str]:
+    """The text, cut into `DOCUMENTS` documents."""
     from smolseek.data.sources import read_documents
 
     text = "\n\n".join(read_documents(["builtin"], "text"))
     copies = -(-SIZE // len(text))
     text = "\n".join(f"Copy {copy}.\n{text}" for copy in range(copies))[:SIZE]
-    found, start = [], 0
+    texts, start = [], 0
     for number in range(1, DOCUMENTS):
         end = text.find("\n", number * SIZE // DOCUMENTS)
         while text[end - 1].isspace():
             end = text.find("\n", end + 1)
-        found.append(text[start:end])
+        texts.append(text[start:end])
         start = end
-    return [*found, text[start:]]
+    return [*texts, text[start:]]
 
 
 def prepare(source: Path, out: Path) -> dict[str, float]:
     """Seconds, processor seconds and peak memory in bytes of `smolseek prepare`."""
-    words = [sys.executable, "-m", "smolseek", "prepare", str(out), "--data", str(source)]
+    command = [sys.executable, "-m", "smolseek", "prepare", str(out), "--data", str(source)]
     begun = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0
     seconds = time.perf_counter() - begun
@@ -66,7 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     measured: dict[str, list[dict[str, float]]] = {"one document": [], "3,000 documents": []}
     with tempfile.TemporaryDirectory() as name:
-        folder, texts = Path(name), pieces()
+        folder, texts = Path(name), cut_text()
         # A second document, or a single one would be cut for the split.
         for kind, documents in (
             ("one document", ["".join(texts), "The end."]),
@@ -75,14 +75,14 @@ def main() -> None:
             lines = (json.dumps({"text": text}) + "\n" for text in documents)
             (folder / f"{kind}.jsonl").write_text("".join(lines), encoding="utf-8")
         for number in range(args.rounds):
-            for kind, found in measured.items():
-                found.append(prepare(folder / f"{kind}.jsonl", folder / f"{kind} {number}"))
-                print(kind, found[-1], flush=True)
+            for kind, results in measured.items():
+                results.append(prepare(folder / f"{kind}.jsonl", folder / f"{kind} {number}"))
+                print(kind, results[-1], flush=True)
         same = np.array_equal(*(tokens(folder / f"{kind} 0") for kind in measured))
         count = len(tokens(folder / "one document 0"))
     median = {
-        kind: {key: statistics.median(row[key] for row in found) for key in found[0]}
-        for kind, found in measured.items()
+        kind: {key: statistics.median(row[key] for row in results) for key in results[0]}
+        for kind, results in measured.items()
     }
     whole, parts = median.values()
     ratios = {key: whole[key] / parts[key] for key in whole}

@@ -18,9 +18,9 @@ import torch
 from machine import describe
 
 SHAPE = {"num_hidden_layers": 2, "hidden_size": 64}
-# Twelve rows go evenly to one, two, three and four processes.
+# Twelve sequences divide evenly among one, two, three and four processes.
 ROWS, ACCUM, LENGTH = 12, 2, 16
-WORDS = (
+ARGUMENTS = (
     "--model.num-hidden-layers 2 --model.hidden-size 64 --log-every 1 "
     f"--seq-len {LENGTH} --batch-size {ROWS} --grad-accum {ACCUM} "
     "--save-every 25 --eval-every 25 --eval-tokens 640 --sample-tokens 0 --precision float32 --device cpu "
@@ -43,8 +43,8 @@ ENDS = {
 """Processes, their mesh, and the step after which they are stopped."""
 
 
-def worker(out: Path, words: list[str]) -> int:
-    """Train as `smolseek` does and write what this process held and sent in a step."""
+def worker(out: Path, arguments: list[str]) -> int:
+    """Train as `smolseek` does and write how much this process holds and sends in a step."""
     import torch.distributed as dist
 
     from smolseek.cli import main
@@ -54,7 +54,7 @@ def worker(out: Path, words: list[str]) -> int:
 
     sent: dict[str, float] = {}
     steps: list[dict[str, float]] = []
-    held: dict[str, int] = {}
+    sizes: dict[str, int] = {}
 
     def size(x: torch.Tensor) -> int:
         return x.numel() * x.element_size()
@@ -70,10 +70,10 @@ def worker(out: Path, words: list[str]) -> int:
 
         setattr(dist, name, collective)
 
-    def elsewhere(n: int, out: torch.Tensor, x: torch.Tensor, taken=None, given=None, **_) -> float:
-        if given is None:  # the counts
+    def elsewhere(n: int, out: torch.Tensor, x: torch.Tensor, taken=None, sent_counts=None, **_) -> float:
+        if sent_counts is None:  # the counts
             return 0
-        return (x.numel() - given[dist.get_rank() % n] * x[:1].numel()) * x.element_size()
+        return (x.numel() - sent_counts[dist.get_rank() % n] * x[:1].numel()) * x.element_size()
 
     # FSDP2 calls them by these names from PyTorch 2.13 on, by the second ones before.
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -102,7 +102,7 @@ def worker(out: Path, words: list[str]) -> int:
 
     def parameters(self, model):
         named = trained(self, model)
-        held["parameters"] = sum(p.numel() for _, p in named)
+        sizes["parameters"] = sum(p.numel() for _, p in named)
         return named
 
     Guard.passed, DistributedContext.optimizer_parameters = step, parameters
@@ -110,15 +110,15 @@ def worker(out: Path, words: list[str]) -> int:
 
     def capture(self, seconds):
         state = self.optimizer.state_dict()["state"]
-        held["moments"] = sum(v.numel() for entry in state.values() for v in entry.values() if v.ndim)
+        sizes["moments"] = sum(v.numel() for entry in state.values() for v in entry.values() if v.ndim)
         return real_capture(self, seconds)
 
     TrainState.capture = capture
-    code = main(words)
+    code = main(arguments)
     # Between the second step and the tenth: no evaluation, no checkpoint.
     per_step = {kind: (steps[9].get(kind, 0) - steps[1].get(kind, 0)) / 8 for kind in steps[9]}
     rank = int(os.environ["RANK"])
-    record = {"parameters": held["parameters"], "moments": held["moments"], "sent": per_step}
+    record = {"parameters": sizes["parameters"], "moments": sizes["moments"], "sent": per_step}
     (out / f"{rank}.json").write_text(json.dumps(record))
     return code
 
@@ -141,35 +141,44 @@ def main() -> None:
     whole = count(shape).total - count(shape).balancing
     run = Run.planned(batch_size=ROWS, grad_accum=ACCUM, seq_len=LENGTH, precision="float32", device="cpu")
     # Once, before the file changes that git looks at.
-    result: dict = {**describe(), "command": "python bench/scale.py", "steps": args.steps, "options": WORDS, "runs": {}}
+    result: dict = {
+        **describe(),
+        "command": "python bench/scale.py",
+        "steps": args.steps,
+        "options": ARGUMENTS,
+        "runs": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
-        alone = train(1, "", Path(folder), args.steps, [sys.executable, "-m", "smolseek"])
+        single = train(1, "", Path(folder), args.steps, [sys.executable, "-m", "smolseek"])
         for name in args.only:
-            size, words = CASES[name]
-            told = Path(folder) / name.replace(" ", "-")
-            told.mkdir()
+            size, arguments = CASES[name]
+            folder_of_records = Path(folder) / name.replace(" ", "-")
+            folder_of_records.mkdir()
             start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]
-            command = [sys.executable, *start, __file__, "--worker", str(told)]
-            losses = train(size, words, Path(folder), args.steps, command)
-            found = [json.loads((told / f"{rank}.json").read_text()) for rank in range(size)]
-            options = dict(zip(words.split()[::2], map(int, words.split()[1::2]), strict=True))
+            command = [sys.executable, *start, __file__, "--worker", str(folder_of_records)]
+            losses = train(size, arguments, Path(folder), args.steps, command)
+            records = [json.loads((folder_of_records / f"{rank}.json").read_text()) for rank in range(size)]
+            options = dict(zip(arguments.split()[::2], map(int, arguments.split()[1::2]), strict=True))
             mesh = choose(MeshConfig(**{key.removeprefix("--mesh."): n for key, n in options.items()}), shape, size)
             expected = cost(shape, mesh, run)
             kinds = [kind for kind, n in expected.sent.items() if n]
-            measured = {kind: sum(f["sent"].get(kind, 0) for f in found) / size for kind in kinds}
+            measured = {kind: sum(record["sent"].get(kind, 0) for record in records) / size for kind in kinds}
             row = {
                 "processes": size,
-                "options": words,
+                "options": arguments,
                 "largest_relative_difference_of_losses": max(
-                    abs(a - b) / a for a, b in zip(alone, losses, strict=True)
+                    abs(a - b) / a for a, b in zip(single, losses, strict=True)
                 ),
-                "parameters_and_moments_per_process": max(f["parameters"] + f["moments"] for f in found),
-                "share_of_one_process": max(f["parameters"] + f["moments"] for f in found) / (3 * whole),
+                "parameters_and_moments_per_process": max(
+                    record["parameters"] + record["moments"] for record in records
+                ),
+                "share_of_one_process": max(record["parameters"] + record["moments"] for record in records)
+                / (3 * whole),
                 "bytes_sent_a_step": measured,
                 "bytes_expected": {kind: expected.sent[kind] for kind in kinds},
                 "ratio": sum(measured.values()) / sum(expected.sent.values()),
             }
-            last = run_of(size, words, Path(folder)) / f"checkpoints/step-{args.steps:06d}"
+            last = run_of(size, arguments, Path(folder)) / f"checkpoints/step-{args.steps:06d}"
             row["largest_difference_of_logits_in_transformers"] = beside_transformers(last)
             result["runs"][name] = row
             print(
@@ -187,7 +196,7 @@ def main() -> None:
                 "options": [mesh for _, mesh, _ in ENDS[name]],
                 "stopped_after_steps": [until for _, _, until in ENDS[name][:-1]],
                 "largest_relative_difference_of_losses": max(
-                    abs(a - b) / a for a, b in zip(alone, losses_of(run_path), strict=True)
+                    abs(a - b) / a for a, b in zip(single, losses_of(run_path), strict=True)
                 ),
                 "largest_difference_of_logits_in_transformers": beside_transformers(
                     run_path / f"checkpoints/step-{args.steps:06d}"
@@ -217,10 +226,10 @@ def launched(size: int, mesh: str, run: Path, steps: int, until: int | None, res
     if size > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), "--"]
     command += [str(stopper), str(until or -1), "SIGTERM"]
-    words = ["train", "tiny", "--data", "builtin", "--run", str(run), *WORDS.split(), "--steps", str(steps)]
-    words += [*mesh.split(), *(["--resume"] if resume else [])]
+    arguments = ["train", "tiny", "--data", "builtin", "--run", str(run), *ARGUMENTS.split(), "--steps", str(steps)]
+    arguments += [*mesh.split(), *(["--resume"] if resume else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *words], check=until is None, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run([*command, *arguments], check=until is None, stdout=subprocess.DEVNULL, env=environment)
 
 
 def losses_of(run: Path) -> list[float]:
@@ -237,9 +246,9 @@ def run_of(size: int, mesh: str, folder: Path) -> Path:
 def train(size: int, mesh: str, folder: Path, steps: int, command: list[str]) -> list[float]:
     """Train with `size` processes and return the losses by step."""
     run = run_of(size, mesh, folder)
-    words = ["train", "tiny", "--data", "builtin", "--run", str(run), *WORDS.split(), "--steps", str(steps)]
+    arguments = ["train", "tiny", "--data", "builtin", "--run", str(run), *ARGUMENTS.split(), "--steps", str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *words, *mesh.split()], check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run([*command, *arguments, *mesh.split()], check=True, stdout=subprocess.DEVNULL, env=environment)
     return losses_of(run)
 
 
