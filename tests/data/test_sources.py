@@ -301,6 +301,7 @@ def test_runs_and_models_inside_a_data_folder_are_no_data(tmp_path: Path) -> Non
         (tmp_path / name).write_text("{}")
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens/index.json").write_text('{"format": "smolseek tokens 1", "sources": [{"name": "x"}]}')
+    (tmp_path / "tokens/00-00000-000000.tokens").touch()
     (tmp_path / "tokens/notes.txt").write_text("no text")
     documents, report = counted(tmp_path)
     assert documents == ["text"] and report.left_out == {"run": 3}

@@ -169,7 +169,7 @@ def test_tokens_whose_index_says_something_else(run_cli, made, tmp_path, change)
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
-    refuse(run_cli("train", "tiny", "--data", tmp_path / "tokens", "--run", tmp_path / "new"), "index.json", "anew")
+    refuse(run_cli("train", "tiny", "--data", tmp_path / "tokens", "--run", tmp_path / "new"), "index.json", "again")
     refuse(run_cli("prepare", tmp_path / "tokens", *words), "index.json")
     assert json.loads(path.read_text()) == json.loads(json.dumps(index)) or "nan" in str(index)
 

@@ -52,10 +52,7 @@ class Corpus:
 
     def summary(self) -> str:
         """Describe the data in a few words: what there is to train on, and what was left out."""
-        if self.sample_of is None:
-            training = f"{len(self.train):,} training and"
-        else:
-            training = f"{self.sample_of.summary()};"
+        training = f"{len(self.train):,} training and" if self.sample_of is None else f"{self.sample_of.summary()};"
         return "; ".join(filter(None, (f"{training} {len(self.validation):,} validation documents", self.notes())))
 
     def notes(self) -> str:

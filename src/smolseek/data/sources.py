@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from smolseek.data.formats import ENDINGS, NotText, file_format, read_texts
-from smolseek.data.shards import is_prepared
 from smolseek.errors import SmolseekError
 
 SHORTEST_DOCSTRINGS = 200
@@ -124,7 +123,7 @@ def _walk(root: Path, report: ReadReport) -> Iterator[Path]:
 
     visited = {os.path.realpath(root)}
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        if Path(folder) != root and _is_run_or_model(folder, folders, files):
+        if Path(folder) != root and _is_output(folders, files):
             report.left_out["run"] += 1
             folders.clear()
             continue
@@ -158,17 +157,12 @@ def _skip_reason(path: str, name: str) -> str:
         return "broken"
 
 
-def _is_run_or_model(folder: str, folders: list[str], files: list[str]) -> bool:
+def _is_output(folders: list[str], files: list[str]) -> bool:
     """Return whether a folder inside a data folder is a run, a checkpoint, a model or prepared tokens."""
-    if "index.json" in files:
-        try:
-            if is_prepared(folder):
-                return True
-        except SmolseekError:  # tokens whose index is damaged
-            return True
     signs = {"metrics.jsonl", "train.log", "manifest.json", "tokenizer.json", "tokenizer_config.json"}
     weights = any(name.endswith((".safetensors", ".bin")) for name in files)
-    return "config.json" in files and ("checkpoints" in folders or weights or not signs.isdisjoint(files))
+    run_or_model = "config.json" in files and ("checkpoints" in folders or weights or not signs.isdisjoint(files))
+    return run_or_model or ("index.json" in files and any(name.endswith(".tokens") for name in files))
 
 
 def _from_path(source: str, text_column: str, separator: str | None, report: ReadReport) -> Iterator[str | None]:
