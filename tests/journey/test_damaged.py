@@ -182,7 +182,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(run_cli, run, tmp_path):
 
 @pytest.mark.parametrize("prompt", ["\udcff", "a \ud83d b"])
 def test_a_prompt_that_is_no_text(run_cli, run, prompt):
-    refuse(run_cli("generate", run, prompt), "not UTF-8")
+    refuse(run_cli("generate", run, prompt), "UTF-8")
 
 
 @pytest.fixture
