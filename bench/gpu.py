@@ -71,7 +71,7 @@ class Trainer:
         self.distributed, self.optimizer = SingleProcess(), make_optimizer(self.model, config.optim)
         self.balancer = Balancer(self.model, config.balance.gamma)
         context = autocast("bfloat16" if device == "cuda" else "auto", self.device)
-        self.passes = ForwardBackward(self.model, losses, self.distributed, context, grad_accum=accum)
+        self.passes = ForwardBackward(self.model, losses, context, grad_accum=accum)
         begun = time.perf_counter()
         compiling.prepare(self.passes, config, self.device, 1)
         self.preparing = time.perf_counter() - begun

@@ -135,7 +135,7 @@ def main() -> None:
     from smolseek.model.summary import count
     from smolseek.presets import preset
     from smolseek.train.footprint import Run
-    from smolseek.train.scale import cost
+    from smolseek.train.scale import shard_cost
 
     shape = replace(preset("tiny"), **SHAPE)
     whole = count(shape).total - count(shape).balancing
@@ -160,8 +160,8 @@ def main() -> None:
             records = [json.loads((folder_of_records / f"{rank}.json").read_text()) for rank in range(size)]
             options = dict(zip(arguments.split()[::2], map(int, arguments.split()[1::2]), strict=True))
             mesh = choose(MeshConfig(**{key.removeprefix("--mesh."): n for key, n in options.items()}), shape, size)
-            expected = cost(shape, mesh, run)
-            kinds = [kind for kind, n in expected.sent.items() if n]
+            _, expected = shard_cost(shape, mesh, run)
+            kinds = [kind for kind, n in expected.items() if n]
             measured = {kind: sum(record["sent"].get(kind, 0) for record in records) / size for kind in kinds}
             row = {
                 "processes": size,
@@ -175,8 +175,8 @@ def main() -> None:
                 "share_of_one_process": max(record["parameters"] + record["moments"] for record in records)
                 / (3 * whole),
                 "bytes_sent_a_step": measured,
-                "bytes_expected": {kind: expected.sent[kind] for kind in kinds},
-                "ratio": sum(measured.values()) / sum(expected.sent.values()),
+                "bytes_expected": {kind: expected[kind] for kind in kinds},
+                "ratio": sum(measured.values()) / sum(expected.values()),
             }
             last = run_of(size, arguments, Path(folder)) / f"checkpoints/step-{args.steps:06d}"
             row["largest_difference_of_logits_in_transformers"] = beside_transformers(last)
@@ -184,7 +184,7 @@ def main() -> None:
             print(
                 f"{name:28} losses {row['largest_relative_difference_of_losses']:.1e}  holds "
                 f"{row['share_of_one_process']:.3f}  sent/expected {row['ratio']:.3f}  "
-                + ", ".join(f"{kind} {measured[kind] / expected.sent[kind]:.3f}" for kind in kinds),
+                + ", ".join(f"{kind} {measured[kind] / expected[kind]:.3f}" for kind in kinds),
                 flush=True,
             )
             args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

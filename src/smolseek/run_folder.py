@@ -36,8 +36,8 @@ class RunFolder:
         """Texts that the model wrote."""
         self.checkpoints = self.path / "checkpoints"
         self.unread: list[dict[str, Any]] | None = None
-        """Records since a tracker last took them; None where none follows the run."""
-        self._lock, self._held = FolderLock(path), False
+        """Records that the tracker has not read yet; None without a tracker."""
+        self._lock: FolderLock | None = None
         # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
         self._records = console.Appended(self.metrics, sync=True)
         self._texts = console.Appended(self.samples)
@@ -50,8 +50,8 @@ class RunFolder:
         """Return the checkpoint folders, newest (highest step) first; unfinished ones are no checkpoints."""
         if not self.checkpoints.is_dir():
             return []
-        found = [(re.fullmatch(r"step-(\d+)", p.name), p) for p in self.checkpoints.iterdir() if p.is_dir()]
-        return [p for _, p in sorted(((int(m[1]), p) for m, p in found if m), reverse=True)]
+        paths = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
+        return sorted(paths, key=step_of, reverse=True)
 
     def read_config(self) -> TrainConfig:
         """Return the configuration of the run.
@@ -83,7 +83,13 @@ class RunFolder:
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise SmolseekError(f"{self.checkpoints} is a file, and checkpoints go there: choose another --run")
-        require_writable(self.path, "--run")
+        folder = self.path
+        while not os.path.lexists(folder):
+            folder = folder.parent
+        if not folder.is_dir():
+            raise SmolseekError(f"--run {self.path} cannot be written ({folder} is no folder): choose another")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise SmolseekError(f"--run {self.path} cannot be written ({folder} may not be written to): choose another")
         if not self.config.exists():
             if resume:
                 raise SmolseekError(f"{self.path} holds no run to resume: leave out --resume, or correct --run")
@@ -115,20 +121,11 @@ class RunFolder:
         Raises:
             SmolseekError: if another process does.
         """
-        self._held = True
-        try:
-            if self.config.exists():
-                self._lock_folder(create=False)
-            yield
-        finally:
-            self._held = False
-            self._lock.release()
-
-    def _lock_folder(self, create: bool) -> None:
-        if self._held and self.writes:
-            self._lock.acquire(create)
-            if create and not self._lock.supported:
-                console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
+        with FolderLock(self.path) if self.writes else contextlib.nullcontext() as self._lock:
+            try:
+                yield
+            finally:
+                self._lock = None
 
     def create(self, config: TrainConfig, resume: bool) -> None:
         """Make the folder and write `config.json` atomically; a new run begins with no metrics, log and samples.
@@ -141,8 +138,11 @@ class RunFolder:
         self.check(config, resume)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock_folder(create=True)
-            self.check(config, resume)  # what another process wrote before it gave the lock back
+            if self._lock is not None:
+                self._lock.acquire()
+                if not self._lock.supported:
+                    console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
+                self.check(config, resume)  # again: what another process wrote before it released the lock
             if self.config.exists() and not resume:
                 # Left by a run of the same configuration that ended before its first checkpoint.
                 self.cut_back({}, -1)
@@ -177,10 +177,6 @@ class RunFolder:
                 f"{self.metrics}, line {damaged[0]} is damaged: delete that line (the others stay as they are)"
             )
         return records
-
-    def is_complete(self, steps: int) -> bool:
-        """Return whether the run has ended after `steps` steps."""
-        return is_complete(self.read_metrics(), steps)
 
     def sizes(self) -> dict[str, int]:
         """Return the present sizes in bytes of the files that grow, for `cut_back`, with what a full disk delays."""
@@ -224,15 +220,12 @@ def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
     records, damaged = [], []
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
+        record = None
+        with contextlib.suppress(ValueError):
             record = parse_json(line)
-        except ValueError:
-            record = None
         if isinstance(record, dict):
             records.append(record)
-        elif number < len(lines):  # a whole line ends with a newline, so the last piece is empty
+        elif line.strip() and number < len(lines):  # a complete line ends with a newline, so the last one is empty
             damaged.append(number)
     return records, damaged
 
@@ -240,20 +233,6 @@ def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
 def step_of(checkpoint: Path) -> int:
     """Return the number of steps in the name of a checkpoint's folder."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def require_writable(path: Path, name: str) -> None:
-    """Raise SmolseekError if `path`, which the user gave as `name`, cannot be written; to be known before the work."""
-    folder = path if path.is_dir() else path.parent
-    while not os.path.lexists(folder):
-        folder = folder.parent
-    if not folder.is_dir():
-        why = f"{folder} is no folder"
-    elif not os.access(folder, os.W_OK | os.X_OK):
-        why = f"{folder} may not be written to"
-    else:
-        return
-    raise SmolseekError(f"{name} {path} cannot be written ({why}): choose another")
 
 
 def _shown(value: Any) -> str:

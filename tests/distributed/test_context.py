@@ -72,7 +72,8 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
     step_losses, norms, load = [], [], []
     for _ in range(steps):
         total = torch.zeros(())
-        for number, (sequences, share) in enumerate(distributed.micro_batches(stream, CONFIG), 1):
+        shape = (CONFIG.batch_size, CONFIG.grad_accum, CONFIG.seq_len)
+        for number, (sequences, share) in enumerate(distributed.micro_batches(stream, *shape), 1):
             distributed.set_last_backward(model, number == CONFIG.grad_accum)
             out = losses(model, sequences, alpha=1e-2)
             (out.total * share / CONFIG.grad_accum).backward()

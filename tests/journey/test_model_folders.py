@@ -18,7 +18,7 @@ from smolseek.errors import SmolseekError
 from smolseek.evaluate.compare import text_sequences
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import save_folder
-from smolseek.train.datasets import open_datasets
+from smolseek.train.setup import open_datasets
 
 BOS, END, SIZE = 1, 2, 259
 SHAPE = ModelConfig(
@@ -136,7 +136,7 @@ def test_prepared_tokens_know_whether_they_have_bos(base, run_cli):
     new, more = (opened(base, str(base / name), init=init) for name, init in (("new", None), ("more", "m")))
     assert BOS not in new.stream.next_batch(16) and BOS in more.stream.next_batch(16)
     assert new.corpus.validation == more.corpus.validation
-    assert torch.equal(more.val_rows, opened(base, source, init="m").val_rows)
+    assert torch.equal(more.val_sequences, opened(base, source, init="m").val_sequences)
     for name, init in (("new", "m"), ("more", None)):
         with pytest.raises(SmolseekError, match="another"):
             opened(base, str(base / name), init=init)

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.model import moe
 from smolseek.model.transformer import call_block, new_model
@@ -38,7 +37,7 @@ def backend(monkeypatch):
 
 
 def compiled(model, context=None):
-    passes = ForwardBackward(model, losses, SingleProcess(), context or nullcontext())
+    passes = ForwardBackward(model, losses, context or nullcontext())
     compiling.prepare(passes, replace(CONFIG, compile="on"), torch.device("cpu"), 1)
 
 
@@ -149,17 +148,17 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_the_model_as_it_was(monk
 def test_where_it_is_wanted():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     long = replace(CONFIG, steps=1000)
-    assert compiling.wanted(long, cuda, 1)
+    assert compiling.should_compile(long, cuda, 1)
     assert not any(
         (
-            compiling.wanted(long, cpu, 1),
-            compiling.wanted(long, cuda, 2),
-            compiling.wanted(CONFIG, cuda, 1),
-            compiling.wanted(replace(long, grad_checkpointing="full"), cuda, 1),
-            compiling.wanted(replace(long, compile="off"), cuda, 1),
+            compiling.should_compile(long, cpu, 1),
+            compiling.should_compile(long, cuda, 2),
+            compiling.should_compile(CONFIG, cuda, 1),
+            compiling.should_compile(replace(long, grad_checkpointing="full"), cuda, 1),
+            compiling.should_compile(replace(long, compile="off"), cuda, 1),
         )
     )
-    assert compiling.wanted(replace(CONFIG, compile="on"), cpu, 1)
+    assert compiling.should_compile(replace(CONFIG, compile="on"), cpu, 1)
     with pytest.raises(SmolseekError, match="leave one of them out"):
         replace(CONFIG, compile="on", grad_checkpointing="full")
 

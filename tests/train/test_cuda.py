@@ -51,13 +51,9 @@ def test_float32_is_float64_on_a_cpu_to_rounding(name):
     run = config(name)
     model = new_model(run.model, seed=1)
     batches = [rows_of(run, 0), rows_of(run, 1)]
-    exact = ForwardBackward(
-        copy.deepcopy(model).double(), losses, SingleProcess(), nullcontext(), grad_accum=run.grad_accum
-    )
+    exact = ForwardBackward(copy.deepcopy(model).double(), losses, nullcontext(), grad_accum=run.grad_accum)
     values, expected = gradients(exact, batches)
-    found, grads = gradients(
-        ForwardBackward(model.to(CUDA), losses, SingleProcess(), nullcontext(), grad_accum=run.grad_accum), batches
-    )
+    found, grads = gradients(ForwardBackward(model.to(CUDA), losses, nullcontext(), grad_accum=run.grad_accum), batches)
     assert found == pytest.approx(values, rel=1e-5)
     assert far(grads, expected) < 1e-4
 
@@ -68,11 +64,9 @@ def test_recorded_and_compiled_passes_are_the_plain_ones(name, how, capsys):
     run = config(name)
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
-    exact = ForwardBackward(
-        copy.deepcopy(model).double(), losses, SingleProcess(), nullcontext(), grad_accum=run.grad_accum
-    )
+    exact = ForwardBackward(copy.deepcopy(model).double(), losses, nullcontext(), grad_accum=run.grad_accum)
     _, expected = gradients(exact, batches)
-    passes = ForwardBackward(model, losses, SingleProcess(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
+    passes = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(passes, batches)
     compiling.prepare(passes, replace(run, steps=1000 if how == "compiled" else 10), CUDA, 1)
     assert capsys.readouterr().err == ""
@@ -94,13 +88,10 @@ def test_a_recorded_pass_sees_what_the_run_changes(accumulation):
     passes = ForwardBackward(
         new_model(run.model, seed=1, device="cpu").to(CUDA),
         losses,
-        SingleProcess(),
         autocast("bfloat16", CUDA),
         grad_accum=accumulation,
     )
-    plain = ForwardBackward(
-        copy.deepcopy(passes.model), losses, SingleProcess(), autocast("bfloat16", CUDA), grad_accum=accumulation
-    )
+    plain = ForwardBackward(copy.deepcopy(passes.model), losses, autocast("bfloat16", CUDA), grad_accum=accumulation)
     passes.capture(batches[0])
     for model in (passes.model, plain.model):
         with torch.no_grad():
@@ -123,7 +114,7 @@ def test_recomputation_is_recorded_too(how, capsys):
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
     model.grad_checkpointing = how
-    passes = ForwardBackward(model, losses, SingleProcess(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
+    passes = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(passes, batches)
     compiling.prepare(passes, run, CUDA, 1)
     assert capsys.readouterr().err == "" and passes.captured
@@ -152,7 +143,7 @@ def test_a_failed_recording_leaves_plain_passes(monkeypatch, capsys):
 
 def test_no_operation_of_a_plain_pass_makes_the_host_wait():
     run = config("deepseek_159m")
-    passes = ForwardBackward(new_model(run.model, device=CUDA), losses, SingleProcess(), autocast("bfloat16", CUDA))
+    passes = ForwardBackward(new_model(run.model, device=CUDA), losses, autocast("bfloat16", CUDA))
     rows = rows_of(run, 0)
     passes(rows)
     torch.cuda.set_sync_debug_mode("error")

@@ -18,7 +18,8 @@ from smolseek.model.transformer import new_model
 from smolseek.ops.cross_entropy import linear_kl
 from smolseek.storage.hf_folder import load_model, save_folder
 from smolseek.tokenizer import load_tokenizer
-from smolseek.train.distill import Teacher, attention_only, write_own_text
+from smolseek.train.distill import attention_only, open_teacher, write_text
+from smolseek.train.loss import losses
 from smolseek.train.optim import parameter_groups
 from smolseek.train.schedule import Schedule
 
@@ -99,18 +100,18 @@ def convert_half(base, text, **options):
 def test_attention_alone_learns_from_the_teacher(small, tmp_path):
     save_folder(small(), tmp_path / "llama")
     convert_half(tmp_path, "self", calibration_tokens=400)
-    model, teacher = load_model(tmp_path / "half").model, Teacher(str(tmp_path / "llama"), 64, torch.device("cpu"))
+    model, teacher = load_model(tmp_path / "half").model, open_teacher(str(tmp_path / "llama"), 64, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention_only(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, OptimConfig(weight_decay=0.0)), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(64, (8, 33), generator=generator)
-    begun = float(teacher.losses(model, rows).total)
+    begun = float(losses(model, rows, teacher=teacher).total)
     for _ in range(60):
-        teacher.losses(model, rows).total.backward()
+        losses(model, rows, teacher=teacher).total.backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = teacher.losses(model, rows)
+    found = losses(model, rows, teacher=teacher)
     assert float(found.kl) == float(found.total) < 0.6 * begun
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == ("self_attn" not in name), name
@@ -119,7 +120,7 @@ def test_attention_alone_learns_from_the_teacher(small, tmp_path):
 def test_another_vocabulary_is_refused(small, tmp_path):
     save_folder(small(), tmp_path / "llama")
     with pytest.raises(SmolseekError, match="same vocabulary"):
-        Teacher(str(tmp_path / "llama"), 65, torch.device("cpu"))
+        open_teacher(str(tmp_path / "llama"), 65, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_a_healing_tells_where_it_stands_and_one_that_is_resumed_ends_at_the_sam
 
 @needs_tokenizer
 def test_the_source_writes_text_to_learn_from(compressed):
-    write_own_text(str(compressed / "llama"), compressed / "own.jsonl", 64, seed=0)
+    write_text(str(compressed / "llama"), compressed / "own.jsonl", 64, seed=0)
     written = [json.loads(line)["text"] for line in (compressed / "own.jsonl").read_text().splitlines()]
     assert len(written) == 1 and len(written[0]) > 50
 
@@ -241,7 +242,7 @@ def test_refused_before_the_source_writes(tiny, small, capsys, monkeypatch, word
     def write(*_, **__):
         raise AssertionError("the source writes")
 
-    monkeypatch.setattr("smolseek.train.distill.write_own_text", write)
+    monkeypatch.setattr("smolseek.train.distill.write_text", write)
     save_folder(small(260, hidden_size=16), tiny / "other")
     for name, text in (("few.jsonl", '{"text": "One document."}\n'), ("short.txt", "Short."), ("file", "")):
         (tiny / name).write_text(text)

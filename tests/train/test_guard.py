@@ -315,7 +315,7 @@ def test_what_nohup_ignores_stays_ignored():
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        assert stop.received is None and stop.save_wanted() is None
+        assert stop.received is None and stop.save_request() is None
     finally:
         signal.signal(signal.SIGHUP, before)
 

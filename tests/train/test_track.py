@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from smolseek.config import TrainConfig
+from smolseek.config import TrainConfig, flatten, to_dict
 from smolseek.presets import tiny
 from smolseek.run_folder import RunFolder
 from smolseek.train.track import Tracker
@@ -43,7 +43,7 @@ def test_figures_arrive_in_order_and_once(tmp_path, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, kind, module)
     run, config = a_run(tmp_path / "mine")
     run.append_metrics({"step": 0, "machine": {"cores": 2}})
-    with Tracker(kind, run, config) as tracker:
+    with Tracker(kind, run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         run.append_metrics({"step": 0, "val_kl": 0.5})  # a healing says where it began
         run.append_metrics({"step": 10, "loss": 9.5, "maxvio_layers": [1, 2], "finished": True, "note": "x"})
@@ -59,7 +59,7 @@ def test_a_run_that_went_back_goes_on(tmp_path, monkeypatch):
     module = StandIn("trackio")
     monkeypatch.setitem(sys.modules, "trackio", module)
     run, config = a_run(tmp_path / "mine")
-    with Tracker("trackio", run, config) as tracker:
+    with Tracker("trackio", run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         run.append_metrics({"step": 1, "loss": 3.0})
         sizes = run.sizes()
@@ -82,7 +82,7 @@ def test_one_that_is_not_installed_is_refused_before_anything_is_written(tmp_pat
 def test_none_imports_nothing(tmp_path, monkeypatch):
     run, config = a_run(tmp_path / "mine")
     monkeypatch.setattr(importlib, "import_module", lambda name: pytest.fail(name))
-    with Tracker("none", run, config) as tracker:
+    with Tracker("none", run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         tracker.follow()
 
@@ -92,7 +92,7 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run, config = a_run(tmp_path / "mine")
-    with Tracker("tensorboard", run, config) as tracker:
+    with Tracker("tensorboard", run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         run.append_metrics({"step": 10, "loss": 9.5})
         run.append_metrics({"step": 20, "loss": 9.0, "samples": [["The sea", "is wet"]]})
@@ -111,7 +111,7 @@ class Broken(StandIn):
 def test_one_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
     run, config = a_run(tmp_path / "mine")
-    with Tracker("wandb", run, config) as tracker:
+    with Tracker("wandb", run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         for step in (1, 2):
             run.append_metrics({"step": step, "loss": 3.0})
@@ -127,7 +127,7 @@ def test_one_that_cannot_begin_ends_no_run(tmp_path, monkeypatch, capsys):
     module.init = lambda **_: {}["no server"]
     monkeypatch.setitem(sys.modules, "trackio", module)
     run, config = a_run(tmp_path / "mine")
-    with Tracker("trackio", run, config) as tracker:
+    with Tracker("trackio", run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         run.append_metrics({"step": 1, "loss": 3.0})
     assert "--track trackio ends here" in capsys.readouterr().err
@@ -138,7 +138,7 @@ def test_a_file_that_a_return_has_cut_is_not_read(tmp_path, monkeypatch):
     module = StandIn("trackio")
     monkeypatch.setitem(sys.modules, "trackio", module)
     run, config = a_run(tmp_path / "mine")
-    with Tracker("trackio", run, config) as tracker:
+    with Tracker("trackio", run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
         sizes = run.sizes()
         run.append_metrics({"step": 1, "loss": 3.0})

@@ -215,10 +215,10 @@ def heal(argv: Sequence[str]) -> None:
     own, own_held_out = run.path / "self.jsonl", run.path / "held-out.jsonl"
     if "self" in args.calibration and not own.exists():
         amount = min(args.tokens // 2, 65_536)
-        distill.write_own_text(teacher, own, amount, args.seed, args.text_column, config.step_tokens + 1)
+        distill.write_text(teacher, own, amount, args.seed, args.text_column, config.step_tokens + 1)
     if config.data.val_sources == (str(own_held_out),) and not own_held_out.exists():
         amount, least = config.eval_tokens, config.seq_len + 1
-        distill.write_own_text(teacher, own_held_out, amount, args.seed + 1, args.text_column, least)
+        distill.write_text(teacher, own_held_out, amount, args.seed + 1, args.text_column, least)
     loop.train(config, resume=resume)
 
 
@@ -257,7 +257,7 @@ def _held_out(args: HealArgs, config: "TrainConfig", begun: "TrainConfig | None"
     from smolseek.train import distill
 
     if args.held_out:
-        if not distill.holds_out(config, args.held_out, whole=True):
+        if not distill.fills_validation(config, args.held_out, all_of_it=True):
             raise SmolseekError(
                 f"--held-out {' '.join(args.held_out)} does not fill {args.seq_len:,} tokens: give more text, or lower "
                 "--seq-len"
@@ -267,7 +267,7 @@ def _held_out(args: HealArgs, config: "TrainConfig", begun: "TrainConfig | None"
     if begun is not None:
         return (own,) if Path(own).exists() else begun.data.val_sources
     others = tuple(source for source in args.calibration if source != "self")
-    if others and distill.holds_out(config, others):
+    if others and distill.fills_validation(config, others):
         return ()
     if "self" not in args.calibration:
         raise SmolseekError(

@@ -10,7 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from smolseek.config.option import Change
 from smolseek.config.shape import RopeConfig
@@ -21,16 +21,14 @@ T = typing.TypeVar("T")
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Turn a config dataclass into plain JSON types; rope parameters that are None are left out."""
-    if isinstance(config, RopeConfig):
-        items = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in items.items() if v is not None}
-    out: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        out[f.name] = list(value) if isinstance(value, tuple) else value
-    return out
+        if not (value is None and isinstance(config, RopeConfig)):
+            values[f.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def parse_json(text: str) -> Any:
@@ -49,23 +47,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def differences(old: Any, new: Any) -> dict[str, tuple[Any, Any, Change]]:
-    """Return the options of two configurations that differ: dotted name -> values in both, whether a run may do so."""
-    before, after, changes = flatten(to_dict(old)), flatten(to_dict(new)), _changes(type(old))
-    values = {key: (before.get(key), after.get(key)) for key in sorted(before | after)}
-    return {key: (*pair, changes.get(key, "never")) for key, pair in values.items() if pair[0] != pair[1]}
-
-
-def _changes(cls: Any, prefix: str = "") -> dict[str, Change]:
-    """Return `change` of all options of a configuration, by dotted names."""
-    hints = typing.get_type_hints(cls)
-    changes: dict[str, Change] = {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            changes |= _changes(hints[f.name], f"{prefix}{f.name}.")
-        elif "change" in f.metadata:
-            changes[prefix + f.name] = f.metadata["change"]
-    return changes
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any, Change]]:
+    """Return the options of two configurations that differ: dotted name -> both values, and whether a run may do so."""
+    differing: dict[str, tuple[Any, Any, Change]] = {}
+    for f in sorted(dataclasses.fields(old), key=lambda f: f.name):
+        before, after, name = getattr(old, f.name), getattr(new, f.name), prefix + f.name
+        if dataclasses.is_dataclass(before):
+            differing |= differences(before, after, f"{name}.")
+        elif before != after:
+            differing[name] = (before, after, f.metadata.get("change", "never"))
+    return differing
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
@@ -95,37 +86,24 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
             raise SmolseekError(f"{where} must be an object, not {value!r}")
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _restore(args[0], value, where)
     if origin in (typing.Union, types.UnionType):
         for option in args:
-            try:
+            with contextlib.suppress(SmolseekError):
                 return _restore(option, value, where)
-            except SmolseekError:
-                continue
-    elif origin is list:
-        if isinstance(value, list):
-            return [_restore(args[0], item, where) for item in value]
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif origin is tuple:
-        if isinstance(value, list | tuple):
-            items = (args[0],) * len(value) if args[1:] == (...,) else args
-            if len(items) != len(value):
-                raise SmolseekError(f"{where} must have {len(items)} entries, not {list(value)!r}")
-            return tuple(_restore(item, given, where) for item, given in zip(items, value, strict=True))
     elif origin is Literal:
         if value in args:
             return value
         raise SmolseekError(f"{where} {value!r} is not one of {', '.join(map(str, args))}")
-    elif hint is type(None):
-        if value is None:
-            return None
-    elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            with contextlib.suppress(OverflowError):  # of a whole number that is too large
-                return float(value)
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    elif origin is tuple and isinstance(value, list | tuple):
+        hints = (args[0],) * len(value) if args[1:] == (...,) else args
+        if len(hints) != len(value):
+            raise SmolseekError(f"{where} must have {len(hints)} entries, not {list(value)!r}")
+        return tuple(_restore(hint, item, where) for hint, item in zip(hints, value, strict=True))
+    elif origin is list and isinstance(value, list):
+        return [_restore(args[0], item, where) for item in value]
+    elif hint is float and type(value) in (int, float):
+        with contextlib.suppress(OverflowError):  # of an integer that is too large
+            return float(value)
+    elif isinstance(value, origin or hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise SmolseekError(f"{where} cannot be {value!r}")

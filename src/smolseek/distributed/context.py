@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from smolseek import console, launch
-from smolseek.config import ModelConfig, TrainConfig
+from smolseek.config import ModelConfig
 from smolseek.data.retries import HubUnavailable
 from smolseek.data.stream import TrainStream
 from smolseek.distributed.fsdp import Shard, fsdp_modules, local, make_meshes, shard_model
@@ -178,16 +178,20 @@ class DistributedContext(SingleProcess):
         return cast(TrainStream, _RemoteStream()) if stream is None else stream
 
     def micro_batches(
-        self, stream: TrainStream, config: TrainConfig, stopped: Callable[[], object] | None = None
+        self,
+        stream: TrainStream,
+        batch_size: int,
+        grad_accum: int,
+        seq_len: int,
+        stopped: Callable[[], object] | None = None,
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the sequences of a step in the main process, and scatter them."""
-        size, n = config.batch_size, config.grad_accum
-        counts = [len(share) for share in torch.arange(size).tensor_split(self.size)]
-        local_batch = torch.empty(n, counts[0], config.seq_len + 1, dtype=torch.int64)  # the first has the most
+        counts = [len(share) for share in torch.arange(batch_size).tensor_split(self.size)]
+        local_batch = torch.empty(grad_accum, counts[0], seq_len + 1, dtype=torch.int64)  # the first has the most
         failure, sent = None, None
         if self.is_main:
             try:
-                batch = stream.next_batch(size * n, stopped).unflatten(0, (n, size))
+                batch = stream.next_batch(batch_size * grad_accum, stopped).unflatten(0, (grad_accum, batch_size))
                 by_rank = batch.tensor_split(self.size, dim=1)
                 sent = [F.pad(share, (0, 0, 0, counts[0] - share.shape[1])) for share in by_rank]
             except HubUnavailable as error:
@@ -195,7 +199,7 @@ class DistributedContext(SingleProcess):
         dist.scatter(local_batch, sent, 0)
         if local_batch[0, 0, 0] == _UNAVAILABLE:
             raise failure or HubUnavailable("the training data are unavailable")
-        return ((micro[: counts[self.rank]], counts[self.rank] / size) for micro in local_batch)
+        return ((micro[: counts[self.rank]], counts[self.rank] / batch_size) for micro in local_batch)
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return this process's sequences; if there are too few, one with share 0, since all must take part."""

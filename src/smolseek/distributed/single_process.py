@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 
-from smolseek.config import ModelConfig, TrainConfig
+from smolseek.config import ModelConfig
 from smolseek.data.stream import TrainStream
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM, new_model
@@ -63,7 +63,12 @@ class SingleProcess:
         return stream
 
     def micro_batches(
-        self, stream: TrainStream, config: TrainConfig, stopped: Callable[[], object] | None = None
+        self,
+        stream: TrainStream,
+        batch_size: int,
+        grad_accum: int,
+        seq_len: int,
+        stopped: Callable[[], object] | None = None,
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the sequences of one step: `grad_accum` micro-batches of `batch_size`.
 
@@ -73,8 +78,8 @@ class SingleProcess:
         Raises:
             HubUnavailable: in all processes, when the main process cannot read its data.
         """
-        batch = stream.next_batch(config.batch_size * config.grad_accum, stopped)
-        return ((micro, 1.0) for micro in batch.split(config.batch_size))
+        batch = stream.next_batch(batch_size * grad_accum, stopped)
+        return ((micro, 1.0) for micro in batch.split(batch_size))
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Return this process's sequences of `batch`, which all processes have, and their share of it."""

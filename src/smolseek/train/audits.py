@@ -11,11 +11,10 @@ from smolseek.model import summary
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.target import resolve
-from smolseek.train.datasets import Datasets
 from smolseek.train.logging import free_memory
 from smolseek.train.loss import losses
 from smolseek.train.samples import write_samples
-from smolseek.train.setup import Training
+from smolseek.train.setup import Datasets, Training
 
 
 def audit_start(t: Training) -> None:

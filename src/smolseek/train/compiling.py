@@ -1,7 +1,7 @@
-"""Layers as compiled code (`torch.compile`) and passes as CUDA graphs, where that pays and works.
+"""Layers as compiled code (`torch.compile`) and micro-batches as CUDA graphs, where that is faster and works.
 
-On a CPU it is not tried by itself: what compiling would join is one pass in C already (`ops/`), or little beside the
-products. On CUDA it joins norms, rotations, activations and the router's small steps.
+On a CPU compiling is never chosen: the C kernels of `ops/` do what it would fuse already. On CUDA it fuses norms,
+rotations, activations and the router's small operations.
 """
 
 import math
@@ -12,80 +12,74 @@ import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
+from smolseek.errors import reason
 from smolseek.model.transformer import call_block
 from smolseek.train.forward_backward import ForwardBackward
 
 BACKEND = "inductor"
 STEPS = 1000
-"""Fewer are over before compiling has paid: it takes a minute or two."""
+"""Shorter runs end before compiling, a minute or two, has paid off."""
 TOLERANCE = 0.02
-"""Relative: bfloat16 sums in another order differ by less, and wrong code by more."""
+"""Relative. Sums of bfloat16 numbers in another order differ by less, and wrong code by more."""
 
 
-def wanted(config: TrainConfig, device: torch.device, processes: int) -> bool:
+def should_compile(config: TrainConfig, device: torch.device, processes: int) -> bool:
     """Return whether the layers of this run are to be compiled."""
     if config.compile != "auto":
         return config.compile == "on"
-    fits = processes == 1 and config.grad_checkpointing == "none"
-    return fits and device.type == "cuda" and config.steps >= STEPS
+    return device.type == "cuda" and processes == 1 and config.grad_checkpointing == "none" and config.steps >= STEPS
 
 
-def captured(config: TrainConfig, device: torch.device, processes: int) -> bool:
-    """Return whether a micro-batch's passes are to be captured as a CUDA graph."""
-    return device.type == "cuda" and processes == 1 and config.compile != "off" and config.distill.teacher is None
+def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
+    """Compile the layers and capture the micro-batches, each where it pays off.
 
-
-def prepare(passes: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
-    """Compile the layers and capture the passes, each where it pays, compared with what is there without it.
-
-    Passes over random tokens are made before and after. Loss and gradients have to be the same; whatever goes wrong
-    is said in one line, and leaves the run as it was.
+    Both are compared with plain PyTorch on random tokens. If one fails, or loss or gradient norm differ, a warning says
+    so in one line and the run goes on without it.
     """
-    model = passes.model
-    compiles, captures = wanted(config, device, processes), captured(config, device, processes)
+    model, single = forward_backward.model, processes == 1
+    compiles = should_compile(config, device, processes)
+    captures = device.type == "cuda" and single and config.compile != "off" and config.distill.teacher is None
     if not (compiles or captures):
         return
-    drawn = torch.Generator().manual_seed(config.seed)  # its own: the run's numbers stay as they would have been
-    rows = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=drawn)
-    plain = _one_pass(passes, rows)
+    generator = torch.Generator().manual_seed(config.seed)  # a separate one: the run's random numbers stay the same
+    shape = config.batch_size, config.seq_len + 1
+    sequences = torch.randint(config.model.vocab_size, shape, generator=generator)
+    expected = _loss_and_norm(forward_backward, sequences)
+
+    def problem(change: Callable[[], None]) -> str | None:
+        """Return what is wrong after `change`, or None."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # inductor's advice is of no use to the user
+                change()
+                values = _loss_and_norm(forward_backward, sequences)
+        except Exception as error:  # dynamo, inductor and the C++ compiler each raise exceptions of their own
+            model.zero_grad(set_to_none=True)
+            return reason(getattr(error, "inner_exception", error))
+        if all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(values, expected, strict=True)):
+            return None
+        return "loss and gradient norm are {:.4f} and {:.4f}, not {:.4f} and {:.4f}".format(*values, *expected)
 
     def compile_layers() -> None:
         model.call_block = torch.compile(call_block, backend=BACKEND, dynamic=False)
 
-    if compiles and (reason := _compared(passes, rows, plain, compile_layers)):
+    if compiles and (what := problem(compile_layers)):
         model.call_block = call_block
-        console.warn(f"the layers are not compiled, which only costs time: {reason}")
-    if captures and (reason := _compared(passes, rows, plain, lambda: passes.capture(rows))):
-        passes.release()
-        console.warn(f"no CUDA graph is captured, which only costs time: {reason}")
-    if device.type == "cuda":  # the run's peak is to be that of its steps
+        console.warn(f"the layers are not compiled, which only costs time: {what}")
+    if captures and (what := problem(lambda: forward_backward.capture(sequences))):
+        forward_backward.release()
+        console.warn(f"no CUDA graph is captured, which only costs time: {what}")
+    if device.type == "cuda":  # the peak memory in the logs is that of the steps
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _one_pass(passes: ForwardBackward, rows: torch.Tensor) -> tuple[float, float]:
-    """Return the loss and the norm of the gradients, of two micro-batches where a step has more; they are dropped."""
-    for _ in range(min(2, passes.grad_accum)):
-        out = passes(rows)
-    gradients = [p.grad for p in passes.model.parameters() if p.grad is not None]
-    found = float(out.total), float(torch.nn.utils.get_total_norm(gradients))
-    passes.model.zero_grad(set_to_none=True)
-    return found
-
-
-def _compared(
-    passes: ForwardBackward, rows: torch.Tensor, plain: tuple[float, float], change: Callable[[], None]
-) -> str | None:
-    """Make a change and a pass; return None if loss and norm are `plain`, or in one line what is wrong."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a user can do nothing about inductor's advice
-            change()
-            found = _one_pass(passes, rows)
-    except Exception as error:  # dynamo's, inductor's, a C++ compiler's: each may end in errors of its own kinds
-        cause = getattr(error, "inner_exception", error)
-        passes.model.zero_grad(set_to_none=True)
-        return f"{type(cause).__name__}: {next(iter(str(cause).strip().splitlines()), '')}"
-    if all(math.isclose(a, b, rel_tol=TOLERANCE) for a, b in zip(found, plain, strict=True)):
-        return None
-    return "loss and gradient norm are {:.4f} and {:.4f}, not {:.4f} and {:.4f}".format(*found, *plain)
+def _loss_and_norm(forward_backward: ForwardBackward, sequences: torch.Tensor) -> tuple[float, float]:
+    """Return the loss and gradient norm of up to two micro-batches. The gradients are dropped."""
+    for _ in range(min(2, forward_backward.grad_accum)):
+        out = forward_backward(sequences)
+    model = forward_backward.model
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    values = float(out.total), float(torch.nn.utils.get_total_norm(gradients))
+    model.zero_grad(set_to_none=True)
+    return values

@@ -39,10 +39,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess:
-    """Return the processes that torchrun started, or this one alone; nothing is waited for before the sizes fit.
+    """Return the context of the processes that torchrun started, after their number has been checked.
 
     Raises:
-        SmolseekError: for sizes that do not divide, and an optimizer that needs what no process holds.
+        SmolseekError: for sizes that do not divide, and options that go with one process, or full weights, only.
     """
     size = launch.world_size()
     mesh = choose(config.mesh, config.model, size, config.batch_size)
@@ -53,14 +53,15 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
         )
     if size == 1:
         return SingleProcess()
-    for option, given in (
-        ("distill.teacher", config.distill.teacher is not None),
-        ("distill.attention-only", config.distill.attention_only),
-        ("sample-every", config.sample_every > 0),
-        ("compile on", config.compile == "on"),
-        ("grad-checkpointing selective", config.grad_checkpointing == "selective"),
-    ):
-        if given:
+    options = {
+        "distill.teacher": config.distill.teacher is not None,
+        "distill.attention-only": config.distill.attention_only,
+        "sample-every": config.sample_every > 0,
+        "compile on": config.compile == "on",
+        "grad-checkpointing selective": config.grad_checkpointing == "selective",
+    }
+    for option, is_set in options.items():
+        if is_set:
             raise SmolseekError(f"--{option} goes with one process, and {size} were started: leave it out")
     from smolseek.distributed.context import DistributedContext
 

@@ -1,7 +1,4 @@
-"""Learning from another model's next-token distribution instead of the text's next token.
-
-Shapes: B sequences, T predicted tokens, N = B*T, D hidden_size.
-"""
+"""Distillation: the teacher, what is trained, and text that a model writes to learn from."""
 
 import contextlib
 import dataclasses
@@ -22,58 +19,35 @@ from smolseek.data.split import EmptySide, split
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.model.transformer import CausalLM
-from smolseek.ops.cross_entropy import linear_kl
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
 from smolseek.tokenizer import encoder, load_tokenizer, tokenizer_of, vocabulary_digest
-from smolseek.train.loss import Losses
 
 _ATTEMPTS = 8
 """How often a model writes more text, at most."""
 
 
-class Teacher:
-    """The model that is learned from: its weights never change."""
+def open_teacher(path: str, vocab_size: int, device: torch.device) -> CausalLM:
+    """Open the model `path` to learn from; its weights are frozen.
 
-    def __init__(self, path: str, vocab: int, device: torch.device) -> None:
-        """Open the model `path`. Raises SmolseekError if it cannot be opened, or has not `vocab` tokens."""
-        self.model = load_causal_lm(path, device=str(device)).requires_grad_(False)
-        if self.model.config.vocab_size != vocab:
-            raise SmolseekError(
-                f"teacher {path} has {self.model.config.vocab_size:,} tokens and the model {vocab:,}: "
-                "only a model with the same vocabulary can be learned from"
-            )
-
-    def fingerprint(self) -> str:
-        """Return a name of the model for checkpoints: of each parameter its name, shape and first values."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in self.model.named_parameters():
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
-        return digest.hexdigest()
-
-    def losses(
-        self,
-        model: CausalLM,
-        rows: torch.Tensor,
-        *,
-        alpha: float = 0.0,
-        accumulate: bool = False,
-        factor: float | None = None,
-    ) -> Losses:
-        """As `loss.losses`; differentiated is the divergence from the teacher, on the whole vocabulary."""
-        ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-        with torch.no_grad():
-            taught_ND = self.model.hidden(ids_BT).hidden_BTD.flatten(0, 1)
-        out = model.hidden(ids_BT, accumulate=accumulate)
-        kl, next_token = linear_kl(
-            out.hidden_BTD.flatten(0, 1),
-            model.lm_head.weight,
-            taught_ND,
-            self.model.lm_head.weight,
-            targets_BT.flatten(),
+    Raises:
+        SmolseekError: if it cannot be opened, or has not `vocab_size` tokens.
+    """
+    teacher = load_causal_lm(path, device=str(device)).requires_grad_(False)
+    if teacher.config.vocab_size != vocab_size:
+        raise SmolseekError(
+            f"teacher {path} has {teacher.config.vocab_size:,} tokens and the model {vocab_size:,}: "
+            "only a model with the same vocabulary can be learned from"
         )
-        total = kl + alpha * out.balance if alpha else kl
-        return Losses(total, next_token, out.balance.detach(), out.load_LE, kl.detach())
+    return teacher
+
+
+def digest(model: CausalLM) -> str:
+    """Return a digest of a model for checkpoints: of each parameter its name, shape and first values."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.named_parameters():
+        hasher.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
+    return hasher.hexdigest()
 
 
 def attention_only(model: CausalLM) -> None:
@@ -121,8 +95,8 @@ def check_teacher(teacher: str, model: str) -> None:
         raise SmolseekError(f"{teacher} and {model} have different tokenizers: give the model that it was made of")
 
 
-def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False) -> bool:
-    """Return whether a part of the text `sources`, or with `whole` all of it, is enough for the validation of `config`.
+def fills_validation(config: TrainConfig, sources: tuple[str, ...], all_of_it: bool = False) -> bool:
+    """Return whether the held-out part of the text `sources`, or `all_of_it`, fills a sequence of `config`.
 
     Raises:
         SmolseekError: if it cannot be read.
@@ -130,7 +104,7 @@ def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False
     tokenizer = load_tokenizer(config.tokenizer)
     data = dataclasses.replace(config.data, sources=sources, val_sources=())
     try:
-        if whole:
+        if all_of_it:
             documents = list(read_documents(sources, data.text_column))
         else:
             documents = open_dataset(data, config.eval_tokens, tokenizer).validation
@@ -140,21 +114,21 @@ def holds_out(config: TrainConfig, sources: tuple[str, ...], whole: bool = False
     return True
 
 
-def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "text", least: int = 0) -> None:
-    """Have the model `model` write `tokens` tokens of text, a document a sequence, into the JSON lines `out`.
+def write_text(model: str, path: Path, tokens: int, seed: int, key: str = "text", least: int = 0) -> None:
+    """Generate `tokens` tokens of text with the model `model`, a document a sequence, into the JSON lines `path`.
 
-    It goes on until a training on the text has at least `least` tokens; `key` is the one that holds a document.
+    This is repeated until the training side of the text has `least` tokens; `key` is the one of the documents.
 
     Raises:
-        SmolseekError: if the model cannot be opened or has no tokenizer, or its text is no more than control tokens.
+        SmolseekError: if the model cannot be opened or has no tokenizer, or writes no more than control tokens.
     """
-    path = resolve(model)
-    tokenizer = tokenizer_of(path)
+    folder = resolve(model)
+    tokenizer = tokenizer_of(folder)
     if tokenizer is None:
         raise SmolseekError(f"{model} has no tokenizer to write text with: put its tokenizer.json into the folder")
-    writer, encode, texts, written = load_causal_lm(path), encoder(tokenizer), [], 0
+    generator, encode, texts, written = load_causal_lm(folder), encoder(tokenizer), [], 0
     for attempt in range(_ATTEMPTS):
-        sequences = written_sequences(writer, tokenizer, tokens, seed + attempt * 1_000_003)
+        sequences = written_sequences(generator, tokenizer, tokens, seed + attempt * 1_000_003)
         texts += tokenizer.batch_decode(sequences, skip_special_tokens=True)
         with contextlib.suppress(EmptySide):
             documents = split(list(dict.fromkeys(texts)), DataConfig.val_fraction, needs_validation=False).train
@@ -163,5 +137,5 @@ def write_own_text(model: str, out: Path, tokens: int, seed: int, key: str = "te
             break
     else:
         raise SmolseekError(f"{model} writes {written:,} tokens of text where {least:,} are needed: give files instead")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps({key: text}) + "\n" for text in texts))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps({key: text}) + "\n" for text in texts))

@@ -1,5 +1,6 @@
 """What a run logs: records in metrics.jsonl, and lines in the original experiment's form."""
 
+import contextlib
 import os
 import platform
 import resource
@@ -9,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from smolseek.config import TrainConfig
+from smolseek.config import ModelConfig
 from smolseek.memory import peak_resident_bytes
 from smolseek.model import summary
 from smolseek.run_folder import RunFolder
@@ -19,33 +20,26 @@ from smolseek.train.state import Progress
 def describe() -> dict:
     """Return the date, the machine and the versions, in JSON types."""
     cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
+        cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "smolseek"):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     machine = {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         machine["gpu"] = torch.cuda.get_device_name()
     return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine, "versions": versions}
 
 
-def memory(device: torch.device) -> tuple[int, int]:
-    """Return current and peak memory in bytes: what PyTorch holds of the GPU, or resident of this process."""
-    if device.type == "cuda":  # not what tensors take: what a CUDA graph writes into is held, and seen by no tensor
-        return torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
-    peak = peak_resident_bytes()
-    try:
-        with open("/proc/self/statm", encoding="ascii") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize(), peak
-    except OSError:
-        return peak, peak
+def memory(device: torch.device) -> dict[str, int]:
+    """Return the bytes that PyTorch reserves on the GPU, or the resident memory of the process: now and the peak."""
+    if device.type == "cuda":  # reserved, not allocated: no tensor counts what a CUDA graph writes into
+        return {"memory": torch.cuda.memory_reserved(device), "peak_memory": torch.cuda.max_memory_reserved(device)}
+    now = peak = peak_resident_bytes()
+    with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
+        now = int(statm.read().split()[1]) * resource.getpagesize()
+    return {"memory": now, "peak_memory": peak}
 
 
 def free_memory(device: torch.device) -> int:
@@ -58,8 +52,7 @@ def free_memory(device: torch.device) -> int:
 def train_line(record: dict, steps: int, seconds: float, device: torch.device) -> str:
     """Return a training record as a line: the original's fields, then learning rate, MaxVio and gradient norm."""
     name = "GPU Memory" if device.type == "cuda" else "Memory"
-    now, peak = record["memory"] // 2**20, record["peak_memory"] // 2**20
-    step = record["step"]
+    step, now, peak = record["step"], record["memory"] // 2**20, record["peak_memory"] // 2**20
     line = (
         f"Step {step:5d}/{steps} ({100 * step / steps:.1f}%) | Loss: {record['loss']:.4f} | Time: {seconds:.1f}s | "
         f"Tokens/sec: {record['tokens_per_second']:.2f} | Total Tokens: {record['tokens']:,} | "
@@ -80,12 +73,14 @@ def validation_line(record: dict) -> str:
     return line + (f" | MaxVio (global): {record['val_maxvio']:.3f}" if "val_maxvio" in record else "")
 
 
-def training_summary(config: TrainConfig, progress: Progress, run: RunFolder) -> list[str]:
-    """Return the lines after the last step, with the validation tokens that each expert of each layer got."""
+def training_summary(config: ModelConfig, progress: Progress, frozen_tokens: int, run: RunFolder) -> list[str]:
+    """Return the lines after the last step, with each expert's share of the validation tokens.
+
+    `frozen_tokens` were read while the weights were frozen.
+    """
     lines = ["", "Training summary"]
-    lines += [f"  {line}" for line in summary.parameter_lines(config.model) + summary.architecture(config.model)]
-    frozen_tokens = config.balance.settle_steps * config.step_tokens
-    also = f" and {frozen_tokens:,} read while the biases settled" if frozen_tokens else ""
+    lines += [f"  {line}" for line in summary.parameter_lines(config) + summary.architecture(config)]
+    also = f" and {frozen_tokens:,} to calibrate the router biases" if frozen_tokens else ""
     lines.append(f"  Steps: {progress.step:,}, tokens: {progress.tokens - frozen_tokens:,}{also}")
     if progress.seconds:
         rate = progress.tokens / progress.seconds
@@ -93,11 +88,9 @@ def training_summary(config: TrainConfig, progress: Progress, run: RunFolder) ->
     lines.append(f"  Final training loss: {progress.loss:.4f}, final validation loss: {progress.val_loss:.4f}")
     records = reversed(run.read_metrics())
     load_LE: list[list[int]] = next((record["val_load"] for record in records if "val_load" in record), [])
-    for layer, load_E in enumerate(load_LE, config.model.first_k_dense_replace):
-        shares = sorted((load * len(load_E) / sum(load_E) for load in load_E), reverse=True)
-        shown = " ".join(f"{share:.2f}" for share in shares)
-        if len(shares) > 16:
-            shown = f"{shares[0]:.2f}-{shares[-1]:.2f}"
+    for layer, load_E in enumerate(load_LE, config.first_k_dense_replace):
+        shares = [f"{load * len(load_E) / sum(load_E):.2f}" for load in sorted(load_E, reverse=True)]
+        shown = " ".join(shares) if len(shares) <= 16 else f"{shares[0]}-{shares[-1]}"
         lines.append(f"  Expert load in layer {layer} (1 is an equal share): {shown}")
     lines.append(f"  Checkpoint: {run.checkpoint_path(progress.step)}")
     return lines

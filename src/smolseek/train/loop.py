@@ -13,7 +13,7 @@ from smolseek.errors import SmolseekError, Stopped
 from smolseek.memory import give_back_freed_memory, keep_freed_memory
 from smolseek.model import summary
 from smolseek.model.transformer import call_block
-from smolseek.run_folder import RunFolder
+from smolseek.run_folder import RunFolder, is_complete
 from smolseek.train import compiling
 from smolseek.train.audits import audit_end, audit_start
 from smolseek.train.device import choose_device, init_distributed
@@ -67,7 +67,7 @@ def _begin(t: Training, start: Start) -> None:
     """Write the run folder, say what begins or goes on, and compile what pays."""
     run, config, step, previous = t.run, t.config, t.progress.step, start.previous
     # What a run that had ended said after its last checkpoint stays, though it goes on.
-    extended = previous is not None and step == previous.steps and run.is_complete(step)
+    extended = previous is not None and step == previous.steps and is_complete(run.read_metrics(), step)
     run.create(config, start.resume)
     run.cut_back(run.sizes() if extended else start.saved.get("files", {}), -1 if start.checkpoint is None else step)
     t.tracker.open(step)
@@ -92,8 +92,9 @@ def _begin(t: Training, start: Start) -> None:
 
 def _take_steps(t: Training) -> Stopped | None:
     """Take the steps that are left; return how the run ended early, None after the last step."""
-    stop = StopRequest(alone=t.distributed.size == 1)
+    stop = StopRequest(single=t.distributed.size == 1)
     unavailable: HubUnavailable | None = None
+    step_shape = t.config.batch_size, t.config.grad_accum, t.config.seq_len
     with t.tracker, console.progress(t.config.steps, "training") as bar, t.saver, stop, closing(t.stream):
         bar.update(t.progress.step)
         while True:
@@ -101,13 +102,15 @@ def _take_steps(t: Training) -> Stopped | None:
             seconds = t.progress.seconds + (t.clock.seconds() if t.progress.interval else 0.0)
             with t.clock:
                 received = _between_steps(t, stop, seconds, ending=unavailable is not None)
-            if received is not None or unavailable is not None:
-                return _stopped(t, received, unavailable)
+            if received is not None:
+                return _stopped(t, f"stopped by {received.name}", 128 + received)
+            if unavailable is not None:
+                return _stopped(t, f"{unavailable.what}; stopped", unavailable.code)
             if t.is_finished:
                 return None
             position = t.stream.position()
             try:
-                micro_batches = list(t.distributed.micro_batches(t.stream, t.config, lambda: stop.received))
+                micro_batches = [*t.distributed.micro_batches(t.stream, *step_shape, lambda: stop.received)]
             except HubUnavailable as error:
                 unavailable = error
                 continue
@@ -131,14 +134,14 @@ def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool)
         t.progress.sampled = step
     t.tracker.follow()
     received = t.distributed.all_reduce_signal(stop.received)
-    asked = stop.save_wanted()
-    due = asked is not None or t.is_finished or step % config.save_every == 0
+    save_signal = stop.save_request()
+    due = save_signal is not None or t.is_finished or step % config.save_every == 0
     if received is not None or ending or (step != t.saved_step and due):
         tensors, state = t.capture(seconds)
         t.saver.save(step, tensors, state | {"files": t.run.sizes(), "inputs": t.input_digests})
         t.saved_step = step
-    if asked is not None:
-        t.log.say(f"{asked.name}: step {step} is saved, and the run goes on, for its output is no terminal")
+    if save_signal is not None:
+        t.log.say(f"{save_signal.name}: step {step} is saved, and the run goes on, for its output is no terminal")
     for line in t.saver.news():
         t.log.say(f"Training goes on, but {line}")
         t.run.append_metrics({"step": step, "save_failed": line})
@@ -149,7 +152,7 @@ def _evaluate(t: Training, stop: StopRequest) -> None:
     """Evaluate and log; an evaluation that a signal ends is made up for when the run is resumed."""
     record = evaluate(
         t.model,
-        t.val_rows,
+        t.val_sequences,
         t.val_bytes,
         t.config.batch_size,
         t.forward_backward.context,
@@ -174,7 +177,6 @@ def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
         return
     progress.loss = sum(progress.interval) / len(progress.interval)
     progress.seconds += seconds
-    memory_now, memory_peak = memory(t.device)
     record: dict[str, Any] = {
         "step": progress.step,
         "loss": progress.loss,
@@ -182,8 +184,7 @@ def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
         "tokens": progress.tokens,
         "tokens_per_second": rate,
         "grad_norm": result.grad_norm,
-        "memory": memory_now,
-        "peak_memory": memory_peak,
+        **memory(t.device),
         "data": t.stream.record(),
     }
     if t.schedule.is_frozen(progress.step - 1):
@@ -201,15 +202,9 @@ def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
     t.clock.restart()
 
 
-def _stopped(t: Training, received: signal.Signals | None, unavailable: HubUnavailable | None) -> Stopped:
-    """Return how a run ends early that has saved."""
-    if received is not None:
-        why, code = f"stopped by {received.name}", 128 + received
-    else:
-        assert unavailable is not None
-        why, code = f"{unavailable.what}; stopped", unavailable.code
-    way = f"go on with: {shlex.join(['smolseek', 'train', '--run', str(t.run.path), '--resume'])}"
-    return Stopped(f"{why} after step {t.progress.step}, which is saved; {way}", code)
+def _stopped(t: Training, why: str, code: int) -> Stopped:
+    command = shlex.join(["smolseek", "train", "--run", str(t.run.path), "--resume"])
+    return Stopped(f"{why} after step {t.progress.step}, which is saved; go on with: {command}", code)
 
 
 def _finish(t: Training) -> None:
@@ -220,5 +215,6 @@ def _finish(t: Training) -> None:
     give_back_freed_memory()
     if t.datasets:
         audit_end(t, t.datasets)
-        for line in training_summary(t.config, t.progress, t.run):
+        frozen_tokens = t.config.balance.settle_steps * t.config.step_tokens
+        for line in training_summary(t.config.model, t.progress, frozen_tokens, t.run):
             t.log.say(line)

@@ -1,6 +1,6 @@
 """The training objective.
 
-Shapes: B sequences, T predicted tokens, L layers with experts, E routed experts.
+Shapes: B sequences, T predicted tokens, N = B*T, D hidden_size, V words, L layers with experts, E routed experts.
 """
 
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 
 from smolseek.model.transformer import CausalLM
-from smolseek.ops.cross_entropy import linear_cross_entropy
+from smolseek.ops.cross_entropy import linear_cross_entropy, linear_kl
 
 
 class Losses(NamedTuple):
-    """The parts of the objective for one batch, and the load that came with it."""
+    """The terms of the objective for one batch, and the experts' load."""
 
     total: torch.Tensor
-    """What is differentiated: next_token + alpha * balance, and the z-loss."""
+    """What is differentiated: the cross-entropy with its z-loss, or the KL divergence; plus alpha * balance."""
     next_token: torch.Tensor
     """Mean cross-entropy of the next token, in nats."""
     balance: torch.Tensor
@@ -23,27 +23,36 @@ class Losses(NamedTuple):
     load_LE: torch.Tensor
     """Slots (token, expert) of each expert, per layer."""
     kl: torch.Tensor | None = None
-    """KL divergence from the teacher, in nats, where there is one; then it is what is differentiated."""
+    """Mean KL(teacher || model) over the whole vocabulary, in nats; None without a teacher."""
 
 
 def losses(
     model: CausalLM,
-    rows: torch.Tensor,
+    sequences: torch.Tensor,
     *,
     alpha: float = 0.0,
     z_loss: float = 0.0,
+    teacher: CausalLM | None = None,
     accumulate: bool = False,
     factor: float | None = None,
 ) -> Losses:
-    """Return the losses of `rows` [B, T+1]: token t+1 is predicted from tokens 0..t, nothing is masked or padded.
+    """Return the losses of `sequences` [B, T+1]: token t+1 is predicted from tokens 0..t, nothing is masked or padded.
 
-    With `accumulate` the backward pass adds the gradients of experts, embedding and head to their `.grad`
-    (`CausalLM.hidden`); `factor`, where it is known, is what the total will be multiplied by for it.
+    With a `teacher` its distribution of the next token is learned in place of the text's. With `accumulate` the
+    backward pass adds the gradients of experts, embedding and head to their `.grad` (`CausalLM.hidden`); `factor`,
+    where it is known, is what the total will be multiplied by for it.
     """
-    ids_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-    out = model.hidden(ids_BT, accumulate=accumulate)
-    h_ND, w_VD = out.hidden_BTD.flatten(0, 1), model.lm_head.weight
-    given = h_ND, w_VD, targets_BT.flatten(), z_loss
-    head, next_token = linear_cross_entropy(*given, accumulate=accumulate, factor=factor)
-    total = head + alpha * out.balance if alpha else head
-    return Losses(total, next_token.detach(), out.balance.detach(), out.load_LE)
+    ids_BT, targets_N = sequences[:, :-1], sequences[:, 1:].flatten()
+    w_VD = model.lm_head.weight
+    if teacher is None:
+        out = model.hidden(ids_BT, accumulate=accumulate)
+        h_ND = out.hidden_BTD.flatten(0, 1)
+        means = linear_cross_entropy(h_ND, w_VD, targets_N, z_loss, accumulate=accumulate, factor=factor)
+    else:
+        with torch.no_grad():
+            taught_ND = teacher.hidden(ids_BT).hidden_BTD.flatten(0, 1)
+        out = model.hidden(ids_BT, accumulate=accumulate)
+        means = linear_kl(out.hidden_BTD.flatten(0, 1), w_VD, taught_ND, teacher.lm_head.weight, targets_N)
+    total = means.objective + alpha * out.balance if alpha else means.objective
+    kl = None if teacher is None else means.objective.detach()
+    return Losses(total, means.next_token.detach(), out.balance.detach(), out.load_LE, kl)

@@ -47,33 +47,30 @@ class MuonAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         """Step all groups; `closure` is not supported."""
         assert closure is None
-        held = []
+        gradients = {}
         for group in self.param_groups:
             for p in group["params"] if group.get("parts") else ():
-                if p.grad is None:
-                    continue
-                self._step_matrices(p, p.grad, group)
-                held.append((p, p.grad))
-                p.grad = None  # AdamW passes over what has no gradient
+                if p.grad is not None:
+                    self._step_matrices(p, p.grad, group)
+                    gradients[p], p.grad = p.grad, None  # AdamW skips parameters without a gradient
         super().step()
-        for p, grad in held:
-            p.grad = grad
+        for p, gradient in gradients.items():
+            p.grad = gradient
 
     def _step_matrices(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """Momentum as Nesterov's, orthogonalized, after decoupled weight decay."""
+        """Take a step of decoupled weight decay and orthogonalized Nesterov momentum."""
         state = self.state[p]
         if not state:
-            # AdamW's loading of a state wants every entry to have `step`.
+            # AdamW's load_state_dict needs `step` in every entry.
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["momentum_buffer"] = torch.zeros_like(p)
         state["step"] += 1
         buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - _MOMENTUM)
-        wanted = grad.lerp(buffer, _MOMENTUM)
-        rows, columns = p.shape[-2] // group["parts"], p.shape[-1]
-        update = orthogonalize(wanted.reshape(-1, rows, columns))
+        R, C = p.shape[-2] // group["parts"], p.shape[-1]
+        update_MRC = orthogonalize(grad.lerp(buffer, _MOMENTUM).reshape(-1, R, C))
         p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(rows, columns)))
+        p.add_(update_MRC.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(R, C)))
 
 
 def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None = None) -> list[dict]:
@@ -94,13 +91,13 @@ def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None =
     single, double = group(config.weight_decay, parts=1), group(config.weight_decay, parts=2)
     for name, parameter in named:
         if parameter.ndim < 2 or "embed_tokens" in name or name.endswith("_bias"):
-            to = plain
+            target = plain
         elif config.kind != "muon" or "lm_head" in name or name.endswith("mlp.gate.weight"):
-            to = decayed
+            target = decayed
         else:
-            to = double if "gate_up_proj" in name else single
-        to["names"].append(name)
-        to["params"].append(parameter)
+            target = double if "gate_up_proj" in name else single
+        target["names"].append(name)
+        target["params"].append(parameter)
     return [decayed, plain, *(matrices for matrices in (single, double) if matrices["params"])]
 
 
@@ -109,11 +106,6 @@ def make_optimizer(model: CausalLM, config: OptimConfig, named: Named | None = N
     kind = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
     groups = parameter_groups(model, config, named)
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-
-
-def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
-    """Return the names of the parameters in the order of their numbers in `state_tensors`."""
-    return [name for group in optimizer.param_groups for name in group["names"]]
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

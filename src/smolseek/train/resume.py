@@ -18,7 +18,7 @@ from smolseek.data.hub import parse_names
 from smolseek.device import multiplies_bfloat16
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
-from smolseek.run_folder import RunFolder
+from smolseek.run_folder import RunFolder, is_complete
 from smolseek.storage.checkpoint import load_progress
 from smolseek.storage.manifest import newest_valid
 from smolseek.storage.target import resolve
@@ -33,29 +33,28 @@ class Start:
     config: TrainConfig
     resume: bool
     previous: TrainConfig | None
-    """The configuration that the run folder holds, on the main process."""
-    checkpoint: Path | None = None
-    """The newest valid one of a resumed run."""
-    saved: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The configuration in the run folder, on the main process."""
+    checkpoint: Path | None
+    """The newest valid checkpoint of a resumed run."""
+    saved: dict[str, Any]
     """Its JSON state."""
     is_complete: bool = False
     """Whether nothing is left to do."""
     tokenizer_copy: Path | None = None
-    """A folder with the tokenizer, should `config.tokenizer` have moved."""
+    """A folder with the tokenizer, in case `config.tokenizer` has moved."""
 
 
 def find_start(
     run: RunFolder, config: TrainConfig, resume: bool, device: torch.device, distributed: SingleProcess
 ) -> Start:
-    """Return where the run begins; nothing is written yet.
+    """Return where the run begins. Nothing is written yet.
 
     Raises:
-        SmolseekError: for a run folder that does not fit, checkpoints of which none is valid, and inputs that are gone.
+        SmolseekError: for a run folder that does not fit, checkpoints of which none is valid, and missing inputs.
     """
     previous = tokenizer_copy = checkpoint = None
     if distributed.is_main:
-        if run.config.exists():
-            previous = run.read_config()
+        previous = run.read_config() if run.config.exists() else None
         config = _relocated(config, previous) if resume and previous is not None else _pinned(config, previous)
         run.check(config, resume)
         if config.precision == "bfloat16" and not multiplies_bfloat16(device):
@@ -65,13 +64,18 @@ def find_start(
             )
     saved: dict[str, Any] = {}
     if resume:
-        checkpoint = _checkpoint(run, distributed)
+        checkpoint, skipped = newest_checkpoint(run, distributed)
+        if checkpoint is None and skipped:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
+            raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
+        for name, reason in skipped:
+            console.warn(f"checkpoint {name} is not used: {reason}; using {checkpoint and checkpoint.name}")
     if checkpoint is not None:
         saved = load_progress(checkpoint)
-        done = progress_of(saved, checkpoint).step
-        if done > config.steps:
-            raise SmolseekError(f"{run.path} has done {done} steps, and --steps is {config.steps}: raise it")
-        if done == config.steps and distributed.broadcast_object(lambda: run.is_complete(done)):
+        steps = progress_of(saved, checkpoint).step
+        if steps > config.steps:
+            raise SmolseekError(f"{run.path} has done {steps} steps, and --steps is {config.steps}: raise it")
+        if steps == config.steps and distributed.broadcast_object(lambda: is_complete(run.read_metrics(), steps)):
             return Start(config, resume, previous, checkpoint, saved, is_complete=True)
     if resume and previous is not None:
         tokenizer_copy = _find_inputs(config, previous, checkpoint)
@@ -82,65 +86,52 @@ def find_start(
 
 
 def _pinned(config: TrainConfig, previous: TrainConfig | None) -> TrainConfig:
-    """Return `config` with the commits of its hub data: those that the run `previous` has, or the newest."""
+    """Return `config` with the commits of its hub data: those of the run `previous`, or the newest."""
     return dataclasses.replace(config, data=pin(config.data, None if previous is None else previous.data))
 
 
 def _relocated(config: TrainConfig, previous: TrainConfig) -> TrainConfig:
-    """Return `config` with the files that lie in the run folder itself where that folder is now."""
+    """Return `config` with the new paths of text files that lie in the run folder, which may have moved."""
 
-    def now(path: str) -> str:
+    def relocate(path: str) -> str:
         if Path(path).exists() or not Path(path).is_relative_to(previous.run):
             return path
         moved = Path(config.run, Path(path).relative_to(previous.run))
         return str(moved) if moved.exists() else path
 
-    data = config.data
-    sources, val_sources = tuple(map(now, data.sources)), tuple(map(now, data.val_sources))
-    return dataclasses.replace(config, data=dataclasses.replace(data, sources=sources, val_sources=val_sources))
-
-
-def _checkpoint(run: RunFolder, distributed: SingleProcess) -> Path | None:
-    """Return the checkpoint to resume from, the newest valid one; None if there is none yet."""
-    path, skipped = newest_checkpoint(run, distributed)
-    if path is None:
-        if skipped:
-            reasons = "; ".join(f"{bad.name}: {reason}" for bad, reason in skipped)
-            raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
-        return None
-    for bad, reason in skipped:
-        console.warn(f"checkpoint {bad.name} is not used: {reason}; using {path.name}")
-    return path
+    sources, val_sources = (tuple(map(relocate, paths)) for paths in (config.data.sources, config.data.val_sources))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources, val_sources=val_sources))
 
 
 def newest_checkpoint(
     run: RunFolder, distributed: SingleProcess, below: int | None = None
-) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return what `newest_valid` finds, which one process looks for: reading all files once is enough."""
+) -> tuple[Path | None, list[tuple[str, str]]]:
+    """Return the newest valid checkpoint, and the names of newer ones with what is wrong. One process reads them all.
 
-    def look() -> list[Any]:
+    With `below` only checkpoints after fewer steps than that count.
+    """
+
+    def verify_all() -> list[Any]:
         path, skipped = newest_valid(run, below=below)
-        return [path and path.name, [(bad.name, reason) for bad, reason in skipped]]
+        return [path and path.name, [(damaged.name, reason) for damaged, reason in skipped]]
 
-    name, skipped = distributed.broadcast_object(look)
-    return name and run.checkpoints / name, [(run.checkpoints / bad, reason) for bad, reason in skipped]
+    name, skipped = distributed.broadcast_object(verify_all)
+    return name and run.checkpoints / name, skipped
 
 
 def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | None) -> Path | None:
-    """Return where a copy of the tokenizer lies, if the run has the one that it began with and there is a copy.
+    """Return the folder with a copy of the tokenizer; None if there is none, or the run gets another tokenizer.
 
     Raises:
-        SmolseekError: for text that is not where it was, or the first weights of a run without a checkpoint.
+        SmolseekError: for text that has moved, or the missing first weights of a run without a checkpoint.
     """
-    for option, sources, before in (
-        ("data", config.data.sources, previous.data.sources),
-        ("data.val-sources", config.data.val_sources, previous.data.val_sources),
-    ):
-        for source in set(sources) & set(before) - {"builtin"}:
-            hub = parse_names((source,))  # a run's own names of the hub's data hold their commit
+    for option in ("sources", "val_sources"):
+        for source in set(getattr(config.data, option)) & set(getattr(previous.data, option)) - {"builtin"}:
+            hub = parse_names((source,))  # the configuration of a run has the commits of its hub data
             if not Path(source).expanduser().exists() and not (hub and hub[0].revision):
+                name = "data" if option == "sources" else "data.val-sources"
                 raise SmolseekError(
-                    f"data {source} of this run is not there: if it has moved, add --{option} with its new place"
+                    f"data {source} of this run is not there: if it has moved, add --{name} with its new place"
                 )
     copy = checkpoint
     if checkpoint is None and config.init is not None:
@@ -156,10 +147,10 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
 
 
 def check_inputs(digests: dict[str, str], start: Start) -> None:
-    """Compare the digests of what a run reads with those in the checkpoint that it starts from; an old one has none.
+    """Compare the digests of the run's inputs with those in its checkpoint, where older releases wrote none.
 
     Raises:
-        SmolseekError: if the tokenizer or the teacher is another one. Another validation text is only warned of.
+        SmolseekError: for another tokenizer or teacher. Another validation text only gives a warning.
     """
     config, before = start.config, start.saved.get("inputs", {})
     differing = {name for name, value in digests.items() if before.get(name, value) != value}
@@ -178,17 +169,17 @@ def check_inputs(digests: dict[str, str], start: Start) -> None:
 
 
 def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[str]:
-    """Yield what to say about settings that are others than the run had up to `step`."""
+    """Yield a line for each kind of settings that differ from those which the run had up to `step`."""
     differing = differences(previous, config)
+    changed = []
     for key, (old, new, change) in differing.items():
         if change == "path":
-            now, was = (" ".join(value) if isinstance(value, list) else value for value in (new, old))
+            now, was = (" ".join(value) if isinstance(value, tuple) else value for value in (new, old))
             yield f"{key} is now {now}, and was {was}"
-    said = [key for key, (_, _, change) in differing.items() if change in ("always", "resume") and key != "run"]
-    if said:
-        yield "Changed from here on: " + "; ".join(
-            f"{key} {differing[key][1]} (was {differing[key][0]})" for key in said
-        )
+        elif change != "never" and key != "run":
+            changed.append(f"{key} {new} (was {old})")
+    if changed:
+        yield "Changed from here on: " + "; ".join(changed)
     if step and any(key in ("steps", "optim.lr") or key.startswith("schedule.") for key in differing):
         before, after = Schedule.of(previous).lr(max(0, step - 1)), Schedule.of(config).lr(step)
         yield (

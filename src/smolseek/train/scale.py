@@ -11,15 +11,13 @@ R replicas, M processes that hold all experts together, A forward passes a step.
 `bench/scale.py` counts them in small runs.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from smolseek.config import ModelConfig
 from smolseek.distributed.mesh import Mesh
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM
-from smolseek.train.footprint import Run, attention_half, feed_half
+from smolseek.train.footprint import Run, activation_bytes
 
 INTERCONNECTS = {"nvlink": 450e9, "infiniband": 50e9, "ethernet": 12.5e9}
 """Bytes a second that one GPU sends: NVLink of an H100 (900 GB/s both ways), InfiniBand NDR and 100 Gb/s Ethernet."""
@@ -27,77 +25,51 @@ FLOPS = 0.4 * 989e12
 """Operations a second: 40 % of an H100's dense bfloat16 peak (989 TFLOP/s in its data sheet)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What one process holds and sends. Bytes, but for `parameters`."""
+def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str, int]]:
+    """Return the parameters of the first process of `mesh`, the largest shard, and the bytes that it sends in a step.
 
-    parameters: int
-    optimizer: int
-    activations: int
-    cache: int
-    """Of one token, in bfloat16; a sequence lies on one device."""
-    sent: dict[str, int]
-    """In a step, by collective."""
-    flops: float
-    """Floating point operations of a step."""
-
-
-def cost(config: ModelConfig, mesh: Mesh, run: Run) -> Cost:
-    """Return what the first process of `mesh`, which holds no less than any other, holds and sends.
-
-    `run.batch_size` counts the sequences of all processes.
+    The bytes are by collective. `run.batch_size` counts the sequences of all processes.
     """
     with torch.device("meta"):
         model = CausalLM(config)
     A, M = run.grad_accum, mesh.expert
-    held = 0
-    sent = {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0, "all-to-all": 0.0}
+    parameters, sent = 0, {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0, "all-to-all": 0.0}
     for name, p in model.named_parameters():
         if p.numel() == 0:
             continue
-        rows, shards, replicas = len(p), mesh.shard, mesh.replicas
+        length, shards, replicas = len(p), mesh.shard, mesh.replicas
         if M > 1 and ".mlp.experts." in name:
-            rows, shards, replicas = len(p) // M, mesh.expert_shard, mesh.expert_replicas
-        shard = -(-rows // shards) * p[0].numel()
-        held += shard
+            length, shards, replicas = len(p) // M, mesh.expert_shard, mesh.expert_replicas
+        shard = -(-length // shards) * p[0].numel()
+        parameters += shard
         gathers = 2 if name.startswith("model.layers.") else 1
         sent["all-gather"] += gathers * A * 4 * shard * (shards - 1)
         sent["reduce-scatter"] += A * 4 * shard * (shards - 1)
         sent["all-reduce"] += 2 * 4 * shard * (replicas - 1) / replicas
-    tokens = run.batch_size * run.seq_len / mesh.size
     if M > 1:
-        slots = tokens * config.num_experts_per_tok * config.hidden_size * run.number
-        again = 6 if run.grad_checkpointing == "full" else 4
-        sent["all-to-all"] = config.n_moe_layers * A * again * slots * (M - 1) / M
-    kept = sum(
-        half.whole
-        for layer in range(config.num_hidden_layers)
-        for half in (attention_half(config, run), feed_half(config, run, layer))
-    )
-    if run.grad_checkpointing == "full":
-        kept = 4 * config.hidden_size * config.num_hidden_layers
-    return Cost(
-        parameters=held,
-        optimizer=8 * held,
-        activations=round(kept * tokens),
-        cache=summary.cache_bytes(config).get("MLA") or 2 * config.num_hidden_layers * config.cache_features,
-        sent={name: round(n) for name, n in sent.items()},
-        flops=3 * summary.flops_per_token(config, run.seq_len) * tokens * A,
-    )
+        slots = run.batch_size * run.seq_len / mesh.size * config.num_experts_per_tok
+        exchanges = 6 if run.grad_checkpointing == "full" else 4
+        slot_bytes = config.hidden_size * run.bytes_per_number
+        sent["all-to-all"] = config.n_moe_layers * A * exchanges * slots * slot_bytes * (M - 1) / M
+    return parameters, {name: round(n) for name, n in sent.items()}
 
 
 def lines(config: ModelConfig, mesh: Mesh, run: Run, interconnect: str) -> list[str]:
     """Return the cost as text; the share of communication holds if nothing is computed meanwhile."""
-    c, text = cost(config, mesh, run), summary.size_text
-    bandwidth = INTERCONNECTS[interconnect]
-    sending, computing = sum(c.sent.values()) / bandwidth, c.flops / FLOPS
+    text, bandwidth = summary.size_text, INTERCONNECTS[interconnect]
+    parameters, sent = shard_cost(config, mesh, run)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    tokens = run.batch_size * run.seq_len / mesh.size
+    computing = 3 * summary.flops_per_token(config, run.seq_len) * tokens * run.grad_accum / FLOPS
+    sending = sum(sent.values()) / bandwidth
     figures = {
-        "parameters": f"{c.parameters:,} ({text(4 * c.parameters)} in float32)",
-        "gradients": text(4 * c.parameters),
-        "optimizer": text(c.optimizer),
-        "activations": text(c.activations),
-        "cache": f"{text(c.cache)} a token",
-        **{name: f"{text(n)} sent a step" for name, n in c.sent.items() if n},
+        "parameters": f"{parameters:,} ({text(4 * parameters)} in float32)",
+        "gradients": text(4 * parameters),
+        "optimizer": text(8 * parameters),
+        "activations": text(tokens * activation_bytes(model, run)),
+        "cache": f"{text(2 * config.num_hidden_layers * config.cache_features)} a token",
+        **{name: f"{text(n)} sent a step" for name, n in sent.items() if n},
         "communication": f"{sending / (sending + computing):.0%} of a step over {interconnect} ({text(bandwidth)}/s), "
         f"none of it hidden behind {FLOPS / 1e12:.0f} TFLOP/s",
     }

@@ -1,30 +1,64 @@
-"""A training run set up: datasets opened, the model built, and all of it as it was at the checkpoint."""
+"""A training run set up: datasets opened, the model built, and the state of the checkpoint restored."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from smolseek import console
-from smolseek.config import TrainConfig
+from smolseek.config import TrainConfig, flatten, to_dict
+from smolseek.data.datasets import Corpus, open_dataset, open_stream
+from smolseek.data.sequences import build_sequences
+from smolseek.data.spelling import Spelling, sample
+from smolseek.data.stream import TrainStream
 from smolseek.distributed.single_process import SingleProcess
+from smolseek.errors import SmolseekError
 from smolseek.run_folder import RunFolder
 from smolseek.storage.saver import Saver
 from smolseek.storage.target import resolve
-from smolseek.train import resume
+from smolseek.tokenizer import Encode, encoder, for_training, load_tokenizer, token_bytes
 from smolseek.train.balance import Balancer
-from smolseek.train.datasets import Datasets, open_datasets
 from smolseek.train.device import autocast
-from smolseek.train.distill import Teacher, attention_only
+from smolseek.train.distill import attention_only, digest, open_teacher
 from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.guard import Guard
 from smolseek.train.logging import Clock
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
+from smolseek.train.resume import Start, check_inputs
 from smolseek.train.schedule import Schedule
 from smolseek.train.state import TrainState
 from smolseek.train.track import Tracker
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The documents of a run and their tokens, on the main process."""
+
+    tokenizer: Any
+    encode: Encode
+    corpus: Corpus
+    stream: TrainStream
+    val_sequences: torch.Tensor
+    """Validation text, int64 [N, T+1]."""
+    val_bytes: int
+    """UTF-8 bytes that their targets stand for."""
+
+    def digests(self) -> dict[str, str]:
+        """Return digests of the tokens of some text and of the validation sequences, for checkpoints.
+
+        The fingerprint of the training text is part of the stream's state.
+        """
+        beginnings = [text[:2000] for text in self.corpus.train[:8]]
+        contents = {
+            "tokens": repr(self.encode(beginnings)).encode(),
+            "validation": self.val_sequences.numpy().tobytes(),
+        }
+        return {name: hashlib.blake2b(content, digest_size=16).hexdigest() for name, content in contents.items()}
 
 
 @dataclass(kw_only=True)
@@ -35,11 +69,10 @@ class Training(TrainState):
     run: RunFolder
     device: torch.device
     datasets: Datasets | None
-    """On the main process, the one that reads."""
-    val_rows: torch.Tensor
-    """Sequences of validation text, int64 [N, T+1], on every process."""
+    """On the main process alone."""
+    val_sequences: torch.Tensor
+    """Validation text, int64 [N, T+1], on every process."""
     val_bytes: int
-    """UTF-8 bytes that their targets stand for."""
     forward_backward: ForwardBackward
     schedule: Schedule
     input_digests: dict[str, str]
@@ -57,30 +90,32 @@ class Training(TrainState):
         return self.progress.step >= self.config.steps
 
 
-def set_up(run: RunFolder, start: resume.Start, device: torch.device, distributed: SingleProcess) -> Training:
-    """Return the run as it starts, with nothing written yet.
+def set_up(run: RunFolder, start: Start, device: torch.device, distributed: SingleProcess) -> Training:
+    """Return the run as it starts. Nothing is written yet.
 
     Raises:
         SmolseekError: for data, a model, a teacher or a checkpoint that cannot be opened or do not fit.
     """
-    config, datasets = start.config, None
-    tracker = Tracker(config.track if distributed.is_main else "none", run, config)
+    config = start.config
+    tracker = Tracker(config.track if distributed.is_main else "none", run, flatten(to_dict(config)))
+    datasets, digests, tokenizer = None, {}, None
     if distributed.is_main:
         datasets = open_datasets(config, start.tokenizer_copy, resumed=start.checkpoint is not None)
+        digests, tokenizer = datasets.digests(), datasets.tokenizer
     stream = distributed.share_stream(datasets.stream if datasets else None)
-    val_rows = distributed.broadcast_tensor(datasets.val_rows if datasets else None)
+    val_sequences = distributed.broadcast_tensor(datasets.val_sequences if datasets else None)
     val_bytes = distributed.broadcast_object(lambda: datasets.val_bytes if datasets else 0)
 
     model = distributed.build_model(config.model, config.seed, device)
     model.grad_checkpointing = config.grad_checkpointing
     teacher = None
     if config.distill.teacher is not None:
-        teacher = Teacher(config.distill.teacher, config.model.vocab_size, device)
+        teacher = open_teacher(config.distill.teacher, config.model.vocab_size, device)
+        digests["teacher"] = digest(teacher)
     if config.distill.attention_only:
         attention_only(model)
-    objective = partial(losses, z_loss=config.optim.z_loss) if teacher is None else teacher.losses
-    context, accum, alpha = autocast(config.precision, device), config.grad_accum, config.balance.alpha
-    training = Training(
+    keep = {"keep_last": config.keep_last, "keep_every": config.keep_every}
+    t = Training(
         model=model,
         optimizer=make_optimizer(model, config.optim, distributed.optimizer_parameters(model)),
         balancer=Balancer(model, config.balance.gamma),
@@ -91,36 +126,96 @@ def set_up(run: RunFolder, start: resume.Start, device: torch.device, distribute
         run=run,
         device=device,
         datasets=datasets,
-        val_rows=val_rows,
+        val_sequences=val_sequences,
         val_bytes=val_bytes,
-        forward_backward=ForwardBackward(model, objective, distributed, context, grad_accum=accum, alpha=alpha),
-        schedule=Schedule.of(config),
-        input_digests=(datasets.fingerprints() if datasets else {})
-        | ({"teacher": teacher.fingerprint()} if teacher else {}),
-        saver=Saver(
-            run,
+        forward_backward=ForwardBackward(
             model,
-            datasets.tokenizer if datasets else None,
-            distributed,
-            timeout=config.mesh.timeout,
-            keep_last=config.keep_last,
-            keep_every=config.keep_every,
+            partial(losses, z_loss=config.optim.z_loss, teacher=teacher),
+            autocast(config.precision, device),
+            grad_accum=config.grad_accum,
+            alpha=config.balance.alpha,
+            accumulate=distributed.accumulates,
         ),
+        schedule=Schedule.of(config),
+        input_digests=digests,
+        saver=Saver(run, model, tokenizer, distributed, timeout=config.mesh.timeout, **keep),
         tracker=tracker,
         log=console.Log(run.log if distributed.is_main else os.devnull),
     )
-    _load(training, start)
-    return training
-
-
-def _load(t: Training, start: resume.Start) -> None:
-    """Load the checkpoint that the run goes on from, or the weights that it begins with."""
     if start.checkpoint is not None:
         t.restore(start.checkpoint, data=True)
         if start.previous is not None:
-            resume.check_inputs(t.input_digests, start)
-    elif start.config.init is not None:
-        t.load_weights(resolve(start.config.init))
-    if start.checkpoint is None and start.config.distill.teacher is not None:
-        t.progress.evaluated = -1  # the divergence before the first step
+            check_inputs(digests, start)
+    else:
+        if config.init is not None:
+            t.load_weights(resolve(config.init))
+        if config.distill.teacher is not None:
+            t.progress.evaluated = -1  # evaluate before the first step: the divergence to begin with
     t.saved_step = t.progress.step
+    return t
+
+
+def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, resumed: bool = False) -> Datasets:
+    """Open the training and validation text of a run.
+
+    Args:
+        config: the run's settings.
+        tokenizer_copy: where else to find the tokenizer of a run that is resumed, if `config.tokenizer` has moved.
+        resumed: whether the run has warned already of what the tokenizer cannot spell.
+
+    Raises:
+        SmolseekError: for data that cannot be read or are too few, a tokenizer larger than the model's vocabulary, or
+            one that cannot spell the text.
+    """
+    if not config.model.eos_ids:
+        raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
+    eos_id = config.model.eos_ids[0]
+    tokenizer = _open_tokenizer(config.tokenizer, tokenizer_copy)
+    _require_vocabulary(tokenizer, config.model.vocab_size, new=config.init is None)
+    if config.init is None:
+        tokenizer = for_training(tokenizer, eos_id)
+    encode = encoder(tokenizer)
+    corpus = open_dataset(config.data, config.eval_tokens, tokenizer)
+    if not resumed:
+        spelling = Spelling(tokenizer, config.tokenizer)
+        for text in sample(corpus.train):
+            spelling.add([text])
+        spelling.require()
+        corpus.unspelled = spelling.lost
+        if hint := corpus.report.separator_hint():
+            console.warn(hint)
+    stream = open_stream(config, corpus, encode, eos_id, min_tokens=config.step_tokens + 1)
+    sequences = build_sequences(corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens)
+    size = int(token_bytes(tokenizer)[sequences[:, 1:].numpy()].sum())
+    return Datasets(tokenizer, encode, corpus, stream, sequences, size)
+
+
+def _require_vocabulary(tokenizer: Any, vocab_size: int, new: bool) -> None:
+    """Raise SmolseekError if a model, `new` or trained, has fewer tokens than its tokenizer."""
+    size = len(tokenizer)
+    if size > vocab_size:
+        first = tokenizer.convert_ids_to_tokens(vocab_size)
+        way_out = (
+            f"use --model.vocab-size {size} or another --tokenizer"
+            if new
+            else f"give a --tokenizer of at most {vocab_size} tokens, or enlarge the model first "
+            f"(transformers: model.resize_token_embeddings({size}))"
+        )
+        raise SmolseekError(
+            f"the tokenizer has {size} tokens, the model vocab_size {vocab_size} ({first!r} is the first one beyond): "
+            f"{way_out}"
+        )
+
+
+def _open_tokenizer(name: str, copy: Path | None) -> Any:
+    try:
+        return load_tokenizer(name)
+    except SmolseekError as error:
+        if copy is None:
+            raise
+        try:
+            tokenizer = load_tokenizer(str(copy))
+        except SmolseekError:
+            raise error from None
+        console.warn(f"the tokenizer of this run, {name}, is not there any more: using its copy in {copy}")
+        return tokenizer

@@ -11,7 +11,6 @@ from smolseek.config import from_dict
 from smolseek.data.stream import TrainStream
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import damage_told
-from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.checkpoint import load_state, state_name
 from smolseek.storage.hf_folder import load_weights
@@ -19,7 +18,7 @@ from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
-from smolseek.train.optim import load_state_tensors, parameter_names, state_tensors
+from smolseek.train.optim import load_state_tensors, state_tensors
 
 
 @dataclasses.dataclass
@@ -116,7 +115,10 @@ class TrainState:
         self.load_weights(path)
         device = self.model.lm_head.weight.device
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
-            self._check_shapes(tensors, shards)
+            for name, value in tensors.items():
+                shape = shards[self._parameter(name)[1]].tensor.shape
+                if value.ndim and value.shape != shape:
+                    raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
             load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
         with damage_told(path / STATE_JSON, "use an older checkpoint"):
             self.progress = progress_of(saved, path)
@@ -125,19 +127,7 @@ class TrainState:
                 self.guard.load_state_dict(saved["guard"])
         return saved
 
-    def drop_step(self) -> None:
-        """Forget the gradients and the load of a step that is not taken."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.balancer.drop_load()
-
     def _parameter(self, name: str) -> tuple[int, str]:
         """Return number and name of the parameter that a tensor of the training state belongs to."""
         number = int(name.split(".")[1])
-        return number, parameter_names(self.optimizer)[number]
-
-    def _check_shapes(self, tensors: dict[str, torch.Tensor], shards: dict[str, LocalShard]) -> None:
-        """Raise ValueError for a moment that is not its parameter's."""
-        for name, value in tensors.items():
-            shape = shards[self._parameter(name)[1]].tensor.shape
-            if value.ndim and value.shape != shape:
-                raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
+        return number, [name for group in self.optimizer.param_groups for name in group["names"]][number]

@@ -8,6 +8,7 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.storage.saver import discard_beyond
+from smolseek.train.guard import VAIN_RETURNS
 from smolseek.train.resume import newest_checkpoint
 from smolseek.train.setup import Training
 
@@ -58,9 +59,9 @@ def _gradients(
     """Make the gradients of a step, clipped, unless the weights are `frozen`; return loss, gradient norm and KL."""
     model, balancer, grad_accum = t.model, t.balancer, t.config.grad_accum
     loss, kl = torch.zeros(2, device=t.device)
-    for number, (rows, share) in enumerate(micro_batches, 1):
+    for number, (sequences, share) in enumerate(micro_batches, 1):
         t.distributed.set_last_backward(model, number == grad_accum)
-        out = t.forward_backward.forward(rows) if frozen else t.forward_backward(rows, share)
+        out = t.forward_backward.forward(sequences) if frozen else t.forward_backward(sequences, share)
         loss += out.next_token * share
         kl += 0 if out.kl is None else out.kl
         balancer.add(out.load_LE)
@@ -74,7 +75,8 @@ def _gradients(
 def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
     """Drop a bad step and say which data it had; after `guard.patience` of them in a row go back to a checkpoint."""
     step, tokens, begin = t.progress.step, t.config.step_tokens, position["tokens"]
-    t.drop_step()
+    t.optimizer.zero_grad(set_to_none=True)
+    t.balancer.drop_load()
     is_patient = t.guard.skip(position, tokens)
     t.log.say(f"Step {step + 1} is skipped: {reason}; its data are tokens {begin:,} to {begin + tokens:,} ({position})")
     t.run.append_metrics({"step": step, "skipped": {"reason": reason, "tokens": tokens, "data": position}})
@@ -93,7 +95,7 @@ def _go_back(t: Training) -> None:
     """
     run, guard = t.run, t.guard
     step, tokens = t.progress.step, t.progress.tokens
-    if guard.hopeless:
+    if guard.vain >= VAIN_RETURNS:
         raise SmolseekError(
             f"{len(guard.in_a_row)} bad steps in a row after step {step}, and {guard.vain} returns to a checkpoint "
             "did not help: go on with --resume and a lower --optim.lr, or start anew with other --data"

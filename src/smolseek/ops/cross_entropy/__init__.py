@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from smolseek.ops.backend import gradient_to_add_to, product_type
-from smolseek.ops.cross_entropy.chunks import CHUNK, SLICE, held_bytes, logits_bytes, sizes
+from smolseek.ops.cross_entropy.chunks import CHUNK, SLICE, logits_bytes, sizes
 from smolseek.ops.cross_entropy.objectives import CrossEntropy, Divergence
 
-__all__ = ["Means", "held_bytes", "linear_cross_entropy", "linear_kl", "logits_bytes"]
+__all__ = ["Means", "linear_cross_entropy", "linear_kl", "logits_bytes"]
 
 # Words whose logits are one product, in float32 on a CPU: MKL is a fifth slower when it writes whole rows of 49,152.
 _WORDS = 1024
