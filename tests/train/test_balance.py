@@ -126,7 +126,7 @@ def test_where_the_weights_come_to_rest_a_line_is_logged(text, tmp_path):
     assert [record["step"] for record in records if "lr" in record] == [3, 4, 5]
     tokens = config.step_tokens
     assert reported_losses(records)[1] == 3 * tokens
-    assert f"tokens: {3 * tokens:,} and {2 * tokens:,} read while" in (tmp_path / "run" / "train.log").read_text()
+    assert f"tokens: {3 * tokens:,} and {2 * tokens:,} to calibrate" in (tmp_path / "run" / "train.log").read_text()
     assert ("tokens", number(3 * tokens)) in tiles(read_run(str(tmp_path / "run")))
 
 
