@@ -94,7 +94,7 @@ class Run:
             data=DataConfig(sources=tuple(data), val_fraction=0.03),
             optim=OptimConfig(kind=self.kind, lr=self.lr),  # type: ignore[arg-type]
             schedule=ScheduleConfig(warmup_steps=self.steps // 10),
-            balance=BalanceConfig(gamma=self.gamma, alpha=self.alpha, settle_steps=self.settle),
+            balance=BalanceConfig(gamma=self.gamma, alpha=self.alpha, calibration_steps=self.settle),
             steps=self.steps + self.settle,
             batch_size=4 if self.steps == SHORT else 2,
             seed=self.seed,

@@ -1,4 +1,4 @@
-"""The process's memory on a CPU: how much it was, and what a step frees is kept for the next one."""
+"""The memory of the process on a CPU: its peak, and a malloc that keeps freed memory for the next step."""
 
 import contextlib
 import ctypes
@@ -10,18 +10,18 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def give_back_freed_memory() -> None:
-    """Give what is free at the moment back to the system: after something large that does not come again."""
+    """Return free memory to the system, after a large allocation that is not repeated."""
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def keep_freed_memory() -> bool:
-    """Make glibc's malloc keep freed memory rather than give it back to the system; return whether it does.
+    """Make glibc's malloc keep freed memory instead of returning it to the system; return whether it does.
 
-    A tensor above malloc's mmap threshold is otherwise mapped anew each time it is made, and the system clears each of
-    its pages on first touch. In a training step, which makes the same tensors again and again, that costs more
-    than the arithmetic on them. It holds for the whole process. Does nothing where there is no glibc.
+    Otherwise each tensor above malloc's mmap threshold is mapped anew, and the system clears its pages on first touch.
+    In a training step, which allocates the same tensors again and again, that takes longer than the arithmetic on them.
+    The setting is for the whole process. Without glibc it does nothing.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -33,6 +33,6 @@ def keep_freed_memory() -> bool:
 
 
 def peak_resident_bytes() -> int:
-    """Return the largest resident memory of this process so far, mapped files included."""
+    """Return the peak resident memory of this process, with mapped files."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

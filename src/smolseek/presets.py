@@ -8,13 +8,12 @@ from smolseek.errors import SmolseekError, nearest
 
 
 def deepseek_159m() -> ModelConfig:
-    """MLA and DeepSeekMoE in the seed experiment's budget of about 159M parameters.
+    """MLA and DeepSeekMoE with the parameter budget of the seed experiment, about 159M.
 
-    How the budget is spent, and why: one embedding shared with the head (25.2M) instead of two buys half as many
-    parameters again for the experts (120M of 17 fine-grained experts of 384 neurons a layer: 16 routed, 3 of them
-    chosen, and 1 shared, so a token sees 1536 neurons, as in SmolLM2-135M). Heads of 64 + 32
-    features with values of 96 keep SDPA on its flash path (equal head sizes); a latent of 128 + 32 features caches
-    160 numbers a token and layer, against 256 for the seed's two key-value heads and 1,536 for full heads.
+    Input and head share one embedding (25.2M), which leaves 120M for the experts: 17 of 384 neurons a layer, 16 routed
+    with 3 chosen, and 1 shared, so that a token uses 1536 neurons, as in SmolLM2-135M. Query and key heads of 64 + 32
+    features and value heads of 96 have equal sizes, as flash attention requires. The latent of 128 + 32 features caches
+    160 numbers per token and layer; the seed's two key-value heads would cache 256, full heads 1,536.
     """
     return ModelConfig(
         hidden_size=512,
@@ -58,7 +57,7 @@ def tiny() -> ModelConfig:
 def seed_159m() -> ModelConfig:
     """The model that the seed experiment describes: GQA 8/2, four biased two-matrix experts, top-2, untied head.
 
-    159,019,568 parameters, the four balancing biases a layer counted (docs/model.md has the sum).
+    159,019,568 parameters, with the four balancing biases of each layer (docs/model.md has the sum).
     """
     return ModelConfig(
         model_type="smolseek_gqa_moe",

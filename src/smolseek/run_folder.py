@@ -24,21 +24,21 @@ class RunFolder:
     """Paths of a run, its configuration and its metrics."""
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
-        """Name a run; where many processes share it, all but one leave the writing to that one."""
+        """`writes` is true in only one of the processes that share the folder."""
         self.path, self.writes = Path(path), writes
         self.config = self.path / "config.json"
         """The resolved configuration, which relaunches the run."""
         self.metrics = self.path / "metrics.jsonl"
         """One JSON object a line."""
         self.log = self.path / "train.log"
-        """What the training said."""
+        """The lines that the training printed."""
         self.samples = self.path / "samples.md"
-        """Texts that the model wrote."""
+        """Texts that the model generated."""
         self.checkpoints = self.path / "checkpoints"
         self.unread: list[dict[str, Any]] | None = None
         """Records that the tracker has not read yet; None without a tracker."""
         self._lock: FolderLock | None = None
-        # On the disk before the checkpoint that follows: a power cut must not leave the records behind it.
+        # Synced, so that after a power cut the records are not older than the checkpoint that follows them.
         self._records = console.Appended(self.metrics, sync=True)
         self._texts = console.Appended(self.samples)
 
@@ -47,7 +47,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_paths(self) -> list[Path]:
-        """Return the checkpoint folders, newest (highest step) first; unfinished ones are no checkpoints."""
+        """Return the checkpoint folders, newest (highest step) first, without incomplete ones."""
         if not self.checkpoints.is_dir():
             return []
         paths = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
@@ -57,7 +57,7 @@ class RunFolder:
         """Return the configuration of the run.
 
         Raises:
-            SmolseekError: if there is none, or it is no training configuration.
+            SmolseekError: if it is missing, damaged, or no training configuration.
         """
         try:
             values = parse_json(self.config.read_text(encoding="utf-8"))
@@ -76,8 +76,8 @@ class RunFolder:
     def check(self, config: TrainConfig, resume: bool) -> None:
         """Raise SmolseekError if the run cannot be started (or resumed) here; write nothing.
 
-        A folder with another configuration is refused, as are checkpoints without `resume` and `resume` without a
-        run. Each option of the configuration says itself whether it may differ, always or when resuming.
+        It refuses another configuration, checkpoints without `resume`, and `resume` without a run. Which options may
+        differ stands at each option (`config/option.py`).
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
@@ -104,9 +104,9 @@ class RunFolder:
         ]
         if differing:
             shown, more = "; ".join(differing[:3]), f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-            way_out = "leave such options out to go on with its own, or choose another --run"
+            remedy = "leave such options out to keep the run's values, or choose another --run"
             raise SmolseekError(
-                f"{self.path} holds a run with {shown}{more}: {way_out if resume else 'choose another --run'}"
+                f"{self.path} holds a run with {shown}{more}: {remedy if resume else 'choose another --run'}"
             )
         if not resume and self.checkpoint_paths():
             raise SmolseekError(
@@ -115,11 +115,11 @@ class RunFolder:
             )
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it no other process writes the run: at once where there is one, else from `create` on.
+    def locked(self) -> Iterator[None]:
+        """Within it no other process can write the run. A new run is locked from `create` on.
 
         Raises:
-            SmolseekError: if another process does.
+            SmolseekError: if another process has the lock.
         """
         with FolderLock(self.path) if self.writes else contextlib.nullcontext() as self._lock:
             try:
@@ -128,7 +128,7 @@ class RunFolder:
                 self._lock = None
 
     def create(self, config: TrainConfig, resume: bool) -> None:
-        """Make the folder and write `config.json` atomically; a new run begins with no metrics, log and samples.
+        """Make the folder and write `config.json` atomically. A new run begins without metrics, log and samples.
 
         Raises:
             SmolseekError: as `check`, or if the folder cannot be written.
@@ -144,7 +144,7 @@ class RunFolder:
                     console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
                 self.check(config, resume)  # again: what another process wrote before it released the lock
             if self.config.exists() and not resume:
-                # Left by a run of the same configuration that ended before its first checkpoint.
+                # A run of the same configuration ended before its first checkpoint.
                 self.cut_back({}, -1)
             if not self.config.exists() or to_dict(self.read_config()) != to_dict(config):
                 write_atomically(self.config, json.dumps(to_dict(config), indent=2) + "\n")
@@ -152,22 +152,22 @@ class RunFolder:
             raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one record to `metrics.jsonl`, visible to readers at once; on a full disk, as soon as it can be."""
+        """Append a record to `metrics.jsonl` at once; if the disk is full, as soon as possible."""
         if self.writes:
             self._records.add(json.dumps(record) + "\n")
             if self.unread is not None:
                 self.unread.append(record)
 
     def append_samples(self, text: str) -> None:
-        """Add a text to `samples.md`; on a full disk, as soon as it can be."""
+        """Append a text to `samples.md`; if the disk is full, as soon as possible."""
         if self.writes:
             self._texts.add(text)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all records; a last line that was cut off by a crash is left out.
+        """Return all records, without a last line that a crash cut off.
 
         Raises:
-            SmolseekError: for any other line that is no JSON object.
+            SmolseekError: for another line that is no JSON object.
         """
         if not self.metrics.exists():
             return []
@@ -179,15 +179,15 @@ class RunFolder:
         return records
 
     def sizes(self) -> dict[str, int]:
-        """Return the present sizes in bytes of the files that grow, for `cut_back`, with what a full disk delays."""
+        """Return the sizes in bytes of the files that grow, for `cut_back`, with lines that a full disk delays."""
         log = {self.log.name: self.log.stat().st_size} if self.log.exists() else {}
         return {self.metrics.name: self._records.size(), self.samples.name: self._texts.size(), **log}
 
     def cut_back(self, sizes: dict[str, int], step: int, keep_log: bool = False) -> None:
-        """Drop what was written after a checkpoint, before the run goes on from it; a line cut off by a crash too.
+        """Drop what was written after the checkpoint of step `step`, where the files had `sizes`.
 
-        `sizes` are the files' at the checkpoint, which stands after `step` steps; `keep_log` leaves train.log whole.
-        Lines of `metrics.jsonl` that are damaged go as well. What cannot be cut stays, and is said: it ends no run.
+        `keep_log` leaves train.log as it is. Damaged lines of `metrics.jsonl` are dropped as well. A file that cannot
+        be cut gives a warning and no error.
         """
         if not self.writes:
             return
@@ -200,11 +200,11 @@ class RunFolder:
             records, damaged = _parse(text)
             for number in damaged:
                 console.warn(f"{self.metrics}, line {number} is damaged and left out")
-            kept = "".join(json.dumps(record) + "\n" for record in records if record.get("step", 0) <= step)
-            if kept != text:
-                write_atomically(self.metrics, kept)
+            shortened = "".join(json.dumps(record) + "\n" for record in records if record.get("step", 0) <= step)
+            if shortened != text:
+                write_atomically(self.metrics, shortened)
         except OSError as error:
-            console.warn(f"{self.metrics} keeps what was undone: it cannot be written ({error.strerror})")
+            console.warn(f"{self.metrics} still has the undone steps: it cannot be written ({error.strerror})")
 
 
 def is_complete(records: Iterable[dict[str, Any]], steps: int) -> bool:
@@ -213,10 +213,7 @@ def is_complete(records: Iterable[dict[str, Any]], steps: int) -> bool:
 
 
 def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the records of `metrics.jsonl` and the numbers of damaged lines.
-
-    A last line that a crash cut off is neither.
-    """
+    """Return the records of `metrics.jsonl` and the numbers of damaged lines; a last line cut by a crash is neither."""
     records, damaged = [], []
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):

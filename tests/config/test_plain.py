@@ -85,6 +85,14 @@ def test_a_wrong_value_is_refused_by_name(tmp_path, run_cli, key, value):
     assert result.code == 2 and result.out == "" and result.err.count("\n") == 1 and result.err.startswith("error: ")
 
 
+def test_an_old_name_of_an_option_is_read(tmp_path, run_cli):
+    values = changed("balance.settle_steps", 7)
+    del values["balance"]["calibration_steps"]
+    assert from_dict(TrainConfig, values, "config").balance.calibration_steps == 7
+    result = run_cli("train", "tiny", "--run", tmp_path / "mine", "--balance.settle-steps", "400")
+    assert result.code == 2 and "--balance.calibration-steps 400 are the last of --steps 300" in result.err
+
+
 def test_a_run_may_wait_for_the_hub_for_ever():
     assert from_dict(TrainConfig, changed("data.give_up_after", math.inf), "config").data.give_up_after == math.inf
 

@@ -10,7 +10,7 @@ from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_model
 from smolseek.storage.manifest import verify
 
-STEPS = ("--steps", "6", "--save-every", "3", "--balance.settle-steps", "2")
+STEPS = ("--steps", "6", "--save-every", "3", "--balance.calibration-steps", "2")
 LAST = "checkpoints/step-000006"
 
 

@@ -100,27 +100,27 @@ def test_in_a_training_gamma_falls_with_the_learning_rate(text, tmp_path):
     assert 0.125 in sizes
 
 
-def test_steps_that_settle_change_the_biases_alone_and_are_resumed_to_the_last_bit(text, tmp_path):
+def test_calibration_steps_change_the_biases_alone_and_are_resumed_to_the_last_bit(text, tmp_path):
     short = load_model(str(loop.train(training(text, tmp_path / "short")))).model.state_dict()
-    config = training(text, tmp_path / "settled", steps=5, settle_steps=3, save_every=1)
+    config = training(text, tmp_path / "calibrated", steps=5, calibration_steps=3, save_every=1)
     config = replace(config, guard=GuardConfig(spike=6))
     last = loop.train(config)
-    settled = load_model(str(last)).model.state_dict()
-    moved = {name for name in short if not torch.equal(short[name], settled[name])}
+    calibrated = load_model(str(last)).model.state_dict()
+    moved = {name for name in short if not torch.equal(short[name], calibrated[name])}
     bias = "model.layers.0.mlp.gate.e_score_correction_bias"
     assert moved == {bias}
-    assert abs(float((settled[bias] - short[bias]).sum())) < 1e-4  # in proportion: what one gains, the others lose
+    assert abs(float((calibrated[bias] - short[bias]).sum())) < 1e-4  # in proportion: what one gains, the others lose
     assert len(load_state(last)[1]["guard"]["norms"]) == 2  # a norm of 0 says nothing of spikes
     shutil.rmtree(last)
     again = load_model(str(loop.train(config, resume=True))).model.state_dict()
-    assert all(torch.equal(again[name], settled[name]) for name in settled)
-    records = [json.loads(line) for line in (tmp_path / "settled" / "metrics.jsonl").read_text().splitlines()]
+    assert all(torch.equal(again[name], calibrated[name]) for name in calibrated)
+    records = [json.loads(line) for line in (tmp_path / "calibrated" / "metrics.jsonl").read_text().splitlines()]
     assert [record["lr"] for record in records if record["step"] == 5 and "lr" in record] == [0.0]
 
 
-def test_where_the_weights_come_to_rest_a_line_is_logged(text, tmp_path):
+def test_a_line_is_logged_where_the_weights_are_frozen(text, tmp_path):
     """So no line's loss, speed or tokens are of both kinds of steps."""
-    config = training(text, tmp_path / "run", steps=5, settle_steps=2, save_every=5)
+    config = training(text, tmp_path / "run", steps=5, calibration_steps=2, save_every=5)
     loop.train(replace(config, log_every=4))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "lr" in record] == [3, 4, 5]
@@ -131,7 +131,7 @@ def test_where_the_weights_come_to_rest_a_line_is_logged(text, tmp_path):
 
 
 def test_over_frozen_weights_gamma_begins_with_ten_and_falls_with_the_number_of_steps(text):
-    config = training(text, "runs/none", steps=43, settle_steps=41)
+    config = training(text, "runs/none", steps=43, calibration_steps=41)
     factors = [Schedule.of(config).bias_factor(step) for step in (0, 1, 2, 7, 42)]
     assert factors == pytest.approx([0.5, 0.0, 10, 5, 10 / 9])
 
@@ -157,14 +157,14 @@ def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full
     assert moved[True].abs().max() < 1e-6
 
 
-def test_settling_brings_loads_together():
+def test_calibration_brings_loads_together():
     """The biases of a router at rest, moved as in the last steps of a run, halve its MaxVio many times over."""
-    model, settling = new_model(CONFIG), 400
+    model, calibration = new_model(CONFIG), 400
     with torch.no_grad():
         for router in model.routers:
             router.e_score_correction_bias.uniform_(-0.2, 0.2, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(
-        model=CONFIG, run="runs/none", steps=500, balance=BalanceConfig(gamma=0.01, settle_steps=settling)
+        model=CONFIG, run="runs/none", steps=500, balance=BalanceConfig(gamma=0.01, calibration_steps=calibration)
     )
     balancer = Balancer(model, 0.01)
     held_out = torch.randint(64, (64, 33), generator=torch.Generator().manual_seed(9999))
@@ -180,13 +180,13 @@ def test_settling_brings_loads_together():
         assert violation() < 0.1 * before
 
 
-def test_what_cannot_settle_is_refused(text):
+def test_calibration_that_cannot_work_is_refused(text):
     with pytest.raises(SmolseekError, match="last of --steps 2"):
-        training(text, "runs/none", settle_steps=2)
+        training(text, "runs/none", calibration_steps=2)
     with pytest.raises(SmolseekError, match="leave one out"):
-        BalanceConfig(gamma=0, settle_steps=1)
+        BalanceConfig(gamma=0, calibration_steps=1)
     with pytest.raises(SmolseekError, match="without experts"):
-        TrainConfig(model=preset("smollm2_135m"), run="runs/none", balance=BalanceConfig(settle_steps=1))
+        TrainConfig(model=preset("smollm2_135m"), run="runs/none", balance=BalanceConfig(calibration_steps=1))
 
 
 def test_gamma_zero_never_moves():

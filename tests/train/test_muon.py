@@ -24,7 +24,7 @@ def test_a_stack_moves_as_its_slices_do_under_torchs_muon(parts):
     start = torch.randn(3, 32, 24, generator=draw)
     stack = torch.nn.Parameter(start.clone())
     slices = [torch.nn.Parameter(m.clone()) for m in start.reshape(3 * parts, 32 // parts, 24)]
-    ours = MuonAdamW([{"params": [stack], "parts": parts}], lr=0.01, weight_decay=0.1, fused=True)
+    ours = MuonAdamW([{"params": [stack], "matrices": parts}], lr=0.01, weight_decay=0.1, fused=True)
     theirs = torch.optim.Muon(slices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         # Slices of very different size: one norm over the stack would show.
@@ -47,8 +47,8 @@ def test_embeddings_head_routers_norms_and_biases_stay_with_adamw():
         model = new_model(config)
         names = {id(p): key for key, p in model.named_parameters()}
         optimizer = make_optimizer(model, OptimConfig(kind="muon"))
-        muon = {names[id(p)] for g in optimizer.param_groups if g.get("parts") for p in g["params"]}
-        adamw = {names[id(p)] for g in optimizer.param_groups if not g.get("parts") for p in g["params"]}
+        muon = {names[id(p)] for g in optimizer.param_groups if g.get("matrices") for p in g["params"]}
+        adamw = {names[id(p)] for g in optimizer.param_groups if not g.get("matrices") for p in g["params"]}
         assert muon | adamw == set(names.values()) and not muon & adamw
         assert any("experts" in key for key in muon) and any("o_proj" in key for key in muon)
         for key in adamw:

@@ -69,6 +69,7 @@ def train(argv: Sequence[str]) -> None:
         parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
     kind = TrainHelp if wants_help else TrainArgs
     aliased = [re.sub(r"^--text[-_]column(?=$|=)", "--data.text-column", word) for word in options]
+    aliased = [re.sub(r"^--balance\.settle[-_]steps(?=$|=)", "--balance.calibration-steps", word) for word in aliased]
 
     def parsed(config: TrainConfig) -> TrainConfig:
         values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}

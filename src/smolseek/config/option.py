@@ -1,4 +1,4 @@
-"""What stands at an option of a configuration: its bounds, and whether a run may change it. Imports no torch."""
+"""The options of a configuration: their bounds, old names, and whether a run may change them. Imports no torch."""
 
 import math
 from dataclasses import field, fields
@@ -7,11 +7,11 @@ from typing import Any, Literal
 from smolseek.errors import SmolseekError
 
 Change = Literal["never", "always", "resume", "path"]
-"""Whether a run that is there may get another value.
+"""Whether an existing run may get another value.
 
-`always`: the option changes no weight; the data go on at the next token. `resume`: a resumed run may change it for the
-steps to come, and says so. `path`: the name of something that may have moved; its content must be the same, and the
-checkpoint holds a digest of that.
+`always`: the option changes no weight, and the data go on at the next token. `resume`: a resumed run may change it for
+the remaining steps, and logs the change. `path`: a file or folder that may have moved; its content must be the same,
+which a digest in the checkpoint verifies.
 """
 
 
@@ -22,17 +22,18 @@ def option(
     least: float | None = None,
     above: float | None = None,
     may_be_infinite: bool = False,
+    old_name: str | None = None,
 ) -> Any:
-    """Return a dataclass field with these bounds, both for each number of a tuple."""
+    """Return a dataclass field with these bounds, which hold for each number of a tuple."""
     metadata = {"change": change, "least": least, "above": above, "may_be_infinite": may_be_infinite}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"old_name": old_name})
 
 
-def check_numbers(config: Any, prefix: str = "", way_out: str = "") -> None:
-    """Refuse numbers that are out of their bounds, not finite, or whole ones beyond 64 bits.
+def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
+    """Refuse numbers that are out of their bounds, not finite, or integers beyond 64 bits.
 
     Raises:
-        SmolseekError: for the first such number, with `prefix` before its name, and `way_out` for one out of bounds.
+        SmolseekError: for the first such number. `prefix` is put before its name, `remedy` behind a violated bound.
     """
     for f in fields(config):
         value, name = getattr(config, f.name), f"{prefix}{f.name}"
@@ -42,11 +43,11 @@ def check_numbers(config: Any, prefix: str = "", way_out: str = "") -> None:
             if isinstance(number, float) and not math.isfinite(number):
                 if number == math.inf and f.metadata.get("may_be_infinite"):
                     continue
-                raise SmolseekError(f"{name} {number} is no finite number: use one")
+                raise SmolseekError(f"{name} {number} is not finite: use a finite number")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise SmolseekError(f"{name} does not fit 64 bits: use a smaller number")
+                raise SmolseekError(f"{name} does not fit into 64 bits: use a smaller number")
             least, above = f.metadata.get("least"), f.metadata.get("above")
             if least is not None and number < least:
-                raise SmolseekError(f"{name} {number} must be {least:g} or more{way_out}")
+                raise SmolseekError(f"{name} {number} must be {least:g} or more{remedy}")
             if above is not None and number <= above:
-                raise SmolseekError(f"{name} {number} must be above {above:g}{way_out}")
+                raise SmolseekError(f"{name} {number} must be above {above:g}{remedy}")

@@ -1,7 +1,7 @@
-"""A dataclass as plain JSON types, and back with every type checked. Imports no torch.
+"""Dataclasses to plain JSON types and back, with every type checked. Imports no torch.
 
-Only types are checked here, so that other records than configurations can be read, as a checkpoint's progress, whose
-losses may be NaN. The bounds of numbers are a configuration's own matter (`option.check_numbers`).
+Only types are checked here, since a checkpoint's progress, whose losses may be NaN, is read as well. Configurations
+check the bounds of their numbers themselves (`option.check_numbers`).
 """
 
 import contextlib
@@ -67,8 +67,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    renamed = {f.metadata.get("old_name"): f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for key, value in values.items():
+        key = renamed.get(key, key)
         if key not in names:
             hint = nearest(key, names) or ": delete it, or use the release of smolseek that wrote it"
             raise SmolseekError(f"{where}: unknown key {key!r}{hint}")

@@ -49,7 +49,7 @@ class RopeConfig:
     """longrope: one divisor per frequency, beyond the original context."""
 
     def __post_init__(self) -> None:
-        check_numbers(self, way_out=": take the value of the model's authors, or use rope_type 'default'")
+        check_numbers(self, remedy=": take the value of the model's authors, or use rope_type 'default'")
         needed = {
             "default": (),
             "linear": ("factor",),
@@ -85,7 +85,7 @@ class ModelConfig:
     model_type: ModelType = "deepseek_v3"
     """Hugging Face's name of the architecture; `smolseek_gqa_moe` is ours (GQA with experts) and opens only here."""
     vocab_size: int = option(49_152, least=1)
-    """Rows of the embedding."""
+    """Tokens of the vocabulary."""
     hidden_size: int = option(512, least=1)
     """Width of the residual stream."""
     num_hidden_layers: int = option(12, least=1)
@@ -115,9 +115,9 @@ class ModelConfig:
     n_routed_experts: int = option(0, least=0)
     """Routed experts of a mixture layer; 0 for dense layers only."""
     n_shared_experts: int = option(0, least=0)
-    """Experts that every token visits."""
+    """Experts that every token goes through."""
     num_experts_per_tok: int = 0
-    """Routed experts that a token visits (top-k)."""
+    """Routed experts of a token (top-k)."""
     moe_intermediate_size: int = 0
     """Neurons of one expert."""
     first_k_dense_replace: int = option(0, least=0)
@@ -153,7 +153,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = 0
     """Token, or tokens, that end a text; the first one separates documents in training."""
     pad_token_id: int | None = None
-    """Token used for padding by other tools; ours never pads."""
+    """Padding token of other tools; smolseek never pads."""
 
     @property
     def is_mla(self) -> bool:
@@ -169,7 +169,7 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Features of a head that RoPE turns."""
+        """Features of a head that RoPE rotates."""
         return self.qk_rope_head_dim if self.is_mla else self.qk_head_dim
 
     @property
@@ -202,7 +202,7 @@ class ModelConfig:
             raise SmolseekError(problem)
 
 
-# Each yields what does not fit, with both values and the way out. The first problem is told, and the rest relies on it.
+# Each yields error messages. Only the first one is raised, so later checks may rely on earlier ones.
 
 
 def _wrong_limits(c: ModelConfig) -> Iterator[str]:
@@ -213,9 +213,9 @@ def _wrong_limits(c: ModelConfig) -> Iterator[str]:
     width, experts = c.qk_head_dim * c.num_attention_heads, 2 * c.n_routed_experts * c.moe_intermediate_size
     largest = c.hidden_size * max(c.vocab_size, c.intermediate_size, width, experts)
     if largest > 10**11:
-        yield f"the sizes make a matrix of {largest:,} numbers: no memory holds it, so make them smaller"
+        yield f"the sizes make a matrix of {largest:,} numbers: no machine has that much memory, so make them smaller"
     if any(not 0 <= end < c.vocab_size for end in c.eos_ids):
-        yield f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}: use a word that there is"
+        yield f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}: use a token of the vocabulary"
 
 
 def _wrong_attention(c: ModelConfig) -> Iterator[str]:
@@ -233,7 +233,7 @@ def _wrong_attention(c: ModelConfig) -> Iterator[str]:
     if not c.is_mla and c.head_dim is None and c.hidden_size % c.num_attention_heads:
         yield f"hidden_size {c.hidden_size} is no multiple of {heads}: change one of them, or set head_dim"
     if c.rope_dim % 2:
-        yield f"the rotary dimension {c.rope_dim} is odd: RoPE turns pairs of features, so use an even size"
+        yield f"the rotary dimension {c.rope_dim} is odd: RoPE rotates pairs of features, so use an even size"
     for name in ("short_factor", "long_factor"):
         factors = getattr(c.rope_parameters, name)
         if factors is not None and len(factors) != c.rope_dim // 2:

@@ -18,19 +18,19 @@ class DataConfig:
     sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = option(
         ("builtin",), change="path"
     )
-    """`builtin` (the English of the running Python); text, JSON, csv and parquet files, compressed or not, or folders
-    of them; or hub data sets, read as they are needed: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]],
-    with weights as in A=0.7,B=0.3."""
+    """`builtin` (the documentation of the running Python); text, JSON, csv and parquet files, compressed or not, or
+    folders of them; or hub data sets, streamed: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]], with
+    weights as in A=0.7,B=0.3."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     document_separator: str | None = None
-    """What stands between the documents of a text file, such as "<|endoftext|>"; None takes each file as one."""
+    """Separator of the documents in a text file, such as "<|endoftext|>"; None takes each file as one document."""
     val_fraction: float = 0.02
-    """Share of the documents kept for validation, chosen by a hash of each text."""
+    """Share of the documents held out for validation, chosen by a hash of each text."""
     val_sources: tuple[str, ...] = option((), change="path")
     """Files or folders to validate on instead, for example of other domains."""
     give_up_after: float = option(1800.0, change="always", least=0, may_be_infinite=True)
-    """Seconds without an answer of the hub after which the run saves and stops; inf waits for ever."""
+    """Seconds without an answer from the hub after which the run saves and stops; inf never stops."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.")
@@ -94,23 +94,24 @@ class BalanceConfig:
     """Balancing of the experts (2408.15664; DeepSeek-V3, section 2.1.2)."""
 
     gamma: float = option(1e-3, least=0)
-    """Step of the loss-free bias update, which falls with the learning rate; 0 leaves the biases as they are."""
+    """Step size of the loss-free bias update, which decays with the learning rate; 0 disables it."""
     alpha: float = option(0.0, least=0)
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
-    settle_steps: int = option(0, least=0)
-    """How many of the run's last steps only move the biases, towards equal loads of the final weights, which rest."""
+    calibration_steps: int = option(0, least=0, old_name="settle_steps")
+    """Number of last steps in which the weights are frozen and only the router biases are tuned, to equal loads."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "balance.")
-        if self.settle_steps and not self.gamma:
+        if self.calibration_steps and not self.gamma:
             raise SmolseekError(
-                "--balance.settle-steps moves the biases, and --balance.gamma 0 leaves them: leave one out"
+                f"--balance.calibration-steps {self.calibration_steps} with --balance.gamma 0, which disables bias "
+                "updates: leave one out"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What is done about steps whose loss or gradient is not finite, or far out."""
+    """Handling of steps whose loss or gradient is not finite, or an outlier."""
 
     patience: int = option(3, change="always", least=1)
     """Bad steps in a row, each skipped, after which the run goes back to its last checkpoint and on with later data."""
@@ -124,13 +125,13 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Learning from another model."""
+    """Distillation: learning from another model."""
 
     teacher: str | None = option(None, change="path")
-    """Model whose distribution of the next token is learned, on the whole vocabulary, instead of the text's next
-    token: KL(teacher || model) is differentiated. None for none."""
+    """Model whose next-token distribution is learned, over the whole vocabulary, in place of the text's next token:
+    the loss is KL(teacher || model)."""
     attention_only: bool = False
-    """Train the matrices of attention alone; everything else stays as it is."""
+    """Train only the matrices of attention; everything else is frozen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +139,11 @@ class MeshConfig:
     """How the processes that torchrun starts share the work; data times expert is their number."""
 
     data: int = option(0, change="always", least=0)
-    """Groups of processes that read different rows and hold all experts together; 0 is as many as were started."""
+    """Groups of processes; each reads other sequences and holds all experts once. 0 makes as many as were started."""
     expert: int = option(1, change="always", least=1)
-    """Processes that the routed experts are dealt out to; tokens travel to them."""
+    """Processes over which the routed experts are sharded; tokens are sent to them."""
     shard: int = option(1, change="always", least=1)
-    """Processes that weights, gradients and optimizer state are cut over; 1 leaves each a whole copy."""
+    """Processes over which weights, gradients and optimizer state are sharded; with 1 each has a full copy."""
     timeout: float = option(600.0, change="always", above=0)
     """Seconds that a process waits for the others before it gives up."""
 
@@ -169,9 +170,9 @@ class TrainConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Expert balancing."""
     distill: DistillConfig = field(default_factory=DistillConfig)
-    """Learning from another model."""
+    """Distillation."""
     guard: GuardConfig = field(default_factory=GuardConfig)
-    """Bad steps."""
+    """Handling of bad steps."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Many processes, under torchrun."""
     steps: int = option(300, change="resume", least=1)
@@ -187,11 +188,11 @@ class TrainConfig:
     precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
     """Number format of the matrix products; auto is bfloat16 where the device computes in it."""
     grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
-    """What the backward pass computes again rather than keeps: nothing; all but attention's results and the
-    feed-forward products; or each layer whole."""
+    """What the backward pass recomputes instead of keeping it: nothing; all but the results of attention and the
+    feed-forward products; or whole layers."""
     compile: Literal["auto", "on", "off"] = option("auto", change="resume")
-    """Whether the layers are compiled (torch.compile): auto is on CUDA, by one process, from 1,000 steps on. There the
-    passes are also recorded as a CUDA graph, unless it is off."""
+    """Whether the layers are compiled (torch.compile); auto: on CUDA with one process, from 1,000 steps on. With one
+    process on CUDA micro-batches are also captured as a CUDA graph, unless it is off."""
     device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
     """auto is cuda where there is one."""
     seed: int = 0
@@ -205,15 +206,15 @@ class TrainConfig:
     save_every: int = option(100, change="always", least=1)
     """Steps between checkpoints; one more follows the last step."""
     keep_last: int = option(0, change="always", least=0)
-    """Newest checkpoints to keep, older ones being deleted; 0 keeps all."""
+    """Newest checkpoints to keep; older ones are deleted. 0 keeps all."""
     keep_every: int = option(0, change="always", least=0)
-    """With keep-last: checkpoints at multiples of this step are kept for good; 0 keeps none so."""
+    """With keep-last: checkpoints at multiples of this step are never deleted; 0 for none."""
     sample_tokens: int = option(60, change="always", least=0)
     """Tokens written for each of the five sample prompts."""
     sample_every: int = option(0, change="always", least=0)
-    """Steps between samples, so that one sees them grow; 0 writes them at the end alone."""
+    """Steps between samples; 0 writes them only at the end."""
     track: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", change="always")
-    """Also hand the figures to one of these; each is an extra of the package."""
+    """Also send the figures to one of these; each is an extra of the package."""
 
     @property
     def step_tokens(self) -> int:
@@ -226,8 +227,8 @@ class TrainConfig:
             raise SmolseekError(problem)
 
     def _problems(self) -> Iterator[str]:
-        """Yield what does not fit, with the way out."""
-        seq_len, context, settle_steps = self.seq_len, self.model.max_position_embeddings, self.balance.settle_steps
+        """Yield error messages for options that do not go together."""
+        seq_len, context, calibration = self.seq_len, self.model.max_position_embeddings, self.balance.calibration_steps
         if seq_len > context:
             yield (
                 f"seq-len {seq_len} is beyond the model's max_position_embeddings {context}: lower --seq-len or raise "
@@ -237,16 +238,18 @@ class TrainConfig:
             yield f"eval-tokens {self.eval_tokens} is below seq-len {seq_len}: raise --eval-tokens"
         if self.compile == "on" and self.grad_checkpointing != "none":
             yield (
-                f"--compile on with --grad-checkpointing {self.grad_checkpointing}: what is computed again is not "
+                f"--compile on with --grad-checkpointing {self.grad_checkpointing}: recomputed layers are not "
                 "compiled: leave one of them out"
             )
-        if settle_steps >= self.steps:
-            last = f"--balance.settle-steps {settle_steps} are the last of --steps {self.steps}"
-            yield f"{last}: raise these, or lower those"
-        if settle_steps and not self.model.n_routed_experts:
-            yield f"--balance.settle-steps {settle_steps} without experts: leave it out"
+        if calibration >= self.steps:
+            yield (
+                f"--balance.calibration-steps {calibration} are the last of --steps {self.steps}, so no step is left "
+                "to train: raise --steps"
+            )
+        if calibration and not self.model.n_routed_experts:
+            yield f"--balance.calibration-steps {calibration} without experts: leave it out"
         if self.distill.teacher is not None and self.optim.z_loss:
-            yield f"optim.z_loss {self.optim.z_loss} with a teacher, which is what is learnt: leave it out"
+            yield f"optim.z_loss {self.optim.z_loss} with a teacher, whose loss has no z-loss: leave it out"
         if self.sample_every and not self.sample_tokens:
             yield f"sample-every {self.sample_every} with sample-tokens 0: raise --sample-tokens"
         if self.keep_every and not self.keep_last:

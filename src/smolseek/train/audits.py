@@ -1,4 +1,4 @@
-"""The audits of a run: of the model as it begins, and of the trained one with its samples."""
+"""The audits of a run: of the first weights, and of the trained model with its samples."""
 
 import shlex
 from dataclasses import replace
@@ -18,7 +18,7 @@ from smolseek.train.setup import Datasets, Training
 
 
 def audit_start(t: Training) -> None:
-    """Audit the model as it begins."""
+    """Audit the model with its first weights."""
     model = _full_model(t, None if t.config.init is None else resolve(t.config.init))
     if model is not None:
         _log(t, "start", audit_model(_subject(model), thorough=False))
@@ -48,12 +48,12 @@ def _subject(model: CausalLM) -> Subject:
 
 
 def _full_model(t: Training, path: Path | None) -> CausalLM | None:
-    """Return the model of one process, or of many a full one with the weights in `path`; None if it does not fit."""
+    """Return the model; of many processes a new one with the weights in `path`, or None if it needs too much memory."""
     if t.distributed.size == 1:
         return t.model
     if 8 * summary.count(t.config.model).total > free_memory(t.device):
         t.log.say(
-            "One process cannot hold the model twice, so it is not looked at here: "
+            "One process has not the memory for a second model, so it is not audited here: "
             + shlex.join(["smolseek", "audit", t.config.run])
         )
         return None

@@ -17,10 +17,10 @@ def maxvio(load_LE: torch.Tensor) -> torch.Tensor:
 
 
 class Balancer:
-    """Moves each expert's selection bias by gamma, after every optimizer step, towards an equal load.
+    """Moves the selection bias of each expert by gamma towards an equal load, after every optimizer step.
 
-    b_i += gamma * sign(mean load - load_i), over all tokens of the step: every micro-batch is added once, by the
-    caller, from what the forward pass returned (recomputation and evaluation never reach it).
+    b_i += gamma * sign(mean load - load_i), over all tokens of the step. The caller adds the load of each micro-batch,
+    which the forward pass returns; so recomputation and evaluation are never counted.
     """
 
     def __init__(self, model: CausalLM, gamma: float) -> None:
@@ -40,14 +40,14 @@ class Balancer:
         *,
         calibrate: bool = False,
     ) -> torch.Tensor:
-        """Move the biases by `factor` * gamma for the load of the whole step, and drop it.
+        """Move the biases by `factor` * gamma for the load of the step, and reset the load.
 
-        `all_reduce` adds up the loads of all processes. Returns the step's MaxVio for each layer [L], on the load's
-        device, without waiting for it.
+        `all_reduce` sums the loads of all processes. Returns the MaxVio of each layer [L], on the device of the load,
+        without synchronizing.
 
-        With `calibrate` the move is in proportion: b_i += factor * gamma * (1 - load_i / mean load). A sign makes the
-        median of the steps' loads even. Where a step is half a document, an expert that few documents need, but then
-        for all their tokens, is overloaded in the mean when its median is right.
+        With `calibrate` the update is proportional: b_i += factor * gamma * (1 - load_i / mean load). The sign balances
+        the median of the steps' loads. With short steps that is not enough: an expert that only a few documents use,
+        but for all their tokens, then has too large a mean load.
         """
         if not self.routers:
             return torch.zeros(0)
@@ -61,5 +61,5 @@ class Balancer:
         return maxvio(load_LE)
 
     def drop_load(self) -> None:
-        """Drop the load of a step that is not taken."""
+        """Drop the load of a skipped step."""
         self.load_LE = None

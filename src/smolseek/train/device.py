@@ -1,4 +1,4 @@
-"""Where a run computes, and in which number format."""
+"""The device, the processes and the number format of a run."""
 
 from contextlib import nullcontext
 
@@ -16,17 +16,17 @@ def choose_device(name: str) -> torch.device:
     """Return the device called `name`; auto is CUDA where there is one.
 
     Raises:
-        SmolseekError: when CUDA is asked for and not there, or there are fewer devices than processes on this machine.
+        SmolseekError: when CUDA is requested and missing, or this machine has fewer devices than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise SmolseekError("--device cuda: no CUDA device is visible here: use --device cpu")
+        raise SmolseekError("--device cuda: no CUDA device is visible: use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if launch.number("WORLD_SIZE", 1) <= 1:
         return torch.device("cuda")
     local_rank = launch.number("LOCAL_RANK", -1)
     if local_rank < 0:
-        raise SmolseekError("LOCAL_RANK is not set, so all processes would take one GPU: start them with torchrun")
+        raise SmolseekError("LOCAL_RANK is not set, so all processes would use one GPU: start them with torchrun")
     local, there = max(launch.number("LOCAL_WORLD_SIZE", 1), local_rank + 1), torch.cuda.device_count()
     if local > there:
         raise SmolseekError(
@@ -42,13 +42,13 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     """Return the context of the processes that torchrun started, after their number has been checked.
 
     Raises:
-        SmolseekError: for sizes that do not divide, and options that go with one process, or full weights, only.
+        SmolseekError: for sizes that do not divide, and options that work with one process, or full weights, only.
     """
     size = launch.world_size()
     mesh = choose(config.mesh, config.model, size, config.batch_size)
     if mesh.shard > 1 and config.optim.kind == "muon":
         raise SmolseekError(
-            f"optim.kind muon with mesh.shard {mesh.shard}: Muon needs whole matrices, and no process holds them: "
+            f"optim.kind muon with mesh.shard {mesh.shard}: Muon needs full matrices, and processes have only shards: "
             "use --mesh.shard 1 or --optim.kind adamw"
         )
     if size == 1:
@@ -62,7 +62,7 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     }
     for option, is_set in options.items():
         if is_set:
-            raise SmolseekError(f"--{option} goes with one process, and {size} were started: leave it out")
+            raise SmolseekError(f"--{option} works with one process only, and {size} were started: leave it out")
     from smolseek.distributed.context import DistributedContext
 
     return DistributedContext(mesh, device, config.mesh.timeout)
@@ -71,7 +71,7 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
     """Return the context of the forward pass: bfloat16 products over float32 weights, or plain float32.
 
-    auto is bfloat16 where the device multiplies in it.
+    auto is bfloat16 if the device has bfloat16 products.
     """
     if precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"

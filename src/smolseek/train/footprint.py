@@ -52,12 +52,12 @@ class Run:
 
 def lines(config: ModelConfig, run: Run) -> list[str]:
     """Return the footprint as text."""
-    parts = footprint(config, run)
+    sizes = footprint(config, run)
     how = f"recomputation {run.grad_checkpointing}, {'bfloat16' if run.bfloat16 else 'float32'}, {run.optimizer}"
     head = f"Memory to train at {run.batch_size} x {run.seq_len} tokens, {run.grad_accum} a step, {how}"
     return [
-        f"{head}: {size_text(sum(parts.values()))} at the peak",
-        *(f"  {name:16}{size_text(size):>10}" for name, size in parts.items()),
+        f"{head}: {size_text(sum(sizes.values()))} at the peak",
+        *(f"  {name:16}{size_text(size):>10}" for name, size in sizes.items()),
     ]
 
 
@@ -69,12 +69,12 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     with torch.device("meta"):
         model = CausalLM(config)
     size, tokens = sum(p.numel() for p in model.parameters()), run.batch_size * run.seq_len
-    # Muon's groups have `parts`: it keeps one moment, and AdamW two.
+    # Muon keeps one moment, and AdamW two.
     groups = parameter_groups(model, OptimConfig(kind=run.optimizer))  # type: ignore[arg-type]
-    moments = sum(p.numel() * (1 if group.get("parts") else 2) for group in groups for p in group["params"])
+    moments = sum(p.numel() * (1 if group.get("matrices") else 2) for group in groups for p in group["params"])
     logits = logits_bytes(tokens, config.vocab_size, bfloat16=run.bfloat16, cuda=run.cuda)
     head = logits + 4 * config.vocab_size * config.hidden_size  # and the product that becomes the head's gradient
-    parts = {
+    sizes = {
         "weights": 4 * size + sum(b.numel() * b.element_size() for b in model.buffers()),
         "gradients": 4 * size,
         "optimizer": 4 * moments,
@@ -83,10 +83,10 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     }
     if run.cuda:
         # A CUDA graph keeps its memory: the first micro-batch's gradients, and an evaluation gets other memory.
-        parts["gradients"] *= 2 if run.grad_accum > 1 else 1
-        return parts | {"evaluation": logits}
+        sizes["gradients"] *= 2 if run.grad_accum > 1 else 1
+        return sizes | {"evaluation": logits}
     # malloc rarely places the head's buffers where those of the step before were.
-    return parts | {"fragmentation": head, "checkpoint copy": parts["weights"] + parts["optimizer"], "program": PROGRAM}
+    return sizes | {"fragmentation": head, "checkpoint copy": sizes["weights"] + sizes["optimizer"], "program": PROGRAM}
 
 
 def activation_bytes(model: CausalLM, run: Run) -> int:

@@ -1,4 +1,4 @@
-"""What a run logs: records in metrics.jsonl, and lines in the original experiment's form."""
+"""What a run logs: records in metrics.jsonl, and lines in the format of the original experiment."""
 
 import contextlib
 import os
@@ -50,7 +50,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def train_line(record: dict, steps: int, seconds: float, device: torch.device) -> str:
-    """Return a training record as a line: the original's fields, then learning rate, MaxVio and gradient norm."""
+    """Return a training record as a line: the fields of the original, then learning rate, MaxVio and gradient norm."""
     name = "GPU Memory" if device.type == "cuda" else "Memory"
     step, now, peak = record["step"], record["memory"] // 2**20, record["peak_memory"] // 2**20
     line = (
@@ -97,17 +97,17 @@ def training_summary(config: ModelConfig, progress: Progress, frozen_tokens: int
 
 
 class Clock:
-    """Seconds spent in training, evaluation and saving left out, and the steps taken in them."""
+    """Seconds spent in training steps, without evaluation and saving, and the number of these steps."""
 
     def __init__(self) -> None:
         self.restart()
 
     def seconds(self) -> float:
-        """Return the seconds since the last `restart`, less the pauses."""
+        """Return the seconds since the last `restart`, without the pauses."""
         return time.perf_counter() - self.started - self.paused
 
     def restart(self) -> None:
-        """Begin a new interval; after a resume in its middle it has fewer steps than the losses of the interval."""
+        """Begin a new interval. After a resume within a log interval it has fewer steps than losses."""
         self.started, self.paused, self.steps = time.perf_counter(), 0.0, 0
 
     def __enter__(self) -> None:

@@ -23,25 +23,25 @@ from smolseek.train.logging import describe, memory, train_line, training_summar
 from smolseek.train.resume import Start, changes, find_start
 from smolseek.train.samples import write_samples
 from smolseek.train.setup import Training, set_up
-from smolseek.train.step import StepResult, take_step
+from smolseek.train.step import StepResult, train_step
 
 
 def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
     """Train a model as `config` says and return its last checkpoint.
 
-    With `resume` the run continues from its newest valid checkpoint, with the same losses, bit for bit on a CPU, as
-    if it had never stopped; `auto` begins it where there is none yet.
+    With `resume` the run continues from its newest valid checkpoint, on a CPU with the same losses, bit for bit, as if
+    it had never stopped; `auto` starts a new run if there is none.
 
     Raises:
         SmolseekError: for data, sizes or a run folder that do not fit; nothing has been written then.
-        Stopped: for a run that was asked to stop, or whose data are away; it has saved.
+        Stopped: when a signal ended the run, or its data are unavailable; it has saved.
     """
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     with console.unattended(), init_distributed(config, device) as distributed:
         run = RunFolder(Path(config.run), writes=distributed.is_main)
-        with run.held():
+        with run.locked():
             restarted = launch.number("TORCHELASTIC_RESTART_COUNT", 0) > 0
             auto = (bool(resume) or restarted) and run.config.exists()
             resuming = distributed.broadcast_object(lambda: resume is True or auto)
@@ -52,7 +52,7 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
                 return start.checkpoint
             training = set_up(run, start, device, distributed)
             _begin(training, start)
-            stopped = _take_steps(training)
+            stopped = _train_steps(training)
             saver = training.saver
             failure = distributed.broadcast_object(lambda: saver.failure and str(saver.failure))
             if failure is not None:
@@ -64,9 +64,9 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
 
 
 def _begin(t: Training, start: Start) -> None:
-    """Write the run folder, say what begins or goes on, and compile what pays."""
+    """Write the run folder, log what starts or resumes, and compile the layers if that pays off."""
     run, config, step, previous = t.run, t.config, t.progress.step, start.previous
-    # What a run that had ended said after its last checkpoint stays, though it goes on.
+    # A complete run that gets more steps keeps what it wrote after its last checkpoint.
     extended = previous is not None and step == previous.steps and is_complete(run.read_metrics(), step)
     run.create(config, start.resume)
     run.cut_back(run.sizes() if extended else start.saved.get("files", {}), -1 if start.checkpoint is None else step)
@@ -90,15 +90,15 @@ def _begin(t: Training, start: Start) -> None:
     t.clock.restart()
 
 
-def _take_steps(t: Training) -> Stopped | None:
-    """Take the steps that are left; return how the run ended early, None after the last step."""
+def _train_steps(t: Training) -> Stopped | None:
+    """Run the remaining steps; return why the run ended early, or None."""
     stop = StopRequest(single=t.distributed.size == 1)
     unavailable: HubUnavailable | None = None
     step_shape = t.config.batch_size, t.config.grad_accum, t.config.seq_len
     with t.tracker, console.progress(t.config.steps, "training") as bar, t.saver, stop, closing(t.stream):
         bar.update(t.progress.step)
         while True:
-            # Between two log lines the time of the steps since the last one is not in `progress` yet.
+            # `progress.seconds` ends at the last log line.
             seconds = t.progress.seconds + (t.clock.seconds() if t.progress.interval else 0.0)
             with t.clock:
                 received = _between_steps(t, stop, seconds, ending=unavailable is not None)
@@ -114,15 +114,15 @@ def _take_steps(t: Training) -> Stopped | None:
             except HubUnavailable as error:
                 unavailable = error
                 continue
-            result = take_step(t, micro_batches, position)
+            result = train_step(t, micro_batches, position)
             if result is not None:
                 _log_step(t, result, bar)
 
 
 def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool) -> signal.Signals | None:
-    """Evaluate, write samples and save, each when it is due; return the signal that ends the run, if one came.
+    """Evaluate, write samples and save, each when it is due; return the signal that ends the run, or None.
 
-    `seconds` is the training time so far. A run that is `ending` saves in any case.
+    `seconds` is the training time so far. If the run is `ending`, it always saves.
     """
     config, step = t.config, t.progress.step
     if t.progress.evaluated < step and (step % config.eval_every == 0 or t.is_finished):
@@ -141,7 +141,7 @@ def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool)
         t.saver.save(step, tensors, state | {"files": t.run.sizes(), "inputs": t.input_digests})
         t.saved_step = step
     if save_signal is not None:
-        t.log.say(f"{save_signal.name}: step {step} is saved, and the run goes on, for its output is no terminal")
+        t.log.say(f"{save_signal.name}: step {step} is saved, and the run goes on, because its output is no terminal")
     for line in t.saver.news():
         t.log.say(f"Training goes on, but {line}")
         t.run.append_metrics({"step": step, "save_failed": line})
@@ -149,7 +149,7 @@ def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool)
 
 
 def _evaluate(t: Training, stop: StopRequest) -> None:
-    """Evaluate and log; an evaluation that a signal ends is made up for when the run is resumed."""
+    """Evaluate and log. The resumed run repeats an evaluation that a signal ended."""
     record = evaluate(
         t.model,
         t.val_sequences,
@@ -168,7 +168,7 @@ def _evaluate(t: Training, stop: StopRequest) -> None:
 
 
 def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
-    """Move the bar; at the end of an interval write its record and its line."""
+    """Update the progress bar; at the end of an interval write its record and its log line."""
     config, progress, seconds = t.config, t.progress, t.clock.seconds()
     rate = config.step_tokens * t.clock.steps / max(seconds, 1e-9)
     minutes = (config.steps - progress.step) * config.step_tokens / rate / 60
@@ -188,7 +188,7 @@ def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
         "data": t.stream.record(),
     }
     if t.schedule.is_frozen(progress.step - 1):
-        record["settling"] = True
+        record["settling"] = True  # bias calibration; the key of the first release
     if config.distill.teacher is not None:
         record["kl"] = sum(progress.kls) / len(progress.kls)
     if len(result.maxvio_L):
@@ -208,13 +208,13 @@ def _stopped(t: Training, why: str, code: int) -> Stopped:
 
 
 def _finish(t: Training) -> None:
-    """Free what the steps needed; write samples, audit the run and sum it up."""
+    """Free what the steps needed, write samples, audit the run and log its summary."""
     t.forward_backward.release()
-    t.model.call_block = call_block  # the audit's sizes are others
-    t.optimizer.state.clear()  # it is saved; the audit needs the room
+    t.model.call_block = call_block  # compiled code would be compiled again for the sizes of the audit
+    t.optimizer.state.clear()  # it is saved, and the audit needs the memory
     give_back_freed_memory()
     if t.datasets:
         audit_end(t, t.datasets)
-        frozen_tokens = t.config.balance.settle_steps * t.config.step_tokens
+        frozen_tokens = t.config.balance.calibration_steps * t.config.step_tokens
         for line in training_summary(t.config.model, t.progress, frozen_tokens, t.run):
             t.log.say(line)

@@ -35,12 +35,12 @@ def orthogonalize(g_MRC: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW whose groups with `parts` are stepped by Muon.
+    """AdamW in which groups with the key `matrices` are updated by Muon.
 
-    A parameter of such a group holds one matrix [R, C] or a stack [M, R, C]; `parts` is the number of matrices that
-    lie one below the other in each (2 for gate and up in one). Every matrix is orthogonalized alone. Its update is
-    scaled by 0.2 sqrt(max(R, C)), the usual root mean square of an AdamW update (2502.16982, section 2.2), so that
-    both kinds take the same learning rate and weight decay.
+    A parameter of such a group is a matrix [R, C] or a stack [M, R, C], and each of these is `matrices` matrices
+    concatenated along R (2 for fused gate and up). Every matrix is orthogonalized by itself. Its update is scaled by
+    0.2 sqrt(max(R, C)), the usual root mean square of an AdamW update (2502.16982, section 2.2), so that both use the
+    same learning rate and weight decay.
     """
 
     @torch.no_grad()
@@ -49,7 +49,7 @@ class MuonAdamW(torch.optim.AdamW):
         assert closure is None
         gradients = {}
         for group in self.param_groups:
-            for p in group["params"] if group.get("parts") else ():
+            for p in group["params"] if group.get("matrices") else ():
                 if p.grad is not None:
                     self._step_matrices(p, p.grad, group)
                     gradients[p], p.grad = p.grad, None  # AdamW skips parameters without a gradient
@@ -67,7 +67,7 @@ class MuonAdamW(torch.optim.AdamW):
         state["step"] += 1
         buffer = state["momentum_buffer"]
         buffer.lerp_(grad, 1 - _MOMENTUM)
-        R, C = p.shape[-2] // group["parts"], p.shape[-1]
+        R, C = p.shape[-2] // group["matrices"], p.shape[-1]
         update_MRC = orthogonalize(grad.lerp(buffer, _MOMENTUM).reshape(-1, R, C))
         p.mul_(1 - group["lr"] * group["weight_decay"])
         p.add_(update_MRC.reshape(p.shape).to(p.dtype), alpha=-group["lr"] * 0.2 * math.sqrt(max(R, C)))
@@ -77,18 +77,18 @@ def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None =
     """Split the parameters in groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
 
     A tied head counts as the embedding. Empty matrices (no shared experts) and frozen parameters are left out. For Muon
-    the hidden matrices are groups of their own, with `parts` as `MuonAdamW` wants them: the fused gate and up are two
-    matrices each, the projections of attention one for all heads; the head and the routers stay with AdamW. `named` are
-    parameters that stand for the model's, by its names; each group has the names of its own.
+    the hidden matrices are groups of their own (`MuonAdamW`): fused gate and up are two matrices, a projection of
+    attention is one for all heads. The head and the routers stay with AdamW. `named` replaces the model's parameters,
+    for example by local shards.
     """
     if named is None:
         named = [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
 
-    def group(weight_decay: float, **parts: int) -> dict:
-        return {"names": [], "params": [], "weight_decay": weight_decay, **parts}
+    def group(weight_decay: float, **options: int) -> dict:
+        return {"names": [], "params": [], "weight_decay": weight_decay, **options}
 
     decayed, plain = group(config.weight_decay), group(0.0)
-    single, double = group(config.weight_decay, parts=1), group(config.weight_decay, parts=2)
+    single, double = group(config.weight_decay, matrices=1), group(config.weight_decay, matrices=2)
     for name, parameter in named:
         if parameter.ndim < 2 or "embed_tokens" in name or name.endswith("_bias"):
             target = plain
@@ -102,7 +102,7 @@ def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None =
 
 
 def make_optimizer(model: CausalLM, config: OptimConfig, named: Named | None = None) -> torch.optim.AdamW:
-    """Return the optimizer `config` names, with one learning rate for all its groups; `named` as in the groups."""
+    """Return the optimizer of `config`, with one learning rate for all groups; `named` as in `parameter_groups`."""
     kind = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
     groups = parameter_groups(model, config, named)
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -119,7 +119,7 @@ def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Put back what `state_tensors` gave."""
+    """Restore what `state_tensors` returned."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):

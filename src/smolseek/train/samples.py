@@ -1,4 +1,4 @@
-"""What the model writes for the original experiment's five prompts."""
+"""Samples: continuations of the five prompts of the original experiment."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ def write_samples(
 ) -> None:
     """Continue the five prompts by up to `max_tokens` tokens; add them to samples.md and the metrics, and show them.
 
-    The random numbers are a generator's of their own, and no weight is touched: the training goes on as if it had
-    written nothing. The same numbers are drawn each time, so what differs from step to step is the model.
+    They use a random generator of their own, so the training is not affected. Its seed is the same each time: only the
+    model differs from step to step.
     """
     sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, seed=seed)
     texts = []
@@ -32,7 +32,7 @@ def write_samples(
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         if len(ids) >= model.config.max_position_embeddings:
-            ids = ids[-(model.config.max_position_embeddings // 2) :]  # a run must not end for want of context
+            ids = ids[-(model.config.max_position_embeddings // 2) :]  # a long prompt must not end the run
         generator = Generator(model, [ids], sampling, max_tokens, stop_ids=model.config.eos_ids)
         text = TextStream(generator, tokenizer).finish()[0].strip()
         lines += [f"**{prompt}** {text}", ""]

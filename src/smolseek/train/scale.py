@@ -1,14 +1,14 @@
-"""What a run costs each of many processes, on paper: memory, and bytes sent by each collective.
+"""What a run costs each of many processes, computed from formulas: memory, and bytes sent by each collective.
 
-The formulas are those of ring algorithms and of what `distributed/` does: S processes that weights are sharded over,
-R replicas, M processes that hold all experts together, A forward passes a step. For n bytes of weights in float32
+The formulas are those of ring algorithms and of `distributed/`: weights are sharded over S processes and have R
+replicas, experts are sharded over M processes, and a step has A micro-batches. For n bytes of weights in float32
 
     all-gather      2 A n (S-1)/S   before the forward and before the backward pass; 1 A n for embedding and head
     reduce-scatter    A n (S-1)/S   of the gradients
     all-reduce      2 n/S (R-1)/R   over the replicas, once a step
-    all-to-all      4 A p (M-1)/M   p bytes of routed slots, in a layer with experts: there and back, twice
+    all-to-all      4 A p (M-1)/M   p bytes of routed slots, for each layer with experts: sent and returned, twice
 
-`bench/scale.py` counts them in small runs.
+`bench/scale.py` compares them with small runs.
 """
 
 import torch

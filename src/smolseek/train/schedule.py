@@ -8,7 +8,7 @@ from smolseek.config import ScheduleConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Both schedules of a run whose weights move in the first `steps` steps.
+    """Both schedules of a run whose weights are trained in the first `steps` steps.
 
     In all later steps the weights are frozen, and only the router biases are tuned.
     """
@@ -20,7 +20,9 @@ class Schedule:
     @classmethod
     def of(cls, config: TrainConfig) -> "Schedule":
         """Return the schedule of a run."""
-        return cls(config=config.schedule, steps=config.steps - config.balance.settle_steps, peak_lr=config.optim.lr)
+        return cls(
+            config=config.schedule, steps=config.steps - config.balance.calibration_steps, peak_lr=config.optim.lr
+        )
 
     def is_frozen(self, step: int) -> bool:
         """Return whether step `step` (from 0) only tunes the router biases."""
@@ -36,11 +38,11 @@ class Schedule:
         return self.peak_lr * ((step + 1) / self._warmup if step < self._warmup else self._decay(step))
 
     def bias_factor(self, step: int) -> float:
-        """Return the share of gamma that the router biases move by after step `step`.
+        """Return the factor on gamma after step `step`.
 
-        It falls with the learning rate, since a sign never comes to rest: DeepSeek-V3 ends with gamma 0 (section 4.2).
-        Over frozen weights it begins with ten and falls as 1 / (1 + t / 5): a step in proportion that shrinks with the
-        number of steps is an average over all of them.
+        It decays with the learning rate, because updates by the sign alone never converge: DeepSeek-V3 ends with gamma
+        0 (section 4.2). With frozen weights it begins at ten and decays as 1 / (1 + t / 5): the proportional updates
+        then average over all steps.
         """
         return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self._decay(step)
 

@@ -195,7 +195,7 @@ def _require_vocabulary(tokenizer: Any, vocab_size: int, new: bool) -> None:
     size = len(tokenizer)
     if size > vocab_size:
         first = tokenizer.convert_ids_to_tokens(vocab_size)
-        way_out = (
+        remedy = (
             f"use --model.vocab-size {size} or another --tokenizer"
             if new
             else f"give a --tokenizer of at most {vocab_size} tokens, or enlarge the model first "
@@ -203,7 +203,7 @@ def _require_vocabulary(tokenizer: Any, vocab_size: int, new: bool) -> None:
         )
         raise SmolseekError(
             f"the tokenizer has {size} tokens, the model vocab_size {vocab_size} ({first!r} is the first one beyond): "
-            f"{way_out}"
+            f"{remedy}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Everything that a step changes, as one thing that is saved and put back."""
+"""Everything that a step changes, saved and restored together."""
 
 import dataclasses
 import math
@@ -34,7 +34,7 @@ class Progress:
     interval: list[float] = dataclasses.field(default_factory=list)
     """Losses since the last log line."""
     kls: list[float] = dataclasses.field(default_factory=list)
-    """Divergences from the teacher since then; zeros without one."""
+    """KL divergences from the teacher since then; zeros without one."""
     loss: float = math.nan
     """Mean training loss of the last logged interval."""
     evaluated: int = 0
@@ -49,16 +49,16 @@ def progress_of(saved: dict[str, Any], path: Path) -> Progress:
     """Return where the run stood in the JSON state `saved` of the checkpoint `path`.
 
     Raises:
-        SmolseekError: if it does not say so, or has no position in the data, no guard or no sizes of the run's files.
+        SmolseekError: if progress, position in the data, guard or file sizes are missing or damaged.
     """
     with damage_told(path / STATE_JSON, "use an older checkpoint"):
         progress = from_dict(Progress, saved["progress"], f"{path / STATE_JSON}: progress")
         files = saved.get("files", {})
-        if not all(isinstance(held, dict) for held in (saved["data"], saved["guard"], files, saved.get("inputs", {}))):
-            raise ValueError("data, guard, files or inputs are no objects")
+        if not all(isinstance(part, dict) for part in (saved["data"], saved["guard"], files, saved.get("inputs", {}))):
+            raise ValueError("data, guard, files or inputs is no object")
         counts = [progress.step, progress.tokens, *files.values()]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
-            raise ValueError("a count of steps, tokens or bytes is none")
+            raise ValueError("a number of steps, tokens or bytes is not valid")
         return progress
 
 
@@ -79,7 +79,7 @@ class TrainState:
         load_weights(self.model, path, self.distributed.local_shards(self.model))
 
     def reset(self, seed: int, init: str | None) -> None:
-        """Go back to step 0 and the first weights: drawn with `seed`, or those of the model `init`. The data stay."""
+        """Return to step 0 and the first weights: drawn with `seed`, or those of the model `init`. The data go on."""
         self.distributed.init_weights(self.model, seed)
         if init is not None:
             self.load_weights(resolve(init))
@@ -87,12 +87,12 @@ class TrainState:
         self.progress = Progress()
 
     def capture(self, seconds: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the training state beside the weights: tensors, not copied, and JSON types.
+        """Return the training state without the weights: tensors, which are not copied, and JSON types.
 
-        `seconds` is the training time so far. Of many processes each returns the shards that it is to write.
+        `seconds` is the training time so far. Each process returns the shards that it writes.
         """
         progress = dataclasses.asdict(self.progress) | {"seconds": seconds}
-        rest = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
+        state = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
         tensors, shards = {}, self.distributed.local_shards(self.model)
         for name, value in state_tensors(self.optimizer).items():
             number, parameter = self._parameter(name)
@@ -101,13 +101,13 @@ class TrainState:
                     tensors[name] = value
             elif self.distributed.writes_shard(parameter, number):
                 tensors[state_name(name, shards[parameter]._replace(tensor=value))] = value
-        return tensors, rest
+        return tensors, state
 
     def restore(self, path: Path, *, data: bool) -> dict[str, Any]:
-        """Put back the weights, the optimizer and the progress of the checkpoint `path`, and return all its JSON state.
+        """Restore weights, optimizer and progress from the checkpoint `path`, and return its JSON state.
 
-        With `data`, the data and the guard go back as well, as if the run had never stopped; else they stay, so that
-        the run does not meet the same data again.
+        With `data`, the data stream and the guard are restored as well; without, the run does not read the same data
+        again.
         """
         shards = self.distributed.local_shards(self.model)
         with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
@@ -128,6 +128,6 @@ class TrainState:
         return saved
 
     def _parameter(self, name: str) -> tuple[int, str]:
-        """Return number and name of the parameter that a tensor of the training state belongs to."""
+        """Return number and name of the parameter of a tensor in the training state."""
         number = int(name.split(".")[1])
         return number, [name for group in self.optimizer.param_groups for name in group["names"]][number]

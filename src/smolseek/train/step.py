@@ -1,4 +1,4 @@
-"""One optimizer step; a bad one is skipped, and too many in a row lead back to a checkpoint."""
+"""One optimizer step. Bad steps are skipped; too many in a row make the run return to a checkpoint."""
 
 import math
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from smolseek.train.setup import Training
 
 
 class StepResult(NamedTuple):
-    """What a step that was taken says."""
+    """What is logged of a good step."""
 
     lr: float
     grad_norm: float
@@ -23,10 +23,10 @@ class StepResult(NamedTuple):
     """On the load's device; empty without experts."""
 
 
-def take_step(
+def train_step(
     t: Training, micro_batches: Iterable[tuple[torch.Tensor, float]], position: dict[str, Any]
 ) -> StepResult | None:
-    """Take the next step on micro-batches that begin at `position` in the data; return None if it was a bad one.
+    """Train on the micro-batches of a step, which begin at `position` in the data; return None if it was skipped.
 
     In the last steps of a run with bias calibration the weights are frozen, and only the router biases move.
     """
@@ -56,7 +56,7 @@ def take_step(
 def _gradients(
     t: Training, micro_batches: Iterable[tuple[torch.Tensor, float]], frozen: bool
 ) -> tuple[float, float, float]:
-    """Make the gradients of a step, clipped, unless the weights are `frozen`; return loss, gradient norm and KL."""
+    """Compute the clipped gradients of a step, unless weights are `frozen`; return loss, gradient norm and KL."""
     model, balancer, grad_accum = t.model, t.balancer, t.config.grad_accum
     loss, kl = torch.zeros(2, device=t.device)
     for number, (sequences, share) in enumerate(micro_batches, 1):
@@ -67,13 +67,13 @@ def _gradients(
         balancer.add(out.load_LE)
     clip = t.config.optim.clip or math.inf
     norm = loss.new_zeros(()) if frozen else t.distributed.clip_grad_norm(model, clip)
-    # The one place where a step waits for the device.
+    # The only synchronization of a step with the device.
     loss_sum, grad_norm, kl_sum = torch.stack((t.distributed.all_reduce(loss), norm, kl)).tolist()
     return loss_sum / grad_accum, grad_norm, kl_sum / grad_accum
 
 
 def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
-    """Drop a bad step and say which data it had; after `guard.patience` of them in a row go back to a checkpoint."""
+    """Drop a bad step and log its data; after `guard.patience` of them in a row return to a checkpoint."""
     step, tokens, begin = t.progress.step, t.config.step_tokens, position["tokens"]
     t.optimizer.zero_grad(set_to_none=True)
     t.balancer.drop_load()
@@ -88,10 +88,10 @@ def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
 
 
 def _go_back(t: Training) -> None:
-    """Return to the last checkpoint, or to the one before it if that led to no good step; the data go on from here.
+    """Return to the last checkpoint, or to the one before if no step succeeded from there. The data go on.
 
     Raises:
-        SmolseekError: when that has been done in vain too often.
+        SmolseekError: after too many returns without progress.
     """
     run, guard = t.run, t.guard
     step, tokens = t.progress.step, t.progress.tokens
@@ -111,7 +111,7 @@ def _go_back(t: Training) -> None:
         discard_beyond(run, t.progress.step)
     undone = tokens - t.progress.tokens
     bad = guard.returned(t.progress.step, undone)
-    name = "the first weights, for want of a checkpoint" if path is None else path.name
+    name = "the first weights, since there is no checkpoint" if path is None else path.name
     t.log.say(
         f"{len(bad)} bad steps in a row: back from step {step} to {name}, and on with the data "
         f"from token {t.stream.position()['tokens']:,}"
