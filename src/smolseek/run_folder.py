@@ -1,4 +1,4 @@
-"""The run folder: the one contract between training, evaluation, report and model card. Imports no torch.
+"""The run folder: the interface between training, evaluation, report and model card. Imports no torch.
 
     RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
 
@@ -92,9 +92,9 @@ class RunFolder:
             raise SmolseekError(f"--run {self.path} cannot be written ({folder} may not be written to): choose another")
         if not self.config.exists():
             if resume:
-                raise SmolseekError(f"{self.path} holds no run to resume: leave out --resume, or correct --run")
+                raise SmolseekError(f"{self.path} has no run to resume: leave out --resume, or correct --run")
             if self.checkpoint_paths():
-                raise SmolseekError(f"{self.path} holds checkpoints but no config.json: choose another --run")
+                raise SmolseekError(f"{self.path} has checkpoints but no config.json: choose another --run")
             return
         refused = ("never",) if resume else ("never", "resume", "path")
         differing = [
@@ -110,7 +110,7 @@ class RunFolder:
             )
         if not resume and self.checkpoint_paths():
             raise SmolseekError(
-                f"{self.path} already holds checkpoints of this run (the newest is {self.checkpoint_paths()[0].name}): "
+                f"{self.path} already has checkpoints of this run (the newest is {self.checkpoint_paths()[0].name}): "
                 "add --resume to go on, or choose another --run"
             )
 

@@ -37,8 +37,8 @@ def backend(monkeypatch):
 
 
 def compiled(model, context=None):
-    passes = ForwardBackward(model, losses, context or nullcontext())
-    compiling.prepare(passes, replace(CONFIG, compile="on"), torch.device("cpu"), 1)
+    forward_backward = ForwardBackward(model, losses, context or nullcontext())
+    compiling.prepare(forward_backward, replace(CONFIG, compile="on"), torch.device("cpu"), 1)
 
 
 def gradients(model, context=None):

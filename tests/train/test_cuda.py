@@ -1,4 +1,4 @@
-"""What only a GPU can show: passes against float64 on a CPU, recorded ones against plain ones, whole trainings."""
+"""What only a GPU can show: micro-batches against float64 on a CPU, captured against plain ones, whole trainings."""
 
 import copy
 import json
@@ -32,11 +32,13 @@ def rows_of(run: TrainConfig, seed: int) -> torch.Tensor:
     return torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradients(passes: ForwardBackward, batches: list[torch.Tensor]) -> tuple[list[float], dict[str, torch.Tensor]]:
+def gradients(
+    forward_backward: ForwardBackward, batches: list[torch.Tensor]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Return losses and gradients of a step, which are then dropped."""
-    found = [float(passes(rows).total) for rows in batches]
-    grads = {n: p.grad.cpu().double() for n, p in passes.model.named_parameters() if p.grad is not None}
-    passes.model.zero_grad(set_to_none=True)
+    found = [float(forward_backward(rows).total) for rows in batches]
+    grads = {n: p.grad.cpu().double() for n, p in forward_backward.model.named_parameters() if p.grad is not None}
+    forward_backward.model.zero_grad(set_to_none=True)
     return found, grads
 
 
@@ -60,20 +62,20 @@ def test_float32_is_float64_on_a_cpu_to_rounding(name):
 
 @pytest.mark.parametrize("name", ["deepseek_159m", "seed_159m", "smollm2_135m"])
 @pytest.mark.parametrize("how", ["graph", "compiled"])
-def test_recorded_and_compiled_passes_are_the_plain_ones(name, how, capsys):
+def test_captured_and_compiled_micro_batches_are_the_plain_ones(name, how, capsys):
     run = config(name)
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
     exact = ForwardBackward(copy.deepcopy(model).double(), losses, nullcontext(), grad_accum=run.grad_accum)
     _, expected = gradients(exact, batches)
-    passes = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
-    values, plain = gradients(passes, batches)
-    compiling.prepare(passes, replace(run, steps=1000 if how == "compiled" else 10), CUDA, 1)
+    forward_backward = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
+    values, plain = gradients(forward_backward, batches)
+    compiling.prepare(forward_backward, replace(run, steps=1000 if how == "compiled" else 10), CUDA, 1)
     assert capsys.readouterr().err == ""
-    assert passes.captured
-    assert (passes.model.call_block is not call_block) == (how == "compiled")
+    assert forward_backward.captured
+    assert (forward_backward.model.call_block is not call_block) == (how == "compiled")
     for _ in range(2):  # the second time gradients have been dropped in between
-        found, grads = gradients(passes, batches)
+        found, grads = gradients(forward_backward, batches)
         assert found == pytest.approx(values, rel=2e-3)
         if how == "graph":
             assert far(grads, plain) < 1e-3
@@ -81,48 +83,52 @@ def test_recorded_and_compiled_passes_are_the_plain_ones(name, how, capsys):
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_a_recorded_pass_sees_what_the_run_changes(accumulation):
-    """Weights that the optimizer moved and biases that the balancing did, in a step's first and later passes."""
+def test_a_captured_micro_batch_sees_what_the_run_changes(accumulation):
+    """Weights that the optimizer moved and biases that the balancing did, in a step's first and later micro-batches."""
     run = replace(config("deepseek_159m"), grad_accum=accumulation)
     batches = [rows_of(run, seed) for seed in range(accumulation)]
-    passes = ForwardBackward(
+    forward_backward = ForwardBackward(
         new_model(run.model, seed=1, device="cpu").to(CUDA),
         losses,
         autocast("bfloat16", CUDA),
         grad_accum=accumulation,
     )
-    plain = ForwardBackward(copy.deepcopy(passes.model), losses, autocast("bfloat16", CUDA), grad_accum=accumulation)
-    passes.capture(batches[0])
-    for model in (passes.model, plain.model):
+    plain = ForwardBackward(
+        copy.deepcopy(forward_backward.model), losses, autocast("bfloat16", CUDA), grad_accum=accumulation
+    )
+    forward_backward.capture(batches[0])
+    for model in (forward_backward.model, plain.model):
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1.5)
         for router in model.routers:
             router.e_score_correction_bias[3] += 10
-    loads = [[each(rows).load_LE.clone() for rows in batches] for each in (passes, plain)]
-    for recorded, expected in zip(*loads, strict=True):
-        assert torch.equal(recorded, expected)
-        assert (recorded[:, 3] == run.batch_size * run.seq_len).all()  # every token chooses it
-    found, expected = ([p.grad for p in each.model.parameters() if p.grad is not None] for each in (passes, plain))
+    loads = [[each(rows).load_LE.clone() for rows in batches] for each in (forward_backward, plain)]
+    for captured, expected in zip(*loads, strict=True):
+        assert torch.equal(captured, expected)
+        assert (captured[:, 3] == run.batch_size * run.seq_len).all()  # every token chooses it
+    found, expected = (
+        [p.grad for p in each.model.parameters() if p.grad is not None] for each in (forward_backward, plain)
+    )
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
-def test_recomputation_is_recorded_too(how, capsys):
+def test_recomputation_is_captured_too(how, capsys):
     run = config("deepseek_159m", grad_checkpointing=how)
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
     model.grad_checkpointing = how
-    passes = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
-    values, plain = gradients(passes, batches)
-    compiling.prepare(passes, run, CUDA, 1)
-    assert capsys.readouterr().err == "" and passes.captured
-    found, grads = gradients(passes, batches)
+    forward_backward = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
+    values, plain = gradients(forward_backward, batches)
+    compiling.prepare(forward_backward, run, CUDA, 1)
+    assert capsys.readouterr().err == "" and forward_backward.captured
+    found, grads = gradients(forward_backward, batches)
     assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
 
 
-def test_a_failed_recording_leaves_plain_passes(monkeypatch, capsys):
+def test_a_failed_recording_leaves_plain_micro_batches(monkeypatch, capsys):
     run = config("deepseek_159m")
     batches = [rows_of(run, 0), rows_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
@@ -133,27 +139,29 @@ def test_a_failed_recording_leaves_plain_passes(monkeypatch, capsys):
             float(out.total)
         return out
 
-    passes = ForwardBackward(model, waits, SingleProcess(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
-    values, plain = gradients(passes, batches)
-    compiling.prepare(passes, run, CUDA, 1)
+    forward_backward = ForwardBackward(
+        model, waits, SingleProcess(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum
+    )
+    values, plain = gradients(forward_backward, batches)
+    compiling.prepare(forward_backward, run, CUDA, 1)
     assert "no CUDA graph is captured, which only costs time" in capsys.readouterr().err
-    found, grads = gradients(passes, batches)
+    found, grads = gradients(forward_backward, batches)
     assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
 
 
 def test_no_operation_of_a_plain_pass_makes_the_host_wait():
     run = config("deepseek_159m")
-    passes = ForwardBackward(new_model(run.model, device=CUDA), losses, autocast("bfloat16", CUDA))
+    forward_backward = ForwardBackward(new_model(run.model, device=CUDA), losses, autocast("bfloat16", CUDA))
     rows = rows_of(run, 0)
-    passes(rows)
+    forward_backward(rows)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        passes(rows)
+        forward_backward(rows)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_is_repeatable_and_ends_alike_with_and_without_recording(tmp_path):
+def test_a_training_is_repeatable_and_ends_alike_with_and_without_capture(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"The sea is wide, says ship {n}. " * 9}) + "\n" for n in range(60)))
     ended = {}

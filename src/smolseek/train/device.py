@@ -13,7 +13,7 @@ from smolseek.errors import SmolseekError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; auto is CUDA where there is one.
+    """Return the device called `name`; auto is CUDA if there is a GPU.
 
     Raises:
         SmolseekError: when CUDA is requested and missing, or this machine has fewer devices than processes.

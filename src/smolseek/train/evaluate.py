@@ -26,7 +26,7 @@ def evaluate(
     """Return the validation record of `sequences` [N, T+1], whose targets stand for `text_bytes` bytes.
 
     With experts it has the global MaxVio, with a teacher in the `objective` the KL divergence from it. None if
-    `stopped` became true on the way. The processes of `distributed` share the sequences; all get the whole record.
+    `stopped` became true on the way. The processes of `distributed` share the sequences; each gets the full record.
     """
     distributed = distributed or SingleProcess()
     device, targets = model.lm_head.weight.device, sequences[:, 1:].numel()

@@ -1,7 +1,7 @@
 """How much memory a training run will take, predicted before it starts.
 
 Weights, gradients and optimizer state are exact. Activations are estimated from the sizes of the layers' matrices. The
-sum of all parts lies within 15% of the peaks in docs/results/memory.json (`python bench/memory.py --part runs`).
+sum of all parts is within 15% of the peaks in docs/results/memory.json (`python bench/memory.py --part runs`).
 """
 
 from dataclasses import dataclass

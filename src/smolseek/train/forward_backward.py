@@ -17,10 +17,8 @@ class _Graphs(NamedTuple):
     """The CUDA graphs of a micro-batch, and the memory that they read and write."""
 
     sequences: torch.Tensor
-    first: torch.cuda.CUDAGraph
-    first_losses: Losses
-    later: torch.cuda.CUDAGraph | None
-    later_losses: Losses | None
+    micro_batches: list[tuple[torch.cuda.CUDAGraph, Losses]]
+    """The first of a step, and a later one if it has several."""
     parameters: list[torch.nn.Parameter]
     gradients: list[torch.Tensor]
 
@@ -56,18 +54,17 @@ class ForwardBackward:
         if graphs is None:
             return self._run(self._to_device(sequences), share)
         graphs.sequences.copy_(sequences.pin_memory(), non_blocking=True)
-        if graphs.parameters[0].grad is None:  # the first micro-batch of a step
+        is_first = graphs.parameters[0].grad is None
+        if is_first:
             for parameter, gradient in zip(graphs.parameters, graphs.gradients, strict=True):
                 parameter.grad = gradient
-            graphs.first.replay()
-            return graphs.first_losses
-        assert graphs.later is not None and graphs.later_losses is not None
-        graphs.later.replay()
-        return graphs.later_losses
+        graph, losses = graphs.micro_batches[0 if is_first else 1]
+        graph.replay()
+        return losses
 
     @torch.no_grad()
     def forward(self, sequences: torch.Tensor) -> Losses:
-        """Run the forward pass alone, without gradients."""
+        """Run only the forward pass, without gradients."""
         return self._losses(self._to_device(sequences))
 
     def capture(self, sequences: torch.Tensor) -> None:
@@ -88,20 +85,20 @@ class ForwardBackward:
         torch.cuda.current_stream().wait_stream(warm_up)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        first, later, later_losses = torch.cuda.CUDAGraph(), None, None
+        first = torch.cuda.CUDAGraph()
         with torch.cuda.graph(first):
-            first_losses = self._run(sequences, 1.0)
+            micro_batches = [(first, self._run(sequences, 1.0))]
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         gradients = [p.grad for p in parameters if p.grad is not None]
         self.model.zero_grad(set_to_none=True)
         if self.grad_accum > 1:
             later = torch.cuda.CUDAGraph()
             with torch.cuda.graph(later, pool=first.pool()):
-                later_losses = self._run(sequences, 1.0)
+                micro_batches.append((later, self._run(sequences, 1.0)))
                 # All in one kernel; autograd would add each gradient by a kernel of its own.
                 torch._foreach_add_(gradients, [p.grad for p in parameters if p.grad is not None])
                 self.model.zero_grad(set_to_none=True)
-        self._graphs = _Graphs(sequences, first, first_losses, later, later_losses, parameters, gradients)
+        self._graphs = _Graphs(sequences, micro_batches, parameters, gradients)
 
     def release(self) -> None:
         """Free the graphs; micro-batches then run without them."""

@@ -48,7 +48,7 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
             start = find_start(run, config, resuming, device, distributed)
             if start.checkpoint is not None and start.is_complete:
                 steps = start.config.steps
-                console.say(f"The run is complete: {steps} of {steps} steps are done; a higher --steps goes on")
+                console.say(f"The run is complete: {steps} of {steps} steps are done; to train on, raise --steps")
                 return start.checkpoint
             training = set_up(run, start, device, distributed)
             _begin(training, start)

@@ -40,7 +40,7 @@ def losses(
 
     With a `teacher` its distribution of the next token is learned in place of the text's. With `accumulate` the
     backward pass adds the gradients of experts, embedding and head to their `.grad` (`CausalLM.hidden`); `factor`,
-    where it is known, is what the total will be multiplied by for it.
+    if it is known, is what the caller multiplies the total by before it.
     """
     ids_BT, targets_N = sequences[:, :-1], sequences[:, 1:].flatten()
     w_VD = model.lm_head.weight

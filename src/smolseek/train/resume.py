@@ -1,7 +1,7 @@
-"""Where a run starts: anew, or from its newest checkpoint with all that it reads, wherever that lies now.
+"""Where a run starts: at step 0, or from its newest checkpoint.
 
-The paths of text, tokenizer, teacher and first weights may change between two lives of a run. The contents decide: the
-stream's state holds the fingerprint of the training text, `Training.input_digests` are the others.
+The paths of text, tokenizer, teacher and first weights may change before a resume. Their contents may not: the state of
+the data stream has the fingerprint of the training text, and `Training.input_digests` are those of the others.
 """
 
 import dataclasses
@@ -157,15 +157,15 @@ def check_inputs(digests: dict[str, str], start: Start) -> None:
     if "tokens" in differing:
         raise SmolseekError(
             f"the tokenizer {config.tokenizer} makes other tokens of the text than the checkpoint saw: resume with "
-            "--tokenizer naming the one that the run began with, wherever it lies now; each checkpoint holds a copy"
+            "--tokenizer naming the one that the run began with, whatever its path is now; each checkpoint has a copy"
         )
     if "teacher" in differing:
         raise SmolseekError(
             f"the teacher {config.distill.teacher} is not the model that the run has learned from so far: resume with "
-            "--distill.teacher naming that one, wherever it lies now"
+            "--distill.teacher naming that one, whatever its path is now"
         )
     if "validation" in differing and start.previous and config.eval_tokens == start.previous.eval_tokens:
-        console.warn("the validation text is another than before: compare no validation loss with an earlier one")
+        console.warn("the validation text has changed: do not compare its losses with earlier ones")
 
 
 def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[str]:

@@ -55,7 +55,7 @@ def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str
 
 
 def lines(config: ModelConfig, mesh: Mesh, run: Run, interconnect: str) -> list[str]:
-    """Return the cost as text; the share of communication holds if nothing is computed meanwhile."""
+    """Return the cost as text; the share of communication assumes no overlap with computing."""
     text, bandwidth = summary.size_text, INTERCONNECTS[interconnect]
     parameters, sent = shard_cost(config, mesh, run)
     with torch.device("meta"):

@@ -69,7 +69,7 @@ class Training(TrainState):
     run: RunFolder
     device: torch.device
     datasets: Datasets | None
-    """On the main process alone."""
+    """On the main process only."""
     val_sequences: torch.Tensor
     """Validation text, int64 [N, T+1], on every process."""
     val_bytes: int
@@ -160,7 +160,7 @@ def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, re
 
     Args:
         config: the run's settings.
-        tokenizer_copy: where else to find the tokenizer of a run that is resumed, if `config.tokenizer` has moved.
+        tokenizer_copy: a folder with the tokenizer of a resumed run, used if `config.tokenizer` has moved.
         resumed: whether the run has warned already of what the tokenizer cannot spell.
 
     Raises:

@@ -23,7 +23,7 @@ from smolseek.train.optim import load_state_tensors, state_tensors
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands."""
+    """How far a run is."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -46,7 +46,7 @@ class Progress:
 
 
 def progress_of(saved: dict[str, Any], path: Path) -> Progress:
-    """Return where the run stood in the JSON state `saved` of the checkpoint `path`.
+    """Return the progress in the JSON state `saved` of the checkpoint `path`.
 
     Raises:
         SmolseekError: if progress, position in the data, guard or file sizes are missing or damaged.
