@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from smolseek.config import DataConfig, TrainConfig
-from smolseek.distributed.single_process import SingleProcess
 from smolseek.model.transformer import call_block, new_model
 from smolseek.presets import preset
 from smolseek.train import compiling
@@ -139,9 +138,7 @@ def test_a_failed_recording_leaves_plain_micro_batches(monkeypatch, capsys):
             float(out.total)
         return out
 
-    forward_backward = ForwardBackward(
-        model, waits, SingleProcess(), autocast("bfloat16", CUDA), grad_accum=run.grad_accum
-    )
+    forward_backward = ForwardBackward(model, waits, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(forward_backward, batches)
     compiling.prepare(forward_backward, run, CUDA, 1)
     assert "no CUDA graph is captured, which only costs time" in capsys.readouterr().err
