@@ -43,16 +43,15 @@ def losses(
     if it is known, is what the caller multiplies the total by before it.
     """
     ids_BT, targets_N = sequences[:, :-1], sequences[:, 1:].flatten()
-    w_VD = model.lm_head.weight
-    if teacher is None:
-        out = model.hidden(ids_BT, accumulate=accumulate)
-        h_ND = out.hidden_BTD.flatten(0, 1)
-        means = linear_cross_entropy(h_ND, w_VD, targets_N, z_loss, accumulate=accumulate, factor=factor)
-    else:
+    if teacher is not None:
         with torch.no_grad():
             taught_ND = teacher.hidden(ids_BT).hidden_BTD.flatten(0, 1)
-        out = model.hidden(ids_BT, accumulate=accumulate)
-        means = linear_kl(out.hidden_BTD.flatten(0, 1), w_VD, taught_ND, teacher.lm_head.weight, targets_N)
+    out = model.hidden(ids_BT, accumulate=accumulate)
+    h_ND, w_VD = out.hidden_BTD.flatten(0, 1), model.lm_head.weight  # read now: FSDP gathers it in `hidden`
+    if teacher is None:
+        means = linear_cross_entropy(h_ND, w_VD, targets_N, z_loss, accumulate=accumulate, factor=factor)
+    else:
+        means = linear_kl(h_ND, w_VD, taught_ND, teacher.lm_head.weight, targets_N)
     total = means.objective + alpha * out.balance if alpha else means.objective
     kl = None if teacher is None else means.objective.detach()
     return Losses(total, means.next_token.detach(), out.balance.detach(), out.load_LE, kl)
