@@ -106,7 +106,7 @@ def test_attention_alone_learns_from_the_teacher(small, tmp_path):
     optimizer = torch.optim.AdamW(parameter_groups(model, OptimConfig(weight_decay=0.0)), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(64, (8, 33), generator=generator)
-    begun = float(losses(model, rows, teacher=teacher).total)
+    begun = float(losses(model, rows, teacher=teacher).total.detach())
     for _ in range(60):
         losses(model, rows, teacher=teacher).total.backward()
         optimizer.step()
