@@ -6,9 +6,9 @@
     python bench/architecture.py --check                      writes nothing, exits with 1 if a limit is passed
 
 Counted are Python, C, templates and what a page loads, in src/smolseek. Repeated lines: every run of six lines that are
-neither blank nor an import, white space aside, is hashed; a place is a stretch of a file whose every such run stands
-somewhere else too. A module's imports are all of its import statements, those within functions included and those for
-type checkers left out; a circle is a set of modules each of which leads to every other one. Writes
+neither blank nor an import is hashed, without white space; a place is a part of a file in which every such run also
+occurs elsewhere. A module's imports are all of its import statements, also within functions, except those for type
+checkers; a circle is a set of modules that import each other, directly or not. Writes
 docs/results/architecture.json.
 """
 
@@ -48,26 +48,26 @@ def python_functions(file: str, text: str) -> Iterator[Function]:
 
 
 def c_functions(file: str, text: str) -> Iterator[Function]:
-    """Braces at depth 0 behind a closing parenthesis begin a function; macros, comments and strings do not count."""
+    """A function starts at a brace of depth 0 after a parenthesis; macros, comments and strings are left out."""
 
-    def blank(found: re.Match) -> str:
-        return re.sub(r"[^\n]", " ", found[0])
+    def blank(match: re.Match) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
 
     text = re.sub(r"/\*.*?\*/|//[^\n]*|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", blank, text, flags=re.S)
     text = re.sub(r"^[ \t]*#(?:[^\n]*\\\n)*[^\n]*", blank, text, flags=re.M)
     depth, begun, head = 0, 0, ""
-    for place, sign in enumerate(text):
+    for position, sign in enumerate(text):
         if sign == "{":
             if depth == 0:
-                head = text[begun:place]
+                head = text[begun:position]
             depth += 1
         elif sign == "}":
             depth -= 1
         if depth == 0 and sign in ";}":
             if sign == "}" and "(" in head:
-                lines = (head.lstrip() + text[begun + len(head) : place]).count("\n") + 1
+                lines = (head.lstrip() + text[begun + len(head) : position]).count("\n") + 1
                 yield Function(lines, re.search(r"(\w+)\s*\(", head)[1], file)
-            begun, head = place + 1, ""
+            begun, head = position + 1, ""
 
 
 def repeated(files: dict[str, str]) -> int:
@@ -78,7 +78,7 @@ def repeated(files: dict[str, str]) -> int:
         lines = [line for line in lines if line and not re.match(r"(from|import|#include)\b", line)]
         for start in range(len(lines) - RUN + 1):
             runs[hash(tuple(lines[start : start + RUN]))].append((file, start))
-    shared = {place for places in runs.values() if len(places) > 1 for place in places}
+    shared = {position for positions in runs.values() if len(positions) > 1 for position in positions}
     return sum((file, start - 1) not in shared for file, start in shared)
 
 
@@ -93,9 +93,9 @@ def imports(module: str, text: str, modules: set[str]) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            parts = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= parts & modules
-            if parts - modules:
+            qualified = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= qualified & modules
+            if qualified - modules:
                 names.add(str(node.module))
     return (names & modules) - {module}
 
@@ -106,11 +106,11 @@ def circles(sources: dict[str, str]) -> list[list[str]]:
 
     def reached(module: str) -> set[str]:
         seen: set[str] = set()
-        ahead = list(graph[module])
-        while ahead:
-            if (found := ahead.pop()) not in seen:
-                seen.add(found)
-                ahead += graph[found]
+        pending = list(graph[module])
+        while pending:
+            if (imported := pending.pop()) not in seen:
+                seen.add(imported)
+                pending += graph[imported]
         return seen
 
     reach = {module: reached(module) for module in graph}
@@ -160,7 +160,7 @@ def commit(root: Path) -> str:
 
 
 def broken_limits(figures: dict) -> list[str]:
-    """Return what `make check` refuses, a line each."""
+    """Return what `make check` refuses, one line each."""
     return [
         *(f"{file} lines: a file has at most {FILE_LINES}" for file in figures["files_above_350"]),
         *(f"{name} lines: a function has at most {FUNCTION_LINES}" for name in figures["functions_above_80"]),

@@ -1,9 +1,9 @@
-"""How long the audit takes, and that it raises no false alarm at full size.
+"""Time of the audit, and proof that correct models of full size pass.
 
     python bench/audit.py                     the presets up to 159M, and SmolLM2 where it is installed
-    python bench/audit.py /tmp/converted      those, and another model folder
+    python bench/audit.py /tmp/converted      also another model folder
 
-The presets are judged compiled by torch.compile (inductor), too. Writes docs/results/audit.json.
+The presets are also audited under torch.compile (inductor). Writes docs/results/audit.json.
 """
 
 import argparse
@@ -40,26 +40,26 @@ def main() -> None:
     parser.add_argument("targets", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("docs/results/audit.json"))
     args = parser.parse_args()
-    asked = [(name, kind) for name in ("tiny", "seed_159m", "deepseek_159m") for kind in ("float32", "bfloat16")]
+    presets = [(name, kind) for name in ("tiny", "seed_159m", "deepseek_159m") for kind in ("float32", "bfloat16")]
     others = [*COMPILED.values(), "smollm2", *args.targets]
-    rows = []
-    for target, dtype in [*asked, *((target, "auto") for target in others)]:
-        began = time.perf_counter()
+    audits = []
+    for target, dtype in [*presets, *((target, "auto") for target in others)]:
+        start = time.perf_counter()
         command = [sys.executable, "-m", "smolseek", "audit", target, "--dtype", dtype, "--json"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         if done.returncode not in (0, 1):
             print(f"{target:32} {dtype:9} {done.stderr.strip()}")
             continue
         findings = json.loads(done.stdout)["findings"]
         failed = [finding["check"] for finding in findings if finding["status"] == "fail"]
         passed = sum(finding["status"] == "pass" for finding in findings)
-        rows.append({"target": target, "dtype": dtype, "seconds": seconds, "passed": passed, "failed": failed})
+        audits.append({"target": target, "dtype": dtype, "seconds": seconds, "passed": passed, "failed": failed})
         print(
             f"{target:32} {dtype:9} {seconds:6.1f} s  {passed} passed, failed: {', '.join(failed) or 'none'}",
             flush=True,
         )
-    result = {**describe(), "command": " ".join(["python bench/audit.py", *args.targets]), "audits": rows}
+    result = {**describe(), "command": " ".join(["python bench/audit.py", *args.targets]), "audits": audits}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--gamma", type=float, default=3e-3, help="300 steps are too few for the published 1e-3")
     parser.add_argument("--out", type=Path, default=Path("docs/results/balance.json"))
     args = parser.parse_args()
-    rows = []
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
         for gamma in (args.gamma, 0.0):
             config = TrainConfig(
@@ -39,12 +39,12 @@ def main() -> None:
             )
             train(config)
             last = [r for r in RunFolder(Path(config.run)).read_metrics() if "val_maxvio" in r][-1]
-            rows.append({"gamma": gamma, **{k: last[k] for k in ("val_maxvio", "val_maxvio_layers", "val_loss")}})
+            runs.append({"gamma": gamma, **{k: last[k] for k in ("val_maxvio", "val_maxvio_layers", "val_loss")}})
     print(f"\n{'gamma':>8} {'MaxVio (global)':>16} {'by layer':>32} {'validation loss':>16}")
-    for row in rows:
-        layers = " ".join(f"{v:.3f}" for v in row["val_maxvio_layers"])
-        print(f"{row['gamma']:8g} {row['val_maxvio']:16.3f} {layers:>32} {row['val_loss']:16.4f}")
-    result = {**describe(), "command": "python bench/balance.py", "preset": "tiny", "steps": args.steps, "runs": rows}
+    for run in runs:
+        layers = " ".join(f"{v:.3f}" for v in run["val_maxvio_layers"])
+        print(f"{run['gamma']:8g} {run['val_maxvio']:16.3f} {layers:>32} {run['val_loss']:16.4f}")
+    result = {**describe(), "command": "python bench/balance.py", "preset": "tiny", "steps": args.steps, "runs": runs}
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

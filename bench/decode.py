@@ -1,13 +1,13 @@
-"""Decoding and prefill, ours beside transformers on the same weights, dtype and threads.
+"""Decoding and prefill speed of smolseek and transformers, with the same weights, dtype and threads.
 
     python bench/decode.py                       about five minutes on two cores
     python bench/decode.py --rounds 3 --model deepseek_159m --batch 1
     smolseek convert smollm2 FOLDER; python bench/decode.py --model FOLDER --name smollm2_exact
-    OMP_NUM_THREADS=2 taskset -c 0,1 python bench/decode.py --generate smollm2      what --dtype auto brings, one minute
+    OMP_NUM_THREADS=2 taskset -c 0,1 python bench/decode.py --generate smollm2      what --dtype auto gains, one minute
 
-Both alternate within every round; a round is the median over `--steps` tokens, and the table shows the median round
-and the spread. Prints a table and writes docs/results/decode.json: a row measured again takes the place of the old
-one, the others stay, each with its own date, commit and command.
+The two alternate within each round. A round is the median over `--steps` tokens, and the table shows the median round
+and the range. Prints a table and writes docs/results/decode.json, where a new result replaces that of the same case;
+the others stay, each with its date, commit and command.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def median(values):
 
 
 def bandwidth() -> float:
-    """Bytes a second of a copy, read and written, of 128 MB."""
+    """Return the bytes per second of a copy of 128 MB, read and written."""
     a = torch.ones(32 * 2**20)
     b = torch.empty_like(a)
     times = []
@@ -51,11 +51,11 @@ def bandwidth() -> float:
     return 2 * a.nbytes / median(times)
 
 
-def our_steps(model, batch: int, held: int, steps: int) -> float:
-    decoder = Decoder(model, batch, held + steps + 1)
+def our_steps(model, batch: int, cached: int, steps: int) -> float:
+    decoder = Decoder(model, batch, cached + steps + 1)
     for layer in decoder.cache.layers:
         layer.normal_()
-    decoder.lengths = [held] * batch
+    decoder.lengths = [cached] * batch
     tokens, times = [1] * batch, []
     for _ in range(steps):
         begun = time.perf_counter()
@@ -65,9 +65,9 @@ def our_steps(model, batch: int, held: int, steps: int) -> float:
 
 
 @torch.inference_mode()
-def their_steps(oracle, batch: int, held: int, steps: int, static: bool) -> float:
-    ids = torch.ones(batch, held, dtype=torch.int64)
-    cache = StaticCache(oracle.config, max_cache_len=held + steps + 1) if static else None
+def their_steps(oracle, batch: int, cached: int, steps: int, static: bool) -> float:
+    ids = torch.ones(batch, cached, dtype=torch.int64)
+    cache = StaticCache(oracle.config, max_cache_len=cached + steps + 1) if static else None
     cache = oracle(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
     tokens, times = ids[:, :1], []
     for _ in range(steps):
@@ -92,18 +92,18 @@ def prefills(model, oracle, tokens: int, rounds: int) -> tuple[list[float], list
     return ours[1:], theirs[1:]
 
 
-def best_setting(oracle, batch: int, held: int) -> tuple[str | None, bool]:
+def best_setting(oracle, batch: int, cached: int) -> tuple[str | None, bool]:
     """Try transformers' implementations of the experts and its two caches once each; return the fastest."""
-    found = []
+    timed = []
     for experts in EXPERTS if hasattr(oracle.config, "n_routed_experts") else (None,):
         for static in (False, True):
             try:
                 if experts:
                     oracle.set_experts_implementation(experts)
-                found.append((their_steps(oracle, batch, held, 4, static), experts, static))
+                timed.append((their_steps(oracle, batch, cached, 4, static), experts, static))
             except Exception as error:
                 print(f"  transformers refuses experts {experts}, static {static}: {type(error).__name__}")
-    _, experts, static = min(found, key=lambda f: f[0])
+    _, experts, static = min(timed, key=lambda f: f[0])
     if experts:
         oracle.set_experts_implementation(experts)
     return experts, static
@@ -114,7 +114,7 @@ def best_for_prompts(oracle, tokens: int) -> str | None:
     """Try transformers' implementations of the experts on a prompt, twice each; leave it at the fastest."""
     if not hasattr(oracle.config, "n_routed_experts"):
         return None
-    found, ids = [], torch.randint(1000, (1, tokens))
+    timed, ids = [], torch.randint(1000, (1, tokens))
     for experts in EXPERTS:
         oracle.set_experts_implementation(experts)
         times = []
@@ -122,52 +122,61 @@ def best_for_prompts(oracle, tokens: int) -> str | None:
             begun = time.perf_counter()
             oracle(ids, use_cache=True, logits_to_keep=1)
             times.append(time.perf_counter() - begun)
-        found.append((min(times), experts))
-    oracle.set_experts_implementation(min(found)[1])
-    return min(found)[1]
+        timed.append((min(times), experts))
+    oracle.set_experts_implementation(min(timed)[1])
+    return min(timed)[1]
 
 
-def bytes_per_token(config, itemsize: int, batch: int, held: int) -> int:
-    """Bytes of active weights, read once for batch 1, and of the cache, for one step; the embedding is one row."""
+def bytes_per_token(config, itemsize: int, batch: int, cached: int) -> int:
+    """Return the bytes that a step reads: active weights (once, for batch 1) and the cache."""
     counts = count(config)
     unread = 0 if config.tie_word_embeddings else counts.embedding
-    cached = held * config.cache_features * config.num_hidden_layers * batch
-    return (counts.active - unread + cached) * itemsize
+    cache_values = cached * config.cache_features * config.num_hidden_layers * batch
+    return (counts.active - unread + cache_values) * itemsize
 
 
 def command(args) -> str:
-    """The command without the place of a folder, which says nothing elsewhere."""
+    """Return the command, without paths of this machine."""
     models = ["FOLDER" if Path(target).is_dir() else target for target in args.model]
-    words = ["--model", *models, "--batch", *args.batch, "--held", *args.held, "--prompt", *args.prompt]
-    words += ["--dtype", *args.dtype, "--rounds", args.rounds, "--steps", args.steps, "--threads", args.threads]
-    return " ".join(["python", "bench/decode.py", *map(str, words)])
+    arguments = ["--model", *models, "--batch", *args.batch, "--cached", *args.cached, "--prompt", *args.prompt]
+    arguments += ["--dtype", *args.dtype, "--rounds", args.rounds, "--steps", args.steps, "--threads", args.threads]
+    return " ".join(["python", "bench/decode.py", *map(str, arguments)])
 
 
 def generate(target: str, dtype: str) -> tuple[str, float]:
-    """Run `smolseek generate --stats` -> the number format that it tells, and tokens a second of decoding."""
-    words = [target, "The structure of DNA contains", "--greedy", "--max-tokens", "100", "--dtype", dtype, "--stats"]
-    run = subprocess.run(["smolseek", "generate", *words], capture_output=True, text=True, check=True)
-    found = re.search(r"written 100 tokens, ([\d.,]+) tokens/s; (\w+)", run.stderr)
-    assert found is not None, run.stderr
-    return found[2], float(found[1].replace(",", ""))
+    """Run `smolseek generate --stats`, and return the number format and tokens/s that it prints."""
+    arguments = [
+        target,
+        "The structure of DNA contains",
+        "--greedy",
+        "--max-tokens",
+        "100",
+        "--dtype",
+        dtype,
+        "--stats",
+    ]
+    run = subprocess.run(["smolseek", "generate", *arguments], capture_output=True, text=True, check=True)
+    match = re.search(r"written 100 tokens, ([\d.,]+) tokens/s; (\w+)", run.stderr)
+    assert match is not None, run.stderr
+    return match[2], float(match[1].replace(",", ""))
 
 
 def number_formats(target: str, rounds: int) -> dict:
-    """Decode from the command line in float32 and in the format that `auto` takes, alternating."""
+    """Decode from the command line in float32 and in the format that `auto` selects, alternating."""
     rates: dict[str, list[float]] = {"float32": [], "auto": []}
-    taken = ""
+    auto_dtype = ""
     for _ in range(rounds):
-        for dtype, found in rates.items():
-            taken, rate = generate(target, dtype)
-            found.append(rate)
+        for dtype, values in rates.items():
+            auto_dtype, rate = generate(target, dtype)
+            values.append(rate)
     ratios = [auto / exact for auto, exact in zip(rates["auto"], rates["float32"], strict=True)]
     print(
-        f"{target}: --dtype auto takes {taken} and writes {median(rates['auto']):.1f} tokens/s, float32 "
+        f"{target}: --dtype auto takes {auto_dtype} and writes {median(rates['auto']):.1f} tokens/s, float32 "
         f"{median(rates['float32']):.1f}; ratio {median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
     )
     return {
         "model": target,
-        "auto": taken,
+        "auto": auto_dtype,
         "auto_tokens_s": median(rates["auto"]),
         "float32_tokens_s": median(rates["float32"]),
         "ratio": median(ratios),
@@ -175,20 +184,20 @@ def number_formats(target: str, rounds: int) -> dict:
     }
 
 
-def write(out: Path, rows: list[dict], prompts: list[dict], formats: list[dict]) -> None:
-    """Put the new rows in the place of those measured before under the same conditions; keep the others."""
+def write(out: Path, steps: list[dict], prompts: list[dict], formats: list[dict]) -> None:
+    """Replace earlier results of the same cases, and keep the others."""
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     common = {key: before[key] for key in ("date", "machine", "versions", "commit", "command") if key in before}
     result = {}
     for part, new, keys in (
-        ("decode", rows, ("model", "dtype", "batch", "held")),
+        ("decode", steps, ("model", "dtype", "batch", "held")),
         ("prompt", prompts, ("model", "dtype", "tokens")),
         ("generate", formats, ("model", "auto")),
     ):
-        # Older files say once for all rows when and where they were measured.
-        found = {tuple(row[key] for key in keys): {**common, **row} for row in before.get(part, [])}
-        found |= {tuple(row[key] for key in keys): row for row in new}
-        result[part] = list(found.values())
+        # Older files have date and machine once for all results.
+        measured = {tuple(row[key] for key in keys): {**common, **row} for row in before.get(part, [])}
+        measured |= {tuple(row[key] for key in keys): row for row in new}
+        result[part] = list(measured.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
@@ -201,9 +210,9 @@ def main() -> None:
     parser.add_argument("--name", help="what to call a folder in the result; its own name otherwise")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 8])
-    parser.add_argument("--held", nargs="*", type=int, default=[128, 2048])
+    parser.add_argument("--cached", "--held", nargs="*", type=int, default=[128, 2048], help="tokens in the cache")
     parser.add_argument("--prompt", nargs="*", type=int, default=[128, 1024], help="lengths to measure prefill with")
-    parser.add_argument("--generate", metavar="MODEL", help="measure only what --dtype auto brings to this model")
+    parser.add_argument("--generate", metavar="MODEL", help="measure only the effect of --dtype auto on this model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
@@ -211,19 +220,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.generate:
         command_line = f"python bench/decode.py --generate {args.generate} --rounds {args.rounds}"
-        found = describe() | {"command": command_line} | number_formats(args.generate, args.rounds)
-        write(args.out, [], [], [found])
+        result = describe() | {"command": command_line} | number_formats(args.generate, args.rounds)
+        write(args.out, [], [], [result])
         return
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    about, rows, prompts = describe(), [], []
+    about, steps, prompts = describe(), [], []
     about["command"] = command(args)
     for target in args.model:
-        folder_given = Path(target).is_dir()
-        name = (args.name or Path(target).name) if folder_given else target
+        is_folder = Path(target).is_dir()
+        name = (args.name or Path(target).name) if is_folder else target
         for dtype in args.dtype:
-            if folder_given or name == "smollm2":
+            if is_folder or name == "smollm2":
                 model = load_model(target, dtype=dtype).model
             else:
                 model = new_model(replace(preset(name), max_position_embeddings=8192)).to(getattr(torch, dtype))
@@ -231,22 +240,22 @@ def main() -> None:
                 save_folder(model, folder)
                 oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
             for batch in args.batch:
-                for held in args.held:
-                    experts, static = best_setting(oracle, batch, held)
+                for cached in args.cached:
+                    experts, static = best_setting(oracle, batch, cached)
                     ours, theirs, limits = [], [], []
-                    our_steps(model, batch, held, 3)
+                    our_steps(model, batch, cached, 3)
                     for _ in range(args.rounds):
-                        ours.append(our_steps(model, batch, held, args.steps))
-                        theirs.append(their_steps(oracle, batch, held, args.steps, static))
+                        ours.append(our_steps(model, batch, cached, args.steps))
+                        theirs.append(their_steps(oracle, batch, cached, args.steps, static))
                         limits.append(bandwidth())
                     ratios = [t / o for t, o in zip(theirs, ours, strict=True)]
-                    read = bytes_per_token(model.config, model.lm_head.weight.itemsize, batch, held)
+                    read = bytes_per_token(model.config, model.lm_head.weight.itemsize, batch, cached)
                     row = {
                         **about,
                         "model": name,
                         "dtype": dtype,
                         "batch": batch,
-                        "held": held,
+                        "held": cached,
                         "ours_tokens_s": batch / median(ours),
                         "transformers_tokens_s": batch / median(theirs),
                         "transformers_experts": experts,
@@ -257,10 +266,10 @@ def main() -> None:
                         "share_of_bandwidth": read / median(ours) / median(limits) if batch == 1 else None,
                         "native": Decoder(model, 1, 2).cpu is not None,
                     }
-                    rows.append(row)
+                    steps.append(row)
                     share = f"{row['share_of_bandwidth']:.0%}" if batch == 1 else "-"
                     print(
-                        f"{name:14} {dtype} batch {batch} held {held:5}: ours {row['ours_tokens_s']:7.1f} tokens/s, "
+                        f"{name:14} {dtype} batch {batch} cache {cached:5}: ours {row['ours_tokens_s']:7.1f} tokens/s, "
                         f"transformers {row['transformers_tokens_s']:7.1f} ({experts}, static {static}), ratio "
                         f"{row['ratio']:.2f} ({min(ratios):.2f}-{max(ratios):.2f}), bandwidth {share}",
                         flush=True,
@@ -289,9 +298,9 @@ def main() -> None:
                 )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory of the process, both models in it: {peak / 1e6:,.0f} MB")
-    for row in [*rows, *prompts]:
+    for row in [*steps, *prompts]:
         row["peak_bytes"] = peak
-    write(args.out, rows, prompts, [])
+    write(args.out, steps, prompts, [])
 
 
 if __name__ == "__main__":

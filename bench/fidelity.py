@@ -1,9 +1,9 @@
-"""How exact the exact conversion of SmolLM2-135M-Instruct is: the first figures of docs/conversion.md.
+"""The error of the exact conversion of SmolLM2-135M-Instruct: the first figures of docs/conversion.md.
 
     python bench/fidelity.py --data FILE_OR_FOLDER     held-out text; `builtin` is the default
 
 Stock transformers opens the original GGUF file and each converted folder; native is our own engine. Prints a line for
-each figure and writes docs/results/conversion.json after each, so that a run cut short keeps what it has.
+each figure and writes docs/results/conversion.json after each, so that an interrupted run keeps its results.
 """
 
 import argparse
@@ -39,7 +39,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Measured:
-    """A model's hidden states on some text, kept without the model."""
+    """The hidden states of a model on some text, without the model."""
 
     def __init__(self, model: torch.nn.Module, sequences: torch.Tensor) -> None:
         self.sequences = sequences
@@ -60,7 +60,7 @@ class Measured:
 
 @torch.inference_mode()
 def continuations(model: torch.nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy continuations by transformers; the end token does not stop them, so that all are of one length."""
+    """Greedy continuations by transformers; the end token does not stop them, so all have one length."""
     written = []
     for ids in prompts:
         prompt = torch.tensor([ids])

@@ -1,13 +1,13 @@
-"""What a GPU gives: the training step at the original's batch and at larger ones, decoding, and where the time goes.
+"""Training steps (at the original experiment's batch and larger ones) and decoding on a GPU, with a profile.
 
     python bench/gpu.py                          all parts, about four minutes; docs/results/gpu.json
-    python bench/gpu.py --device cpu --model tiny --batches 2x2 --modes plain     the same code on a CPU, to try it
+    python bench/gpu.py --device cpu --model tiny --batches 2x2 --modes plain     the same code on a CPU, to test it
 
-A step is what the training loop makes of it: `grad_accum` micro-batches of `batch` x 256 tokens of random words,
-clipping, the guard's look at loss and norm, fused AdamW and the balancing biases. Modes: `plain` (PyTorch's operations
-one by one), `graph` (both passes recorded as a CUDA graph), `auto` (the layers compiled as well: what a run of 1,000
-steps or more takes by itself), `recompute` (as the original, --grad-checkpointing full), `transformers` (stock modeling
-code, grouped products, bfloat16 autocast, fused AdamW). Utilisation is the active floating point operations over the
+A step is that of the training loop: `grad_accum` micro-batches of `batch` x 256 random tokens, clipping, the guard's
+check of loss and norm, fused AdamW and the router biases. Modes: `plain` (eager PyTorch), `graph` (forward and backward
+as a CUDA graph), `auto` (compiled layers as well, the default for runs of 1,000 steps or more), `recompute` (as in the
+original, --grad-checkpointing full), `transformers` (stock modeling code, grouped matrix products, bfloat16 autocast,
+fused AdamW). Utilisation is the active floating point operations over the
 peak of an 8,192^3 bfloat16 product in the same process.
 """
 
@@ -36,8 +36,8 @@ from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
 
-TOKENS = 40_960_000  # of the original's 10,000 steps
-BLOCK = 5  # steps that are timed together, as the loop makes them: it waits for the device once a step
+TOKENS = 40_960_000  # the original's 10,000 steps
+BLOCK = 5  # steps that are timed together
 
 
 def gemm_peak(device: str) -> float:
@@ -53,7 +53,7 @@ def copy_rate(device: str) -> float:
 
 
 class Trainer:
-    """A model with all that a step of the training loop needs."""
+    """A model with everything for a step of the training loop."""
 
     def __init__(self, name: str, batch: int, accum: int, mode: str, device: str) -> None:
         model = preset(name)
@@ -71,19 +71,19 @@ class Trainer:
         self.distributed, self.optimizer = SingleProcess(), make_optimizer(self.model, config.optim)
         self.balancer = Balancer(self.model, config.balance.gamma)
         context = autocast("bfloat16" if device == "cuda" else "auto", self.device)
-        self.passes = ForwardBackward(self.model, losses, context, grad_accum=accum)
+        self.forward_backward = ForwardBackward(self.model, losses, context, grad_accum=accum)
         begun = time.perf_counter()
-        compiling.prepare(self.passes, config, self.device, 1)
+        compiling.prepare(self.forward_backward, config, self.device, 1)
         self.preparing = time.perf_counter() - begun
         self.compiled = self.model.call_block is not call_block
-        self.graph = self.passes.captured
+        self.graph = self.forward_backward.captured
         shape = (accum, batch, config.seq_len + 1)
-        self.rows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+        self.sequences = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
     def step(self) -> float:
         total = torch.zeros((), device=self.device)
-        for rows in self.rows:
-            out = self.passes(rows)
+        for sequences in self.sequences:
+            out = self.forward_backward(sequences)
             total += out.next_token
             self.balancer.add(out.load_LE)
         norm = self.distributed.clip_grad_norm(self.model, 1.0)
@@ -91,7 +91,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.balancer.step()
-        return loss / len(self.rows)
+        return loss / len(self.sequences)
 
     def measure(self, least: float) -> dict:
         first = last = self.step()
@@ -106,7 +106,7 @@ class Trainer:
                     last = self.step()
 
             times.append(seconds(steps) / BLOCK)
-        found = {
+        result = {
             "tokens_s": self.config.step_tokens / statistics.median(times),
             "seconds": statistics.median(times),
             "spread": [min(times), max(times)],
@@ -118,22 +118,22 @@ class Trainer:
             "last_loss": last,
         }
         if self.device.type == "cuda":
-            found |= {
+            result |= {
                 "peak_bytes": torch.cuda.max_memory_allocated(),
                 "reserved_bytes": torch.cuda.max_memory_reserved(),
             }
-        return found
+        return result
 
     def profile(self, path: Path) -> None:
-        """Write where the device's time goes, kernel by kernel."""
+        """Write the device time by kernel."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
-        with profile(activities=kinds) as found:
+        with profile(activities=kinds) as profiler:
             for _ in range(2):
                 self.step()
         order = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        table = found.key_averages().table(sort_by=order, row_limit=70, max_name_column_width=110)
+        table = profiler.key_averages().table(sort_by=order, row_limit=70, max_name_column_width=110)
         path.write_text(table, encoding="utf-8")
 
 
@@ -155,21 +155,21 @@ class Theirs(Trainer):
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         self.compiled, self.graph, self.preparing = False, False, 0.0
         shape = (accum, batch, 257)
-        self.rows = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(device)
+        self.sequences = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1)).to(device)
 
     def step(self) -> float:
         total = torch.zeros((), device=self.device)
-        for rows in self.rows:
-            ids, labels = rows[:, :-1], rows[:, 1:].contiguous()
+        for sequences in self.sequences:
+            ids, labels = sequences[:, :-1], sequences[:, 1:].contiguous()
             with autocast("bfloat16" if self.device.type == "cuda" else "auto", self.device):
                 loss = self.theirs(ids, labels=labels, shift_labels=labels, use_cache=False).loss
-            (loss / len(self.rows)).backward()
+            (loss / len(self.sequences)).backward()
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.theirs.parameters(), 1.0)
         value, _ = torch.stack((total, norm)).tolist()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return value / len(self.rows)
+        return value / len(self.sequences)
 
 
 def train_worker(args: argparse.Namespace) -> None:
@@ -199,51 +199,51 @@ def train_worker(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def decode_worker(args: argparse.Namespace) -> None:
-    """Milliseconds of a decoding step, recorded and one by one; a JSON line for each."""
+    """Time decode steps, as a CUDA graph and eager; a JSON line for each."""
     from smolseek.generate.engine import Decoder
 
     for name in args.model:
         model = new_model(preset(name), device=args.device).to(torch.bfloat16).eval()
-        for rows, held in ((1, 128), (1, 2048 - 80), (16, 512)):
+        for batch, cached in ((1, 128), (1, 2048 - 80), (16, 512)):
             times = {}
             for mode in ("graph", "plain"):
-                decoder = Decoder(model, rows, held + 72)
+                decoder = Decoder(model, batch, cached + 72)
                 if mode == "plain":
                     decoder.static = None
                 for layer in decoder.cache.layers:
                     layer.normal_()
-                decoder.lengths = [held] * rows
-                tokens, spent = [1] * rows, []
+                decoder.lengths = [cached] * batch
+                tokens, spent = [1] * batch, []
                 for _ in range(64):
                     begun = time.perf_counter()
                     tokens = decoder.step(tokens).argmax(dim=-1).tolist()
                     spent.append(time.perf_counter() - begun)
                 times[mode] = statistics.median(spent[8:])
-            tokens_s = {mode: rows / spent for mode, spent in times.items()}
-            print(json.dumps({"model": name, "rows": rows, "held": held, "tokens_s": tokens_s}), flush=True)
+            tokens_s = {mode: batch / spent for mode, spent in times.items()}
+            print(json.dumps({"model": name, "rows": batch, "held": cached, "tokens_s": tokens_s}), flush=True)
 
 
 def call(kind: str, args: argparse.Namespace, model: str, limit: float, **changed: list[str]) -> list[dict]:
-    """Run a worker as a process of its own and return its lines."""
-    words = [sys.executable, __file__, "--worker", kind, "--device", args.device, "--model", *model.split()]
-    words += ["--least", str(args.least)]
+    """Run a worker in its own process and return its results."""
+    command = [sys.executable, __file__, "--worker", kind, "--device", args.device, "--model", *model.split()]
+    command += ["--least", str(args.least)]
     for option, values in {"batches": args.batches, "modes": args.modes, **changed}.items():
-        words += [f"--{option}", *values]
+        command += [f"--{option}", *values]
     if args.profile:
-        words += ["--profile", str(args.profile)]
+        command += ["--profile", str(args.profile)]
     lines: list[str] = []
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=limit, check=False)
         lines = done.stdout.splitlines()
         if done.returncode:
             lines.append(json.dumps({"model": model, "error": f"exit code {done.returncode}"}))
     except subprocess.TimeoutExpired as error:
         lines = (error.stdout or b"").decode().splitlines() if isinstance(error.stdout, bytes) else []
         lines.append(json.dumps({"model": model, "error": f"stopped after {limit:g} seconds"}))
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    return rows
+    results = [json.loads(line) for line in lines if line.startswith("{")]
+    for result in results:
+        print(json.dumps(result), flush=True)
+    return results
 
 
 def main() -> None:
@@ -252,7 +252,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", default=["4x4", "16x1", "256x1"], help="BATCHxGRAD_ACCUM")
     parser.add_argument("--modes", nargs="+", default=["auto", "graph", "plain"])
     parser.add_argument("--parts", nargs="+", default=["train", "decode"])
-    parser.add_argument("--least", type=float, default=1.0, help="seconds that each is measured for")
+    parser.add_argument("--least", type=float, default=1.0, help="seconds of measurement for each")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds after which a process is stopped")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--profile", type=Path, help="folder for tables of kernels")
@@ -264,23 +264,23 @@ def main() -> None:
         return
     if args.profile:
         args.profile.mkdir(parents=True, exist_ok=True)
-    found: dict = {**describe(), "command": "python " + " ".join(sys.argv)}
-    found |= {"gemm_peak": gemm_peak(args.device), "copy_bytes_s": copy_rate(args.device)}
-    print(json.dumps(found), flush=True)
+    results: dict = {**describe(), "command": "python " + " ".join(sys.argv)}
+    results |= {"gemm_peak": gemm_peak(args.device), "copy_bytes_s": copy_rate(args.device)}
+    print(json.dumps(results), flush=True)
     if "train" in args.parts:
-        found["train"] = []
+        results["train"] = []
         for model in args.model:
-            found["train"] += call("train", args, model, args.limit)
-            save(args.out, found)
+            results["train"] += call("train", args, model, args.limit)
+            save(args.out, results)
     if "decode" in args.parts:
-        found["decode"] = call("decode", args, " ".join(args.model), args.limit)
-    save(args.out, found)
+        results["decode"] = call("decode", args, " ".join(args.model), args.limit)
+    save(args.out, results)
 
 
-def save(path: Path, found: dict) -> None:
+def save(path: Path, results: dict) -> None:
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(before | found, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(before | results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every result carries: date, machine, versions and commit; and how long something takes."""
+"""Date, machine, versions and commit of a result, and a timer."""
 
 import subprocess
 import time
@@ -9,18 +9,18 @@ import torch
 from smolseek.train import logging
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def describe() -> dict:
-    """Return date, machine, versions and commit, as JSON types; the commit is dirty by more than other results."""
+    """Return date, machine, versions and commit, as JSON types; changed results do not make the commit dirty."""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results")
     return logging.describe() | {"commit": (git("describe", "--always") + ("-dirty" if changed else "")) or None}
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of `run`, the device's work included."""
+    """Return the wall time of `run`, including the work of the device."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     begun = time.perf_counter()

@@ -1,20 +1,20 @@
-"""Memory of training: what recomputation and the chunked loss save, and whether the prediction of a peak is right.
+"""Memory of training: the savings of recomputation and the chunked loss, and the error of the predicted peak.
 
     python bench/memory.py --quick                      `tiny` alone, about a minute on two cores
     python bench/memory.py                              everything, about eight minutes
     python bench/memory.py --part layers --preset seed_159m      one part of it
 
-Every measurement is a process of its own.
+Each measurement has its own process.
 
-- layers: a training step with recomputation none, selective and full. Memory: what torch has allocated at the peak of
-  forward and backward of the layers alone, beyond weights and gradients. Time: whole steps, in turn in one process.
-- head: the chunked loss beside torch's cross_entropy on whole logits, forward and backward; memory as above.
-- runs: `smolseek train` for six steps with a checkpoint after the second, beside `smolseek inspect --memory`. On a CPU
-  the resident memory of the process less what it had before the model was made.
+- layers: a training step with recomputation none, selective and full. Memory: torch's allocations at the peak of
+  forward and backward of the layers only, without weights and gradients. Time: full steps, alternating in a process.
+- head: the chunked loss compared with torch's cross_entropy of all logits, forward and backward; memory as above.
+- runs: `smolseek train` for six steps with a checkpoint after the second, compared with `smolseek inspect --memory`. On
+  a CPU: the resident memory of the process, minus that before the model was made.
 
 What torch has allocated is torch.cuda.max_memory_allocated on CUDA, and the same count of its allocator on a CPU.
 
-Writes docs/results/memory.json (not with --quick), where a run replaces only what it measured.
+Writes docs/results/memory.json (not with --quick), where a run replaces only its own results.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 
-def rows_of(vocab: int, batch: int, length: int) -> torch.Tensor:
+def random_sequences(vocab: int, batch: int, length: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(vocab, (batch, length + 1), generator=generator).to(DEVICE)
 
@@ -87,13 +87,13 @@ def layers_memory(name: str, batch: int, length: int, how: str) -> dict:
     config = preset(name)
     model = new_model(config, device=DEVICE)
     model.grad_checkpointing = how
-    rows = rows_of(config.vocab_size, batch, length)
+    sequences = random_sequences(config.vocab_size, batch, length)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 
     def both() -> None:
         with autocast("auto", DEVICE):
-            total = model.hidden(rows[:, :-1]).hidden_BTD.sum()
+            total = model.hidden(sequences[:, :-1]).hidden_BTD.sum()
         total.backward()
 
     both()
@@ -104,7 +104,7 @@ def layers_time(name: str, batch: int, length: int, rounds: str) -> dict:
     config = preset(name)
     model = new_model(config, device=DEVICE)
     optimizer = make_optimizer(model, OptimConfig(lr=1e-9))
-    rows = rows_of(config.vocab_size, batch, length)
+    sequences = random_sequences(config.vocab_size, batch, length)
     seconds: dict[str, list[float]] = {how: [] for how in HOWS}
     gradients: dict[str, list[torch.Tensor]] = {}
     for n in range(1 + int(rounds)):
@@ -112,7 +112,7 @@ def layers_time(name: str, batch: int, length: int, rounds: str) -> dict:
             model.grad_checkpointing = how
             begun = time.perf_counter()
             with autocast("auto", DEVICE):
-                total = losses(model, rows).total
+                total = losses(model, sequences).total
             total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             if n == 0:  # before any step is taken, so all three have the same weights
@@ -151,13 +151,13 @@ def head_memory(kind: str, tokens: str) -> dict:
 
     peak = allocated(both)
     assert w.grad is not None and h.grad is not None
-    # The gradients themselves are held either way.
-    own = 4 * (h.numel() + w.numel())
-    return {"bytes": peak, "without_gradients": peak - own, "norms": [float(w.grad.norm()), float(h.grad.norm())]}
+    # Both need memory for the gradients themselves.
+    gradients = 4 * (h.numel() + w.numel())
+    return {"bytes": peak, "without_gradients": peak - gradients, "norms": [float(w.grad.norm()), float(h.grad.norm())]}
 
 
 def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
-    """A real run. On a CPU, what was there before the model is its program and its text."""
+    """Train. On a CPU, the memory before the model is made is that of the program and the text."""
     before = 0
     make = single_process.new_model
 
@@ -191,52 +191,53 @@ def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
 KINDS = {f.__name__: f for f in (layers_memory, layers_time, head_memory, run_memory)}
 
 
-def measure(kind: str, *words: object) -> dict:
-    """Return what a process of its own measures."""
-    command = [sys.executable, __file__, "--child", kind, *map(str, words)]
+def measure(kind: str, *arguments: object) -> dict:
+    """Measure in a new process."""
+    command = [sys.executable, __file__, "--child", kind, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(kind: str, words: list[str]) -> None:
+def child(kind: str, arguments: list[str]) -> None:
     torch.set_num_threads(2)
     if DEVICE.type == "cpu":
         keep_freed_memory()
     if kind.startswith("layers"):
-        words = [words[0], *(int(word) for word in words[1:3]), *words[3:]]  # type: ignore[list-item]
-    print(json.dumps(KINDS[kind](*words)))
+        arguments = [arguments[0], *map(int, arguments[1:3]), *arguments[3:]]  # type: ignore[list-item]
+    print(json.dumps(KINDS[kind](*arguments)))
 
 
 def layers(name: str, batch: int, rounds: int) -> dict:
     memory = {how: measure("layers_memory", name, batch, LENGTH, how)["bytes"] for how in HOWS}
     timed = measure("layers_time", name, batch, LENGTH, rounds)
     median = {how: statistics.median(values) for how, values in timed["seconds"].items()}
-    found = {"bytes": memory, **timed}
+    result = {"bytes": memory, **timed}
     for how in HOWS[1:]:
-        found[how] = {"saved": 1 - memory[how] / memory["none"], "time": median[how] / median["none"]}
+        result[how] = {"saved": 1 - memory[how] / memory["none"], "time": median[how] / median["none"]}
         print(
             f"{name} {batch} x {LENGTH} {how}: {memory['none'] / 1e6:,.0f} -> {memory[how] / 1e6:,.0f} MB "
-            f"({found[how]['saved']:.0%} less), time x{found[how]['time']:.2f}, "
+            f"({result[how]['saved']:.0%} less), time x{result[how]['time']:.2f}, "
             f"gradients differ by {timed['gradient_difference'][how]:.1e}",
             flush=True,
         )
-    return found
+    return result
 
 
 def head(tokens: int) -> dict:
-    found: dict = {kind: measure("head_memory", kind, tokens) for kind in ("plain", "chunked")}
-    found["ratio"] = found["chunked"]["bytes"] / found["plain"]["bytes"]
-    found["ratio_without_gradients"] = found["chunked"]["without_gradients"] / found["plain"]["without_gradients"]
+    result: dict = {kind: measure("head_memory", kind, tokens) for kind in ("plain", "chunked")}
+    result["ratio"] = result["chunked"]["bytes"] / result["plain"]["bytes"]
+    result["ratio_without_gradients"] = result["chunked"]["without_gradients"] / result["plain"]["without_gradients"]
     print(
-        f"head, {tokens} tokens: {found['plain']['bytes'] / 1e6:,.0f} MB plain, {found['chunked']['bytes'] / 1e6:,.0f} "
-        f"MB chunked: {found['ratio']:.0%}; gradients left out {found['ratio_without_gradients']:.0%}",
+        f"head, {tokens} tokens: {result['plain']['bytes'] / 1e6:,.0f} MB plain, "
+        f"{result['chunked']['bytes'] / 1e6:,.0f} MB chunked: {result['ratio']:.0%}; "
+        f"{result['ratio_without_gradients']:.0%} without the gradients",
         flush=True,
     )
-    return found
+    return result
 
 
 def run(name: str, batch: int, accumulation: int, how: str) -> dict:
-    found = measure("run_memory", name, batch, accumulation, how)
+    result = measure("run_memory", name, batch, accumulation, how)
     planned = Run.planned(
         precision="auto",
         device=DEVICE.type,
@@ -245,17 +246,17 @@ def run(name: str, batch: int, accumulation: int, how: str) -> dict:
         seq_len=LENGTH,
         grad_checkpointing=how,
     )
-    parts = footprint(preset(name), planned)
-    predicted = sum(parts.values()) - parts.get("program", 0)
-    found |= {"predicted": parts, "error": predicted / found["bytes"] - 1}
-    whole = found["bytes"] + found["program_bytes"]
-    found["error_of_process"] = (predicted + PROGRAM) / whole - 1
+    predicted_parts = footprint(preset(name), planned)
+    predicted = sum(predicted_parts.values()) - predicted_parts.get("program", 0)
+    result |= {"predicted": predicted_parts, "error": predicted / result["bytes"] - 1}
+    process = result["bytes"] + result["program_bytes"]
+    result["error_of_process"] = (predicted + PROGRAM) / process - 1
     print(
         f"run {name} {batch} x {LENGTH} x {accumulation} {how}: predicted {predicted / 1e6:,.0f} MB, measured "
-        f"{found['bytes'] / 1e6:,.0f} MB: {found['error']:+.1%} (whole process {found['error_of_process']:+.1%})",
+        f"{result['bytes'] / 1e6:,.0f} MB: {result['error']:+.1%} (whole process {result['error_of_process']:+.1%})",
         flush=True,
     )
-    return found
+    return result
 
 
 def main() -> None:
@@ -276,19 +277,19 @@ def main() -> None:
     stamp = {**describe(), "command": "python " + " ".join(sys.argv), "device": str(DEVICE)}
 
     def keep(key: str, row: dict) -> None:
-        """Write a row beside those that are there, so that a bench cut short keeps what it has measured."""
+        """Write one result, so that an interrupted benchmark keeps it."""
         if args.quick:
             return
-        found = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-        args.out.write_text(json.dumps(found | {key: stamp | row}, indent=2) + "\n", encoding="utf-8")
+        results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+        args.out.write_text(json.dumps(results | {key: stamp | row}, indent=2) + "\n", encoding="utf-8")
 
-    wanted = [row for row in LAYERS if row[0] in args.preset and args.batch in (None, row[1])]
-    for name, batch in wanted if "layers" in args.part else ():
+    models = [row for row in LAYERS if row[0] in args.preset and args.batch in (None, row[1])]
+    for name, batch in models if "layers" in args.part else ():
         keep(f"layers {name} {batch}x{LENGTH}", layers(name, batch, args.rounds))
     for tokens in HEADS if "head" in args.part else ():
         keep(f"head {tokens}", head(tokens))
-    rows = [row for row in RUNS if row[0] in args.preset and args.batch in (None, row[1])]
-    for name, batch, accumulation, how in rows if "runs" in args.part else ():
+    runs = [row for row in RUNS if row[0] in args.preset and args.batch in (None, row[1])]
+    for name, batch, accumulation, how in runs if "runs" in args.part else ():
         keep(f"run {name} {batch}x{LENGTH}x{accumulation} {how}", run(name, batch, accumulation, how))
 
 

@@ -1,4 +1,4 @@
-"""Token for token beside stock transformers' `generate` on the same folder, in float32.
+"""Compare generated tokens with stock transformers' `generate` on the same folder, in float32.
 
     smolseek convert smollm2 FOLDER
     python bench/parity.py FOLDER
@@ -6,7 +6,7 @@
 
 Greedy, each logits processor, beam search of 2 to 8 beams with length penalties, and n-gram blocking, each over
 several prompts; a case counts as equal when every token of every returned text is the same. Prints a line for each
-case and writes docs/results/parity.json after each, so that what is done stands.
+case and writes docs/results/parity.json after each, so that an interrupted run keeps its results.
 """
 
 import argparse
@@ -49,7 +49,7 @@ BEAMS = [
 
 
 def theirs(oracle, ids, tokens, stop_ids, **options):
-    """The continuations of transformers, without the stop token and what fills up behind it."""
+    """Return the continuations of transformers, without the stop token and padding."""
     out = oracle.generate(
         torch.tensor([ids]),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
@@ -59,19 +59,21 @@ def theirs(oracle, ids, tokens, stop_ids, **options):
         pad_token_id=min(stop_ids),
         **options,
     )
-    rows = [row[len(ids) :].tolist() for row in out]
-    return [row[: next((i for i, t in enumerate(row) if t in stop_ids), len(row))] for row in rows]
+    sequences = [sequence[len(ids) :].tolist() for sequence in out]
+    return [
+        sequence[: next((i for i, t in enumerate(sequence) if t in stop_ids), len(sequence))] for sequence in sequences
+    ]
 
 
 def cases(tokenizer, tokens, stop_ids):
-    """Yield the name of each case, and a function each for ours and theirs from a prompt's tokens to texts."""
-    words = [tokenizer.encode(word) for word in BANNED]
+    """Yield the name of each case, and for both engines a function from a prompt's tokens to continuations."""
+    banned = [tokenizer.encode(text) for text in BANNED]
     for name, options in GREEDY.items():
-        mine, other = options or ({"bad_words": tuple(map(tuple, words))}, {"bad_words_ids": words})
-        strategy = SamplingParams(temperature=0, **mine)
+        mine, other = options or ({"bad_words": tuple(map(tuple, banned))}, {"bad_words_ids": banned})
+        sampling = SamplingParams(temperature=0, **mine)
         yield (
             name,
-            lambda m, ids, s=strategy: [Generator(m, [ids], s, tokens, stop_ids=stop_ids).finish()[0].tokens],
+            lambda m, ids, s=sampling: [Generator(m, [ids], s, tokens, stop_ids=stop_ids).finish()[0].tokens],
             lambda m, ids, o=other: theirs(m, ids, tokens, stop_ids, **o),
         )
     for case in BEAMS:
@@ -80,8 +82,8 @@ def cases(tokenizer, tokens, stop_ids):
         yield (
             ", ".join(f"{key} {value}" for key, value in case.items()),
             lambda m, ids, o=full, n=ngram: [
-                found.tokens
-                for found in beam_search(
+                beam.tokens
+                for beam in beam_search(
                     m, ids, max_tokens=tokens, sampling=SamplingParams(no_repeat_ngram=n), stop_ids=stop_ids, **o
                 )
             ],
@@ -114,7 +116,7 @@ def main() -> None:
     oracle = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()
     stop_ids = set(model.config.eos_ids)
     about = {**describe(), "command": f"python bench/parity.py FOLDER --tokens {args.tokens} --prompts {args.prompts}"}
-    rows = []
+    results = []
     for name, ours, their in cases(tokenizer, args.tokens, stop_ids):
         if not name.startswith(args.only):
             continue
@@ -127,10 +129,10 @@ def main() -> None:
             texts += len(other)
             if mine != other:
                 print(f"  {name}, {prompt!r}:\n    ours   {mine}\n    theirs {other}")
-        rows.append({**about, "case": name, "prompts": total, "texts": texts, "equal_prompts": equal})
+        results.append({**about, "case": name, "prompts": total, "texts": texts, "equal_prompts": equal})
         print(f"{name:70} {equal} of {total} prompts equal, {texts} texts", flush=True)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"tokens": args.tokens, "dtype": "float32", "rows": rows}
+        result = {"tokens": args.tokens, "dtype": "float32", "rows": results}
         args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
 """Other trainers' models in the shape of one of ours, for bench/train_step.py --against.
 
 litgpt (0.5.13 was tried) has multi-head latent attention and DeepSeek's experts, but no query without a latent and no
-sigmoid router without groups: its query gets the latent with which it takes as many operations, its router a softmax.
+sigmoid router without groups. Its query gets a latent of a size that takes as many operations, its router a softmax.
 
-torchtitan (0.3.0) cannot be asked on a CPU: its language models attend by FlexAttention or by variable-length flash
-attention, and PyTorch has the backward pass of neither there.
+torchtitan (0.3.0) cannot be measured on a CPU: its language models use FlexAttention or variable-length flash
+attention, for which PyTorch has no backward pass on a CPU.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def unable(peer: str, device: str) -> str | None:
 
 
 def open_peer(peer: str, config: ModelConfig, device: str) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the peer's model, newly initialised, and its loss of rows [B, T+1], computed as its own trainer does."""
+    """Return the peer's model, newly initialised, and its loss of sequences [B, T+1], as in its trainer."""
     assert peer == "litgpt"
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -67,4 +67,4 @@ def open_peer(peer: str, config: ModelConfig, device: str) -> tuple[nn.Module, C
     for weight in model.parameters():
         if weight.ndim > 1:
             nn.init.normal_(weight, std=config.initializer_range)
-    return model, lambda rows: chunked_cross_entropy(model(rows[:, :-1]), rows[:, 1:])
+    return model, lambda sequences: chunked_cross_entropy(model(sequences[:, :-1]), sequences[:, 1:])

@@ -1,15 +1,15 @@
-"""What a recipe is worth at equal tokens, in small: Muon against AdamW, experts against a dense model, balancing.
+"""Training recipes at equal tokens, on small models: Muon against AdamW, experts against a dense model, balancing.
 
-    python bench/recipe.py muon --data FILES       three rates of each, then two more seeds of the best
+    python bench/recipe.py muon --data FILES       three learning rates of each, two more seeds of the best
     python bench/recipe.py dense --data FILES      experts against a Llama of equal active parameters, three seeds
-    python bench/recipe.py pair --data FILES       the two models of the experiment, scaled down, 1,500 steps each
-    python bench/recipe.py balance --data FILES    loss-free, unbalanced and by an auxiliary loss, 1,500 steps each
-    python bench/recipe.py speed                   tokens/s of experts and of the dense model, in turn
-    python bench/recipe.py show                    the tables of what has been run
+    python bench/recipe.py pair --data FILES       the experiment's two models, scaled down, 1,500 steps each
+    python bench/recipe.py balance --data FILES    loss-free, none, and an auxiliary loss, 1,500 steps each
+    python bench/recipe.py speed                   tokens/s of the experts and of the dense model
+    python bench/recipe.py show                    the tables of all results
 
-With loss-free balancing 1,500 steps follow in which the weights rest and the biases settle; no speed is of these.
-Every run goes into docs/results/recipe.json as soon as it has ended, and is not done again: an interrupted series
-goes on where it was. `--jobs 2` trains two at once, one thread each; losses do not depend on it, speeds do.
+With loss-free balancing, 1,500 more steps with frozen weights calibrate the router biases; speeds leave them out. Each
+run is written to docs/results/recipe.json when it ends and is not repeated, so an interrupted series continues.
+`--jobs 2` trains two models at a time, with one thread each; this changes speeds, but no losses.
 """
 
 import argparse
@@ -37,7 +37,7 @@ GAMMA = 3e-3  # 200 steps are too few for the published 1e-3
 SHORT, LONG, SETTLING = 200, 1500, 1500
 FINAL_TOKENS = 65_536
 LOAD_TOKENS = 262_144
-"""MaxVio needs more: the loads of these documents differ by a tenth between 4,096 tokens and the next."""
+"""MaxVio needs more tokens: expert loads vary by 10% from one sample of 4,096 tokens to the next."""
 
 
 def moe() -> ModelConfig:
@@ -52,7 +52,7 @@ def seed() -> ModelConfig:
 
 
 def dense() -> ModelConfig:
-    """SmolLM2's form, as wide as what one token sees of `moe`'s experts: 3 chosen and 1 shared of 160."""
+    """SmolLM2's architecture with as many active neurons as `moe`: 3 chosen experts and 1 shared one, of 160 each."""
     return replace(
         preset("smollm2_135m"),
         hidden_size=128,
@@ -70,7 +70,7 @@ SHAPES = {"moe": moe, "seed": seed, "dense": dense}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run; its name says all of it."""
+    """One training run; its name gives all of its settings."""
 
     shape: str = "moe"
     kind: str = "adamw"
@@ -80,7 +80,7 @@ class Run:
     seed: int = 0
     steps: int = SHORT
     settle: int = 0
-    """Further steps for the balancing biases alone."""
+    """More steps, which calibrate the router biases only."""
 
     @property
     def name(self) -> str:
@@ -107,7 +107,7 @@ class Run:
 
 
 def execute(run: Run, data: list[str], threads: int) -> dict:
-    """Train and return what the tables need: the curve over few validation tokens, the end over many."""
+    """Train, and return what the tables need: losses over few validation tokens, final figures over many."""
     import torch
 
     from smolseek.data.datasets import open_dataset
@@ -128,11 +128,13 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
     eos_id, sizes = config.model.eos_ids[0], token_bytes(tokenizer)
 
     def judged(tokens: int) -> dict:
-        rows = build_sequences(corpus.validation, encoder(tokenizer), eos_id, config.seq_len, tokens)
-        size = int(sizes[rows[:, 1:].numpy()].sum())
-        found = evaluate(model, rows, size, 4, autocast("auto", torch.device("cpu")))
-        assert found is not None
-        return {key: value for key, value in found.items() if key != "val_load"} | {"tokens": rows[:, 1:].numel()}
+        sequences = build_sequences(corpus.validation, encoder(tokenizer), eos_id, config.seq_len, tokens)
+        size = int(sizes[sequences[:, 1:].numpy()].sum())
+        evaluation = evaluate(model, sequences, size, 4, autocast("auto", torch.device("cpu")))
+        assert evaluation is not None
+        return {key: value for key, value in evaluation.items() if key != "val_load"} | {
+            "tokens": sequences[:, 1:].numel()
+        }
 
     final = judged(FINAL_TOKENS)
     if run.steps == LONG:
@@ -152,7 +154,7 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
 
 
 def speed(rounds: int = 5, steps: int = 6) -> dict:
-    """Return tokens/s of the experts and of the dense model, which train in turn in batches of 4 x 256 tokens."""
+    """Return tokens/s of the experts and of the dense model, which alternate, in batches of 4 x 256 tokens."""
     import torch
 
     from smolseek.memory import keep_freed_memory
@@ -170,9 +172,9 @@ def speed(rounds: int = 5, steps: int = 6) -> dict:
 
             def some(model=model, optimizer=optimizers[name]):
                 for _ in range(steps):
-                    rows = torch.randint(model.config.vocab_size, (4, 257))
+                    sequences = torch.randint(model.config.vocab_size, (4, 257))
                     with autocast("auto", torch.device("cpu")):
-                        loss = losses(model, rows, accumulate=True).total
+                        loss = losses(model, sequences, accumulate=True).total
                     loss.backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
@@ -180,34 +182,34 @@ def speed(rounds: int = 5, steps: int = 6) -> dict:
 
             spent[name].append(seconds(some))
     rates = {name: sorted(steps * 1024 / one for one in times[1:]) for name, times in spent.items()}
-    for name, found in rates.items():
-        print(f"{name}: {found[len(found) // 2]:,.0f} tokens/s ({found[0]:,.0f}-{found[-1]:,.0f})")
+    for name, values in rates.items():
+        print(f"{name}: {values[len(values) // 2]:,.0f} tokens/s ({values[0]:,.0f}-{values[-1]:,.0f})")
     return {"tokens_per_second": rates, "threads": torch.get_num_threads(), "load": os.getloadavg(), **describe()}
 
 
 class Series:
-    """The runs in the file, and those that are wanted."""
+    """The runs in the results file; missing ones are trained."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.held = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
+        self.results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
 
     def do(self, wanted: list[Run]) -> list[dict]:
-        """Run what is not there yet and return all of it."""
-        missing = [run for run in wanted if run.name not in self.held["runs"]]
+        """Train the missing runs, and return all."""
+        missing = [run for run in wanted if run.name not in self.results["runs"]]
         threads = max(1, (multiprocessing.cpu_count() or 1) // self.args.jobs)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
             running = {pool.submit(execute, run, self.args.data, threads): run for run in missing}
             for done in as_completed(running):
-                self.held["runs"][running[done].name] = done.result()
+                self.results["runs"][running[done].name] = done.result()
                 self.write()
-        return [self.held["runs"][run.name] for run in wanted]
+        return [self.results["runs"][run.name] for run in wanted]
 
     def write(self) -> None:
-        """Write the file, one line a run."""
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(run)}" for key, run in self.held["runs"].items())
-        rate = json.dumps(self.held.get("speed"))
+        """Write the file, one line per run."""
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(run)}" for key, run in self.results["runs"].items())
+        rate = json.dumps(self.results.get("speed"))
         self.args.out.write_text(f'{{"speed": {rate}, "runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
     def best(self, kind: str) -> Run:
@@ -225,7 +227,7 @@ class Series:
         else:
             balanced = Run(lr=1e-3, gamma=2e-3, steps=LONG, settle=SETTLING)
             if name == "pair":
-                # Four experts are even without settling.
+                # Four experts are balanced without bias calibration.
                 few = replace(balanced, shape="seed", settle=0)
                 return {"deepseek, scaled down": [balanced], "seed, scaled down": [few]}
             unbalanced = replace(balanced, gamma=0.0, settle=0)
@@ -257,19 +259,19 @@ def show(name: str, columns: dict[str, list[dict]]) -> None:
         print(f"    validation loss  {numbers([run['final']['val_loss'] for run in runs], 4)}")
         many = [run["final"]["of_load"] for run in runs if "of_load" in run["final"]]
         if many:
-            print(f"      over {many[0]['tokens']:,} tokens  {numbers([found['val_loss'] for found in many], 4)}")
+            print(f"      over {many[0]['tokens']:,} tokens  {numbers([load['val_loss'] for load in many], 4)}")
         print(f"    tokens/s         {numbers([run['tokens_per_second'] for run in runs], 0)}")
         if "val_maxvio" in first["final"]:
             print(f"    MaxVio (global)  {numbers([run['final']['val_maxvio'] for run in runs])}")
             if many:
-                print(f"      over {many[0]['tokens']:,} tokens  {numbers([found['val_maxvio'] for found in many])}")
+                print(f"      over {many[0]['tokens']:,} tokens  {numbers([load['val_maxvio'] for load in many])}")
     if name == "balance":
-        (title, own), *others = columns.items()
+        (title, ours), *others = columns.items()
         for other, runs in others:
-            pairs = [[run["final"]["of_load"]["val_loss"] for run in pair] for pair in zip(own, runs, strict=True)]
-            apart = [ours - theirs for ours, theirs in pairs]
-            error = statistics.stdev(apart) / len(apart) ** 0.5
-            print(f"  loss over the many tokens, {title} minus {other}: {numbers(apart, 4)}, error {error:.4f}")
+            losses = [[run["final"]["of_load"]["val_loss"] for run in pair] for pair in zip(ours, runs, strict=True)]
+            differences = [ours - theirs for ours, theirs in losses]
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            print(f"  loss over the many tokens, {title} minus {other}: {numbers(differences, 4)}, error {error:.4f}")
     if name == "muon":
         ratios = []
         for one, other in zip(*columns.values(), strict=True):
@@ -294,12 +296,12 @@ def main() -> None:
     series = Series(args)
     if "show" in args.plans:
         if len(args.plans) > 1:
-            parser.error("show goes alone")
-        series.do = lambda wanted: [series.held["runs"][run.name] for run in wanted]  # type: ignore[method-assign]
+            parser.error("show takes no other plan")
+        series.do = lambda wanted: [series.results["runs"][run.name] for run in wanted]  # type: ignore[method-assign]
         args.plans = ["muon", "dense", "balance", "pair"]
     for name in args.plans:
         if name == "speed":
-            series.held["speed"] = speed()
+            series.results["speed"] = speed()
             series.write()
             continue
         try:
@@ -308,8 +310,8 @@ def main() -> None:
         except KeyError as absent:
             print(f"\n{name}: {absent} has not been run", file=sys.stderr)
             continue
-        found = iter(flat)
-        show(name, {title: [next(found) for _ in runs] for title, runs in plan.items()})
+        results = iter(flat)
+        show(name, {title: [next(results) for _ in runs] for title, runs in plan.items()})
 
 
 if __name__ == "__main__":

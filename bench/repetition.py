@@ -41,18 +41,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/repetition.json"))
     args = parser.parse_args()
     model = load(args.model, dtype=args.dtype)
-    rows = []
+    cases = []
     print(f"{'strategy':40} {'repeated 4-grams':>17} {'log-probability':>16}")
     for name, options in CASES.items():
-        found = [one.result for one in model.generate(PROMPTS, max_tokens=args.tokens, **options)]
-        share = sum(repeated(result.tokens) for result in found) / len(found)
-        logprobs = [p for result in found for p in result.logprobs]
-        rows.append({"strategy": name, "options": options, "repeated_4grams": share})
-        rows[-1]["mean_logprob"] = sum(logprobs) / len(logprobs)
-        print(f"{name:40} {share:17.1%} {rows[-1]['mean_logprob']:16.3f}", flush=True)
-    result = {**describe(), "command": "python bench/repetition.py", "model": args.model, "tokens": args.tokens}
+        results = [one.result for one in model.generate(PROMPTS, max_tokens=args.tokens, **options)]
+        share = sum(repeated(generated.tokens) for generated in results) / len(results)
+        logprobs = [p for generated in results for p in generated.logprobs]
+        cases.append({"strategy": name, "options": options, "repeated_4grams": share})
+        cases[-1]["mean_logprob"] = sum(logprobs) / len(logprobs)
+        print(f"{name:40} {share:17.1%} {cases[-1]['mean_logprob']:16.3f}", flush=True)
+    about = {**describe(), "command": "python bench/repetition.py", "model": args.model, "tokens": args.tokens}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**result, "seed": 0, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps({**about, "seed": 0, "rows": cases}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

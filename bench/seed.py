@@ -1,4 +1,4 @@
-"""The original experiment in small: a model with its mistakes beside an honest one, on the same tokens.
+"""The original experiment at small scale: a model with its bugs and a correct one, on the same tokens.
 
     python bench/seed.py                       about 15 minutes on two cores
     python bench/seed.py --data FILES --steps 300 --out /tmp/seed.json --plot ""
@@ -31,27 +31,27 @@ VOCAB = 4096
 PROMPTS = ("The function returns", "If the argument is", "A module that", "This method is called when")
 
 
-def pieces(documents: list[str], characters: int) -> list[str]:
-    """Cut documents at blank lines into pieces of so many characters or more: the small run's documents."""
-    found = []
+def chunks(documents: list[str], characters: int) -> list[str]:
+    """Cut documents at blank lines into chunks of at least `characters`, the documents of the small run."""
+    cut_documents = []
     for text in documents:
-        piece = ""
+        chunk = ""
         for paragraph in text.split("\n\n"):
-            piece += paragraph + "\n\n"
-            if len(piece) >= characters:
-                found.append(piece)
-                piece = ""
-        if len(piece) >= characters // 4:
-            found.append(piece)
-    return found
+            chunk += paragraph + "\n\n"
+            if len(chunk) >= characters:
+                cut_documents.append(chunk)
+                chunk = ""
+        if len(chunk) >= characters // 4:
+            cut_documents.append(chunk)
+    return cut_documents
 
 
 def cut(encoded: list[list[int]], T: int) -> torch.Tensor:
-    """Keep each document's first T tokens, and pad the shorter ones with 0, as the original does."""
-    rows = np.zeros((len(encoded), T), dtype=np.int64)
-    for row, ids in zip(rows, encoded, strict=True):
-        row[: len(ids[:T])] = ids[:T]
-    return torch.from_numpy(rows)
+    """Keep the first T tokens of each document, padded with 0, as the original does."""
+    sequences = np.zeros((len(encoded), T), dtype=np.int64)
+    for sequence, ids in zip(sequences, encoded, strict=True):
+        sequence[: len(ids[:T])] = ids[:T]
+    return torch.from_numpy(sequences)
 
 
 @torch.no_grad()
@@ -64,15 +64,15 @@ def leak(model: SeedModel, T: int) -> float:
 
 
 @torch.no_grad()
-def blind_loss(model: SeedModel, rows: torch.Tensor) -> float:
-    """Return the loss of the last token of each prefix, which no model can have seen: what prediction is worth."""
+def blind_loss(model: SeedModel, sequences: torch.Tensor) -> float:
+    """Return the loss of the last token of each prefix, which the model cannot see: its true prediction loss."""
     nats, count = 0.0, 0
-    for t in range(4, rows.shape[1] - 1, 4):
-        target = rows[:, t]
-        there = target != 0
-        logp = model(rows[:, :t])[:, -1].log_softmax(-1)
-        nats -= float(logp.gather(1, target[:, None])[:, 0][there].sum())
-        count += int(there.sum())
+    for t in range(4, sequences.shape[1] - 1, 4):
+        target = sequences[:, t]
+        present = target != 0
+        logp = model(sequences[:, :t])[:, -1].log_softmax(-1)
+        nats -= float(logp.gather(1, target[:, None])[:, 0][present].sum())
+        count += int(present.sum())
     return nats / count
 
 
@@ -88,10 +88,10 @@ def write(model: SeedModel, prompt: list[int], T: int, new: int = 40) -> list[in
     return ids[len(prompt) :]
 
 
-def run(honest: bool, rows: torch.Tensor, args: argparse.Namespace) -> tuple[SeedModel, dict]:
+def run(honest: bool, sequences: torch.Tensor, args: argparse.Namespace) -> tuple[SeedModel, dict]:
     """Train one model and return it with its curve."""
     torch.manual_seed(0)
-    T = rows.shape[1]
+    T = sequences.shape[1]
     model = SeedModel(VOCAB, args.d, args.layers, args.heads, 1, 4, 2 * args.d, honest=honest)
     objective = honest_loss if honest else loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -100,8 +100,8 @@ def run(honest: bool, rows: torch.Tensor, args: argparse.Namespace) -> tuple[See
     curve, leaks, recent, began = [], [[0, leak(model, T)]], [], time.perf_counter()
     for step in range(1, args.steps + 1):
         while len(order) < args.batch:
-            order = torch.cat((order, torch.randperm(len(rows), generator=generator)))
-        batch, order = rows[order[: args.batch]], order[args.batch :]
+            order = torch.cat((order, torch.randperm(len(sequences), generator=generator)))
+        batch, order = sequences[order[: args.batch]], order[args.batch :]
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, step / 50)
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
@@ -134,8 +134,8 @@ def draw(result: dict, path: Path) -> None:
     for name, colour in (("original", "tab:red"), ("honest", "tab:blue")):
         left.plot(*zip(*result[name]["curve"], strict=True), color=colour, label=f"{name}, training loss")
         right.plot(*zip(*result[name]["leak"], strict=True), color=colour, label=name)
-    left.axhline(result["sticks"]["5-gram"], color="gray", ls="--", lw=1, label="5-gram model, held-out text")
-    left.set(xlabel="step", ylabel="nats a token", ylim=(0, None), title="Loss on the same tokens")
+    left.axhline(result["baselines"]["5-gram"], color="gray", ls="--", lw=1, label="5-gram model, held-out text")
+    left.set(xlabel="step", ylabel="nats/token", ylim=(0, None), title="Loss on the same tokens")
     right.set(xlabel="step", title="Change of early logits when later tokens change")
     left.legend()
     right.legend()
@@ -160,55 +160,60 @@ def main() -> None:
     from tokenizers import ByteLevelBPETokenizer
 
     corpus = read_corpus(DataConfig(sources=tuple(args.data)))
-    train, held_out = (pieces(texts, 4 * args.tokens) for texts in (corpus.train, corpus.validation))
+    train, held_out = (chunks(texts, 4 * args.tokens) for texts in (corpus.train, corpus.validation))
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(train, vocab_size=VOCAB, special_tokens=["<pad>"], show_progress=False)
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in tokenizer.encode_batch(texts)]
+        return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
     encoded, test = encode(train), encode(held_out)
-    rows, val_rows = cut(encoded, args.tokens), cut(test, args.tokens)
+    sequences, val_sequences = cut(encoded, args.tokens), cut(test, args.tokens)
     baselines = text_baselines(encoded, test, train, held_out, VOCAB)
-    seen = [ids[: args.tokens] for ids in encoded]
+    read = [ids[: args.tokens] for ids in encoded]
     result = {
         **describe(),
         "command": "python " + " ".join(["bench/seed.py", *sys.argv[1:]]),
-        "documents": len(rows),
-        "distinct_tokens": int((rows != 0).sum()),
-        "padding": float((rows == 0).double().mean()),
+        "documents": len(sequences),
+        "distinct_tokens": int((sequences != 0).sum()),
+        "padding": float((sequences == 0).double().mean()),
         "trained_tokens": args.steps * args.batch * args.tokens,
         "parameters": sum(
             p.numel() for p in SeedModel(VOCAB, args.d, args.layers, args.heads, 1, 4, 2 * args.d).parameters()
         ),
         "settings": {k: v for k, v in vars(args).items() if k not in ("out", "plot")},
-        "sticks": baselines,
-        "5-gram_of_what_was_read": ngram_nats(np.concatenate(seen), np.concatenate(test), VOCAB, 5),
+        "baselines": baselines,
+        "5-gram_of_what_was_read": ngram_nats(np.concatenate(read), np.concatenate(test), VOCAB, 5),
     }
-    full = val_rows[(val_rows != 0).all(dim=1)]
+    full = val_sequences[(val_sequences != 0).all(dim=1)]
     repeats = float((full[:, 1:] == full[:, :-1]).double().mean())
     result["repeats_in_text"] = repeats
     for name in ("original", "honest"):
-        model, kept = run(name == "honest", rows, args)
+        model, outcome = run(name == "honest", sequences, args)
         objective = honest_loss if name == "honest" else loss
         with torch.no_grad():
-            kept["held_out_loss"] = float(objective(model(val_rows), val_rows))
-        kept["blind_loss"] = blind_loss(model, full[:64])
+            outcome["held_out_loss"] = float(objective(model(val_sequences), val_sequences))
+        outcome["blind_loss"] = blind_loss(model, full[:64])
         texts, share = [], []
         for prompt in PROMPTS:
             ids = write(model, tokenizer.encode(prompt).ids, args.tokens)
             share += [a == b for a, b in zip(ids[1:], ids, strict=False)]
             texts.append(" ".join(f"{prompt}{tokenizer.decode(ids)}".split()))
-        kept |= {"samples": texts, "repeats_in_samples": sum(share) / len(share)}
-        end = kept["curve"][-1][1]
+        outcome |= {"samples": texts, "repeats_in_samples": sum(share) / len(share)}
+        end = outcome["curve"][-1][1]
         subject = Subject(model=model, vocab=VOCAB, context=args.tokens, loss=objective, pad_id=0, sequences=full[:16])
         findings = audit_model(subject)
         findings += check_plausibility({"training": end}, tokens=result["trained_tokens"], baselines=baselines)
-        kept |= {"final_loss": end, "verdict": verdict(findings)}
-        kept["findings"] = [finding.record() for finding in findings]
-        print(f"{name}: loss {end:.3f}, held-out {kept['held_out_loss']:.3f}, blind {kept['blind_loss']:.3f}")
-        print(f"  repeats {kept['repeats_in_samples']:.1%} (text {repeats:.1%})", *texts, kept["verdict"], sep="\n  ")
-        result[name] = kept
+        outcome |= {"final_loss": end, "verdict": verdict(findings)}
+        outcome["findings"] = [finding.record() for finding in findings]
+        print(f"{name}: loss {end:.3f}, held-out {outcome['held_out_loss']:.3f}, blind {outcome['blind_loss']:.3f}")
+        print(
+            f"  repeats {outcome['repeats_in_samples']:.1%} (text {repeats:.1%})",
+            *texts,
+            outcome["verdict"],
+            sep="\n  ",
+        )
+        result[name] = outcome
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.plot:

@@ -1,4 +1,4 @@
-"""Layers of experts and lengths of sequences, ours alone: the last part of bench/train_step.py."""
+"""Times by number of experts and by sequence length, of smolseek only: the last part of bench/train_step.py."""
 
 import statistics
 from dataclasses import replace
@@ -28,12 +28,12 @@ def layer_times(device: str, precision: str) -> dict:
         experts = Experts(config).to(device)
         for p in experts.parameters():
             torch.nn.init.normal_(p, std=0.02)
-        pairs = TOKENS * top_k
-        counts = torch.full((n_experts,), pairs // n_experts)
+        slots = TOKENS * top_k
+        counts = torch.full((n_experts,), slots // n_experts)
         if skew:  # nine tenths to one expert
-            counts = torch.full((n_experts,), pairs // 10 // (n_experts - 1))
-            counts[0] += pairs - int(counts.sum())
-        x = torch.randn(pairs, config.hidden_size, device=device).requires_grad_()
+            counts = torch.full((n_experts,), slots // 10 // (n_experts - 1))
+            counts[0] += slots - int(counts.sum())
+        x = torch.randn(slots, config.hidden_size, device=device).requires_grad_()
 
         def run():
             with autocast(precision, torch.device(device)):
@@ -43,17 +43,17 @@ def layer_times(device: str, precision: str) -> dict:
 
         return run
 
-    # Chosen of 4, 8, 16, 32: the neurons per token and all neurons stay the same.
+    # Of 4, 8, 16 or 32 experts; the active and the total neurons stay the same.
     runs = {n: one(n, n // 4, False) for n in (4, 8, 16, 32)} | {"even": one(16, 1, False), "skewed": one(16, 1, True)}
     times: dict = {name: [] for name in runs}
     for _ in range(12):
         for name, run in runs.items():
             times[name].append(seconds(run))
-    found = {str(name): statistics.median(values[3:]) for name, values in times.items()}
+    medians = {str(name): statistics.median(values[3:]) for name, values in times.items()}
     return {
-        "seconds": found,
-        "experts_4_to_32": found["32"] / found["4"],
-        "nine_tenths_to_one": found["skewed"] / found["even"],
+        "seconds": medians,
+        "experts_4_to_32": medians["32"] / medians["4"],
+        "nine_tenths_to_one": medians["skewed"] / medians["even"],
     }
 
 
@@ -63,14 +63,14 @@ def sequence_times(device: str, precision: str) -> dict:
     times: dict[int, list[float]] = {256: [], 2048: []}
     for _ in range(5):
         for length, values in times.items():
-            rows = torch.randint(49_152, (2048 // length, length + 1), device=device)
+            sequences = torch.randint(49_152, (2048 // length, length + 1), device=device)
 
-            def run(rows=rows):
+            def run(sequences=sequences):
                 with autocast(precision, torch.device(device)):
-                    out = losses(model, rows, accumulate=True)
+                    out = losses(model, sequences, accumulate=True)
                 out.total.backward()
                 model.zero_grad()
 
             values.append(seconds(run))
-    found = {length: statistics.median(values[1:]) for length, values in times.items()}
-    return {"seconds": found, "sequence_256_to_2048": found[2048] / found[256]}
+    medians = {length: statistics.median(values[1:]) for length, values in times.items()}
+    return {"seconds": medians, "sequence_256_to_2048": medians[2048] / medians[256]}

@@ -1,4 +1,4 @@
-"""The trade-off curve: distance to SmolLM2-135M-Instruct over the size of the cache, ours and the published method's.
+"""The trade-off curve: KL divergence from SmolLM2-135M-Instruct against the size of the KV cache, for both methods.
 
     python bench/tradeoff.py --data FILE ...                      held-out text of several domains, one for each file
     python bench/tradeoff.py --data FILE ... --calibration self   calibrated on text that the original wrote itself
@@ -107,9 +107,9 @@ def plot(path: Path) -> None:
     for axes, (field, title) in zip(panels, PANELS.items(), strict=True):
         for (method, (name, color)), (text, (style, file)) in itertools.product(DRAWN.items(), LINES.items()):
             models = json.loads(Path(file).read_text())["models"]
-            rows = [models[f"{share} {method}"] for share in SHARES if f"{share} {method}" in models]
-            shares = [100 * SHARES[row["share"]] for row in rows]
-            values = [row["kl"] if field == "kl" else 100 * row["agreement"] for row in rows]
+            points = [models[f"{share} {method}"] for share in SHARES if f"{share} {method}" in models]
+            shares = [100 * SHARES[point["share"]] for point in points]
+            values = [point["kl"] if field == "kl" else 100 * point["agreement"] for point in points]
             axes.plot(shares, values, style, color=color, linewidth=2.5, markersize=8, label=f"{name}, {text}")
             below = field != "kl" or (method, style) == ("smolseek", "o-")
             for share, value in zip(shares, values, strict=True):
@@ -139,15 +139,15 @@ def plot(path: Path) -> None:
 
 
 @torch.no_grad()
-def last_states(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
-    """Return the last hidden states [T, D] of each of the sequences `rows` [N, T+1]."""
+def last_states(model: Any, sequences: torch.Tensor) -> list[torch.Tensor]:
+    """Return the last hidden states [T, D] of each of `sequences` [N, T+1]."""
     with autocast("auto", torch.device("cpu")):
-        return [state.float() for state in hidden_states(model, rows)]
+        return [state.float() for state in hidden_states(model, sequences)]
 
 
-def spread(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Return `count` of the sequences `rows` [N, T+1], evenly spread: one passage is not yet a text."""
-    return rows[torch.linspace(0, len(rows) - 1, min(count, len(rows))).round().long()]
+def evenly_spaced(sequences: torch.Tensor, count: int) -> torch.Tensor:
+    """Return `count` of `sequences` [N, T+1], evenly spaced over the text."""
+    return sequences[torch.linspace(0, len(sequences) - 1, min(count, len(sequences))).round().long()]
 
 
 class Reference:
@@ -155,7 +155,9 @@ class Reference:
 
     def __init__(self, files: list[str], tokens: int, trial_tokens: int) -> None:
         tokenizer, per_file = load_tokenizer("smollm2"), tokens // len(files)
-        texts = [spread(text_sequences([file], "text", tokenizer, 512, 10**9), per_file // 512) for file in files]
+        texts = [
+            evenly_spaced(text_sequences([file], "text", tokenizer, 512, 10**9), per_file // 512) for file in files
+        ]
         self.domains = [Path(file).stem for file, text in zip(files, texts, strict=True) for _ in text]
         self.sequences = torch.cat(texts)
         model = open_model(resolve("smollm2"), "transformers", "float32")

@@ -1,15 +1,15 @@
-"""The training step, ours beside transformers with the same weights, tokens and number format.
+"""The training step of smolseek and transformers, with the same weights, tokens and number format.
 
     python bench/train_step.py --quick           under a minute on two cores: one shape, no accumulation
     python bench/train_step.py                   both shapes, accumulation 4, parts, layers and sequences: ten minutes
     python bench/train_step.py --precision float32       for a processor without bfloat16 products
 
-Each contender is a process of its own, so that neither's allocator settings nor memory touch the other's; they take
-turns. A step is `--accumulation` micro-batches of 4 x 256 tokens, clipping and fused AdamW. Utilisation is the active
-floating point operations over the peak of a matrix product in the same format, measured between the rounds. bfloat16 is
-autocast, float32 plain; auto, as in training, is bfloat16 where the device multiplies in it. The parts are timed
-apart, forward and backward, on inputs of the step's shape; "rest" is the step less the parts. Writes
-docs/results/train_step.json (not with --quick), where a run replaces only what it measured.
+Each contender has its own process, so that allocator settings and memory are separate; they alternate. A step is
+`--accumulation` micro-batches of 4 x 256 tokens, clipping and fused AdamW. Utilisation is the active floating point
+operations over the peak of a matrix product in the same format, measured between the rounds. bfloat16 is autocast,
+float32 plain; auto, as in training, is bfloat16 where the device multiplies in it. The parts are timed separately,
+forward and backward, on inputs of the step's shape; "rest" is the step minus the parts. Writes
+docs/results/train_step.json (not with --quick), where a run replaces only its own results.
 """
 
 import argparse
@@ -86,10 +86,10 @@ class Contender:
             params = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         self.optimizer = params
         generator = torch.Generator().manual_seed(1)
-        self.rows = torch.randint(self.model.config.vocab_size, (BATCH, LENGTH + 1), generator=generator)
-        self.rows = self.rows.to(self.device)
+        self.sequences = torch.randint(self.model.config.vocab_size, (BATCH, LENGTH + 1), generator=generator)
+        self.sequences = self.sequences.to(self.device)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here, not from loading
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here, without loading
 
     def context(self):
         return autocast(self.precision, torch.device(self.device))
@@ -103,14 +103,16 @@ class Contender:
             for _ in range(self.accumulation):
                 with self.context():
                     if self.ours:
-                        loss = losses(self.model, self.rows, accumulate=True, factor=1 / self.accumulation).total
+                        loss = losses(self.model, self.sequences, accumulate=True, factor=1 / self.accumulation).total
                     elif self.peer_loss:
-                        loss = self.peer_loss(self.rows)
+                        loss = self.peer_loss(self.sequences)
                     else:
-                        ids, labels = self.rows[:, :-1], self.rows[:, 1:].contiguous()
+                        ids, labels = self.sequences[:, :-1], self.sequences[:, 1:].contiguous()
                         loss = self.model(ids, labels=labels, shift_labels=labels, use_cache=False).loss
                 (loss / self.accumulation).backward()
-                loss = loss.detach()  # as training loops do: else the graph's leavings lie beside the next one
+                loss = (
+                    loss.detach()
+                )  # as training loops do: otherwise this graph stays in memory during the next micro-batch
 
         def update():
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -137,12 +139,12 @@ class Contender:
             return layer.mlp(x)[0] if self.ours else layer.mlp(x)
 
         def head():
-            w, targets = self.model.lm_head.weight, self.rows[:, 1:].flatten()
+            w, targets = self.model.lm_head.weight, self.sequences[:, 1:].flatten()
             if self.ours:
                 return linear_cross_entropy(x.flatten(0, 1), w, targets).objective
             return F.cross_entropy(F.linear(x, w).float().flatten(0, 1), targets)
 
-        found = {}
+        times_by_part = {}
         for name, part in (("attention", attention), ("experts", experts), ("head", head)):
 
             def both(part=part):
@@ -153,8 +155,8 @@ class Contender:
 
             times = [seconds(both) for _ in range(7)][2:]
             repeats = self.accumulation * (1 if name == "head" else config.num_hidden_layers)
-            found[name] = statistics.median(times) * repeats
-        return found
+            times_by_part[name] = statistics.median(times) * repeats
+        return times_by_part
 
     def peak(self) -> int:
         if self.device == "cuda":
@@ -164,7 +166,7 @@ class Contender:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Answer the commands that come in, one JSON line each."""
+    """Answer commands from stdin with a JSON line each."""
     torch.set_num_threads(args.threads)
     if args.worker == "shapes":
         if args.device == "cpu":
@@ -179,12 +181,12 @@ def work(args: argparse.Namespace) -> None:
 
 
 class Worker:
-    """A contender's process, seen from the parent."""
+    """The process of a contender."""
 
     def __init__(self, kind: str, folder: str, args: argparse.Namespace) -> None:
-        own = ["--threads", str(args.threads), "--accumulation", str(args.accumulation), "--device", args.device]
-        own += ["--precision", args.precision]
-        command = [sys.executable, __file__, "--worker", kind, "--folder", folder, *own]
+        options = ["--threads", str(args.threads), "--accumulation", str(args.accumulation), "--device", args.device]
+        options += ["--precision", args.precision]
+        command = [sys.executable, __file__, "--worker", kind, "--folder", folder, *options]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -207,15 +209,15 @@ class Worker:
 
 def part_flops(config) -> dict[str, float]:
     """Operations of a training step per token by part, forward and backward."""
-    whole = 3 * flops_per_token(config, LENGTH)
+    total = 3 * flops_per_token(config, LENGTH)
     head = 3 * 2 * config.vocab_size * config.hidden_size
     neurons = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
     experts = 3 * 2 * config.num_hidden_layers * config.hidden_size * (3 * neurons + config.n_routed_experts)
-    return {"attention": whole - head - experts, "experts": experts, "head": head}
+    return {"attention": total - head - experts, "experts": experts, "head": head}
 
 
 def compare(name: str, args: argparse.Namespace) -> dict:
-    """Time both contenders in turn; transformers with the fastest of its implementations of the experts."""
+    """Time the contenders, alternating; transformers with its fastest implementation of the experts."""
     config = config_of(name)
     tokens = BATCH * LENGTH * args.accumulation
     with tempfile.TemporaryDirectory() as folder:
@@ -224,8 +226,8 @@ def compare(name: str, args: argparse.Namespace) -> dict:
         kinds = EXPERTS if len(args.experts) == 0 else tuple(args.experts)
         for kind in kinds if len(kinds) > 1 else ():
             worker = Worker(kind, folder, argparse.Namespace(**vars(args) | {"accumulation": 1}))
-            if worker.ask("step") and (found := worker.ask("step")):
-                tried[kind] = found["seconds"]
+            if worker.ask("step") and (answer := worker.ask("step")):
+                tried[kind] = answer["seconds"]
             worker.close()
         best = min(tried, key=tried.__getitem__) if tried else kinds[0]
         contenders = {kind: Worker(kind, folder, args) for kind in ("ours", best, *args.against)}
@@ -241,19 +243,23 @@ def compare(name: str, args: argparse.Namespace) -> dict:
         row |= {"gemm_peak": peak, "gemm_peaks": peaks, "first_losses": losses_seen}
         for kind, worker in contenders.items():
             spent = [r["seconds"] for r in rounds[kind]]
-            own = {"tokens_s": tokens / statistics.median(spent), "peak_bytes": worker.ask("peak"), "seconds": spent}
-            own["utilisation"] = own["tokens_s"] * 3 * flops_per_token(config, LENGTH) / peak
+            figures = {
+                "tokens_s": tokens / statistics.median(spent),
+                "peak_bytes": worker.ask("peak"),
+                "seconds": spent,
+            }
+            figures["utilisation"] = figures["tokens_s"] * 3 * flops_per_token(config, LENGTH) / peak
             if not (args.quick or kind in args.against):
-                parts = worker.ask("parts") | {"optimizer": statistics.median(r["optimizer"] for r in rounds[kind])}
-                parts["rest"] = statistics.median(spent) - sum(parts.values())
-                own["parts_seconds"] = parts
+                by_part = worker.ask("parts") | {"optimizer": statistics.median(r["optimizer"] for r in rounds[kind])}
+                by_part["rest"] = statistics.median(spent) - sum(by_part.values())
+                figures["parts_seconds"] = by_part
                 flops = part_flops(config)
-                own["parts_utilisation"] = {n: flops[n] * tokens / parts[n] / peak for n in flops}
-            row["transformers" if kind == best else kind] = own
+                figures["parts_utilisation"] = {n: flops[n] * tokens / by_part[n] / peak for n in flops}
+            row["transformers" if kind == best else kind] = figures
             worker.close()
     for name, kind in {"transformers": best, **{peer: peer for peer in args.against}}.items():
-        pairs = zip(rounds[kind], rounds["ours"], strict=True)
-        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in pairs]
+        both = zip(rounds[kind], rounds["ours"], strict=True)
+        ratios = [theirs["seconds"] / ours["seconds"] for theirs, ours in both]
         row[name] |= {"ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)]}
         row[name]["memory_ratio"] = row["ours"]["peak_bytes"] / row[name]["peak_bytes"]
     return row
@@ -262,11 +268,11 @@ def compare(name: str, args: argparse.Namespace) -> dict:
 def show(row: dict, against: list[str]) -> None:
     """Print the contenders, and ours over each of the others; transformers comes last."""
     for who in ("ours", *against, "transformers"):
-        own = row[who]
-        parts = ", ".join(f"{n} {s:.2f}" for n, s in own.get("parts_seconds", {}).items())
+        figures = row[who]
+        by_part = ", ".join(f"{n} {s:.2f}" for n, s in figures.get("parts_seconds", {}).items())
         print(
-            f"{row['model']} {who}: {own['tokens_s']:.0f} tokens/s, peak {own['peak_bytes'] / 1e6:,.0f} MB, "
-            f"utilisation {own['utilisation']:.0%}" + (f"; seconds: {parts}" if parts else "")
+            f"{row['model']} {who}: {figures['tokens_s']:.0f} tokens/s, peak {figures['peak_bytes'] / 1e6:,.0f} MB, "
+            f"utilisation {figures['utilisation']:.0%}" + (f"; seconds: {by_part}" if by_part else "")
         )
     for who in (*against, "transformers"):
         low, high = row[who]["ratio_spread"]
@@ -285,7 +291,7 @@ def main() -> None:
         "--model",
         nargs="+",
         default=["reference_183m", "deepseek_159m", "shapes"],
-        help="what to measure: models, and `shapes`: layers of experts and lengths of sequences, ours alone",
+        help="what to measure: models, and `shapes` (number of experts and sequence length, smolseek only)",
     )
     parser.add_argument("--experts", nargs="*", default=[], help="transformers' implementations; none: try all")
     parser.add_argument("--against", nargs="*", default=[], choices=PEERS, help="other trainers that are installed")
@@ -310,7 +316,7 @@ def main() -> None:
     measured = {**describe(), "command": "python " + " ".join(sys.argv)}
     measured["settings"] = {k: getattr(args, k) for k in ("accumulation", "rounds", "device", "threads")}
     measured["settings"]["products"] = str(number_format(args.precision, args.device)).removeprefix("torch.")
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     if not args.quick and "shapes" in args.model:
         worker = Worker("shapes", "", args)
         layers, sequences = worker.ask("layers"), worker.ask("sequences")
@@ -318,16 +324,16 @@ def main() -> None:
         print(f"experts 4 to 32: {layers['experts_4_to_32']:.2f}x")
         print(f"nine tenths to one expert: {layers['nine_tenths_to_one']:.2f}x")
         print(f"sequence 256 to 2,048: {sequences['sequence_256_to_2048']:.2f}x per token", flush=True)
-        found["shapes"] = {**measured, "layers": layers, "sequences": sequences}
+        results["shapes"] = {**measured, "layers": layers, "sequences": sequences}
     for name in args.model:
         if name != "shapes":
-            found[name] = {**measured, **compare(name, args)}
-            show(found[name], args.against)
+            results[name] = {**measured, **compare(name, args)}
+            show(results[name], args.against)
     if args.quick:
         return
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(before | found, indent=2) + "\n", encoding="utf-8")
+    args.out.write_text(json.dumps(before | results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,11 +38,11 @@ def canonical(name: str) -> str:
 
 
 def ask_torch(python: str) -> tuple[str, set[str], str] | None:
-    """Return version, dependencies and folder of the torch that `python` can import, None if there is none of use."""
-    asked = subprocess.run([python, "-c", ASK_TORCH], capture_output=True, text=True)
-    if asked.returncode:
+    """Return version, dependencies and folder of the torch that `python` can import, None without a usable one."""
+    result = subprocess.run([python, "-c", ASK_TORCH], capture_output=True, text=True)
+    if result.returncode:
         return None
-    version, names, folder = asked.stdout.splitlines()[-3:]
+    version, names, folder = result.stdout.splitlines()[-3:]
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     return (version, {canonical(name) for name in names.split(",")}, folder) if numbers >= TORCH_SINCE else None
 
@@ -62,25 +62,25 @@ def has_pip() -> bool:
 
 
 def make_venv() -> None:
-    """Make the environment, open to the installed packages if a torch of use is among them."""
-    found = ask_torch(sys.executable)
+    """Make the environment, with access to the installed packages if a usable torch is among them."""
+    torch = ask_torch(sys.executable)
     nested = sys.prefix != sys.base_prefix  # made by an environment, whose packages --system-site-packages leaves out
-    if found:
-        print(f"using the installed torch {found[0]}", flush=True)
-    shared = ["--system-site-packages"] if found and not nested else []
+    if torch:
+        print(f"using the installed torch {torch[0]}", flush=True)
+    shared = ["--system-site-packages"] if torch and not nested else []
     run(sys.executable, "-m", "venv", "--clear", *shared, str(VENV))
-    if found and nested:
+    if torch and nested:
         site = next(VENV.glob("lib/python*/site-packages"))
-        (site / "outer.pth").write_text(found[2] + "\n", encoding="utf-8")
+        (site / "outer.pth").write_text(torch[2] + "\n", encoding="utf-8")
 
 
 def constraints() -> str:
     """Return constraints.txt, less torch and its dependencies if a torch from outside the environment is in use."""
     text = Path("constraints.txt").read_text(encoding="utf-8")
-    found = ask_torch(PYTHON)
-    if not found or Path(found[2]).is_relative_to(VENV.resolve()):
+    torch = ask_torch(PYTHON)
+    if not torch or Path(torch[2]).is_relative_to(VENV.resolve()):
         return text
-    version, names, _ = found
+    version, names, _ = torch
     names.add("torch")
     lines = [line for line in text.splitlines() if canonical(line.partition("==")[0].strip()) not in names]
     return "\n".join([*lines, f"torch=={version}", ""])

@@ -2,7 +2,8 @@
 
 It reads the names that src/smolseek defines: modules, classes, functions, arguments, variables and attributes in
 Python, words of the C files. A name is refused if one of its parts, split at underscores and capitals, is in WORDS;
-the right-hand side says what to use. EXCEPTIONS are whole names, each with the reason why it means just that.
+the right-hand side says what to use. TERMS are the field's terms that have such a part, EXCEPTIONS whole names, each
+with the reason why it is right.
 """
 
 import ast
@@ -74,6 +75,7 @@ WORDS = {
     "kept": "the name of the thing",
     "given": "the name of the thing",
 }
+TERMS = ("held_out",)
 EXCEPTIONS: dict[str, str] = {}
 
 
@@ -100,8 +102,11 @@ def c_names(text: str) -> Iterator[tuple[int, str]]:
 
 
 def refused(name: str) -> list[str]:
+    if name in EXCEPTIONS:
+        return []
+    name = re.sub("|".join(TERMS), "", name)
     parts = re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)
-    return [] if name in EXCEPTIONS else [part.lower() for part in parts if part.lower() in WORDS]
+    return [part.lower() for part in parts if part.lower() in WORDS]
 
 
 def main() -> int:

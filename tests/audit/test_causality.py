@@ -1,4 +1,4 @@
-"""Leaks that only other weights or training mode show, and compiled models."""
+"""Leaks that show with other weights or in training mode only, and compiled models."""
 
 from types import ModuleType
 
@@ -43,8 +43,8 @@ class BatchNorm(nn.Module):
 def test_a_leak_of_training_mode_is_found_and_leaves_the_model_alone() -> None:
     model = BatchNorm()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = failed(check_causality(Subject(model=model, vocab=64, context=64)))
-    assert {"causality: batch neighbours", "causality: later tokens changed"} <= found
+    names = failed(check_causality(Subject(model=model, vocab=64, context=64)))
+    assert {"causality: batch neighbours", "causality: later tokens changed"} <= names
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

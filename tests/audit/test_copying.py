@@ -31,12 +31,12 @@ class Echo(nn.Module):
 def test_a_model_that_copies_is_found() -> None:
     # Five kinds of tokens and no repeats: even one that only echoes is better than chance, and so counts as trained.
     steps = torch.randint(1, 5, (8, 40), generator=torch.Generator().manual_seed(1))
-    rows = steps.cumsum(dim=1) % 5
+    sequences = steps.cumsum(dim=1) % 5
     honest, echo = Echo(-9.0), Echo(2.5)
     with torch.no_grad():
         honest.table.weight[:, :5] += 3.0
         echo.table.weight[:, :5] += 3.0
-    subject = Subject(model=honest, vocab=64, context=100, sequences=rows)
+    subject = Subject(model=honest, vocab=64, context=100, sequences=sequences)
     assert failed(check_copying(subject)) == set()
     assert failed(check_copying(replace(subject, model=echo))) == {"copying: arg-max", "copying: samples"}
     useless = replace(subject, model=Echo(3.0), sequences=torch.arange(40)[None].repeat(8, 1))

@@ -20,8 +20,8 @@ def test_probabilities_sum_to_one(order: int) -> None:
 
 def test_unigram_is_witten_bell_by_hand() -> None:
     # 4 tokens, 2 kinds: p(0) = (3 + 2/4) / 6, p(1) = (1 + 2/4) / 6, p(2) = (0 + 2/4) / 6
-    found = ngram_nats(np.array([0, 0, 0, 1]), np.array([0, 1, 2]), 4, 1)
-    assert found == pytest.approx(-np.mean(np.log(np.array([3.5, 1.5, 0.5]) / 6)))
+    nats = ngram_nats(np.array([0, 0, 0, 1]), np.array([0, 1, 2]), 4, 1)
+    assert nats == pytest.approx(-np.mean(np.log(np.array([3.5, 1.5, 0.5]) / 6)))
 
 
 def test_a_longer_history_helps_where_text_repeats() -> None:

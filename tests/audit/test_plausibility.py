@@ -1,4 +1,4 @@
-"""Losses beside what their tokens allow."""
+"""Losses that are too low for their tokens."""
 
 import pytest
 
@@ -18,14 +18,14 @@ def test_plausibility_of_a_loss_for_its_tokens(loss: float, tokens: float, ok: b
     assert (finding.status == "pass") == ok
 
 
-def test_steps_in_which_the_weights_rest_train_on_no_token() -> None:
+def test_steps_with_frozen_weights_train_on_no_token() -> None:
     records = [{"loss": 4.0, "lr": 1e-3, "tokens": 512}, {"val_loss": 4.1}, {"loss": 3.0, "lr": 0.0}]
     records[-1] |= {"tokens": 1024, "settling": True}
     assert reported_losses(records) == ({"training": 3.0, "validation": 4.1}, 512.0)
     assert reported_losses(records[1:]) == ({"training": 3.0, "validation": 4.1}, None)
 
 
-def test_rote_learning_over_many_epochs_is_not_judged_by_the_training_loss() -> None:
+def test_a_training_loss_after_many_epochs_is_not_judged() -> None:
     baselines = {"unigram": 6.0, "5-gram": 4.0, "xz": 5.0}
     findings = check_plausibility(
         {"training": 0.1, "validation": 4.0}, tokens=1e6, corpus_tokens=1e4, baselines=baselines

@@ -1,4 +1,4 @@
-"""Routers that learn nothing, biases that never move, experts that are not chosen."""
+"""Routers without a gradient, biases that are never updated, experts that are never chosen."""
 
 from dataclasses import replace
 
@@ -19,15 +19,15 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 def test_the_router_without_gradient_is_found() -> None:
-    class Deaf(right.Router):  # type: ignore[misc]
+    class DetachedRouter(right.Router):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return super().forward(x).detach()
 
-    model = right.Model(router=Deaf)
+    model = right.Model(router=DetachedRouter)
     assert "routing: router gradient" in failed(check_routing(Subject(model=model, vocab=512)))
 
 
-def test_freshly_grown_experts_are_no_alarm() -> None:
+def test_new_experts_of_zeros_are_skipped() -> None:
     model = new_model(replace(tiny(), **SMALL))
     check = "routing: router gradient"
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_freshly_grown_experts_are_no_alarm() -> None:
     assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.name == check] == ["pass"]
 
 
-def test_a_bias_of_ours_that_never_moved_is_found() -> None:
+def test_a_bias_that_was_never_updated_is_found() -> None:
     model = new_model(replace(tiny(), **SMALL))
     check, subject = "routing: biases move", Subject(model=model, vocab=256, balanced_steps=10)
     assert check in failed(check_routing(subject))
@@ -51,8 +51,8 @@ def test_a_bias_of_ours_that_never_moved_is_found() -> None:
 def test_where_every_expert_is_chosen_no_bias_has_to_move() -> None:
     model = new_model(replace(tiny(), **SMALL, num_experts_per_tok=8))
     findings = check_routing(Subject(model=model, vocab=256, balanced_steps=10))
-    found = [f.status for f in findings if f.name == "routing: biases move"]
-    assert found == ["pass"]
+    status = [f.status for f in findings if f.name == "routing: biases move"]
+    assert status == ["pass"]
 
 
 def test_dead_experts_and_uneven_load_are_found_on_trained_weights() -> None:

@@ -29,7 +29,7 @@ SMALL = {"num_hidden_layers": 2, "vocab_size": 256}
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The leaks are imported from the repository, as a user in it imports them; these models are too small to share."""
+    """The leaks are imported as a user in the repository imports them; one thread is faster for such small models."""
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 def right_audit(name: str) -> list[Check]:
-    """Audit a leak's file; what it does not define is the right model's."""
+    """Audit a leak's file; what it does not define comes from `right.py`."""
     module, right = leak(name), leak("right")
     subject = Subject(
         model=module.model(),
@@ -169,7 +169,7 @@ def test_cli_says_what_failed_and_how_to_mend_it(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (["examples.leaks.right:missing"], "cannot be imported"),
         (["no_such_package:model"], "cannot be imported"),
@@ -179,21 +179,21 @@ def test_cli_says_what_failed_and_how_to_mend_it(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_a_wrong_target_is_one_line_and_exit_code_2(
-    words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["audit", *words]) == 2
+    assert main(["audit", *arguments]) == 2
     error = capsys.readouterr().err
     assert expected in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on made-up text."""
+    """A run of a few steps on random words."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run")
-    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    numerals = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
     picks = torch.randint(12, (60, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    documents = [json.dumps({"text": " ".join(words[i] for i in row)}) for row in picks]
+    documents = [json.dumps({"text": " ".join(numerals[i] for i in row)}) for row in picks]
     (folder / "text.jsonl").write_text("\n".join(documents), encoding="utf-8")
     model = replace(tiny(), hidden_size=32, num_hidden_layers=1, moe_intermediate_size=16)
     config = TrainConfig(

@@ -21,27 +21,29 @@ def models(llama_config):
 
 def test_every_figure_against_its_definition(models):
     a, b = models
-    rows = torch.randint(61, (2, 151), generator=torch.Generator().manual_seed(0))
-    found = compare(a, b, rows)
+    sequences = torch.randint(61, (2, 151), generator=torch.Generator().manual_seed(0))
+    comparison = compare(a, b, sequences)
     with torch.no_grad():
-        x, y = a(rows[:, :-1]).double().flatten(0, 1), b(rows[:, :-1]).double().flatten(0, 1)
-    targets = rows[:, 1:].flatten()
+        x, y = a(sequences[:, :-1]).double().flatten(0, 1), b(sequences[:, :-1]).double().flatten(0, 1)
+    targets = sequences[:, 1:].flatten()
     p, q = x.log_softmax(-1), y.log_softmax(-1)
-    assert found.tokens == 300
-    assert math.isclose(found.loss_a, float(-p.gather(1, targets[:, None]).mean()), rel_tol=1e-6)
-    assert math.isclose(found.loss_b, float(-q.gather(1, targets[:, None]).mean()), rel_tol=1e-6)
+    assert comparison.tokens == 300
+    assert math.isclose(comparison.loss_a, float(-p.gather(1, targets[:, None]).mean()), rel_tol=1e-6)
+    assert math.isclose(comparison.loss_b, float(-q.gather(1, targets[:, None]).mean()), rel_tol=1e-6)
     assert math.isclose(
-        found.kl, float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel_tol=1e-4
+        comparison.kl, float(torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")), rel_tol=1e-4
     )
-    assert math.isclose(found.agreement, float((x.argmax(-1) == y.argmax(-1)).double().mean()))
-    assert math.isclose(found.max_difference, float((x - y).abs().max() / x.std(correction=0)), rel_tol=1e-4)
-    assert math.isclose(found.rms_difference, float((x - y).square().mean().sqrt() / x.std(correction=0)), rel_tol=1e-4)
+    assert math.isclose(comparison.agreement, float((x.argmax(-1) == y.argmax(-1)).double().mean()))
+    assert math.isclose(comparison.max_difference, float((x - y).abs().max() / x.std(correction=0)), rel_tol=1e-4)
+    assert math.isclose(
+        comparison.rms_difference, float((x - y).square().mean().sqrt() / x.std(correction=0)), rel_tol=1e-4
+    )
 
 
 def test_a_model_is_itself(models):
     a, _ = models
-    found = compare(a, a, torch.randint(61, (1, 40)))
-    assert found.kl == 0 and found.agreement == 1 and found.max_difference == 0
+    comparison = compare(a, a, torch.randint(61, (1, 40)))
+    assert comparison.kl == 0 and comparison.agreement == 1 and comparison.max_difference == 0
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +65,16 @@ def folders(llama_config, tmp_path_factory):
 
 @pytest.mark.parametrize("engine", ["native", "transformers"])
 def test_command(folders, engine, capsys):
-    words = ["compare", str(folders / "a"), str(folders / "b"), "--data", str(folders / "text.txt"), "--tokens", "128"]
-    assert main([*words, "--seq-len", "64", "--engine", engine]) == 0
+    arguments = [
+        "compare",
+        str(folders / "a"),
+        str(folders / "b"),
+        "--data",
+        str(folders / "text.txt"),
+        "--tokens",
+        "128",
+    ]
+    assert main([*arguments, "--seq-len", "64", "--engine", engine]) == 0
     said = capsys.readouterr().out
     for part in ("loss", "cache per token", "active per token", "mean KL(A||B)", "top-1 agreement"):
         assert part in said
@@ -73,10 +83,10 @@ def test_command(folders, engine, capsys):
 def test_json(folders, capsys):
     import json
 
-    words = ["compare", str(folders / "a"), str(folders / "a"), "--data", str(folders / "text.txt"), "--json"]
-    assert main([*words, "--seq-len", "64", "--tokens", "64"]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert found["tokens"] == 64 and found["kl"] == 0 and found["models"][0]["cache_bytes"] == 2 * 2 * 2 * 2 * 4
+    arguments = ["compare", str(folders / "a"), str(folders / "a"), "--data", str(folders / "text.txt"), "--json"]
+    assert main([*arguments, "--seq-len", "64", "--tokens", "64"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["tokens"] == 64 and result["kl"] == 0 and result["models"][0]["cache_bytes"] == 2 * 2 * 2 * 2 * 4
 
 
 def test_different_vocabularies(folders, capsys):
@@ -85,7 +95,7 @@ def test_different_vocabularies(folders, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--seq-len", "257"], "--seq-len 257 is not between 1 and 256"),
         (["--seq-len", "0"], "--seq-len 0 is not between 1 and 256"),
@@ -94,7 +104,7 @@ def test_different_vocabularies(folders, capsys):
         (["--data", "nowhere.txt", "--seq-len", "64"], "nowhere.txt"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_a_model_is_read(folders, options, words, capsys, monkeypatch):
+def test_what_cannot_be_measured_is_refused_before_a_model_is_read(folders, options, message, capsys, monkeypatch):
     def read(*_, **__):
         raise AssertionError("a model was read")
 
@@ -103,4 +113,4 @@ def test_what_cannot_be_measured_is_refused_before_a_model_is_read(folders, opti
     data = [] if "--data" in options else ["--data", str(folders / "short.txt")]
     assert main(["compare", str(folders / "a"), str(folders / "b"), *data, *options]) == 2
     said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1, said
+    assert message in said and said.count("\n") == 1, said

@@ -54,10 +54,10 @@ metric_list:
 def folder(tmp_path_factory):
     base = tmp_path_factory.mktemp("harness")
     save_folder(new_model(CONFIG), base / "model", load_tokenizer("smollm2"))
-    rows = [
+    questions = [
         {"question": f"What is {n}?", "choices": ["red", "blue and green", str(n)], "label": n % 3} for n in range(6)
     ]
-    (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (base / "tasks").mkdir()
     (base / "tasks" / "colours.yaml").write_text(TASK.format(file=base / "rows.jsonl"))
     return base
@@ -78,14 +78,14 @@ def logps(adapter, ids):
 
 
 def test_log_likelihoods_equal_plain_ones(adapter):
-    pairs = [
+    requests = [
         ("The sky is", " blue"),
         ("", "Green"),
         ("A much longer context, for the other", " words follow"),
         ("x ", "y"),
     ]
-    found = adapter.loglikelihood(instances("loglikelihood", *pairs))
-    for (context, continuation), (value, greedy) in zip(pairs, found, strict=True):
+    results = adapter.loglikelihood(instances("loglikelihood", *requests))
+    for (context, continuation), (value, greedy) in zip(requests, results, strict=True):
         ids = adapter.tok_encode(context + continuation)
         before = len(adapter.tok_encode(context.rstrip())) if context else 0
         if not context:
@@ -100,41 +100,41 @@ def test_rolling_counts_every_token_once(adapter):
     text = "One sentence after another, until the context of the model is not enough. " * 6
     ids = adapter.tok_encode(text)
     assert len(ids) > 2 * adapter.max_length
-    (found,) = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
+    (total,) = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
     T = adapter.max_length
     expected = 0.0
     for begin in range(0, len(ids) - T, T):  # whole windows
-        given = [adapter.prefix_token_id, *ids][begin : begin + T + 1]
-        expected += float(logps(adapter, given).gather(1, torch.tensor(given[1:])[:, None]).sum())
+        window = [adapter.prefix_token_id, *ids][begin : begin + T + 1]
+        expected += float(logps(adapter, window).gather(1, torch.tensor(window[1:])[:, None]).sum())
     left = len(ids) % T or T  # the last window has a full context
-    given = ids[-T - 1 :]
-    expected += float(logps(adapter, given).gather(1, torch.tensor(given[1:])[:, None])[-left:].sum())
-    assert found == pytest.approx(expected, rel=1e-4)
+    window = ids[-T - 1 :]
+    expected += float(logps(adapter, window).gather(1, torch.tensor(window[1:])[:, None])[-left:].sum())
+    assert total == pytest.approx(expected, rel=1e-4)
 
 
 def test_generation_stops_at_a_text(adapter):
     settings = {"until": [], "max_gen_toks": 8, "do_sample": False}
-    (whole,) = adapter.generate_until(instances("generate_until", ("The sky", settings)))
+    (full,) = adapter.generate_until(instances("generate_until", ("The sky", settings)))
     ids = adapter.tok_encode("The sky")
     for _ in range(8):
         ids.append(int(logps(adapter, [*ids, 0])[-1].argmax()))
-    assert whole == adapter.tokenizer.decode(ids[-8:])
-    stop = whole[3:6]
-    (part,) = adapter.generate_until(instances("generate_until", ("The sky", settings | {"until": [stop]})))
-    assert part == whole.split(stop)[0]
+    assert full == adapter.tokenizer.decode(ids[-8:])
+    stop = full[3:6]
+    (stopped,) = adapter.generate_until(instances("generate_until", ("The sky", settings | {"until": [stop]})))
+    assert stopped == full.split(stop)[0]
 
 
 def test_a_local_task_from_the_command_line(folder, adapter, capsys):
     options = ["--tasks", "colours", "--task-folders", str(folder / "tasks"), "--json"]
     assert main(["eval", str(folder / "model"), *options]) == 0
     told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["tasks"]["colours"]["acc"]
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    questions = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     right = 0
-    for row in rows:
-        pairs = [(f"Question: {row['question']}\nAnswer:", f" {choice}") for choice in row["choices"]]
-        values = [value for value, _ in adapter.loglikelihood(instances("loglikelihood", *pairs))]
-        right += values.index(max(values)) == row["label"]
-    assert told == pytest.approx(right / len(rows))
+    for question in questions:
+        requests = [(f"Question: {question['question']}\nAnswer:", f" {choice}") for choice in question["choices"]]
+        values = [value for value, _ in adapter.loglikelihood(instances("loglikelihood", *requests))]
+        right += values.index(max(values)) == question["label"]
+    assert told == pytest.approx(right / len(questions))
 
 
 def test_refused(folder, capsys, monkeypatch):

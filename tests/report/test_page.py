@@ -87,12 +87,12 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
     counts = parsed(text)
     assert counts["section"] == 6  # loss, rate, speed, gradient, memory, balance
     assert counts["figure"] == 4  # a heat map for each layer
-    for words in ("5.5000", "1.5000", "Abacus", "8.0M", "40k", "0:01:20", "2,000 MB", "0.250"):
-        assert words in text, words
+    for shown in ("5.5000", "1.5000", "Abacus", "8.0M", "40k", "0:01:20", "2,000 MB", "0.250"):
+        assert shown in text, shown
     events = ("resumed from step-000020", "its loss is nan", "went back from step 33; 3,000 tokens were undone")
     events += ("step 31 cannot be written", "repeated 2 times; the last: a.parquet: HTTP 429")
-    for words in (*events, "1 failed", "It counts.", "target: padding"):
-        assert words in text, words
+    for shown in (*events, "1 failed", "It counts.", "target: padding"):
+        assert shown in text, shown
     assert "is &lt;b&gt;wet&lt;/b&gt; and blue" in text
     assert "expert 1: 0.00 of an equal share" in text and "expert 0: 2.00 of an equal share" in text
 
@@ -169,8 +169,8 @@ def test_axes_and_lines():
 
 
 def test_a_long_run_gives_a_heat_map_of_bearable_size():
-    loads = [[[10, 30]]] * 1000
-    assert 100 <= heat_map(list(range(1000)), loads).count("<rect") <= 130
+    loads = [(step, [[10, 30]]) for step in range(1000)]
+    assert 100 <= heat_map(loads).count("<rect") <= 130
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def lines(checks: Sequence[Check], *, failed_only: bool = False) -> Iterator[str
     for check in failures(checks) if failed_only else checks:
         start = f"{check.status.upper()}  {check.name:<36} "
         if check.status == "skip":
-            yield from textwrap.wrap(start + check.done, width, subsequent_indent=" " * 8)
+            yield from textwrap.wrap(start + check.done, width, subsequent_indent=" " * len(start))
             continue
         bound = "at least" if check.least else "at most"
         yield f"{start}{check.shown(check.figure or 0.0)} {check.unit} ({bound} {check.shown(check.limit)})"

@@ -59,13 +59,14 @@ def page(runs: Sequence[Run]) -> str:
     if len(set(names)) < len(names):
         names = [run.name for run in runs]
     one = runs[0] if len(runs) == 1 else None
+    loads = [(record["step"], record["val_load"]) for record in one.validation if record.get("val_load")] if one else []
     return template.render(
         title=" against ".join(names),
         names=names,
         one=one,
         tiles=[tiles(run) for run in runs],
         charts=charts(runs, names),
-        heat=heat(one) if one else None,
+        heat=heat_map(loads, one.config.model.first_k_dense_replace) if one and loads else None,
         audits=[(_WHEN.get(when, when), audit) for when, audit in one.audits.items()] if one else [],
         samples=samples_by_prompt(one.samples) if one else [],
         settings=_settings(runs),
@@ -125,15 +126,6 @@ def charts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, str]]:
         if lines:
             drawn.append({"title": title, "note": note, "svg": line_chart(lines, end=end, from_zero=from_zero)})
     return drawn
-
-
-def heat(run: Run) -> str | None:
-    """Return the heat map of the experts' load at each evaluation; None for a model without experts."""
-    records = [record for record in run.validation if record.get("val_load")]
-    if not records:
-        return None
-    steps = [record["step"] for record in records]
-    return heat_map(steps, [record["val_load"] for record in records], run.config.model.first_k_dense_replace)
 
 
 def samples_by_prompt(samples: Mapping[int, Mapping[str, str]]) -> list[tuple[str, list[tuple[int, str]]]]:

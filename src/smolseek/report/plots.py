@@ -102,29 +102,28 @@ def line_chart(lines: Sequence[Line], *, end: int, from_zero: bool = False) -> s
     return "".join(out)
 
 
-def heat_map(steps: Sequence[int], loads_SLE: Sequence[Sequence[Sequence[int]]], first_layer: int = 0) -> str:
+def heat_map(loads: Sequence[tuple[int, Sequence[Sequence[int]]]], first_layer: int = 0) -> str:
     """Return a row of SVGs, one per layer: experts downwards, evaluations to the right, colour by load.
 
     Args:
-        steps: the step of each of S evaluations.
-        loads_SLE: tokens of each of E experts in each of L layers. An equal share has no colour; twice as much or more
-            has the strongest of one colour, nothing the strongest of the other.
+        loads: for each evaluation its step and the tokens of each expert in each layer [L, E]. An equal share has no
+            colour; twice as much or more has the strongest of one colour, nothing the strongest of the other.
         first_layer: number of the first layer with experts.
     """
-    chosen = sorted({*range(0, len(steps), -(-len(steps) // COLUMNS)), len(steps) - 1})
-    layers, experts = len(loads_SLE[0]), len(loads_SLE[0][0])
+    chosen = [loads[n] for n in sorted({*range(0, len(loads), -(-len(loads) // COLUMNS)), len(loads) - 1})]
+    layers, experts = len(loads[0][1]), len(loads[0][1][0])
     # Wide cells for few evaluations, tall ones for few experts.
     w, h = max(3.0, 120 / len(chosen)), max(3.0, min(12.0, 96 / experts))
     out = []
     for layer in range(layers):
         cells = []
-        for column, s in enumerate(chosen):
-            load_E = loads_SLE[s][layer]
+        for column, (step, load_LE) in enumerate(chosen):
+            load_E = load_LE[layer]
             mean = sum(load_E) / experts or 1.0
             for e, load in enumerate(load_E):
                 share = load / mean
                 kind, depth = ("over", min(1.0, share - 1)) if share >= 1 else ("under", 1 - share)
-                title = f"step {steps[s]:,}, expert {e}: {share:.2f} of an equal share"
+                title = f"step {step:,}, expert {e}: {share:.2f} of an equal share"
                 cells.append(
                     f'<rect class="{kind}" x="{column * w:.1f}" y="{e * h:.1f}" width="{w:.1f}" height="{h:.1f}" '
                     f'fill-opacity="{depth:.2f}"><title>{title}</title></rect>'
