@@ -82,6 +82,21 @@ def test_links_and_named_files_are_there(page):
         assert (ROOT / file).exists(), file
 
 
+def test_the_map_of_the_code_names_files_that_are_there():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    package, missing = "", []
+    for line in re.search(r"```\n(cli/.*?)```", page, re.DOTALL)[1].splitlines():
+        if head := re.match(r"(\w+)(/?)", line):
+            package = head[1] if head[2] else ""
+        for name in re.findall(r"\b\w+\.(?:py|h)\b", line):
+            if not list((ROOT / "src" / "smolseek" / package).rglob(name)):
+                missing.append(f"{package}/{name}")
+    for path in re.findall(r"`(\w+/\w+\.py)`", page):
+        if not (ROOT / path).exists() and not (ROOT / "src" / "smolseek" / path).exists():
+            missing.append(path)
+    assert missing == []
+
+
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """Return tools/docs.py, which has copied the pages of the site to its STAGED."""
