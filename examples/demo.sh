@@ -17,6 +17,6 @@ step python examples/five_prompts.py runs/smollm2-deepseek
 
 part "A small DeepSeek model trained from scratch on the English of the running Python"
 step smolseek train tiny --data builtin --data.val-fraction 0.05 --run runs/demo \
-  --steps 400 --balance.settle-steps 100 --eval-every 100 --log-every 25 --balance.gamma 3e-3
+  --steps 400 --balance.calibration-steps 100 --eval-every 100 --log-every 25 --balance.gamma 3e-3
 step smolseek generate runs/demo "The function returns" --max-tokens 40 --temperature 0.7
 step python examples/open_with_transformers.py runs/demo
