@@ -7,6 +7,7 @@ prints: any number matches any number, and `...` any text. `<!-- run: quick, exi
 import importlib
 import importlib.util
 import io
+import json
 import os
 import re
 import shlex
@@ -80,6 +81,50 @@ def test_links_and_named_files_are_there(page):
             assert not anchor or anchor in anchors(target), link
     for file in re.findall(r"\b((?:docs/results|bench|examples)/[\w/]+\.(?:json|py))\b", text):
         assert (ROOT / file).exists(), file
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    manuals, other = results("tradeoff")["models"], results("domains")["models"]
+    kl = {
+        (share, method): f"{manuals[f'{share} {method}']['kl']:.2f} / {other[f'{share} {method}']['kl']:.2f}"
+        for share in ("1/2", "1/3")
+        for method in ("smolseek", "transmla")
+    }
+    steps = [
+        (f"**{run['ours']['tokens_s']:.0f}** | transformers: {run['transformers']['tokens_s']:.0f} ", ratio)
+        for run in (results(name)["deepseek_159m"] for name in ("train_step", "train_step_float32"))
+        for ratio in [run.get("ratio") or run["transformers"]["ratio"]]
+    ]
+    decode = {run["held"]: run for run in results("decode")["decode"][:2]}
+    prompt = next(run for run in results("decode")["prompt"] if run["tokens"] == 1024)
+    gpu = results("gpu")
+    large, small = (run["tokens_s"] for run in gpu["train"][:2])
+    both = [f"{decode[128][who]:.0f} / {decode[2048][who]:.0f}" for who in ("ours_tokens_s", "transformers_tokens_s")]
+    expected = [
+        f"**{kl['1/2', 'smolseek']}** | TransMLA (our copy): {kl['1/2', 'transmla']} |",
+        f"**{kl['1/3', 'smolseek']}** | TransMLA (our copy): {kl['1/3', 'transmla']} |",
+        f"on manuals | **{manuals['1/2 healed']['kl']:.2f}** |",
+        f"`--calibration self`, on other text | **{other['1/2 smolseek, self']['kl']:.2f}** |",
+        f"**{results('conversion')['figures']['transformers float32, exact']['kl']:.1e}** |",
+        *(f"{speeds}({ratio:.2f}x" for speeds, ratio in steps),
+        f"**{both[0]}** | transformers: {both[1]} ({decode[128]['ratio']:.1f}x / {decode[2048]['ratio']:.1f}x)",
+        f"**{prompt['ours_tokens_s']:,.0f}** | transformers: {prompt['transformers_tokens_s']:,.0f} ",
+        f"**{small:,.0f} / {large:,.0f}** |",
+        f"**{gpu['run']['training_seconds']:.0f} s** |",
+        f"Runs killed {results('soak')['kills']['kills']} times",
+    ]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [text for text in expected if text not in readme] == []
+
+
+def test_every_result_is_in_the_list_of_results():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / "docs" / "results").iterdir()}
+    assert files == set(re.findall(r"\(results/(\w+\.json)\)", page))
 
 
 def test_the_map_of_the_code_names_files_that_are_there():
