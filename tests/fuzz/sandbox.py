@@ -1,16 +1,19 @@
-"""A folder of small models, runs and texts, and a process that carries out command lines in copies of it.
+"""A folder of small models, runs and texts, and a server that runs command lines in copies of it.
 
-The process has loaded everything and forks for each command, which therefore costs a fraction of a second, has an
-environment, limits and streams of its own, and may die without taking the tests along.
+Each command is forked from a process that has loaded all modules: it takes a fraction of a second, has its own
+environment, limits and streams, and may crash without ending the tests.
 """
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from fork_server import ForkServer
 
 SMALL = "--seq-len 16 --batch-size 1 --eval-tokens 32 --sample-tokens 3 --data.val-fraction 0.3 --log-every 1"
 SHAPE = (
@@ -19,69 +22,39 @@ SHAPE = (
     "--model.num-key-value-heads 2 --model.n-routed-experts 4 --model.num-experts-per-tok 2"
 )
 
-NURSERY = r"""
-import contextlib, importlib, io, json, os, resource, signal, sys, time
+RUN = r"""
+import io, json, os, resource, signal, sys
+loaded = set(sys.modules)
 import torch
 from smolseek.cli import main
 
-torch.set_num_threads(1)  # and so no thread that a fork would lose
+folder, stdin, modules, encoding, memory, *arguments = sys.argv[1:]
+torch.set_num_threads(1)
+os.chdir(folder)
+os.dup2(os.open(stdin, os.O_RDONLY), 0)
+sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding=encoding)
+sys.stderr = io.TextIOWrapper(
+    io.BufferedWriter(io.FileIO(2, "w")), encoding=encoding, errors="backslashreplace", line_buffering=True
+)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+# A model too large for memory must end in an error, and must not take the machine down.
+resource.setrlimit(resource.RLIMIT_AS, (size + int(memory), resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+try:
+    code = main(arguments)
+    sys.stdout.flush()
+except BaseException:
+    import traceback
 
-
-def live(job):
-    os.chdir(job["folder"])
-    os.environ.clear()
-    os.environ.update(job["environment"])
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        os.dup2(os.open(job[name], flags), number)
-    sys.stdin = io.TextIOWrapper(io.FileIO(0), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding=job["encoding"])
-    sys.stderr = io.TextIOWrapper(
-        io.BufferedWriter(io.FileIO(2, "w")), encoding=job["encoding"], errors="backslashreplace", line_buffering=True
-    )
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    with open("/proc/self/statm") as file:
-        size = int(file.read().split()[0]) * resource.getpagesize()
-    # A model too large for memory has to be told, and must not take the machine down.
-    resource.setrlimit(resource.RLIMIT_AS, (size + job["memory"], resource.RLIM_INFINITY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        code = main(job["words"])
-        sys.stdout.flush()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        code = 1
-    sys.stderr.flush()
-    with open(job["modules"], "w") as file:
-        json.dump([name for name in sys.modules if name not in loaded], file)
-    os._exit(code)
-
-
-for line in sys.stdin:
-    job, loaded = json.loads(line), set(sys.modules)
-    began, pid, asked = time.monotonic(), os.fork(), False
-    if pid == 0:
-        live(job)
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        spent = time.monotonic() - began
-        if spent > job["seconds"] + 60:
-            os.kill(pid, signal.SIGKILL)
-        elif spent > job["seconds"] and not asked:  # what was asked for may take days: an interrupt ends it
-            os.kill(pid, signal.SIGINT)
-            asked = True
-        time.sleep(0.005)
-    with contextlib.suppress(OSError), open(job["modules"]) as file:
-        for name in json.load(file):  # the next command finds what this one had to import
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
-    with contextlib.suppress(OSError):
-        os.unlink(job["modules"])
-    print(json.dumps([os.waitstatus_to_exitcode(status), asked]), flush=True)
+    traceback.print_exc()
+    code = 1
+sys.stderr.flush()
+with open(modules, "w") as file:
+    json.dump([name for name in sys.modules if name not in loaded], file)
+os._exit(code)
 """
 
 
@@ -97,18 +70,11 @@ class Outcome(NamedTuple):
 
 
 class Nursery:
-    """Carries out command lines, one at a time."""
+    """Runs command lines, one at a time, each in a process of its own that is forked from one with all modules."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep streams and temporary files in `folder`."""
-        self.folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )
+        """Keep input and temporary files in `folder`."""
+        self.folder, self._server = folder, ForkServer()
 
     def run(
         self,
@@ -120,31 +86,32 @@ class Nursery:
         encoding: str = "utf-8",
         seconds: float = 4.0,
     ) -> Outcome:
-        """Carry out `smolseek *words` in `folder`; None takes a variable out of the environment."""
-        streams = {name: str(self.folder / name) for name in ("stdin", "stdout", "stderr", "modules")}
-        Path(streams["stdin"]).write_bytes(stdin)
+        """Run `smolseek *words` in `folder`; None removes a variable from the environment."""
         variables = {**home(self.folder), **(environment or {})}
-        job = {
-            "words": words,
-            "folder": str(folder),
-            "environment": {name: value for name, value in variables.items() if value is not None},
-            "encoding": encoding,
-            "memory": 3 << 30,
-            "seconds": seconds,
-            **streams,
-        }
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        code, interrupted = json.loads(self._process.stdout.readline())
-        out, err = (Path(streams[name]).read_bytes().decode("utf-8", "replace") for name in ("stdout", "stderr"))
-        return Outcome(code, out, err, interrupted)
+        modules = self.folder / "modules"
+        imported = json.loads(modules.read_text()) if modules.exists() else []
+        modules.unlink(missing_ok=True)
+        (self.folder / "stdin").write_bytes(stdin)
+        process = self._server.start(
+            *("-c", RUN, folder, self.folder / "stdin", modules, encoding, 3 << 30, *words),
+            env={name: value for name, value in variables.items() if value is not None},
+            modules=imported,  # the next command has what this one had to import
+        )
+        interrupted = False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        if process.poll() is None:  # a valid command may take days: an interrupt ends it
+            interrupted = True
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(60)
+            process.send_signal(signal.SIGKILL)
+        done = process.finish(60)
+        return Outcome(done.returncode, done.stdout, done.stderr, interrupted)
 
     def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+        """End the server."""
+        self._server.close()
 
 
 def home(folder: Path) -> dict[str, str]:

@@ -1,10 +1,12 @@
-"""Forks processes that have loaded PyTorch already, for tests whose point is a process: it starts in no time.
+"""Forks processes that have loaded PyTorch already, for tests of processes: each starts at once.
 
-What reads the environment when it is imported, as huggingface_hub does, is imported after the fork. The server takes
-requests on a socket: `{"argv": ..., "env": ...}` and the descriptors of stdin, stdout, stderr and of a pipe, into which
-go the process's number and, when it has ended, its status.
+Modules that read the environment when they are imported, such as huggingface_hub, are imported after the fork, unless
+`modules` names them. The server takes requests on a socket: `{"argv": ..., "env": ..., "modules": ...}` and the
+descriptors of stdin, stdout, stderr and of a pipe, to which it writes the process's id and, at its end, its status.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import select
@@ -13,21 +15,25 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 
 class ForkedProcess:
-    """A running process, with what the tests need of `subprocess.Popen`."""
+    """A running process, with the methods of `subprocess.Popen` that the tests need."""
 
-    def __init__(self, server: socket.socket, argv: list[str], env: Mapping[str, str]) -> None:
-        self._streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  read after the end
+    def __init__(self, server: socket.socket, request: dict, output: Path | None) -> None:
+        if output is None:
+            self._streams = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115  read after the end
+        else:
+            self._streams = [open(output, "a+b")] * 2  # noqa: SIM115
         read, write = os.pipe()
         with open(os.devnull, "rb") as nothing:
             files = [nothing.fileno(), *(stream.fileno() for stream in self._streams), write]
-            socket.send_fds(server, [json.dumps({"argv": argv, "env": dict(env)}).encode()], files)
+            socket.send_fds(server, [json.dumps(request).encode()], files)
         os.close(write)
         self._pipe = os.fdopen(read)
-        self.args, self.pid = argv, int(self._pipe.readline())
+        self.args, self.pid = request["argv"], int(self._pipe.readline())
         self._ended: int | None = None
 
     def poll(self) -> int | None:
@@ -57,7 +63,7 @@ class ForkedProcess:
         texts = []
         for stream in self._streams:
             stream.seek(0)
-            texts.append(stream.read().decode())
+            texts.append(stream.read().decode("utf-8", "replace"))
         return subprocess.CompletedProcess(self.args, code, *texts)
 
     def _code(self, timeout: float | None) -> int | None:
@@ -72,14 +78,24 @@ class ForkServer:
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
 
-    def start(self, *argv: object, env: Mapping[str, str] | None = None) -> ForkedProcess:
-        """Run `python *argv`, which begins with `-c CODE` or `-m MODULE`."""
+    def start(
+        self,
+        *argv: object,
+        env: Mapping[str, str] | None = None,
+        output: Path | None = None,
+        modules: Sequence[str] = (),
+    ) -> ForkedProcess:
+        """Run `python *argv`, which begins with `-c CODE` or `-m MODULE`.
+
+        `output` is a file for stdout and stderr; `modules` are imported by the server, before it forks.
+        """
         if self._socket is None:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
                 command = [sys.executable, __file__, str(theirs.fileno())]
                 self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        return ForkedProcess(self._socket, list(map(str, argv)), os.environ if env is None else env)
+        request = {"argv": list(map(str, argv)), "env": dict(os.environ if env is None else env), "modules": modules}
+        return ForkedProcess(self._socket, request, output)
 
     def run(
         self, *argv: object, env: Mapping[str, str] | None = None, timeout: float = 240
@@ -95,12 +111,16 @@ class ForkServer:
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a process for each request; another one waits for it and tells its status."""
+    """Fork a process for each request, and another one that waits for it and reports its status."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
-        request, files, _, _ = socket.recv_fds(requests, 1 << 18, 4)
-        if not request:
+        message, files, _, _ = socket.recv_fds(requests, 1 << 18, 4)
+        if not message:
             return
+        request = json.loads(message)
+        for module in request["modules"]:
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
         if os.fork():
             for file in files:
                 os.close(file)
@@ -119,12 +139,11 @@ def serve(requests: socket.socket) -> None:
         for number, file in enumerate(streams):
             os.dup2(file, number)
             os.close(file)
-        job = json.loads(request)
         os.environ.clear()
-        os.environ.update(job["env"])
+        os.environ.update(request["env"])
         del sys.path[0]  # this file's folder
-        kind, program, *words = job["argv"]
-        sys.argv = [kind, *words]
+        kind, program, *arguments = request["argv"]
+        sys.argv = [kind, *arguments]
         if kind == "-c":
             exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
         else:

@@ -1,7 +1,4 @@
-"""What takes minutes and some luck: twenty SIGKILLs of one run, and a disk that is really full. `make soak` runs it.
-
-The lives of a run are forked from a process that has loaded everything, so that each costs a second and not five.
-"""
+"""Twenty SIGKILLs of one run at random moments, and a disk that is really full. `make soak` runs it."""
 
 import contextlib
 import json
@@ -15,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_server import ForkedProcess, ForkServer
 
 from smolseek.run_folder import RunFolder
 from smolseek.storage.manifest import newest_valid, verify
@@ -26,59 +24,26 @@ KILLS, STEPS, SAVE_EVERY = 20, 80, 3
 BATCH, ACCUM, SEQ = 2, 2, 16
 TIMING = {"tokens_per_second", "memory", "peak_memory"}
 
-NURSERY = """
-import json, os, sys
-import torch
-import smolseek.train.loop, transformers, datasets
-from smolseek.cli import main
-for line in sys.stdin:
-    log, words = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2)
-        torch.set_num_threads(1)
-        code = main(words)
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Nursery:
-    """Starts lives of runs, one at a time."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.log = Path()
-
-    def begin(self, log: Path, words: list[str]) -> int:
-        """Start `smolseek *words` and return its process id."""
-        self.log = log
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps([str(log), words]) + "\n")
-        self._process.stdin.flush()
-        return int(self._process.stdout.readline())
-
-    def end(self) -> int:
-        """Wait for it and return its exit code."""
-        assert self._process.stdout
-        return int(self._process.stdout.readline())
-
-    def close(self) -> None:
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
+RUN = "import sys, torch; torch.set_num_threads(1); from smolseek.cli import main; sys.exit(main(sys.argv[1:]))"
+MODULES = ("smolseek.cli", "smolseek.train.loop", "transformers", "datasets")
 
 
 @pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    made = Nursery()
-    yield made
-    made.close()
+def server() -> Iterator[ForkServer]:
+    """Start processes that have loaded everything: a second each, and not five."""
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+def begin(server: ForkServer, log: Path, command: list[str]) -> ForkedProcess:
+    """Start `smolseek *command`, which writes to `log`."""
+    return server.start("-c", RUN, *command, output=log, modules=MODULES)
+
+
+def finish(server: ForkServer, log: Path, command: list[str]) -> None:
+    """Run `smolseek *command` to its end, which is a success."""
+    assert begin(server, log, command).wait() == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +56,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def words(run: Path, data: Path, steps: int, *extra: str) -> list[str]:
+def arguments(run: Path, data: Path, steps: int, *extra: str) -> list[str]:
     small = f"--model.num-hidden-layers 1 --model.hidden-size 16 --seq-len {SEQ} --batch-size {BATCH} "
     small += f"--grad-accum {ACCUM} --precision float32 --steps {steps} --save-every {SAVE_EVERY} --keep-last 3 "
     small += "--log-every 1 --eval-every 40 --eval-tokens 64 --sample-tokens 0 --data.val-fraction 0.2"
@@ -99,12 +64,12 @@ def words(run: Path, data: Path, steps: int, *extra: str) -> list[str]:
 
 
 def records(run: Path) -> list[dict]:
-    found = [{k: v for k, v in r.items() if k not in TIMING} for r in RunFolder(run).read_metrics()]
-    return [record for record in found if "machine" not in record]
+    records = [{k: v for k, v in r.items() if k not in TIMING} for r in RunFolder(run).read_metrics()]
+    return [record for record in records if "machine" not in record]
 
 
-def steps_said(log: Path) -> int:
-    """Steps that a life has logged."""
+def logged_steps(log: Path) -> int:
+    """Steps in the log of a process."""
     return log.read_text().count("\nStep ") if log.exists() else 0
 
 
@@ -118,15 +83,10 @@ def final_files(run: Path, steps: int) -> list[bytes]:
     return [(path / name).read_bytes() for name in ("model.safetensors", "training_state.safetensors")]
 
 
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
-
-
-def test_twenty_kills_change_no_bit(nursery: Nursery, data: Path, tmp_path: Path) -> None:
+def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     whole, run = tmp_path / "whole", RunFolder(tmp_path / "run")
-    nursery.begin(tmp_path / "whole.log", words(whole, data, STEPS))
-    assert nursery.end() == 0, nursery.log.read_text()
+    finish(server, tmp_path / "whole.log", arguments(whole, data, STEPS))
 
     seed = time.time_ns()
     print(f"seed {seed}")  # pytest shows it when the test fails
@@ -136,33 +96,33 @@ def test_twenty_kills_change_no_bit(nursery: Nursery, data: Path, tmp_path: Path
         expected, skipped = newest_valid(run)
         # Not one that is named as a checkpoint may be less than whole, whenever the kill came.
         assert not skipped and all(verify(path) is None for path in run.checkpoint_paths())
-        log, before = tmp_path / f"life-{kills}.log", unfinished(run)
-        pid = nursery.begin(log, words(run.path, data, STEPS, *(["--resume"] if run.config.exists() else [])))
+        log, before = tmp_path / f"{kills}.log", unfinished(run)
+        resume = ["--resume"] if run.config.exists() else []
+        process = begin(server, log, arguments(run.path, data, STEPS, *resume))
         kind = ("steps", "saving", "steps", "saving", "anywhere")[kills % 5]
         if kind == "anywhere":  # while it loads and resumes, too
             time.sleep(rng.uniform(0, 3))
         else:
             goal = rng.randint(1, 4)
-            while alive(pid) and steps_said(log) < goal:
+            while process.poll() is None and logged_steps(log) < goal:
                 time.sleep(0.005)
             if kind == "saving":
-                while alive(pid) and not list(run.checkpoints.glob(".tmp-step-*")):
+                while process.poll() is None and not list(run.checkpoints.glob(".tmp-step-*")):
                     time.sleep(0.0002)
                 time.sleep(rng.uniform(0, 0.005))
             else:
                 time.sleep(rng.uniform(0, 0.2))
-        os.kill(pid, signal.SIGKILL)
-        code = nursery.end()
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
         said = log.read_text()
         assert code == -signal.SIGKILL, said
         kills += 1
         during_save += bool(unfinished(run) - before)
-        before_first_step += steps_said(log) == 0
+        before_first_step += logged_steps(log) == 0
         resuming = [line for line in said.splitlines() if line.startswith("Resuming ")]
         if expected is not None and resuming:
             assert resuming == [f"Resuming {run.path} from {expected.name}"]
-    nursery.begin(tmp_path / "last.log", words(run.path, data, STEPS, "--resume"))
-    assert nursery.end() == 0, nursery.log.read_text()
+    finish(server, tmp_path / "last.log", arguments(run.path, data, STEPS, "--resume"))
 
     assert final_files(run.path, STEPS) == final_files(whole, STEPS)
     assert records(run.path) == records(whole)
@@ -170,7 +130,7 @@ def test_twenty_kills_change_no_bit(nursery: Nursery, data: Path, tmp_path: Path
     assert trained == [BATCH * ACCUM * SEQ * step for step in range(1, STEPS + 1)]
     assert not list(run.checkpoints.glob(".tmp-*"))
     assert during_save >= KILLS // 4
-    tell(
+    report(
         "kills",
         kills=kills,
         during_a_save=during_save,
@@ -185,11 +145,10 @@ def test_twenty_kills_change_no_bit(nursery: Nursery, data: Path, tmp_path: Path
 
 
 @pytest.fixture(scope="module")
-def whole(nursery: Nursery, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(server: ForkServer, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed run of 24 steps."""
     folder = tmp_path_factory.mktemp("whole")
-    nursery.begin(folder / "log", words(folder / "run", data, 24))
-    assert nursery.end() == 0, nursery.log.read_text()
+    finish(server, folder / "log", arguments(folder / "run", data, 24))
     return folder / "run"
 
 
@@ -215,23 +174,25 @@ def fill(disk: Path) -> Path:
 
 
 @pytest.mark.parametrize("mended", [True, False])
-def test_a_full_disk(nursery: Nursery, data: Path, tmp_path: Path, small_disk: Path, whole: Path, mended: bool) -> None:
+def test_a_full_disk(
+    server: ForkServer, data: Path, tmp_path: Path, small_disk: Path, whole: Path, mended: bool
+) -> None:
     """Full in the middle of the run and empty again before its end; or full until the end, and mended after it."""
     steps = 24
     run, log = RunFolder(small_disk / "run"), tmp_path / "run.log"
-    pid = nursery.begin(log, words(run.path, data, steps))
-    while alive(pid) and not run.checkpoint_paths():
+    process = begin(server, log, arguments(run.path, data, steps))
+    while process.poll() is None and not run.checkpoint_paths():
         time.sleep(0.005)
     ballast = fill(small_disk)
     kept = {path: verify(path) for path in run.checkpoint_paths()}
-    while alive(pid) and (not mended or "Training goes on, but" not in log.read_text()):
+    while process.poll() is None and (not mended or "Training goes on, but" not in log.read_text()):
         fill(small_disk)  # also what a failed save has given back
         time.sleep(0.01)
     # The older ones are still there and whole; no half of the new one is left.
     assert kept and all(verify(path) is None for path in kept)
     if mended:
         ballast.unlink()
-    code, said = nursery.end(), log.read_text()
+    code, said = process.wait(), log.read_text()
     assert "No space left on device" in said and "Training goes on, but the checkpoint of step" in said
     if mended:
         assert code == 0, said
@@ -242,16 +203,17 @@ def test_a_full_disk(nursery: Nursery, data: Path, tmp_path: Path, small_disk: P
         assert "Step    24/24" in said and "metrics.jsonl cannot be written" in said
         assert newest_valid(run)[0] is not None and not list(run.checkpoints.glob(".tmp-*"))
         ballast.unlink()
-        nursery.begin(log, words(run.path, data, steps, "--resume"))
-        assert nursery.end() == 0, log.read_text()
+        finish(server, log, arguments(run.path, data, steps, "--resume"))
     assert final_files(run.path, steps) == final_files(whole, steps)
     assert [r for r in records(run.path) if "save_failed" not in r] == records(whole)
     failed = [r for r in records(run.path) if "save_failed" in r]
-    tell("full_disk_for_a_while" if mended else "full_disk_to_the_end", exit_code=code, save_failed_records=len(failed))
+    report(
+        "full_disk_for_a_while" if mended else "full_disk_to_the_end", exit_code=code, save_failed_records=len(failed)
+    )
 
 
-def tell(name: str, **figures: object) -> None:
-    """Say what was found, and write it to the file that SOAK_RESULT names, if it does."""
+def report(name: str, **figures: object) -> None:
+    """Print the figures, and write them to the file in SOAK_RESULT, if it is set."""
     print(name, figures)
     to = os.environ.get("SOAK_RESULT")
     if to:
