@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from smolseek.errors import SmolseekError
-from smolseek.files import sync_handle
+from smolseek.files import sync
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -157,7 +157,7 @@ class Appended:
                 file.write(self.waiting)
                 file.flush()
                 if self.sync:
-                    sync_handle(file.fileno())
+                    sync(file.fileno())
             self.waiting = b""
         except OSError as error:
             if size is not None:  # no half a line

@@ -23,26 +23,23 @@ UNFINISHED = ".tmp-"
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def sync(path: str | os.PathLike[str]) -> None:
-    """Force a file, or a folder's list of files, to the disk. File systems that cannot do so are ignored.
+def sync(file: int | str | os.PathLike[str]) -> None:
+    """Force a file, open or by its path, or a folder's list of files, to the disk.
+
+    File systems that cannot do so are ignored.
 
     Raises:
         OSError: if the path cannot be opened, or the disk is full or broken.
     """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        sync_handle(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_handle(handle: int) -> None:
-    """As `sync`, for an open file."""
+    handle = file if isinstance(file, int) else os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
+    finally:
+        if not isinstance(file, int):
+            os.close(handle)
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
@@ -57,7 +54,7 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
         with part.open("wb") as file:
             file.write(data.encode("utf-8") if isinstance(data, str) else data)
             file.flush()
-            sync_handle(file.fileno())
+            sync(file.fileno())
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
