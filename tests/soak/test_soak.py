@@ -20,7 +20,7 @@ from smolseek.train.logging import describe
 
 pytestmark = pytest.mark.soak
 
-KILLS, STEPS, SAVE_EVERY = 20, 80, 3
+KILLS, STEPS, SAVE_EVERY = 20, 200, 3
 BATCH, ACCUM, SEQ = 2, 2, 16
 TIMING = {"tokens_per_second", "memory", "peak_memory"}
 
@@ -101,7 +101,7 @@ def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Pa
         process = begin(server, log, arguments(run.path, data, STEPS, *resume))
         kind = ("steps", "saving", "steps", "saving", "anywhere")[kills % 5]
         if kind == "anywhere":  # while it loads and resumes, too
-            time.sleep(rng.uniform(0, 3))
+            time.sleep(rng.uniform(0, 1.5))
         else:
             goal = rng.randint(1, 4)
             while process.poll() is None and logged_steps(log) < goal:
