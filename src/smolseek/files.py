@@ -67,7 +67,7 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
 def unfinished(path: Path) -> Path:
     """Return where the folder `path` is written until it is complete: beside it, or inside an empty folder `path`.
 
-    An empty folder is filled, not replaced: it may be a mount point, or lie in a folder without write permission.
+    An empty folder is filled, not replaced: it may be a mount point, or be inside a folder without write permission.
     """
     inside = path.is_dir() and is_vacant(path)
     return (path if inside else path.parent) / f"{UNFINISHED}{path.name}"

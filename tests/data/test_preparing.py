@@ -231,7 +231,7 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
     record = [finding for finding in done.out.splitlines() if "Audit" in finding][-1]
     assert "passed" in record, done.out
     for extra, message in (
-        (["--data", out, text], "stand alone"),
+        (["--data", out, text], "cannot be combined"),
         (["--data", out, "--model.eos-token-id", "2"], "end in token 0"),
     ):
         done = run_cli("train", "tiny", *extra, "--run", tmp_path / "other")

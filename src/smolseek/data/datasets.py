@@ -88,7 +88,7 @@ def read_distinct(data: DataConfig, report: ReadReport) -> Iterator[tuple[int, s
 
 
 def read_corpus(data: DataConfig) -> Corpus:
-    """Read local documents and split them; a document's side depends on its text alone.
+    """Read local documents and split them; a document's side depends only on its text.
 
     Where one side would be empty, long documents are cut into parts, and the last parts of each are held out.
 
@@ -148,7 +148,9 @@ def _open_prepared(
 ) -> tuple[PreparedDataset, Callable[[Any], str]]:
     """Return prepared tokens, and the function that decodes a document."""
     if len(sources) > 1:
-        raise SmolseekError(f"data {' '.join(sources)}: prepared tokens stand alone: prepare all of it together")
+        raise SmolseekError(
+            f"data {' '.join(sources)}: prepared tokens cannot be combined with other data: prepare all of it together"
+        )
     prepared = PreparedDataset(sources[0])
     if tokenizer is None:
         raise SmolseekError(f"data {prepared.path} is prepared tokens, and text is needed here: give the text itself")

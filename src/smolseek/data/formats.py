@@ -21,7 +21,7 @@ KINDS = {
     ".parquet": "parquet",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-ENDINGS = f"{' '.join(KINDS)}, also with {' '.join(COMPRESSIONS)} behind"
+ENDINGS = f"{' '.join(KINDS)}, also followed by {' '.join(COMPRESSIONS)}"
 
 _SNIFFED = 1 << 16
 """Bytes at a file's beginning that are searched for NUL bytes before the rest is read."""
@@ -48,7 +48,7 @@ def read_texts(
 
     Args:
         source: a path, or an open file.
-        name: the file's name, which tells the format; unknown endings are read as text.
+        name: the file's name, which gives the format; unknown endings are read as text.
         where: what error messages call the file.
         column: key (JSON) or column (csv, parquet) that holds the text.
         separator: what separates the documents of a text file; None reads the file as one document.

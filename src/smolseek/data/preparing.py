@@ -295,7 +295,7 @@ class LocalShard:
         """Yield documents from number `first` on."""
         self.last_read = Corpus([], [])
         documents = read_distinct(self._data, self.last_read.report)
-        # Read on to the second document that is no copy, if there is one: a document that is alone is cut.
+        # Read until a second document that is no copy: a single document is cut.
         head = list(islice(documents, 1))
         for key, text in documents:
             head.append((key, text))

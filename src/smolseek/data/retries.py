@@ -29,7 +29,7 @@ class HubUnavailable(Stopped):
 
 
 class RetryableError(Exception):
-    """A request failed that may succeed when it is repeated, after the `pause` in seconds that the server asked for."""
+    """A failed request that may be repeated, after the `pause` in seconds that the server requests."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
         super().__init__(what)

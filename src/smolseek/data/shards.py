@@ -92,7 +92,7 @@ class SourceEntry:
     at: NextDocument
     parts: list[Part]
     text: dict[str, Any] = field(default_factory=dict)
-    """What must not change until everything is prepared; earlier releases wrote none."""
+    """Options that must not change until everything is prepared; earlier releases wrote none."""
     read: str | None = None
     """Hash of the documents read so far, where they might change."""
 

@@ -1,6 +1,6 @@
 """The order of the training documents, drawn from the seed; a position in it is a few numbers.
 
-Documents in memory are shuffled anew every epoch. Of a streamed source the shards are shuffled every epoch and the
+Documents in memory are shuffled again every epoch. Of a streamed source the shards are shuffled every epoch and the
 documents within them in blocks, so that going to a position reads at most one block again.
 """
 

@@ -26,7 +26,7 @@ class Spelling:
         self._name, self._seen = name, 0
         self._lost: Counter[str] = Counter()
         self._missing: bytes | None = None
-        """Bytes without a token; None where tokens do not stand for bytes, so that texts are encoded."""
+        """Bytes without a token; None where tokens are not bytes, so that texts must be encoded."""
         values, vocabulary = tokenizer.backend_tokenizer.to_str(), tokenizer.get_vocab()
         model = json.loads(values)["model"]
         if is_byte_level(tokenizer):

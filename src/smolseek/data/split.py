@@ -131,7 +131,7 @@ def _cut(text: str) -> tuple[list[str], int]:
     texts: list[str] = []
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
         part = text[start:stop]
-        if texts and not (part.strip() and texts[-1].strip()):  # white space alone is no part
+        if texts and not (part.strip() and texts[-1].strip()):  # no part is only white space
             texts[-1] += part
         else:
             texts.append(part)

@@ -20,8 +20,7 @@ from smolseek.tokenizer import Encode
 class TrainStream:
     """The endless training sequences, at a position that can be saved and restored.
 
-    Sources are mixed document by document: the next document is from the source whose tokens are furthest behind its
-    share.
+    Sources are mixed document by document: the next one is from the source whose tokens are furthest below its share.
     """
 
     def __init__(
@@ -123,8 +122,8 @@ class TrainStream:
         if state["fingerprint"] != self._fingerprint:
             raise SmolseekError(
                 f"the training data is not the checkpoint's ({state['fingerprint']} then, {self._fingerprint} "
-                "now): resume with --data naming the text as it was, wherever it lies now, or train on this text from "
-                "the run's weights: --init RUN --run OTHER"
+                "now): resume with --data naming the same text, at its present path, or train on this text from the "
+                "run's weights: --init RUN --run OTHER"
             )
         if state["seed"] != self._seed:
             raise SmolseekError(
@@ -163,7 +162,7 @@ class TrainStream:
         if not self._threads:
             starts = zip(self._sources, self._positions, strict=True)
             self._threads = [Prefetch(functools.partial(source.chunks, at), source.depth) for source, at in starts]
-        # The source furthest behind its share; the first of equals.
+        # The source furthest below its share; the first of equals.
         k = min(range(len(self._sources)), key=lambda i: self._drawn[i] / self._weights[i])
         position, tokens = self._threads[k].next(stopped)
         # The position that came with the document: after the end of a block, `_positions` lags behind.

@@ -41,7 +41,7 @@ class ExpertDispatcher(LocalDispatcher):
         received_E = torch.empty_like(load_E)
         dist.all_to_all_single(received_E, load_E, group=self.group)
         n_local = n_experts // self.size
-        # The host waits for the GPU here alone: the collective takes its splits as Python integers.
+        # The only wait of the host for the GPU: the collective takes its splits as Python integers.
         sent, received = torch.stack((load_E, received_E)).view(2, self.size, n_local).sum(dim=2).tolist()
         x_XD = _AllToAll.apply(x_MD, sent, received, self.group)
         # They arrive sorted by process, then expert; the experts need them sorted by expert, then process.

@@ -1,7 +1,7 @@
 """Names the process that is late or missing: before a collective gives up, and after one has failed.
 
 A collective that fails names nobody: gloo says that a connection is closed, NCCL that its time is over. torchrun's
-report names a dead process of its own machine alone. `monitored_barrier` would need every process to call it, and those
+report names a dead process of its own machine only. `monitored_barrier` would need every process to call it, and those
 still inside a collective cannot. So a thread of each process writes heartbeats to torchrun's store.
 """
 

@@ -1,7 +1,7 @@
 """The sizes of a mesh of processes, checked. Imports no torch.
 
-P processes stand in a row. Each group of `expert` neighbours holds all routed experts; each group of `shard` neighbours
-holds all other weights. Every process trains on its own sequences.
+Each group of `expert` neighbouring ranks holds all routed experts; each group of `shard` neighbouring ranks holds all
+other weights. Every process trains on its own sequences.
 """
 
 from dataclasses import dataclass

@@ -45,7 +45,7 @@ class SingleProcess:
         return new_model(config, seed, device)
 
     def init_weights(self, model: CausalLM, seed: int) -> None:
-        """Draw the weights of `build_model` anew."""
+        """Draw the weights of `build_model` again."""
         model.init_weights(torch.Generator(model.lm_head.weight.device).manual_seed(seed))
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
