@@ -132,7 +132,7 @@ def test_metrics_after_a_crash(run):
     assert run.metrics.read_text().endswith('{"step": 30}\n')
 
 
-def test_a_torn_line_with_all_steps_kept_is_dropped(run):
+def test_a_torn_line_after_the_last_step_is_dropped(run):
     run.create(config(run), resume=False)
     run.metrics.write_text('{"step": 10}\n{"step": 2')
     run.cut_back(run.sizes(), 10)
@@ -146,7 +146,7 @@ def test_a_damaged_line_is_named(run):
         run.read_metrics()
 
 
-def test_a_damaged_line_ends_no_run(run, capsys):
+def test_a_damaged_line_stops_no_run(run, capsys):
     run.create(config(run), resume=False)
     run.metrics.write_text('{"step": 10}\nxx\n{"step": 20}\n')
     run.cut_back(run.sizes(), 20)
@@ -154,7 +154,7 @@ def test_a_damaged_line_ends_no_run(run, capsys):
     assert "metrics.jsonl, line 2 is damaged and left out" in capsys.readouterr().err
 
 
-def test_files_that_cannot_be_shortened_end_no_run(run, monkeypatch, capsys):
+def test_files_that_cannot_be_shortened_stop_no_run(run, monkeypatch, capsys):
     run.create(config(run), resume=False)
     run.append_metrics({"step": 10})
     run.append_samples("text")

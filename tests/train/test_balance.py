@@ -25,14 +25,14 @@ from smolseek.train.schedule import Schedule
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=64)
 
 
-def rows(seed: int) -> torch.Tensor:
+def sequences(seed: int) -> torch.Tensor:
     return torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(seed))
 
 
 def test_the_bias_moves_by_gamma_towards_the_mean_over_all_micro_batches():
     model = new_model(CONFIG)
     balancer = Balancer(model, gamma=0.25)
-    loads = [losses(model, rows(seed)).load_LE for seed in range(3)]
+    loads = [losses(model, sequences(seed)).load_LE for seed in range(3)]
     for load in loads:
         balancer.add(load)
     violation = balancer.step()
@@ -49,7 +49,7 @@ def test_recomputation_counts_no_token_twice():
         model = new_model(CONFIG)
         model.grad_checkpointing = how
         balancer = Balancer(model, gamma=1e-3)
-        out = losses(model, rows(0))
+        out = losses(model, sequences(0))
         balancer.add(out.load_LE)
         out.total.backward()
         counts.append(balancer.load_LE.clone())
@@ -60,7 +60,7 @@ def test_recomputation_counts_no_token_twice():
 def test_a_share_of_gamma_moves_the_bias_by_that_share():
     model = new_model(CONFIG)
     balancer = Balancer(model, gamma=0.25)
-    balancer.add(losses(model, rows(0)).load_LE)
+    balancer.add(losses(model, sequences(0)).load_LE)
     balancer.step(0.5)
     sizes = {float(value) for router in model.routers for value in router.e_score_correction_bias.abs()}
     assert sizes <= {0.0, 0.125}
@@ -100,7 +100,7 @@ def test_in_a_training_gamma_falls_with_the_learning_rate(text, tmp_path):
     assert 0.125 in sizes
 
 
-def test_calibration_steps_change_the_biases_alone_and_are_resumed_to_the_last_bit(text, tmp_path):
+def test_calibration_steps_change_only_the_biases_and_are_resumed_to_the_last_bit(text, tmp_path):
     short = load_model(str(loop.train(training(text, tmp_path / "short")))).model.state_dict()
     config = training(text, tmp_path / "calibrated", steps=5, calibration_steps=3, save_every=1)
     config = replace(config, guard=GuardConfig(spike=6))
@@ -157,7 +157,7 @@ def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full
     assert moved[True].abs().max() < 1e-6
 
 
-def test_calibration_brings_loads_together():
+def test_calibration_evens_out_the_loads():
     """The biases of a router at rest, moved as in the last steps of a run, halve its MaxVio many times over."""
     model, calibration = new_model(CONFIG), 400
     with torch.no_grad():
@@ -167,15 +167,15 @@ def test_calibration_brings_loads_together():
         model=CONFIG, run="runs/none", steps=500, balance=BalanceConfig(gamma=0.01, calibration_steps=calibration)
     )
     balancer = Balancer(model, 0.01)
-    held_out = torch.randint(64, (64, 33), generator=torch.Generator().manual_seed(9999))
+    validation = torch.randint(64, (64, 33), generator=torch.Generator().manual_seed(9999))
 
     def violation() -> float:
-        return float(maxvio(losses(model, held_out).load_LE).mean())
+        return float(maxvio(losses(model, validation).load_LE).mean())
 
     with torch.no_grad():
         before = violation()
         for step in range(100, 500):
-            balancer.add(losses(model, rows(step)).load_LE)
+            balancer.add(losses(model, sequences(step)).load_LE)
             balancer.step(Schedule.of(config).bias_factor(step), calibrate=True)
         assert violation() < 0.1 * before
 
@@ -192,7 +192,7 @@ def test_calibration_that_cannot_work_is_refused(text):
 def test_gamma_zero_never_moves():
     model = new_model(CONFIG)
     balancer = Balancer(model, gamma=0)
-    balancer.add(losses(model, rows(0)).load_LE)
+    balancer.add(losses(model, sequences(0)).load_LE)
     balancer.step()
     assert all(not router.e_score_correction_bias.any() for router in model.routers)
 

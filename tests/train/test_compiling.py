@@ -42,13 +42,13 @@ def compiled(model, context=None):
 
 
 def gradients(model, context=None):
-    rows = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(3))
+    sequences = torch.randint(64, (2, 25), generator=torch.Generator().manual_seed(3))
     with context or nullcontext():
-        loss = losses(model, rows, accumulate=True, factor=1.0).total
+        loss = losses(model, sequences, accumulate=True, factor=1.0).total
     loss.backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
+    actual = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    return found
+    return actual
 
 
 class Triton:
@@ -61,11 +61,11 @@ class Triton:
         return torch.cat((dy * up * s * (1 + gate * (1 - s)), dy * gate * s), dim=-1).to(h.dtype)
 
     @staticmethod
-    def unpermute_backward(y, places, weights, d):
+    def unpermute_backward(y, indices, weights, d):
         d = d.float()[:, None]
         dy = torch.empty_like(y)
-        dy[places] = (weights[..., None] * d).flatten(0, 1).to(y.dtype)
-        return dy, (y[places].view(*weights.shape, -1) * d).sum(dim=-1)
+        dy[indices] = (weights[..., None] * d).flatten(0, 1).to(y.dtype)
+        return dy, (y[indices].view(*weights.shape, -1) * d).sum(dim=-1)
 
     @staticmethod
     def rope_and_pack(q, kv, pe, cos, sin, sizes, interleave):
@@ -83,8 +83,8 @@ class Triton:
         def back(d, c, s):
             a, b = d.float().chunk(2, dim=-1)
             turned = a * c + b * s, b * c - a * s
-            found = torch.stack(turned, dim=-1).flatten(-2) if interleave else torch.cat(turned, dim=-1)
-            return found.to(d.dtype)
+            actual = torch.stack(turned, dim=-1).flatten(-2) if interleave else torch.cat(turned, dim=-1)
+            return actual.to(d.dtype)
 
         dq = torch.cat((dq[..., :N], back(dq[..., N:], cos[:, None], sin[:, None])), dim=-1).flatten(2)
         dkv = torch.cat((dk[..., :N], dv), dim=-1).flatten(2)
@@ -117,8 +117,8 @@ def test_gradients_are_those_of_plain_layers(monkeypatch, use_backend, name):
     assert graphs > 0
     if grouped:
         assert not torch._dynamo.utils.counters["graph_break"]  # a layer is one piece
-    for name, found in gradients(model, context).items():
-        far = (found - expected[name]).norm() / expected[name].norm()
+    for name, actual in gradients(model, context).items():
+        far = (actual - expected[name]).norm() / expected[name].norm()
         assert far < (2e-2 if grouped else 1e-5), name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all layers, each time, are one code
 
@@ -128,7 +128,7 @@ def fails(graph, inputs):
 
 
 def wrong(graph, inputs):
-    return lambda *given: [1.5 * out if out.is_floating_point() else out for out in graph(*given)]
+    return lambda *options: [1.5 * out if out.is_floating_point() else out for out in graph(*options)]
 
 
 @pytest.mark.parametrize(("code", "says"), [(fails, "no compiler"), (wrong, "loss and gradient norm are")])
@@ -142,7 +142,7 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_the_model_as_it_was(monk
     assert model.call_block is call_block and says in error
     assert "the layers are not compiled, which only costs time" in error and error.count("\n") == 1
     assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(found, expected[name]) for name, found in gradients(model).items())
+    assert all(torch.equal(actual, expected[name]) for name, actual in gradients(model).items())
 
 
 def test_where_it_is_wanted():

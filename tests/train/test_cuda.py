@@ -26,7 +26,7 @@ def config(name: str, **changed) -> TrainConfig:
     return TrainConfig(model=shape, run="none", batch_size=4, grad_accum=2, seq_len=64, **changed)
 
 
-def rows_of(run: TrainConfig, seed: int) -> torch.Tensor:
+def sequences_of(run: TrainConfig, seed: int) -> torch.Tensor:
     shape = run.batch_size, run.seq_len + 1
     return torch.randint(run.model.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -35,15 +35,15 @@ def gradients(
     forward_backward: ForwardBackward, batches: list[torch.Tensor]
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Return losses and gradients of a step, which are then dropped."""
-    found = [float(forward_backward(rows).total) for rows in batches]
+    actual = [float(forward_backward(sequences).total) for sequences in batches]
     grads = {n: p.grad.cpu().double() for n, p in forward_backward.model.named_parameters() if p.grad is not None}
     forward_backward.model.zero_grad(set_to_none=True)
-    return found, grads
+    return actual, grads
 
 
-def far(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+def far(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """Return the relative error of the whole gradient."""
-    off = sum(float((found[n] - g).square().sum()) for n, g in exact.items())
+    off = sum(float((actual[n] - g).square().sum()) for n, g in exact.items())
     return (off / sum(float(g.square().sum()) for g in exact.values())) ** 0.5
 
 
@@ -51,11 +51,13 @@ def far(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float
 def test_float32_is_float64_on_a_cpu_to_rounding(name):
     run = config(name)
     model = new_model(run.model, seed=1)
-    batches = [rows_of(run, 0), rows_of(run, 1)]
+    batches = [sequences_of(run, 0), sequences_of(run, 1)]
     exact = ForwardBackward(copy.deepcopy(model).double(), losses, nullcontext(), grad_accum=run.grad_accum)
     values, expected = gradients(exact, batches)
-    found, grads = gradients(ForwardBackward(model.to(CUDA), losses, nullcontext(), grad_accum=run.grad_accum), batches)
-    assert found == pytest.approx(values, rel=1e-5)
+    actual, grads = gradients(
+        ForwardBackward(model.to(CUDA), losses, nullcontext(), grad_accum=run.grad_accum), batches
+    )
+    assert actual == pytest.approx(values, rel=1e-5)
     assert far(grads, expected) < 1e-4
 
 
@@ -63,7 +65,7 @@ def test_float32_is_float64_on_a_cpu_to_rounding(name):
 @pytest.mark.parametrize("how", ["graph", "compiled"])
 def test_captured_and_compiled_micro_batches_are_the_plain_ones(name, how, capsys):
     run = config(name)
-    batches = [rows_of(run, 0), rows_of(run, 1)]
+    batches = [sequences_of(run, 0), sequences_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
     exact = ForwardBackward(copy.deepcopy(model).double(), losses, nullcontext(), grad_accum=run.grad_accum)
     _, expected = gradients(exact, batches)
@@ -74,8 +76,8 @@ def test_captured_and_compiled_micro_batches_are_the_plain_ones(name, how, capsy
     assert forward_backward.captured
     assert (forward_backward.model.call_block is not call_block) == (how == "compiled")
     for _ in range(2):  # the second time gradients have been dropped in between
-        found, grads = gradients(forward_backward, batches)
-        assert found == pytest.approx(values, rel=2e-3)
+        actual, grads = gradients(forward_backward, batches)
+        assert actual == pytest.approx(values, rel=2e-3)
         if how == "graph":
             assert far(grads, plain) < 1e-3
         assert far(grads, expected) < 1.1 * far(plain, expected)
@@ -85,7 +87,7 @@ def test_captured_and_compiled_micro_batches_are_the_plain_ones(name, how, capsy
 def test_a_captured_micro_batch_sees_what_the_run_changes(accumulation):
     """Weights that the optimizer moved and biases that the balancing did, in a step's first and later micro-batches."""
     run = replace(config("deepseek_159m"), grad_accum=accumulation)
-    batches = [rows_of(run, seed) for seed in range(accumulation)]
+    batches = [sequences_of(run, seed) for seed in range(accumulation)]
     forward_backward = ForwardBackward(
         new_model(run.model, seed=1, device="cpu").to(CUDA),
         losses,
@@ -102,34 +104,34 @@ def test_a_captured_micro_batch_sees_what_the_run_changes(accumulation):
                 p.mul_(1.5)
         for router in model.routers:
             router.e_score_correction_bias[3] += 10
-    loads = [[each(rows).load_LE.clone() for rows in batches] for each in (forward_backward, plain)]
+    loads = [[each(sequences).load_LE.clone() for sequences in batches] for each in (forward_backward, plain)]
     for captured, expected in zip(*loads, strict=True):
         assert torch.equal(captured, expected)
         assert (captured[:, 3] == run.batch_size * run.seq_len).all()  # every token chooses it
-    found, expected = (
+    actual, expected = (
         [p.grad for p in each.model.parameters() if p.grad is not None] for each in (forward_backward, plain)
     )
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_recomputation_is_captured_too(how, capsys):
     run = config("deepseek_159m", grad_checkpointing=how)
-    batches = [rows_of(run, 0), rows_of(run, 1)]
+    batches = [sequences_of(run, 0), sequences_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
     model.grad_checkpointing = how
     forward_backward = ForwardBackward(model, losses, autocast("bfloat16", CUDA), grad_accum=run.grad_accum)
     values, plain = gradients(forward_backward, batches)
     compiling.prepare(forward_backward, run, CUDA, 1)
     assert capsys.readouterr().err == "" and forward_backward.captured
-    found, grads = gradients(forward_backward, batches)
-    assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
+    actual, grads = gradients(forward_backward, batches)
+    assert actual == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
 
 
 def test_a_failed_recording_leaves_plain_micro_batches(monkeypatch, capsys):
     run = config("deepseek_159m")
-    batches = [rows_of(run, 0), rows_of(run, 1)]
+    batches = [sequences_of(run, 0), sequences_of(run, 1)]
     model = new_model(run.model, seed=1, device="cpu").to(CUDA)
 
     def waits(*args, **kwargs):
@@ -142,23 +144,23 @@ def test_a_failed_recording_leaves_plain_micro_batches(monkeypatch, capsys):
     values, plain = gradients(forward_backward, batches)
     compiling.prepare(forward_backward, run, CUDA, 1)
     assert "no CUDA graph is captured, which only costs time" in capsys.readouterr().err
-    found, grads = gradients(forward_backward, batches)
-    assert found == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
+    actual, grads = gradients(forward_backward, batches)
+    assert actual == pytest.approx(values, rel=1e-5) and far(grads, plain) < 1e-3
 
 
 def test_no_operation_of_a_plain_pass_makes_the_host_wait():
     run = config("deepseek_159m")
     forward_backward = ForwardBackward(new_model(run.model, device=CUDA), losses, autocast("bfloat16", CUDA))
-    rows = rows_of(run, 0)
-    forward_backward(rows)
+    sequences = sequences_of(run, 0)
+    forward_backward(sequences)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward_backward(rows)
+        forward_backward(sequences)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_training_is_repeatable_and_ends_alike_with_and_without_capture(tmp_path):
+def test_a_training_is_repeatable_and_has_the_same_losses_with_and_without_capture(tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"The sea is wide, says ship {n}. " * 9}) + "\n" for n in range(60)))
     ended = {}

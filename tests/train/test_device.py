@@ -24,7 +24,7 @@ def under_torchrun(monkeypatch, local, on_machine, processes):
         monkeypatch.setenv(name, str(n))
 
 
-def test_each_process_of_a_machine_takes_its_own_gpu(four_gpus, monkeypatch):
+def test_each_process_of_a_machine_takes_another_gpu(four_gpus, monkeypatch):
     assert choose_device("auto") == torch.device("cuda")
     assert not four_gpus
     under_torchrun(monkeypatch, 3, 4, 8)
@@ -39,7 +39,7 @@ def test_more_processes_than_gpus_are_refused_with_their_number(four_gpus, monke
     assert not four_gpus
 
 
-def test_processes_that_do_not_know_their_gpu_are_refused(four_gpus, monkeypatch):
+def test_processes_without_a_local_rank_are_refused(four_gpus, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SmolseekError, match="LOCAL_RANK is not set"):
         choose_device("cuda")
@@ -47,7 +47,7 @@ def test_processes_that_do_not_know_their_gpu_are_refused(four_gpus, monkeypatch
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without")
 @pytest.mark.parametrize(("local", "lines"), [(0, 1), (1, 0)])
-def test_one_process_of_each_machine_says_what_all_of_it_find_wrong(local, lines, monkeypatch, capsys):
+def test_one_process_of_each_machine_prints_the_error_of_all(local, lines, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", str(local))
@@ -56,9 +56,9 @@ def test_one_process_of_each_machine_says_what_all_of_it_find_wrong(local, lines
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
-def test_products_that_would_be_emulated_are_told_of(precision, run_cli, monkeypatch, tmp_path):
+def test_emulated_products_give_a_warning(precision, run_cli, monkeypatch, tmp_path):
     monkeypatch.setattr("smolseek.train.resume.multiplies_bfloat16", lambda device: False)
     (tmp_path / "few.txt").write_text("too little to train on")
-    words = ("--device", "cpu", "--precision", precision, "--run", tmp_path / "run")
-    said = run_cli("train", "tiny", "--data", tmp_path / "few.txt", *words)
+    arguments = ("--device", "cpu", "--precision", precision, "--run", tmp_path / "run")
+    said = run_cli("train", "tiny", "--data", tmp_path / "few.txt", *arguments)
     assert said.code == 2 and ("has no bfloat16 products" in said.err) == (precision == "bfloat16")

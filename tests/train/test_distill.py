@@ -41,23 +41,23 @@ def plain(h, w, taught, v):
 @pytest.mark.parametrize("n", [1, 16, 250, 300])  # around the sizes of rows and chunk
 def test_value_and_gradients_equal_the_plain_divergence(n):
     h, w, taught, v, targets = inputs(n)
-    found = linear_kl(h, w, taught, v, targets)
-    (3 * found.objective).backward()
+    actual = linear_kl(h, w, taught, v, targets)
+    (3 * actual.objective).backward()
     h2, w2, *_ = inputs(n)
     expected = plain(h2, w2, taught, v)
     (3 * expected).backward()
-    torch.testing.assert_close(found.objective, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found.next_token, F.cross_entropy(F.linear(h2, w2), targets), rtol=1e-5, atol=1e-6)
-    assert not found.next_token.requires_grad
+    torch.testing.assert_close(actual.objective, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.next_token, F.cross_entropy(F.linear(h2, w2), targets), rtol=1e-5, atol=1e-6)
+    assert not actual.next_token.requires_grad
     for ours, reference in ((h.grad, h2.grad), (w.grad, w2.grad)):
         assert (ours - reference).norm() <= 1e-5 * reference.norm()
 
 
 def test_nothing_is_to_be_learned_from_oneself():
     h, w, _, _, targets = inputs(20)
-    found = linear_kl(h, w.detach(), h.detach(), w.detach(), targets)
-    found.objective.backward()
-    assert float(found.objective.detach()) == pytest.approx(0, abs=1e-6) and float(h.grad.abs().max()) < 1e-6
+    actual = linear_kl(h, w.detach(), h.detach(), w.detach(), targets)
+    actual.objective.backward()
+    assert float(actual.objective.detach()) == pytest.approx(0, abs=1e-6) and float(h.grad.abs().max()) < 1e-6
     assert w.grad is None
 
 
@@ -65,19 +65,19 @@ def test_without_gradients_none_are_made(monkeypatch):
     h, w, taught, v, targets = inputs(20)
     expected = linear_kl(h, w, taught, v, targets).objective
     products, real = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b, **given: products.append(b.shape) or real(a, b, **given))
+    monkeypatch.setattr(torch, "mm", lambda a, b, **options: products.append(b.shape) or real(a, b, **options))
     with torch.no_grad():
-        found = linear_kl(h, w, taught, v, targets).objective
-    assert torch.equal(found, expected) and products == [(64, 1000), (64, 1000)]  # both models' logits
+        actual = linear_kl(h, w, taught, v, targets).objective
+    assert torch.equal(actual, expected) and products == [(64, 1000), (64, 1000)]  # both models' logits
 
 
 def test_under_autocast_it_stays_near():
     h, w, taught, v, targets = inputs(100)
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_kl(h, w, taught, v, targets)
-    found.objective.backward()
-    assert found.objective.dtype == torch.float32
-    assert float(found.objective.detach()) == pytest.approx(float(plain(h, w, taught, v).detach()), rel=0.02)
+        actual = linear_kl(h, w, taught, v, targets)
+    actual.objective.backward()
+    assert actual.objective.dtype == torch.float32
+    assert float(actual.objective.detach()) == pytest.approx(float(plain(h, w, taught, v).detach()), rel=0.02)
     assert w.grad.dtype == torch.float32
 
 
@@ -91,28 +91,28 @@ def small(llama_config):
     return lambda vocab_size=64, **changes: new_model(llama_config(vocab_size=vocab_size, **shape, **changes))
 
 
-def convert_half(base, text, **options):
+def compress(base, text, **options):
     """Convert `base`/llama to half of its cache in `base`/half."""
-    half = Conversion(mode="compress", cache=0.5, calibration=str(text), **options)
-    convert(str(base / "llama"), base / "half", half)
+    conversion = Conversion(mode="compress", cache=0.5, calibration=str(text), **options)
+    convert(str(base / "llama"), base / "half", conversion)
 
 
-def test_attention_alone_learns_from_the_teacher(small, tmp_path):
+def test_only_attention_learns_from_the_teacher(small, tmp_path):
     save_folder(small(), tmp_path / "llama")
-    convert_half(tmp_path, "self", calibration_tokens=400)
+    compress(tmp_path, "self", calibration_tokens=400)
     model, teacher = load_model(tmp_path / "half").model, open_teacher(str(tmp_path / "llama"), 64, torch.device("cpu"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attention_only(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, OptimConfig(weight_decay=0.0)), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(64, (8, 33), generator=generator)
-    begun = float(losses(model, rows, teacher=teacher).total.detach())
+    sequences = torch.randint(64, (8, 33), generator=generator)
+    begun = float(losses(model, sequences, teacher=teacher).total.detach())
     for _ in range(60):
-        losses(model, rows, teacher=teacher).total.backward()
+        losses(model, sequences, teacher=teacher).total.backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = losses(model, rows, teacher=teacher)
-    assert float(found.kl) == float(found.total) < 0.6 * begun
+    actual = losses(model, sequences, teacher=teacher)
+    assert float(actual.kl) == float(actual.total) < 0.6 * begun
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) == ("self_attn" not in name), name
 
@@ -129,14 +129,14 @@ def compressed(small, tmp_path_factory):
     save_folder(small(49_152), base / "llama", load_tokenizer("smollm2"))
     (base / "text.jsonl").write_text(TEXT)
     (base / "other.txt").write_text(" ".join(f"Other words {n}." for n in range(40)))
-    convert_half(base, base / "text.jsonl", calibration_tokens=256)
+    compress(base, base / "text.jsonl", calibration_tokens=256)
     return base
 
 
-def heal(base, run, *words):
+def run_heal(base, run, *arguments):
     options = ["--teacher", str(base / "llama"), "--run", str(base / run), "--seq-len", "16", "--tokens", "192"]
     options += ["--calibration", str(base / "text.jsonl"), "--held-out", str(base / "other.txt")]
-    return main(["heal", str(base / "half"), *options, *words])
+    return main(["heal", str(base / "half"), *options, *arguments])
 
 
 @needs_tokenizer
@@ -157,8 +157,8 @@ def test_healing_leaves_the_fitted_gate_of_sparse_experts_as_it_is(compressed):
 
 
 @needs_tokenizer
-def test_a_healing_tells_where_it_stands_and_one_that_is_resumed_ends_at_the_same_weights(compressed, monkeypatch):
-    assert heal(compressed, "whole") == 0
+def test_heal_logs_its_progress_and_a_resumed_one_has_the_same_weights(compressed, monkeypatch):
+    assert run_heal(compressed, "whole") == 0
     records = [json.loads(line) for line in (compressed / "whole" / "metrics.jsonl").read_text().splitlines()]
     told = [(record["step"], record["val_kl"] > 0, "val_loss" in record) for record in records if "val_kl" in record]
     assert told == [(step, True, True) for step in (0, 2, 4, 6)]
@@ -172,9 +172,9 @@ def test_a_healing_tells_where_it_stands_and_one_that_is_resumed_ends_at_the_sam
 
     with monkeypatch.context() as patch:
         patch.setattr(Schedule, "lr", stop)
-        assert heal(compressed, "parts") == 130
-    assert heal(compressed, "parts") == 2
-    assert heal(compressed, "parts", "--resume") == 0
+        assert run_heal(compressed, "parts") == 130
+    assert run_heal(compressed, "parts") == 2
+    assert run_heal(compressed, "parts", "--resume") == 0
     one, two = (load_model(compressed / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -195,37 +195,37 @@ def tiny(small, tmp_path_factory):
     save_folder(small(260), base / "llama", PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
     (base / "text.jsonl").write_text(TEXT)
     (base / "content.jsonl").write_text(TEXT.replace('"text"', '"content"'))
-    convert_half(base, base / "text.jsonl", calibration_tokens=256)
+    compress(base, base / "text.jsonl", calibration_tokens=256)
     return base
 
 
 def test_the_text_that_the_source_writes_is_enough_to_train_and_to_validate_on(tiny):
     """However little is asked for, and wherever its few documents fall in the split."""
     run = tiny / "from-self"
-    words = ["--calibration", "self", "--tokens", "64", "--seq-len", "32", "--held-out-tokens", "64"]
-    assert main(["heal", str(tiny / "half"), "--run", str(run), *words]) == 0
+    arguments = ["--calibration", "self", "--tokens", "64", "--seq-len", "32", "--held-out-tokens", "64"]
+    assert main(["heal", str(tiny / "half"), "--run", str(run), *arguments]) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["distill"]["teacher"] == str(tiny / "llama"), "the model card names it"
     assert config["data"]["val_sources"] == [str(run / "held-out.jsonl")]
-    learned, held_out = ((run / name).read_text().splitlines() for name in ("self.jsonl", "held-out.jsonl"))
-    assert learned and held_out and not set(learned) & set(held_out)
-    assert main(["heal", str(tiny / "half"), "--run", str(run), *words, "--resume"]) == 0
+    learned, validation = ((run / name).read_text().splitlines() for name in ("self.jsonl", "held-out.jsonl"))
+    assert learned and validation and not set(learned) & set(validation)
+    assert main(["heal", str(tiny / "half"), "--run", str(run), *arguments, "--resume"]) == 0
 
 
 def test_the_source_writes_under_the_key_of_the_other_text(tiny):
     run = tiny / "content"
-    words = ["--calibration", str(tiny / "content.jsonl"), "self", "--text-column", "content"]
-    words += ["--tokens", "64", "--seq-len", "16", "--held-out-tokens", "16"]
-    assert main(["heal", str(tiny / "half"), "--run", str(run), *words]) == 0
+    arguments = ["--calibration", str(tiny / "content.jsonl"), "self", "--text-column", "content"]
+    arguments += ["--tokens", "64", "--seq-len", "16", "--held-out-tokens", "16"]
+    assert main(["heal", str(tiny / "half"), "--run", str(run), *arguments]) == 0
     assert not (run / "held-out.jsonl").exists(), "the files hold enough"
     assert "content" in json.loads((run / "self.jsonl").read_text().splitlines()[0])
-    assert main(["heal", str(run), "--run", str(tiny / "again"), *words]) == 0
+    assert main(["heal", str(run), "--run", str(tiny / "again"), *arguments]) == 0
     config = json.loads((tiny / "again" / "config.json").read_text())
     assert config["distill"]["teacher"] == str(tiny / "llama"), "the run knows it"
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "said"),
     [
         (["--tokens", "0"], "tokens 0 is below 1"),
         (["--seq-len", "1000"], "max_position_embeddings"),
@@ -238,7 +238,7 @@ def test_the_source_writes_under_the_key_of_the_other_text(tiny):
         (["--run", "{}/file/run"], "cannot be written"),
     ],
 )
-def test_refused_before_the_source_writes(tiny, small, capsys, monkeypatch, words, said):
+def test_refused_before_the_source_writes(tiny, small, capsys, monkeypatch, arguments, said):
     def write(*_, **__):
         raise AssertionError("the source writes")
 
@@ -246,8 +246,8 @@ def test_refused_before_the_source_writes(tiny, small, capsys, monkeypatch, word
     save_folder(small(260, hidden_size=16), tiny / "other")
     for name, text in (("few.jsonl", '{"text": "One document."}\n'), ("short.txt", "Short."), ("file", "")):
         (tiny / name).write_text(text)
-    given = ["--calibration", "self", "--seq-len", "16", "--run", str(tiny / "refused")]
-    assert main(["heal", str(tiny / "half"), *given, *(word.format(tiny) for word in words)]) == 2
+    options = ["--calibration", "self", "--seq-len", "16", "--run", str(tiny / "refused")]
+    assert main(["heal", str(tiny / "half"), *options, *(word.format(tiny) for word in arguments)]) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and error.count("\n") == 0, error
     assert not (tiny / "refused").exists()

@@ -19,13 +19,13 @@ RESULTS = json.loads((Path(__file__).parents[2] / "docs" / "results" / "memory.j
 
 
 @pytest.mark.parametrize("name", [name for name in RESULTS if name.startswith("run ")])
-def test_peaks_of_whole_runs_are_predicted(name):
+def test_peaks_of_runs_are_predicted(name):
     _, model, sizes, how = name.split()
     batch, length, accumulation = map(int, sizes.split("x"))
     options = {"batch_size": batch, "seq_len": length, "grad_accum": accumulation, "grad_checkpointing": how}
-    parts = footprint(preset(model), Run(bfloat16=False, **options))  # on a processor without bfloat16 products
+    sizes = footprint(preset(model), Run(bfloat16=False, **options))  # on a processor without bfloat16 products
     measured = RESULTS[name]["bytes"] + RESULTS[name]["program_bytes"]
-    assert sum(parts.values()) == pytest.approx(measured, rel=0.15)
+    assert sum(sizes.values()) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_peaks_of_whole_runs_are_predicted(name):
     [("deepseek_159m", 4, 4, 4.0e9), ("seed_159m", 4, 4, 4.0e9), ("deepseek_159m", 16, 1, 4.73e9)],
 )
 def test_peaks_on_a_gpu_are_predicted(name, batch, accumulation, measured):
-    parts = footprint(preset(name), Run(batch_size=batch, grad_accum=accumulation, cuda=True))
-    assert sum(parts.values()) - parts["evaluation"] == pytest.approx(measured, rel=0.15)
+    sizes = footprint(preset(name), Run(batch_size=batch, grad_accum=accumulation, cuda=True))
+    assert sum(sizes.values()) - sizes["evaluation"] == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
@@ -49,8 +49,8 @@ def test_activations_are_predicted(name, bfloat16):
 
     casts = 2 * sum(p.numel() for p in model.model.layers.parameters()) if bfloat16 else 0
     predicted = ids.numel() * activation_bytes(model, Run(bfloat16=bfloat16))
-    kept = allocations(forward).end
-    assert 0.75 * kept < predicted + casts and predicted < 1.35 * kept
+    activations = allocations(forward).end
+    assert 0.75 * activations < predicted + casts and predicted < 1.35 * activations
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -61,10 +61,10 @@ def test_the_optimizers_state_is_exact(kind):
     losses(model, torch.randint(64, (1, 17))).total.backward()
     optimizer.step()
     size = sum(t.numel() * t.element_size() for entry in optimizer.state.values() for t in entry.values())
-    parts = footprint(config, Run(optimizer=kind))
-    assert parts["optimizer"] == pytest.approx(size, rel=0.001)
+    sizes = footprint(config, Run(optimizer=kind))
+    assert sizes["optimizer"] == pytest.approx(size, rel=0.001)
     weights = [*model.parameters(), *model.buffers()]
-    assert parts["weights"] == sum(t.numel() * t.element_size() for t in weights)
+    assert sizes["weights"] == sum(t.numel() * t.element_size() for t in weights)
 
 
 def test_a_gpu_has_no_copy_of_the_checkpoint_and_keeps_the_first_gradients():

@@ -70,13 +70,13 @@ def plant(monkeypatch):
 
         def next_batch(stream, n, *_):
             number = stream.position()["tokens"] // STEP_TOKENS
-            rows = real_next(stream, n)
-            poisoned.update(map(tuple, rows.tolist()) if number in bad else ())
-            return rows
+            sequences = real_next(stream, n)
+            poisoned.update(map(tuple, sequences.tolist()) if number in bad else ())
+            return sequences
 
-        def losses(model, rows, **options):
-            out = real_losses(model, rows, **options)
-            if torch.is_grad_enabled() and any(tuple(row) in poisoned for row in rows.tolist()):
+        def losses(model, sequences, **options):
+            out = real_losses(model, sequences, **options)
+            if torch.is_grad_enabled() and any(tuple(row) in poisoned for row in sequences.tolist()):
                 factor = math.nan if math.isnan(value) else value
                 out = out._replace(total=out.total * factor, next_token=out.next_token * factor)
             return out
@@ -89,7 +89,7 @@ def plant(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
+def undisturbed(text, tmp_path_factory):
     """The run that nothing happens to."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audits, "audit", lambda *_, **__: [])
@@ -100,8 +100,8 @@ def whole(text, tmp_path_factory):
 
 def records(run) -> list[dict]:
     timing = {"tokens_per_second", "memory", "peak_memory"}
-    found = RunFolder(run).read_metrics()
-    return [{k: v for k, v in record.items() if k not in timing} for record in found if "machine" not in record]
+    actual = RunFolder(run).read_metrics()
+    return [{k: v for k, v in record.items() if k not in timing} for record in actual if "machine" not in record]
 
 
 def weights(path) -> bytes:
@@ -119,11 +119,11 @@ def test_one_bad_batch_is_skipped_and_named(text, tmp_path, plant):
     assert skipped["data"]["tokens"] == 3 * STEP_TOKENS and skipped["tokens"] == STEP_TOKENS
     log = (tmp_path / "run" / "train.log").read_text()
     assert f"Step 4 is skipped: its loss is nan; its data are tokens {3 * STEP_TOKENS:,} to {4 * STEP_TOKENS:,}" in log
-    kept = state(last)
-    assert kept["progress"]["step"] == 8 and kept["progress"]["tokens"] == 8 * STEP_TOKENS
-    assert kept["guard"]["skipped_steps"] == 1 and kept["guard"]["skipped_tokens"] == STEP_TOKENS
-    assert kept["data"]["tokens"] == 9 * STEP_TOKENS and kept["guard"]["returns"] == 0
-    assert math.isfinite(kept["progress"]["loss"]) and math.isfinite(kept["progress"]["val_loss"])
+    saved = state(last)
+    assert saved["progress"]["step"] == 8 and saved["progress"]["tokens"] == 8 * STEP_TOKENS
+    assert saved["guard"]["skipped_steps"] == 1 and saved["guard"]["skipped_tokens"] == STEP_TOKENS
+    assert saved["data"]["tokens"] == 9 * STEP_TOKENS and saved["guard"]["returns"] == 0
+    assert math.isfinite(saved["progress"]["loss"]) and math.isfinite(saved["progress"]["val_loss"])
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monkeypatch):
@@ -142,7 +142,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monk
     assert weights(skipping) == weights(loop.train(config(tmp_path / "without", text, steps=4)))
 
 
-def test_three_bad_batches_lead_back_to_the_checkpoint_and_on_with_later_data(text, tmp_path, plant):
+def test_after_three_bad_batches_the_run_returns_to_the_checkpoint_and_goes_on_with_later_data(text, tmp_path, plant):
     plant({5, 6, 7})  # after five good steps; the checkpoint is that of step 4
     run = tmp_path / "run"
     last = loop.train(config(run, text))
@@ -151,27 +151,27 @@ def test_three_bad_batches_lead_back_to_the_checkpoint_and_on_with_later_data(te
     assert [d["tokens"] // STEP_TOKENS for d in returned[1]["data"]] == [5, 6, 7]
     log = (run / "train.log").read_text()
     assert "3 bad steps in a row: back from step 5 to step-000004" in log and log.count("is skipped") == 3
-    kept = state(last)
-    assert kept["guard"]["returns"] == 1 and kept["guard"]["skipped_steps"] == 3
-    assert kept["progress"]["tokens"] == 8 * STEP_TOKENS and kept["guard"]["skipped_tokens"] == 4 * STEP_TOKENS
-    assert kept["data"]["tokens"] == 12 * STEP_TOKENS and math.isfinite(kept["progress"]["loss"])
+    saved = state(last)
+    assert saved["guard"]["returns"] == 1 and saved["guard"]["skipped_steps"] == 3
+    assert saved["progress"]["tokens"] == 8 * STEP_TOKENS and saved["guard"]["skipped_tokens"] == 4 * STEP_TOKENS
+    assert saved["data"]["tokens"] == 12 * STEP_TOKENS and math.isfinite(saved["progress"]["loss"])
     # Undone steps leave no record behind.
     assert [r["step"] for r in records(run) if "lr" in r] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("kill_after_skips", [1, 2, 4])
-def test_killed_between_bad_batches_it_ends_the_same(text, tmp_path, plant, monkeypatch, kill_after_skips):
+def test_killed_between_bad_batches_it_has_the_same_weights(text, tmp_path, plant, monkeypatch, kill_after_skips):
     """One kill after the first and second of three bad batches, and one after the return that the third brings."""
     plant({5, 6, 7, 10})
-    whole = loop.train(config(tmp_path / "whole", text))
+    undisturbed = loop.train(config(tmp_path / "whole", text))
 
     class Killed(BaseException):
         pass
 
     real, left = Guard.skip, [kill_after_skips]
 
-    def skip(self, *words):
-        patient = real(self, *words)
+    def skip(self, *arguments):
+        patient = real(self, *arguments)
         left[0] -= 1
         if left[0] == 0:
             raise Killed
@@ -183,19 +183,19 @@ def test_killed_between_bad_batches_it_ends_the_same(text, tmp_path, plant, monk
         with pytest.raises(Killed):
             loop.train(config(run, text))
     killed = loop.train(config(run, text), resume=True)
-    assert weights(killed) == weights(whole)
+    assert weights(killed) == weights(undisturbed)
     assert records(run) == records(tmp_path / "whole")
-    assert state(killed)["guard"] == state(whole)["guard"]
+    assert state(killed)["guard"] == state(undisturbed)["guard"]
 
 
 def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monkeypatch):
     """SIGTERM after the second of three: the checkpoint holds two, so the third after the resume leads back."""
     plant({5, 6, 7})
-    whole = loop.train(config(tmp_path / "whole", text))
+    undisturbed = loop.train(config(tmp_path / "whole", text))
     real = Guard.skip
 
-    def skip(self, *words):
-        patient = real(self, *words)
+    def skip(self, *arguments):
+        patient = real(self, *arguments)
         if len(self.in_a_row) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return patient
@@ -212,7 +212,7 @@ def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monke
     assert log.count("is skipped") == 3
     # It goes back to the checkpoint of the stop, at step 5, where the undisturbed run has only that of step 4.
     assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [5]
-    assert state(last)["guard"]["skipped_steps"] == state(whole)["guard"]["skipped_steps"] == 3
+    assert state(last)["guard"]["skipped_steps"] == state(undisturbed)["guard"]["skipped_steps"] == 3
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, plant, monkeypatch):
@@ -223,8 +223,8 @@ def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, 
     monkeypatch.undo()
     real_init = TrainStream.__init__
 
-    def further_on(stream, *words, **options):
-        real_init(stream, *words, **options)
+    def further_on(stream, *arguments, **options):
+        real_init(stream, *arguments, **options)
         stream.next_batch(4 * BATCH * ACCUM)
 
     monkeypatch.setattr(TrainStream, "__init__", further_on)
@@ -249,24 +249,24 @@ def test_it_gives_up_when_going_back_does_not_help(text, tmp_path, plant):
     assert path is None or not skipped
 
 
-def test_a_spike_is_skipped_only_if_asked_for():
-    calm, asked = Guard(GuardConfig()), Guard(GuardConfig(spike=6))
+def test_a_spike_is_skipped_only_with_the_option():
+    calm, strict = Guard(GuardConfig()), Guard(GuardConfig(spike=6))
     rng = random.Random(0)
     for step in range(1, WINDOW + 1):
         values = 3 + rng.gauss(0, 0.1), 1 + rng.gauss(0, 0.05)
-        for guard in (calm, asked):
+        for guard in (calm, strict):
             assert guard.judge(*values) is None
             guard.passed(step, *values)
     assert calm.judge(30.0, 1.0) is None and calm.losses == []
-    assert "loss is 30" in str(asked.judge(30.0, 1.0)) and "gradient norm is 9" in str(asked.judge(3.0, 9.0))
-    assert asked.judge(3.2, 1.1) is None and asked.judge(0.1, 0.1) is None
+    assert "loss is 30" in str(strict.judge(30.0, 1.0)) and "gradient norm is 9" in str(strict.judge(3.0, 9.0))
+    assert strict.judge(3.2, 1.1) is None and strict.judge(0.1, 0.1) is None
     for step in range(WINDOW + 1, 3 * WINDOW):  # the weights rest: no gradients to measure later ones against
-        asked.passed(step, 3.0, None)
-    assert asked.judge(3.2, 1.1) is None and asked.furthest == 3 * WINDOW - 1
+        strict.passed(step, 3.0, None)
+    assert strict.judge(3.2, 1.1) is None and strict.furthest == 3 * WINDOW - 1
     other = Guard(GuardConfig(spike=6))
-    other.load_state_dict(json.loads(json.dumps(asked.state_dict())))
-    assert other == asked
-    for guard in (calm, asked):
+    other.load_state_dict(json.loads(json.dumps(strict.state_dict())))
+    assert other == strict
+    for guard in (calm, strict):
         assert "inf" in str(guard.judge(math.inf, 1.0)) and "norm is nan" in str(guard.judge(1.0, math.nan))
 
 
@@ -274,17 +274,17 @@ def at_step(monkeypatch, step, number):
     """Have the process send itself a signal in the given step."""
     real, left = Guard.judge, [step]
 
-    def judge(*words):
+    def judge(*arguments):
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), number)
-        return real(*words)
+        return real(*arguments)
 
     monkeypatch.setattr(Guard, "judge", judge)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"])
-def test_signals_of_batch_systems_and_closed_terminals_save(text, whole, tmp_path, monkeypatch, name):
+def test_signals_of_batch_systems_and_closed_terminals_save(text, undisturbed, tmp_path, monkeypatch, name):
     number = getattr(signal, name)
     run, handler = tmp_path / "run with a space", signal.getsignal(number)
     monkeypatch.setattr(console, "on_terminal", lambda: True)
@@ -297,14 +297,14 @@ def test_signals_of_batch_systems_and_closed_terminals_save(text, whole, tmp_pat
             loop.train(config(run, text))
     assert stopped.value.code == 128 + number and signal.getsignal(number) is handler
     monkeypatch.undo()
-    assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
+    assert weights(loop.train(config(run, text), resume=True)) == weights(undisturbed)
 
 
-def test_a_closed_terminal_saves_a_run_that_writes_to_a_file_and_it_goes_on(text, whole, tmp_path, monkeypatch):
+def test_a_closed_terminal_saves_a_run_that_writes_to_a_file_and_it_goes_on(text, undisturbed, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setattr(console, "on_terminal", lambda: False)
     at_step(monkeypatch, 3, signal.SIGHUP)
-    assert weights(loop.train(config(run, text))) == weights(whole)
+    assert weights(loop.train(config(run, text))) == weights(undisturbed)
     assert (RunFolder(run).checkpoint_path(3) / "manifest.json").exists()
     assert "SIGHUP: step 3 is saved, and the run goes on" in (run / "train.log").read_text()
 
@@ -329,7 +329,7 @@ def test_after_a_batch_systems_signal_the_first_sigterm_waits_for_the_save():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_saves(text, whole, tmp_path, monkeypatch, number):
+def test_a_signal_finishes_the_step_and_saves(text, undisturbed, tmp_path, monkeypatch, number):
     """Also one that comes in an evaluation, which is made up for after the resume."""
     handler = signal.getsignal(number)
     for place, name, calls in (("Guard", "judge", 3), ("loop", "evaluate", 1)):
@@ -337,11 +337,11 @@ def test_a_signal_finishes_the_step_and_saves(text, whole, tmp_path, monkeypatch
         target = Guard if place == "Guard" else loop
         real, left = getattr(target, name), [calls]
 
-        def counted(*words, real=real, left=left):
+        def counted(*arguments, real=real, left=left):
             left[0] -= 1
             if left[0] == 0:
                 os.kill(os.getpid(), number)
-            return real(*words)
+            return real(*arguments)
 
         with monkeypatch.context() as patch:
             patch.setattr(target, name, counted)
@@ -351,8 +351,8 @@ def test_a_signal_finishes_the_step_and_saves(text, whole, tmp_path, monkeypatch
         assert stopped.value.code == 128 + number and f"step {step}," in str(stopped.value)
         assert newest_valid(RunFolder(run)) == (RunFolder(run).checkpoint_path(step), [])
         assert signal.getsignal(number) is handler
-        assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
-        assert records(run) == records(whole.parents[1])
+        assert weights(loop.train(config(run, text), resume=True)) == weights(undisturbed)
+        assert records(run) == records(undisturbed.parents[1])
 
 
 @pytest.fixture
@@ -373,19 +373,19 @@ def test_a_second_signal_stops_at_once(capfd, python_answers_interrupts):
 
 
 def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():
-    found = []
+    actual = []
 
     def work():
         with StopRequest() as stop:
-            found.append(stop.received)
+            actual.append(stop.received)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [None]
+    assert actual == [None]
 
 
-def test_data_that_are_away_stop_the_run_saved(text, whole, tmp_path, monkeypatch):
+def test_unavailable_data_stop_the_run_saved(text, undisturbed, tmp_path, monkeypatch):
     real = TrainStream.next_batch
 
     def next_batch(stream, n, *_):
@@ -399,23 +399,23 @@ def test_data_that_are_away_stop_the_run_saved(text, whole, tmp_path, monkeypatc
         with pytest.raises(Stopped, match="away for 10 minutes; stopped after step 5, which is saved") as stopped:
             loop.train(config(run, text))
     assert stopped.value.code == 75
-    assert weights(loop.train(config(run, text), resume=True)) == weights(whole)
-    assert records(run) == records(whole.parents[1])
+    assert weights(loop.train(config(run, text), resume=True)) == weights(undisturbed)
+    assert records(run) == records(undisturbed.parents[1])
 
 
 def test_another_batch_size_goes_on_where_the_data_stopped(text, tmp_path):
     with pytest.raises(Stopped):
         stop_at(config(tmp_path / "run", text), 4)
     last = loop.train(replace(config(tmp_path / "run", text), batch_size=3, grad_accum=1), resume=True)
-    kept = state(last)
-    assert kept["data"]["tokens"] == 4 * STEP_TOKENS + 4 * SEQ * 3 == kept["progress"]["tokens"]
+    saved = state(last)
+    assert saved["data"]["tokens"] == 4 * STEP_TOKENS + 4 * SEQ * 3 == saved["progress"]["tokens"]
 
 
 def stop_at(settings: TrainConfig, step: int) -> None:
     real = Guard.passed
 
-    def passed(self, done, *words):
-        real(self, done, *words)
+    def passed(self, done, *arguments):
+        real(self, done, *arguments)
         if done == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -447,7 +447,7 @@ def test_only_the_last_checkpoints_and_every_mth_stay(text, tmp_path):
     assert names == ["step-000004", "step-000008", "step-000009"]
 
 
-def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_full_for_a_while(text, undisturbed, tmp_path, monkeypatch, capsys):
     """Nothing can be written in the middle of the run: it goes on, and everything is there in the end."""
     run = tmp_path / "run"
     real_write, real_open = safetensors_file.write, builtins.open
@@ -458,26 +458,26 @@ def test_a_disk_that_is_full_for_a_while(text, whole, tmp_path, monkeypatch, cap
         if path.parent.name.endswith(("step-000004", "step-000006")):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    def opened(path, mode="r", *words, **options):
+    def opened(path, mode="r", *arguments, **options):
         if full and mode == "ab" and str(path).startswith(str(run)):
             raise OSError(errno.ENOSPC, "No space left on device")
-        return real_open(path, mode, *words, **options)
+        return real_open(path, mode, *arguments, **options)
 
     real_passed = Guard.passed
 
-    def passed(self, step, *words):
+    def passed(self, step, *arguments):
         full[:] = [True] if 3 <= step <= 6 else []
-        real_passed(self, step, *words)
+        real_passed(self, step, *arguments)
 
     monkeypatch.setattr(Guard, "passed", passed)
     monkeypatch.setattr(safetensors_file, "write", write)
     monkeypatch.setattr(console, "open", opened, raising=False)
     last = loop.train(config(run, text))
-    assert weights(last) == weights(whole)
+    assert weights(last) == weights(undisturbed)
     assert sorted(p.name for p in RunFolder(run).checkpoints.iterdir()) == ["step-000002", "step-000008"]
     failed = [r["save_failed"] for r in records(run) if "save_failed" in r]
     assert "the checkpoint of step 4 cannot be written" in failed[0] and "No space left" in failed[0]
-    assert [r for r in records(run) if "save_failed" not in r] == records(whole.parents[1])
+    assert [r for r in records(run) if "save_failed" not in r] == records(undisturbed.parents[1])
     out, err = capsys.readouterr()
     assert err.count("metrics.jsonl cannot be written") == 1 and err.count("train.log cannot be written") == 1
     assert out.count("Training goes on, but the checkpoint of step 4") == 1
@@ -515,16 +515,16 @@ def test_the_training_does_not_wait_for_the_disk(text, tmp_path, monkeypatch):
     real, passed = CheckpointWriter.write_shard, Guard.passed
     during, step_done = [], threading.Event()
 
-    def slow(self, *words):
+    def slow(self, *arguments):
         step_done.clear()
         during.append(step_done.wait(60) if self.step < 8 else True)
-        real(self, *words)
+        real(self, *arguments)
 
-    def count(self, *words):
-        passed(self, *words)
+    def count(self, *arguments):
+        passed(self, *arguments)
         step_done.set()
 
     monkeypatch.setattr(CheckpointWriter, "write_shard", slow)
     monkeypatch.setattr(Guard, "passed", count)
-    whole = loop.train(config(tmp_path / "run", text))
-    assert during == [True] * 4 and newest_valid(RunFolder(tmp_path / "run")) == (whole, [])
+    undisturbed = loop.train(config(tmp_path / "run", text))
+    assert during == [True] * 4 and newest_valid(RunFolder(tmp_path / "run")) == (undisturbed, [])

@@ -37,10 +37,10 @@ def grown(tmp_path_factory):
     return base
 
 
-def train(base, run, *words):
+def train(base, run, *arguments):
     options = ["--steps", "4", "--batch-size", "2", "--seq-len", "16", "--eval-tokens", "64", "--sample-tokens", "0"]
     options += ["--data", str(base / "text.jsonl"), "--save-every", "2", "--data.val-fraction", "0.1"]
-    return main(["train", *words, "--run", str(base / run), *options])
+    return main(["train", *arguments, "--run", str(base / run), *options])
 
 
 @pytest.fixture(scope="module")

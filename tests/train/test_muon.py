@@ -18,19 +18,19 @@ def test_each_matrix_of_a_stack_comes_out_near_orthogonal(shape):
     assert singular.min() > 0.5 and singular.max() < 1.5
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_a_stack_moves_as_its_slices_do_under_torchs_muon(parts):
+@pytest.mark.parametrize("matrices", [1, 2])
+def test_a_stack_moves_as_its_slices_do_under_torchs_muon(matrices):
     draw = torch.Generator().manual_seed(1)
     start = torch.randn(3, 32, 24, generator=draw)
     stack = torch.nn.Parameter(start.clone())
-    slices = [torch.nn.Parameter(m.clone()) for m in start.reshape(3 * parts, 32 // parts, 24)]
-    ours = MuonAdamW([{"params": [stack], "matrices": parts}], lr=0.01, weight_decay=0.1, fused=True)
+    slices = [torch.nn.Parameter(m.clone()) for m in start.reshape(3 * matrices, 32 // matrices, 24)]
+    ours = MuonAdamW([{"params": [stack], "matrices": matrices}], lr=0.01, weight_decay=0.1, fused=True)
     theirs = torch.optim.Muon(slices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
         # Slices of very different size: one norm over the stack would show.
         grad = torch.randn(3, 32, 24, generator=draw) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
         stack.grad = grad
-        for p, g in zip(slices, grad.reshape(3 * parts, 32 // parts, 24), strict=True):
+        for p, g in zip(slices, grad.reshape(3 * matrices, 32 // matrices, 24), strict=True):
             p.grad = g.clone()
         ours.step()
         theirs.step()

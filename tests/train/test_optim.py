@@ -46,17 +46,17 @@ def test_schedules_warm_up_reach_the_peak_and_end_at_the_final_factor(kind):
 def test_schedules_are_those_of_transformers(kind):
     from transformers import optimization
 
-    steps, warmup, floor = 500, 30, 0.1
+    steps, warmup, minimum = 500, 30, 0.1
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     if kind == "cosine":
         theirs = optimization.get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer, warmup, steps, min_lr_rate=floor
+            optimizer, warmup, steps, min_lr_rate=minimum
         ).lr_lambdas[0]
     else:
         theirs = optimization.get_wsd_schedule(
-            optimizer, warmup, 100, num_training_steps=steps, min_lr_ratio=floor, decay_type="linear"
+            optimizer, warmup, 100, num_training_steps=steps, min_lr_ratio=minimum, decay_type="linear"
         ).lr_lambdas[0]
-    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, final_factor=floor, decay_fraction=0.2)
+    schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, final_factor=minimum, decay_fraction=0.2)
     # Theirs is asked before the first step and begins at 0, ours says what step t takes. Their wsd warms up from floor.
     for step in range(0 if kind == "cosine" else warmup - 1, steps):
         assert Schedule(config=schedule, steps=steps).lr(step) == pytest.approx(theirs(step + 1), abs=1e-9), step

@@ -66,7 +66,7 @@ def test_samples_grow_and_change_no_bit_of_the_training(tmp_path):
     assert (tmp_path / "with" / "samples.md").read_text().count("## Step 4") == 1
 
 
-def test_a_full_disk_ends_no_run_that_writes_samples(tmp_path, monkeypatch, capsys):
+def test_a_full_disk_does_not_stop_a_run_that_writes_samples(tmp_path, monkeypatch, capsys):
     run = RunFolder(tmp_path / "run")
     run.create(TrainConfig(model=tiny(), run=str(run.path)), resume=False)
     tokenizer = load_tokenizer("smollm2")

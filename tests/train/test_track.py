@@ -71,7 +71,7 @@ def test_a_run_that_went_back_goes_on(tmp_path, monkeypatch):
     assert [figures["loss"] for _, figures in module.logged] == [3.0, 2.0, 2.5]
 
 
-def test_one_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch, run_cli):
+def test_a_missing_tracker_is_refused_before_anything_is_written(tmp_path, monkeypatch, run_cli):
     monkeypatch.setitem(sys.modules, "trackio", None)
     run = tmp_path / "mine"
     code, _, err = run_cli("train", "tiny", "--run", run, "--track", "trackio")
@@ -108,7 +108,7 @@ class Broken(StandIn):
         raise ConnectionError("no route\nto host")
 
 
-def test_one_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", Broken("wandb"))
     run, config = a_run(tmp_path / "mine")
     with Tracker("wandb", run, flatten(to_dict(config))) as tracker:
@@ -122,7 +122,7 @@ def test_one_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
     assert len(run.read_metrics()) == 2
 
 
-def test_one_that_cannot_begin_ends_no_run(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_cannot_begin_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
     module = StandIn("trackio")
     module.init = lambda **_: {}["no server"]
     monkeypatch.setitem(sys.modules, "trackio", module)
