@@ -181,7 +181,7 @@ def test_train_takes_the_settings_of_a_run(run_cli, trained, tmp_path, spelling)
 def test_train_refuses_a_run_that_is_not_there(run_cli, trained, tmp_path):
     for words in (["--run", tmp_path / "none", "--resume"], [tmp_path / "none" / "config.json"]):
         code, _, err = run_cli("train", *words)
-        assert code == 2 and err.count("\n") == 1 and "no run folder" in err
+        assert code == 2 and err.count("\n") == 1 and "not a run folder" in err
     assert not trained
 
 

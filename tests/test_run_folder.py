@@ -100,13 +100,13 @@ def test_check_writes_nothing(run):
 def test_folders_that_are_no_runs(run):
     run.path.mkdir(parents=True)
     run.config.write_text('{"model_type": "llama"}')
-    with pytest.raises(SmolseekError, match="no training configuration"):
+    with pytest.raises(SmolseekError, match="not a training configuration"):
         run.check(config(run), resume=False)
     run.config.write_text('{"model":')
     with pytest.raises(SmolseekError, match="cannot be read"):
         run.check(config(run), resume=False)
     run.config.unlink()
-    with pytest.raises(SmolseekError, match="no run folder"):
+    with pytest.raises(SmolseekError, match="not a run folder"):
         run.read_config()
     run.checkpoint_path(5).mkdir(parents=True)
     with pytest.raises(SmolseekError, match=r"no config\.json"):

@@ -62,15 +62,15 @@ class RunFolder:
         try:
             values = parse_json(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise SmolseekError(f"{self.path} is no run folder: it has no config.json") from None
+            raise SmolseekError(f"{self.path} is not a run folder: it has no config.json") from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SmolseekError(
-                f"{self.config} cannot be read ({reason}): restore it, or train on from the run's weights: "
+                f"{self.config} cannot be read ({reason}): restore it, or start a new run from its weights: "
                 "--init RUN --run OTHER"
             ) from None
         if not isinstance(values, dict) or "model" not in values or "run" not in values:
-            raise SmolseekError(f"{self.config} is no training configuration: choose another --run")
+            raise SmolseekError(f"{self.config} is not a training configuration: choose another --run")
         return from_dict(TrainConfig, values, str(self.config))
 
     def check(self, config: TrainConfig, resume: bool) -> None:
@@ -87,7 +87,7 @@ class RunFolder:
         while not os.path.lexists(folder):
             folder = folder.parent
         if not folder.is_dir():
-            raise SmolseekError(f"--run {self.path} cannot be written ({folder} is no folder): choose another")
+            raise SmolseekError(f"--run {self.path} cannot be written ({folder} is not a folder): choose another")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise SmolseekError(f"--run {self.path} cannot be written ({folder} may not be written to): choose another")
         if not self.config.exists():

@@ -105,7 +105,9 @@ def test_the_same_data_elsewhere(run_cli, here):
     (here / "a.jsonl").rename(here / "b" / "moved text.jsonl")
 
     code, _, err = run_cli("train", "--run", "run", "--resume")
-    assert code == 2 and "a.jsonl of this run is not there: if it has moved, add --data" in err and err.count("\n") == 1
+    assert (
+        code == 2 and "a.jsonl of this run does not exist: if it has moved, add --data" in err and err.count("\n") == 1
+    )
 
     (here / "a.jsonl").write_text('{"text": "another"}\n' * 3 + '{"text": "and one more"}\n')
     before = (here / "run" / "config.json").read_bytes()
@@ -132,7 +134,7 @@ def test_model_tokenizer_and_run_folder_elsewhere(run_cli, here, llama):
     (here / "m").rename(here / "m2")
     (here / "run").rename(here / "new place")
     code, _, err = run_cli("train", "--run", "new place", "--resume")
-    assert code == 0 and "the tokenizer of this run, m, is not there any more: using its copy" in err
+    assert code == 0 and "the tokenizer of this run, m, does not exist any more: using its copy" in err
     assert final("new place") == final("whole")
 
     # Without a checkpoint the first weights are needed, and may lie elsewhere.
@@ -239,7 +241,7 @@ def test_one_command_begins_and_goes_on(run_cli, here, llama):
         assert code == 0 and f"Resuming {run} from step-000002" in out and final(run) == weights
         assert "The run is complete" in run_cli(*words, "--resume", "auto").out
     code, _, err = run_cli("train", "--run", "none", "--resume")
-    assert code == 2 and "none is no run folder" in err
+    assert code == 2 and "none is not a run folder" in err
 
 
 def test_a_second_process_is_refused(run_cli, here):

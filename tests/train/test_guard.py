@@ -1,4 +1,4 @@
-"""Bad steps are skipped and named, too many in a row lead back to a checkpoint, and none of it is lost by a kill."""
+"""Bad steps are skipped and named, after too many in a row the run returns to a checkpoint, and a kill changes nothing of it."""
 
 import builtins
 import contextlib
@@ -150,7 +150,7 @@ def test_after_three_bad_batches_the_run_returns_to_the_checkpoint_and_goes_on_w
     assert returned[0] == 4 and returned[1]["from"] == 5 and returned[1]["undone_tokens"] == STEP_TOKENS
     assert [d["tokens"] // STEP_TOKENS for d in returned[1]["data"]] == [5, 6, 7]
     log = (run / "train.log").read_text()
-    assert "3 bad steps in a row: back from step 5 to step-000004" in log and log.count("is skipped") == 3
+    assert "3 bad steps in a row: the run returns from step 5 to step-000004" in log and log.count("is skipped") == 3
     saved = state(last)
     assert saved["guard"]["returns"] == 1 and saved["guard"]["skipped_steps"] == 3
     assert saved["progress"]["tokens"] == 8 * STEP_TOKENS and saved["guard"]["skipped_tokens"] == 4 * STEP_TOKENS
@@ -218,7 +218,7 @@ def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monke
 def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, plant, monkeypatch):
     plant({1, 2, 3})
     again = loop.train(config(tmp_path / "again", text, steps=2, save_every=4))
-    assert "back from step 1 to the first weights" in (tmp_path / "again" / "train.log").read_text()
+    assert "returns from step 1 to the first weights" in (tmp_path / "again" / "train.log").read_text()
     assert any(record.get("audit") == "start" for record in records(tmp_path / "again"))
     monkeypatch.undo()
     real_init = TrainStream.__init__
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(text, tmp_pa
     last = loop.train(config(run, text, steps=6))
     assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [4]
     log = (run / "train.log").read_text()
-    assert "back from step 4 to step-000004" in log and "back from step 4 to step-000002" in log
+    assert "returns from step 4 to step-000004" in log and "returns from step 4 to step-000002" in log
     assert state(last)["guard"]["returns"] == 2 and state(last)["progress"]["step"] == 6
 
 

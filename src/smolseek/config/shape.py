@@ -222,16 +222,16 @@ def _wrong_attention(c: ModelConfig) -> Iterator[str]:
     heads = f"num_attention_heads {c.num_attention_heads}"
     if c.num_attention_heads % c.num_key_value_heads:
         yield (
-            f"{heads} is no multiple of num_key_value_heads {c.num_key_value_heads}: make every key head serve the "
+            f"{heads} is not a multiple of num_key_value_heads {c.num_key_value_heads}: each key head must serve the "
             "same number of query heads"
         )
     if c.is_mla and (c.v_head_dim < 1 or c.qk_head_dim < 1):
         yield (
             f"v_head_dim {c.v_head_dim}, qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim "
-            f"{c.qk_rope_head_dim} do not fit MLA: use positive sizes"
+            f"{c.qk_rope_head_dim} are not all positive, as MLA needs: use positive sizes"
         )
     if not c.is_mla and c.head_dim is None and c.hidden_size % c.num_attention_heads:
-        yield f"hidden_size {c.hidden_size} is no multiple of {heads}: change one of them, or set head_dim"
+        yield f"hidden_size {c.hidden_size} is not a multiple of {heads}: change one of them, or set head_dim"
     if c.rope_dim % 2:
         yield f"the rotary dimension {c.rope_dim} is odd: RoPE rotates pairs of features, so use an even size"
     for name in ("short_factor", "long_factor"):
@@ -252,7 +252,7 @@ def _wrong_layers(c: ModelConfig) -> Iterator[str]:
     if c.model_type == "llama" and (c.is_mla or c.n_moe_layers or c.attention_bias):
         yield (
             f"model_type llama with kv_lora_rank {c.kv_lora_rank}, n_routed_experts {c.n_routed_experts}, "
-            f"attention_bias {c.attention_bias}: our Llama has none of them: leave them out, {ours}"
+            f"attention_bias {c.attention_bias}: a Llama has none of them: leave them out, {ours}"
         )
     if c.mlp_bias and c.mlp_gated:
         yield "mlp_bias True with mlp_gated True: only the two-matrix experts have biases: set mlp_gated False"
@@ -264,17 +264,17 @@ def _wrong_layers(c: ModelConfig) -> Iterator[str]:
         yield f"moe_intermediate_size {c.moe_intermediate_size} is below 1: an expert needs at least one neuron"
     per_group, experts = c.n_routed_experts // c.n_group, f"n_routed_experts {c.n_routed_experts}"
     if c.n_routed_experts % c.n_group:
-        yield f"{experts} is no multiple of n_group {c.n_group}: make the groups equal in size"
+        yield f"{experts} is not a multiple of n_group {c.n_group}: make the groups equal in size"
     if per_group < 2:
         yield (
-            f"{experts} in n_group {c.n_group} leaves {per_group} expert a group: a group is scored by its two best "
-            "experts, so give it at least 2"
+            f"{experts} in n_group {c.n_group} leaves {per_group} expert a group: a group's score is that of its two best "
+            "experts, so use at least 2 a group"
         )
     if not 1 <= c.topk_group <= c.n_group:
         yield f"topk_group {c.topk_group} is not between 1 and n_group {c.n_group}: lower topk_group"
     if not 1 <= c.num_experts_per_tok <= per_group * c.topk_group:
         yield (
             f"num_experts_per_tok {c.num_experts_per_tok} is not between 1 and the {per_group * c.topk_group} "
-            f"experts in reach ({c.n_routed_experts} in {c.n_group} groups, {c.topk_group} of them chosen): lower "
+            f"selectable experts ({c.n_routed_experts} in {c.n_group} groups, {c.topk_group} of them chosen): lower "
             "num_experts_per_tok or raise topk_group"
         )

@@ -24,7 +24,7 @@ from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
 from smolseek.tokenizer import encoder, load_tokenizer, tokenizer_of, vocabulary_digest
 
 _ATTEMPTS = 8
-"""How often a model writes more text, at most."""
+"""Attempts of a model to write enough text."""
 
 
 def open_teacher(path: str, vocab_size: int, device: torch.device) -> CausalLM:
@@ -37,7 +37,7 @@ def open_teacher(path: str, vocab_size: int, device: torch.device) -> CausalLM:
     if teacher.config.vocab_size != vocab_size:
         raise SmolseekError(
             f"teacher {path} has {teacher.config.vocab_size:,} tokens and the model {vocab_size:,}: "
-            "only a model with the same vocabulary can be learned from"
+            "the teacher must have the same vocabulary"
         )
     return teacher
 
@@ -57,10 +57,10 @@ def attention_only(model: CausalLM) -> None:
 
 
 def source_of_model(model: str) -> str:
-    """Return the model that the converted one called `model` was made of: its card says it, or the run that it is of.
+    """Return the source that `model` was converted from, which its model card or its run names.
 
     Raises:
-        SmolseekError: if nothing does, or that model is not to be found any more.
+        SmolseekError: if neither does, or the source does not exist any more.
     """
     path = resolve(model)
     source, run = source_of(path), RunFolder(path.parent.parent)
@@ -68,16 +68,18 @@ def source_of_model(model: str) -> str:
         config = run.read_config()
         source = config.distill.teacher or (source_of_model(config.init) if config.init else None)
     if source is None:
-        raise SmolseekError(f"{model} does not say what it was made of: give --teacher, the model that it was made of")
+        raise SmolseekError(f"{model} does not name its source: give --teacher, the model that it was converted from")
     try:
         resolve(source)
     except SmolseekError as error:
-        raise SmolseekError(f"{model} was made of {source}, and {error}: give --teacher, where that model is") from None
+        raise SmolseekError(
+            f"{model} was converted from {source}, and {error}: give --teacher, the path of that model"
+        ) from None
     return source
 
 
 def check_teacher(teacher: str, model: str) -> None:
-    """Raise SmolseekError if the model called `model` cannot have been made of the one called `teacher`.
+    """Raise SmolseekError if the model `model` cannot have been converted from the model `teacher`.
 
     A conversion keeps the vocabulary, the width, and the numbers of layers and heads.
     """
@@ -85,14 +87,16 @@ def check_teacher(teacher: str, model: str) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if getattr(theirs, name) != getattr(ours, name):
             raise SmolseekError(
-                f"{model} was not made of {teacher}: its {name} is {getattr(ours, name):,}, and that one's "
+                f"{model} was not converted from {teacher}: its {name} is {getattr(ours, name):,}, and the other's "
                 f"{getattr(theirs, name):,}: leave out --teacher, or learn from any model with the same vocabulary by "
                 f"smolseek train --init {shlex.quote(model)} --distill.teacher {shlex.quote(teacher)} "
                 "--distill.attention-only"
             )
     tokenizers = [tokenizer for name in (teacher, model) if (tokenizer := tokenizer_of(resolve(name))) is not None]
     if len({vocabulary_digest(tokenizer) for tokenizer in tokenizers}) > 1:
-        raise SmolseekError(f"{teacher} and {model} have different tokenizers: give the model that it was made of")
+        raise SmolseekError(
+            f"{teacher} and {model} have different tokenizers: give the model that it was converted from"
+        )
 
 
 def fills_validation(config: TrainConfig, sources: tuple[str, ...], all_of_it: bool = False) -> bool:
@@ -136,6 +140,6 @@ def write_text(model: str, path: Path, tokens: int, seed: int, key: str = "text"
         if written >= least:
             break
     else:
-        raise SmolseekError(f"{model} writes {written:,} tokens of text where {least:,} are needed: give files instead")
+        raise SmolseekError(f"{model} wrote only {written:,} of {least:,} tokens of text: give files instead")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps({key: text}) + "\n" for text in texts))

@@ -67,7 +67,7 @@ def find_start(
         checkpoint, skipped = newest_checkpoint(run, distributed)
         if checkpoint is None and skipped:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
-            raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start anew with another --run")
+            raise SmolseekError(f"{run.path} has no valid checkpoint ({reasons}): start a new run with another --run")
         for name, reason in skipped:
             console.warn(f"checkpoint {name} is not used: {reason}; using {checkpoint and checkpoint.name}")
     if checkpoint is not None:
@@ -131,7 +131,7 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
             if not Path(source).expanduser().exists() and not (hub and hub[0].revision):
                 name = "data" if option == "sources" else "data.val-sources"
                 raise SmolseekError(
-                    f"data {source} of this run is not there: if it has moved, add --{name} with its new place"
+                    f"data {source} of this run does not exist: if it has moved, add --{name} with its new place"
                 )
     copy = checkpoint
     if checkpoint is None and config.init is not None:
@@ -140,7 +140,7 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
         except SmolseekError as error:
             reason = str(error).partition(": ")[0]
             raise SmolseekError(
-                f"{config.run} has no checkpoint yet and begins with --init {config.init}, but {reason}: if it has "
+                f"{config.run} has no checkpoint yet and starts from --init {config.init}, but {reason}: if it has "
                 "moved, add --init with its new place"
             ) from None
     return copy if config.tokenizer == previous.tokenizer else None
@@ -157,7 +157,7 @@ def check_inputs(digests: dict[str, str], start: Start) -> None:
     if "tokens" in differing:
         raise SmolseekError(
             f"the tokenizer {config.tokenizer} makes other tokens of the text than the checkpoint saw: resume with "
-            "--tokenizer naming the one that the run began with, whatever its path is now; each checkpoint has a copy"
+            "--tokenizer naming the one that the run started with, whatever its path is now; each checkpoint has a copy"
         )
     if "teacher" in differing:
         raise SmolseekError(

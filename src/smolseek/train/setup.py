@@ -217,5 +217,5 @@ def _open_tokenizer(name: str, copy: Path | None) -> Any:
             tokenizer = load_tokenizer(str(copy))
         except SmolseekError:
             raise error from None
-        console.warn(f"the tokenizer of this run, {name}, is not there any more: using its copy in {copy}")
+        console.warn(f"the tokenizer of this run, {name}, does not exist any more: using its copy in {copy}")
         return tokenizer

@@ -55,7 +55,7 @@ def progress_of(saved: dict[str, Any], path: Path) -> Progress:
         progress = from_dict(Progress, saved["progress"], f"{path / STATE_JSON}: progress")
         files = saved.get("files", {})
         if not all(isinstance(part, dict) for part in (saved["data"], saved["guard"], files, saved.get("inputs", {}))):
-            raise ValueError("data, guard, files or inputs is no object")
+            raise ValueError("data, guard, files or inputs is not an object")
         counts = [progress.step, progress.tokens, *files.values()]
         if not all(isinstance(count, int) and count >= 0 for count in counts):
             raise ValueError("a number of steps, tokens or bytes is not valid")

@@ -98,7 +98,7 @@ def _go_back(t: Training) -> None:
     if guard.vain >= VAIN_RETURNS:
         raise SmolseekError(
             f"{len(guard.in_a_row)} bad steps in a row after step {step}, and {guard.vain} returns to a checkpoint "
-            "did not help: go on with --resume and a lower --optim.lr, or start anew with other --data"
+            "did not help: go on with --resume and a lower --optim.lr, or start a new run with other --data"
         )
     path, _ = newest_checkpoint(run, t.distributed, below=guard.returned_to if guard.returned_to >= 0 else None)
     if path is None:
@@ -113,7 +113,7 @@ def _go_back(t: Training) -> None:
     bad = guard.returned(t.progress.step, undone)
     name = "the first weights, since there is no checkpoint" if path is None else path.name
     t.log.say(
-        f"{len(bad)} bad steps in a row: back from step {step} to {name}, and on with the data "
-        f"from token {t.stream.position()['tokens']:,}"
+        f"{len(bad)} bad steps in a row: the run returns from step {step} to {name}, and its data "
+        f"go on at token {t.stream.position()['tokens']:,}"
     )
     t.run.append_metrics({"step": t.progress.step, "returned": {"from": step, "undone_tokens": undone, "data": bad}})
