@@ -1,4 +1,4 @@
-"""Bad steps are skipped and named, after too many in a row the run returns to a checkpoint, and a kill changes nothing of it."""
+"""Bad steps are skipped; after too many in a row the run returns to a checkpoint, and a kill changes none of this."""
 
 import builtins
 import contextlib

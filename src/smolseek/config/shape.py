@@ -267,8 +267,8 @@ def _wrong_layers(c: ModelConfig) -> Iterator[str]:
         yield f"{experts} is not a multiple of n_group {c.n_group}: make the groups equal in size"
     if per_group < 2:
         yield (
-            f"{experts} in n_group {c.n_group} leaves {per_group} expert a group: a group's score is that of its two best "
-            "experts, so use at least 2 a group"
+            f"{experts} in n_group {c.n_group} leaves {per_group} expert a group: a group's score is that of its two "
+            "best experts, so use at least 2 a group"
         )
     if not 1 <= c.topk_group <= c.n_group:
         yield f"topk_group {c.topk_group} is not between 1 and n_group {c.n_group}: lower topk_group"
