@@ -229,7 +229,7 @@ def test_the_source_writes_under_the_key_of_the_other_text(tiny):
     [
         (["--tokens", "0"], "tokens 0 is below 1"),
         (["--seq-len", "1000"], "max_position_embeddings"),
-        (["--teacher", "{}/other"], "its hidden_size is 32, and that one's 16"),
+        (["--teacher", "{}/other"], "its hidden_size is 32, and the other's 16"),
         (["--teacher", "{}/nowhere"], "nowhere"),
         (["--calibration", "{}/nowhere.txt", "self"], "nowhere.txt"),
         (["--calibration", "{}/few.jsonl"], "--held-out"),
@@ -253,14 +253,14 @@ def test_refused_before_the_source_writes(tiny, small, capsys, monkeypatch, argu
     assert not (tiny / "refused").exists()
 
 
-def test_a_model_that_does_not_say_what_it_was_made_of(tiny, capsys):
+def test_a_model_that_does_not_name_its_source(tiny, capsys):
     card = tiny / "half" / "README.md"
     text = card.read_text()
     try:
         card.write_text(text.replace(str(tiny / "llama"), str(tiny / "moved")))
         assert main(["heal", str(tiny / "half"), "--run", str(tiny / "refused")]) == 2
         said = capsys.readouterr().err
-        assert "moved" in said and "give --teacher, where that model is" in said and said.count("\n") == 1
+        assert "moved" in said and "give --teacher, the path of that model" in said and said.count("\n") == 1
         card.unlink()
         assert main(["heal", str(tiny / "half"), "--run", str(tiny / "refused")]) == 2
         assert "give --teacher" in capsys.readouterr().err
