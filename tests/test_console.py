@@ -34,9 +34,26 @@ def test_warnings_go_to_stderr(capsys):
 
 def test_a_complaint_is_written_in_one_piece(monkeypatch):
     pieces = []
-    monkeypatch.setattr(sys, "stderr", type("Unbuffered", (), {"write": pieces.append, "flush": lambda self: None})())
-    console.complain("what is wrong")
+    monkeypatch.setattr(
+        sys,
+        "stderr",
+        type("Unbuffered", (), {"write": pieces.append, "flush": lambda self: None, "isatty": lambda self: False})(),
+    )
+    console.to_stderr("what is wrong")
     assert [piece for piece in pieces if piece] == ["what is wrong\n"]
+
+
+def test_a_terminal_gets_long_lines_broken_between_words(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "30")
+    line = "error: a model of that name is nowhere: give runs/a-folder-with-a-long-name/step-000100 or smollm2"
+    console.say(line)
+    assert capsys.readouterr().out == line + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    console.say(line)
+    console.say("  short  line")
+    *wrapped, short = capsys.readouterr().out.splitlines()
+    assert " ".join(part.strip() for part in wrapped) == line and short == "  short  line"
+    assert all(len(part) <= 30 or part.strip().startswith("runs/") for part in wrapped)
 
 
 def test_a_silent_bar_speaks_once_an_interval(capsys, monkeypatch):
@@ -84,7 +101,7 @@ from smolseek import console
 with console.unattended() if sys.argv[1] == "job" else console.contextlib.nullcontext():
     for n in range(2000):
         console.say(f"line {n}")
-console.complain("done")
+console.to_stderr("done")
 """
 
 
@@ -100,7 +117,7 @@ def speak(how, **streams):
 def test_a_job_goes_on_when_nobody_reads_it(tmp_path):
     with open("/dev/full", "w") as full:
         done = speak("job", stdout=full)
-    assert done.stderr.splitlines()[0].startswith("warning: standard output takes no more lines (No space left")
+    assert done.stderr.splitlines()[0].startswith("warning: standard output cannot be written (No space left")
     assert done.stderr.splitlines()[1] == "done"
     reader, writer = os.pipe()
     os.close(reader)

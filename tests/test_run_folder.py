@@ -164,7 +164,7 @@ def test_files_that_cannot_be_shortened_stop_no_run(run, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "truncate", refused)
     run.cut_back({}, 10)
-    assert capsys.readouterr().err.count("it cannot be shortened (Permission denied)") == 2
+    assert capsys.readouterr().err.count("cannot be truncated (Permission denied)") == 2
 
 
 def test_a_run_without_checkpoints_begins_its_metrics_anew(run):

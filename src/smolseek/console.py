@@ -1,9 +1,12 @@
-"""The terminal: plain lines, warnings, and one live progress bar. The only module that prints. Imports no torch."""
+"""The terminal: lines, warnings and a progress bar. The only module that prints. Imports no torch."""
 
 import contextlib
 import errno
+import functools
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
@@ -14,22 +17,20 @@ from smolseek.files import sync
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# When something was last said. The terminal is one for the whole process, and so is this: a bar that is not drawn
-# speaks only after a silence.
+# When a line was last printed; global, as the terminal is. Where no bar is drawn, progress is printed only after a
+# while without other lines.
 _last_said = time.monotonic()
 
 _LONG = 300
-"""Characters of a word in a message, at most."""
+"""Longest word in a message, in characters."""
 
-_unattended = False
-"""Whether work goes on when standard output takes no more lines; one for the whole process, as standard output is."""
-_lost_output = False
-"""Whether the user has been told that it takes none."""
+# Whether work continues when stdout cannot be written, and whether the user has been told so; global, as stdout is.
+_unattended = _lost_output = False
 
 
 @contextlib.contextmanager
 def unattended() -> Iterator[None]:
-    """Within it, a closed or full standard output ends no work: its lines are dropped, and stderr says so once.
+    """Context in which work continues when stdout is closed or full: lines are dropped, with one warning on stderr.
 
     For long jobs whose result is in files. Elsewhere a line that cannot be printed raises BrokenPipeError or
     SmolseekError.
@@ -42,7 +43,8 @@ def unattended() -> Iterator[None]:
         _unattended = before
 
 
-def _to_stdout(text: str) -> None:
+def stream(text: str) -> None:
+    """Print a piece of text to stdout at once, without a newline."""
     global _lost_output
     try:
         _print(text, sys.stdout)
@@ -52,17 +54,17 @@ def _to_stdout(text: str) -> None:
             raise
         if not _unattended:
             raise SmolseekError(
-                f"standard output cannot be written ({error.strerror}): send it to a disk that has space"
+                f"standard output cannot be written ({error.strerror}): redirect it to a disk with free space"
             ) from None
         if not _lost_output:
             _lost_output = True
-            warn(f"standard output takes no more lines ({error.strerror}): the work goes on without it")
+            warn(f"standard output cannot be written ({error.strerror}): work continues without it")
         if error.errno != errno.ENOSPC:  # space may come back; a reader or a terminal does not
             discard_output()
 
 
 def discard_output() -> None:
-    """Drop what standard output still holds and all that it is given from now on: Python flushes it at exit."""
+    """Send the unwritten and all further output to /dev/null, or Python's flush at exit would fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -70,44 +72,52 @@ def discard_output() -> None:
 
 
 def open_standard_streams() -> None:
-    """Open what a caller has closed of stdin, stdout and stderr: a file that took its number would be printed into."""
+    """Open those of stdin, stdout and stderr that the caller has closed, or output could go into a file of ours."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def say(line: str = "") -> None:
-    """Print a line to stdout at once; above the bar where one is drawn."""
+    """Print a line to stdout at once, above the progress bar if there is one."""
     global _last_said
-    _to_stdout(f"{line}\n")
+    stream(f"{_wrapped(line, sys.stdout)}\n")
     _last_said = time.monotonic()
 
 
-def complain(line: str) -> None:
-    """Print a line to stderr: in one piece, for without buffering another process's line could come before its end.
+def to_stderr(line: str) -> None:
+    """Print a line to stderr in a single write, so that lines of several processes do not mix.
 
-    Where stderr is closed or full, the line is lost.
+    If stderr is closed or full, the line is lost.
     """
     with contextlib.suppress(OSError, ValueError):
-        _print(f"{line}\n", sys.stderr)
+        _print(f"{_wrapped(line, sys.stderr)}\n", sys.stderr)
 
 
 def warn(line: str) -> None:
     """Print `warning: line` to stderr."""
-    complain(f"warning: {line}")
+    to_stderr(f"warning: {line}")
 
 
-def stream(piece: str) -> None:
-    """Print a piece of text to stdout at once, without a newline."""
-    _to_stdout(piece)
+def _wrapped(text: str, file: TextIO) -> str:
+    """Return `text` with line breaks between words if `file` is a terminal, which breaks long lines anywhere."""
+    if file is None or not file.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    wrap = functools.partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for line in text.split("\n"):
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        lines.append(line if len(line) <= width else wrap(line, subsequent_indent=indent))
+    return "\n".join(lines)
 
 
 def _print(text: str, file: TextIO) -> None:
-    """Print; a sign that the terminal's encoding does not have becomes a question mark."""
+    """Print; characters that the terminal's encoding lacks become question marks."""
     try:
         print(text, end="", file=file, flush=True)
     except UnicodeEncodeError:
@@ -115,17 +125,17 @@ def _print(text: str, file: TextIO) -> None:
 
 
 def printable(text: str) -> str:
-    """Return `text` as one line for a message: what would move the cursor or hide text is escaped, long words are cut.
+    """Return `text` as one line for a message, with control characters escaped and long words shortened.
 
-    Names of files and values of options come from outside, and may hold anything.
+    File names and option values come from outside and may contain anything.
     """
-    words = (word if len(word) <= _LONG else f"{word[: _LONG // 2]}...{word[-_LONG // 2 :]}" for word in text.split())
-    signs = (sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in " ".join(words))
-    return "".join(signs)
+    size = _LONG // 2
+    short = " ".join(word if len(word) <= _LONG else f"{word[:size]}...{word[-size:]}" for word in text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in short)
 
 
 def alert(line: str) -> None:
-    """Write a line to stderr from a signal handler, where `print` could meet itself in the middle of a write."""
+    """Write a line to stderr from a signal handler, where `print` is not safe: it may have been interrupted."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
 
@@ -136,20 +146,20 @@ def on_terminal() -> bool:
 
 
 class Appended:
-    """A text file that grows by whole pieces, also through times when its disk is full.
+    """A text file to append to, which loses no text when the disk is full for a while.
 
-    It is opened anew for each piece, so that a crash loses none. A piece that cannot be written is kept and written
-    before the next one; the user hears of it once each time that writing begins to fail.
+    It is opened anew for each append, so that a crash loses nothing. Text that cannot be written is kept in memory and
+    written with the next append; each time that writing begins to fail, there is one warning.
     """
 
     def __init__(self, path: str | os.PathLike[str], sync: bool = False) -> None:
         self.path, self.sync = path, sync
         self.waiting = b""
 
-    def add(self, piece: str) -> None:
-        """Append `piece`; with `sync` it is on the disk when this returns."""
+    def add(self, text: str) -> None:
+        """Append `text`; with `sync` it is on the disk when this returns."""
         failing = bool(self.waiting)
-        self.waiting += piece.encode("utf-8")
+        self.waiting += text.encode("utf-8")
         size = None
         try:
             with open(self.path, "ab") as file:
@@ -160,25 +170,25 @@ class Appended:
                     sync(file.fileno())
             self.waiting = b""
         except OSError as error:
-            if size is not None:  # no half a line
+            if size is not None:  # leave no half line
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)
             if not failing:
-                warn(f"{os.fspath(self.path)} cannot be written ({error.strerror}): its lines are kept until it can")
+                warn(f"{os.fspath(self.path)} cannot be written ({error.strerror}): new lines are kept in memory")
 
     def size(self) -> int:
-        """Return the bytes of the file, with those that could not be written yet."""
+        """Return the size of the file in bytes, including text that could not be written yet."""
         return self._written() + len(self.waiting)
 
     def cut(self, size: int) -> None:
-        """Drop all beyond the first `size` bytes."""
+        """Truncate to `size` bytes."""
         written = self._written()
         self.waiting = self.waiting[: max(0, size - written)]
         if written > size:
             try:
                 os.truncate(self.path, size)
             except OSError as error:
-                warn(f"{os.fspath(self.path)} keeps what was undone: it cannot be shortened ({error.strerror})")
+                warn(f"{os.fspath(self.path)} cannot be truncated ({error.strerror}): it keeps lines of undone steps")
 
     def _written(self) -> int:
         try:
@@ -188,7 +198,7 @@ class Appended:
 
 
 class Log:
-    """Says lines and keeps them in a file."""
+    """Prints lines and appends them to a file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.file = Appended(path)
@@ -200,7 +210,7 @@ class Log:
 
 
 class Bar:
-    """How far long work of `total` steps is: a live bar, or a line when nothing was said for `interval` seconds."""
+    """Progress over `total` steps: a live bar, or a line when nothing was printed for `interval` seconds."""
 
     def __init__(self, total: int, description: str, interval: float, live: "Progress | None") -> None:
         self.total, self.description, self.interval, self.live = total, description, interval, live
@@ -208,7 +218,7 @@ class Bar:
             self._task = live.add_task(description, total=total, text="")
 
     def update(self, done: int, text: str = "") -> None:
-        """Show `done` of the total, and `text` beside it."""
+        """Show `done` of the total, followed by `text`."""
         if self.live is not None:
             self.live.update(self._task, completed=done, text=text)
         elif time.monotonic() - _last_said >= self.interval:
@@ -217,28 +227,24 @@ class Bar:
 
 @contextlib.contextmanager
 def progress(total: int, description: str, interval: float = 10.0) -> Iterator[Bar]:
-    """Show how far long work of `total` steps is; `bar.update(done, text)` moves the bar.
+    """Show the progress of `total` steps; call `bar.update(done, text)`.
 
-    On a terminal a live bar, removed at the end, with lines said meanwhile above it; elsewhere a plain line whenever
-    nothing else was said for `interval` seconds.
+    On a terminal this is a live bar below the printed lines, removed at the end. Elsewhere a line is printed whenever
+    there was none for `interval` seconds.
     """
-    if not on_terminal() or os.environ.get("TERM") == "dumb":
-        yield Bar(total, description, interval, None)
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    live = None
+    if on_terminal() and os.environ.get("TERM") != "dumb":
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-    )
-    # rich reroutes stdout and stderr while the bar is live: what is printed appears above it.
-    live = Progress(*columns, transient=True, refresh_per_second=5)
-    bar = Bar(total, description, interval, live)
-    live.start()
+        # rich reroutes stdout and stderr while the bar is live: what is printed appears above it.
+        text = TextColumn("{task.fields[text]}", markup=False)
+        live = Progress(
+            "{task.description}", BarColumn(24), MofNCompleteColumn(), text, transient=True, refresh_per_second=5
+        )
+        live.start()
     try:
-        yield bar
+        yield Bar(total, description, interval, live)
     finally:
-        with contextlib.suppress(OSError):  # a terminal that is gone must not cost the outcome of the work
-            live.stop()
+        with contextlib.suppress(OSError):  # a closed terminal must not end the work
+            if live is not None:
+                live.stop()

@@ -80,8 +80,8 @@ def llama(tmp_path_factory, tokenizer):
     return path
 
 
-def begin(run_cli, run, *words, model=TINY):
-    found = run_cli("train", *model, "--data", "a.jsonl", "--run", run, *SIZES, *words)
+def begin(run_cli, run, *arguments, model=TINY):
+    found = run_cli("train", *model, "--data", "a.jsonl", "--run", run, *SIZES, *arguments)
     assert found.code == 0, found.err
     return found
 
@@ -165,8 +165,8 @@ def test_a_teacher_elsewhere_and_text_in_a_run_folder_that_moved(run_cli, here, 
     save_folder(new_model(read_config(llama), seed=1), here / "other")
     (here / "run").mkdir()
     (here / "a.jsonl").rename(here / "run" / "own.jsonl")
-    words = ["--init", "m", "--distill.teacher", "m", "--data", "run/own.jsonl", "--run", "run", *SIZES]
-    assert run_cli("train", *words, "--steps", "3", "--save-every", "2").code == 0
+    arguments = ["--init", "m", "--distill.teacher", "m", "--data", "run/own.jsonl", "--run", "run", *SIZES]
+    assert run_cli("train", *arguments, "--steps", "3", "--save-every", "2").code == 0
     interrupted("run", 2)
     (here / "run").rename(here / "moved")
     (here / "m").rename(here / "m2")
@@ -182,8 +182,8 @@ def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
     rng = random.Random(1)
     for n in range(40):
         (here / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=40)))
-    words = ["train", *TINY, "--data", ".", "--run", "runs/a", *SIZES, "--steps", "4", "--save-every", "2"]
-    assert run_cli(*words).code == 0
+    arguments = ["train", *TINY, "--data", ".", "--run", "runs/a", *SIZES, "--steps", "4", "--save-every", "2"]
+    assert run_cli(*arguments).code == 0
     weights = final("runs/a")
     interrupted("runs/a", 2)
     assert run_cli("train", "--run", "runs/a", "--resume").code == 0
@@ -233,24 +233,26 @@ def test_a_preset_beside_resume_changes_nothing_that_was_not_said(run_cli, here)
 def test_one_command_begins_and_goes_on(run_cli, here, llama):
     for model in (TINY, ["--init", str(llama)]):
         run = f"run{len(model)}"
-        words = ["train", *model, "--data", "a.jsonl", "--run", run, *SIZES, "--steps", "4", "--save-every", "2"]
-        assert run_cli(*words, "--resume", "auto").code == 0
+        arguments = ["train", *model, "--data", "a.jsonl", "--run", run, *SIZES, "--steps", "4", "--save-every", "2"]
+        assert run_cli(*arguments, "--resume", "auto").code == 0
         weights = final(run)
         interrupted(run, 2)
-        code, out, _ = run_cli(*words, "--resume=auto")
+        code, out, _ = run_cli(*arguments, "--resume=auto")
         assert code == 0 and f"Resuming {run} from step-000002" in out and final(run) == weights
-        assert "The run is complete" in run_cli(*words, "--resume", "auto").out
+        assert "The run is complete" in run_cli(*arguments, "--resume", "auto").out
     code, _, err = run_cli("train", "--run", "none", "--resume")
     assert code == 2 and "none is not a run folder" in err
 
 
 def test_a_second_process_is_refused(run_cli, here):
-    words = ["train", *TINY, "--data", "a.jsonl", "--run", "run", *SIZES, "--steps", "100000"]
-    words += ["--save-every", "100000", "--eval-every", "100000"]
+    arguments = ["train", *TINY, "--data", "a.jsonl", "--run", "run", *SIZES, "--steps", "100000"]
+    arguments += ["--save-every", "100000", "--eval-every", "100000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-m", "smolseek", *words], stdout=subprocess.PIPE, env=environment) as first:
+    with subprocess.Popen(
+        [sys.executable, "-m", "smolseek", *arguments], stdout=subprocess.PIPE, env=environment
+    ) as first:
         for line in first.stdout:
-            if line.startswith(b"Step "):
+            if line.startswith(b"step "):
                 break
         began = time.monotonic()
         code, _, err = run_cli("train", "--run", "run", "--resume")
@@ -262,14 +264,14 @@ def test_a_second_process_is_refused(run_cli, here):
 
 
 def test_a_second_prepare_is_refused(run_cli, here):
-    words = ["prepare", "tokens", "--data", "a.jsonl", "--tokenizer", "words"]
-    assert run_cli(*words).code == 0
+    arguments = ["prepare", "tokens", "--data", "a.jsonl", "--tokenizer", "words"]
+    assert run_cli(*arguments).code == 0
     assert os.path.exists(f"tokens/{LOCK}"), "it held the folder that it made"
     with FolderLock("tokens") as lock:
         lock.acquire()
-        code, _, err = run_cli(*words)
+        code, _, err = run_cli(*arguments)
         assert code == 2 and err.count("\n") == 1 and f"process {os.getpid()} on " in err
-    assert run_cli(*words).code == 0
+    assert run_cli(*arguments).code == 0
 
 
 def steps_done(run):

@@ -70,7 +70,7 @@ def records(run: Path) -> list[dict]:
 
 def logged_steps(log: Path) -> int:
     """Steps in the log of a process."""
-    return log.read_text().count("\nStep ") if log.exists() else 0
+    return log.read_text().count("\nstep ") if log.exists() else 0
 
 
 def unfinished(run: RunFolder) -> set[tuple[str, int]]:
@@ -200,7 +200,7 @@ def test_a_full_disk(
         last = said.strip().splitlines()[-1]
         assert code == 2 and last.startswith("error: the checkpoint of step 24 cannot be written"), said
         assert "go on with --resume: the older checkpoints are untouched" in last
-        assert "Step    24/24" in said and "metrics.jsonl cannot be written" in said
+        assert "step    24/24" in said and "metrics.jsonl cannot be written" in said
         assert newest_valid(run)[0] is not None and not list(run.checkpoints.glob(".tmp-*"))
         ballast.unlink()
         finish(server, log, arguments(run.path, data, steps, "--resume"))

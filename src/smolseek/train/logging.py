@@ -1,4 +1,4 @@
-"""What a run logs: records in metrics.jsonl, and lines in the format of the original experiment."""
+"""What a run logs: records in metrics.jsonl, and lines for a terminal."""
 
 import contextlib
 import os
@@ -49,28 +49,21 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def train_line(record: dict, steps: int, seconds: float, device: torch.device) -> str:
-    """Return a training record as a line: the fields of the original, then learning rate, MaxVio and gradient norm."""
-    name = "GPU Memory" if device.type == "cuda" else "Memory"
-    step, now, peak = record["step"], record["memory"] // 2**20, record["peak_memory"] // 2**20
-    line = (
-        f"Step {step:5d}/{steps} ({100 * step / steps:.1f}%) | Loss: {record['loss']:.4f} | Time: {seconds:.1f}s | "
-        f"Tokens/sec: {record['tokens_per_second']:.2f} | Total Tokens: {record['tokens']:,} | "
-        f"{name}: {now}MB/{peak}MB | LR: {record['lr']:.2e}"
-    )
-    line += f" | KL: {record['kl']:.4f}" if "kl" in record else ""
-    line += f" | MaxVio: {record['maxvio']:.3f}" if "maxvio" in record else ""
-    return line + f" | Grad norm: {record['grad_norm']:.2f}"
+def train_line(record: dict, steps: int) -> str:
+    """Return a training record as a line of at most 80 columns; `grad` is the gradient's norm before clipping."""
+    line = f"step {record['step']:5d}/{steps}  loss {record['loss']:.4f}"
+    line += f"  kl {record['kl']:.4f}" if "kl" in record else ""
+    line += f"  lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}"
+    line += f"  maxvio {record['maxvio']:.2f}" if "maxvio" in record else ""
+    return line + f"  {record['tokens_per_second']:,.0f} tok/s"
 
 
-def validation_line(record: dict) -> str:
-    """Return an evaluation's record as a line."""
-    line = (
-        f"Validation at step {record['step']} | Loss: {record['val_loss']:.4f} | "
-        f"Perplexity: {record['val_perplexity']:.2f} | Bits/byte: {record['val_bits_per_byte']:.4f}"
-    )
-    line += f" | KL: {record['val_kl']:.4f}" if "val_kl" in record else ""
-    return line + (f" | MaxVio (global): {record['val_maxvio']:.3f}" if "val_maxvio" in record else "")
+def validation_line(record: dict, steps: int) -> str:
+    """Return an evaluation's record as a line of at most 80 columns."""
+    line = f"val  {record['step']:5d}/{steps}  loss {record['val_loss']:.4f}"
+    line += f"  kl {record['val_kl']:.4f}" if "val_kl" in record else ""
+    line += f"  perplexity {record['val_perplexity']:.2f}  bits/byte {record['val_bits_per_byte']:.4f}"
+    return line + (f"  maxvio {record['val_maxvio']:.2f}" if "val_maxvio" in record else "")
 
 
 def training_summary(config: ModelConfig, progress: Progress, frozen_tokens: int, run: RunFolder) -> list[str]:
@@ -84,7 +77,7 @@ def training_summary(config: ModelConfig, progress: Progress, frozen_tokens: int
     lines.append(f"  Steps: {progress.step:,}, tokens: {progress.tokens - frozen_tokens:,}{also}")
     if progress.seconds:
         rate = progress.tokens / progress.seconds
-        lines.append(f"  Training time: {progress.seconds:.1f}s, tokens/sec: {rate:.2f}")
+        lines.append(f"  Training time: {progress.seconds:.1f} s, {rate:,.0f} tokens/s")
     lines.append(f"  Final training loss: {progress.loss:.4f}, final validation loss: {progress.val_loss:.4f}")
     records = reversed(run.read_metrics())
     load_LE: list[list[int]] = next((record["val_load"] for record in records if "val_load" in record), [])

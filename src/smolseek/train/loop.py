@@ -164,7 +164,7 @@ def _evaluate(t: Training, stop: StopRequest) -> None:
         step = t.progress.step
         t.progress.evaluated, t.progress.val_loss = step, record["val_loss"]
         t.run.append_metrics({"step": step, "tokens": t.progress.tokens, **record})
-        t.log.say(validation_line({"step": step, **record}))
+        t.log.say(validation_line({"step": step, **record}, t.config.steps))
 
 
 def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
@@ -196,7 +196,7 @@ def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
     if t.guard.skipped_tokens:
         record |= {"skipped_steps": t.guard.skipped_steps, "skipped_tokens": t.guard.skipped_tokens}
     t.run.append_metrics(record)
-    t.log.say(train_line(record, config.steps, seconds, t.device))
+    t.log.say(train_line(record, config.steps))
     progress.interval.clear()
     progress.kls.clear()
     t.clock.restart()
