@@ -156,7 +156,7 @@ def generate(target: str, dtype: str) -> tuple[str, float]:
         "--stats",
     ]
     run = subprocess.run(["smolseek", "generate", *arguments], capture_output=True, text=True, check=True)
-    match = re.search(r"written 100 tokens, ([\d.,]+) tokens/s; (\w+)", run.stderr)
+    match = re.search(r"generated 100 tokens, ([\d.,]+) tokens/s; (\w+)", run.stderr)
     assert match is not None, run.stderr
     return match[2], float(match[1].replace(",", ""))
 

@@ -34,32 +34,41 @@ def model():
     return Model(SimpleNamespace(model=built, tokenizer=tokenizer, config=built.config), "test")
 
 
-def test_the_pieces_of_a_stream_are_the_text_of_generate(model):
-    writer = model.stream("The sea", max_tokens=60, seed=3)
-    text = "".join(writer)
+def test_the_texts_of_a_stream_are_the_text_of_generate(model):
+    stream = model.stream("The sea", max_tokens=60, seed=3)
+    text = "".join(stream)
     (one,) = model.generate("The sea", max_tokens=60, seed=3)
-    assert text == one.text == model.tokenizer.decode(writer.result.tokens)
-    assert writer.result.tokens == one.result.tokens and writer.result.stop_reason == one.result.stop_reason
+    assert text == one.text == model.tokenizer.decode(stream.result.tokens)
+    assert stream.result.tokens == one.result.tokens and stream.result.stop_reason == one.result.stop_reason
 
 
 def test_a_stop_string_ends_the_text_before_it(model):
-    (whole,) = model.generate("The sea", max_tokens=60, temperature=0.0)
-    stop = whole.text[5:8]
-    writer = model.stream("The sea", max_tokens=60, temperature=0.0, stop=stop)
-    assert "".join(writer) == whole.text[: whole.text.index(stop)]
-    assert writer.result.stop_reason == "stop_string"
+    (full,) = model.generate("The sea", max_tokens=60, temperature=0.0)
+    stop = full.text[5:8]
+    stream = model.stream("The sea", max_tokens=60, temperature=0.0, stop=stop)
+    assert "".join(stream) == full.text[: full.text.index(stop)]
+    assert stream.result.stop_reason == "stop_string"
     (one,) = model.generate("The sea", max_tokens=60, temperature=0.0, stop=[stop, "never there"])
-    assert one.text == whole.text[: whole.text.index(stop)]
+    assert one.text == full.text[: full.text.index(stop)]
 
 
-def test_a_batch_gives_each_prompt_what_it_gets_alone(model):
+def test_the_names_of_transformers_mean_the_same(model):
+    ours = model.generate("The sea", n=2, beams=3, max_tokens=12, stop_tokens=["a"], no_repeat_ngram=2)
+    theirs = {"num_return_sequences": 2, "num_beams": 3, "max_new_tokens": 12, "no_repeat_ngram_size": 2}
+    assert [one.text for one in model.generate("The sea", stop_tokens="a", **theirs)] == [one.text for one in ours]
+    greedy = model.generate("The sea", max_tokens=12, temperature=0.0)[0].text
+    assert model.generate("The sea", max_tokens=12, do_sample=False, num_beams=1)[0].text == greedy
+    assert model.generate("The sea", max_tokens=12, do_sample=True)[0].text != greedy
+
+
+def test_a_batch_gives_each_prompt_what_it_gets_by_itself(model):
     texts = ["The sea", "A much longer prompt, about nothing in particular", "x"]
-    together = model.generate(texts, n=2, max_tokens=20, seed=5)
-    assert [one.prompt for one in together] == [text for text in texts for _ in range(2)]
-    assert [one.text for one in together] == [
+    batched = model.generate(texts, n=2, max_tokens=20, seed=5)
+    assert [one.prompt for one in batched] == [text for text in texts for _ in range(2)]
+    assert [one.text for one in batched] == [
         one.text for text in texts for one in model.generate(text, n=2, max_tokens=20, seed=5)
     ]
-    assert together[0].text != together[1].text
+    assert batched[0].text != batched[1].text
 
 
 def test_scores_are_the_log_probabilities_of_the_text(model):
@@ -72,15 +81,15 @@ def test_scores_are_the_log_probabilities_of_the_text(model):
 
 
 def test_a_chat_keeps_its_history_and_obeys_commands(model, tmp_path):
-    chat = Chat(model, {"temperature": 0.0}, max_tokens=5, system="be kind")
-    pieces = []
-    said = chat.answer("hello", pieces.append)
-    assert "".join(pieces) == said
+    chat = Chat(model, {"temperature": 0.0, "max_tokens": 5}, system="be kind")
+    texts = []
+    said = chat.answer("hello", texts.append)
+    assert "".join(texts) == said
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
     chat.command(f"/save {tmp_path / 'talk.json'}")
     assert "be kind" in (tmp_path / "talk.json").read_text(encoding="utf-8")
     chat.command("/params top-p=0.5")
-    assert chat.options == {"temperature": 0.0, "top_p": 0.5}
+    assert chat.options == {"temperature": 0.0, "max_tokens": 5, "top_p": 0.5}
     for wrong in ("/params top_p=3", "/params heat=3", "/params top_p=x", "/nothing", "/save"):
         with pytest.raises(SmolseekError):
             chat.command(wrong)
@@ -89,7 +98,7 @@ def test_a_chat_keeps_its_history_and_obeys_commands(model, tmp_path):
 
 
 def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
-    chat = Chat(model, {"temperature": 0.0}, max_tokens=50)
+    chat = Chat(model, {"temperature": 0.0, "max_tokens": 50})
 
     def interrupt(piece):
         raise KeyboardInterrupt
@@ -99,20 +108,22 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "message"),
     [
         (lambda m: m.stream(""), "prompt is empty"),
-        (lambda m: m.stream("x", beams=2), "beams and streaming"),
+        (lambda m: m.stream("x", beams=2), "a stream is one continuation"),
         (lambda m: m.stream("x", stop_tokens=["<nowhere>"]), "stop token '<nowhere>'"),
-        (lambda m: m.stream("x", heat=1), "unknown sampling option"),
+        (lambda m: m.stream("x", heat=1), "unknown option heat"),
         (lambda m: m.generate("x", n=0), "n 0 is below 1"),
         (lambda m: m.generate("x", beams=2, stop="y"), "beam search takes no stop strings"),
+        (lambda m: m.stream("x", max_length=3), "max_length: it counts the prompt too"),
+        (lambda m: m.stream("x", max_tokens=3, max_new_tokens=3), "max_new_tokens and max_tokens are the same"),
         (lambda m: m.stream("x" * 300), "300 tokens, the model's context 256"),
         (lambda m: m.stream("x", stop=[""]), "a stop string is empty"),
     ],
 )
-def test_mistakes_are_told_in_one_line(model, call, words):
-    with pytest.raises(SmolseekError, match=words):
+def test_mistakes_are_reported_in_one_line(model, call, message):
+    with pytest.raises(SmolseekError, match=message):
         call(model)
 
 

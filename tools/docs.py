@@ -28,7 +28,11 @@ MOVED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGEL
 """Pages outside docs/, and their names on the site."""
 INTERFACE = {
     "A model and its text": ["smolseek.api.load", "smolseek.api.Model", "smolseek.api.Continuation"],
-    "Sampling": ["smolseek.sampling_options.SamplingOptions", "smolseek.generate.sampling.SamplingParams"],
+    "Sampling": [
+        "smolseek.config.SamplingOptions",
+        "smolseek.config.GenerationOptions",
+        "smolseek.generate.sampling.SamplingParams",
+    ],
     "Token ids in, token ids out": ["smolseek.generate.engine.Generator", "smolseek.generate.engine.Result"],
     "Configurations": ["smolseek.config.TrainConfig", "smolseek.config.ModelConfig"],
     "Model folders": ["smolseek.storage.hf_folder.load_model"],

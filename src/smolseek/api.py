@@ -10,17 +10,18 @@ for piece in model.stream("The structure of DNA"):
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from smolseek.config import GenerationOptions, SamplingOptions, generation_options
 from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
-from smolseek.generate.beam import EarlyStopping, beam_search
+from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Generator, Result
-from smolseek.generate.sampling import SamplingParams
+from smolseek.generate.sampling import Processor, SamplingParams
 from smolseek.generate.text import TextStream
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import LoadedModel, load_causal_lm, load_model, sampling_options
@@ -32,21 +33,30 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was written after a prompt."""
+    """A prompt and the text generated after it."""
 
     prompt: str
     """The prompt."""
     text: str
-    """What follows it, without stop strings."""
+    """The generated text, without stop strings."""
     result: Result
-    """Its tokens, log-probabilities, the reason of its end and the times."""
+    """Tokens, log-probabilities, stop reason and times."""
 
 
 class Model:
-    """A model with its tokenizer, for text. `load` gives one.
+    """A model with its tokenizer; `load` returns one.
 
-    Sampling options are the fields of `smolseek.generate.sampling.SamplingParams`; `bad_words` and `prefix` may be
-    given as text here. Those left out are the model's own (`generation_config.json`); its default temperature is 0.8.
+    Options of `generate`, `stream` and `chat` are the fields of `smolseek.config.GenerationOptions`; names of
+    transformers (`max_new_tokens`, `num_beams`) work, too. Defaults come from the model's `generation_config.json`.
+
+    Args:
+        loaded: the model, as `load_model` returns it.
+        name: its name in messages.
+        sampling_defaults: fields of `SamplingParams` that the model's `generation_config.json` sets.
+        unrounded: path of the weights in the file's number format, if those of `loaded` were rounded.
+
+    Raises:
+        SmolseekError: for a model without a tokenizer.
     """
 
     def __init__(
@@ -56,17 +66,6 @@ class Model:
         sampling_defaults: Mapping[str, Any] | None = None,
         unrounded: Path | None = None,
     ) -> None:
-        """Take what `load_model` gave.
-
-        Args:
-            loaded: the model.
-            name: what to call it.
-            sampling_defaults: fields of `SamplingParams` that the model itself sets.
-            unrounded: where its weights are in the file's number format, if those of `loaded` were rounded.
-
-        Raises:
-            SmolseekError: for a model without a tokenizer.
-        """
         if loaded.tokenizer is None:
             raise SmolseekError(f"{name} has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer")
         self.model, self.tokenizer, self.config = loaded.model, loaded.tokenizer, loaded.config
@@ -74,141 +73,98 @@ class Model:
 
     @property
     def number_format(self) -> str:
-        """Number format of the weights that write: "float32", "bfloat16" or "float16"."""
+        """Number format of the weights: "float32", "bfloat16" or "float16"."""
         return str(self.model.lm_head.weight.dtype).removeprefix("torch.")
 
-    def tokens(self, text: str) -> list[int]:
-        """Return the tokens of `text`, with what the tokenizer itself adds: BOS for many models, nothing for SmolLM2.
+    def tokens(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of `text`, with the tokenizer's special tokens: BOS for many models, none for SmolLM2.
 
         Raises:
-            SmolseekError: for a text that UTF-8 cannot hold, or a token that the model does not have.
+            SmolseekError: for an empty text, one that UTF-8 cannot encode, or a token beyond the model's vocabulary.
         """
-        return self._encode(text, special=True)
-
-    def _encode(self, text: str, *, special: bool = False) -> list[int]:
-        """Return the tokens of `text`, with what the tokenizer itself adds if `special`."""
+        if special and not text:
+            raise SmolseekError("the prompt is empty: give at least one word")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise SmolseekError(
-                f"the text is no UTF-8 at position {error.start:,} ({error.object[error.start]!r}): give it in UTF-8"
+                f"the text is not UTF-8 at position {error.start:,} ({error.object[error.start]!r}): encode it in UTF-8"
             ) from None
-        # Not verbose: a text beyond the context is told of once, and by us.
+        # Not verbose: a text beyond the context is reported by us.
         ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         require_known(max(ids, default=0), self.tokenizer, self.config.vocab_size)
         return ids
 
     def stream(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_tokens: int | None = 100,
-        stop: Sequence[str] | str = (),
-        stop_tokens: Sequence[str | int] = (),
-        max_time: float | None = None,
-        **options: Any,
+        self, prompt: str | Sequence[int], *, processors: Sequence[Processor] = (), **options: Any
     ) -> TextStream:
-        """Continue `prompt`; iterate over the result for the pieces of text as they come.
+        """Continue `prompt`; iterate over the result to get the text piece by piece.
 
         Args:
-            prompt: text, or tokens.
-            max_tokens: new tokens, at most; None goes on to the end of the context.
-            stop: text before which to end.
-            stop_tokens: tokens that end it besides the model's own, by name ("<|im_end|>") or number.
-            max_time: seconds, at most.
-            options: fields of `SamplingParams`.
+            prompt: text, or token ids.
+            processors: functions that change the logits, as transformers' `LogitsProcessor`.
+            options: fields of `GenerationOptions`.
 
         Raises:
             SmolseekError: for an empty prompt, one beyond the context, an unknown token or a number out of range.
         """
-        if "beams" in options:
-            raise SmolseekError("beams and streaming do not go together, a search ends at its end: use generate")
-        ids, sampling, stop_ids = self._ids(prompt), self.sampling(**options), self.stop_ids(stop_tokens)
-        generator = Generator(self.model, [ids], sampling, max_tokens, stop_ids=stop_ids, max_time=max_time)
-        return TextStream(generator, self.tokenizer, _strings(stop))
+        chosen = generation_options(options, self.sampling_defaults)
+        if chosen.beams != 1 or chosen.n != 1:
+            raise SmolseekError("a stream is one continuation without beams: use generate for beams or an n above 1")
+        sampling = self._sampling(chosen, processors)
+        ids = self.tokens(prompt) if isinstance(prompt, str) else list(prompt)
+        return TextStream(self._generator([ids], [sampling], chosen), self.tokenizer, chosen.stop)
 
     def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        n: int = 1,
-        beams: int | None = None,
-        length_penalty: float = 1.0,
-        early_stopping: EarlyStopping = False,
-        max_tokens: int = 100,
-        stop: Sequence[str] | str = (),
-        stop_tokens: Sequence[str | int] = (),
-        max_time: float | None = None,
-        **options: Any,
+        self, prompts: str | Sequence[str], *, processors: Sequence[Processor] = (), **options: Any
     ) -> list[Continuation]:
-        """Return `n` continuations of each prompt, prompt by prompt; those of beam search best first.
+        """Return `n` continuations of each prompt, in the order of the prompts; of beam search the best first.
 
-        Draw number j of a prompt has the seed `seed + j`, so the first one is the one that `stream` gives.
+        Continuation number j of a prompt is sampled with the seed `seed + j`: the first one is that of `stream`.
 
         Args:
-            prompts: one text or several; they are written in one batch, each as it would be alone.
-            n: continuations of each.
-            beams: search with so many beams instead of drawing.
-            length_penalty: beam search: above 0 favours long continuations.
-            early_stopping: beam search: end as soon as `beams` are finished; "never" only when none can get better.
-            max_tokens: new tokens, at most.
-            stop: text before which to end.
-            stop_tokens: tokens that end it besides the model's own.
-            max_time: seconds, at most.
-            options: fields of `SamplingParams`.
+            prompts: one text or several. Several are one batch, which gives each the text that it would get alone.
+            processors: functions that change the logits, as transformers' `LogitsProcessor`.
+            options: fields of `GenerationOptions`.
 
         Raises:
             SmolseekError: as `stream`, and for options that do not go together.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if n < 1:
-            raise SmolseekError(f"n {n} is below 1: ask for at least one continuation")
+        chosen = generation_options(options, self.sampling_defaults)
+        if chosen.n < 1:
+            raise SmolseekError(f"n {chosen.n} is below 1: ask for at least one continuation")
         if not texts:
             return []
-        ids = [self._ids(text) for text in texts]
-        stops, stop_ids = _strings(stop), self.stop_ids(stop_tokens)
-        if beams is not None:
-            if stops or max_time is not None:
-                raise SmolseekError("beam search takes no stop strings and no max-time: leave them out, or the beams")
-            search = functools.partial(
-                beam_search,
-                self.model,
-                beams=beams,
-                max_tokens=max_tokens,
-                sampling=self.sampling(**{"temperature": 0.0, **options}),
-                stop_ids=stop_ids,
-                length_penalty=length_penalty,
-                early_stopping=early_stopping,
-                returned=n,
-            )
-            found = [(text, result) for text, prompt in zip(texts, ids, strict=True) for result in search(prompt)]
-            return [Continuation(text, self.tokenizer.decode(result.tokens), result) for text, result in found]
-        seed = options.pop("seed", 0)
-        samplings = [self.sampling(seed=seed + j, **options) for _ in texts for j in range(n)]
-        rows = [prompt for prompt in ids for _ in range(n)]
-        generator = Generator(self.model, rows, samplings, max_tokens, stop_ids=stop_ids, max_time=max_time)
-        written = zip(TextStream(generator, self.tokenizer, stops).finish(), generator.results, strict=True)
-        return [Continuation(texts[row // n], text, result) for row, (text, result) in enumerate(written)]
+        ids, sampling = [self.tokens(text) for text in texts], self._sampling(chosen, processors)
+        if chosen.beams != 1:
+            results = [self._search(prompt, sampling, chosen) for prompt in ids]
+            best = [(text, result) for text, of_text in zip(texts, results, strict=True) for result in of_text]
+            return [Continuation(text, self.tokenizer.decode(result.tokens), result) for text, result in best]
+        samplings = [replace(sampling, seed=sampling.seed + j) for _ in texts for j in range(chosen.n)]
+        generator = self._generator([prompt for prompt in ids for _ in range(chosen.n)], samplings, chosen)
+        outputs = zip(TextStream(generator, self.tokenizer, chosen.stop).finish(), generator.results, strict=True)
+        return [Continuation(texts[number // chosen.n], *output) for number, output in enumerate(outputs)]
 
     def score(self, text: str) -> list[tuple[str, float]]:
-        """Return each token of `text` with its log-probability (nats) after those before it; the first has none (nan).
+        """Return each token of `text` with its log-probability in nats given the tokens before it; nan for the first.
 
-        The numbers are those of the model's own number format. Where `load` chose bfloat16 for writing, the first call
+        It is computed in the file's number format: where `load` rounded float32 weights to bfloat16, the first call
         loads the model a second time.
 
         Raises:
             SmolseekError: for an empty text, or one beyond the context.
         """
-        ids = self._ids(text)
+        ids = self.tokens(text)
         context = self.config.max_position_embeddings
         if len(ids) > context:
             raise SmolseekError(f"the text has {len(ids)} tokens, the model's context {context}: shorten the text")
-        # Not in inference mode, whose kernels are for prompts: these are the numbers of evaluation.
+        # Not in inference mode: its kernels round differently, and these numbers are those of evaluation.
         with torch.no_grad():
             model = self._scoring
             ids_1T = torch.tensor([ids], device=model.lm_head.weight.device)
             hidden_TD, values = model.hidden(ids_1T).hidden_BTD[0, :-1], []
-            # In pieces: the logits of a long text would take gigabytes.
+            # In chunks, since the logits of a long text take gigabytes.
             for h_XD, next_X in zip(hidden_TD.split(512), ids_1T[0, 1:].split(512), strict=True):
                 logp_XV = model.lm_head(h_XD).float().log_softmax(dim=-1)
                 values += logp_XV.gather(1, next_X[:, None])[:, 0].tolist()
@@ -219,70 +175,80 @@ class Model:
         return self.model if self._unrounded is None else load_causal_lm(self._unrounded)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> TextStream:
-        """Write the answer to a conversation in the model's own chat template; options as in `stream`.
+        """Generate the assistant's answer to `messages` in the model's chat template; options as in `stream`.
 
         Raises:
-            SmolseekError: for a model without a chat template, messages that it refuses, or as `stream`.
+            SmolseekError: for a model without a chat template, messages that the template refuses, or as `stream`.
         """
         if not self.tokenizer.chat_template:
-            raise SmolseekError(f"{self.name} has no chat template: use generate, or a model made for chatting")
+            raise SmolseekError(f"{self.name} has no chat template: use generate, or a chat model")
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program of its author's, which may raise anything
+        except Exception as error:  # a template is code, which may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             system = any(message.get("role") == "system" for message in messages)
-            way_out = "leave out the system message" if system else "say it in another way, or use generate"
-            raise SmolseekError(
-                f"{self.name}: its chat template refuses these messages ({reason}): {way_out}"
-            ) from error
-        # The template has written BOS itself where the model wants it.
-        return self.stream(self._encode(text), **options)
-
-    def sampling(self, **options: Any) -> SamplingParams:
-        """Return sampling options, `bad_words` and `prefix` as tokens; those left out are the model's own."""
-        if bad := options.get("bad_words"):
-            # A word in the middle of a text begins with a space.
-            forms = [form for word in _strings(bad) for form in (word, " " + word.lstrip())]
-            options["bad_words"] = tuple(tuple(self._encode(form)) for form in forms)
-        if isinstance(options.get("prefix"), str):
-            options["prefix"] = tuple(self._encode(options["prefix"]))
-        try:
-            return SamplingParams(**{**self.sampling_defaults, **options})
-        except TypeError as error:
-            raise SmolseekError(f"unknown sampling option ({error}): see SamplingParams for their names") from None
+            hint = "leave out the system message" if system else "change the messages, or use generate"
+            raise SmolseekError(f"{self.name}: its chat template refuses these messages ({reason}): {hint}") from error
+        # The template itself adds BOS if the model needs it.
+        return self.stream(self.tokens(text, special=False), **options)
 
     def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
-        """Return the tokens that end a text: the model's own, and `tokens` by name or number."""
-        found = list(self.config.eos_ids)
+        """Return the ids of the tokens that end a text: the model's own, and `tokens` by name or id."""
+        ids = list(self.config.eos_ids)
         vocabulary = self.tokenizer.get_vocab() if tokens else {}
         for token in tokens:
             number = token if isinstance(token, int) else vocabulary.get(token)
             if number is None or not 0 <= number < self.config.vocab_size:
-                raise SmolseekError(f"stop token {token!r} is not in the vocabulary: use --stop for text")
-            found.append(number)
-        return sorted(set(found))
+                raise SmolseekError(f"stop token {token!r} is not in the vocabulary: use stop for strings")
+            ids.append(number)
+        return sorted(set(ids))
 
-    def _ids(self, text: str | Sequence[int]) -> list[int]:
-        if not isinstance(text, str):
-            return list(text)
-        if not text:
-            raise SmolseekError("the prompt is empty: give at least one word")
-        return self.tokens(text)
+    def _sampling(self, chosen: GenerationOptions, processors: Sequence[Processor]) -> SamplingParams:
+        """Return the options that concern sampling, with text as token ids."""
+        bad_words: Any = chosen.bad_words  # those of generation_config.json are token ids already
+        if bad_words and isinstance(bad_words[0], str):
+            # A word in the middle of a text has tokens of its own, which include the space before it.
+            forms = [form for word in bad_words for form in (word, " " + word.lstrip())]
+            bad_words = tuple(tuple(self.tokens(form, special=False)) for form in forms)
+        return SamplingParams(
+            **{field.name: getattr(chosen, field.name) for field in fields(SamplingOptions)},
+            bad_words=bad_words,
+            prefix=tuple(self.tokens(chosen.prefix, special=False)),
+            processors=tuple(processors),
+        )
 
+    def _generator(
+        self, prompts: list[list[int]], samplings: list[SamplingParams], chosen: GenerationOptions
+    ) -> Generator:
+        stop_ids = self.stop_ids(chosen.stop_tokens)
+        return Generator(self.model, prompts, samplings, chosen.max_tokens, stop_ids=stop_ids, max_time=chosen.max_time)
 
-def _strings(value: Sequence[str] | str) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
+    def _search(self, prompt: list[int], sampling: SamplingParams, chosen: GenerationOptions) -> list[Result]:
+        if chosen.stop or chosen.prefix or chosen.max_time is not None:
+            raise SmolseekError("beam search takes no stop strings, prefix or max-time: leave them out, or the beams")
+        context = self.config.max_position_embeddings
+        return beam_search(
+            self.model,
+            prompt,
+            beams=chosen.beams,
+            max_tokens=context if chosen.max_tokens is None else chosen.max_tokens,
+            sampling=sampling,
+            stop_ids=self.stop_ids(chosen.stop_tokens),
+            length_penalty=chosen.length_penalty,
+            early_stopping=chosen.early_stopping,
+            returned=chosen.n,
+        )
 
 
 def load(name: str, *, dtype: str = "auto", device: str = "cpu", tokenizer: str | None = None) -> Model:
-    """Load the model that `name` stands for: a run, a folder, a .gguf file, a hub name or `smollm2`.
+    """Load a model: a run folder, a model folder, a .gguf file, a hub name or `smollm2`.
 
     Args:
         name: the model.
-        dtype: float32, bfloat16 or float16; auto takes the file's, or bfloat16 where the file has float32 and the CPU
-            multiplies bfloat16 (`score` keeps to float32 then).
-        device: where it goes, for example "cuda".
-        tokenizer: name of another tokenizer than the model's own, for a .gguf file whose tokenizer is not supported.
+        dtype: float32, bfloat16 or float16; auto is the file's, but bfloat16 for a float32 file if the CPU has
+            AVX512_BF16 (`score` still computes in float32).
+        device: for example "cuda".
+        tokenizer: name of a tokenizer to use instead, for a .gguf file whose own is not supported.
 
     Raises:
         SmolseekError: if there is no such model, it is damaged, it has no tokenizer, or its `generation_config.json`

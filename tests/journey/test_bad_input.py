@@ -33,15 +33,15 @@ def small(tmp_path: Path, corpus: Path, *extra: str) -> list[str]:
     ]
 
 
-def refuse(result, *words: str) -> None:
+def refuse(result, *texts: str) -> None:
     assert result.code == 2, result
     assert result.err.count("\n") == 1 and result.err.startswith("error: "), result.err
-    for word in words:
-        assert word in result.err, result.err
+    for text in texts:
+        assert text in result.err, result.err
 
 
 @pytest.mark.parametrize(
-    ("extra", "words"),
+    ("extra", "texts"),
     [
         (["--optim.rl", "1"], ["--optim.rl", "--optim.lr"]),
         (["--model.num-attention-heads", "4", "--model.num-key-value-heads", "3"], ["4", "3"]),
@@ -62,12 +62,12 @@ def refuse(result, *words: str) -> None:
         (["--device", "cuda"], ["cuda", "--device cpu"]),
     ],
 )
-def test_training_options_that_do_not_fit(run_cli, tmp_path, corpus, extra, words):
+def test_training_options_that_do_not_fit(run_cli, tmp_path, corpus, extra, texts):
     import torch
 
     if extra == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    refuse(run_cli(*small(tmp_path, corpus, *extra)), *words)
+    refuse(run_cli(*small(tmp_path, corpus, *extra)), *texts)
     assert not (tmp_path / "run").exists()
 
 
@@ -83,13 +83,13 @@ def test_data_that_is_no_text(run_cli, tmp_path, corpus):
     binary.write_bytes(bytes(range(256)) * 10)
     pq.write_table(pa.table({"prompt": ["a"], "body": ["b"]}), table)
     (tmp_path / "folder").mkdir()
-    for path, words in (
+    for path, texts in (
         (empty, ["empty.txt"]),
         (binary, ["binary.txt"]),
         (table, ["table.parquet", "text", "'prompt', 'body'"]),
         (tmp_path / "folder", ["folder"]),
     ):
-        refuse(run_cli(*small(tmp_path, path)), *words)
+        refuse(run_cli(*small(tmp_path, path)), *texts)
     assert not (tmp_path / "run").exists()
 
 
@@ -117,7 +117,7 @@ def test_generation(run_cli, tmp_path, corpus):
     run = tmp_path / "run"
     refuse(run_cli("generate", run, ""), "prompt")
     refuse(run_cli("generate", run, "Hello", "--temperature", "-1"), "temperature")
-    refuse(run_cli("generate", run, "Hello", "--top-p", "1.5"), "top-p")
+    refuse(run_cli("generate", run, "Hello", "--top-p", "1.5"), "top_p")
     refuse(run_cli("generate", run, "word " * 2000), "1024")
     refuse(run_cli("generate", tmp_path / "nothing", "Hello"), "nothing")
     result = run_cli("generate", run, "Hello", "--max-tokens", "5", "--greedy")

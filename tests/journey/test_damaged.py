@@ -17,7 +17,7 @@ from smolseek.audit.runner import audit_model
 from smolseek.chat import Chat
 from smolseek.cli import main
 from smolseek.config import ModelConfig, parse_json
-from smolseek.errors import SmolseekError, damage_told
+from smolseek.errors import SmolseekError, report_damage
 from smolseek.evaluate.compare import compare
 from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Generator
@@ -36,11 +36,11 @@ SMALL = "--model.num-hidden-layers 1 --model.hidden-size 16 --seq-len 16 --batch
 REST = "--save-every 1 --sample-tokens 0 --data.val-fraction 0.2"
 
 
-def refuse(result, *words: str) -> None:
+def refuse(result, *texts: str) -> None:
     assert result.code == 2, result
     assert result.err.count("\n") == 1 and result.err.startswith("error: "), result.err
-    for word in words:
-        assert word in result.err, result.err
+    for text in texts:
+        assert text in result.err, result.err
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def made(tmp_path_factory) -> Path:
     sandbox.tokenizer_of(["The quick brown fox jumps."]).save_pretrained(folder / "tokenizer")
     lines = (json.dumps({"text": f"Document {i}. " + "The quick brown fox jumps. " * 30}) for i in range(60))
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    words = f"train tiny {SMALL} {REST} --device cpu --model.vocab-size 320".split()
-    words += ["--tokenizer", str(folder / "tokenizer")]
-    assert main([*words, "--data", str(folder / "text.jsonl"), "--run", str(folder / "run")]) == 0
+    arguments = f"train tiny {SMALL} {REST} --device cpu --model.vocab-size 320".split()
+    arguments += ["--tokenizer", str(folder / "tokenizer")]
+    assert main([*arguments, "--data", str(folder / "text.jsonl"), "--run", str(folder / "run")]) == 0
     shutil.rmtree(folder / "run/checkpoints/step-000002")
     return folder
 
@@ -161,16 +161,16 @@ def test_moments_of_another_shape(run_cli, run):
     ],
 )
 def test_tokens_whose_index_says_something_else(run_cli, made, tmp_path, change):
-    words = ("--data", made / "text.jsonl", "--tokenizer", made / "tokenizer")
+    arguments = ("--data", made / "text.jsonl", "--tokenizer", made / "tokenizer")
     if not (made / "tokens").exists():
-        assert run_cli("prepare", made / "tokens", *words).code == 0
+        assert run_cli("prepare", made / "tokens", *arguments).code == 0
     shutil.copytree(made / "tokens", tmp_path / "tokens")
     path = tmp_path / "tokens/index.json"
     index = json.loads(path.read_text())
     change(index)
     path.write_text(json.dumps(index))
     refuse(run_cli("train", "tiny", "--data", tmp_path / "tokens", "--run", tmp_path / "new"), "index.json", "again")
-    refuse(run_cli("prepare", tmp_path / "tokens", *words), "index.json")
+    refuse(run_cli("prepare", tmp_path / "tokens", *arguments), "index.json")
     assert json.loads(path.read_text()) == json.loads(json.dumps(index)) or "nan" in str(index)
 
 
@@ -182,7 +182,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(run_cli, run, tmp_path):
 
 @pytest.mark.parametrize("prompt", ["\udcff", "a \ud83d b"])
 def test_a_prompt_that_is_no_text(run_cli, run, prompt):
-    refuse(run_cli("generate", run, prompt), "UTF-8")
+    refuse(run_cli("generate", run, prompt), "not UTF-8")
 
 
 @pytest.fixture
@@ -229,9 +229,9 @@ def test_a_command_of_a_conversation_that_does_not_fit(line):
 
 
 def test_when_no_token_is_left_to_draw(small):
-    words = tuple((n,) for n in range(64))
+    every_token = tuple((n,) for n in range(64))
     with pytest.raises(SmolseekError, match="no token is left"):
-        Generator(small, [[1, 2]], SamplingParams(temperature=1.0, bad_words=words), 4).finish()
+        Generator(small, [[1, 2]], SamplingParams(temperature=1.0, bad_words=every_token), 4).finish()
 
 
 @pytest.mark.parametrize("options", [{"seed": 10**30}, {"temperature": float("nan")}, {"min_p": float("nan")}])
@@ -281,8 +281,8 @@ def test_a_tokenizer_whose_settings_do_not_fit(made, tmp_path, file, change):
 def test_what_is_told_as_damage():
     with (
         pytest.raises(SmolseekError, match=r"x.json is damaged \(KeyError: 'a'\): use another"),
-        damage_told("x.json", "use another"),
+        report_damage("x.json", "use another"),
     ):
         {}["a"]
-    with pytest.raises(KeyboardInterrupt), damage_told("x.json", "use another"):
+    with pytest.raises(KeyboardInterrupt), report_damage("x.json", "use another"):
         raise KeyboardInterrupt

@@ -66,9 +66,9 @@ def m(base, tmp_path):
     return shutil.copytree(base / "m", tmp_path / "m")
 
 
-def one_line(result, words):
+def one_line(result, message):
     assert result.code == 2 and result.err.startswith("error: ") and result.err.count("\n") == 1
-    assert words in result.err
+    assert message in result.err
     return True
 
 
@@ -162,10 +162,12 @@ def test_a_template_that_raises_costs_one_line(base, m, run_cli, monkeypatch, ca
 
 def test_a_model_without_a_tokenizer_is_not_trained_on_another(base, m, run_cli):
     shutil.move(m / "tokenizer.json", m / "kept")
-    words = ("train", "--init", m, "--run", m.parent / "run", "--data", base / "text.jsonl", *TRAIN)
-    assert one_line(run_cli(*words), "has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer")
+    arguments = ("train", "--init", m, "--run", m.parent / "run", "--data", base / "text.jsonl", *TRAIN)
+    assert one_line(
+        run_cli(*arguments), "has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer"
+    )
     assert not (m.parent / "run").exists()
-    assert run_cli(*words, "--tokenizer", base / "m").code == 0
+    assert run_cli(*arguments, "--tokenizer", base / "m").code == 0
 
 
 def test_a_token_beyond_the_vocabulary_is_named(base, m, run_cli):
@@ -175,17 +177,19 @@ def test_a_token_beyond_the_vocabulary_is_named(base, m, run_cli):
     source = m.parent / "t.jsonl"
     source.write_text(json.dumps({"text": "The <think> old river runs by. " * 9}), encoding="utf-8")
     named = f"'<think>', number {SIZE} of the tokenizer"
-    for words in (
+    for arguments in (
         ("compare", m, m, "--data", source, "--tokens", "64", "--seq-len", "32"),
         ("generate", m, "a <think> b"),
         ("generate", m, "a", "--prefix", "<think>"),
     ):
-        assert one_line(run_cli(*words), named)
+        assert one_line(run_cli(*arguments), named)
     with pytest.raises(SmolseekError, match=named):
         load(str(m)).score("a <think> b")
-    words = ("train", "--init", m, "--run", m.parent / "run", "--data", base / "text.jsonl", *TRAIN)
-    assert one_line(run_cli(*words), f"'<think>' is the first one beyond): give a --tokenizer of at most {SIZE} tokens")
-    assert run_cli(*words, "--tokenizer", base / "m").code == 0
+    arguments = ("train", "--init", m, "--run", m.parent / "run", "--data", base / "text.jsonl", *TRAIN)
+    assert one_line(
+        run_cli(*arguments), f"'<think>' is the first one beyond): give a --tokenizer of at most {SIZE} tokens"
+    )
+    assert run_cli(*arguments, "--tokenizer", base / "m").code == 0
     assert run_cli("generate", m, "a", "--max-tokens", "2").code == 0
 
 
@@ -200,9 +204,9 @@ def test_the_number_format_of_writing(base, run_cli, monkeypatch, multiplies):
     model, exact = load(str(base / "m")), load(str(base / "m"), dtype="float32")
     assert model.number_format == ("bfloat16" if multiplies else "float32") and exact.number_format == "float32"
     assert [p for _, p in model.score("The sea")[1:]] == [p for _, p in exact.score("The sea")[1:]]
-    words = ("generate", base / "m", "The sea", "--max-tokens", "2", "--stats")
-    assert f"; {model.number_format}; cache" in run_cli(*words).err
-    assert "; float32; cache" in run_cli(*words, "--dtype", "float32").err
+    arguments = ("generate", base / "m", "The sea", "--max-tokens", "2", "--stats")
+    assert f"tokens/s; {model.number_format}\n" in run_cli(*arguments).err
+    assert "tokens/s; float32\n" in run_cli(*arguments, "--dtype", "float32").err
 
 
 def test_settings_of_generation_config_are_defaults(base, m, run_cli):
@@ -216,8 +220,8 @@ def test_settings_of_generation_config_are_defaults(base, m, run_cli):
     own = {"temperature": 0.3, "top_k": 5, "repetition_penalty": 1.5}
     assert written(model) == written(plain, **own) != written(plain)
     assert written(model, temperature=0.0) == written(plain, temperature=0.0, repetition_penalty=1.5)
-    words = ("generate", m, "The sea", "--max-tokens", "20", "--seed", "3")
-    assert run_cli(*words).out == f"The sea{written(model)}\n"
-    assert run_cli(*words, "--top_k=9", "--temperature", "0.8").out == (
+    arguments = ("generate", m, "The sea", "--max-tokens", "20", "--seed", "3")
+    assert run_cli(*arguments).out == f"The sea{written(model)}\n"
+    assert run_cli(*arguments, "--top_k=9", "--temperature", "0.8").out == (
         f"The sea{written(plain, temperature=0.8, top_k=9, repetition_penalty=1.5)}\n"
     )

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from smolseek import cli, console
+from smolseek import console
 
 
-def refuse(result, *words: str) -> None:
+def refuse(result, *texts: str) -> None:
     assert result.code == 2 and not result.out, result
     assert result.err.count("\n") == 1 and result.err.startswith("error: "), result.err
-    for word in words:
-        assert word in result.err, result.err
+    for text in texts:
+        assert text in result.err, result.err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437", "euc-jp"])
@@ -22,7 +22,7 @@ def test_signs_that_the_terminal_has_not_are_replaced(monkeypatch, encoding):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(bytes_of, encoding=encoding))
     console.say("x 💥 \ufffd \udcff y")
     console.stream("a💥")
-    console.complain("b💥")
+    console.to_stderr("b💥")
     assert raw["stdout"].getvalue() == b"x ? ? ? y\na?" and raw["stderr"].getvalue() == b"b?\n"
 
 
@@ -41,7 +41,7 @@ def test_a_name_in_a_message_cannot_move_the_cursor(run_cli, name):
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "texts"),
     [
         ({"WORLD_SIZE": "four"}, ["WORLD_SIZE", "'four'", "unset"]),
         ({"WORLD_SIZE": "-1"}, ["WORLD_SIZE", "'-1'"]),
@@ -54,10 +54,10 @@ def test_a_name_in_a_message_cannot_move_the_cursor(run_cli, name):
         ({"TORCHELASTIC_RESTART_COUNT": "x"}, ["TORCHELASTIC_RESTART_COUNT", "'x'"]),
     ],
 )
-def test_variables_that_are_no_launchers_are_named(run_cli, monkeypatch, tmp_path, variables, words):
+def test_variables_that_are_no_launchers_are_named(run_cli, monkeypatch, tmp_path, variables, texts):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    refuse(run_cli("train", "tiny", "--device", "cpu", "--run", tmp_path / "run", "--batch-size", "8"), *words)
+    refuse(run_cli("train", "tiny", "--device", "cpu", "--run", tmp_path / "run", "--batch-size", "8"), *texts)
     assert not (tmp_path / "run").exists()
 
 
@@ -80,7 +80,7 @@ def test_too_little_memory_is_no_fault_of_ours(run_cli, monkeypatch, error):
     def fail(argv):
         raise error
 
-    monkeypatch.setitem(cli.VERBS, "inspect", (fail, ""))
+    monkeypatch.setattr("smolseek.cli.models.inspect", fail)
     refuse(run_cli("inspect"), "memory", "smaller")
 
 

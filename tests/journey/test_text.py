@@ -31,8 +31,8 @@ def train(run_cli, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_tokenizer(tmp_path / "tok", pre_tokenizers.ByteLevel(False), pre_tokenizers.ByteLevel.alphabet())
 
-    def run(*words: str):
-        return run_cli("train", "tiny", *words, *SIZES.split(), *REST.split())
+    def run(*arguments: str):
+        return run_cli("train", "tiny", *arguments, *SIZES.split(), *REST.split())
 
     return run
 
@@ -83,8 +83,8 @@ def test_one_text_file_trains_and_resumes(train, run_cli, tmp_path: Path) -> Non
 
 def test_a_run_inside_its_data_folder_resumes(train, run_cli, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(lines("a", 60))
-    words = ["--data", ".", "--run", "runs/a", "--save-every", "1"]
-    assert train(*words).code == 0
+    arguments = ["--data", ".", "--run", "runs/a", "--save-every", "1"]
+    assert train(*arguments).code == 0
     for path in (tmp_path / "runs/a/checkpoints").iterdir():  # so that there is something left to do
         (path / "manifest.json").unlink()
         path.rename(path.with_name("broken"))
@@ -105,18 +105,18 @@ def test_separated_documents_are_offered_and_taken(train, run_cli, tmp_path: Pat
 def test_a_tokenizer_that_cannot_spell_the_text_is_refused(train, run_cli, tmp_path: Path) -> None:
     # Without a byte alphabet and an unknown token, what it does not know is dropped.
     write_tokenizer(tmp_path / "tok", pre_tokenizers.Whitespace(), [])
-    words = ["--data", "a.jsonl", "--run", "run"]
+    arguments = ["--data", "a.jsonl", "--run", "run"]
     russian = "\u0441\u0442\u0430\u0440\u0430\u044f \u0440\u0435\u043a\u0430 " * 5
     texts = [f"the old river runs {'x' * i} {russian}" for i in range(60)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    refused = train(*words)
+    refused = train(*arguments)
     assert refused.code == 2 and refused.err.count("\n") == 1 and not (tmp_path / "run").exists()
     assert "the tokenizer tok cannot spell" in refused.err and "% of the text's characters ('" in refused.err
     texts = [f"the old river runs a {'abcdefghijklmnopqrst' * (i % 7 + 9)} {i % 7 * 'x'}\u00df" for i in range(60)]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"{'y' * i}{t}"}) + "\n" for i, t in enumerate(texts))
     )
-    assert "% of the characters, which the tokenizer cannot spell" in data_line(train(*words))
+    assert "% of the characters, which the tokenizer cannot spell" in data_line(train(*arguments))
 
 
 def test_a_broken_archive_is_one_line(train, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
-"""From a command line to the arguments of a verb, and from tyro's boxes to one line."""
+"""From a command line to the arguments of a command, and from tyro's boxes to one line."""
 
 import contextlib
 import dataclasses
 import io
 import itertools
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from smolseek.errors import SmolseekError
@@ -14,17 +16,19 @@ T = TypeVar("T")
 
 
 def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = None) -> T:
-    """Build `kind` from a command line; `--help` prints and leaves by SystemExit(0).
+    """Build `kind` from a command line; `--help` prints the help and raises SystemExit(0).
 
     Raises:
-        SmolseekError: for arguments that do not fit, in one line made from the box that tyro prints.
+        SmolseekError: for arguments that are wrong, in one line made from the box that tyro prints.
     """
     import tyro
 
     options: dict[str, Any] = {} if default is None else {"default": default}
     markers: list[Any] = [tyro.conf.PositionalRequiredArgs, tyro.conf.PositionalMetavarFromFieldName]
     if default is None:
-        markers.append(tyro.conf.FlagCreatePairsOff)  # a flag that is off needs no way to be turned off
+        markers.append(tyro.conf.FlagCreatePairsOff)  # no --no-FLAG for flags that are off by default
+    if not {"-h", "--help"}.isdisjoint(argv):
+        _set_help_texts(kind)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -37,14 +41,28 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
     raise SmolseekError(_error_line(box.getvalue(), verb))
 
 
+def _set_help_texts(kind: type) -> None:
+    """Set each option's help to its docstring in one line; tyro alone would keep the line breaks of the source."""
+    from docstring_parser import parse_from_object
+
+    hints, texts = typing.get_type_hints(kind), dict[str, str]()
+    for cls in kind.__mro__[:-1]:
+        texts = {doc.arg_name: doc.description or "" for doc in parse_from_object(cls).params} | texts
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            _set_help_texts(hints[field.name])
+        if text := " ".join(texts.get(field.name, "").split()):
+            field.metadata = MappingProxyType({**field.metadata, "help": text})
+
+
 _TEXTS = {"prompt", "prefix", "system", "stop", "bad_words", "stop_tokens", "tasks"}
-"""Arguments that are text: an empty one means none, or is told of by whoever uses it."""
+"""Arguments that are text and may be empty, or are checked where they are used."""
 
 
 def _require_names(args: Any, prefix: str = "") -> None:
-    """Raise SmolseekError for an empty name of a file, folder or model: it would be the current folder's.
+    """Raise SmolseekError for an empty name of a file, folder or model, which would mean the current folder.
 
-    A script whose variable is not set gives one.
+    A script passes one if a variable of it is not set.
     """
     for field in dataclasses.fields(args):
         value, name = getattr(args, field.name), f"{prefix}{field.name}".replace("_", "-")
@@ -55,50 +73,68 @@ def _require_names(args: Any, prefix: str = "") -> None:
 
 
 def _error_line(box: str, verb: str) -> str:
-    """Return what tyro says in a box as one line, with the option that it suggests.
+    """Return the message that tyro prints in a box as one line, with the option that it suggests.
 
-    A box has a title, and sections parted by rules: what is wrong, what may have been meant, where to find help. It
-    is drawn in Unicode or, where stdout is not UTF-8, with a title, rules and margins only.
+    A box has a title and sections separated by rules: the error, similar options, where to find help. It is drawn in
+    Unicode or, if stdout is not UTF-8, with a title, rules and margins only.
     """
-    rows = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
-    drawn = bool(rows) and rows[0].startswith("╭")
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    drawn = bool(lines) and lines[0].startswith("╭")
     sections: list[list[str]] = [[]]
-    for row in rows[1:-1] if drawn else rows[2:]:
-        row = row.removeprefix("│").removesuffix("│")[1 if drawn else 2 :].rstrip()
-        if row.strip("─-"):
-            sections[-1].append(row)
+    for line in lines[1:-1] if drawn else lines[2:]:
+        line = line.removeprefix("│").removesuffix("│")[1 if drawn else 2 :].rstrip()
+        if line.strip("─-"):
+            sections[-1].append(line)
         else:
             sections.append([])
-    message = " ".join(row.strip() for row in sections[0])
+    message = " ".join(line.strip() for line in sections[0])
     see = f"; see smolseek {verb} --help"
     if message.startswith("Unrecognized options: "):
         name = message.removeprefix("Unrecognized options: ").split(", ")[0]
-        for heading, *rows in filter(None, sections[1:]):
-            if rows and heading in ("Perhaps you meant:", f"Arguments similar to {name}:"):
-                if rows[0].split()[0].rstrip(",") == name:
-                    return f"{name} stands behind --, where no options are: put it before"
-                return f"unknown option {name} (did you mean {rows[0].split()[0].rstrip(',')}?)"
+        for heading, *similar in filter(None, sections[1:]):
+            if similar and heading in ("Perhaps you meant:", f"Arguments similar to {name}:"):
+                option = similar[0].split()[0].rstrip(",")
+                if option == name:
+                    return f"{name} comes after --, where options are not read: put it before"
+                return f"unknown option {name} (did you mean {option}?)"
         return (f"unknown option {name}" if name.startswith("-") else f"unexpected {name!r}") + see
     if message.startswith("Missing from "):
-        names = [row.split()[0] for row in sections[0] if re.match(r" {4}\S", row)]
+        names = [line.split()[0] for line in sections[0] if re.match(r" {4}\S", line)]
         return f"{' and '.join(names)} missing" + see
-    if found := re.fullmatch(r"Error parsing (\S+): (.*)", message):
-        where, what = found.groups()
-        if not where.startswith("-"):
-            return what  # a check of ours, which names its values itself
-        what = re.sub(r"invalid literal for int\(\) with base 10: (['\"].*['\"])", r"\1 is not a whole number", what)
-        what = re.sub(r"no type matching (?:{None}\|)?(\S+) could be .* from \[(.*)\]\.", r"\2 is no \1", what)
-        what = re.sub(r"could not convert string to float: (['\"].*['\"])", r"\1 is not a number", what)
-        return f"{where}: {what}"
+    if match := re.fullmatch(r"Error parsing (\S+): (.*)", message):
+        option, problem = match.groups()
+        if not option.startswith("-"):
+            return problem  # a check of ours, which names its values itself
+        for pattern, text in (
+            (r"invalid literal for int\(\) with base 10: (['\"].*['\"])", r"\1 is not a whole number"),
+            (r"no type matching (?:{None}\|)?(\S+) could be .* from \[(.*)\]\.", r"\2 is not of type \1"),
+            (r"could not convert string to float: (['\"].*['\"])", r"\1 is not a number"),
+        ):
+            problem = re.sub(pattern, text, problem)
+        return f"{option}: {problem}"
     message = message.replace(" Expected 1 values.", "").rstrip(".")
     return message[:1].lower() + message[1:] + see
 
 
+def require_positive(args: Any, *names: str) -> None:
+    """Raise SmolseekError for an argument among `names` that is below 1; None is none."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise SmolseekError(f"{name.replace('_', '-')} {value} is below 1: use a positive number")
+
+
 def option(argv: Sequence[str], name: str) -> str | None:
-    """Return the value that `argv` gives the option `name`, before anything is parsed."""
-    for word, following in itertools.pairwise([*argv, ""]):
-        if word == name:
-            return following
-        if word.startswith(name + "="):
-            return word.removeprefix(name + "=")
+    """Return the value of the option `name` in `argv`, before anything is parsed."""
+    for argument, following in itertools.pairwise([*argv, ""]):
+        spelled, equals, value = argument.partition("=")
+        if spelled.replace("_", "-") == name:
+            return value if equals else following
     return None
+
+
+def renamed(argv: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
+    """Return `argv` with old and foreign names of options, which the help does not list, replaced by ours."""
+    options = {f"--{alias}".replace("_", "-"): f"--{name}".replace("_", "-") for alias, name in aliases.items()}
+    split = (argument.partition("=") for argument in argv)
+    return [options.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]

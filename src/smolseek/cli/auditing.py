@@ -1,4 +1,4 @@
-"""Whether a model can be believed: `smolseek audit`."""
+"""Checking a model: `smolseek audit`."""
 
 import json
 import math
@@ -13,45 +13,47 @@ from smolseek.errors import SmolseekError
 
 @dataclass(frozen=True)
 class AuditArgs:
-    """Find out whether a model's numbers can be believed: leaks, labels, data, experts, decoding.
+    """Check a model and its run: leaks, labels, data, experts, decoding.
 
-    Exits with 1 if a check fails.
+    The exit status is 1 if a check fails.
     """
 
     target: str
-    """A preset, a run folder, any model folder, a .gguf file, `smollm2`, or package.module:function, which returns a
-    torch module that maps ids to logits."""
+    """A preset, a run folder, any model folder, a .gguf file, `smollm2`, or package.module:function that returns a
+    torch module from ids to logits."""
     loss: str | None = None
-    """Its loss, package.module:function: (logits, ids) or (model, ids) to a number."""
+    """The model's loss, as package.module:function of (logits, ids) or (model, ids)."""
     step: str | None = None
-    """A training step, package.module:function of (model, ids): do the balancing biases move?"""
+    """A training step, as package.module:function of (model, ids), to check that the router biases move."""
     data: tuple[str, ...] = ()
-    """Its text: `builtin`, files or folders, or package.module:function, which returns training and validation texts.
-    A run knows its own."""
+    """Training text: `builtin`, files or folders, or package.module:function that returns training and validation
+    texts. The default is a run's own text."""
     text_column: str = "text"
-    """Column (parquet) or key (JSONL) that holds the text."""
+    """Column (parquet, csv) or key (JSON) that holds the text."""
     tokenizer: str | None = None
-    """Its tokenizer, if it does not come with one."""
+    """Tokenizer, for a model folder without one."""
     pad_id: int | None = None
-    """Id of its padding token, if it pads."""
+    """Id of the padding token, if there is one."""
     eos_id: int | None = None
-    """Id of its end token."""
+    """Id of the end token."""
     reported_loss: float | None = None
-    """A training loss to judge, in nats a token; a run knows its own."""
+    """A training loss to check, in nats per token. The default is a run's own."""
     reported_tokens: float | None = None
-    """Tokens after which it was reached."""
+    """Training tokens after which this loss was reached."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto keeps the file's."""
+    """Number format of the weights; auto is the file's."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
 
 def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
-    # The fix hints are always printed now; the option is still accepted.
-    args = parse(AuditArgs, "audit", [word for word in argv if word != "--fix-hints"])
+    # --fix-hints is accepted as before: the hints are always printed now.
+    args = parse(AuditArgs, "audit", [argument for argument in argv if argument != "--fix-hints"])
     if args.reported_tokens is not None and not 1 <= args.reported_tokens < math.inf:
-        raise SmolseekError(f"reported-tokens {args.reported_tokens:g} is no number of tokens: give those trained on")
+        raise SmolseekError(
+            f"reported-tokens {args.reported_tokens:g} must be 1 or more and finite: give the number of training tokens"
+        )
     from smolseek.audit.check import failures, lines
     from smolseek.audit.runner import audit
     from smolseek.audit.targets import import_function, open_subject, open_text
@@ -93,7 +95,7 @@ def audit(argv: Sequence[str]) -> None:
     failed = failures(checks)
     if args.json:
         record = {"target": args.target, "passed": not failed, "findings": [check.record() for check in checks]}
-        console.say(json.dumps(record))
+        console.stream(f"{json.dumps(record)}\n")
     else:
         for line in lines(checks):
             console.say(line)

@@ -1,4 +1,4 @@
-"""Making text into tokens once: `smolseek prepare`."""
+"""Tokenizing text once: `smolseek prepare`."""
 
 import shlex
 from collections.abc import Sequence
@@ -6,43 +6,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolseek import console
-from smolseek.cli.arguments import parse
+from smolseek.cli.arguments import parse, require_positive
 from smolseek.errors import SmolseekError
 
 
 @dataclass(frozen=True)
 class PrepareArgs:
-    """Make text into tokens once, for training at memory speed: smolseek train PRESET --data OUT.
+    """Tokenize text once, then train with smolseek train PRESET --data OUT.
 
-    The same command goes on where an earlier one stopped.
+    Interrupted, the same command resumes where it stopped.
     """
 
     out: str
-    """Folder to write; made if absent."""
+    """Folder to write, created if missing."""
     data: tuple[str, ...] = ("builtin",)
-    """What `smolseek train --data` takes: builtin, files, folders or hub data sets."""
+    """Text as in `smolseek train --data`: builtin, files, folders or hub data sets."""
     tokens: int | None = None
-    """How many tokens are wanted in all; everything there is where None."""
+    """Tokens in all, at most; None is all text."""
     tokenizer: str = "smollm2"
     """`smollm2`, a hub name, a folder or a .gguf file."""
     eos_id: int = 0
-    """Token that ends each document: the model's eos_token_id."""
+    """Id of the token that ends each document: the model's eos_token_id."""
     init: str | None = None
-    """Model that the training goes on from (train --init): its tokenizer and its end token are taken, and a document
-    begins with BOS where its tokenizer writes that."""
+    """Model that the training will start from (train --init): its tokenizer and end token are used, and documents
+    begin with BOS if its tokenizer adds it."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     document_separator: str | None = None
-    """What stands between the documents of a text file, such as "<|endoftext|>"; None takes each file as one."""
+    """Separator of the documents in a text file, such as "<|endoftext|>"; None makes each file one document."""
     give_up_after: float = 1800.0
-    """Seconds without an answer of the hub after which to stop."""
+    """Seconds without an answer from the hub after which to stop."""
 
 
 def prepare(argv: Sequence[str]) -> None:
     """Carry out `smolseek prepare OUT`."""
     args = parse(PrepareArgs, "prepare", argv)
-    if args.tokens is not None and args.tokens < 1:
-        raise SmolseekError(f"tokens {args.tokens} is below 1: ask for at least one")
+    require_positive(args, "tokens")
     from smolseek.config import DataConfig
     from smolseek.data import datasets, preparing
     from smolseek.data.shards import read_index
@@ -75,7 +74,7 @@ def prepare(argv: Sequence[str]) -> None:
         spelling=spelling,
     )
     sources = preparing.open_texts(data)
-    held = preparing.prepare(sources, target, args.tokens)
+    tokens = preparing.prepare(sources, target, args.tokens)
     for texts in (source.texts for source in sources):
         if isinstance(texts, preparing.LocalShard):
             if hint := texts.last_read.report.separator_hint():
@@ -83,8 +82,8 @@ def prepare(argv: Sequence[str]) -> None:
             if notes := texts.last_read.notes():
                 console.say(f"{' '.join(args.data)}: {notes}")
     if spelling.lost:
-        console.say(f"The tokenizer cannot spell {spelling.lost:.2%} of the characters: they are left out")
-    console.say(f"{args.out} holds {held:,} tokens: smolseek train PRESET --data {shlex.quote(args.out)}")
+        console.say(f"The tokenizer cannot encode {spelling.lost:.2%} of the characters: they are left out")
+    console.say(f"{args.out} holds {tokens:,} tokens: smolseek train PRESET --data {shlex.quote(args.out)}")
 
 
 def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
@@ -97,7 +96,7 @@ def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
 
     if (args.tokenizer, args.eos_id) != (PrepareArgs.tokenizer, PrepareArgs.eos_id):
         raise SmolseekError(f"--init {init} has a tokenizer and an end token: leave out --tokenizer and --eos-id")
-    ends = read_config(init).eos_ids
-    if not ends:
+    eos_ids = read_config(init).eos_ids
+    if not eos_ids:
         raise SmolseekError(f"--init {init} has no end token: set eos_token_id in its generation_config.json")
-    return str(resolve(init)), ends[0]
+    return str(resolve(init)), eos_ids[0]

@@ -1,4 +1,4 @@
-"""A page to look at: `smolseek report`."""
+"""The HTML page of a run: `smolseek report`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +9,15 @@ from smolseek.cli.arguments import parse
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Make a page about a run, or one that compares several: curves, expert load, samples, audit, settings."""
+    """Write an HTML page about a run, or comparing several runs.
+
+    It shows curves, expert load, samples, the audit and the configuration.
+    """
 
     runs: tuple[str, ...]
-    """Run folders; a run that is under way will do."""
+    """Run folders; a run may still be training."""
     out: str | None = None
-    """The page. By default report.html in the run's folder; for several runs, comparison.html here."""
+    """File to write. Default: report.html in the run folder; for several runs, comparison.html here."""
 
 
 def report(argv: Sequence[str]) -> None:

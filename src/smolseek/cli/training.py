@@ -2,79 +2,89 @@
 
 import dataclasses
 import itertools
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
-from smolseek.cli.arguments import option, parse
+import tyro
+
+from smolseek.cli.arguments import option, parse, renamed, require_positive
+from smolseek.config import (
+    BalanceConfig,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from smolseek.errors import SmolseekError
+from smolseek.presets import PRESETS, preset
+from smolseek.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from smolseek.config import TrainConfig
-    from smolseek.run_folder import RunFolder
+_PRESET_HELP = f"{', '.join(PRESETS)}, or the config.json of a run, for a new run with its configuration."
+_OLD_OPTIONS = {"text-column": "data.text-column", "balance.settle-steps": "balance.calibration-steps"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumable:
-    """What all trainings take beside their settings."""
+    """What both trainings take beside their configuration."""
 
     resume: Literal["no", "yes", "auto"] = "no"
-    """Go on from the newest checkpoint of RUN, with its settings where no others are given. `--resume` alone means yes;
-    auto goes on where there is a run and else begins it, so that one command serves for both."""
+    """Resume RUN from its newest checkpoint, with its own configuration and the options given here. `--resume` alone
+    means yes; auto resumes a run that exists and starts a new one otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs(TrainConfig, Resumable):
+    """Train a model from a preset.
+
+    Resume a run:          smolseek train --run RUN --resume
+
+    Continue from weights: smolseek train --init MODEL --run RUN
+
+    MODEL gives its shape and its tokenizer; --optim.lr is then 1e-4 by default.
+
+    Options of the model are --model.NAME: see smolseek train PRESET --help-model.
+    """
+
+    preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help=_PRESET_HELP)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainHelp(TrainArgs):  # noqa: D101
+    __doc__ = TrainArgs.__doc__
+    model: tyro.conf.Suppress[ModelConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelHelp:
+    """The model's options; the defaults are the preset's."""
+
+    model: ModelConfig
 
 
 def train(argv: Sequence[str]) -> None:
     """Carry out `smolseek train PRESET`, `train RUN/config.json`, `train --init MODEL` or `--run RUN --resume`."""
-    import tyro
-
-    from smolseek.config import ModelConfig, TrainConfig
-    from smolseek.presets import PRESETS, preset
-
-    choices = f"{', '.join(PRESETS)}, or the config.json of a run, whose settings are then taken over."
-
-    @dataclass(frozen=True, kw_only=True)
-    class TrainArgs(TrainConfig, Resumable):
-        """Train a model from a preset. To go on with a run: smolseek train --run RUN --resume.
-
-        To go on from a model's weights, in its shape and with its tokenizer: smolseek train --init MODEL --run RUN.
-        The peak learning rate is then 1e-4 unless --optim.lr says otherwise.
-
-        The model's options are --model.NAME; smolseek train PRESET --help-model lists them.
-        """
-
-        preset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRESET", help=choices)]
-
-    @dataclass(frozen=True, kw_only=True)
-    class TrainHelp(TrainArgs):
-        __doc__ = TrainArgs.__doc__
-        model: tyro.conf.Suppress[ModelConfig]
-
-    @dataclass(frozen=True, kw_only=True)
-    class ModelHelp:
-        """The model's options; the defaults are the preset's."""
-
-        model: ModelConfig
-
-    wants_help = not {"-h", "--help", "--help-model"}.isdisjoint(argv)
+    is_help = not {"-h", "--help", "--help-model"}.isdisjoint(argv)
     name, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
-    options = resume_with_value(options)
-    if wants_help and name is None:
+    options = resume_with_value(renamed(options, _OLD_OPTIONS))
+    if is_help and name is None:
         config, begun = TrainConfig(model=preset("tiny"), run="runs/PRESET"), None
     else:
-        config, begun = _defaults(name, [] if wants_help else options)
+        config, begun = _defaults(name, [] if is_help else options)
     if "--help-model" in options:
         parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
-    kind = TrainHelp if wants_help else TrainArgs
-    aliased = [re.sub(r"^--text[-_]column(?=$|=)", "--data.text-column", word) for word in options]
-    aliased = [re.sub(r"^--balance\.settle[-_]steps(?=$|=)", "--balance.calibration-steps", word) for word in aliased]
 
     def parsed(config: TrainConfig) -> TrainConfig:
+        kind = TrainHelp if is_help else TrainArgs
         values = {f.name: getattr(config, f.name) for f in fields(TrainConfig)}
-        args = parse(kind, "train", [name or "-", *aliased], kind(**values, preset=tyro.MISSING))
-        return TrainConfig(**{f.name: getattr(args, f.name) for f in fields(TrainConfig)})
+        args = parse(
+            kind, "train", options if is_help else [name or "-", *options], kind(**values, preset=tyro.MISSING)
+        )
+        return TrainConfig(**{name: getattr(args, name) for name in values})
 
     chosen = parsed(config)
     if begun is not None:
@@ -86,51 +96,45 @@ def train(argv: Sequence[str]) -> None:
     loop.train(chosen, resume="auto" if resume == "auto" else resume == "yes")
 
 
-def _defaults(name: str | None, options: Sequence[str]) -> "tuple[TrainConfig, RunFolder | None]":
-    """Return the settings that options change: those of a run, of the model of --init, or of the preset `name`.
+def _defaults(name: str | None, options: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
+    """Return the configuration before options change it: of a run, of the model of --init, or of the preset `name`.
 
-    With a run that is there already, and keeps its own settings whatever is named beside --resume; None without one.
+    The second result is the run to resume where another source is named, too; the run's own configuration counts.
     """
-    from smolseek.config import TrainConfig
-    from smolseek.presets import PRESETS, preset
-    from smolseek.run_folder import RunFolder
-
-    run, init, resume = (option(options, word) for word in ("--run", "--init", "--resume"))
-    other_run = Path(name).parent if name is not None and Path(name).name == "config.json" else None
-    begun = None
-    if resume in ("yes", "auto"):
-        folder = run or other_run or (f"runs/{name}" if name else f"runs/{Path(init).name}" if init else None)
-        if folder and RunFolder(folder).config.exists():
-            begun = RunFolder(folder)
-    if begun is not None and (name is None or begun.path == other_run):
+    run, init, resume = (option(options, key) for key in ("--run", "--init", "--resume"))
+    source = RunFolder(Path(name).parent) if name is not None and Path(name).name == "config.json" else None
+    folder = run or (source and source.path) or (f"runs/{name}" if name else init and f"runs/{Path(init).name}")
+    begun = RunFolder(folder) if folder and resume in ("yes", "auto") else None
+    if begun is not None and not begun.config.exists():
+        begun = None
+    if begun is not None and (name is None or (source and begun.path == source.path)):
         return dataclasses.replace(begun.read_config(), run=str(begun.path)), None
-    if other_run is not None:
-        return RunFolder(other_run).read_config(), begun
+    if source is not None:
+        return source.read_config(), begun
     if init is not None:
         if name is not None:
-            raise SmolseekError(f"--init {init} has a shape of its own: leave out {name}")
+            raise SmolseekError(f"--init {init} already defines the model: leave out {name}")
         return _from_model(init, option(options, "--tokenizer")), begun
     if name is not None:
         return TrainConfig(model=preset(name), run=f"runs/{name}"), begun
-    if run is None or resume != "yes":
-        raise SmolseekError(
-            f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, "
-            "or --run RUN --resume to go on"
-        )
-    return RunFolder(run).read_config(), None
+    if run is not None and resume == "yes":
+        return RunFolder(run).read_config(), None
+    raise SmolseekError(
+        f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, or --run RUN --resume to go on"
+    )
 
 
 def resume_with_value(argv: Sequence[str]) -> list[str]:
     """Return the arguments of a command line with the value that `--resume` alone stands for."""
-    words: list[str] = []
-    for word, following in itertools.pairwise([*argv, ""]):
-        words += [word, "yes"] if word == "--resume" and following not in ("no", "yes", "auto") else [word]
-    return words
+    arguments = []
+    for argument, following in itertools.pairwise([*argv, ""]):
+        is_bare = argument == "--resume" and following not in ("no", "yes", "auto")
+        arguments.append("--resume=yes" if is_bare else argument)
+    return arguments
 
 
-def _from_model(init: str, tokenizer: str | None = None) -> "TrainConfig":
-    """Return the settings of a training that goes on from the model `init`, with its own tokenizer or another."""
-    from smolseek.config import OptimConfig, TrainConfig
+def _from_model(init: str, tokenizer: str | None = None) -> TrainConfig:
+    """Return the configuration of a training that starts from the model `init`, with its own tokenizer or another."""
     from smolseek.storage.hf_folder import read_config, resolve
     from smolseek.tokenizer import has_tokenizer
 
@@ -154,50 +158,48 @@ def _from_model(init: str, tokenizer: str | None = None) -> "TrainConfig":
 
 @dataclass(frozen=True, kw_only=True)
 class HealArgs(Resumable):
-    """Bring a compressed model nearer to its source by distillation, on the whole vocabulary, with training's guards.
+    """Recover a compressed model's quality by distillation from its source.
 
-    Only the matrices of attention are trained. RUN is a run folder like any other: its newest checkpoint is the healed
-    model, `smolseek report RUN` is its page, and MODEL stays as it is.
+    Only the attention matrices are trained. MODEL itself is not changed.
+
+    RUN is a run folder as of `smolseek train`: its newest checkpoint is the model.
     """
 
     model: str
     """Folder that `smolseek convert --mode compress` wrote."""
     teacher: str | None = None
-    """The model that it was made of; None takes the one that its model card names."""
+    """The model that MODEL was converted from; None takes the one that its model card names."""
     run: str | None = None
     """Run folder to write; None is MODEL-healed."""
     tokens: int = 200_000
-    """Tokens to learn from."""
+    """Training tokens."""
     calibration: tuple[str, ...] = ("builtin",)
-    """Text to learn from: builtin, files, folders, and `self`, which the source writes: half of the tokens, at most
-    65,536, into RUN/self.jsonl."""
+    """Training text: builtin, files, folders, and `self`: half of the tokens, at most 65,536, are then generated by the
+    teacher, into RUN/self.jsonl."""
     held_out: tuple[str, ...] = ()
-    """Text that KL and loss are told on before, during and after, best of other domains; without it a part of the
-    calibration text that is not learned from, or more text that the source writes, into RUN/held-out.jsonl."""
+    """Text to measure KL and loss on, best from other domains. Without it a part of the calibration text is held out,
+    or the teacher generates more, into RUN/held-out.jsonl."""
     held_out_tokens: int = 8_192
-    """Tokens of it, at most."""
+    """Held-out tokens, at most."""
     text_column: str = "text"
-    """Column (parquet) or key (JSONL) that holds the text."""
+    """Column (parquet, csv) or key (JSON) that holds the text."""
     lr: float = 1e-4
-    """Peak learning rate. The nearer the model is already, the lower it should be: 3e-5 for two thirds of the cache,
+    """Peak learning rate. The better the model already is, the lower it should be: 3e-5 for two thirds of the cache,
     1e-4 for a half, 3e-4 for a third."""
     batch_size: int = 2
     """Sequences per step."""
     seq_len: int = 512
     """Tokens per sequence."""
     evaluations: int = 4
-    """How often KL and loss are told on the way; a checkpoint goes with each."""
+    """Evaluations of KL and loss during training; a checkpoint is saved with each."""
     seed: int = 0
-    """Seed of the order of the text, and of what the source writes."""
+    """Seed of the order of the text, and of the text that the teacher generates."""
 
 
 def heal(argv: Sequence[str]) -> None:
     """Carry out `smolseek heal MODEL --teacher SOURCE --tokens N`."""
     args = parse(HealArgs, "heal", resume_with_value(argv))
-    for name in ("tokens", "held_out_tokens", "batch_size", "seq_len", "evaluations"):
-        if getattr(args, name) < 1:
-            raise SmolseekError(f"{name.replace('_', '-')} {getattr(args, name)} is below 1: use a positive number")
-    from smolseek.run_folder import RunFolder
+    require_positive(args, "tokens", "held_out_tokens", "batch_size", "seq_len", "evaluations")
     from smolseek.train import distill, loop
 
     run = RunFolder(args.run or f"{args.model.rstrip('/')}-healed")
@@ -207,26 +209,23 @@ def heal(argv: Sequence[str]) -> None:
     distill.check_teacher(teacher, args.model)
     config = _heal_config(args, run.path, teacher)
     if not config.model.eos_ids:
-        raise SmolseekError(f"{args.model} has no eos_token_id to part documents with: set it in its config.json")
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, val_sources=_held_out(args, config, begun))
-    )
+        raise SmolseekError(f"{args.model} has no eos_token_id to separate documents: set it in its config.json")
+    data = dataclasses.replace(config.data, val_sources=_held_out(args, config, begun))
+    config = dataclasses.replace(config, data=data)
     run.check(config, resume)
-    # What is written here takes minutes, so all that can be refused has been.
-    own, own_held_out = run.path / "self.jsonl", run.path / "held-out.jsonl"
-    if "self" in args.calibration and not own.exists():
+    # Generating text takes minutes, so it comes after all checks.
+    training, held_out = run.path / "self.jsonl", run.path / "held-out.jsonl"
+    if "self" in args.calibration and not training.exists():
         amount = min(args.tokens // 2, 65_536)
-        distill.write_text(teacher, own, amount, args.seed, args.text_column, config.step_tokens + 1)
-    if config.data.val_sources == (str(own_held_out),) and not own_held_out.exists():
+        distill.write_text(teacher, training, amount, args.seed, args.text_column, config.step_tokens + 1)
+    if config.data.val_sources == (str(held_out),) and not held_out.exists():
         amount, least = config.eval_tokens, config.seq_len + 1
-        distill.write_text(teacher, own_held_out, amount, args.seed + 1, args.text_column, least)
+        distill.write_text(teacher, held_out, amount, args.seed + 1, args.text_column, least)
     loop.train(config, resume=resume)
 
 
-def _heal_config(args: HealArgs, run: Path, teacher: str) -> "TrainConfig":
-    """Return the settings of a healing, with all its text but the held-out one."""
-    from smolseek.config import BalanceConfig, DataConfig, DistillConfig, OptimConfig, ScheduleConfig
-
+def _heal_config(args: HealArgs, run: Path, teacher: str) -> TrainConfig:
+    """Return the training configuration, but for the held-out text."""
     steps = max(1, round(args.tokens / (args.batch_size * args.seq_len)))
     every = max(1, -(-steps // args.evaluations))
     sources = tuple(str(run / "self.jsonl") if source == "self" else source for source in args.calibration)
@@ -249,11 +248,11 @@ def _heal_config(args: HealArgs, run: Path, teacher: str) -> "TrainConfig":
     )
 
 
-def _held_out(args: HealArgs, config: "TrainConfig", begun: "TrainConfig | None") -> tuple[str, ...]:
-    """Return the text to validate on; nothing is a part of the calibration text.
+def _held_out(args: HealArgs, config: TrainConfig, begun: TrainConfig | None) -> tuple[str, ...]:
+    """Return the validation sources; none stands for a part of the calibration text.
 
     Raises:
-        SmolseekError: if it is too little.
+        SmolseekError: if the text is shorter than a sequence.
     """
     from smolseek.train import distill
 
@@ -264,15 +263,15 @@ def _held_out(args: HealArgs, config: "TrainConfig", begun: "TrainConfig | None"
                 "--seq-len"
             )
         return args.held_out
-    own = str(Path(config.run) / "held-out.jsonl")
+    generated = str(Path(config.run) / "held-out.jsonl")
     if begun is not None:
-        return (own,) if Path(own).exists() else begun.data.val_sources
+        return (generated,) if Path(generated).exists() else begun.data.val_sources
     others = tuple(source for source in args.calibration if source != "self")
     if others and distill.fills_validation(config, others):
         return ()
     if "self" not in args.calibration:
         raise SmolseekError(
-            f"the calibration text is too little to hold a part of it out, {args.seq_len:,} tokens at least: "
-            "give --held-out FILES, or lower --seq-len"
+            f"the calibration text is too short to hold out {args.seq_len:,} tokens of it: give --held-out FILES, or "
+            "lower --seq-len"
         )
-    return (own,)
+    return (generated,)

@@ -21,11 +21,12 @@ def option(
     change: Change = "never",
     least: float | None = None,
     above: float | None = None,
+    most: float | None = None,
     may_be_infinite: bool = False,
     old_name: str | None = None,
 ) -> Any:
     """Return a dataclass field with these bounds, which hold for each number of a tuple."""
-    metadata = {"change": change, "least": least, "above": above, "may_be_infinite": may_be_infinite}
+    metadata = {"change": change, "least": least, "above": above, "most": most, "may_be_infinite": may_be_infinite}
     return field(default=default, metadata=metadata | {"old_name": old_name})
 
 
@@ -46,8 +47,10 @@ def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
                 raise SmolseekError(f"{name} {number} is not finite: use a finite number")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
                 raise SmolseekError(f"{name} does not fit into 64 bits: use a smaller number")
-            least, above = f.metadata.get("least"), f.metadata.get("above")
+            least, above, most = (f.metadata.get(bound) for bound in ("least", "above", "most"))
             if least is not None and number < least:
                 raise SmolseekError(f"{name} {number} must be {least:g} or more{remedy}")
             if above is not None and number <= above:
                 raise SmolseekError(f"{name} {number} must be above {above:g}{remedy}")
+            if most is not None and number > most:
+                raise SmolseekError(f"{name} {number} must be at most {most:g}{remedy}")

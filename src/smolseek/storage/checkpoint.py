@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from smolseek.config import ModelConfig, parse_json
-from smolseek.errors import SmolseekError, damage_told
+from smolseek.errors import SmolseekError, report_damage
 from smolseek.files import UNFINISHED, begin_folder, publish, sync, unfinished, write_atomically
 from smolseek.model.local_shards import LocalShard
 from smolseek.run_folder import RunFolder
@@ -201,7 +201,7 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     file = Path(path) / STATE_JSON
     if not file.exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: training goes on from checkpoints only")
-    with damage_told(file, "use an older checkpoint"):
+    with report_damage(file, "use an older checkpoint"):
         state = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(state, dict):
             raise ValueError("it is no JSON object")

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from smolseek.config import ModelConfig, from_dict
+from smolseek.config import ModelConfig, SamplingOptions, from_dict
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
-from smolseek.sampling_options import SamplingOptions
 from smolseek.storage.hf_config import read_json
 
 NAME = "generation_config.json"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from smolseek.config import ModelConfig, RopeConfig
-from smolseek.errors import SmolseekError, damage_told
+from smolseek.errors import SmolseekError, report_damage
 from smolseek.gguf_header import Header, TensorInfo, read_header, special_ids
 from smolseek.model.llama import llama_config
 
@@ -57,7 +57,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
             _check(name, info)
         factors = header.tensors.pop(_ROPE_FACTORS, None)
         self._tensors = {_hf_name(name, path): info for name, info in header.tensors.items()}
-        with damage_told(path, "download it anew"):
+        with report_damage(path, "download it anew"):
             self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
 
     def __iter__(self) -> Iterator[str]:

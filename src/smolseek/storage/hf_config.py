@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from smolseek.config import ModelConfig, from_dict, parse_json, to_dict
-from smolseek.errors import SmolseekError, damage_told
+from smolseek.errors import SmolseekError, report_damage
 from smolseek.model.llama import llama_config
 
 ARCHITECTURES = {
@@ -125,7 +125,7 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     Raises:
         SmolseekError: for an architecture or a setting that our transformer does not compute, by name.
     """
-    with damage_told(where, "copy or download it anew"):
+    with report_damage(where, "copy or download it anew"):
         return _config(values, where)
 
 
