@@ -47,12 +47,12 @@ def fork_server() -> Iterator[ForkServer]:
 
 @pytest.fixture
 def run_cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Return a function that runs `smolseek *words` in this process."""
+    """Return a function that runs `smolseek *arguments` in this process."""
 
-    def run(*words: str | os.PathLike, stdin: str = "") -> Result:
+    def run(*arguments: str | os.PathLike, stdin: str = "") -> Result:
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capsys.readouterr()
-        code = main([os.fspath(word) for word in words])
+        code = main([os.fspath(word) for word in arguments])
         return Result(code, *capsys.readouterr())
 
     return run

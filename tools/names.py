@@ -76,7 +76,13 @@ WORDS = {
     "given": "the name of the thing",
 }
 TERMS = ("held_out",)
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS: dict[str, str] = {
+    "feed_forward": "the layer's standard name",
+    "bad_words": "transformers' and vLLM's option",
+    "heal": "the command",
+    "HealArgs": "arguments of the command `heal`",
+    "_heal_config": "configuration of the command `heal`",
+}
 
 
 def python_names(text: str) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ def options_of(nursery: sandbox.Nursery, folder: Path) -> mutations.Options:
     """Return the options of each verb as its help tells them."""
     found = mutations.Options()
     for verb in VERBS:
-        texts = [nursery.run([verb, *words], folder).out for words in (["--help"], ["tiny", "--help-model"])]
+        texts = [nursery.run([verb, *arguments], folder).out for arguments in (["--help"], ["tiny", "--help-model"])]
         found[verb] = sorted({name for text in texts for name in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)})
     return found
 
@@ -26,13 +26,15 @@ def carry_out(
     """Draw a case into `folder`, carry it out, and return it, its outcome, and what is wrong with that."""
     case = mutations.draw(seed, folder, options, number)
     before = mutations.snapshot(folder)
-    outcome = nursery.run(case.words, folder, stdin=case.stdin, environment=case.environment, encoding=case.encoding)
+    outcome = nursery.run(
+        case.arguments, folder, stdin=case.stdin, environment=case.environment, encoding=case.encoding
+    )
     return case, outcome, faults(case, outcome, before, mutations.snapshot(folder))
 
 
-def failed_audit(words: list[str], outcome: sandbox.Outcome) -> bool:
+def failed_audit(arguments: list[str], outcome: sandbox.Outcome) -> bool:
     """Return whether exit code 1 is the verdict of an audit."""
-    return words[:1] == ["audit"] and outcome.code == 1 and not outcome.err
+    return arguments[:1] == ["audit"] and outcome.code == 1 and not outcome.err
 
 
 def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: dict) -> list[str]:
@@ -40,7 +42,7 @@ def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: 
     wrong = []
     if "Traceback (most recent call last)" in outcome.out + outcome.err:
         wrong.append("traceback")
-    if outcome.code not in GOOD_CODES and not failed_audit(case.words, outcome):
+    if outcome.code not in GOOD_CODES and not failed_audit(case.arguments, outcome):
         wrong.append(f"exit code {outcome.code}")
     if outcome.code == 130 and not outcome.interrupted:
         wrong.append("interrupted by nobody")
@@ -60,7 +62,7 @@ def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: 
 
 def _goes_on(case: mutations.Case, outcome: sandbox.Outcome, changed: list[str]) -> bool:
     """Return whether what changed is a run or a preparation that had begun: it is gone on from."""
-    verb = case.words[0] if case.words else ""
+    verb = case.arguments[0] if case.arguments else ""
     if verb in ("train", "heal"):
         return "\nStep " in outcome.out or any(name.endswith("metrics.jsonl") for name in changed)
     if verb == "chat":

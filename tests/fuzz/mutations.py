@@ -1,7 +1,7 @@
 """Good command lines, and what is done to them and to their files: what a hand, a disk or a program can get wrong.
 
-A case is drawn from a seed alone. It takes a good command, and one to three mutations of its words, of its files, or
-of what surrounds it: the environment, standard input, the terminal's encoding.
+A case is drawn from a seed alone. It takes a good command, and one to three mutations of its arguments, its files, or
+its environment: variables, standard input, the terminal's encoding.
 """
 
 import contextlib
@@ -234,12 +234,12 @@ JSON_VALUES: list[Any] = [
 class Case:
     """A command line in its folder, and what surrounds it."""
 
-    words: list[str]
+    arguments: list[str]
     stdin: bytes = STDIN.encode()
     environment: dict[str, str | None] = field(default_factory=dict)
     encoding: str = "utf-8"
     done: list[str] = field(default_factory=list)
-    """What was mutated, in words."""
+    """What was mutated, as text."""
     files: int = 0
     """Mutations of files."""
 
@@ -265,62 +265,62 @@ def draw(seed: str, folder: Path, options: dict[str, list[str]], number: int) ->
     return case
 
 
-# -- words
+# -- arguments
 
 
 def _option_value(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
     """Give an option, there already or not, a value at the edge."""
-    names = options[case.words[0] if case.words else "train"]
-    there = [i for i, word in enumerate(case.words[:-1]) if word.startswith("--")]
+    names = options[case.arguments[0] if case.arguments else "train"]
+    there = [i for i, word in enumerate(case.arguments[:-1]) if word.startswith("--")]
     value = rng.choice(NUMBERS if rng.random() < 0.6 else TEXTS if rng.random() < 0.6 else PLACES)
     if there and rng.random() < 0.4:
         at = rng.choice(there)
-        name = case.words[at]
-        if not case.words[at + 1].startswith("--"):
-            del case.words[at + 1]
-        case.words[at : at + 1] = [f"{name}={value}"] if rng.random() < 0.3 else [name, value]
+        name = case.arguments[at]
+        if not case.arguments[at + 1].startswith("--"):
+            del case.arguments[at + 1]
+        case.arguments[at : at + 1] = [f"{name}={value}"] if rng.random() < 0.3 else [name, value]
     else:
         name = rng.choice(names)
-        case.words += [f"{name}={value}"] if rng.random() < 0.3 else [name, value]
+        case.arguments += [f"{name}={value}"] if rng.random() < 0.3 else [name, value]
     case.done.append(f"{name} {value[:40]!r}")
 
 
 def _word(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
     """Drop, double, swap, cut, recase or replace a word, or put one in."""
-    if not case.words:
+    if not case.arguments:
         return
-    at = rng.randrange(len(case.words))
-    word = case.words[at]
+    at = rng.randrange(len(case.arguments))
+    word = case.arguments[at]
     kind = rng.choice(("drop", "double", "swap", "cut", "case", "replace", "insert", "letters", "join"))
     if kind == "drop":
-        del case.words[at]
+        del case.arguments[at]
     elif kind == "double":
-        case.words[at:at] = case.words[at : at + 2]
+        case.arguments[at:at] = case.arguments[at : at + 2]
     elif kind == "swap":
-        other = rng.randrange(len(case.words))
-        case.words[at], case.words[other] = case.words[other], word
+        other = rng.randrange(len(case.arguments))
+        case.arguments[at], case.arguments[other] = case.arguments[other], word
     elif kind == "cut":
-        case.words[at] = word[: rng.randrange(len(word) + 1)]
+        case.arguments[at] = word[: rng.randrange(len(word) + 1)]
     elif kind == "case":
-        case.words[at] = word.swapcase().replace("-", "_")
+        case.arguments[at] = word.swapcase().replace("-", "_")
     elif kind == "letters":
-        case.words[at] = "".join(rng.sample(word, len(word)))
+        case.arguments[at] = "".join(rng.sample(word, len(word)))
     elif kind == "join":
-        case.words[at : at + 2] = ["=".join(case.words[at : at + 2])]
+        case.arguments[at : at + 2] = ["=".join(case.arguments[at : at + 2])]
     else:
-        case.words[at : at + (kind == "replace")] = [rng.choice(TEXTS + NUMBERS)]
+        case.arguments[at : at + (kind == "replace")] = [rng.choice(TEXTS + NUMBERS)]
     case.done.append(f"{kind} {word!r}")
 
 
 def _target(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
     """Put another place where one is named: a file for a folder, a run for a model, an output that is there."""
-    places = [i for i, word in enumerate(case.words) if word in ("new", "page.html") or (folder / word).exists()]
+    places = [i for i, word in enumerate(case.arguments) if word in ("new", "page.html") or (folder / word).exists()]
     if not places:
         return _word(rng, case, folder, options)
     at = rng.choice(places)
-    before = case.words[at]
-    case.words[at] = rng.choice(PLACES + TEXTS)
-    case.done.append(f"{before} -> {case.words[at][:40]!r}")
+    before = case.arguments[at]
+    case.arguments[at] = rng.choice(PLACES + TEXTS)
+    case.done.append(f"{before} -> {case.arguments[at][:40]!r}")
     return None
 
 
@@ -374,7 +374,7 @@ def _file(rng: random.Random, case: Case, folder: Path, options: dict[str, list[
 def _named(case: Case, folder: Path) -> list[Path]:
     """Return the files that a command reads. The small ones, which decide most, come as often as many others."""
     found: list[Path] = []
-    for word in case.words[1:]:
+    for word in case.arguments[1:]:
         with contextlib.suppress(OSError, ValueError):
             place = folder / word
             if word and place != folder and place.is_relative_to(folder):
@@ -605,7 +605,7 @@ DEEP: dict[str, Callable[[random.Random, Path], str]] = {
 
 def _output(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
     """Let something lie where the command writes."""
-    outputs = [word for word in case.words if word in ("new", "page.html", "tokens")] or ["new"]
+    outputs = [word for word in case.arguments if word in ("new", "page.html", "tokens")] or ["new"]
     place = folder / outputs[0]
     kind = rng.choice(
         ("file", "folder with a file", "empty folder", "link", "loop", "copy of a run", "copy of a model")

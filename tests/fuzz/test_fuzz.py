@@ -61,8 +61,8 @@ def carry_out(nursery, world: Path, folder: Path, options, seed: str, cases: int
         figures["interrupted"] += outcome.interrupted
         figures["tracebacks"] += "traceback" in found
         if found:
-            words = " ".join(case.words).encode("unicode_escape").decode()[:500]
-            wrong.append(f"{seed}-{number}: {found}: smolseek {words} {case.done}: {outcome.err[-400:]!r}")
+            arguments = " ".join(case.arguments).encode("unicode_escape").decode()[:500]
+            wrong.append(f"{seed}-{number}: {found}: smolseek {arguments} {case.done}: {outcome.err[-400:]!r}")
         shutil.rmtree(folder)
     figures["exit_codes"] = {str(code): n for code, n in sorted(codes.items())}
     figures["exit_code_1"] = sum("exit code 1" in line for line in wrong)

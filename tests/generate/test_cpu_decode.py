@@ -12,28 +12,28 @@ from smolseek.presets import tiny
 
 
 @pytest.mark.parametrize("groups", [1, 4])
-def test_a_row_of_nan_stays_in_its_row_and_in_memory(groups, use_backend):
-    """Experts that are chosen by NaN are as many and as unlike as any: 200 rows to 3 experts are 600 pairs."""
+def test_nan_stays_in_its_sequence_and_in_memory(groups, use_backend):
+    """Experts that are chosen by NaN are as many and as unlike as any: 200 sequences to 3 experts are 600 slots."""
     if library() is None:
         pytest.skip("no C compiler")
     chosen = {"num_experts_per_tok": 3, "n_group": groups, "topk_group": min(2, groups)}
     model = new_model(replace(tiny(), vocab_size=64, num_hidden_layers=2, **chosen), seed=1).eval()
-    rows = 200
-    tokens = [5 + n % 7 for n in range(rows)]
-    good = Decoder(model, rows, 4).step(tokens)
+    batch = 200
+    tokens = [5 + n % 7 for n in range(batch)]
+    good = Decoder(model, batch, 4).step(tokens)
     assert good.isfinite().all()
     with torch.no_grad():
         model.model.embed_tokens.weight[3] = torch.nan
     some = [3 if n % 3 == 0 else token for n, token in enumerate(tokens)]
-    decoder = Decoder(model, rows, 4)
+    decoder = Decoder(model, batch, 4)
     assert decoder.cpu is not None
     mixed = decoder.step(some)
     spoilt = torch.tensor([token == 3 for token in some])
     assert mixed[spoilt].isnan().all() and torch.equal(mixed[~spoilt][:, 5:], good[~spoilt][:, 5:])
-    assert Decoder(model, rows, 4).step([3] * rows).isnan().all()
+    assert Decoder(model, batch, 4).step([3] * batch).isnan().all()
     with torch.no_grad():
         model.model.embed_tokens.weight[3] = 0.0
         model.model.layers[1].mlp.gate.weight[2] = torch.nan  # one expert's score alone
-    assert Decoder(model, rows, 4).step(tokens).isnan().all()
+    assert Decoder(model, batch, 4).step(tokens).isnan().all()
     use_backend("reference")
-    assert Decoder(model, rows, 4).step(tokens).isnan().all()
+    assert Decoder(model, batch, 4).step(tokens).isnan().all()

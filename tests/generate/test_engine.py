@@ -1,4 +1,4 @@
-"""The engine: a step in C equals the model's own forward pass, a batch equals its rows, and every way to end."""
+"""The engine: a step in C equals the forward pass, a batch equals its single runs, and every stop reason."""
 
 import math
 from dataclasses import replace
@@ -36,15 +36,15 @@ def prompts(*lengths: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_decoding_gives_the_logits_of_the_whole_text(model, backend, use_backend):
+def test_decoding_gives_the_logits_of_the_full_forward_pass(model, backend, use_backend):
     use_backend(backend)
     (ids,) = prompts(150)
     decoder = Decoder(model, 1, 150)
     assert (decoder.cpu is not None) == (backend == "cpu")
     with torch.no_grad():
-        whole_TV = model(torch.tensor([ids]))[0]
+        full_TV = model(torch.tensor([ids]))[0]
     decoded = [decoder.prefill(0, ids[:20])] + [decoder.step([token]) for token in ids[20:]]
-    assert float((torch.cat(decoded) - whole_TV[19:]).abs().max()) <= 1e-4 * float(whole_TV.std())
+    assert float((torch.cat(decoded) - full_TV[19:]).abs().max()) <= 1e-4 * float(full_TV.std())
 
 
 def test_bfloat16_weights_are_computed_in_float32(model):
@@ -64,9 +64,9 @@ def test_bfloat16_weights_are_computed_in_float32(model):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, backend, use_backend):
+def test_a_batch_of_different_lengths_equals_its_single_runs(model, backend, use_backend):
     use_backend(backend)
-    rows = prompts(3, 70, 1, 45, 64)
+    batch = prompts(3, 70, 1, 45, 64)
     options = [
         {"temperature": 0},
         {"seed": 4},
@@ -75,14 +75,14 @@ def test_a_batch_of_unlike_lengths_equals_its_single_runs(model, backend, use_ba
         {"repetition_penalty": 1.2},
     ]
     samplings = [SamplingParams(**option) for option in options]
-    together = Generator(model, rows, samplings, 24, stop_ids=(5,)).finish()
-    for ids, sampling, result in zip(rows, samplings, together, strict=True):
-        alone = Generator(model, [ids], sampling, 24, stop_ids=(5,)).finish()[0]
-        assert (alone.tokens, alone.stop_reason) == (result.tokens, result.stop_reason)
+    batched = Generator(model, batch, samplings, 24, stop_ids=(5,)).finish()
+    for ids, sampling, result in zip(batch, samplings, batched, strict=True):
+        single = Generator(model, [ids], sampling, 24, stop_ids=(5,)).finish()[0]
+        assert (single.tokens, single.stop_reason) == (result.tokens, result.stop_reason)
         if backend == "cpu":
-            assert alone.logprobs == result.logprobs  # to the last bit
+            assert single.logprobs == result.logprobs  # to the last bit
         else:
-            assert alone.logprobs == pytest.approx(result.logprobs, abs=1e-4)
+            assert single.logprobs == pytest.approx(result.logprobs, abs=1e-4)
 
 
 def test_logprobs_are_those_of_the_model():
@@ -104,7 +104,7 @@ def test_a_forced_prefix_comes_first_and_counts():
     assert len(result.logprobs) == 10 and not any(math.isnan(p) for p in result.logprobs)
 
 
-def test_every_way_to_end():
+def test_every_stop_reason():
     model = new_model(small("tiny"), seed=3)
     (ids,) = prompts(190)
     full = Generator(model, [ids], GREEDY).finish()[0]
@@ -112,27 +112,32 @@ def test_every_way_to_end():
     assert Generator(model, [ids], GREEDY, 4).finish()[0].stop_reason == "length"
     stopped = Generator(model, [ids], GREEDY, stop_ids=[full.tokens[3]]).finish()[0]
     assert stopped.stop_reason == "stop_token" and stopped.tokens == full.tokens[: full.tokens.index(full.tokens[3])]
-    watched = Generator(model, [ids], GREEDY, 3)
-    for count, token in enumerate(watched, 1):
+    stopped_at_three = Generator(model, [ids], GREEDY, 3)
+    for count, token in enumerate(stopped_at_three, 1):
         if count == 3:
-            watched.stop(token.sequence)  # counts more than the limit of 3
-    assert (watched.results[0].stop_reason, watched.results[0].tokens) == ("stop_string", full.tokens[:3])
+            stopped_at_three.stop(token.sequence)  # counts more than the limit of 3
+    assert (stopped_at_three.results[0].stop_reason, stopped_at_three.results[0].tokens) == (
+        "stop_string",
+        full.tokens[:3],
+    )
     assert Generator(model, [ids], GREEDY, max_time=1e-9).finish()[0].stop_reason == "time"
-    writer = Generator(model, [ids], GREEDY)
-    next(writer)
-    writer.cancel()
-    assert writer.finish()[0].stop_reason == "cancelled" and len(writer.results[0].tokens) == 1
+    generator = Generator(model, [ids], GREEDY)
+    next(generator)
+    generator.cancel()
+    assert generator.finish()[0].stop_reason == "cancelled" and len(generator.results[0].tokens) == 1
 
 
 def test_beams_that_need_more_than_the_vocabulary_still_end():
     model = new_model(small("tiny"), seed=3)
     (ids,) = prompts(195)
-    found = beam_search(model, ids, beams=3, max_tokens=50, returned=3)
-    assert [r.stop_reason for r in found] == ["context"] * 3 and found[0].score >= found[1].score >= found[2].score
+    hypotheses = beam_search(model, ids, beams=3, max_tokens=50, returned=3)
+    assert [r.stop_reason for r in hypotheses] == ["context"] * 3 and hypotheses[0].score >= hypotheses[
+        1
+    ].score >= hypotheses[2].score
 
 
 @pytest.mark.parametrize(
-    ("ids", "options", "words"),
+    ("ids", "options", "message"),
     [
         ([], {}, "prompt is empty"),
         ([1] * 200, {}, "200 tokens, the model's context 200"),
@@ -141,13 +146,13 @@ def test_beams_that_need_more_than_the_vocabulary_still_end():
         ([1], {"max_time": 0.0}, "max-time 0.0"),
     ],
 )
-def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, words):
+def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, message):
     model = new_model(small("tiny"), seed=3)
-    with pytest.raises(SmolseekError, match=words):
+    with pytest.raises(SmolseekError, match=message):
         Generator(model, [ids], GREEDY, **options)
 
 
-def test_beams_and_returned_must_fit():
+def test_no_more_continuations_than_beams():
     model = new_model(small("tiny"), seed=3)
     with pytest.raises(SmolseekError, match="beams 2 and n 3"):
         beam_search(model, [1], beams=2, max_tokens=4, returned=3)

@@ -47,14 +47,14 @@ def ids_of(tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
 @pytest.mark.parametrize(("tokens", "last"), SIZES)
-def test_the_last_logits_and_the_cache_are_those_of_the_whole_forward_pass(name, tokens, last):
+def test_the_last_logits_and_the_cache_are_those_of_the_full_forward_pass(name, tokens, last):
     model, ids_1T = varied(small(name)), ids_of(tokens)
     expected, cache = (Cache(model.config, 1, 160, dtype=torch.float32) for _ in range(2))
     with torch.no_grad():
-        whole_TV = model(ids_1T, expected)[0]
+        full_TV = model(ids_1T, expected)[0]
         logits = model(ids_1T, cache, last=last)[0]
     assert logits.shape == (last, 120) and cache.length == tokens
-    assert float((logits - whole_TV[-last:]).abs().max()) <= 1e-4 * float(whole_TV.std())
+    assert float((logits - full_TV[-last:]).abs().max()) <= 1e-4 * float(full_TV.std())
     for cached, right in zip(cache.layers, expected.layers, strict=True):
         assert torch.equal(cached, right)
 
@@ -73,9 +73,9 @@ def test_the_kernels_for_inference_are_as_near_to_float32_as_those_of_training(n
         right = exact(ids_1T, cache, last=last)[0]
         plain = rounded(ids_1T, caches[0], last=last)[0].float()
     with torch.inference_mode():
-        found = rounded(ids_1T, caches[1], last=last)[0].float()
+        inferred = rounded(ids_1T, caches[1], last=last)[0].float()
     # A token near the border between two experts may go to the other one, so a median over tokens is compared.
-    error, usual = ((x - right).abs().mean(dim=1).median() for x in (found, plain))
+    error, usual = ((x - right).abs().mean(dim=1).median() for x in (inferred, plain))
     assert float(error) <= 1.5 * float(usual) + 1e-3 * float(right.std())
     for cached, usually, wanted in zip(caches[1].layers, caches[0].layers, cache.layers, strict=True):
         error, usual = ((x.float() - wanted).abs().mean(dim=(0, 2)).median() for x in (cached, usually))

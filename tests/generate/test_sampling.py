@@ -52,16 +52,16 @@ def test_draws_follow_the_distribution_of_transformers(sampling):
     frequent = p_V * DRAWS >= 5
     wanted = p_V.double()[frequent] * DRAWS
     seen = drawn[frequent]
-    rest = DRAWS - wanted.sum()
+    others = DRAWS - wanted.sum()
     chi = float(((seen - wanted) ** 2 / wanted).sum())
-    chi += float((DRAWS - seen.sum() - rest) ** 2 / rest) if rest > 5 else 0.0
-    degrees = max(int(frequent.sum()) - (0 if rest > 5 else 1), 1)
+    chi += float((DRAWS - seen.sum() - others) ** 2 / others) if others > 5 else 0.0
+    degrees = max(int(frequent.sum()) - (0 if others > 5 else 1), 1)
     # Wilson and Hilferty's normal approximation: 4 standard deviations are one chance in 30,000.
     z = ((chi / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / (2 / (9 * degrees)) ** 0.5
     assert z < 4
 
 
-def test_a_nucleus_wider_than_the_first_candidates_is_found_whole():
+def test_a_nucleus_wider_than_the_first_candidates_is_complete():
     logits_V = torch.randn(5000, generator=torch.Generator().manual_seed(2)) * 0.1
     sampling = SamplingParams(temperature=1.0, top_p=0.9)
     assert len(candidates(logits_V, sampling)[1]) == int((expected(sampling, logits_V) > 0).sum()) > 1024
@@ -85,20 +85,20 @@ def test_a_seed_gives_the_same_draws():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature -0.1 is below 0"),
-        ({"temperature": float("nan")}, "temperature nan is no finite"),
-        ({"top_k": 0}, "top-k 0 is below 1"),
-        ({"top_p": 0.0}, "top-p 0.0 is outside"),
-        ({"top_p": 1.1}, "top-p 1.1 is outside"),
-        ({"typical_p": 2.0}, "typical-p 2.0 is outside"),
-        ({"min_p": -1.0}, "min-p -1.0 is outside"),
-        ({"repetition_penalty": 0.0}, "repetition-penalty 0.0 must be"),
-        ({"no_repeat_ngram": -1}, "no-repeat-ngram -1 is below"),
+        ({"temperature": -0.1}, "temperature -0.1 must be 0 or more"),
+        ({"temperature": float("nan")}, "temperature nan is not finite"),
+        ({"top_k": 0}, "top_k 0 must be 1 or more"),
+        ({"top_p": 0.0}, "top_p 0.0 must be above 0"),
+        ({"top_p": 1.1}, "top_p 1.1 must be at most 1"),
+        ({"typical_p": 2.0}, "typical_p 2.0 must be at most 1"),
+        ({"min_p": -1.0}, "min_p -1.0 must be 0 or more"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be above 0"),
+        ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 must be 0 or more"),
         ({"bad_words": ((),)}, "one of them is empty"),
     ],
 )
-def test_numbers_out_of_range_are_refused_in_one_line(options, words):
-    with pytest.raises(SmolseekError, match=words):
+def test_numbers_out_of_range_are_refused_in_one_line(options, message):
+    with pytest.raises(SmolseekError, match=message):
         SamplingParams(**options)

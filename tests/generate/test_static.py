@@ -32,7 +32,7 @@ def small(name: str) -> CausalLM:
 
 
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
-def test_rows_of_unlike_lengths_that_end_get_the_same_logits(name, use_backend):
+def test_sequences_of_different_lengths_that_end_get_the_same_logits(name, use_backend):
     use_backend("reference")
     model = small(name)
     generator = torch.Generator().manual_seed(0)
@@ -41,18 +41,18 @@ def test_rows_of_unlike_lengths_that_end_get_the_same_logits(name, use_backend):
         ids = torch.randint(120, (tokens,), generator=generator).tolist()
         assert torch.equal(plain.prefill(row, ids), fixed.prefill(row, ids))
     static = StaticStep(model, fixed.cache)
-    rows = 3
+    batch = 3
     for number in range(20):
         if number in (8, 14):
             for decoder in (plain, fixed):
-                decoder.reorder_cache(list(range(1, rows)))
-            rows -= 1
-        tokens = torch.randint(120, (rows,), generator=generator).tolist()
+                decoder.reorder_cache(list(range(1, batch)))
+            batch -= 1
+        tokens = torch.randint(120, (batch,), generator=generator).tolist()
         expected_BV = plain.step(tokens)
         with torch.inference_mode():
-            found_BV = static.step(tokens, fixed.lengths)
+            static_BV = static.step(tokens, fixed.lengths)
         fixed.lengths = [length + 1 for length in fixed.lengths]
-        assert float((found_BV - expected_BV).abs().max()) <= 1e-4 * float(expected_BV.std())
+        assert float((static_BV - expected_BV).abs().max()) <= 1e-4 * float(expected_BV.std())
 
 
 @pytest.mark.parametrize("name", ["tiny", "seed_159m"])
@@ -70,5 +70,5 @@ def test_experts_of_fixed_shapes_are_the_layer(name, tokens):
 def test_the_graph_writes_what_the_cpu_writes(name):
     model, prompts = small(name), [[1, 2, 3], [4] * 20, [7]]
     expected = [r.tokens for r in Generator(model, prompts, SamplingParams(temperature=0), 30).finish()]
-    found = Generator(model.to("cuda"), prompts, SamplingParams(temperature=0), 30).finish()
-    assert [r.tokens for r in found] == expected
+    results = Generator(model.to("cuda"), prompts, SamplingParams(temperature=0), 30).finish()
+    assert [r.tokens for r in results] == expected

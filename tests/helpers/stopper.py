@@ -28,8 +28,8 @@ def come_to_grief(step: int) -> None:
         os.kill(os.getpid(), signal.Signals[what])
 
 
-def counted(self: Guard, step: int, *words: float) -> None:
-    passed(self, step, *words)
+def counted(self: Guard, step: int, *arguments: float) -> None:
+    passed(self, step, *arguments)
     come_to_grief(step)
 
 

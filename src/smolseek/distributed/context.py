@@ -106,7 +106,7 @@ class DistributedContext(SingleProcess):
         if isinstance(error, Stopped | SmolseekError):
             is_first = self._count_errors(1) == 1
             if is_first and not self.is_main:
-                console.complain(f"{'' if isinstance(error, Stopped) else 'error: '}process {self.rank}: {error}")
+                console.to_stderr(f"{'' if isinstance(error, Stopped) else 'error: '}process {self.rank}: {error}")
             if not (is_first and self.is_main):
                 code = error.code if isinstance(error, Stopped) else 2
         elif isinstance(error, RuntimeError) and self._count_errors(0):

@@ -1,1 +1,1 @@
-"""Writing with a model: tokens in, tokens out."""
+"""Text generation: tokens in, tokens out."""

@@ -21,7 +21,7 @@ class _Hypothesis(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     score: float
-    """Sum of the log-probabilities; of a finished one, over its length to the power of the length penalty."""
+    """Sum of the log-probabilities; of a finished hypothesis, divided by length ** length_penalty."""
     parent: int = 0
     """Beam that it continues."""
     reason: StopReason | None = None
@@ -39,22 +39,22 @@ def beam_search(
     early_stopping: EarlyStopping = False,
     returned: int = 1,
 ) -> list[Result]:
-    """Return the `returned` best continuations that a search over `beams` running ones finds, best first.
+    """Return the `returned` best continuations found by a search with `beams` running hypotheses, best first.
 
-    A finished one is scored by its summed log-probabilities over its length (the stop token counts) to the power of
-    `length_penalty`. The search ends when `early_stopping` is true and `beams` are finished, or when no running one can
-    beat the finished ones: judged at its present length, or with "never" at the greatest possible one.
+    The score of a finished hypothesis is its summed log-probability divided by length ** length_penalty; the length
+    includes the stop token. The search ends when `beams` hypotheses are finished and `early_stopping` is true, or when
+    no running one can reach a better score: at its present length, or with "never" at the greatest possible length.
 
     Args:
         model: the model.
         ids: the prompt.
-        beams: number of continuations that run side by side.
+        beams: number of running hypotheses.
         max_tokens: new tokens, at most.
-        sampling: penalties, bans and processors to apply to the log-probabilities; the search itself draws nothing.
-        stop_ids: tokens that finish a continuation; they are not part of it.
-        length_penalty: above 0 favours long ones, below 0 short ones.
+        sampling: its penalties, bans and processors change the log-probabilities; nothing is sampled.
+        stop_ids: tokens that finish a hypothesis; they are not part of it.
+        length_penalty: above 0 favours long texts, below 0 short ones.
         early_stopping: when to end, see above.
-        returned: continuations to return.
+        returned: number of continuations to return.
 
     Raises:
         SmolseekError: for an empty prompt or one beyond the context, or numbers out of range.
@@ -73,7 +73,7 @@ def beam_search(
     logits_WV = decoder.prefill(0, ids).expand(beams, -1)
     decoder.reorder_cache([0] * beams)
     decoding = time.perf_counter()
-    # All beams begin alike: only the first counts, or they would all find the same.
+    # All beams start from the same prompt: only the first counts, or all would find the same continuations.
     running = [_Hypothesis([], [], -1e9 if beam else 0.0) for beam in range(beams)]
     finished: list[_Hypothesis] = []
     for length in range(1, most + 1):
@@ -82,7 +82,7 @@ def beam_search(
         for rank, new in enumerate(_best(logits_WV, running, ids, chain, max(2, 1 + len(stops)) * beams)):
             stopped = new.tokens[-1] in stops
             if stopped or length == most:
-                # Candidates beyond the first `beams` are only there to go on.
+                # Candidates beyond the first `beams` may only continue, not finish.
                 if rank < beams and not full:
                     tokens, logprobs = (running[new.parent] if stopped else new)[:2]
                     reason: StopReason = "stop_token" if stopped else limit

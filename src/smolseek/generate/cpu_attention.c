@@ -1,5 +1,5 @@
-/* Attention of a decoding step: of the new token of each sequence to its cache, in chunks of tokens that are put together
-   afterwards. Shapes as in cpu_decode.c. */
+/* Attention of a decoding step: the new token of each sequence attends to its cache in chunks of tokens, whose results are
+   merged afterwards (as in flash decoding). Shapes as in cpu_decode.c. */
 
 #include "cpu_decode.h"
 
@@ -41,16 +41,17 @@ INLINE void mix(const void *v, int64_t stride, int64_t tokens, int64_t width, co
    taken against it, and the values weighted with them. */
 static void attend(const Model *m, const void *cache, int64_t first, int64_t tokens, const float *q, float *part) {
     int64_t heads = m->H / m->G, key = m->mla ? m->L + m->R : m->R, width = m->mla ? m->L : m->R;
+    int64_t bfloat16 = m->bfloat16;
     float p[8 * CHUNK];
     for (int64_t g = 0; g < m->G; g++) {
-        const void *k = at(cache, first * m->cached + (m->mla ? 0 : g * key), m->bfloat16);
-        const void *v = m->mla ? k : at(k, m->G * key, m->bfloat16);
+        const void *k = at(cache, first * m->cached + (m->mla ? 0 : g * key), bfloat16);
+        const void *v = m->mla ? k : at(k, m->G * key, bfloat16);
         for (int64_t h0 = 0; h0 < heads; h0 += 8) { /* eight heads at a time */
             int64_t n = heads - h0 < 8 ? heads - h0 : 8;
             const float *xs[8];
             float *ys[8];
             for (int64_t h = 0; h < n; h++) xs[h] = q + (g * heads + h0 + h) * key, ys[h] = p + h * CHUNK;
-            rows(k, m->bfloat16, m->cached, key, xs, ys, n, 0, tokens);
+            linear_outputs(k, bfloat16, m->cached, key, xs, ys, n, 0, tokens);
             float *out = part + (g * heads + h0) * (2 + width);
             for (int64_t h = 0; h < n; h++) {
                 float top = -INFINITY, total = 0, *ph = p + h * CHUNK;
@@ -64,16 +65,13 @@ static void attend(const Model *m, const void *cache, int64_t first, int64_t tok
                 out[h * (2 + width)] = top;
                 out[h * (2 + width) + 1] = total;
             }
-            if (m->bfloat16)
-                mix(v, m->cached, tokens, width, p, out + 2, 2 + width, n, 1);
-            else
-                mix(v, m->cached, tokens, width, p, out + 2, 2 + width, n, 0);
+            TYPED(mix, v, m->cached, tokens, width, p, out + 2, 2 + width, n);
         }
     }
 }
 
-/* Put the chunks of one head together: part of chunk c is at part + c * stride. */
-static void combine(const float *part, int64_t chunks, int64_t stride, int64_t width, float *out) {
+/* Merge the chunks of one head: the part of chunk c is at part + c * stride. */
+static void merge_chunks(const float *part, int64_t chunks, int64_t stride, int64_t width, float *out) {
     float top = -INFINITY, total = 0;
     for (int64_t c = 0; c < chunks; c++) top = part[c * stride] > top ? part[c * stride] : top;
     memset(out, 0, width * sizeof *out);
@@ -85,33 +83,32 @@ static void combine(const float *part, int64_t chunks, int64_t stride, int64_t w
     for (int64_t j = 0; j < width; j++) out[j] /= total;
 }
 
-void attention(const Model *m, const Layer *l, const Work *w, const int64_t *positions, int64_t B, int me,
-                      int all) {
+void attention(const Model *m, const Layer *l, const Work *w, const int64_t *positions, int64_t B, int me, int all) {
     int64_t D = m->D, H = m->H, L = m->mla ? m->L : 0, N = m->N, R = m->R, P = R / 2, kind = m->bfloat16;
     int64_t key = L + R, width = m->mla ? L : R, q_size = N + R, value = m->mla ? m->V : R, lo, hi;
     float *h = w->h + B * D * me;
     for (int64_t b = 0; b < B; b++) normalise(w->x + b * D, l->input_norm, m->eps, D, h + b * D);
     if (l->q_a)
-        product(m, l->q_a, l->q_a_bias, m->q_rank, D, h, w->q_a, B, me, all);
+        linear(m, l->q_a, l->q_a_bias, m->q_rank, D, h, w->q_a, B, me, all);
     else
-        product(m, l->q, 0, H * q_size, D, h, w->q, B, me, all);
+        linear(m, l->q, 0, H * q_size, D, h, w->q, B, me, all);
     if (m->mla) {
-        product(m, l->k, l->k_bias, key, D, h, w->k, B, me, all);
+        linear(m, l->k, l->k_bias, key, D, h, w->k, B, me, all);
     } else { /* keys of all sequences, then their values */
-        product(m, l->k, 0, m->G * R, D, h, w->k, B, me, all);
-        product(m, l->v, 0, m->G * R, D, h, w->k + B * m->G * R, B, me, all);
+        linear(m, l->k, 0, m->G * R, D, h, w->k, B, me, all);
+        linear(m, l->v, 0, m->G * R, D, h, w->k + B * m->G * R, B, me, all);
     }
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
     if (l->q_a) {
         float *normed = w->q_a + B * m->q_rank * (1 + me);
         for (int64_t b = 0; b < B; b++)
             normalise(w->q_a + b * m->q_rank, l->q_a_norm, m->latent_eps, m->q_rank, normed + b * m->q_rank);
-        product(m, l->q, 0, H * q_size, m->q_rank, normed, w->q, B, me, all);
-        meet(w->gate, all);
+        linear(m, l->q, 0, H * q_size, m->q_rank, normed, w->q, B, me, all);
+        wait_for_all(w->barrier, all);
     }
     for (int64_t b = 0; b < B; b++) {
         const float *cos = m->cos + positions[b] * P, *sin = m->sin + positions[b] * P;
-        if ((all - 1 - b % all) == me) { /* the new token's row of the cache */
+        if ((all - 1 - b % all) == me) { /* cache the new token */
             float *row = w->row + me * m->cached;
             if (m->mla) {
                 const float *k = w->k + b * key;
@@ -131,11 +128,11 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
         for (int64_t i = me; i < H; i += all) {
             const float *q = w->q + (b * H + i) * q_size;
             float *query = w->query + (b * H + i) * key;
-            if (m->mla) rows(at(l->key_up, i * L * N, kind), kind, N, N, &q, &query, 1, 0, L);
+            if (m->mla) linear_outputs(at(l->key_up, i * L * N, kind), kind, N, N, &q, &query, 1, 0, L);
             rotate(q + N, cos, sin, R, m->interleave, query + L, 0);
         }
     }
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
     int64_t most = (m->C + CHUNK - 1) / CHUNK;
     int64_t turn = 0;
     for (int64_t b = 0; b < B; b++)
@@ -145,19 +142,19 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
                 attend(m, at(l->cache, b * m->C * m->cached, kind), c * CHUNK, tokens < CHUNK ? tokens : CHUNK,
                        w->query + b * H * key, w->part + (b * most + c) * part_size(m));
         }
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
     for (int64_t i = me; i < B * H; i += all) {
         int64_t b = i / H, head = i % H, chunks = positions[b] / CHUNK + 1;
         float *sum_of = m->mla ? w->head + i * width : w->heads + i * width;
-        combine(w->part + b * most * part_size(m) + head * (2 + width), chunks, part_size(m), width, sum_of);
+        merge_chunks(w->part + b * most * part_size(m) + head * (2 + width), chunks, part_size(m), width, sum_of);
         float *y = w->heads + i * value;
         const float *x = sum_of;
-        if (m->mla) rows(at(l->value_up, (head * (N + m->V) + N) * L, kind), kind, L, L, &x, &y, 1, 0, m->V);
+        if (m->mla) linear_outputs(at(l->value_up, (head * (N + m->V) + N) * L, kind), kind, L, L, &x, &y, 1, 0, m->V);
     }
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
     share(D, me, all, &lo, &hi);
-    product(m, l->o, l->o_bias, D, H * value, w->heads, w->scratch + 4 * m->E * all, B, me, all);
+    linear(m, l->o, l->o_bias, D, H * value, w->heads, w->scratch + 4 * m->E * all, B, me, all);
     for (int64_t b = 0; b < B; b++)
         for (int64_t i = lo; i < hi; i++) w->x[b * D + i] += w->scratch[4 * m->E * all + b * D + i];
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
 }

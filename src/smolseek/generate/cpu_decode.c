@@ -1,10 +1,10 @@
 /* One decoding step on the CPU: a token for each of B sequences -> logits, in one call and one parallel region.
 
-   Writing a token is bound by reading the weights once. So matrices are read in their stored type, in order, by all
-   threads; everything else is float32. cpu_decode.py holds the mirror of the structs in cpu_decode.h and builds these files.
+   The time of a token is the time to read all weights once. So matrices are read in their stored type, in order, by all
+   threads; everything else is float32. cpu_decode.py builds these files and packs the structs of cpu_decode.h.
 
-   Every number depends on its own sequence only, and is summed in one order whatever B and the threads are: a batch
-   gives the same bits as its sequences one by one.
+   A sequence's numbers do not depend on the others, and the order of each sum does not depend on B or on the number of
+   threads: a batch gives the same bits as its sequences one by one.
 
    B sequences, D hidden_size, H query heads, G groups of key/value heads, L kv_lora_rank, N and R features of a head
    without and with position, E experts, K chosen, F neurons of an expert, C capacity of the cache in tokens. */
@@ -27,7 +27,7 @@ static int64_t choose(const float *x, int64_t n, float *chosen) {
 static void route(const Model *m, const Layer *l, const float *x, float *scratch, int64_t *experts, float *weights) {
     int64_t E = m->E, size = E / m->groups;
     float *scores = scratch, *choice = scratch + E, *group = choice + E, *chosen = group + E, total = 0;
-    rows(l->router, 0, m->D, m->D, &x, &scores, 1, 0, E);
+    linear_outputs(l->router, 0, m->D, m->D, &x, &scores, 1, 0, E);
     for (int64_t e = 0; e < E; e++) {
         scores[e] = 1.0f / (1.0f + expf(-scores[e]));
         choice[e] = scores[e] + l->router_bias[e];
@@ -103,8 +103,8 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
             if (experts[i] == e) xs[n] = h + i / K * D, ys[n] = w->up + i * 2 * F, zs[n] = ys[n] + F, n++;
         if (!n) continue;
         const void *up = at(l->up, e * wide * D, kind);
-        rows(up, kind, D, D, xs, ys, n, lo, hi);
-        if (m->gated) rows(at(up, F * D, kind), kind, D, D, xs, zs, n, lo, hi);
+        linear_outputs(up, kind, D, D, xs, ys, n, lo, hi);
+        if (m->gated) linear_outputs(at(up, F * D, kind), kind, D, D, xs, zs, n, lo, hi);
         for (int64_t i = 0; i < n; i++)
             for (int64_t f = lo; f < hi; f++) {
                 float bias = l->up_bias ? l->up_bias[e * F + f] : 0;
@@ -114,18 +114,18 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     share(S, me, all, &lo, &hi);
     if (S) {
         for (int64_t b = 0; b < B; b++) xs[b] = h + b * D, ys[b] = w->shared + b * 2 * S, zs[b] = ys[b] + S;
-        rows(l->gate_shared, kind, D, D, xs, ys, B, lo, hi);
-        rows(l->up_shared, kind, D, D, xs, zs, B, lo, hi);
+        linear_outputs(l->gate_shared, kind, D, D, xs, ys, B, lo, hi);
+        linear_outputs(l->up_shared, kind, D, D, xs, zs, B, lo, hi);
         for (int64_t b = 0; b < B; b++)
             for (int64_t f = lo; f < hi; f++) ys[b][f] = silu(ys[b][f]) * zs[b][f];
     }
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
     share(D, me, all, &lo, &hi);
     for (int64_t e = 0; e < (K ? m->E : 0); e++) {
         int64_t n = 0;
         for (int64_t i = 0; i < B * K; i++)
             if (experts[i] == e) xs[n] = w->up + i * 2 * F, ys[n] = w->out + i * D, n++;
-        rows(at(l->down, e * D * F, kind), kind, F, F, xs, ys, n, lo, hi);
+        linear_outputs(at(l->down, e * D * F, kind), kind, F, F, xs, ys, n, lo, hi);
         for (int64_t i = 0; i < n && l->down_bias; i++)
             for (int64_t d = lo; d < hi; d++) ys[i][d] += l->down_bias[e * D + d];
     }
@@ -134,33 +134,33 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     if (S) {
         float *y = w->scratch + 4 * m->E * all;
         for (int64_t b = 0; b < B; b++) xs[b] = w->shared + b * 2 * S, ys[b] = y + b * D;
-        rows(l->down_shared, kind, S, S, xs, ys, B, lo, hi);
+        linear_outputs(l->down_shared, kind, S, S, xs, ys, B, lo, hi);
         for (int64_t b = 0; b < B; b++)
             for (int64_t d = lo; d < hi; d++) w->x[b * D + d] += ys[b][d];
     }
-    meet(w->gate, all);
+    wait_for_all(w->barrier, all);
 }
 
 /* Run token ids[b] at positions[b] of each sequence, whose earlier tokens are cached; logits: [B, vocab]. */
 void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *positions, float *work, float *logits,
           int64_t threads) {
-    Gate gate = {0};
+    Barrier barrier = {0};
 #pragma omp parallel num_threads(threads)
     {
         int me = omp_get_thread_num(), all = omp_get_num_threads();
         Work w = lay_out(m, B, threads, work);
-        w.gate = &gate;
+        w.barrier = &barrier;
         int64_t D = m->D, lo, hi;
         share(D, me, all, &lo, &hi);
         for (int64_t b = 0; b < B; b++)
             for (int64_t i = lo; i < hi; i++) w.x[b * D + i] = load1(m->embedding, ids[b] * D + i, m->bfloat16);
-        meet(&gate, all);
+        wait_for_all(&barrier, all);
         for (int64_t n = 0; n < m->layers; n++) {
             attention(m, m->layer + n, &w, positions, B, me, all);
             feed_forward(m, m->layer + n, &w, B, me, all);
         }
         float *h = w.h + B * D * me;
         for (int64_t b = 0; b < B; b++) normalise(w.x + b * D, m->norm, m->eps, D, h + b * D);
-        product(m, m->head, 0, m->vocab, D, h, logits, B, me, all);
+        linear(m, m->head, 0, m->vocab, D, h, logits, B, me, all);
     }
 }

@@ -1,5 +1,5 @@
-/* What the files of a decoding step share: the model as cpu_decode.py binds it, the room of the intermediate results, and
-   products of many rows. */
+/* What the files of a decoding step share: the model as cpu_decode.py binds it, the memory of intermediate results, and
+   linear layers. */
 
 #include "simd.h"
 
@@ -25,7 +25,7 @@ typedef struct {
     const void *up, *down; /* routed experts [E, 2F or F, D] and [E, D, F] */
     const float *up_bias, *down_bias;
     const void *gate_shared, *up_shared, *down_shared; /* shared experts, or the layer's dense MLP */
-    int64_t shared;                                    /* its neurons */
+    int64_t shared;                                    /* neurons of these */
     void *cache;                                       /* [B, C, cached] */
 } Layer;
 
@@ -40,19 +40,19 @@ typedef struct {
 
 typedef struct {
     atomic_int arrived, round;
-} Gate;
+} Barrier;
 
-/* Wait for all threads. OpenMP's own barrier spins for long; on a machine with other work to do that takes the
-   processor from the very thread that is waited for, so this one soon yields. */
-static inline void meet(Gate *gate, int all) {
+/* Wait until all threads are here. OpenMP's own barrier spins for long. On a busy machine that takes the processor from
+   the very thread that the others wait for, so this one soon yields. */
+static inline void wait_for_all(Barrier *barrier, int all) {
     if (all == 1) return;
-    int now = atomic_load(&gate->round);
-    if (atomic_fetch_add(&gate->arrived, 1) == all - 1) {
-        atomic_store(&gate->arrived, 0);
-        atomic_fetch_add(&gate->round, 1);
+    int now = atomic_load(&barrier->round);
+    if (atomic_fetch_add(&barrier->arrived, 1) == all - 1) {
+        atomic_store(&barrier->arrived, 0);
+        atomic_fetch_add(&barrier->round, 1);
         return;
     }
-    for (int spins = 0; atomic_load_explicit(&gate->round, memory_order_acquire) == now; spins++)
+    for (int spins = 0; atomic_load_explicit(&barrier->round, memory_order_acquire) == now; spins++)
         if (spins > 4000) sched_yield();
 }
 
@@ -65,9 +65,9 @@ INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
     return (vec)(__builtin_convertvector(bits, uint_vec) << 16);
 }
 
-/* y[b][o] = sum_i w[o, i] x[b][i] for b < NB, a constant where it is called. One row after the other, as it lies in
-   memory: the processor's prefetcher follows that best. Four running sums hide the latency of an addition. */
-INLINE void row(const void *w, int64_t cols, const float *const *x, float *const *y, int64_t o, const int NB,
+/* y[b][o] = sum_i w[i] x[b][i] for b < NB, a constant where it is called. A matrix is read output by output, in the order
+   of memory, which the processor's prefetcher follows best. Four running sums hide the latency of an addition. */
+INLINE void dot(const void *w, int64_t cols, const float *const *x, float *const *y, int64_t o, const int NB,
                 const int64_t bfloat16) {
     vec acc[4][4] = {{{0}}};
     int64_t i = 0;
@@ -88,50 +88,49 @@ INLINE void row(const void *w, int64_t cols, const float *const *x, float *const
     }
 }
 
-INLINE void typed_rows(const void *w, int64_t stride, int64_t cols, const float *const *x, float *const *y, int64_t n,
-                       int64_t lo, int64_t hi, const int64_t bfloat16) {
+INLINE void typed_linear_outputs(const void *w, int64_t stride, int64_t cols, const float *const *x, float *const *y,
+                                 int64_t n, int64_t lo, int64_t hi, const int64_t bfloat16) {
     for (int64_t o = lo; o < hi; o++) {
         const void *at_o = at(w, o * stride, bfloat16);
         int64_t b = 0;
-        for (; b + 4 <= n; b += 4) row(at_o, cols, x + b, y + b, o, 4, bfloat16);
+        for (; b + 4 <= n; b += 4) dot(at_o, cols, x + b, y + b, o, 4, bfloat16);
         if (n - b == 3)
-            row(at_o, cols, x + b, y + b, o, 3, bfloat16);
+            dot(at_o, cols, x + b, y + b, o, 3, bfloat16);
         else if (n - b == 2)
-            row(at_o, cols, x + b, y + b, o, 2, bfloat16);
+            dot(at_o, cols, x + b, y + b, o, 2, bfloat16);
         else if (n - b == 1)
-            row(at_o, cols, x + b, y + b, o, 1, bfloat16);
+            dot(at_o, cols, x + b, y + b, o, 1, bfloat16);
     }
 }
 
-/* y[b][o] = w[o] . x[b] for rows lo <= o < hi, a row being `cols` numbers, `stride` from the next. */
-static inline void rows(const void *w, int64_t bfloat16, int64_t stride, int64_t cols, const float *const *x,
-                 float *const *y, int64_t n, int64_t lo, int64_t hi) {
-    if (bfloat16)
-        typed_rows(w, stride, cols, x, y, n, lo, hi, 1);
-    else
-        typed_rows(w, stride, cols, x, y, n, lo, hi, 0);
+/* y[b][o] = w[o] . x[b] for the outputs lo <= o < hi of n inputs; w[o] are `cols` numbers, `stride` from the next. */
+static inline void linear_outputs(const void *w, int64_t bfloat16, int64_t stride, int64_t cols, const float *const *x,
+                                  float *const *y, int64_t n, int64_t lo, int64_t hi) {
+    TYPED(typed_linear_outputs, w, stride, cols, x, y, n, lo, hi);
 }
 
-/* Thread `me` of `all` does rows lo..hi of `total`, a multiple of four but for the last. */
+/* Thread `me` of `all` computes outputs lo..hi of `total`: a multiple of four, but for the last thread. */
 INLINE void share(int64_t total, int me, int all, int64_t *lo, int64_t *hi) {
     int64_t part = (total / all + 3) / 4 * 4;
     *lo = part * me < total ? part * me : total;
     *hi = me == all - 1 || part * (me + 1) > total ? total : part * (me + 1);
 }
 
-static inline void product(const Model *m, const void *w, const float *bias, int64_t out, int64_t in, const float *x,
-                    float *y, int64_t B, int me, int all) {
+/* y = x w^T + bias for B inputs; each thread computes its share of the outputs. */
+static inline void linear(const Model *m, const void *w, const float *bias, int64_t out, int64_t in, const float *x,
+                          float *y, int64_t B, int me, int all) {
     const float *xs[MAX_BATCH];
     float *ys[MAX_BATCH];
     int64_t lo, hi;
     share(out, me, all, &lo, &hi);
     for (int64_t b = 0; b < B; b++) xs[b] = x + b * in, ys[b] = y + b * out;
-    rows(w, m->bfloat16, in, in, xs, ys, B, lo, hi);
+    linear_outputs(w, m->bfloat16, in, in, xs, ys, B, lo, hi);
     if (bias)
         for (int64_t b = 0; b < B; b++)
             for (int64_t o = lo; o < hi; o++) ys[b][o] += bias[o];
 }
 
+/* RMSNorm: y = x / rms(x) * w. */
 static inline void normalise(const float *x, const float *w, float eps, int64_t size, float *y) {
     vec acc = {0};
     int64_t i = 0;
@@ -145,11 +144,11 @@ static inline void normalise(const float *x, const float *w, float eps, int64_t 
     for (i = 0; i < size; i++) y[i] = x[i] * r * w[i];
 }
 
-/* Where the intermediate results lie. */
+/* The memory of intermediate results. */
 typedef struct {
     float *x, *h, *q_a, *q, *k, *row, *query, *part, *head, *heads, *up, *shared, *out, *weights, *scratch;
     int64_t *experts, floats;
-    Gate *gate;
+    Barrier *barrier;
 } Work;
 
 static inline int64_t part_size(const Model *m) { return m->H * (2 + (m->mla ? m->L : m->R)); }

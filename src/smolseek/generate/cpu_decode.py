@@ -1,8 +1,8 @@
-"""A decoding step on a CPU through cpu_decode.c, which binds to the model's modules and reads their weights in place.
+"""A decoding step on a CPU through cpu_decode.c, which reads the weights of the model's modules in place.
 
-One of two exceptions to "the forward pass stands once": a step is bound by reading the weights, and by what Python and
-PyTorch do around some hundred small operations. Without a C compiler, for another number format or on another device
-`bind` gives None, and the engine takes the model's forward pass.
+One of two exceptions to "the forward pass is written once": a step takes the time to read the weights, to which PyTorch
+would add the overhead of some hundred small operations. Without a C compiler, for another number format or on another
+device `bind` returns None, and the engine uses the model's forward pass.
 """
 
 import ctypes
@@ -46,12 +46,12 @@ _LAYER = {
     "up_shared": "mlp.shared_experts.up_proj.weight mlp.up_proj.weight",
     "down_shared": "mlp.shared_experts.down_proj.weight mlp.down_proj.weight",
 }
-"""The tensors of `Layer` in cpu_decode.h, in its order, and the names that they may have in a block."""
+"""The tensors of `Layer` in cpu_decode.h, in its order, and their possible names in a block's state dict."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled files, or None where they are turned off or cannot be built."""
+    """Return the compiled C files, or None if they are turned off or cannot be built."""
     compiled = backend.compiled(*SOURCES)
     if compiled is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -62,11 +62,11 @@ def library() -> ctypes.CDLL | None:
 
 
 class _Threads:
-    """How many threads to use: all, or one where the machine has so much else to do that they wait for each other.
+    """How many threads to use: all, or one on a machine so busy that the threads wait for each other.
 
-    A step has some hundred barriers; where a thread has to wait for the processor at each, two are many times slower
-    than one. The result has the same bits either way. The slower choice is tried again now and then, at a cost of
-    about a sixteenth of the time.
+    A step has some hundred barriers. If a thread has to wait for a core at each, two threads are many times slower than
+    one. The result has the same bits either way. The slower choice is tried again from time to time, which costs about
+    a sixteenth of the time.
     """
 
     def __init__(self, threads: int) -> None:
@@ -97,10 +97,10 @@ class CpuDecoder:
         self._step = compiled.step
         self._vocab, self._batch, self._capacity = model.config.vocab_size, cache.rows, cache.capacity
         self._alive: list[torch.Tensor] = []
-        layers = [self._layer(*layer) for layer in zip(model.model.layers, cache.layers, strict=True)]
+        layers = [self._layer_struct(*layer) for layer in zip(model.model.layers, cache.layers, strict=True)]
         self._layers = ctypes.create_string_buffer(b"".join(self._pack(layer) for layer in layers))
         widest = max(int(layer["shared"]) for layer in layers)
-        self._model = ctypes.create_string_buffer(self._pack(self._whole(model, cache.capacity, widest)))
+        self._model = ctypes.create_string_buffer(self._pack(self._model_struct(model, cache.capacity, widest)))
         self._threads = _Threads(torch.get_num_threads())
         floats = compiled.work_floats(self._model, cache.rows, torch.get_num_threads())
         self._work = torch.zeros(floats, dtype=torch.float32)
@@ -118,9 +118,9 @@ class CpuDecoder:
         return logits
 
     def _pack(self, values: dict[str, Any]) -> bytes:
-        """Return a struct of cpu_decode.h: int64_t for whole numbers, float for others, pointers for tensors and None.
+        """Return a struct of cpu_decode.h: int64_t for integers, float for floats, pointers for tensors and None.
 
-        The tensors stay where they are, but for small ones (norms, biases, the router), which are read as float32.
+        Small tensors (norms, biases, the router) are converted to float32; all others are used in place.
         """
         types, fields = "", []
         for name, value in values.items():
@@ -133,7 +133,7 @@ class CpuDecoder:
             fields.append(value or 0)
         return struct.pack(types, *fields)
 
-    def _layer(self, block: Any, cached: torch.Tensor) -> dict[str, Any]:
+    def _layer_struct(self, block: Any, cached: torch.Tensor) -> dict[str, Any]:
         weights = block.state_dict()
         values: dict[str, Any] = {}
         for name, keys in _LAYER.items():
@@ -144,7 +144,7 @@ class CpuDecoder:
         shared = values["gate_shared"]
         return values | {"shared": 0 if shared is None else len(shared), "cache": cached}
 
-    def _whole(self, model: CausalLM, capacity: int, widest: int) -> dict[str, Any]:
+    def _model_struct(self, model: CausalLM, capacity: int, widest: int) -> dict[str, Any]:
         c, decoder = model.config, model.model
         block: Any = decoder.layers[0]
         cos, sin = decoder.rope.each(torch.arange(capacity))
@@ -186,7 +186,7 @@ class CpuDecoder:
 
 
 def bind(model: CausalLM, cache: Cache) -> CpuDecoder | None:
-    """Bind the model to cpu_decode.c, or return None where that is not possible."""
+    """Return the model bound to cpu_decode.c, or None if that is not possible."""
     dtype = model.lm_head.weight.dtype
     if model.lm_head.weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -1,6 +1,6 @@
-"""The engine: tokens over a preallocated cache, for one sequence or many of unlike lengths.
+"""The engine: generates tokens with a preallocated cache, for one sequence or a batch of different lengths.
 
-Shapes: B sequences that are still being written, T tokens of a prompt, D hidden_size, V vocab_size.
+Shapes: B sequences that are still generating, T tokens of a prompt, D hidden_size, V vocab_size.
 """
 
 import time
@@ -21,15 +21,15 @@ StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "
 
 
 class Decoder:
-    """A model with a cache for a batch of sequences: reads prompts, then takes one token of each sequence at a time.
+    """A model with a cache for a batch of sequences: reads prompts, then decodes one token per sequence and step.
 
-    A step goes through cpu_decode.c on a CPU, where that can be built, and through a CUDA graph on a GPU; prompts and
-    all other steps go through the model's forward pass.
+    A step runs cpu_decode.c on a CPU, if it can be built, and a CUDA graph on a GPU. Prompts and other steps run the
+    model's forward pass.
 
     Args:
-        model: in the number format it shall compute in.
+        model: in the number format to compute in.
         batch: number of sequences.
-        capacity: tokens that the cache can hold of each.
+        capacity: tokens of each sequence that the cache can hold.
     """
 
     def __init__(self, model: CausalLM, batch: int, capacity: int) -> None:
@@ -73,22 +73,22 @@ class Decoder:
 
 @dataclass
 class Result:
-    """What was written after one prompt."""
+    """The tokens generated after one prompt."""
 
     tokens: list[int] = field(default_factory=list)
     """The new tokens, without the stop token."""
     logprobs: list[float] = field(default_factory=list)
-    """Each token's log-probability in the model's own distribution, before any strategy (nats)."""
+    """Log-probability of each token in nats, before penalties, temperature and filters."""
     stop_reason: StopReason | None = None
-    """Why it ended; None while it is being written."""
+    """Why it ended; None while it is generating."""
     prompt_tokens: int = 0
-    """Tokens of the prompt."""
+    """Number of tokens of the prompt."""
     prompt_seconds: float = 0.0
-    """Time spent reading all the prompts of the call."""
+    """Time to read all prompts of the call."""
     decode_seconds: float = 0.0
-    """Time from then to this sequence's end."""
+    """Time from then to the end of this sequence."""
     cache_bytes: int = 0
-    """Bytes of the cache of all the sequences of the call."""
+    """Bytes of the cache, for all sequences of the call."""
     score: float | None = None
     """Beam search: sum of the log-probabilities over length ** length_penalty."""
 
@@ -104,7 +104,7 @@ class Token(NamedTuple):
 
 
 def check_request(model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens: int | None) -> None:
-    """Refuse prompts that cannot be continued, and a senseless `max_tokens`, with a SmolseekError."""
+    """Raise SmolseekError for prompts that cannot be continued, and for a `max_tokens` below 1."""
     context, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     for ids in prompts:
         if not ids:
@@ -122,21 +122,21 @@ def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
     """Return the logsumexp [...] of logits [..., V].
 
     Raises:
-        SmolseekError: for logits that are no finite numbers, as those of damaged weights.
+        SmolseekError: for logits that are not finite, for example because of damaged weights.
     """
     total_X = logits_XV.logsumexp(dim=-1)
     if not total_X.isfinite().all():
         raise SmolseekError(
             "the model's logits are not finite: its weights are damaged, or too large for their number format: "
-            "try --dtype float32, or take another checkpoint"
+            "try --dtype float32, or use another checkpoint"
         )
     return total_X
 
 
 class Generator:
-    """Continues one or more prompts: an iterator of tokens, with the `results` beside it.
+    """Continues one or more prompts: an iterator over tokens, which also fills `results`.
 
-    The tokens of a sequence do not depend on the others. Sequences that end make room at once.
+    The tokens of a sequence do not depend on the other sequences. A sequence that ends leaves the batch at once.
 
     Args:
         model: the model.
@@ -223,8 +223,10 @@ class Generator:
         """Read the prompts with their forced prefixes -> a decoder, and the logits [1 + prefix, V] of each sequence."""
         keys = [(tuple(sampler.ids), sampler.sampling.prefix) for sampler in self._samplers]
         context, most = self._model.config.max_position_embeddings, self._max_tokens
-        ends = [context if most is None else min(context, len(prompt) + most) for prompt, _ in keys]
-        capacity = max(max(end, len(prompt) + len(prefix)) for end, (prompt, prefix) in zip(ends, keys, strict=True))
+        limits = [context if most is None else min(context, len(prompt) + most) for prompt, _ in keys]
+        capacity = max(
+            max(limit, len(prompt) + len(prefix)) for limit, (prompt, prefix) in zip(limits, keys, strict=True)
+        )
         decoder = Decoder(self._model, len(keys), capacity)
         logits: dict[int, torch.Tensor] = {}
         first = [keys.index(key) for key in keys]  # equal prompts are read once, then copied
@@ -235,7 +237,7 @@ class Generator:
         return decoder, [logits[sequence] for sequence in first]
 
     def _advance(self, sequence: int, logits_V: torch.Tensor, start: float) -> tuple[Token | None, StopReason | None]:
-        """Choose and note the next token of a sequence -> that token, and why the sequence ends, if it does."""
+        """Sample and record the next token of a sequence -> that token, and why the sequence ends, if it does."""
         result, sampler = self.results[sequence], self._samplers[sequence]
         if self._cancelled:
             return None, "cancelled"

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from smolseek.config import SamplingOptions
 from smolseek.errors import SmolseekError
-from smolseek.sampling_options import SamplingOptions
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """As transformers' LogitsProcessor: token ids [1, T] and scores [1, V] -> new scores [1, V]."""
 
-# A nucleus is nearly always among so many; only a flatter distribution needs the whole vocabulary sorted.
+# A nucleus is nearly always among the 1,024 likeliest tokens: only for flatter distributions is the whole vocabulary
+# sorted.
 _ENOUGH = 1024
 
 
@@ -37,7 +38,7 @@ class SamplingParams(SamplingOptions):
 
 
 def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int]) -> list[Processor]:
-    """Return what changes the logits before the draw, in transformers' order; empty in the usual case.
+    """Return the functions that change the logits before sampling, in transformers' order; usually none.
 
     Args:
         sampling: the options.
@@ -59,7 +60,7 @@ def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int])
 
 
 def _transformers(name: str, *arguments: Any) -> Processor:
-    """Make one of transformers' processors; imported here since a plain draw does without them."""
+    """Return one of transformers' processors; imported here since sampling usually needs none."""
     from transformers.generation import logits_process
 
     return getattr(logits_process, f"{name}LogitsProcessor")(*arguments)
@@ -80,7 +81,7 @@ def candidates(logits_V: torch.Tensor, sampling: SamplingParams) -> tuple[torch.
     """Return the logits [C] and ids [C] of the tokens that may be drawn, after the temperature and the filters."""
     raw_V = logits_V.float()
     logits = raw_V / sampling.temperature
-    # A temperature so low that the quotient is no float32.
+    # For a temperature so low that the quotient overflows float32.
     if sampling.temperature < 1e-3 and not logits.isfinite().all():
         logits = (raw_V - raw_V.max()).double() / sampling.temperature
     ids = torch.arange(len(logits), device=logits.device)
@@ -147,6 +148,6 @@ class Sampler:
             return int(logits_V.argmax())
         logits_C, ids_C = candidates(logits_V, self.sampling)
         if self.processors and logits_C.max() == -torch.inf:
-            raise SmolseekError("no token is left to choose from: leave out a bad word or a penalty")
+            raise SmolseekError("no token is left to sample: remove a bad word or a penalty")
         drawn = torch.multinomial(logits_C.softmax(dim=-1).cpu(), 1, generator=self.generator)
         return int(ids_C[drawn.to(ids_C.device)])

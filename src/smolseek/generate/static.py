@@ -1,8 +1,8 @@
 """A decoding step of fixed shapes, which CUDA can capture once as a graph and replay for every token.
 
-The other exception to "the forward pass stands once": launching some thousand small kernels a token takes longer than
-running them; a graph is one launch. Its kernels need the same shapes and addresses each time: attention runs over the
-whole capacity with a mask, and the experts compute without counting their tokens.
+The other exception to "the forward pass is written once": launching some thousand small kernels per token takes longer
+than running them; a graph is one launch. Its kernels need the same shapes and addresses each time: attention runs over
+the whole capacity with a mask, and the experts compute without counting their tokens.
 
 Shapes: B sequences, D hidden_size, E routed experts, K chosen, V vocab_size, X experts whose matrices are used.
 """
@@ -18,7 +18,7 @@ from smolseek.model.transformer import Block, CausalLM
 
 
 class StaticStep:
-    """One token of each sequence through the model: on a GPU a CUDA graph, captured anew when the batch changes.
+    """Runs one token of each sequence through the model: on a GPU as a CUDA graph, captured again for a new batch size.
 
     On a CPU the same operations run one by one.
 
@@ -65,8 +65,8 @@ class StaticStep:
 
     def _run(self) -> torch.Tensor:
         decoder, cache = self._model.model, self._cache
-        # As if all but one token of the capacity were there: so the shapes are those of the full cache, while
-        # each sequence's own length says where it writes and what it may not see.
+        # The length is set to the capacity less one, so that shapes are those of the full cache. The length of each
+        # sequence says where its token is written and what is masked.
         cache.length, cache.lengths_B = cache.capacity - 1, self._positions
         cos_sin = decoder.rope.each(self._positions[:, None])
         x_B1D = decoder.embed_tokens(self._ids[:, None])

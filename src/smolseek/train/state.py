@@ -10,7 +10,7 @@ import torch
 from smolseek.config import from_dict
 from smolseek.data.stream import TrainStream
 from smolseek.distributed.single_process import SingleProcess
-from smolseek.errors import damage_told
+from smolseek.errors import report_damage
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.checkpoint import load_state, state_name
 from smolseek.storage.hf_folder import load_weights
@@ -51,7 +51,7 @@ def progress_of(saved: dict[str, Any], path: Path) -> Progress:
     Raises:
         SmolseekError: if progress, position in the data, guard or file sizes are missing or damaged.
     """
-    with damage_told(path / STATE_JSON, "use an older checkpoint"):
+    with report_damage(path / STATE_JSON, "use an older checkpoint"):
         progress = from_dict(Progress, saved["progress"], f"{path / STATE_JSON}: progress")
         files = saved.get("files", {})
         if not all(isinstance(part, dict) for part in (saved["data"], saved["guard"], files, saved.get("inputs", {}))):
@@ -110,17 +110,17 @@ class TrainState:
         again.
         """
         shards = self.distributed.local_shards(self.model)
-        with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
+        with report_damage(path / STATE_TENSORS, "use an older checkpoint"):
             tensors, saved = load_state(path, lambda name: shards[self._parameter(name)[1]].slice)
         self.load_weights(path)
         device = self.model.lm_head.weight.device
-        with damage_told(path / STATE_TENSORS, "use an older checkpoint"):
+        with report_damage(path / STATE_TENSORS, "use an older checkpoint"):
             for name, value in tensors.items():
                 shape = shards[self._parameter(name)[1]].tensor.shape
                 if value.ndim and value.shape != shape:
                     raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
             load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
-        with damage_told(path / STATE_JSON, "use an older checkpoint"):
+        with report_damage(path / STATE_JSON, "use an older checkpoint"):
             self.progress = progress_of(saved, path)
             if data:
                 self.stream.load_state_dict(saved["data"])
