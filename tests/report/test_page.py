@@ -142,7 +142,7 @@ def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
 def test_a_dense_run_that_is_under_way(tmp_path):
     run = read_run(a_run(tmp_path / "dense", logged=20, experts=False))
     text = page([run])
-    assert "Load of the experts" not in text and "Under way or stopped: step 20 of 40" in text
+    assert "Expert load" not in text and "Not finished: step 20 of 40" in text
     assert not any(name == "MaxVio, global" for name, _ in tiles(run))
 
 
@@ -181,10 +181,12 @@ def test_a_long_run_gives_a_heat_map_of_bearable_size():
         ({"tokens_per_second": float("inf")}, "tokens_per_second 'inf'"),
         ({"step": 10**30}, "step"),
         ({"data": []}, "data"),
-        ({"data": {"retries": "many"}}, "retries"),
         ({"skipped": {"reason": "x"}}, "skipped"),
         ({"audit": [1], "audit_counts": {}, "audit_findings": []}, "audit"),
-        ({"audit": "end", "audit_counts": {}, "audit_findings": [{"check": "x"}]}, "audit_findings"),
+        (
+            {"audit": "end", "audit_counts": {"pass": 1, "fail": 0, "skip": 0}, "audit_findings": [{"check": "x"}]},
+            "findings",
+        ),
         ({"machine": 3}, "machine"),
         ({"samples": [["The sea"]]}, "samples"),
         ({"val_load": [[1.0], 2]}, "val_load"),

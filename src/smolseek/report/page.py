@@ -25,7 +25,7 @@ _CHARTS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
     ("Speed", "tokens/s", True, {"tokens_per_second": "tokens/s"}),
     ("Gradient norm", "before clipping", True, {"grad_norm": "gradient norm"}),
     ("Memory", "MB", True, {"memory": "in use", "peak_memory": "peak"}),
-    ("Expert load", "MaxVio; 0 is an equal load", True, {"maxvio": "one step", "val_maxvio": "validation set"}),
+    ("Expert balance", "MaxVio; 0 is an equal load", True, {"maxvio": "one step", "val_maxvio": "validation set"}),
 )
 """Title, note, whether the vertical axis begins at 0, and the names of the lines by their keys in the records."""
 
@@ -73,7 +73,7 @@ def page(runs: Sequence[Run]) -> str:
     )
 
 
-_WHEN = {"start": "on the initial weights", "end": "at the end"}
+_WHEN = {"start": "Initial weights", "end": "Trained weights"}
 
 
 def tiles(run: Run) -> list[tuple[str, str]]:

@@ -5,7 +5,6 @@ The source is `metrics.jsonl`. The keys of a record say what it is: `loss` (trai
 """
 
 import math
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,53 +75,22 @@ def read_run(path: str | Path) -> Run:
     )
 
 
-def _is_number(value: Any) -> bool:
-    """Return whether a value is a number, of a size that figures of a run have."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and not 1e18 < abs(value) < math.inf
-
-
-def _is_count(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value)
-
-
-def _is_object(value: Any, counts: Iterable[str] = ()) -> bool:
-    """Return whether a value is an object in which each of `counts` is a number."""
-    return isinstance(value, dict) and all(_is_count(value.get(key)) for key in counts)
-
-
-def _is_list(value: Any, valid: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list) and all(map(valid, value))
-
-
-def _is_finding(value: Any) -> bool:
-    try:
-        float(value.get("figure", 0.0))  # a figure that is not finite is recorded as text
-        return {"check", "done", "status"} <= value.keys()
-    except (AttributeError, TypeError, ValueError):
-        return False
-
-
-_VALID: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(
-        ("step", "tokens", "tokens_per_second", "memory", "peak_memory", "parameters", "active"), _is_count
-    ),
-    **dict.fromkeys(("loss", "lr", "grad_norm", "maxvio", "kl"), _is_number),
-    **dict.fromkeys(("val_loss", "val_perplexity", "val_bits_per_byte", "val_kl", "val_maxvio"), _is_number),
-    **dict.fromkeys(("machine", "versions"), _is_object),
-    "audit": lambda value: isinstance(value, str),
-    "audit_counts": lambda value: _is_object(value, value),
-    "audit_findings": lambda value: _is_list(value, _is_finding),
-    "skipped": lambda value: _is_object(value, ["tokens"]),
-    "returned": lambda value: _is_object(value, ["from", "undone_tokens"]),
-    "data": lambda value: (
-        _is_object(value) and (not value.get("retries") or (_is_count(value["retries"]) and "last_retry" in value))
-    ),
-    "samples": lambda value: _is_list(
-        value, lambda pair: _is_list(pair, lambda v: isinstance(v, str)) and len(pair) == 2
-    ),
-    "val_load": lambda value: _is_list(value, lambda layer: bool(layer) and _is_list(layer, _is_number)),
+_EXAMPLE: Record = {
+    **dict.fromkeys(("step", "tokens", "tokens_per_second", "memory", "peak_memory", "parameters", "active"), 0),
+    **dict.fromkeys(("loss", "lr", "grad_norm", "maxvio", "kl"), 0.0),
+    **dict.fromkeys(("val_loss", "val_perplexity", "val_bits_per_byte", "val_kl", "val_maxvio"), 0.0),
+    "val_load": [[0]],
+    "machine": {},
+    "versions": {},
+    "data": {},
+    "samples": [("", "")],
+    "skipped": {"tokens": 0},
+    "returned": {"from": 0, "undone_tokens": 0},
+    "audit": "",
+    "audit_counts": {"pass": 0, "fail": 0, "skip": 0},
+    "audit_findings": [{"check": "", "done": "", "status": ""}],
 }
-"""What the page shows of a record, and whether it can."""
+"""What the page shows of a record: 0 stands for any number that is finite, 0.0 for any number."""
 _REQUIRED = {
     "loss": ("step", "tokens", "tokens_per_second", "peak_memory"),
     "val_loss": ("step", "val_perplexity", "val_bits_per_byte"),
@@ -135,14 +103,29 @@ _REQUIRED = {
 
 def _problem(record: Record) -> str | None:
     """Return what is wrong with a record, None if the page can show it."""
-    for key, valid in _VALID.items():
-        if key in record and not valid(record[key]):
+    for key, example in _EXAMPLE.items():
+        if key in record and not _is_like(record[key], example):
             return f"{key} {str(record[key])[:80]!r}"
     for key, others in _REQUIRED.items():
         for other in others:
             if key in record and other not in record:
                 return f"{other} is missing"
     return None
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Return whether a JSON value has the types of `example`; a dict may have more keys."""
+    match example:
+        case int() | float():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            return number and (abs(value) <= 1e18 or (isinstance(example, float) and not math.isfinite(value)))
+        case dict():
+            return isinstance(value, dict) and all(k in value and _is_like(value[k], v) for k, v in example.items())
+        case tuple():  # a list of so many
+            return isinstance(value, list) and len(value) == len(example) and all(map(_is_like, value, example))
+        case [item]:  # a list of any length, but not of no numbers
+            return isinstance(value, list) and (value or item != 0) and all(_is_like(v, item) for v in value)
+    return isinstance(value, type(example))
 
 
 def _events(record: Record) -> list[tuple[int, str]]:
@@ -160,5 +143,5 @@ def _events(record: Record) -> list[tuple[int, str]]:
         texts.append(str(record["save_failed"]))
     data = record.get("data", {})
     if data.get("retries"):
-        texts.append(f"requests to the hub were repeated {data['retries']:,} times; the last: {data['last_retry']}")
+        texts.append(f"requests to the hub were repeated {data['retries']} times; the last: {data.get('last_retry')}")
     return [(record.get("step", 0), text) for text in texts]
