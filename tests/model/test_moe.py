@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from smolseek.model.moe import Experts, MoE, sequence_balance
 from smolseek.model.transformer import new_model
-from smolseek.ops.grouped_experts import cuda, reference
+from smolseek.ops.grouped_experts import Weights, cuda, reference
 from smolseek.presets import preset
 
 CONFIG = replace(preset("tiny"), hidden_size=64, moe_intermediate_size=48, num_hidden_layers=1)
@@ -21,9 +21,9 @@ def make(config=CONFIG) -> MoE:
 def computed(by, experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """What the experts make of `x` by one backend."""
     first = experts.gate_up_proj if experts.gated else experts.up_proj
-    weights = first, experts.down_proj, experts.up_bias, experts.down_bias
+    weights = Weights(first, experts.down_proj, experts.up_bias, experts.down_bias)
     options = {"padded": True} if by is reference else {}
-    return by.grouped_experts(x, counts, *weights, gated=experts.gated, **options)
+    return by.grouped_experts(x, counts, weights, gated=experts.gated, **options)
 
 
 def plain(moe: MoE, x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from smolseek.ops.backend import c_supports
 from smolseek.ops.causal_attention import causal_attention
 from smolseek.ops.cross_entropy import linear_cross_entropy, linear_kl
 from smolseek.ops.embedding import accumulated_embedding
-from smolseek.ops.grouped_experts import grouped_experts
+from smolseek.ops.grouped_experts import Weights, grouped_experts
 from smolseek.ops.moe_permute import permute, unpermute
 
 CUDA = torch.cuda.is_available()
@@ -50,7 +50,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         return permute(x, order.to(x.device), 3, dtype if x.dtype == torch.float32 else x.dtype)
 
     def experts(x, up, down):
-        return grouped_experts(x, counts.to(x.device), up, down, None, None, gated=True, padded=True)
+        return grouped_experts(x, counts.to(x.device), Weights(up, down), gated=True, padded=True)
 
     def latent(interleave):
         def run(q, kv, pe):

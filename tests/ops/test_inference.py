@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smolseek.ops.causal_attention import causal_attention
-from smolseek.ops.grouped_experts import grouped_experts
+from smolseek.ops.grouped_experts import Weights, grouped_experts
 from smolseek.ops.linear import c_supports_weights, linear, linear_swiglu
 from smolseek.ops.mla_attention import mla_attention
 from smolseek.ops.moe_permute import unpermute
@@ -16,7 +16,7 @@ ANGLES = torch.rand(150, 16, generator=torch.Generator().manual_seed(4)) * 6
 
 
 def experts(x, up, down):
-    return grouped_experts(x, COUNTS, up, down, None, None, gated=True, padded=True)
+    return grouped_experts(x, COUNTS, Weights(up, down), gated=True, padded=True)
 
 
 def latent(q, kv, pe):

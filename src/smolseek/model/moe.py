@@ -13,7 +13,7 @@ from torch import nn
 from smolseek.config import ModelConfig
 from smolseek.model.linear import Linear
 from smolseek.ops.backend import product_type, triton_supports
-from smolseek.ops.grouped_experts import grouped_experts
+from smolseek.ops.grouped_experts import Weights, grouped_experts
 from smolseek.ops.linear import linear_swiglu
 from smolseek.ops.moe_permute import permute, unpermute
 
@@ -151,9 +151,10 @@ class Experts(nn.Module):
         With `accumulate` a backward pass on a CPU adds the weights' gradients to their `.grad`; `padded` as in
         `grouped_experts`.
         """
-        weights = self.gate_up_proj if self.gated else self.up_proj, self.down_proj, self.up_bias, self.down_bias
+        up_proj = self.gate_up_proj if self.gated else self.up_proj
+        weights = Weights(up_proj, self.down_proj, self.up_bias, self.down_bias)
         padded = padded and x_MD.shape[0] > self.top_k  # a single token has no other whose result must stay as it is
-        return grouped_experts(x_MD, counts_E, *weights, gated=self.gated, padded=padded, accumulate=accumulate)
+        return grouped_experts(x_MD, counts_E, weights, gated=self.gated, padded=padded, accumulate=accumulate)
 
 
 class Load(NamedTuple):

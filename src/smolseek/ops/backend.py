@@ -7,7 +7,9 @@ import ctypes
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,9 +47,9 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def has_bf16_products() -> bool:
-    """Return whether the C files are there in bfloat16, too: the processor multiplies pairs of it (AVX512_BF16)."""
-    found = library()
-    return found is not None and bool(found.has_bf16_products())
+    """Return whether the C files also take bfloat16: the processor has a dot product of it (AVX512_BF16)."""
+    functions = library()
+    return functions is not None and bool(functions.has_bf16_products())
 
 
 def c_supports(x: torch.Tensor) -> bool:
@@ -63,9 +65,8 @@ def c_supports(x: torch.Tensor) -> bool:
 
 def c_infers(x: torch.Tensor) -> bool:
     """Return whether the C files for reading prompts take `x`: in inference mode, in bfloat16."""
-    if torch.compiler.is_compiling() or x.dtype != torch.bfloat16:
-        return False
-    return torch.is_inference_mode_enabled() and c_supports(x)
+    # Compiled code, which C never supports, could not ask for the mode.
+    return x.dtype == torch.bfloat16 and c_supports(x) and torch.is_inference_mode_enabled()
 
 
 def triton_supports(x: torch.Tensor) -> bool:
@@ -81,14 +82,33 @@ def triton_runs(device: torch.device) -> bool:
     TRITON = False
     if importlib.util.find_spec("triton") is not None and override() in (None, "triton"):
         try:
-            from smolseek.ops.swiglu import triton
+            from smolseek.ops.swiglu import swiglu_backward
 
-            found = triton.packed_backward(torch.ones(1, 2, device=device), torch.ones(1, 1, device=device))
-            TRITON = bool(found.isfinite().all())
+            gradient = swiglu_backward(torch.ones(1, 2, device=device), torch.ones(1, 1, device=device))
+            TRITON = bool(gradient.isfinite().all())
         except Exception as error:  # its compiler's, the driver's, a C compiler's: each of kinds of its own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             console.warn(f"Triton does not run here, so PyTorch's operations do, which only costs time: {reason}")
     return TRITON
+
+
+def triton_operator(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    """Make an operator of a Triton kernel, which torch.compile does not trace.
+
+    `allocate` returns the empty results; the function of its name in the `triton.py` of its folder fills them.
+    """
+    name = allocate.__name__
+
+    def run(*arguments: Any) -> Any:
+        results = allocate(*arguments)
+        kernels = importlib.import_module(f"{allocate.__module__}.triton")
+        getattr(kernels, name)(*arguments, *(results if isinstance(results, tuple) else (results,)))
+        return results
+
+    schema = torch.library.infer_schema(allocate, mutates_args=())
+    operator = torch.library.custom_op(f"smolseek::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(allocate)
+    return operator
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
@@ -104,9 +124,9 @@ def triton_warps(numbers: int) -> int:
 
 def call(name: str, *arguments: torch.Tensor | int | float | None) -> None:
     """Call a C function: tensors as pointers, whole numbers as int64_t, others as float; last the number of threads."""
-    found = library()
-    assert found is not None
-    getattr(found, name)(*map(_c_argument, (*arguments, torch.get_num_threads())))
+    functions = library()
+    assert functions is not None
+    getattr(functions, name)(*map(_c_argument, (*arguments, torch.get_num_threads())))
 
 
 def _c_argument(x: torch.Tensor | int | float | None) -> object:

@@ -55,29 +55,23 @@ def linear_cross_entropy(
     Raises:
         IndexError: on a CPU for a target that is no word.
     """
-    # On CUDA to ask would make the host wait: there the loss of such a target is NaN, or an error of the device.
+    # On CUDA the check would make the host wait: there the loss of such a target is NaN, or an error of the device.
     if h_ND.device.type == "cpu" and len(targets_N):
         least, most = (int(number) for number in targets_N.aminmax())
         if least < 0 or most >= len(w_VD):
             raise IndexError(f"targets {least} to {most} are not all among the {len(w_VD)} words: nothing is ignored")
-    wanted = _wanted(h_ND, w_VD)
-    objective = CrossEntropy(targets_N, z_loss, any(wanted))
-    chunks = sizes(len(w_VD), h_ND.is_cuda, wanted[1])
-    return Means(*_LinearHead.apply(h_ND, w_VD, objective, chunks, product_type(h_ND), wanted, accumulate, factor))
+    objective, grad_enabled = CrossEntropy(targets_N, z_loss), torch.is_grad_enabled()
+    chunks = sizes(len(w_VD), h_ND.is_cuda, grad_enabled and w_VD.requires_grad)
+    return Means(*_LinearHead.apply(h_ND, w_VD, objective, chunks, grad_enabled, accumulate, factor))
 
 
 def linear_kl(
     h_ND: torch.Tensor, w_VD: torch.Tensor, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor
 ) -> Means:
     """Return the mean KL(p || q) of p = softmax(taught taught_VD^T) and q = softmax(h w^T)."""
-    wanted, dtype = _wanted(h_ND, w_VD), product_type(h_ND)
-    objective = Divergence(taught_ND.to(dtype), taught_VD.to(dtype), targets_N, any(wanted))
-    return Means(*_LinearHead.apply(h_ND, w_VD, objective, (CHUNK, CHUNK), dtype, wanted, False, None))
-
-
-def _wanted(*tensors: torch.Tensor) -> tuple[bool, ...]:
-    """Return which gradients are wanted. Checked here because grad mode is disabled inside Function.forward."""
-    return tuple(torch.is_grad_enabled() and t.requires_grad for t in tensors)
+    dtype = product_type(h_ND)
+    objective = Divergence(taught_ND.to(dtype), taught_VD.to(dtype), targets_N)
+    return Means(*_LinearHead.apply(h_ND, w_VD, objective, (CHUNK, CHUNK), torch.is_grad_enabled(), False, None))
 
 
 class _LinearHead(torch.autograd.Function):
@@ -88,14 +82,13 @@ class _LinearHead(torch.autograd.Function):
         w_VD: torch.Tensor,
         objective: CrossEntropy | Divergence,
         chunks: tuple[int, int],
-        dtype: torch.dtype,
-        wanted: tuple[bool, bool],
+        grad_enabled: bool,  # as it was before: inside `forward` grad mode is disabled
         accumulate: bool,
         factor: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        h_wanted, w_wanted = wanted
+        h_wanted, w_wanted = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         ctx.weight, ctx.accumulate = w_VD, accumulate
-        (N, _), V = h_ND.shape, w_VD.shape[0]
+        (N, _), V, dtype = h_ND.shape, w_VD.shape[0], product_type(h_ND)
         # Cast in here: a gradient that left through a cast of the weight would be rounded to that cast's type.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         place = gradient_to_add_to(ctx.weight, accumulate) if w_wanted and factor is not None else None
@@ -110,7 +103,7 @@ class _LinearHead(torch.autograd.Function):
                 h_CD = h_ND[begin : begin + chunk]
                 C, first = len(h_CD), begin % len(d_SV)
                 logits_CV = _logits(h_CD, w_VD, d_SV[first : first + C])
-                objective.add(logits_CV, begin)
+                objective.add(logits_CV, begin, h_wanted or w_wanted)
                 if dh_ND is not None:
                     torch.mm(logits_CV, w_VD, out=dh_ND[begin : begin + C])
                 if w_wanted:
@@ -121,10 +114,10 @@ class _LinearHead(torch.autograd.Function):
                         if place is not None:
                             _add_product(place, *factors, ctx.added)
                         else:
-                            part_VD = factors[0] @ factors[1]
-                            dw_VD = part_VD if block >= N else _add(dw_VD, part_VD)
-                            del part_VD
-        if any(wanted):
+                            product_VD = factors[0] @ factors[1]
+                            dw_VD = product_VD if block >= N else _add(dw_VD, product_VD)
+                            del product_VD
+        if h_wanted or w_wanted:
             ctx.gradients = dh_ND, dw_VD
         total, next_token = objective.means()
         ctx.mark_non_differentiable(next_token)
@@ -148,7 +141,7 @@ class _LinearHead(torch.autograd.Function):
             dw_VD = None
         elif dw_VD is not None:
             dw_VD = dw_VD.float().mul_(grad)
-        return dh_ND, dw_VD, None, None, None, None, None, None
+        return dh_ND, dw_VD, None, None, None, None, None
 
 
 def _logits(h_CD: torch.Tensor, w_VD: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ CHUNK = 256
 # product with the weights has too few tiles for the processor, and each chunk adds a whole gradient of the weights.
 _LOGITS = 16384 * 49_152
 # Tokens whose exponentials exist at one time on a CPU: 16 x 49,152 numbers in float32 are about two cores' caches.
-_ROWS = 16
+_EXPONENTIALS = 16
 # Tokens whose gradients of the logits are kept, in the products' type, for one product with the hidden states: each
 # product writes and adds a whole V x D, so there should be few.
 _BLOCK = 4 * CHUNK
@@ -24,9 +24,9 @@ def sizes(vocab: int, cuda: bool, weight_wanted: bool = True) -> tuple[int, int]
     return chunk, chunk
 
 
-def rows_of(device: torch.device) -> int:
+def tokens_at_once(device: torch.device) -> int:
     """Return how many tokens PyTorch's operations take at one time."""
-    return _ROWS if device.type == "cpu" else CHUNK
+    return _EXPONENTIALS if device.type == "cpu" else CHUNK
 
 
 def logits_bytes(tokens: int, vocab: int, *, bfloat16: bool, cuda: bool) -> int:

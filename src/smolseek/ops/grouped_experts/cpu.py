@@ -62,35 +62,34 @@ class GroupedSwiGLU(torch.autograd.Function):
         """Return the gradients that are wanted and not accumulated."""
         (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
         M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
-        x_wanted, up_wanted, down_wanted = ctx.needs_input_grad[:3]
-        dx_MD = x_MD.new_empty(round_up(M) + ROWS, x_MD.shape[1]) if x_wanted else None
-        up_place, down_place = (gradient_to_add_to(w, ctx.accumulate) for w in ctx.weights)
-        d_up = torch.empty_like(up_EXD) if up_wanted and up_place is None else None
-        d_down = torch.empty_like(down_EDF) if down_wanted and down_place is None else None
+        dx_MD = x_MD.new_empty(round_up(M) + ROWS, x_MD.shape[1]) if ctx.needs_input_grad[0] else None
+        # Where each weight's gradient goes, None if it is not wanted, and whether it is added to what is there.
+        targets: list[tuple[torch.Tensor | None, bool]] = []
+        for weight, wanted in zip(ctx.weights, ctx.needs_input_grad[1:3], strict=True):
+            grad = gradient_to_add_to(weight, ctx.accumulate)
+            targets.append((torch.empty_like(weight) if wanted and grad is None else grad, grad is not None))
         begin = 0
         for e, count in enumerate(ctx.counts):
             if count == 0:
-                for new in (d_up, d_down):
-                    if new is not None:
-                        new[e].zero_()
+                for target, add in targets:
+                    if target is not None and not add:
+                        target[e].zero_()
                 continue
-            more = round_up(count)
-            x, dy, h = (padded_rows(t, begin, more) for t in (x_MD, dy_MD, h_MX))
+            padded = round_up(count)
+            x, dy, h = (padded_rows(t, begin, padded) for t in (x_MD, dy_MD, h_MX))
             dh, a = packed_backward(h, dy @ down_EDF[e].to(dy.dtype))
-            # The rows beyond its own are the next expert's: they are to count for nothing here.
-            dh[count:], a[count:] = 0, 0
-            for new, place, left, right in ((d_down, down_place, dy.T, a), (d_up, up_place, dh.T, x)):
-                if place is not None:
-                    write_product(left, right, place[e], add=True)
-                elif new is not None:
-                    write_product(left, right, new[e])
+            dh[count:], a[count:] = 0, 0  # the rows beyond its own are the next expert's
+            for (target, add), left, right in zip(targets, (dh.T, dy.T), (x, a), strict=True):
+                if target is not None:
+                    write_product(left, right, target[e], add)
             if dx_MD is not None:
-                torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + more])
+                torch.mm(dh, up_EXD[e].to(dy.dtype), out=dx_MD[begin : begin + padded])
             begin += count
-        return None if dx_MD is None else dx_MD[:M], d_up, d_down, None, None
+        new = (None if add else target for target, add in targets)
+        return None if dx_MD is None else dx_MD[:M], *new, None, None
 
 
-def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> None:
+def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
     """Write a b into `out`, or add it there: by the product itself where the types are the same."""
     if a.dtype != out.dtype:
         out.add_(a @ b) if add else out.copy_(a @ b)

@@ -6,27 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from smolseek.ops.grouped_experts.reference import activate
+from smolseek.ops.grouped_experts.reference import Weights, activate
 
 
-def grouped_experts(
-    x_MD: torch.Tensor,
-    counts_E: torch.Tensor,
-    up_EXD: torch.Tensor,
-    down_EDF: torch.Tensor,
-    up_bias_EX: torch.Tensor | None,
-    down_bias_ED: torch.Tensor | None,
-    *,
-    gated: bool,
-) -> torch.Tensor:
+def grouped_experts(x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool) -> torch.Tensor:
     """Return each expert's results for its rows [M, D], in the type of `x_MD`."""
+    up_EXD, down_EDF, up_bias_EX, down_bias_ED = weights
     ends_E = counts_E.cumsum(0).to(torch.int32)
     dtype, D, size = x_MD.dtype, *down_EDF.shape[1:]
     first, last = up_EXD.to(dtype), down_EDF.to(dtype)
     more_D, more_F = missing(D, dtype), missing(size, dtype)
     if more_D or more_F:  # features and neurons of zeros, which add nothing
-        parts_EPFD = first.unflatten(1, (-1, size))
-        first = F.pad(parts_EPFD, (0, more_D, 0, more_F)).flatten(1, 2)
+        first = F.pad(first.unflatten(1, (-1, size)), (0, more_D, 0, more_F)).flatten(1, 2)
         last, x_MD = F.pad(last, (0, more_F, 0, more_D)), F.pad(x_MD, (0, more_D))
     h = F.grouped_mm(x_MD, first.transpose(1, 2), offs=ends_E)
     if up_bias_EX is None or down_bias_ED is None:

@@ -3,6 +3,8 @@
 Shapes: M slots sorted by expert, D hidden_size, E experts, F neurons of an expert, X = 2F for SwiGLU experts, else F.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +14,16 @@ from smolseek.ops.swiglu import swiglu_packed
 # and up to half a megabyte, and keeps a thousand of them: with the experts' own numbers of rows nearly every
 # product would be a new shape. Below 12 rows its and MKL's float32 products take other kernels, which round otherwise.
 ROWS = 16
+
+
+class Weights(NamedTuple):
+    """All experts' weights, stacked."""
+
+    up_EXD: torch.Tensor
+    """First matrices; of SwiGLU experts the gate's rows, then the up-projection's."""
+    down_EDF: torch.Tensor
+    up_bias_EX: torch.Tensor | None = None
+    down_bias_ED: torch.Tensor | None = None
 
 
 def round_up(count: int) -> int:
@@ -31,27 +43,17 @@ def activate(h_MX: torch.Tensor, gated: bool) -> torch.Tensor:
 
 
 def grouped_experts(
-    x_MD: torch.Tensor,
-    counts_E: torch.Tensor,
-    up_EXD: torch.Tensor,
-    down_EDF: torch.Tensor,
-    up_bias_EX: torch.Tensor | None,
-    down_bias_ED: torch.Tensor | None,
-    *,
-    gated: bool,
-    padded: bool,
+    x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool, padded: bool
 ) -> torch.Tensor:
     """Return each expert's results for its rows [M, D]; `padded` products never have few rows."""
     linear = _padded_linear if padded else F.linear
-    none = (None,) * len(up_EXD)
-    biases = (none if b is None else b.unbind() for b in (up_bias_EX, down_bias_ED))
-    parts = []
     # `unbind` once: indexing would add a full-size gradient per expert.
-    each = zip(x_MD.split(counts_E.tolist()), up_EXD.unbind(), down_EDF.unbind(), *biases, strict=True)
-    for x_XD, w_up, w_down, b_up, b_down in each:
+    unbound = ((None,) * len(counts_E) if w is None else w.unbind() for w in weights)
+    results = []
+    for x_XD, w_up, w_down, b_up, b_down in zip(x_MD.split(counts_E.tolist()), *unbound, strict=True):
         if x_XD.shape[0]:
-            parts.append(linear(activate(linear(x_XD, w_up, b_up), gated), w_down, b_down))
-    return torch.cat(parts) if parts else x_MD.new_empty(x_MD.shape)
+            results.append(linear(activate(linear(x_XD, w_up, b_up), gated), w_down, b_down))
+    return torch.cat(results) if results else x_MD.new_empty(x_MD.shape)
 
 
 def _padded_linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:

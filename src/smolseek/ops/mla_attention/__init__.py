@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from smolseek.ops.backend import c_infers, c_supports, call, triton_supports
+from smolseek.ops.backend import c_infers, c_supports, call, triton_operator, triton_supports
 from smolseek.ops.causal_attention import c_attention, causal_attention
 from smolseek.ops.mla_attention import reference
 from smolseek.ops.mla_attention.reference import CosSin, absorbed_attention, per_head
@@ -80,69 +80,55 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None, None, None, None
 
 
-_GIVEN = "Tensor q, Tensor kv, Tensor pe, Tensor cos, Tensor sin, SymInt[] sizes"
-
-
 @torch.library.custom_op(
     "smolseek::mla_attention",
     mutates_args=(),
-    schema=f"({_GIVEN}, float scale, bool interleave) -> (Tensor, Tensor)",
+    schema="(Tensor q, Tensor kv, Tensor pe, Tensor cos, Tensor sin, SymInt[] sizes, float scale, bool interleave)"
+    " -> (Tensor, Tensor)",
 )
-def _forward(*given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the result and the logarithms of the softmax's sums [B, H, T].
 
-    An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
+    It is an operator so that selective recomputation can keep its results (`model/recompute.py`).
     """
-    q_BTX, kv_BSX, pe_BSR, cos_SP, sin_SP, (heads, *features), scale, interleave = given
+    q_BTX, kv_BSX, pe_BSR, cos_SP, sin_SP, (heads, *features), scale, interleave = arguments
     q_BTHQ, kv_BSHX = (x.unflatten(2, (heads, -1)) for x in (q_BTX, kv_BSX))
     k_BSHN, v_BSHV = kv_BSHX.split(features, dim=-1)
     return c_attention(q_BTHQ, k_BSHN, v_BSHV, scale, pe_BSR, (cos_SP, sin_SP), interleave)
 
 
 class _RopeAndPack(torch.autograd.Function):
-    """Queries and keys, rotated, [B, T, H, Q], and values [B, T, H, V]."""
-
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(*arguments[3:5])
         ctx.interleave = arguments[6]
-        return _rope_and_pack(*arguments[:5], list(arguments[5]), arguments[6])
+        return rope_and_pack(*arguments[:5], list(arguments[5]), arguments[6])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        return *_rope_and_pack_backward(*gradients, *ctx.saved_tensors, ctx.interleave), None, None, None, None
+        return *rope_and_pack_backward(*gradients, *ctx.saved_tensors, ctx.interleave), None, None, None, None
 
 
-@torch.library.custom_op(
-    "smolseek::rope_and_pack", mutates_args=(), schema=f"({_GIVEN}, bool interleave) -> (Tensor, Tensor, Tensor)"
-)
-def _rope_and_pack(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from smolseek.ops.mla_attention import triton
-
-    return triton.rope_and_pack(*given)
-
-
-@_rope_and_pack.register_fake
-def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    q_BTX, _, pe_BTR, _, _, (H, N, V), _ = given
-    (B, T, _), Q = q_BTX.shape, N + pe_BTR.shape[2]
-    return q_BTX.new_empty(B, T, H, Q), q_BTX.new_empty(B, T, H, Q), q_BTX.new_empty(B, T, H, V)
-
-
-@torch.library.custom_op(
-    "smolseek::rope_and_pack_backward",
-    mutates_args=(),
-    schema="(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, bool interleave) -> (Tensor, Tensor, Tensor)",
-)
-def _rope_and_pack_backward(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from smolseek.ops.mla_attention import triton
-
-    return triton.rope_and_pack_backward(*given)
+@triton_operator
+def rope_and_pack(
+    q_BTX: torch.Tensor,
+    kv_BTX: torch.Tensor,
+    pe_BTR: torch.Tensor,
+    cos_TP: torch.Tensor,
+    sin_TP: torch.Tensor,
+    sizes: list[int],
+    interleave: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries and keys, rotated, [B, T, H, Q], and values [B, T, H, V]; arguments as in `mla_attention`."""
+    (B, T, _), (H, N, V), R = q_BTX.shape, sizes, pe_BTR.shape[2]
+    return q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, V)
 
 
-@_rope_and_pack_backward.register_fake
-def _(*given: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dq, _, dv, cos_TP, _, _ = given
+@triton_operator
+def rope_and_pack_backward(
+    dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of `rope_and_pack`'s first three arguments for those of its results."""
     (B, T, H, Q), V, R = dq.shape, dv.shape[3], 2 * cos_TP.shape[1]
     return dq.new_empty(B, T, H * Q), dq.new_empty(B, T, H * (Q - R + V)), dq.new_empty(B, T, R)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from smolseek.ops.backend import c_infers, c_supports, call, triton_supports
+from smolseek.ops.backend import c_infers, c_supports, call, triton_operator, triton_supports
 from smolseek.ops.moe_permute import reference
 from smolseek.ops.moe_permute.reference import inverse
 
@@ -30,7 +30,8 @@ def unpermute(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tenso
     supported = supported and (torch.is_grad_enabled() or c_infers(y_MD))
     if supported and weights_NK.dtype == torch.float32:
         return _Unpermute.apply(y_MD, inverse(order_M), weights_NK.contiguous())
-    return reference.unpermute(y_MD, order_M, weights_NK)
+    # A gather whose gradient is a gather too: that of an index would be added with atomics.
+    return reference.weighted_sum(permute(y_MD, inverse(order_M), 1, y_MD.dtype), weights_NK)
 
 
 class _Permute(torch.autograd.Function):
@@ -62,11 +63,11 @@ class _Unpermute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(y_MD, slots_M, weights_NK)
-        (N, K), D = weights_NK.shape, y_MD.shape[1]
         if not c_supports(y_MD):
-            return (y_MD[slots_M].view(N, K, D) * weights_NK[..., None]).sum(dim=1).to(y_MD.dtype)
-        out_ND = y_MD.new_empty(N, D)
-        call("unpermute", y_MD, slots_M, weights_NK, N, K, D, out_ND, y_MD.dtype == torch.bfloat16)
+            return reference.weighted_sum(y_MD[slots_M], weights_NK)
+        out_ND = y_MD.new_empty(weights_NK.shape[0], y_MD.shape[1])
+        sizes = *weights_NK.shape, y_MD.shape[1]
+        call("unpermute", y_MD, slots_M, weights_NK, *sizes, out_ND, y_MD.dtype == torch.bfloat16)
         return out_ND
 
     @staticmethod
@@ -74,25 +75,24 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, d_ND: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:  # type: ignore[override]
         y_MD, slots_M, weights_NK = ctx.saved_tensors
         if not c_supports(y_MD):
-            dy_MD, dw_NK = _triton_backward(y_MD, slots_M, weights_NK, d_ND)
-            return dy_MD, None, dw_NK
-        dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
-        given = y_MD, slots_M, weights_NK, d_ND.contiguous(), *weights_NK.shape, y_MD.shape[1]
-        call("unpermute_backward", *given, dy_MD, dw_NK, y_MD.dtype == torch.bfloat16)
+            dy_MD, dw_NK = unpermute_backward(y_MD, slots_M, weights_NK, d_ND)
+        else:
+            dy_MD, dw_NK, sizes = (
+                torch.empty_like(y_MD),
+                torch.empty_like(weights_NK),
+                (*weights_NK.shape, y_MD.shape[1]),
+            )
+            inputs = y_MD, slots_M, weights_NK, d_ND.contiguous()
+            call("unpermute_backward", *inputs, *sizes, dy_MD, dw_NK, y_MD.dtype == torch.bfloat16)
         return dy_MD, None, dw_NK
 
 
-@torch.library.custom_op("smolseek::unpermute_backward", mutates_args=())
-def _triton_backward(
+@triton_operator
+def unpermute_backward(
     y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from smolseek.ops.moe_permute import triton
+    """Return the gradients of the experts' results [M, D] and of their float32 weights [N, K] for that of their sum.
 
-    return triton.unpermute_backward(y_MD, slots_M, weights_NK, d_ND)
-
-
-@_triton_backward.register_fake
-def _(
-    y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    Slot (n, k) is row `slots_M[n K + k]` of `y_MD`.
+    """
     return y_MD.new_empty(y_MD.shape), weights_NK.new_empty(weights_NK.shape)

@@ -25,17 +25,17 @@ def _unpermute_backward(y, slots, weights, d, dy, dw, size, chosen: tl.constexpr
 
 
 def unpermute_backward(
-    y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of the experts' results [M, D] and of their float32 weights [N, K] for that of their sum.
-
-    Slot (n, k) is row `slots_M[n K + k]` of `y_MD`.
-    """
+    y_MD: torch.Tensor,
+    slots_M: torch.Tensor,
+    weights_NK: torch.Tensor,
+    d_ND: torch.Tensor,
+    dy_MD: torch.Tensor,
+    dw_NK: torch.Tensor,
+) -> None:
+    """Fill `dy_MD` and `dw_NK` as the operator of this name says."""
     y_MD, d_ND, weights_NK = y_MD.contiguous(), d_ND.contiguous(), weights_NK.contiguous()
     (N, K), D = weights_NK.shape, y_MD.shape[1]
-    dy_MD, dw_NK = torch.empty_like(y_MD), torch.empty_like(weights_NK)
     if N:
         given = y_MD, slots_M, weights_NK, d_ND, dy_MD, dw_NK, D, K
         with torch.cuda.device_of(y_MD):
             _unpermute_backward[(N,)](*given, triton.next_power_of_2(D), num_warps=triton_warps(D))
-    return dy_MD, dw_NK

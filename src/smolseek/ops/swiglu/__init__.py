@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from smolseek.ops.backend import c_supports, call, triton_supports
+from smolseek.ops.backend import c_supports, call, triton_operator, triton_supports
 from smolseek.ops.swiglu import reference
 
 
@@ -29,7 +29,7 @@ def swiglu_packed(h_MX: torch.Tensor) -> torch.Tensor:
 def packed_forward(h_MX: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up [M, F] for rows [gate; up], without autograd."""
     gate, up = h_MX.chunk(2, dim=-1)
-    return _forward(gate, up, h_MX.stride(0)) if c_supports(gate) else reference.packed_forward(h_MX)
+    return _forward(gate, up, h_MX.stride(0)) if c_supports(gate) else reference.swiglu(gate, up)
 
 
 def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,17 +82,10 @@ class _PackedSwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_MF: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        (h_MX,) = ctx.saved_tensors
-        return _triton_backward(h_MX, dy_MF)
+        return swiglu_backward(*ctx.saved_tensors, dy_MF)
 
 
-@torch.library.custom_op("smolseek::swiglu_packed_backward", mutates_args=())
-def _triton_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
-    from smolseek.ops.swiglu import triton
-
-    return triton.packed_backward(h_MX, dy_MF)
-
-
-@_triton_backward.register_fake
-def _(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
+@triton_operator
+def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of `h_MX`, rows [gate; up] of 2F numbers, for that of silu(gate) * up [M, F]."""
     return h_MX.new_empty(h_MX.shape)

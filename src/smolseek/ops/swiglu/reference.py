@@ -9,12 +9,6 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def packed_forward(h_MX: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [M, F] for rows [gate; up]. No autograd."""
-    gate, up = h_MX.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
 def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the gradient of `h_MX`, and `packed_forward` of it once more."""
     gate, up = h_MX.chunk(2, dim=-1)

@@ -24,12 +24,9 @@ def _swiglu_back(h, dy, dh, count, size: tl.constexpr, block: tl.constexpr):  # 
     tl.store(dh + gate_at + size, (d * gate * sigmoid).to(dh.dtype.element_ty), mask=there)
 
 
-def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of `h_MX`, rows [gate; up] of 2F numbers, for that of silu(gate) * up [M, F]."""
-    h_MX, dy_MF = h_MX.contiguous(), dy_MF.contiguous()
-    dh_MX = torch.empty_like(h_MX)
-    count = dy_MF.numel()
+def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor, dh_MX: torch.Tensor) -> None:
+    """Fill `dh_MX` as the operator of this name says."""
+    h_MX, dy_MF, count = h_MX.contiguous(), dy_MF.contiguous(), dy_MF.numel()
     if count:
         with torch.cuda.device_of(h_MX):
             _swiglu_back[(triton.cdiv(count, _BLOCK),)](h_MX, dy_MF, dh_MX, count, dy_MF.shape[1], _BLOCK)
-    return dh_MX
