@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from smolseek.config import ModelConfig
-from smolseek.model.norm import RMSNorm
+from smolseek.model.layers import RMSNorm
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_folder import load_model, load_weights, save_folder
 from smolseek.storage.latent_norm import EPS, fold, unfolded

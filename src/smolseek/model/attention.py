@@ -10,8 +10,7 @@ from torch import nn
 
 from smolseek.config import ModelConfig
 from smolseek.model.cache import Cache
-from smolseek.model.linear import Linear
-from smolseek.model.norm import RMSNorm
+from smolseek.model.layers import Linear, RMSNorm
 from smolseek.model.rope import softmax_scale
 from smolseek.ops.causal_attention import causal_attention
 from smolseek.ops.mla_attention import CosSin, absorbed_attention, mla_attention, per_head

@@ -34,19 +34,16 @@ def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
             raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: a Llama has none")
     if values.get("hidden_act", "silu") != "silu":
         raise SmolseekError(f"{where}: hidden_act {values['hidden_act']!r} is not supported: a Llama uses 'silu'")
-    rope_type = values["rope_parameters"].get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise SmolseekError(
-            f"{where}: rope_type {rope_type!r} is not supported for a Llama: {', '.join(ROPE_TYPES)} are"
-        )
+    kind = values["rope_parameters"].get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise SmolseekError(f"{where}: rope_type {kind!r} is not supported for a Llama: {', '.join(ROPE_TYPES)} are")
     missing = [name for name in REQUIRED if values.get(name) is None]
     if missing:
         raise SmolseekError(f"{where}: {', '.join(missing)} missing: a Llama's config.json names them")
-    known = {name: values[name] for name in REQUIRED}
+    known = {name: values[name] for name in (*REQUIRED, "rope_parameters")}
     known |= {name: values.get(name, default) for name, default in DEFAULTS.items()}
-    known["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
+    heads, head_dim = values["num_attention_heads"], values.get("head_dim")
+    known["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     # Stated or derived, the same head size gives the same ModelConfig.
-    head_dim, heads = values.get("head_dim"), values["num_attention_heads"]
     known["head_dim"] = None if head_dim and head_dim * heads == values["hidden_size"] else head_dim
-    known["rope_parameters"] = values["rope_parameters"]
     return from_dict(ModelConfig, {"model_type": "llama", **known}, where)

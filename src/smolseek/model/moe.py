@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolseek.config import ModelConfig
-from smolseek.model.linear import Linear
+from smolseek.model.layers import Linear
 from smolseek.ops.backend import product_type, triton_supports
 from smolseek.ops.grouped_experts import Weights, grouped_experts
 from smolseek.ops.linear import linear_swiglu

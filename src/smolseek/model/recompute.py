@@ -19,23 +19,19 @@ from smolseek.ops import grouped_experts, mla_attention  # noqa: F401  they make
 
 How = Literal["none", "selective", "full"]
 
-_ATTENTION = frozenset(
-    {
-        torch.ops.smolseek.mla_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
-_PRODUCTS = frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten._grouped_mm.default,
-        torch.ops.smolseek.grouped_experts.default,
-    }
-)
+_ATTENTION = {
+    torch.ops.smolseek.mla_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.smolseek.grouped_experts.default,
+}
 
 
 def recomputed(
@@ -49,8 +45,8 @@ def recomputed(
     return run(block.feed, x_BTD, accumulate, context_fn=_keeping(_PRODUCTS))
 
 
-def _keeping(kept: frozenset) -> Callable:
+def _keeping(operators: set[Any]) -> Callable:
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in operators else CheckpointPolicy.PREFER_RECOMPUTE
 
     return partial(create_selective_checkpoint_contexts, policy)

@@ -19,30 +19,23 @@ def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Te
     (2309.00071, section 3.2); `longrope` divides each by a factor of its own (2402.13753), `beyond` the original
     context by another.
     """
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    inverse = 1.0 / (rope.rope_theta**exponent)
+    ladder = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    inverse, context = 1.0 / ladder, rope.original_max_position_embeddings or 0
     if rope.rope_type == "default":
         return inverse
     if rope.rope_type == "longrope":
         factors = rope.long_factor if beyond else rope.short_factor
-        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * rope.rope_theta**exponent)
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32, device="cpu") * ladder)
     assert rope.factor is not None
     if rope.rope_type == "linear":
         return inverse / rope.factor
-    assert rope.original_max_position_embeddings is not None
     if rope.rope_type == "llama3":
-        assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
-        rotations = rope.original_max_position_embeddings * inverse / (2 * math.pi)
-        span = rope.high_freq_factor - rope.low_freq_factor
-        keep = ((rotations - rope.low_freq_factor) / span).clamp(0, 1)
+        low, high = rope.low_freq_factor or 0, rope.high_freq_factor or 0
+        keep = ((context * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         return inverse * keep + inverse / rope.factor * (1 - keep)
-
-    def dimension(rotations: float) -> float:
-        # The (fractional) feature whose frequency makes so many turns within the original context.
-        turns = rope.original_max_position_embeddings / (rotations * 2 * math.pi)  # type: ignore[operator]
-        return dim * math.log(turns) / (2 * math.log(rope.rope_theta))
-
-    low, high = dimension(rope.beta_fast or 32), dimension(rope.beta_slow or 1)
+    # yarn: the (fractional) features whose frequencies make so many rotations within the original context.
+    turns = (context / (rotations * 2 * math.pi) for rotations in (rope.beta_fast or 32, rope.beta_slow or 1))
+    low, high = (dim * math.log(t) / (2 * math.log(rope.rope_theta)) for t in turns)
     if rope.truncate is None or rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -62,13 +55,14 @@ def attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
         return 1.0
     if rope.attention_factor is not None:
         return rope.attention_factor
-    assert rope.original_max_position_embeddings is not None
-    factor = rope.factor or max_position_embeddings / rope.original_max_position_embeddings
-    if rope.rope_type == "yarn":
-        if rope.mscale and rope.mscale_all_dim:
-            return _yarn_mscale(factor, rope.mscale) / _yarn_mscale(factor, rope.mscale_all_dim)
-        return _yarn_mscale(factor)
-    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(rope.original_max_position_embeddings))
+    context = rope.original_max_position_embeddings
+    assert context is not None
+    factor = rope.factor or max_position_embeddings / context
+    if rope.rope_type == "longrope":
+        return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(context))
+    if rope.mscale and rope.mscale_all_dim:
+        return _yarn_mscale(factor, rope.mscale) / _yarn_mscale(factor, rope.mscale_all_dim)
+    return _yarn_mscale(factor)
 
 
 def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:

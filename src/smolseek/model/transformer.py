@@ -11,8 +11,8 @@ from torch import nn
 from smolseek.config import ModelConfig
 from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
+from smolseek.model.layers import RMSNorm
 from smolseek.model.moe import MLP, Load, MoE, Router
-from smolseek.model.norm import RMSNorm
 from smolseek.model.recompute import How, recomputed
 from smolseek.model.rope import Rope
 from smolseek.ops.embedding import accumulated_embedding
@@ -116,12 +116,7 @@ class CausalLM(nn.Module):
         return [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
 
     def hidden(
-        self,
-        ids_BT: torch.Tensor,
-        cache: Cache | None = None,
-        *,
-        last: int | None = None,
-        accumulate: bool = False,
+        self, ids_BT: torch.Tensor, cache: Cache | None = None, *, last: int | None = None, accumulate: bool = False
     ) -> Hidden:
         """Run the decoder over `ids_BT` (int64), which follow what `cache` holds.
 

@@ -43,7 +43,7 @@ def library(*sources: Path) -> ctypes.CDLL | None:
         try:
             path = _cache_folder() / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not _is_whole(path):
+            if not _is_complete(path):
                 _build(sources, path)
             return ctypes.CDLL(str(path))
         except (OSError, RuntimeError) as error:  # a read-only or full disk, a user without a home, no programs allowed
@@ -87,26 +87,18 @@ def _processor() -> str:
 
 def _compilers() -> list[list[str]]:
     """Return the commands to try: the one in CC, which may have arguments, or all that are usual."""
-    given = shlex.split(os.environ.get("CC", ""))
-    if given and shutil.which(given[0]):
-        return [given]
-    found: dict[str, str] = {}
-    for name in ("cc", "gcc", "clang"):
-        if path := shutil.which(name):
-            found.setdefault(os.path.realpath(path), path)
-    return [[path] for path in found.values()]
+    command = shlex.split(os.environ.get("CC", ""))
+    if command and shutil.which(command[0]):
+        return [command]
+    return [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
 
 
-def _is_whole(path: Path) -> bool:
-    """Return whether the library is there as it was written: loading half of one ends the process."""
+def _is_complete(path: Path) -> bool:
+    """Return whether the library is there and undamaged: loading a truncated one ends the process."""
     try:
-        return _digest_file(path).read_text(encoding="ascii") == hashlib.sha256(path.read_bytes()).hexdigest()
+        return path.with_suffix(".sha256").read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError):
         return False
-
-
-def _digest_file(path: Path) -> Path:
-    return path.with_suffix(".sha256")
 
 
 def _build(sources: tuple[Path, ...], path: Path) -> None:
@@ -126,7 +118,7 @@ def _build(sources: tuple[Path, ...], path: Path) -> None:
                 failure = _run(command)
                 if failure is None:
                     content = made.read_bytes()
-                    write_atomically(_digest_file(path), hashlib.sha256(content).hexdigest())
+                    write_atomically(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest())
                     write_atomically(path, content)
                     return
                 reason = reason or f"the C compiler {shlex.join(compiler)} fails ({failure})"

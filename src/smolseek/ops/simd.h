@@ -33,13 +33,7 @@ typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint16_t bf16; /* the bits of a bfloat16 */
 
 /* Call `f` with the number format as a constant. */
-#define TYPED(f, ...)                                                                                                  \
-    do {                                                                                                               \
-        if (bfloat16)                                                                                                  \
-            f(__VA_ARGS__, 1);                                                                                         \
-        else                                                                                                           \
-            f(__VA_ARGS__, 0);                                                                                         \
-    } while (0)
+#define TYPED(f, ...) (bfloat16 ? f(__VA_ARGS__, 1) : f(__VA_ARGS__, 0))
 
 INLINE const void *at(const void *w, int64_t i, int64_t bfloat16) {
     return (const char *)w + i * (bfloat16 ? 2 : 4);
@@ -70,15 +64,14 @@ INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
     return out;
 }
 
-/* The first n numbers, LANES at most, with zeros behind them; rows of bfloat16 are whole vectors. */
+/* The first n numbers, LANES at most, with zeros behind them. Of bfloat16 there are 16: the operations take it only
+   with BF16_PRODUCTS, and then in whole vectors. */
 INLINE lanes load_some(const void *w, int64_t i, int64_t n, int64_t bfloat16) {
-    lanes out = {0};
-#if LANES == 16
+#ifdef BF16_PRODUCTS
     if (bfloat16) return load(w, i, 1);
 #endif
-    if (bfloat16)
-        for (int64_t l = 0; l < n && l < LANES; l++) out[l] = load1(w, i + l, 1);
-    else if (n >= LANES)
+    lanes out = {0};
+    if (n >= LANES)
         memcpy(&out, (const float *)w + i, sizeof out);
     else
         memcpy(&out, (const float *)w + i, n * sizeof(float));
@@ -114,15 +107,13 @@ INLINE void store(void *w, int64_t i, vec x, int64_t bfloat16) {
 
 /* Write the first n numbers, as `load_some` reads them. */
 INLINE void store_some(void *w, int64_t i, int64_t n, lanes x, int64_t bfloat16) {
-#if LANES == 16
+#ifdef BF16_PRODUCTS
     if (bfloat16) {
         store(w, i, x, 1);
         return;
     }
 #endif
-    if (bfloat16)
-        for (int64_t l = 0; l < n && l < LANES; l++) store1(w, i + l, x[l], 1);
-    else if (n >= LANES)
+    if (n >= LANES)
         memcpy((float *)w + i, &x, sizeof x);
     else
         memcpy((float *)w + i, &x, n * sizeof(float));
@@ -140,7 +131,7 @@ INLINE float sum(vec v) {
 
 /* Of bfloat16 as `sum`, of float32 one lane after the other. */
 INLINE float sum_lanes(lanes v, int64_t bfloat16) {
-#if LANES == 16
+#ifdef BF16_PRODUCTS
     if (bfloat16) return sum(v);
 #endif
     float total = 0;
@@ -176,12 +167,8 @@ INLINE lanes exp_lanes(lanes x) {
     lanes n = floor_lanes(x * 1.44269504f + 0.5f);
     lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     lanes p = (lanes){0} + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    const float terms[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (int i = 0; i < 6; i++) p = p * r + terms[i];
 #ifdef AVX512
     lanes y = _mm512_scalef_ps(p, n);
 #else

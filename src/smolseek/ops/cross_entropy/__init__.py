@@ -129,18 +129,17 @@ class _LinearHead(torch.autograd.Function):
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
         dh_ND = None if dh_ND is None else dh_ND * grad
-        place = gradient_to_add_to(ctx.weight, ctx.accumulate) if dw_VD is not None else None
         if ctx.added is not None:
             factor = grad.item()
             if not math.isfinite(factor):  # the loss was not either; what was added before is lost in such a sum
                 ctx.weight.grad.fill_(math.nan)
             elif not math.isclose(factor, ctx.added, rel_tol=1e-5):
                 raise RuntimeError(f"the head's gradient was added times {ctx.added}, and is asked for {factor} times")
-        elif place is not None:
-            _add(place, dw_VD, grad.item())
-            dw_VD = None
         elif dw_VD is not None:
-            dw_VD = dw_VD.float().mul_(grad)
+            target = gradient_to_add_to(ctx.weight, ctx.accumulate)
+            if target is not None:
+                _add(target, dw_VD, grad.item())
+            dw_VD = dw_VD.float().mul_(grad) if target is None else None
         return dh_ND, dw_VD, None, None, None, None, None
 
 

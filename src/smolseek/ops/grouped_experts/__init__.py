@@ -11,13 +11,7 @@ __all__ = ["Weights", "grouped_experts"]
 
 
 def grouped_experts(
-    x_MD: torch.Tensor,
-    counts_E: torch.Tensor,
-    weights: Weights,
-    *,
-    gated: bool,
-    padded: bool,
-    accumulate: bool = False,
+    x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool, padded: bool, accumulate: bool = False
 ) -> torch.Tensor:
     """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D].
 

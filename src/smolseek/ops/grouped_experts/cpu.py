@@ -42,12 +42,7 @@ class GroupedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_MD: torch.Tensor,
-        up_EXD: torch.Tensor,
-        down_EDF: torch.Tensor,
-        counts: list[int],
-        accumulate: bool,
+        ctx: Any, x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int], accumulate: bool
     ) -> torch.Tensor:
         """Return the experts' results [M, D]."""
         y_MD, h_MX = _forward(x_MD, up_EXD, down_EDF, counts)

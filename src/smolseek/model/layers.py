@@ -1,8 +1,18 @@
-"""Root mean square normalisation."""
+"""Layers that compute as PyTorch's do, with our kernels and number formats."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from smolseek.ops.linear import linear
+
+
+class Linear(nn.Linear):
+    """As PyTorch's, with the kernel for reading a prompt (`ops/linear`)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., D] to [..., F]."""
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
