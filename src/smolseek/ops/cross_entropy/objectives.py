@@ -1,7 +1,4 @@
-"""What becomes of a chunk's logits: its losses, and the logits' gradient in their place.
-
-Letters as in this package's docstring, and R tokens that PyTorch's operations take at one time.
-"""
+"""A chunk's logits become losses, and their own gradient in place. Shapes as in __init__.py; R tokens at once."""
 
 import torch
 

@@ -1,7 +1,6 @@
 """Multi-head latent attention by PyTorch's operations, expanded and absorbed (DeepSeek-V2, 2405.04434, section 2.1).
 
-Shapes: B batch, T queries (of the last tokens), S tokens seen, H heads, N and R features of a head without and with
-position, V features of a value, L features of a latent, P = R/2 angles, X features of all heads.
+Shapes as in __init__.py; L features of a latent.
 """
 
 import torch

@@ -1,8 +1,4 @@
-"""Rotated queries and keys, and values, as PyTorch's attention takes them: one kernel in each direction.
-
-Shapes: B sequences, T tokens, H query heads, N and R features of a head without and with position, V of a value, X of
-all heads, P = R/2 angles.
-"""
+"""Rotated queries and keys, and values, as PyTorch's attention takes them, and back. Shapes as in __init__.py."""
 
 from typing import Any
 

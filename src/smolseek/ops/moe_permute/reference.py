@@ -1,7 +1,4 @@
-"""The tokens' way to their experts and back by PyTorch's operations, in an order that is always the same.
-
-Shapes: N tokens, D features, K experts of a token, M = N*K slots sorted by expert.
-"""
+"""The permutation by PyTorch's operations, whose sums are always in the same order. Shapes as in __init__.py."""
 
 import torch
 

@@ -1,6 +1,6 @@
 """The gradient of the experts' weighted sum on a GPU in one kernel (Triton comes with CUDA's PyTorch).
 
-torch.compile goes through what the experts made twice. Shapes: N tokens, D features, K experts of a token, M = N*K.
+torch.compile reads the experts' results twice. Shapes as in __init__.py.
 """
 
 import torch
