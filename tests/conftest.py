@@ -76,8 +76,8 @@ def _emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
 def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Callable[..., None]]:
     """Return a function that chooses the operations' backend by its name; None is what the machine has.
 
-    With `bfloat16` the C files are those that multiply pairs of bfloat16; on a processor that cannot, they do it lane
-    by lane (tests/pairs), slowly.
+    With `bfloat16` the C files use dot products of bfloat16; on a processor without them they are emulated lane
+    by lane (tests/bf16_intrinsics), slowly.
     """
     caches = build.library, backend.override, backend.library, backend.has_bf16_products, cpu_decode.library
 
@@ -93,8 +93,9 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Cal
         if name == "cpu" and backend.library() is None:
             pytest.skip("no C compiler")
         if bfloat16 and not backend.has_bf16_products():
-            names = ("__AVX512BF16__", "__AVX512BW__", "__AVX512DQ__")
-            flags = ("-O2", "-Wno-psabi", f"-I{Path(__file__).parent / 'pairs'}", *(f"-D{name}" for name in names))
+            macros = ("__AVX512BF16__", "__AVX512BW__", "__AVX512DQ__")
+            include = f"-I{Path(__file__).parent / 'bf16_intrinsics'}"
+            flags = ("-O2", "-Wno-psabi", include, *(f"-D{macro}" for macro in macros))
             monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, *flags))
             monkeypatch.setenv("XDG_CACHE_HOME", _emulated)
             clear()
@@ -106,5 +107,5 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Cal
 
 @pytest.fixture
 def bf16_products(use_backend: Callable[..., None]) -> None:
-    """The C files that multiply pairs of bfloat16."""
+    """The C files with dot products of bfloat16."""
     use_backend("cpu", bfloat16=True)

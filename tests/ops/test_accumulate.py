@@ -53,7 +53,7 @@ def test_they_equal_autograds(tied, autocast):
 def test_another_factor_than_the_one_that_was_said_is_an_error():
     model = new_model(CONFIG)
     total = losses(model, torch.randint(512, (2, 33)), accumulate=True, factor=1 / 4).total
-    with pytest.raises(RuntimeError, match=r"added times 0.25, and is asked for 0.5 times"):
+    with pytest.raises(RuntimeError, match=r"added times 0.25, but backward got 0.5"):
         (total / 2).backward()
 
 

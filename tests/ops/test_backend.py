@@ -61,7 +61,7 @@ def test_the_override_is_said_and_turns_the_kernels_off(monkeypatch, use_backend
     assert not c_supports(torch.zeros(2, 16, dtype=torch.bfloat16)) and not c_supports(torch.zeros(2, 16))
     use_backend("triton")
     assert backend.library() is None
-    with pytest.raises(SmolseekError, match="SMOLSEEK_BACKEND=metal is no backend: give reference, cpu or triton"):
+    with pytest.raises(SmolseekError, match="SMOLSEEK_BACKEND=metal is not a backend: use reference, cpu or triton"):
         use_backend("metal")
         backend.library()
 

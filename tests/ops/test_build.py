@@ -53,7 +53,7 @@ def one(tmp_path, monkeypatch):
 
     def build_anew():
         build.library.cache_clear()
-        build._say.cache_clear()
+        build._warn_once.cache_clear()
         return build.library(source)
 
     yield build_anew
@@ -86,7 +86,7 @@ def test_a_compiler_that_fails_is_told_once_in_one_line(one, tmp_path, monkeypat
     monkeypatch.setenv("CC", "false -x")  # with arguments
     assert one() is None and "false -x fails (exit code 1)" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert one() is None and "no C compiler is found" in capsys.readouterr().err
+    assert one() is None and "no C compiler is installed" in capsys.readouterr().err
 
 
 def test_another_compiler_is_tried_where_none_is_named(one, tmp_path, monkeypatch):

@@ -95,14 +95,14 @@ class CpuDecoder:
 
     def __init__(self, compiled: ctypes.CDLL, model: CausalLM, cache: Cache) -> None:
         self._step = compiled.step
-        self._vocab, self._batch, self._capacity = model.config.vocab_size, cache.rows, cache.capacity
+        self._vocab, self._batch, self._capacity = model.config.vocab_size, cache.batch, cache.capacity
         self._alive: list[torch.Tensor] = []
         layers = [self._layer_struct(*layer) for layer in zip(model.model.layers, cache.layers, strict=True)]
         self._layers = ctypes.create_string_buffer(b"".join(self._pack(layer) for layer in layers))
         widest = max(int(layer["shared"]) for layer in layers)
         self._model = ctypes.create_string_buffer(self._pack(self._model_struct(model, cache.capacity, widest)))
         self._threads = _Threads(torch.get_num_threads())
-        floats = compiled.work_floats(self._model, cache.rows, torch.get_num_threads())
+        floats = compiled.work_floats(self._model, cache.batch, torch.get_num_threads())
         self._work = torch.zeros(floats, dtype=torch.float32)
 
     def step(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
@@ -192,7 +192,7 @@ def bind(model: CausalLM, cache: Cache) -> CpuDecoder | None:
         return None
     if {p.dtype for p in model.parameters() if p.ndim > 1} != {dtype}:
         return None
-    if cache.rows > MAX_BATCH or cache.dtype != dtype:
+    if cache.batch > MAX_BATCH or cache.dtype != dtype:
         return None
     compiled = library()
     return CpuDecoder(compiled, model, cache) if compiled is not None else None

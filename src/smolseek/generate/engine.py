@@ -44,7 +44,7 @@ class Decoder:
     def prefill(self, sequence: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
         """Read a prompt into an empty cache entry -> the logits [logits, V] after its last tokens, in float32."""
         ids_1T = torch.tensor([list(ids)], device=self.device)
-        logits_XV = self.model(ids_1T, self.cache.row(sequence), last=logits)[0]
+        logits_XV = self.model(ids_1T, self.cache.entry(sequence), last=logits)[0]
         self.lengths[sequence] = len(ids)
         return logits_XV.float()
 

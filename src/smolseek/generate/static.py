@@ -36,7 +36,7 @@ class StaticStep:
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """Append a token to each sequence, at its position -> logits [B, V] in float32."""
-        assert self._cache.rows == len(tokens) and max(positions) < self._cache.capacity
+        assert self._cache.batch == len(tokens) and max(positions) < self._cache.capacity
         if len(self._ids) != len(tokens):
             self._ids, self._positions = (self._ids.new_zeros(len(tokens)) for _ in range(2))
             self._captured = None

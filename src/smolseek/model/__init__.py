@@ -1,1 +1,1 @@
-"""The architecture: attention, experts, and the transformer made of them. No torch.distributed in here."""
+"""The architecture: attention, experts and the transformer. It does not import torch.distributed."""

@@ -1,8 +1,8 @@
 """Attention: multi-head latent (MLA, DeepSeek-V2 2405.04434 section 2.1) and grouped-query (2305.13245).
 
-Shapes: B batch, T new tokens, A of them that have queries (the last ones), S tokens seen (cached and new), D
-hidden_size, H query heads, G key/value heads, Q features of a query head (N without and R with position, for MLA), V
-of a value head, L kv_lora_rank, X features of all heads.
+Shapes: B batch, T new tokens, A of them with queries (the last ones), S tokens (cached and new), D hidden_size, H
+query heads, G key/value heads, Q features of a query head (MLA: N without and R with position), V of a value head, L
+kv_lora_rank, X features of all heads.
 """
 
 import torch
@@ -18,7 +18,7 @@ from smolseek.ops.rotary import rotate
 
 
 class MLA(nn.Module):
-    """Multi-head latent attention: keys and values are read from one small latent per token.
+    """Multi-head latent attention: keys and values are computed from one small latent per token.
 
     c = RMSNorm(W_DKV x), k_pe = RoPE(W_KR x), [k_nope; v]_h = W_UKV,h c, q_h = [q_nope; RoPE(q_pe)] (equations 9-19).
     """
@@ -33,7 +33,7 @@ class MLA(nn.Module):
         self.interleave = config.rope_interleave
         self.scale = softmax_scale(config.rope_parameters, config.qk_head_dim)
         D, bias = config.hidden_size, config.attention_bias
-        # The two latent norms keep epsilon 1e-6 whatever rms_norm_eps says, as transformers has it.
+        # The two latent norms have epsilon 1e-6, not rms_norm_eps, as in transformers.
         if config.q_lora_rank is None:
             self.q_proj = Linear(D, self.heads * config.qk_head_dim, bias=False)
         else:
@@ -49,9 +49,9 @@ class MLA(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Attend causally -> [B, A, D]. With a cache the new tokens come after those it holds.
+        """Attend causally -> [B, A, D]. With a cache the new tokens follow the cached ones.
 
-        `last` is A, the number of tokens at the end that have queries; None for all.
+        `last` is A, the number of final tokens with queries; None for all tokens.
         """
         T = x_BTD.shape[1]
         x_BAD = x_BTD if last is None else x_BTD[:, T - last :]
@@ -66,10 +66,10 @@ class MLA(nn.Module):
             rotated = rotate(pe_BTR, *cos_sin, interleave=self.interleave)
             cached_BSF = cache.append(self.layer, torch.cat((c_BTL, rotated), dim=-1))
             S = cached_BSF.shape[1]
-            if S > T:  # few queries: attend on the latents rather than make every head's keys and values of them
+            if S > T:  # few queries: cheaper on the latents than with the keys and values of every head
                 cos, sin = (c if last is None else c[..., T - last :, :] for c in cos_sin)
-                given = q_BAX, self.kv_b_proj.weight, cached_BSF, cache.unseen(S), (cos, sin)
-                return self.o_proj(absorbed_attention(*given, sizes, self.scale, self.interleave))
+                inputs = q_BAX, self.kv_b_proj.weight, cached_BSF, cache.unseen(S), (cos, sin)
+                return self.o_proj(absorbed_attention(*inputs, sizes, self.scale, self.interleave))
         kv_BTX = self.kv_b_proj(c_BTL)
         return self.o_proj(mla_attention(q_BAX, kv_BTX, pe_BTR, cos_sin, sizes, self.scale, self.interleave))
 

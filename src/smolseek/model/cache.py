@@ -1,6 +1,6 @@
-"""The memory of past tokens: per layer one preallocated tensor of what attention needs of them.
+"""The KV cache: one preallocated tensor a layer.
 
-Shapes: B batch, C capacity in tokens, T new tokens, S tokens held, F cached features per token and layer.
+Shapes: B batch, C capacity in tokens, T new tokens, S cached tokens, F cached features per token and layer.
 """
 
 import copy
@@ -14,82 +14,81 @@ from smolseek.config import ModelConfig
 class Cache:
     """Preallocated cache: the latent and the shared rotary key for MLA, keys and values for GQA.
 
-    Rows are as long as one another while only `advance` moves them on (`length`); `set_lengths` makes each row as long
-    as it is, and from then on tokens come one at a time.
+    All sequences have the same `length` unless `set_lengths` gives each its own; then tokens are appended one by one.
 
     Args:
         config: the model's shape.
-        batch: sequences.
-        capacity: tokens to make room for.
-        dtype: number format of what is held.
-        device: where it lies.
+        batch: number of sequences.
+        capacity: tokens for which memory is allocated.
+        dtype: number format of the cached features.
+        device: of the cached features.
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         shape = (batch, capacity, config.cache_features)
-        # Zeros: a masked token counts 0 times what lies there, and 0 times a stray NaN would be NaN.
+        # Zeros: a masked token's features are multiplied by 0, and 0 times a stray NaN would be NaN.
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.rows, self.capacity, self.dtype = batch, capacity, dtype
+        self.batch, self.capacity, self.dtype = batch, capacity, dtype
         self.length = 0
         self.lengths_B: torch.Tensor | None = None
-        """Tokens held by each row (int64), where they differ; `length` is then the longest."""
+        """Cached tokens of each sequence (int64), where they differ; `length` is then the longest."""
 
     def append(self, layer: int, new_BTF: torch.Tensor) -> torch.Tensor:
-        """Write the new tokens of one layer and return all that are held [B, S, F], a view.
+        """Write the new tokens of one layer and return all cached ones [B, S, F], a view.
 
-        `length` moves on only with `advance`, after all layers have written.
+        `length` stays the same until `advance` is called, after all layers.
         """
         end = self.length + new_BTF.shape[1]
         assert end <= self.capacity, "the caller keeps within the capacity"
-        held = self.layers[layer][: self.rows]
+        cached = self.layers[layer][: self.batch]
         if self.lengths_B is None:
-            held[:, self.length : end] = new_BTF
+            cached[:, self.length : end] = new_BTF
         else:
-            assert new_BTF.shape[1] == 1, "rows of unlike lengths grow token by token"
-            held[torch.arange(self.rows, device=held.device), self.lengths_B] = new_BTF[:, 0].to(held.dtype)
-        return held[:, :end]
+            assert new_BTF.shape[1] == 1, "sequences of unlike lengths grow token by token"
+            cached[torch.arange(self.batch, device=cached.device), self.lengths_B] = new_BTF[:, 0].to(cached.dtype)
+        return cached[:, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more as held."""
+        """Count `tokens` more as cached."""
         self.length += tokens
         if self.lengths_B is not None:
             self.lengths_B = self.lengths_B + tokens
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Say how many tokens each row holds."""
-        assert len(lengths) == self.rows
+        """Set the number of cached tokens of each sequence."""
+        assert len(lengths) == self.batch
         self.length = max(lengths)
         alike = min(lengths) == self.length
         self.lengths_B = None if alike else torch.tensor(lengths, dtype=torch.int64, device=self.layers[0].device)
 
     def unseen(self, seen: int) -> torch.Tensor | None:
-        """Return [B, 1, S], true where a row's new token must not look, or None where all rows are as long."""
+        """Return the mask [B, 1, S] of positions beyond a sequence's newest token, or None for equal lengths."""
         if self.lengths_B is None:
             return None
         return (torch.arange(seen, device=self.lengths_B.device) > self.lengths_B[:, None])[:, None]
 
-    def row(self, number: int) -> "Cache":
-        """Return an empty cache that lies in one row of this one."""
+    def entry(self, index: int) -> "Cache":
+        """Return an empty cache of one sequence in the memory of batch entry `index`."""
         view = copy.copy(self)
-        view.layers = [held[number : number + 1] for held in self.layers]
-        view.rows, view.length, view.lengths_B = 1, 0, None
+        view.layers = [layer[index : index + 1] for layer in self.layers]
+        view.batch, view.length, view.lengths_B = 1, 0, None
         return view
 
-    def reorder(self, rows: Sequence[int]) -> None:
-        """Make the rows those numbered in `rows`, which may repeat; what they hold is copied where it moves.
+    def reorder(self, entries: Sequence[int]) -> None:
+        """Make the batch of `entries`, indices of the present one that may repeat. Only entries that move are copied.
 
-        The storage stays where it is: fewer rows use the first part of it.
+        The memory stays allocated: a smaller batch uses its first part.
         """
-        assert len(rows) <= self.layers[0].shape[0]
-        self.rows = len(rows)
-        index = torch.tensor(rows, device=self.layers[0].device)
-        moved = [n for n, row in enumerate(rows) if n != row]
+        assert len(entries) <= self.layers[0].shape[0]
+        self.batch = len(entries)
+        index = torch.tensor(entries, device=self.layers[0].device)
+        moved = [n for n, entry in enumerate(entries) if n != entry]
         if moved:
             to = torch.tensor(moved, device=index.device)
-            for held in self.layers:
-                held[to, : self.length] = held[index[to], : self.length]
+            for layer in self.layers:
+                layer[to, : self.length] = layer[index[to], : self.length]
         if self.lengths_B is not None:
             self.lengths_B = self.lengths_B[index]
 

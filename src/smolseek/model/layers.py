@@ -1,4 +1,4 @@
-"""Layers that compute as PyTorch's do, with our kernels and number formats."""
+"""Linear layers and norms."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from smolseek.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """As PyTorch's, with the kernel for reading a prompt (`ops/linear`)."""
+    """PyTorch's linear layer with the kernel for reading prompts (`ops/linear`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., F]."""
@@ -16,7 +16,7 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), computed in float32 whatever the input (1910.07467, equation 4)."""
+    """y = w * x / sqrt(mean(x^2) + eps), always computed in float32 (1910.07467, equation 4)."""
 
     def __init__(self, size: int, eps: float = 1e-6) -> None:
         super().__init__()

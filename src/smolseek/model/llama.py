@@ -1,4 +1,4 @@
-"""The source model's configuration: what of Hugging Face's `LlamaConfig` our transformer computes. Imports no torch."""
+"""Translates Hugging Face's `LlamaConfig` into a `ModelConfig`. Imports no torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from smolseek.errors import SmolseekError
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_TYPES = ("default", "linear", "llama3")
 
-# What LlamaConfig means by a key that its config.json leaves out.
+# LlamaConfig's values for keys that a config.json omits.
 DEFAULTS = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -22,21 +22,23 @@ DEFAULTS = {
 
 
 def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Return the model that a Llama's `config.json` describes; `where` names the file in error messages.
+    """Return the configuration of a Llama's `config.json`; `where` names the file in error messages.
 
-    `values` holds `rope_parameters` in the new style. Keys that change nothing at inference are ignored.
+    `values` has the `rope_parameters` of transformers 5. Keys without effect on inference are ignored.
 
     Raises:
-        SmolseekError: for a missing size, or a setting that our transformer does not compute.
+        SmolseekError: for a missing size or an unsupported setting.
     """
     for name in ("attention_bias", "mlp_bias", "sliding_window"):
         if values.get(name):
-            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: a Llama has none")
+            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: convert a Llama without it")
     if values.get("hidden_act", "silu") != "silu":
-        raise SmolseekError(f"{where}: hidden_act {values['hidden_act']!r} is not supported: a Llama uses 'silu'")
+        raise SmolseekError(
+            f"{where}: hidden_act {values['hidden_act']!r} is not supported: convert a model with 'silu'"
+        )
     kind = values["rope_parameters"].get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        raise SmolseekError(f"{where}: rope_type {kind!r} is not supported for a Llama: {', '.join(ROPE_TYPES)} are")
+        raise SmolseekError(f"{where}: rope_type {kind!r} is not supported for a Llama: use {', '.join(ROPE_TYPES)}")
     missing = [name for name in REQUIRED if values.get(name) is None]
     if missing:
         raise SmolseekError(f"{where}: {', '.join(missing)} missing: a Llama's config.json names them")
@@ -44,6 +46,6 @@ def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     known |= {name: values.get(name, default) for name, default in DEFAULTS.items()}
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")
     known["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-    # Stated or derived, the same head size gives the same ModelConfig.
+    # None for the default size, whether config.json names it or not.
     known["head_dim"] = None if head_dim and head_dim * heads == values["hidden_size"] else head_dim
     return from_dict(ModelConfig, {"model_type": "llama", **known}, where)

@@ -1,4 +1,4 @@
-"""What one process holds of a model: for every tensor some of its rows, which are all of them for a single process."""
+"""The shard of every tensor that one process has: some of its rows, or all for a single process."""
 
 from typing import NamedTuple
 
@@ -8,18 +8,18 @@ from smolseek.model.transformer import CausalLM
 
 
 class LocalShard(NamedTuple):
-    """Some rows of a tensor."""
+    """Some rows of a tensor, that is, a part of its first dimension."""
 
     tensor: torch.Tensor
     """Rows `start` to `start + len(tensor)` of the full tensor; they share its memory."""
     start: int
-    rows: int
+    full_length: int
     """Rows of the full tensor."""
 
     @property
     def slice(self) -> slice | None:
         """Which rows these are; None for all."""
-        return None if len(self.tensor) == self.rows else slice(self.start, self.start + len(self.tensor))
+        return None if len(self.tensor) == self.full_length else slice(self.start, self.start + len(self.tensor))
 
 
 def full_tensor(tensor: torch.Tensor) -> LocalShard:
@@ -28,7 +28,7 @@ def full_tensor(tensor: torch.Tensor) -> LocalShard:
 
 
 def full_tensors(model: CausalLM) -> dict[str, LocalShard]:
-    """Return every tensor of a model that is here in full, by name; a tied head is left out."""
+    """Return every tensor of an unsharded model by name; a tied head is left out."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]

@@ -33,7 +33,7 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """What the router decided for N tokens."""
+    """The router's choice for N tokens."""
 
     weights_NK: torch.Tensor
     """Gate weights, float32."""
@@ -44,7 +44,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Sigmoid router with a balancing bias that decides who is chosen, never how much it counts (equations 12-16)."""
+    """Sigmoid router. A balancing bias affects which experts are chosen, not their weights (equations 12-16)."""
 
     e_score_correction_bias: torch.Tensor
 
@@ -57,7 +57,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
-        """Choose K experts for each token, in float32 also under autocast."""
+        """Choose K experts for each token, in float32 even under autocast."""
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
         with torch.no_grad():
@@ -71,53 +71,53 @@ class Router(nn.Module):
         return Routing(weights_NK * self.factor, experts_NK, scores_NE)
 
     def _keep_best_groups(self, choice_NE: torch.Tensor) -> torch.Tensor:
-        """Shut out all but the best groups; a group counts by its two best experts (section 2.1.2)."""
+        """Mask all but the best groups; a group's score is that of its two best experts (section 2.1.2)."""
         choice_NGX = choice_NE.unflatten(1, (self.groups, -1))
         group_NG = choice_NGX.topk(2, dim=-1).values.sum(dim=-1)
         best = group_NG.topk(self.top_groups, dim=-1, sorted=False).indices
-        shut_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(1, best, False)
-        return choice_NGX.masked_fill(shut_NG[..., None], float("-inf")).flatten(1)
+        mask_NG = torch.ones_like(group_NG, dtype=torch.bool).scatter(1, best, False)
+        return choice_NGX.masked_fill(mask_NG[..., None], float("-inf")).flatten(1)
 
 
 def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the indices of the k largest numbers of each row [N, k], in no particular order."""
+    """Return the indices of each token's k largest numbers [N, k], in no particular order."""
     if not (triton_supports(choice_NE) and torch.compiler.is_compiling()) or k > 8:
         return choice_NE.topk(k, dim=-1, sorted=False).indices
-    # CUDA's topk takes a block of threads for each row; compiled, these few reductions are as fast as reading the rows.
+    # CUDA's topk uses a block of threads for each token. Compiled, these few reductions take as long as reading.
     number_E = torch.arange(choice_NE.shape[1], device=choice_NE.device)
-    found = []
+    indices = []
     for _ in range(k):
         best_N1 = choice_NE.argmax(dim=-1, keepdim=True)
         choice_NE = choice_NE.masked_fill(number_E == best_N1, float("-inf"))
-        found.append(best_N1)
-    return torch.cat(found, dim=-1)
+        indices.append(best_N1)
+    return torch.cat(indices, dim=-1)
 
 
 class Dispatched(NamedTuple):
-    """Slots (token, expert) for the experts that are here."""
+    """Slots (token, expert) of this process's experts."""
 
     x_MD: torch.Tensor
     """Tokens sorted by expert, in the products' type."""
     counts_E: torch.Tensor
-    """Slots of each expert that is here."""
+    """Slots of each expert of this process."""
     load_E: torch.Tensor
-    """Slots of each expert among the tokens of this process."""
+    """Slots of each expert, of this process's tokens."""
     permutation: Any
     """For `combine`."""
 
 
 class LocalDispatcher:
-    """Brings each token to its experts on this device and the results back, in a fixed order.
+    """Permutes tokens to their experts on this device, and the results back, in a fixed order.
 
-    Expert parallelism puts another dispatcher with these two methods in its place.
+    Expert parallelism replaces it by a dispatcher with the same two methods.
     """
 
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
         """Return the tokens sorted by expert; the permutation is their order."""
         experts_M = experts_NK.flatten()
-        # Small keys: a GPU sorts by digits, and eight bytes have four times as many as two.
+        # int16: a GPU's radix sort takes time proportional to the size of the key.
         sorted_M, order_M = experts_M.to(torch.int16).sort(stable=True)
-        # Not bincount: it reads the largest number on the host, so a GPU would be waited for in every layer.
+        # Not bincount, which reads the maximum on the host and so synchronizes with the GPU in every layer.
         all_E = torch.arange(n_experts, dtype=sorted_M.dtype, device=sorted_M.device)
         counts_E = torch.searchsorted(sorted_M, all_E, right=True).diff(prepend=experts_M.new_zeros(1))
         x_MD = permute(x_ND, order_M, experts_NK.shape[1], product_type(x_ND))
@@ -129,7 +129,7 @@ class LocalDispatcher:
 
 
 class Experts(nn.Module):
-    """The routed experts, stacked. SwiGLU: `gate_up_proj` holds the gate's rows first, then the up-projection's."""
+    """The routed experts, stacked. For SwiGLU `gate_up_proj` has the gate's rows first, then the up-projection's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,19 +146,18 @@ class Experts(nn.Module):
     def forward(
         self, x_MD: torch.Tensor, counts_E: torch.Tensor, accumulate: bool = False, padded: bool = True
     ) -> torch.Tensor:
-        """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D].
+        """Apply expert e to its `counts_E[e]` slots of `x_MD`, sorted by expert -> [M, D].
 
-        With `accumulate` a backward pass on a CPU adds the weights' gradients to their `.grad`; `padded` as in
-        `grouped_experts`.
+        `accumulate` and `padded` are those of `grouped_experts`.
         """
         up_proj = self.gate_up_proj if self.gated else self.up_proj
         weights = Weights(up_proj, self.down_proj, self.up_bias, self.down_bias)
-        padded = padded and x_MD.shape[0] > self.top_k  # a single token has no other whose result must stay as it is
+        padded = padded and x_MD.shape[0] > self.top_k  # not for a single token
         return grouped_experts(x_MD, counts_E, weights, gated=self.gated, padded=padded, accumulate=accumulate)
 
 
 class Load(NamedTuple):
-    """How the tokens of one forward pass spread over the experts of one layer."""
+    """The distribution of one forward pass's tokens over the experts of a layer."""
 
     counts_E: torch.Tensor
     """Slots (token, expert) of each expert."""
@@ -175,24 +174,23 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts: MLP | None = None
         if config.mlp_gated:
-            # Without shared experts the matrices are empty but there, as transformers has them.
+            # Without shared experts the matrices exist but are empty, as in transformers.
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.n_shared_experts = config.n_shared_experts
         self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load]:
-        """Return the layer's output [B, T, D] and its load; `accumulate` as in `Experts.forward`.
+        """Return the layer's output [B, T, D] and its load; `accumulate` is that of `grouped_experts`.
 
-        The load is returned rather than kept, so that recomputation in the backward pass and evaluation cannot
-        count a token twice.
+        The load is returned rather than stored, so that recomputation and evaluation cannot count a token twice.
         """
         B, T, _ = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
         n_experts = routing.scores_NE.shape[1]
         x_MD, counts_E, load_E, permutation = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
-        # A prompt (several tokens in inference mode) is read once: no result has to stay as it is. Compiled code is for
-        # training, and asking for the mode would break its graph.
+        # A prompt (several tokens in inference mode) needs no padding: it is read once. Compiled code is for training,
+        # and dynamo cannot trace the mode.
         padded = torch.compiler.is_compiling() or T == 1 or not torch.is_inference_mode_enabled()
         y_MD = self.experts(x_MD, counts_E, accumulate, padded)
         y_BTD = self.dispatcher.combine(y_MD, permutation, routing.weights_NK).view(B, T, -1)

@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer, 2104.09864) and its extensions to longer contexts.
 
-Shapes: T tokens, P = d/2 frequencies, d features that are turned.
+Shapes: T tokens, P = d/2 frequencies, d rotated features.
 """
 
 import math
@@ -16,8 +16,8 @@ def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Te
 
     Types: `default` theta^(-2i/dim); `linear` divides all by `factor` (2306.15595); `llama3` divides the low ones
     and blends in between (Llama 3.1, 2407.21783); `yarn` blends along a ramp over the number of rotations
-    (2309.00071, section 3.2); `longrope` divides each by a factor of its own (2402.13753), `beyond` the original
-    context by another.
+    (2309.00071, section 3.2); `longrope` divides each by its entry of a list (2402.13753), another list `beyond` the
+    original context.
     """
     ladder = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     inverse, context = 1.0 / ladder, rope.original_max_position_embeddings or 0
@@ -50,7 +50,7 @@ def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
-    """Return the factor on cos and sin: 1 but for yarn (2309.00071, section 3.3) and longrope (2402.13753)."""
+    """Return the factor on cos and sin: 1 except for yarn (2309.00071, section 3.3) and longrope (2402.13753)."""
     if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -74,7 +74,7 @@ def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:
 
 
 class Rope(nn.Module):
-    """Cosines and sines for given positions."""
+    """Cosines and sines of positions."""
 
     short_P: torch.Tensor
     long_P: torch.Tensor
@@ -97,14 +97,14 @@ class Rope(nn.Module):
     def forward(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin [..., T, P] in float32 for `positions` [..., T].
 
-        `length` is the number of tokens seen so far, which picks longrope's list of factors.
+        `length` is the number of tokens so far; it selects longrope's list of factors.
         """
         inverse_P = self.long_P if self.limit is not None and length > self.limit else self.short_P
         angles = positions[..., None].float() * inverse_P.float()
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def each(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin [..., P] for `positions` [...], each as it is when that token is the newest one."""
+        """Return cos and sin [..., P] for `positions` [...], each as if that token were the newest."""
         cos, sin = self(positions, 0)
         if self.limit is not None:
             beyond = (positions >= self.limit)[..., None]

@@ -1,4 +1,4 @@
-"""What a configuration amounts to: parameters, cache and arithmetic, counted on the meta device."""
+"""The size of a configuration: parameters, cache and arithmetic, counted on the meta device."""
 
 import itertools
 from dataclasses import dataclass
@@ -11,45 +11,45 @@ from smolseek.model.transformer import CausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Parameters of a model; the balancing biases are counted with their blocks."""
+    """Number of parameters of a model and its parts."""
 
     embedding: int
-    blocks: tuple[int, ...]
+    layers: tuple[int, ...]
+    """Of each layer, router biases included."""
     norm: int
     """The last norm."""
     lm_head: int
-    """Output head; 0 when tied to the embedding."""
+    """0 when tied to the embedding."""
     active: int
-    """Parameters that one token uses: all but the routed experts it does not visit, and an embedding that is not
-    also the head (a look-up of one row)."""
+    """What one token uses: all but the experts that it is not routed to, and an embedding that is not also the head."""
     balancing: int
-    """Balancing biases, part of the blocks."""
+    """Router biases for balancing, part of the layers."""
 
     @property
     def total(self) -> int:
-        """All parameters, balancing biases included."""
-        return self.embedding + sum(self.blocks) + self.norm + self.lm_head
+        """All parameters, router biases included."""
+        return self.embedding + sum(self.layers) + self.norm + self.lm_head
 
 
 def count(config: ModelConfig) -> Counts:
-    """Count the parameters of `config` without making them."""
+    """Count the parameters of `config` without allocating them."""
     with torch.device("meta"):
         model = CausalLM(config)
-    blocks, idle = [], 0
+    layers, idle = [], 0
     for block in model.model.layers:
         size = sum(parameter.numel() for parameter in block.parameters())
         experts = sum(p.numel() for name, p in block.named_parameters() if ".experts." in name)
         if experts:
             idle += experts - experts * config.num_experts_per_tok // config.n_routed_experts
             size += config.n_routed_experts
-        blocks.append(size)
+        layers.append(size)
     embedding, norm = model.model.embed_tokens.weight.numel(), model.model.norm.weight.numel()
     return Counts(
         embedding=embedding,
-        blocks=tuple(blocks),
+        layers=tuple(layers),
         norm=norm,
         lm_head=0 if config.tie_word_embeddings else embedding,
-        active=embedding + sum(blocks) - idle + norm,
+        active=embedding + sum(layers) - idle + norm,
         balancing=config.n_moe_layers * config.n_routed_experts,
     )
 
@@ -69,10 +69,9 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> dict[str, int]:
-    """Return the bytes cached per token: as this model does it, and as MHA and GQA of its heads would.
+    """Return the bytes cached per token by this model, and by MHA and GQA with its heads.
 
-    The GQA column is a quarter of the heads (as in the seed experiment, 8/2) for an MLA model and the model's own
-    key-value heads otherwise.
+    For an MLA model GQA has a quarter of the heads (as in the seed experiment, 8/2), else the model's key-value heads.
     """
     heads = config.num_attention_heads
     size = config.v_head_dim if config.is_mla else config.qk_head_dim
@@ -84,7 +83,7 @@ def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> dict[str, int
 
 
 def size_text(n: float) -> str:
-    """Return a number of bytes in words."""
+    """Return a number of bytes with its unit."""
     unit = 0
     while n >= 1000 and unit < 4:
         n, unit = n / 1000, unit + 1
@@ -92,7 +91,7 @@ def size_text(n: float) -> str:
 
 
 def architecture(config: ModelConfig) -> list[str]:
-    """Return the architecture in a few lines of words."""
+    """Describe the architecture in a few lines."""
     c, rope = config, config.rope_parameters
     lines = [f"Hidden {c.hidden_size}, {c.num_hidden_layers} layers, vocabulary {c.vocab_size:,}"]
     if c.is_mla:
@@ -121,13 +120,13 @@ def architecture(config: ModelConfig) -> list[str]:
 
 
 def parameter_lines(config: ModelConfig) -> list[str]:
-    """Return the parameters by part, one line each, as the original's summary prints them."""
+    """Return the number of parameters of each part, one line each, as the seed experiment prints them."""
     counts = count(config)
     balancing = f" ({counts.balancing:,} of them balancing biases)" if counts.balancing else ""
     lines = [f"Total parameters: {counts.total:,}{balancing}", f"Active per token: {counts.active:,}"]
     lines.append(f"  embedding: {counts.embedding:,}")
     first = 0
-    for size, group in itertools.groupby(counts.blocks):
+    for size, group in itertools.groupby(counts.layers):
         last = first + len(list(group)) - 1
         lines.append(f"  {f'block {first}' if first == last else f'blocks {first}-{last}, each'}: {size:,}")
         first = last + 1
@@ -136,7 +135,7 @@ def parameter_lines(config: ModelConfig) -> list[str]:
 
 
 def summarize(config: ModelConfig, seq_len: int = 256) -> str:
-    """Return the whole summary of `config` that `smolseek inspect` prints."""
+    """Return the summary of `config` that `smolseek inspect` prints."""
     seq_len = min(seq_len, config.max_position_embeddings)
     cached = ", ".join(f"{name} {size_text(size)}" for name, size in cache_bytes(config).items())
     forward = flops_per_token(config, seq_len)

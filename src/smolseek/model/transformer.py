@@ -37,21 +37,21 @@ class Block(nn.Module):
         last: int | None = None,
         accumulate: bool = False,
     ) -> tuple[torch.Tensor, Load | None]:
-        """Return the new residual stream [B, T, D] and, for a layer with experts, its load.
+        """Return the residual stream [B, T, D] after the layer, and the load of its experts, if any.
 
         `last` and `accumulate` are those of `CausalLM.hidden`.
         """
-        return self.feed(self.attend(x_BTD, cos_sin, cache, last), accumulate)
+        return self.apply_mlp(self.attend(x_BTD, cos_sin, cache, last), accumulate)
 
     def attend(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Return the first half's residual stream [B, T, D], of the `last` tokens where they are given."""
+        """Return the residual stream [B, T, D] after attention, with `last` only of the last tokens."""
         h_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache, last)
         return (x_BTD if last is None else x_BTD[:, -last:]) + h_BTD
 
-    def feed(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load | None]:
-        """Return the second half's residual stream [B, T, D] and, with experts, their load."""
+    def apply_mlp(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load | None]:
+        """Return the residual stream [B, T, D] after the feed-forward part, and the load of its experts, if any."""
         h_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, load = self.mlp(h_BTD, accumulate)
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 def call_block(block: Any, x_BTD: torch.Tensor, cos_sin: CosSin, accumulate: bool) -> tuple[torch.Tensor, Load | None]:
-    """Call one layer as in training; compiled, it is one piece of code for all layers."""
+    """Call one layer as in training. Compiled, this function serves all layers."""
     return block(x_BTD, cos_sin, accumulate=accumulate)
 
 
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """What the decoder makes of a batch."""
+    """The decoder's output."""
 
     hidden_BTD: torch.Tensor
     """Normalised last hidden state."""
@@ -102,12 +102,12 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the embedding with the head where the configuration says so; needed again after assigning weights."""
+        """Share the embedding with the head if the configuration says so; call it again after assigning weights."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_buffers(self) -> None:
-        """Compute what is not in a checkpoint (RoPE's frequencies); needed after building on the meta device."""
+        """Compute what is not in a checkpoint (RoPE's frequencies); call it after building on the meta device."""
         self.model.rope.reset_buffers()
 
     @property
@@ -118,14 +118,14 @@ class CausalLM(nn.Module):
     def hidden(
         self, ids_BT: torch.Tensor, cache: Cache | None = None, *, last: int | None = None, accumulate: bool = False
     ) -> Hidden:
-        """Run the decoder over `ids_BT` (int64), which follow what `cache` holds.
+        """Run the decoder over `ids_BT`, which follow the tokens in `cache`.
 
         Args:
-            ids_BT: token ids.
-            cache: what earlier tokens left; the new ones are appended.
-            last: how many of the last tokens the result is wanted of: the last layer computes queries for them only.
-            accumulate: on a CPU, the backward pass adds the gradients of experts and embedding to their `.grad`, where
-                autograd would make them anew first. It has to end in `.grad` for them: autograd does not see it.
+            ids_BT: token ids (int64).
+            cache: keys and values of earlier tokens; those of the new ones are appended.
+            last: the number of final tokens to return; the last layer computes queries for them only.
+            accumulate: on a CPU, the backward pass adds the gradients of experts and embedding to their `.grad` in
+                place. Autograd does not see them: use it only with `backward()`, not with `torch.autograd.grad`.
         """
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
@@ -180,7 +180,7 @@ def draw_weight(name: str, weight: torch.Tensor, deviation: float, generator: to
 
 
 def new_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> CausalLM:
-    """Build a model with initial weights in float32; the same seed gives the same weights."""
+    """Build a model with random weights in float32; the same seed gives the same weights."""
     with torch.device("meta"):
         model = CausalLM(config)
     model.to_empty(device=device)

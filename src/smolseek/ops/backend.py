@@ -1,4 +1,4 @@
-"""Which backend computes an operation here: C on a CPU, Triton on a GPU, and PyTorch (`reference`) everywhere.
+"""Chooses the backend of an operation: C on a CPU, Triton on a GPU, else PyTorch (`reference`).
 
 SMOLSEEK_BACKEND=reference, cpu or triton turns off the other kernels.
 """
@@ -19,23 +19,25 @@ from smolseek.ops import build
 
 VARIABLE = "SMOLSEEK_BACKEND"
 TRITON: bool | None = None
-"""Whether Triton's kernels run here; None until the first tensor on a GPU asks. A plain name, which dynamo reads."""
+"""Whether Triton's kernels run here; None until tried. A global, since dynamo cannot trace through a cache."""
 
 
 @functools.cache
 def override() -> str | None:
-    """Return the backend that SMOLSEEK_BACKEND names, which is said once. Raises SmolseekError for another name."""
+    """Return the backend that SMOLSEEK_BACKEND names, and log it once. Raises SmolseekError for an unknown name."""
     name = os.environ.get(VARIABLE) or None
     if name is not None:
         if name not in ("reference", "cpu", "triton"):
-            raise SmolseekError(f"{VARIABLE}={name} is no backend: give reference, cpu or triton, or unset it")
-        what = "PyTorch's operations alone" if name == "reference" else f"{name} kernels alone, beside PyTorch's"
-        console.warn(f"{VARIABLE}={name}: the model computes through {what}")
+            raise SmolseekError(f"{VARIABLE}={name} is not a backend: use reference, cpu or triton, or unset it")
+        kernels = (
+            "PyTorch's operations only" if name == "reference" else f"{name} kernels and PyTorch's operations only"
+        )
+        console.warn(f"{VARIABLE}={name}: the model uses {kernels}")
     return name
 
 
 def compiled(*sources: Path) -> ctypes.CDLL | None:
-    """Return the C files `sources` as one library, or None where they are turned off or cannot be built."""
+    """Return the C files `sources` as one library, or None if they are turned off or cannot be built."""
     return build.library(*sources) if override() in (None, "cpu") else None
 
 
@@ -53,10 +55,10 @@ def has_bf16_products() -> bool:
 
 
 def c_supports(x: torch.Tensor) -> bool:
-    """Return whether the C files take `x`: on a CPU, in float32 or in bfloat16 with rows of whole registers."""
+    """Return whether the C files support `x`: on a CPU, float32, or bfloat16 with a multiple of 16 features."""
     if x.device.type != "cpu" or x.stride(-1) != 1 or torch.compiler.is_compiling():
         return False
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a FakeTensor's numbers, for one, lie nowhere
+    if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a FakeTensor, for example, has no memory
         return False
     if x.dtype == torch.bfloat16:
         return x.shape[-1] % 16 == 0 and has_bf16_products()
@@ -64,20 +66,20 @@ def c_supports(x: torch.Tensor) -> bool:
 
 
 def c_infers(x: torch.Tensor) -> bool:
-    """Return whether the C files for reading prompts take `x`: in inference mode, in bfloat16."""
-    # Compiled code, which C never supports, could not ask for the mode.
+    """Return whether the C files for reading prompts support `x`: bfloat16, in inference mode."""
+    # The mode comes last: dynamo cannot trace it, and `c_supports` is False in compiled code.
     return x.dtype == torch.bfloat16 and c_supports(x) and torch.is_inference_mode_enabled()
 
 
 def triton_supports(x: torch.Tensor) -> bool:
-    """Return whether the Triton kernels take `x`: on a GPU that Triton knows, and they compute in float32."""
+    """Return whether the Triton kernels support `x`: on a GPU, and not float64, since they compute in float32."""
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     return triton_runs(x.device) if TRITON is None else TRITON
 
 
 def triton_runs(device: torch.device) -> bool:
-    """Try a kernel on `device`: Triton may lack a C compiler, or not know the GPU. What is wrong is said once."""
+    """Try a kernel on `device`, and warn once if it fails: Triton may lack a C compiler or not support the GPU."""
     global TRITON
     TRITON = False
     if importlib.util.find_spec("triton") is not None and override() in (None, "triton"):
@@ -86,9 +88,9 @@ def triton_runs(device: torch.device) -> bool:
 
             gradient = swiglu_backward(torch.ones(1, 2, device=device), torch.ones(1, 1, device=device))
             TRITON = bool(gradient.isfinite().all())
-        except Exception as error:  # its compiler's, the driver's, a C compiler's: each of kinds of its own
+        except Exception as error:  # Triton, the driver and the C compiler each raise exceptions of their own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            console.warn(f"Triton does not run here, so PyTorch's operations do, which only costs time: {reason}")
+            console.warn(f"Triton does not run here, so PyTorch's operations are used, which only costs time: {reason}")
     return TRITON
 
 
@@ -112,18 +114,18 @@ def triton_operator(allocate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
-    """Return the number format of products with `x`: autocast's where it is on."""
+    """Return the number format of matrix products with `x`: autocast's if it is on."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def triton_warps(numbers: int) -> int:
-    """Return how many warps a program over so many numbers gets: eight for each thread; Triton wants a power of two."""
+    """Return the number of warps for a program over `numbers`: eight numbers a thread, rounded up to a power of two."""
     return min(16, 1 << (max(1, numbers // 256) - 1).bit_length())
 
 
 def call(name: str, *arguments: torch.Tensor | int | float | None) -> None:
-    """Call a C function: tensors as pointers, whole numbers as int64_t, others as float; last the number of threads."""
+    """Call a C function: tensors become pointers, int becomes int64_t; the number of threads is added at the end."""
     functions = library()
     assert functions is not None
     getattr(functions, name)(*map(_c_argument, (*arguments, torch.get_num_threads())))
@@ -138,11 +140,11 @@ def _c_argument(x: torch.Tensor | int | float | None) -> object:
 
 
 def gradient_to_add_to(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
-    """Return where a backward pass may add the gradient of `weight`, zeros at first; None where autograd is to have it.
+    """Return the `.grad` to which a backward pass may add the gradient of `weight`, or None to leave that to autograd.
 
-    Autograd makes a micro-batch's gradient of a weight anew and then adds it: for stacked experts and the embedding
-    that is more memory to pass through than their products take. `accumulate` says that the pass is to end in
-    `.grad`, since autograd sees nothing of it.
+    Autograd allocates each micro-batch's gradient and then adds it to `.grad`. For stacked experts and the embedding
+    this memory traffic takes longer than their products. Autograd does not see such a gradient, so the caller must
+    ask for it with `accumulate`.
     """
     if not (accumulate and weight.is_leaf and weight.requires_grad and weight.device.type == "cpu"):
         return None

@@ -1,4 +1,4 @@
-"""Builds C files of the package once, with the machine's own compiler, and keeps them in the user's cache folder."""
+"""Builds C files of the package with the machine's compiler, once: the library is kept in the user's cache folder."""
 
 import contextlib
 import ctypes
@@ -16,22 +16,21 @@ from smolseek import console
 from smolseek.files import write_atomically
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-# What a compiler may not know (Apple's clang no OpenMP, some no native processor): first all flags, then without these.
+# Flags that some compilers do not support (Apple's clang: OpenMP). All flags are tried first, then without each group.
 _OPTIONAL = ((), ("-fopenmp",), ("-march=native",), ("-fopenmp", "-march=native"))
 _FOLDER = Path(__file__).parent
 
 
 class _BuildFailed(Exception):
-    """No compiler, or none that builds the files; the message is one line."""
+    """No compiler builds the files; the message is one line."""
 
 
 @functools.cache
 def library(*sources: Path) -> ctypes.CDLL | None:
-    """Return the compiled `sources` as one library, or None where they cannot be built: there is always another path.
+    """Return the compiled `sources` as one library, or None if they cannot be built; PyTorch then does the work.
 
-    It is kept under a hash of the sources, the headers, the flags and the processor, so it is built once on a machine
-    (a few seconds). Where the cache folder cannot be written, it is built anew by each process. Why there is no
-    library is said once.
+    The file name has a hash of sources, headers, flags and processor, so a machine builds it once (a few seconds). If
+    the cache folder is not writable, each process builds its own. The reason of a failure is logged once.
     """
     if os.name != "posix":
         return None
@@ -46,37 +45,39 @@ def library(*sources: Path) -> ctypes.CDLL | None:
             if not _is_complete(path):
                 _build(sources, path)
             return ctypes.CDLL(str(path))
-        except (OSError, RuntimeError) as error:  # a read-only or full disk, a user without a home, no programs allowed
+        except (OSError, RuntimeError) as error:  # a read-only or full disk, no home folder, a noexec mount
             with tempfile.TemporaryDirectory(prefix="smolseek-") as folder:
                 _build(sources, Path(folder) / name)
-                found = ctypes.CDLL(str(Path(folder) / name))
+                built = ctypes.CDLL(str(Path(folder) / name))
             why = getattr(error, "strerror", None) or error
-            _say(f"the C files are built anew at each start, since they cannot be kept ({why}): set XDG_CACHE_HOME")
-            return found
+            _warn_once(
+                f"the C files are built at each start, since the cache is not writable ({why}): set XDG_CACHE_HOME"
+            )
+            return built
     except (OSError, _BuildFailed) as error:
-        _say(f"{' '.join(str(error).split())}: PyTorch's operations do the work of the C files, only more slowly")
+        _warn_once(f"{' '.join(str(error).split())}: PyTorch's operations replace the C files, only more slowly")
         return None
 
 
 def _cache_folder() -> Path:
-    """Return where the libraries are kept. Raises RuntimeError for a user without a home."""
+    """Return the folder of the libraries. Raises RuntimeError for a user without a home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smolseek"
 
 
 @functools.cache
-def _say(reason: str) -> None:
-    """Warn of a reason once in a process, and not again at every later start."""
+def _warn_once(reason: str) -> None:
+    """Warn once in a process, and not again in later ones while the reason is the same."""
     with contextlib.suppress(OSError, RuntimeError):
-        said = _cache_folder() / "no-library.txt"
-        if said.exists() and said.read_text(encoding="utf-8", errors="replace") == reason:
+        note = _cache_folder() / "no-library.txt"
+        if note.exists() and note.read_text(encoding="utf-8", errors="replace") == reason:
             return
-        said.parent.mkdir(parents=True, exist_ok=True)
-        said.write_text(reason, encoding="utf-8")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(reason, encoding="utf-8")
     console.warn(reason)
 
 
 def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by unlike machines."""
+    """Return what -march=native depends on, since different machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -86,7 +87,7 @@ def _processor() -> str:
 
 
 def _compilers() -> list[list[str]]:
-    """Return the commands to try: the one in CC, which may have arguments, or all that are usual."""
+    """Return the commands to try: the one in CC, which may have arguments, or the usual ones."""
     command = shlex.split(os.environ.get("CC", ""))
     if command and shutil.which(command[0]):
         return [command]
@@ -102,39 +103,39 @@ def _is_complete(path: Path) -> bool:
 
 
 def _build(sources: tuple[Path, ...], path: Path) -> None:
-    """Compile elsewhere, then write: processes may build at the same time.
+    """Compile into a temporary folder, then write atomically: several processes may build at the same time.
 
     Raises:
-        _BuildFailed: naming the first compiler's reason, tried with all flags.
+        _BuildFailed: with the reason of the first compiler with all flags.
         OSError: if the folder cannot be written.
     """
     reason = None
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / "made.so"
+        output = Path(folder) / "library.so"
         for compiler in _compilers():
-            for left_out in _OPTIONAL:
-                flags = [flag for flag in FLAGS if flag not in left_out]
-                command = [*compiler, *flags, "-o", str(made), f"-I{_FOLDER}", *map(str, sources), "-lm"]
+            for omitted in _OPTIONAL:
+                flags = [flag for flag in FLAGS if flag not in omitted]
+                command = [*compiler, *flags, "-o", str(output), f"-I{_FOLDER}", *map(str, sources), "-lm"]
                 failure = _run(command)
                 if failure is None:
-                    content = made.read_bytes()
+                    content = output.read_bytes()
                     write_atomically(path.with_suffix(".sha256"), hashlib.sha256(content).hexdigest())
                     write_atomically(path, content)
                     return
                 reason = reason or f"the C compiler {shlex.join(compiler)} fails ({failure})"
-    raise _BuildFailed(reason or "no C compiler is found (cc, gcc, clang, or the one named by CC)")
+    raise _BuildFailed(reason or "no C compiler is installed (cc, gcc, clang, or the one in CC)")
 
 
 def _run(command: list[str]) -> str | None:
-    """Run a compiler; return None, or in one line why it fails. Raises _BuildFailed for one that does not end."""
+    """Run a compiler; return None, or one line on its failure. Raises _BuildFailed after a timeout."""
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
     except subprocess.CalledProcessError as error:
         lines = [line.strip() for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
-        wrong = [line for line in lines if "error" in line]
-        return (wrong or lines or [f"exit code {error.returncode}"])[-1]
+        errors = [line for line in lines if "error" in line]
+        return (errors or lines or [f"exit code {error.returncode}"])[-1]
     except subprocess.TimeoutExpired as error:
         raise _BuildFailed(f"the C compiler {command[0]} did not end within {error.timeout:.0f} seconds") from None
-    except OSError as error:  # what is called a compiler is no program
+    except OSError as error:  # not an executable
         return str(error.strerror)
     return None

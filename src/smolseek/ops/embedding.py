@@ -1,4 +1,4 @@
-"""Rows of a table whose gradient is added to its rows alone."""
+"""Embedding whose gradient is added to the rows of its tokens only."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from smolseek.ops.backend import gradient_to_add_to
 
 
 def accumulated_embedding(ids: torch.Tensor, w_VD: torch.Tensor) -> torch.Tensor:
-    """Return the rows `ids` (int64) of `w_VD`; on a CPU the backward pass adds to `w_VD.grad`."""
+    """Return the rows `ids` (int64) of `w_VD`; on a CPU the backward pass adds to `w_VD.grad` in place."""
     return _Embedding.apply(ids, w_VD)
 
 
@@ -22,8 +22,8 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d: torch.Tensor) -> tuple[None, torch.Tensor | None]:  # type: ignore[override]
         ids, w_VD = ctx.saved_tensors
-        place = gradient_to_add_to(w_VD, True)
-        if place is None:
+        grad = gradient_to_add_to(w_VD, True)
+        if grad is None:
             return None, torch.ops.aten.embedding_dense_backward(d, ids, w_VD.shape[0], -1, False)
-        place.index_add_(0, ids.flatten(), d.flatten(0, -2).to(place.dtype))
+        grad.index_add_(0, ids.flatten(), d.flatten(0, -2).to(grad.dtype))
         return None, None

@@ -1,14 +1,13 @@
-/* Vectors of float32 numbers, read from and written to float32 or bfloat16, for every C file of the package.
+/* Vectors of float32, loaded from and stored to float32 or bfloat16, for every C file of the package.
 
-   `bfloat16` says how the numbers lie in memory. It is a constant where a function is called, so each C file is written
-   once for both. A `vec` has 16 lanes on every processor, so that its sums are taken in one order; `lanes` are as many as
-   a register has. */
+   `bfloat16` is the number format in memory. Callers pass it as a constant, so one source serves both formats. A `vec`
+   has 16 lanes on every processor, so its sum has one order everywhere; a `lanes` has as many as a register. */
 
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define BF16_PRODUCTS /* the processor multiplies pairs of bfloat16 */
+#define BF16_PRODUCTS /* the processor has a dot product of bfloat16 pairs */
 #endif
 #if defined(__AVX512F__) || defined(BF16_PRODUCTS)
 #define AVX512
@@ -24,8 +23,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(64)));
-typedef float half_vec __attribute__((vector_size(32)));
-typedef float quarter_vec __attribute__((vector_size(16)));
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
 typedef uint16_t short_vec __attribute__((vector_size(32)));
 typedef uint32_t uint_vec __attribute__((vector_size(64)));
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -58,14 +57,14 @@ INLINE vec load(const void *w, int64_t i, int64_t bfloat16) {
 
 INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
     if (!bfloat16) return ((const float *)w)[i];
-    uint32_t wide = (uint32_t)((const bf16 *)w)[i] << 16;
+    uint32_t vectors = (uint32_t)((const bf16 *)w)[i] << 16;
     float out;
-    memcpy(&out, &wide, sizeof out);
+    memcpy(&out, &vectors, sizeof out);
     return out;
 }
 
-/* The first n numbers, LANES at most, with zeros behind them. Of bfloat16 there are 16: the operations take it only
-   with BF16_PRODUCTS, and then in whole vectors. */
+/* The first n numbers, at most LANES, then zeros. Rows of bfloat16 are multiples of 16: `c_supports` (backend.py) takes
+   no others, and none without BF16_PRODUCTS. */
 INLINE lanes load_some(const void *w, int64_t i, int64_t n, int64_t bfloat16) {
 #ifdef BF16_PRODUCTS
     if (bfloat16) return load(w, i, 1);
@@ -86,7 +85,7 @@ INLINE void store1(void *w, int64_t i, float value, int64_t bfloat16) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     if (value != value)
-        bits = 0x7FC00000; /* rounding could carry NaN over into another number */
+        bits = 0x7FC00000; /* rounding the bits of a NaN could make a number of it */
     else
         bits += 0x7FFF + ((bits >> 16) & 1); /* to the nearest, ties to even */
     ((bf16 *)w)[i] = (bf16)(bits >> 16);
@@ -105,7 +104,7 @@ INLINE void store(void *w, int64_t i, vec x, int64_t bfloat16) {
 #endif
 }
 
-/* Write the first n numbers, as `load_some` reads them. */
+/* Store the first n numbers, as `load_some` loads them. */
 INLINE void store_some(void *w, int64_t i, int64_t n, lanes x, int64_t bfloat16) {
 #ifdef BF16_PRODUCTS
     if (bfloat16) {
@@ -120,16 +119,16 @@ INLINE void store_some(void *w, int64_t i, int64_t n, lanes x, int64_t bfloat16)
 }
 
 INLINE float sum(vec v) {
-    half_vec half[2];
-    quarter_vec quarter[2];
-    memcpy(half, &v, sizeof v);
-    half[0] += half[1];
-    memcpy(quarter, half, sizeof half[0]);
-    quarter[0] += quarter[1];
-    return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
+    vec8 eight[2];
+    vec4 four[2];
+    memcpy(eight, &v, sizeof v);
+    eight[0] += eight[1];
+    memcpy(four, eight, sizeof eight[0]);
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
-/* Of bfloat16 as `sum`, of float32 one lane after the other. */
+/* For bfloat16 in the order of `sum`, for float32 one lane after the other. */
 INLINE float sum_lanes(lanes v, int64_t bfloat16) {
 #ifdef BF16_PRODUCTS
     if (bfloat16) return sum(v);
@@ -156,13 +155,13 @@ INLINE lanes floor_lanes(lanes x) {
 #elif defined(__AVX__)
     return _mm256_floor_ps(x);
 #else
-    lanes whole = __builtin_convertvector(__builtin_convertvector(x, int_lanes), lanes);
-    return whole + __builtin_convertvector(whole > x, lanes); /* a lane that holds is -1 */
+    lanes truncated = __builtin_convertvector(__builtin_convertvector(x, int_lanes), lanes);
+    return truncated + __builtin_convertvector(truncated > x, lanes); /* a true lane is -1 */
 #endif
 }
 
-/* e^x for x <= 0, to about two units of the last place, and exactly 0 below -87; what is no number stays so. It is 2^n
-   times a polynomial on [-ln2/2, ln2/2]. */
+/* e^x for x <= 0, to about two units in the last place, exactly 0 below -87, NaN for NaN: 2^n times a polynomial on
+   [-ln2/2, ln2/2]. */
 INLINE lanes exp_lanes(lanes x) {
     lanes n = floor_lanes(x * 1.44269504f + 0.5f);
     lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -184,8 +183,8 @@ INLINE lanes sigmoid(lanes x) {
     return (lanes)(((int_lanes)small & below) | ((int_lanes)one & ~below)) / (one + small);
 }
 
-/* Rotate the R features of x by the angles; frequency i turns features 2i and 2i + 1 when `interleaved`, else i and
-   i + R/2. The result lies in halves, as that of `rotate` in ops/rotary.py. */
+/* Rotate the R features of x. Angle i turns features 2i and 2i + 1 when `interleaved`, else i and i + R/2. The result
+   is not interleaved, as in ops/rotary.py. */
 INLINE void rotate(const void *x, const float *cos, const float *sin, int64_t R, int64_t interleaved, void *y,
                    int64_t bfloat16) {
     for (int64_t i = 0; i < R / 2; i++) {
@@ -197,58 +196,58 @@ INLINE void rotate(const void *x, const float *cos, const float *sin, int64_t R,
 }
 
 #ifdef BF16_PRODUCTS
-#define ROWS 6 /* rows of a tile: 6 times 4 sums, 4 columns and an input fill the 32 registers */
+#define TILE_ROWS 6 /* 6 x 4 sums, 4 vectors of columns and an input fill the 32 registers */
 
-typedef int32_t pair __attribute__((may_alias)); /* two bfloat16 */
+typedef int32_t bf16x2 __attribute__((may_alias)); /* two bfloat16 */
 
-/* s[r][v] = pairs a[r][p * step] times columns 16 v .. 16 v + 15 of b: [pairs] lines, `line` columns from each other. */
-INLINE void tile(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, const int rows,
-                 const int wide, __m512 sums[ROWS][4]) {
-    __m512 s[ROWS][4];
+/* sums = a b of a tile. a[r]: row of `depth` pairs, `step` apart. b: [depth, 16 * vectors] pairs, rows `stride` apart. */
+INLINE void tile(const bf16x2 *const *a, int64_t step, int64_t depth, const uint32_t *b, int64_t stride, const int rows,
+                 const int vectors, __m512 sums[TILE_ROWS][4]) {
+    __m512 s[TILE_ROWS][4];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) s[r][v] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
+        for (int v = 0; v < vectors; v++) s[r][v] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < depth; p++) {
         __m512i column[4];
 #pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) column[v] = _mm512_loadu_si512(b + p * line + 16 * v);
+        for (int v = 0; v < vectors; v++) column[v] = _mm512_loadu_si512(b + p * stride + 16 * v);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             __m512i input = _mm512_set1_epi32(a[r][p * step]);
 #pragma GCC unroll 4
-            for (int v = 0; v < wide; v++)
+            for (int v = 0; v < vectors; v++)
                 s[r][v] = _mm512_dpbf16_ps(s[r][v], (__m512bh)input, (__m512bh)column[v]);
         }
     }
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < wide; v++) sums[r][v] = s[r][v];
+        for (int v = 0; v < vectors; v++) sums[r][v] = s[r][v];
 }
 
-/* As `tile`, for any number of rows. */
-INLINE void tile_rows(const pair *const *a, int64_t step, int64_t pairs, const uint32_t *b, int64_t line, int64_t rows,
-                      const int wide, __m512 sums[ROWS][4]) {
+/* `tile` for a number of rows that is no constant. */
+INLINE void tile_rows(const bf16x2 *const *a, int64_t step, int64_t depth, const uint32_t *b, int64_t stride,
+                      int64_t rows, const int vectors, __m512 sums[TILE_ROWS][4]) {
     switch (rows) {
-    case 1: tile(a, step, pairs, b, line, 1, wide, sums); break;
-    case 2: tile(a, step, pairs, b, line, 2, wide, sums); break;
-    case 3: tile(a, step, pairs, b, line, 3, wide, sums); break;
-    case 4: tile(a, step, pairs, b, line, 4, wide, sums); break;
-    case 5: tile(a, step, pairs, b, line, 5, wide, sums); break;
-    default: tile(a, step, pairs, b, line, 6, wide, sums);
+    case 1: tile(a, step, depth, b, stride, 1, vectors, sums); break;
+    case 2: tile(a, step, depth, b, stride, 2, vectors, sums); break;
+    case 3: tile(a, step, depth, b, stride, 3, vectors, sums); break;
+    case 4: tile(a, step, depth, b, stride, 4, vectors, sums); break;
+    case 5: tile(a, step, depth, b, stride, 5, vectors, sums); break;
+    default: tile(a, step, depth, b, stride, 6, vectors, sums);
     }
 }
 
-/* Turn 16 rows of 16 pairs, `stride` numbers from each other, into 16 lines: line p gets pair p of each row. */
-static inline void turn(const bf16 *w, int64_t stride, int64_t rows, uint32_t *to, int64_t line) {
+/* Transpose 16 rows of 16 pairs, rows `stride` numbers apart, into rows `line` pairs apart; missing rows count as 0. */
+static inline void transpose_16x16(const bf16 *w, int64_t stride, int64_t rows, uint32_t *to, int64_t line) {
     __m512i r[16], t[16];
     for (int i = 0; i < 16; i++) r[i] = i < rows ? _mm512_loadu_si512(w + i * stride) : _mm512_setzero_si512();
     for (int i = 0; i < 16; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) { /* then lane l of r[i + j] has rows i .. i + 3 of pair 4 l + j */
+    for (int i = 0; i < 16; i += 4) { /* then 128-bit lane l of r[i + j] has pair 4 l + j of rows i .. i + 3 */
         r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
         r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
         r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
@@ -265,8 +264,9 @@ static inline void turn(const bf16 *w, int64_t stride, int64_t rows, uint32_t *t
     }
 }
 
-/* `turn` of up to 16 rows of `size` numbers, a multiple of 32; the rest is 0. */
-static inline void turn_rows(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to, int64_t line) {
-    for (int64_t p = 0; p < size / 2; p += 16) turn(w + 2 * p, stride, rows, to + p * line, line);
+/* `transpose_16x16` for rows of `size` numbers, a multiple of 32. */
+static inline void pack_vnni_transposed(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to,
+                                        int64_t line) {
+    for (int64_t p = 0; p < size / 2; p += 16) transpose_16x16(w + 2 * p, stride, rows, to + p * line, line);
 }
 #endif

@@ -153,7 +153,7 @@ class CheckpointWriter:
 
 def state_name(name: str, shard: LocalShard) -> str:
     """Return the name in a file of some rows of the tensor `name`: with the first one, and those of the full tensor."""
-    return name if len(shard.tensor) == shard.rows else f"{name}@{shard.start}/{shard.rows}"
+    return name if len(shard.tensor) == shard.full_length else f"{name}@{shard.start}/{shard.full_length}"
 
 
 def load_state(

@@ -80,7 +80,7 @@ def _targets(shards: Mapping[str, LocalShard]) -> dict[str, tuple[torch.Size, to
     """
     targets = {}
     for name, shard in shards.items():
-        full = torch.empty(shard.rows, *shard.tensor.shape[1:], device="meta")
+        full = torch.empty(shard.full_length, *shard.tensor.shape[1:], device="meta")
         views = dict(_unstacked(name, shard.tensor, shard.start))
         for file_name, tensor in _unstacked(name, full):
             targets[file_name] = tensor.shape, views.get(file_name), shard.start if file_name == name else 0

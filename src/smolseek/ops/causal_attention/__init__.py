@@ -1,7 +1,7 @@
-"""Causal attention of given queries, keys and values.
+"""Causal attention from queries, keys and values.
 
-Shapes: B batch, T new tokens, S tokens seen (cached and new), H query heads, G key/value heads, Q features of a query
-head, V of a value head.
+Shapes: B batch, T new tokens, S tokens (cached and new), H query heads, G key/value heads, Q features of a query head,
+V of a value head.
 """
 
 import torch
@@ -11,7 +11,7 @@ from smolseek.ops.backend import c_infers, call
 
 
 def causal_mask(new: int, seen: int, device: torch.device) -> torch.Tensor:
-    """Return [T, S], true where new token t may look at token s: s <= S - T + t."""
+    """Return [T, S], true where new token t attends to token s: s <= S - T + t."""
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 
@@ -22,7 +22,7 @@ def causal_attention(
     scale: float,
     unseen_B1S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend with the last T of S tokens -> [B, T, H*V]; `unseen_B1S` is the cache's, for entries of unlike lengths."""
+    """Return the attention of the last T of S tokens [B, T, H*V]; `unseen_B1S` masks sequences of unlike lengths."""
     if (
         unseen_B1S is None
         and len(q_BHTQ) == 1
@@ -51,9 +51,9 @@ def c_attention(
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
     interleave: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the result in C [B, T, H*V], and the logarithms of the softmax's sums [B, H, T], in float32.
+    """Return attention in C [B, T, H*V] and the logarithms of the softmax's sums [B, H, T], in float32.
 
-    `pe_BSR` are the keys' last features, which all heads share; they and the queries' last R are rotated by `cos_sin`.
+    `pe_BSR` are the last features of the keys, shared by all heads. They and the queries' last R are rotated here.
     """
     (B, T, H, _), (_, S, G, N), V = q_BTHQ.shape, k_BSGN.shape, v_BSGV.shape[3]
     out_BTX, log_BHT = q_BTHQ.new_empty(B, T, H * V), q_BTHQ.new_empty(B, H, T, dtype=torch.float32)

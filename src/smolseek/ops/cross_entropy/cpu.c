@@ -1,10 +1,10 @@
-/* The cross-entropy of a chunk of logits, and its gradient in the logits' place. Shapes: N tokens, V vocabulary. */
+/* The cross-entropy of a chunk of logits, and its gradient, written over them. Shapes: N tokens, V vocabulary. */
 
 #include "simd.h"
 
 #include <math.h>
 
-#define PART 1024 /* float32 numbers whose sum is float32; the sum of these sums is float64 */
+#define PART 1024 /* numbers summed in float32; the sums of the parts are summed in float64 */
 
 INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
     lanes tops[4];
@@ -22,7 +22,7 @@ INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
     return best;
 }
 
-/* The sum of e^(x - top): of bfloat16 in four vectors of float32, of float32 in parts, for it is known more exactly. */
+/* The sum of e^(x - top). Logits in bfloat16 are too coarse to need float64. */
 INLINE double exponentials(const void *x, int64_t at, int64_t V, float top, int64_t bfloat16) {
     if (bfloat16) {
         lanes sums[4] = {{0}};
@@ -50,16 +50,16 @@ INLINE void probabilities(const void *x, int64_t i, int64_t n, float top, float 
 
 INLINE void row(const void *x, int64_t at, int64_t target, int64_t V, float factor, float *loss, void *d,
                 int64_t bfloat16) {
-    float top = largest(x, at, V, bfloat16), own = load1(x, at + target, bfloat16);
+    float top = largest(x, at, V, bfloat16), target_logit = load1(x, at + target, bfloat16);
     double total = exponentials(x, at, V, top, bfloat16);
-    *loss = bfloat16 ? logf(total) + top - own : (float)(log(total) + ((double)top - own));
+    *loss = bfloat16 ? logf(total) + top - target_logit : (float)(log(total) + ((double)top - target_logit));
     if (!d) return;
-    /* The row is in the nearest cache still: to compute again costs less than to keep in float32. */
+    /* The row is still in the L1 or L2 cache: computing the exponentials again costs less than storing them. */
     float share = (float)(factor / total);
     int64_t v = 0;
     for (; v + LANES <= V; v += LANES) probabilities(x, at + v, LANES, top, share, d, bfloat16);
     if (v < V) probabilities(x, at + v, V - v, top, share, d, bfloat16);
-    store1(d, at + target, (float)((exp((double)own - top) / total - 1.0) * factor), bfloat16);
+    store1(d, at + target, (float)((exp((double)target_logit - top) / total - 1.0) * factor), bfloat16);
 }
 
 /* losses[n] = log sum_v e^x[n, v] - x[n, target]; with d: d[n] = (softmax - one at the target) * factor. d may be x. */

@@ -1,4 +1,4 @@
-"""A chunk's logits become losses, and their own gradient in place. Shapes as in __init__.py; R tokens at once."""
+"""The losses of a chunk's logits; the gradient overwrites the logits. Shapes as in __init__.py; R tokens at a time."""
 
 import torch
 
@@ -15,7 +15,7 @@ class CrossEntropy:
         self.loss, self.squares = _zeros(targets_N)
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
-        """Add the losses of the tokens from `begin` on; d loss / d logits = (softmax - one-hot) / N."""
+        """Add the losses of a chunk from token `begin` on; d loss / d logits = (softmax - one-hot) / N."""
         targets_C = self.targets_N[begin : begin + len(logits_CV)]
         options = 1 / len(self.targets_N), self.z_loss, differentiate
         if not self.z_loss and c_supports(logits_CV):
@@ -29,14 +29,14 @@ class CrossEntropy:
             results = [triton.cross_entropy(logits_CV, targets_C, *options)]
         else:
             chunks = (x.split(tokens_at_once(logits_CV.device)) for x in (logits_CV, targets_C))
-            results = [reference.cross_entropy(*chunk, *options) for chunk in zip(*chunks, strict=True)]
+            results = [reference.cross_entropy(x_RV, t_R, *options) for x_RV, t_R in zip(*chunks, strict=True)]
         self.loss += torch.stack([losses.sum() for losses, _ in results]).sum()
         if self.z_loss:
             for _, log_sums in results:
                 self.squares += log_sums.square().sum()
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what is differentiated, and the next token's cross-entropy."""
+        """Return the means over all tokens: the objective, and the next token's cross-entropy."""
         N = len(self.targets_N)
         return (self.loss + self.z_loss * self.squares) / N, self.loss / N
 
@@ -47,14 +47,14 @@ class Divergence:
     def __init__(self, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor) -> None:
         self.taught_ND, self.taught_VD, self.targets_N = taught_ND, taught_VD, targets_N
         self.kl, self.loss = _zeros(targets_N)
-        # Made once and used by every chunk: fresh pages would cost more than the arithmetic.
+        # Allocated once for all chunks: new memory pages would cost more than the arithmetic.
         N, V = len(targets_N), len(taught_VD)
         self.taught_CV = taught_ND.new_empty(min(N, CHUNK), V)
-        rows = min(N, tokens_at_once(targets_N.device))
-        self.buffers = [taught_ND.new_empty(rows, V, dtype=torch.float32) for _ in range(3)]
+        R = min(N, tokens_at_once(targets_N.device))
+        self.buffers = [taught_ND.new_empty(R, V, dtype=torch.float32) for _ in range(3)]
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
-        """Add the divergence of the tokens from `begin` on; d KL / d logits = (q - p) / N."""
+        """Add the divergence of a chunk from token `begin` on; d KL / d logits = (q - p) / N."""
         end = begin + len(logits_CV)
         taught_CV = torch.mm(self.taught_ND[begin:end], self.taught_VD.T, out=self.taught_CV[: len(logits_CV)])
         chunks = (x.split(len(self.buffers[0])) for x in (logits_CV, taught_CV, self.targets_N[begin:end]))
@@ -76,7 +76,7 @@ class Divergence:
                 ours_RV.copy_(q.div_(sum_q).sub_(p).mul_(1 / len(self.targets_N)))
 
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what is differentiated, and the next token's cross-entropy."""
+        """Return the means over all tokens: the objective, and the next token's cross-entropy."""
         return self.kl / len(self.targets_N), self.loss / len(self.targets_N)
 
 

@@ -1,14 +1,14 @@
-"""The cross-entropy of given logits by PyTorch's operations. Shapes: R tokens, V vocabulary."""
+"""The cross-entropy of logits in PyTorch. Shapes: R tokens, V vocab_size."""
 
 import torch
 
 
 def cross_entropy(
-    logits_RV: torch.Tensor, targets_R: torch.Tensor, factor: float, z_loss: float, wanted: bool
+    logits_RV: torch.Tensor, targets_R: torch.Tensor, factor: float, z_loss: float, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [R] and the logarithms of the softmax's sums [R], in float32.
 
-    If `wanted` the logits become factor * d (loss + z_loss * log_sum^2) / d logits.
+    With `differentiate` the logits become factor * d (loss + z_loss * log_sum^2) / d logits.
     """
     targets_R1 = targets_R[:, None]
     top_R1 = logits_RV.amax(dim=1, keepdim=True).float()
@@ -18,7 +18,7 @@ def cross_entropy(
     log_z_R1 = sum_R1.log() + top_R1
     if z_loss:
         e_RV.mul_(1 + 2 * z_loss * log_z_R1)
-    if wanted:
+    if differentiate:
         e_RV.scatter_add_(1, targets_R1, -sum_R1)
         logits_RV.copy_(e_RV.mul_(factor / sum_R1))
     return (log_z_R1 - target_R1)[:, 0], log_z_R1[:, 0]

@@ -1,4 +1,4 @@
-"""The routed experts' two products, each expert on the slots that were sent to it. Shapes as in reference.py."""
+"""The routed experts: each applies its two products to its slots. Shapes as in reference.py."""
 
 import torch
 
@@ -13,15 +13,15 @@ __all__ = ["Weights", "grouped_experts"]
 def grouped_experts(
     x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool, padded: bool, accumulate: bool = False
 ) -> torch.Tensor:
-    """Apply expert e to its `counts_E[e]` rows of `x_MD`, which is sorted by expert -> [M, D].
+    """Apply expert e to its `counts_E[e]` slots of `x_MD` -> [M, D].
 
     Args:
-        x_MD: the tokens, in order of their experts.
-        counts_E: rows of each expert.
-        weights: of all experts, stacked.
-        gated: SwiGLU rather than SiLU.
-        padded: whether a token's result must not depend on how many others chose its expert.
-        accumulate: on a CPU, add the weights' gradients to their `.grad`.
+        x_MD: tokens sorted by expert.
+        counts_E: slots of each expert.
+        weights: of all experts.
+        gated: SwiGLU, else SiLU.
+        padded: a token's result must not change with the number of other tokens of its expert, to the last bit.
+        accumulate: on a CPU, add the weights' gradients to their `.grad` in place.
     """
     device, dtype = x_MD.device.type, product_type(x_MD)
     if device == "cuda" and torch.is_autocast_enabled("cuda"):

@@ -1,8 +1,8 @@
-"""A training step's SwiGLU experts on a CPU, each writing its weights' gradients into its own slices.
+"""SwiGLU experts of a training step on a CPU; each writes its gradients into a slice. Shapes as in reference.py.
 
-Autograd over slices would keep every cast weight and every intermediate, and stack the experts' gradients anew. Here a
-weight is cast right before its product, while it is in the processor's cache, and only the first product is kept: the
-rest is elementwise and is computed again. Shapes as in reference.py.
+Autograd over slices would keep every cast weight and every intermediate, and stack the experts' gradients again. Here a
+weight is cast just before its product, while it is in the processor's cache. Only the first product is kept; what
+follows is elementwise and is recomputed.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from smolseek.ops.backend import gradient_to_add_to
-from smolseek.ops.grouped_experts.reference import ROWS, padded_rows, round_up
+from smolseek.ops.grouped_experts.reference import SLOT_MULTIPLE, padded_slots, round_up
 from smolseek.ops.swiglu import packed_backward, packed_forward
 
 
@@ -19,26 +19,26 @@ from smolseek.ops.swiglu import packed_backward, packed_forward
 def _forward(
     x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts' results [M, D] and their first products [M, 2F], one expert after the other.
+    """Return the experts' results [M, D] and their first products [M, 2F].
 
-    An operator of its own, so that selective recomputation can keep what it made (`model/recompute.py`).
+    It is an operator so that selective recomputation can keep its results (`model/recompute.py`).
     """
     M = x_MD.shape[0]
-    h_MX = x_MD.new_empty(round_up(M) + ROWS, up_EXD.shape[1])
-    y_MD = x_MD.new_empty(round_up(M) + ROWS, x_MD.shape[1])
+    h_MX = x_MD.new_empty(round_up(M) + SLOT_MULTIPLE, up_EXD.shape[1])
+    y_MD = x_MD.new_empty(round_up(M) + SLOT_MULTIPLE, x_MD.shape[1])
     begin = 0
     for e, count in enumerate(counts):
         if count:
-            # The rows beyond its own are the next expert's, who writes them anew.
+            # The padding is the next expert's slots, which that expert overwrites.
             part = slice(begin, begin + round_up(count))
-            torch.mm(padded_rows(x_MD, begin, round_up(count)), up_EXD[e].to(x_MD.dtype).T, out=h_MX[part])
+            torch.mm(padded_slots(x_MD, begin, round_up(count)), up_EXD[e].to(x_MD.dtype).T, out=h_MX[part])
             torch.mm(packed_forward(h_MX[part]), down_EDF[e].to(x_MD.dtype).T, out=y_MD[part])
         begin += count
     return y_MD[:M], h_MX[:M]
 
 
 class GroupedSwiGLU(torch.autograd.Function):
-    """`grouped_experts` of gated experts; with `accumulate` the weights' gradients are added to their `.grad`."""
+    """`grouped_experts` for gated experts; with `accumulate` the weights' gradients are added to their `.grad`."""
 
     @staticmethod
     def forward(
@@ -47,22 +47,22 @@ class GroupedSwiGLU(torch.autograd.Function):
         """Return the experts' results [M, D]."""
         y_MD, h_MX = _forward(x_MD, up_EXD, down_EDF, counts)
         ctx.save_for_backward(x_MD, h_MX)
-        # The weights themselves: recomputation would hand back others, without a `.grad`.
+        # Not saved tensors: with recomputation those would be other objects, without a `.grad`.
         ctx.weights, ctx.counts, ctx.accumulate = (up_EXD, down_EDF), counts, accumulate
         return y_MD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        """Return the gradients that are wanted and not accumulated."""
+        """Return the gradients that are needed and not accumulated."""
         (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
         M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
-        dx_MD = x_MD.new_empty(round_up(M) + ROWS, x_MD.shape[1]) if ctx.needs_input_grad[0] else None
-        # Where each weight's gradient goes, None if it is not wanted, and whether it is added to what is there.
+        dx_MD = x_MD.new_empty(round_up(M) + SLOT_MULTIPLE, x_MD.shape[1]) if ctx.needs_input_grad[0] else None
+        # The tensor for each weight's gradient, None if it is not needed, and whether to add to its contents.
         targets: list[tuple[torch.Tensor | None, bool]] = []
-        for weight, wanted in zip(ctx.weights, ctx.needs_input_grad[1:3], strict=True):
+        for weight, needed in zip(ctx.weights, ctx.needs_input_grad[1:3], strict=True):
             grad = gradient_to_add_to(weight, ctx.accumulate)
-            targets.append((torch.empty_like(weight) if wanted and grad is None else grad, grad is not None))
+            targets.append((torch.empty_like(weight) if needed and grad is None else grad, grad is not None))
         begin = 0
         for e, count in enumerate(ctx.counts):
             if count == 0:
@@ -71,9 +71,9 @@ class GroupedSwiGLU(torch.autograd.Function):
                         target[e].zero_()
                 continue
             padded = round_up(count)
-            x, dy, h = (padded_rows(t, begin, padded) for t in (x_MD, dy_MD, h_MX))
+            x, dy, h = (padded_slots(t, begin, padded) for t in (x_MD, dy_MD, h_MX))
             dh, a = packed_backward(h, dy @ down_EDF[e].to(dy.dtype))
-            dh[count:], a[count:] = 0, 0  # the rows beyond its own are the next expert's
+            dh[count:], a[count:] = 0, 0  # the padding is the next expert's slots
             for (target, add), left, right in zip(targets, (dh.T, dy.T), (x, a), strict=True):
                 if target is not None:
                     write_product(left, right, target[e], add)
@@ -85,7 +85,7 @@ class GroupedSwiGLU(torch.autograd.Function):
 
 
 def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """Write a b into `out`, or add it there: by the product itself where the types are the same."""
+    """Write a b into `out`, or add it; with equal types the product itself adds."""
     if a.dtype != out.dtype:
         out.add_(a @ b) if add else out.copy_(a @ b)
     elif add:

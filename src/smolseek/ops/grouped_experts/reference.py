@@ -1,4 +1,4 @@
-"""The experts one after the other by PyTorch's operations.
+"""The experts one after the other, in PyTorch.
 
 Shapes: M slots sorted by expert, D hidden_size, E experts, F neurons of an expert, X = 2F for SwiGLU experts, else F.
 """
@@ -10,44 +10,44 @@ import torch.nn.functional as F
 
 from smolseek.ops.swiglu import swiglu_packed
 
-# An expert's products have a multiple of this many rows. oneDNN writes a program for each shape, in milliseconds
-# and up to half a megabyte, and keeps a thousand of them: with the experts' own numbers of rows nearly every
-# product would be a new shape. Below 12 rows its and MKL's float32 products take other kernels, which round otherwise.
-ROWS = 16
+# An expert's products have a multiple of this many slots. oneDNN compiles a kernel for each shape (milliseconds, up to
+# half a megabyte) and caches a thousand; with the exact counts nearly every product would have a new shape. Below 12
+# rows the float32 products of oneDNN and MKL use other kernels, which round differently.
+SLOT_MULTIPLE = 16
 
 
 class Weights(NamedTuple):
-    """All experts' weights, stacked."""
+    """The weights of all experts, stacked."""
 
     up_EXD: torch.Tensor
-    """First matrices; of SwiGLU experts the gate's rows, then the up-projection's."""
+    """First matrices; for SwiGLU the gate's rows, then the up-projection's."""
     down_EDF: torch.Tensor
     up_bias_EX: torch.Tensor | None = None
     down_bias_ED: torch.Tensor | None = None
 
 
 def round_up(count: int) -> int:
-    """Return the next multiple of `ROWS`."""
-    return -(-count // ROWS) * ROWS
+    """Return the next multiple of `SLOT_MULTIPLE`."""
+    return -(-count // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
-def padded_rows(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
-    """Return `count` rows from `begin` on; zeros beyond the last."""
+def padded_slots(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
+    """Return `count` slots from `begin` on; zeros beyond the last."""
     missing = begin + count - x_MX.shape[0]
     return x_MX[begin : begin + count] if missing <= 0 else F.pad(x_MX[begin:], (0, 0, 0, missing))
 
 
 def activate(h_MX: torch.Tensor, gated: bool) -> torch.Tensor:
-    """Return SwiGLU of rows [gate; up], or SiLU [M, F]."""
+    """Return SwiGLU of [gate; up], or SiLU [M, F]."""
     return swiglu_packed(h_MX) if gated else F.silu(h_MX)
 
 
 def grouped_experts(
     x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool, padded: bool
 ) -> torch.Tensor:
-    """Return each expert's results for its rows [M, D]; `padded` products never have few rows."""
+    """Return each expert's results for its slots [M, D]."""
     linear = _padded_linear if padded else F.linear
-    # `unbind` once: indexing would add a full-size gradient per expert.
+    # `unbind` once: the gradient of indexing has the full size for each expert.
     unbound = ((None,) * len(counts_E) if w is None else w.unbind() for w in weights)
     results = []
     for x_XD, w_up, w_down, b_up, b_down in zip(x_MD.split(counts_E.tolist()), *unbound, strict=True):
@@ -57,10 +57,10 @@ def grouped_experts(
 
 
 def _padded_linear(x_XD: torch.Tensor, w_FD: torch.Tensor, b_F: torch.Tensor | None) -> torch.Tensor:
-    """Return x w^T + b for a multiple of `ROWS` rows, so never for few.
+    """Return x w^T + b, computed for a multiple of `SLOT_MULTIPLE` rows.
 
-    An expert's tokens are those that chose it, so a later token changes the number of rows that an earlier one is
-    computed among. Padding keeps the earlier token's result the same to the last bit.
+    A later token can increase the number of slots of an earlier token's expert. Padding keeps the earlier token's
+    result the same to the last bit.
     """
     count = x_XD.shape[0]
-    return F.linear(padded_rows(x_XD, 0, round_up(count)), w_FD, b_F)[:count]
+    return F.linear(padded_slots(x_XD, 0, round_up(count)), w_FD, b_F)[:count]

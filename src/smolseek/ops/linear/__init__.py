@@ -1,4 +1,4 @@
-"""Products with weights; in C where a prompt is read in bfloat16.
+"""Products with weights; in C for reading a prompt in bfloat16.
 
 Shapes: M rows, D inputs, F outputs, E experts.
 """
@@ -25,18 +25,18 @@ def linear_swiglu(x: torch.Tensor, gate_FD: torch.Tensor, up_FD: torch.Tensor) -
 
 
 def c_supports_weights(x: torch.Tensor, *weights: torch.Tensor) -> bool:
-    """Return whether `c_linear` takes these weights [..., F, D]."""
+    """Return whether `c_linear` supports these weights [..., F, D]."""
     return c_infers(x) and all(w.dtype == x.dtype and not (w.shape[-1] % 32 or w.shape[-2] % 32) for w in weights)
 
 
 def c_linear(
     x: torch.Tensor, w_EFD: torch.Tensor, up_EFD: torch.Tensor | None = None, counts_E: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Multiply each expert's rows, sorted by expert, with its matrix; with `up_EFD`, SwiGLU: silu(w x) * (up x)."""
+    """Return w_e x for each expert's rows, which are sorted by expert; with `up_EFD`, silu(w_e x) * (up_e x)."""
     E, F_, D = w_EFD.shape
-    x, rows = x.contiguous(), x.numel() // D
-    ends_E = torch.tensor([rows]) if counts_E is None else counts_E.cumsum(0)
+    x, M = x.contiguous(), x.numel() // D
+    offsets_E = torch.tensor([M]) if counts_E is None else counts_E.cumsum(0)
     assert w_EFD.stride()[1:] == (D, 1) and (up_EFD is None or up_EFD.stride() == w_EFD.stride())
     y = x.new_empty(*x.shape[:-1], F_)
-    call("linear", x, ends_E, E, w_EFD, up_EFD, w_EFD.stride(0), D, F_, y)
+    call("linear", x, offsets_E, E, w_EFD, up_EFD, w_EFD.stride(0), D, F_, y)
     return y

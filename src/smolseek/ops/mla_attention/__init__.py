@@ -1,8 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1) from the projections on, without the last one.
+"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1) between its projections.
 
-Backends of a training step: C computes all of it in bfloat16; Triton rotates and packs in one kernel what PyTorch's
-attention then takes. Shapes: B sequences, T queries (of the last tokens), S tokens, H query heads, N and R features of
-a head without and with position, Q = N + R, V features of a value, X features of all heads, P = R/2 angles.
+In training, C computes all of it in bfloat16; Triton rotates and packs queries and keys in one kernel, and PyTorch's
+attention follows. Shapes: B sequences, T queries (of the last tokens), S tokens, H query heads, N and R features of a
+head without and with position, Q = N + R, V features of a value, X features of all heads, P = R/2 angles.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ __all__ = ["CosSin", "absorbed_attention", "c_supports_heads", "mla_attention", 
 
 
 def c_supports_heads(q_BTX: torch.Tensor, nope: int, rope: int, value: int) -> bool:
-    """Return whether the C kernel takes these queries: in bfloat16, heads of whole registers."""
-    sizes = nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0
-    return sizes and q_BTX.dtype == torch.bfloat16 and c_supports(q_BTX)
+    """Return whether the C kernel supports these queries: bfloat16, and sizes of a head that fill its vectors."""
+    fills = nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0
+    return fills and q_BTX.dtype == torch.bfloat16 and c_supports(q_BTX)
 
 
 def mla_attention(
@@ -36,24 +36,24 @@ def mla_attention(
     """Return causal attention [B, T, H*V] of queries [q_nope; RoPE(q_pe)] to keys [k_nope; RoPE(k_pe)].
 
     Args:
-        q_BTX: every head's [N; R] features, of the last T of S tokens.
-        kv_BSX: every head's key without position and value, [N; V].
-        pe_BSR: the heads' common key with position, not yet rotated.
-        cos_sin: the angles [S, P] of all S tokens.
+        q_BTX: [q_nope; q_pe] of every head, of the last T of S tokens.
+        kv_BSX: [k_nope; value] of every head.
+        pe_BSR: k_pe, shared by all heads, not yet rotated.
+        cos_sin: of the angles [S, P] of all S tokens.
         sizes: H, N and V.
         scale: factor on the scores.
-        interleave: whether angle i turns features (2i, 2i+1), or (i, i + P).
+        interleave: angle i rotates features (2i, 2i+1), else (i, i + P).
     """
-    given = q_BTX, kv_BSX, pe_BSR, *cos_sin, sizes
+    arguments = q_BTX, kv_BSX, pe_BSR, *cos_sin, sizes
     _, nope, value = sizes
     if torch.is_grad_enabled() and q_BTX.shape[1] == kv_BSX.shape[1]:
         if c_supports_heads(q_BTX, nope, pe_BSR.shape[2], value):
-            return _Attention.apply(*given, scale, interleave)
+            return _Attention.apply(*arguments, scale, interleave)
         if q_BTX.dtype == torch.bfloat16 and triton_supports(q_BTX):
-            q, k, v = (x.transpose(1, 2) for x in _RopeAndPack.apply(*given, interleave))
+            q, k, v = (x.transpose(1, 2) for x in _RopeAndPack.apply(*arguments, interleave))
             return causal_attention(q, k, v, scale)
     elif c_infers(q_BTX) and c_supports_heads(q_BTX, nope, pe_BSR.shape[2], value):
-        return _forward(*given[:5], list(sizes), scale, interleave)[0]
+        return _forward(*arguments[:5], list(sizes), scale, interleave)[0]
     return reference.mla_attention(q_BTX, kv_BSX, pe_BSR, cos_sin, sizes, scale, interleave)
 
 
@@ -70,13 +70,13 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dout_BTX: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         q_BTX, kv_BTX, pe_BTR, cos_TP, sin_TP, out_BTX, log_BHT = ctx.saved_tensors
         dq_BTX, dkv_BTX, dpe_BTR = torch.empty_like(q_BTX), torch.empty_like(kv_BTX), pe_BTR.new_empty(pe_BTR.shape)
-        parts_BHTR = log_BHT.new_empty(*log_BHT.shape, pe_BTR.shape[2])
+        dpe_BHTR = log_BHT.new_empty(*log_BHT.shape, pe_BTR.shape[2])
         (B, T, _), (H, N, V) = q_BTX.shape, ctx.sizes
-        given = q_BTX, kv_BTX, pe_BTR, pe_BTR.stride(1), cos_TP, sin_TP, ctx.interleave
+        inputs = q_BTX, kv_BTX, pe_BTR, pe_BTR.stride(1), cos_TP, sin_TP, ctx.interleave
         sizes = B, T, H, N, pe_BTR.shape[2], V, float(ctx.scale)
         gradients = dq_BTX, dkv_BTX, dpe_BTR
-        made = out_BTX, log_BHT, dout_BTX.contiguous()
-        call("mla_attention_backward", *given, *sizes, *made, *gradients, parts_BHTR)
+        outputs = out_BTX, log_BHT, dout_BTX.contiguous()
+        call("mla_attention_backward", *inputs, *sizes, *outputs, *gradients, dpe_BHTR)
         return *gradients, None, None, None, None, None
 
 

@@ -1,9 +1,12 @@
-/* Latent attention in bfloat16, forward and backward: every head's rotation, scores, softmax and
-   sums in one go, without a tensor between them. Products accumulate in float32.
+/* Latent attention in bfloat16, forward and backward: rotation, scores, softmax and sums of one head after the other,
+   without a full tensor of scores. Products accumulate in float32.
 
    Shapes: B sequences, T tokens, H heads, N and R features of a head without and with position, Q = N + R, V features
-   of a value, P = R / 2 angles. Scores are held transposed, [keys, queries of a block]: then softmax runs along the
-   vector registers, and what the products for values and keys need lies in order already. */
+   of a value, P = R / 2 angles. Scores are stored transposed, [keys, queries of a block]: the softmax then runs along
+   the vector registers, and the products with values and keys read it in order.
+
+   The dot-product instruction multiplies pairs of bfloat16. `_vnni` marks a matrix [rows, columns] stored for it as
+   [rows / 2, columns] pairs of neighbouring rows (oneDNN's VNNI layout), `_transposed` the same of the transpose. */
 
 #include "simd.h"
 
@@ -14,34 +17,34 @@
 
 #define BLOCK 64 /* queries of a block */
 
-/* A tile of scores: each row with step 1, BLOCK columns. */
-static void scores(const bf16 *rows_at, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
-                   __m512 sums[ROWS][4]) {
-    const pair *a[ROWS];
-    for (int64_t r = 0; r < ROWS; r++) a[r] = (const pair *)(rows_at + (r < rows ? r : 0) * stride);
+/* The scores of `rows` keys, at most TILE_ROWS, with BLOCK queries `b`, packed and transposed. */
+static void scores(const bf16 *keys, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
+                   __m512 sums[TILE_ROWS][4]) {
+    const bf16x2 *a[TILE_ROWS];
+    for (int64_t r = 0; r < TILE_ROWS; r++) a[r] = (const bf16x2 *)(keys + (r < rows ? r : 0) * stride);
     tile_rows(a, 1, size / 2, b, BLOCK, rows, 4, sums);
 }
 
-/* to[r] = (or +=, with `add`) pairs of row r times b: [pairs, size], for `rows` rows of a that are `next` pairs from each
-   other and whose pairs are `step` from each other. */
-static void product(const pair *a_at, int64_t next, int64_t step, int64_t rows, int64_t pairs, const uint32_t *b,
+/* to = a b, or to += a b with `add`. a: [rows, depth] pairs, `stride` from row to row and `step` within a row.
+   b: [depth, size] pairs. to: [rows, size]. */
+static void product(const bf16x2 *a_in, int64_t stride, int64_t step, int64_t rows, int64_t depth, const uint32_t *b,
                     int64_t size, float *to, int add) {
-    for (int64_t first = 0; first < rows; first += ROWS) {
-        int64_t count = rows - first < ROWS ? rows - first : ROWS;
-        const pair *a[ROWS];
-        for (int64_t r = 0; r < ROWS; r++) a[r] = a_at + (first + (r < count ? r : 0)) * next;
-        for (int64_t n = 0, wide; n < size; n += 16 * wide) {
-            __m512 sums[ROWS][4];
+    for (int64_t first = 0; first < rows; first += TILE_ROWS) {
+        int64_t count = rows - first < TILE_ROWS ? rows - first : TILE_ROWS;
+        const bf16x2 *a[TILE_ROWS];
+        for (int64_t r = 0; r < TILE_ROWS; r++) a[r] = a_in + (first + (r < count ? r : 0)) * stride;
+        for (int64_t n = 0, vectors; n < size; n += 16 * vectors) {
+            __m512 sums[TILE_ROWS][4];
             int64_t left = (size - n) / 16;
-            wide = left == 6 || left == 3 ? 3 : left >= 4 ? 4 : left; /* 96 columns as 48 and 48 */
-            switch (wide) {
-            case 1: tile_rows(a, step, pairs, b + n, size, count, 1, sums); break;
-            case 2: tile_rows(a, step, pairs, b + n, size, count, 2, sums); break;
-            case 3: tile_rows(a, step, pairs, b + n, size, count, 3, sums); break;
-            default: tile_rows(a, step, pairs, b + n, size, count, 4, sums);
+            vectors = left == 6 || left == 3 ? 3 : left >= 4 ? 4 : left; /* 96 columns as 48 and 48 */
+            switch (vectors) {
+            case 1: tile_rows(a, step, depth, b + n, size, count, 1, sums); break;
+            case 2: tile_rows(a, step, depth, b + n, size, count, 2, sums); break;
+            case 3: tile_rows(a, step, depth, b + n, size, count, 3, sums); break;
+            default: tile_rows(a, step, depth, b + n, size, count, 4, sums);
             }
             for (int64_t r = 0; r < count; r++)
-                for (int64_t v = 0; v < wide; v++) {
+                for (int64_t v = 0; v < vectors; v++) {
                     float *at = to + (first + r) * size + n + 16 * v;
                     _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sums[r][v]) : sums[r][v]);
                 }
@@ -49,14 +52,14 @@ static void product(const pair *a_at, int64_t next, int64_t step, int64_t rows, 
     }
 }
 
-/* Bring BLOCK rows (fewer too; the rest is 0) of `size` numbers, a multiple of 32, into lines of pairs. */
-static void turn_block(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
+/* Pack the transpose of at most BLOCK rows of `size` numbers, a multiple of 32; columns of missing rows are 0. */
+static void pack_block_transposed(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t first = 0; first < BLOCK; first += 16)
-        turn_rows(w + (first < rows ? first : 0) * stride, stride, rows - first, size, to + first, BLOCK);
+        pack_vnni_transposed(w + (first < rows ? first : 0) * stride, stride, rows - first, size, to + first, BLOCK);
 }
 
-/* Bring `rows` rows of `size` numbers, a multiple of 16, into pairs of rows side by side, with zeros after an odd one. */
-static void interleave(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
+/* Pack `rows` rows of `size` numbers, a multiple of 16; zeros take the place of an odd row's neighbour. */
+static void pack_vnni(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t i = 0; i < rows; i += 2, to += size)
         for (int64_t n = 0; n < size; n += 16) {
             __m512i low = widen(w + i * stride + n), high = _mm512_setzero_si512();
@@ -65,7 +68,7 @@ static void interleave(const bf16 *w, int64_t stride, int64_t rows, int64_t size
         }
 }
 
-/* The queries of vector `v` of the block at `first` that may see key `key`. */
+/* A mask of the queries in vector `v` of the block from `first` on that may attend to `key`. */
 INLINE __mmask16 seen(int64_t key, int64_t first, int v) {
     int64_t hidden = key - first - 16 * v;
     return hidden <= 0 ? 0xffff : hidden >= 16 ? 0 : (__mmask16)(0xffff << hidden);
@@ -79,52 +82,54 @@ INLINE void rotate_back(const float *d, const float *cos, const float *sin, int6
 }
 
 /* One head's queries or keys, rotated: [T, N + R]. */
-static void pack(const bf16 *plain, int64_t plain_next, const bf16 *turned, int64_t turned_next, const float *cos,
+static void pack(const bf16 *nope, int64_t nope_stride, const bf16 *rope, int64_t rope_stride, const float *cos,
                  const float *sin, int64_t interleaved, int64_t T, int64_t N, int64_t R, bf16 *to) {
     for (int64_t t = 0; t < T; t++, to += N + R) {
-        memcpy(to, plain + t * plain_next, N * sizeof *to);
-        rotate(turned + t * turned_next, cos + t * R / 2, sin + t * R / 2, R, interleaved, to + N, 1);
+        memcpy(to, nope + t * nope_stride, N * sizeof *to);
+        rotate(rope + t * rope_stride, cos + t * R / 2, sin + t * R / 2, R, interleaved, to + N, 1);
     }
 }
 
 int64_t has_bf16_products(void) { return 1; }
 
-static void *room(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+static void *allocate(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* The last A of T tokens have queries; H / G heads of queries share keys and values. Of q, key and value, `_next` numbers
-   lie from token to token and `_head` from head to head. The keys' last R features are those of pe, [B, T, R], rotated, as
-   are the queries'. cos, sin: [T, P], out: [B, A, H, V], log_sums: [B, H, A]. */
-void mla_attention(const bf16 *q_all, int64_t q_next, int64_t q_head, const bf16 *key, int64_t key_next,
-                   int64_t key_head, const bf16 *value, int64_t value_next, int64_t value_head, const bf16 *pe,
-                   int64_t pe_next, const float *cos, const float *sin, int64_t interleaved, int64_t B, int64_t A,
-                   int64_t T, int64_t H, int64_t G, int64_t N, int64_t R, int64_t V, float scale, bf16 *out,
-                   float *log_sums, int64_t threads) {
+/* Attention of the last A of T tokens; H / G query heads share the keys and values of a group. `_stride_t` and
+   `_stride_h` count the numbers from token to token and from head to head. The keys' last R features are those of pe,
+   [B, T, R]; both they and the queries' are rotated here. cos, sin: [T, P], out: [B, A, H, V], log_sums: [B, H, A]. */
+void mla_attention(const bf16 *q_in, int64_t q_stride_t, int64_t q_stride_h, const bf16 *key, int64_t key_stride_t,
+                   int64_t key_stride_h, const bf16 *value, int64_t value_stride_t, int64_t value_stride_h,
+                   const bf16 *pe, int64_t pe_stride_t, const float *cos, const float *sin, int64_t interleaved,
+                   int64_t B, int64_t A, int64_t T, int64_t H, int64_t G, int64_t N, int64_t R, int64_t V, float scale,
+                   bf16 *out, float *log_sums, int64_t threads) {
     const int64_t Q = N + R, before = T - A;
+    const __m512 minus_infinity = _mm512_set1_ps(-INFINITY);
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *q = room(A * Q * 2), *k = room(T * Q * 2);
-        uint32_t *turned = room(Q / 2 * BLOCK * 4), *values = room((T + 1) / 2 * V * 4);
-        uint32_t *weights = room((T + 1) / 2 * BLOCK * 4);
-        float *s = room((T + 1) * BLOCK * 4), *sums = room(BLOCK * V * 4);
+        bf16 *q = allocate(A * Q * 2), *k = allocate(T * Q * 2);
+        uint32_t *q_transposed = allocate(Q / 2 * BLOCK * 4), *v_vnni = allocate((T + 1) / 2 * V * 4);
+        uint32_t *p_vnni = allocate((T + 1) / 2 * BLOCK * 4);
+        float *s = allocate((T + 1) * BLOCK * 4), *sums = allocate(BLOCK * V * 4);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * H; n++) {
             int64_t b = n / H, h = n % H, g = h / (H / G), angle = before * R / 2;
-            const bf16 *own_q = q_all + b * A * q_next + h * q_head, *own_k = key + b * T * key_next + g * key_head;
-            pack(own_q, q_next, own_q + N, q_next, cos + angle, sin + angle, interleaved, A, N, R, q);
-            pack(own_k, key_next, pe + b * T * pe_next, pe_next, cos, sin, interleaved, T, N, R, k);
-            interleave(value + b * T * value_next + g * value_head, value_next, T, V, values);
+            const bf16 *q_head = q_in + b * A * q_stride_t + h * q_stride_h;
+            const bf16 *k_head = key + b * T * key_stride_t + g * key_stride_h;
+            pack(q_head, q_stride_t, q_head + N, q_stride_t, cos + angle, sin + angle, interleaved, A, N, R, q);
+            pack(k_head, key_stride_t, pe + b * T * pe_stride_t, pe_stride_t, cos, sin, interleaved, T, N, R, k);
+            pack_vnni(value + b * T * value_stride_t + g * value_stride_h, value_stride_t, T, V, v_vnni);
             for (int64_t first = 0; first < A; first += BLOCK) {
                 int64_t queries = A - first < BLOCK ? A - first : BLOCK, keys = before + first + queries;
-                __m512 top[4], total[4], tiled[ROWS][4];
-                turn_block(q + first * Q, Q, queries, Q, turned);
-                for (int v = 0; v < 4; v++) top[v] = _mm512_set1_ps(-INFINITY), total[v] = _mm512_setzero_ps();
-                for (int64_t i = 0; i < keys; i += ROWS) {
-                    int64_t rows = keys - i < ROWS ? keys - i : ROWS;
-                    scores(k + i * Q, Q, rows, Q, turned, tiled);
+                __m512 top[4], total[4], tiled[TILE_ROWS][4];
+                pack_block_transposed(q + first * Q, Q, queries, Q, q_transposed);
+                for (int v = 0; v < 4; v++) top[v] = minus_infinity, total[v] = _mm512_setzero_ps();
+                for (int64_t i = 0; i < keys; i += TILE_ROWS) {
+                    int64_t rows = keys - i < TILE_ROWS ? keys - i : TILE_ROWS;
+                    scores(k + i * Q, Q, rows, Q, q_transposed, tiled);
                     for (int64_t r = 0; r < rows; r++)
                         for (int v = 0; v < 4; v++) {
-                            __m512 x = _mm512_mask_mul_ps(_mm512_set1_ps(-INFINITY), seen(i + r, before + first, v),
-                                                          tiled[r][v], _mm512_set1_ps(scale));
+                            __mmask16 mask = seen(i + r, before + first, v);
+                            __m512 x = _mm512_mask_mul_ps(minus_infinity, mask, tiled[r][v], _mm512_set1_ps(scale));
                             top[v] = _mm512_max_ps(top[v], x);
                             _mm512_storeu_ps(s + (i + r) * BLOCK + 16 * v, x);
                         }
@@ -132,15 +137,15 @@ void mla_attention(const bf16 *q_all, int64_t q_next, int64_t q_head, const bf16
                 for (int64_t i = 0; i < keys; i += 2)
                     for (int v = 0; v < 4; v++) {
                         const float *at = s + i * BLOCK + 16 * v;
-                        __m512 low = exp_lanes(_mm512_sub_ps(_mm512_loadu_ps(at), top[v])), high = _mm512_setzero_ps();
-                        if (i + 1 < keys) high = exp_lanes(_mm512_sub_ps(_mm512_loadu_ps(at + BLOCK), top[v]));
-                        total[v] = _mm512_add_ps(total[v], _mm512_add_ps(low, high));
-                        __m512i bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
-                        __m512i more = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-                        _mm512_storeu_si512(weights + i / 2 * BLOCK + 16 * v,
-                                            _mm512_or_si512(bits, _mm512_slli_epi32(more, 16)));
+                        __m512 low = exp_lanes(_mm512_loadu_ps(at) - top[v]), high = _mm512_setzero_ps();
+                        if (i + 1 < keys) high = exp_lanes(_mm512_loadu_ps(at + BLOCK) - top[v]);
+                        total[v] += low + high;
+                        __m512i low_bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
+                        __m512i high_bits = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
+                        low_bits = _mm512_or_si512(low_bits, _mm512_slli_epi32(high_bits, 16));
+                        _mm512_storeu_si512(p_vnni + i / 2 * BLOCK + 16 * v, low_bits);
                     }
-                product((const pair *)weights, 1, BLOCK, queries, (keys + 1) / 2, values, V, sums, 0);
+                product((const bf16x2 *)p_vnni, 1, BLOCK, queries, (keys + 1) / 2, v_vnni, V, sums, 0);
                 float tops[BLOCK], totals[BLOCK];
                 memcpy(tops, top, sizeof tops);
                 memcpy(totals, total, sizeof totals);
@@ -148,81 +153,84 @@ void mla_attention(const bf16 *q_all, int64_t q_next, int64_t q_head, const bf16
                     bf16 *to = out + ((b * A + first + t) * H + h) * V;
                     __m512 share = _mm512_set1_ps(1.0f / totals[t]);
                     log_sums[(b * H + h) * A + first + t] = tops[t] + logf(totals[t]);
-                    for (int64_t i = 0; i < V; i += 16) store(to, i, _mm512_mul_ps(_mm512_loadu_ps(sums + t * V + i), share), 1);
+                    for (int64_t i = 0; i < V; i += 16) store(to, i, _mm512_loadu_ps(sums + t * V + i) * share, 1);
                 }
             }
         }
-        free(q), free(k), free(turned), free(values), free(weights), free(s), free(sums);
+        free(q), free(k), free(q_transposed), free(v_vnni), free(p_vnni), free(s), free(sums);
     }
 }
 
-/* The dot product of each query's output and its gradient, whose rows of V numbers lie `next` apart; 0 beyond the end. */
-static void output_dots(const bf16 *dout, const bf16 *out, int64_t next, int64_t queries, int64_t V, float *dots) {
+/* The dot product of each query's output and its gradient, rows `stride` numbers apart; 0 beyond the last query. */
+static void output_dots(const bf16 *dout, const bf16 *out, int64_t stride, int64_t queries, int64_t V, float *dots) {
     memset(dots, 0, BLOCK * sizeof *dots);
     for (int64_t t = 0; t < queries; t++) {
         __m512 dot = _mm512_setzero_ps();
         for (int64_t i = 0; i < V; i += 16)
-            dot = _mm512_fmadd_ps(load(dout, t * next + i, 1), load(out, t * next + i, 1), dot);
+            dot = _mm512_fmadd_ps(load(dout, t * stride + i, 1), load(out, t * stride + i, 1), dot);
         dots[t] = _mm512_reduce_add_ps(dot);
     }
 }
 
-/* For all T queries, none of whose heads share keys. q: [B, T, H, Q], kv: [B, T, H, N + V], the rest as above; dq, dkv and
-   dpe are as q, kv and pe, which for dpe is dense; parts: [B, H, T, R] for the heads' dpe. */
-void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, int64_t pe_next, const float *cos,
+/* The gradients of attention with as many queries as tokens and key heads as query heads. q: [B, T, H, Q],
+   kv: [B, T, H, N + V], the others as above. dq, dkv, dpe have the shapes of q, kv, pe; dpe_heads, [B, H, T, R], is
+   scratch. */
+void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, int64_t pe_stride_t, const float *cos,
                             const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N,
-                            int64_t R, int64_t V, float scale, const bf16 *out_all, const float *log_sums,
-                            const bf16 *dout_all, bf16 *dq_all, bf16 *dkv, bf16 *dpe, float *parts, int64_t threads) {
+                            int64_t R, int64_t V, float scale, const bf16 *out, const float *log_sums,
+                            const bf16 *dout_in, bf16 *dq_out, bf16 *dkv, bf16 *dpe, float *dpe_heads,
+                            int64_t threads) {
     const int64_t Q = N + R, E = N + V;
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *q = room(T * Q * 2), *k = room(T * Q * 2), *p = room((T + 1) * BLOCK * 2), *ds = room((T + 1) * BLOCK * 2);
-        uint32_t *turned_q = room(Q / 2 * BLOCK * 4), *turned_do = room(V / 2 * BLOCK * 4);
-        uint32_t *pairs_q = room(BLOCK / 2 * Q * 4), *pairs_do = room(BLOCK / 2 * V * 4);
-        uint32_t *pairs_k = room((T + 1) / 2 * Q * 4), *pairs_ds = room((T + 1) / 2 * BLOCK * 4);
-        float *dk = room(T * Q * 4), *dv = room(T * V * 4), *dq = room(BLOCK * Q * 4);
+        bf16 *q = allocate(T * Q * 2), *k = allocate(T * Q * 2);
+        bf16 *p = allocate((T + 1) * BLOCK * 2), *ds = allocate((T + 1) * BLOCK * 2);
+        uint32_t *q_transposed = allocate(Q / 2 * BLOCK * 4), *dout_transposed = allocate(V / 2 * BLOCK * 4);
+        uint32_t *q_vnni = allocate(BLOCK / 2 * Q * 4), *dout_vnni = allocate(BLOCK / 2 * V * 4);
+        uint32_t *k_vnni = allocate((T + 1) / 2 * Q * 4), *ds_vnni = allocate((T + 1) / 2 * BLOCK * 4);
+        float *dk = allocate(T * Q * 4), *dv = allocate(T * V * 4), *dq = allocate(BLOCK * Q * 4);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * H; n++) {
             int64_t b = n / H, h = n % H;
-            const bf16 *own_q = q_all + (b * T * H + h) * Q, *own_kv = kv + (b * T * H + h) * E;
-            pack(own_q, H * Q, own_q + N, H * Q, cos, sin, interleaved, T, N, R, q);
-            pack(own_kv, H * E, pe + b * T * pe_next, pe_next, cos, sin, interleaved, T, N, R, k);
-            interleave(k, Q, T, Q, pairs_k);
+            const bf16 *q_head = q_in + (b * T * H + h) * Q, *kv_head = kv + (b * T * H + h) * E;
+            pack(q_head, H * Q, q_head + N, H * Q, cos, sin, interleaved, T, N, R, q);
+            pack(kv_head, H * E, pe + b * T * pe_stride_t, pe_stride_t, cos, sin, interleaved, T, N, R, k);
+            pack_vnni(k, Q, T, Q, k_vnni);
             memset(dk, 0, T * Q * 4);
             memset(dv, 0, T * V * 4);
             for (int64_t first = 0; first < T; first += BLOCK) {
                 int64_t queries = T - first < BLOCK ? T - first : BLOCK, keys = first + queries;
-                const bf16 *dout = dout_all + ((b * T + first) * H + h) * V, *out = out_all + ((b * T + first) * H + h) * V;
+                const bf16 *dout = dout_in + ((b * T + first) * H + h) * V;
                 float dots[BLOCK], logs[BLOCK];
-                output_dots(dout, out, H * V, queries, V, dots);
+                output_dots(dout, out + ((b * T + first) * H + h) * V, H * V, queries, V, dots);
                 for (int64_t t = 0; t < BLOCK; t++) /* beyond the end: weights of 0 */
                     logs[t] = t < queries ? log_sums[(b * H + h) * T + first + t] : INFINITY;
-                turn_block(q + first * Q, Q, queries, Q, turned_q);
-                turn_block(dout, H * V, queries, V, turned_do);
-                memset(pairs_q, 0, BLOCK / 2 * Q * 4);
-                memset(pairs_do, 0, BLOCK / 2 * V * 4);
-                interleave(q + first * Q, Q, queries, Q, pairs_q);
-                interleave(dout, H * V, queries, V, pairs_do);
-                for (int64_t key = 0; key < keys; key += ROWS) {
-                    int64_t rows = keys - key < ROWS ? keys - key : ROWS;
-                    __m512 s[ROWS][4], dp[ROWS][4], factor = _mm512_set1_ps(scale);
-                    scores(k + key * Q, Q, rows, Q, turned_q, s);
-                    scores(own_kv + N + key * H * E, H * E, rows, V, turned_do, dp);
+                pack_block_transposed(q + first * Q, Q, queries, Q, q_transposed);
+                pack_block_transposed(dout, H * V, queries, V, dout_transposed);
+                memset(q_vnni, 0, BLOCK / 2 * Q * 4);
+                memset(dout_vnni, 0, BLOCK / 2 * V * 4);
+                pack_vnni(q + first * Q, Q, queries, Q, q_vnni);
+                pack_vnni(dout, H * V, queries, V, dout_vnni);
+                for (int64_t key = 0; key < keys; key += TILE_ROWS) {
+                    int64_t rows = keys - key < TILE_ROWS ? keys - key : TILE_ROWS;
+                    __m512 s[TILE_ROWS][4], dp[TILE_ROWS][4], factor = _mm512_set1_ps(scale);
+                    scores(k + key * Q, Q, rows, Q, q_transposed, s);
+                    scores(kv_head + N + key * H * E, H * E, rows, V, dout_transposed, dp);
                     for (int64_t r = 0; r < rows; r++)
                         for (int v = 0; v < 4; v++) {
                             __m512 x = _mm512_fmsub_ps(s[r][v], factor, _mm512_loadu_ps(logs + 16 * v));
                             x = _mm512_maskz_mov_ps(seen(key + r, first, v), exp_lanes(x));
                             store(p, (key + r) * BLOCK + 16 * v, x, 1);
-                            __m512 rest = _mm512_sub_ps(dp[r][v], _mm512_loadu_ps(dots + 16 * v));
-                            store(ds, (key + r) * BLOCK + 16 * v, _mm512_mul_ps(_mm512_mul_ps(x, factor), rest), 1);
+                            __m512 centered = dp[r][v] - _mm512_loadu_ps(dots + 16 * v);
+                            store(ds, (key + r) * BLOCK + 16 * v, x * factor * centered, 1);
                         }
                 }
-                interleave(ds, BLOCK, keys, BLOCK, pairs_ds);
-                product((const pair *)pairs_ds, 1, BLOCK, queries, (keys + 1) / 2, pairs_k, Q, dq, 0);
-                product((const pair *)p, BLOCK / 2, 1, keys, BLOCK / 2, pairs_do, V, dv, 1);
-                product((const pair *)ds, BLOCK / 2, 1, keys, BLOCK / 2, pairs_q, Q, dk, 1);
+                pack_vnni(ds, BLOCK, keys, BLOCK, ds_vnni);
+                product((const bf16x2 *)ds_vnni, 1, BLOCK, queries, (keys + 1) / 2, k_vnni, Q, dq, 0);
+                product((const bf16x2 *)p, BLOCK / 2, 1, keys, BLOCK / 2, dout_vnni, V, dv, 1);
+                product((const bf16x2 *)ds, BLOCK / 2, 1, keys, BLOCK / 2, q_vnni, Q, dk, 1);
                 for (int64_t t = 0; t < queries; t++) {
-                    bf16 *to = dq_all + ((b * T + first + t) * H + h) * Q;
+                    bf16 *to = dq_out + ((b * T + first + t) * H + h) * Q;
                     int64_t angle = (first + t) * R / 2;
                     for (int64_t i = 0; i < N; i += 16) store(to, i, _mm512_loadu_ps(dq + t * Q + i), 1);
                     rotate_back(dq + t * Q + N, cos + angle, sin + angle, R / 2, interleaved, to + N);
@@ -232,18 +240,18 @@ void mla_attention_backward(const bf16 *q_all, const bf16 *kv, const bf16 *pe, i
                 bf16 *to = dkv + ((b * T + t) * H + h) * E;
                 for (int64_t i = 0; i < N; i += 16) store(to, i, _mm512_loadu_ps(dk + t * Q + i), 1);
                 for (int64_t i = 0; i < V; i += 16) store(to, N + i, _mm512_loadu_ps(dv + t * V + i), 1);
-                memcpy(parts + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
+                memcpy(dpe_heads + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
             }
         }
-        free(q), free(k), free(p), free(ds), free(turned_q), free(turned_do), free(pairs_q), free(pairs_do);
-        free(pairs_k), free(pairs_ds), free(dk), free(dv), free(dq);
-        float *sum = room(R * 4);
+        free(q), free(k), free(p), free(ds), free(q_transposed), free(dout_transposed), free(q_vnni), free(dout_vnni);
+        free(k_vnni), free(ds_vnni), free(dk), free(dv), free(dq);
+        float *sum = allocate(R * 4);
 #pragma omp for
         for (int64_t n = 0; n < B * T; n++) { /* all heads share the keys' features with position */
             int64_t b = n / T, t = n % T;
             memset(sum, 0, R * sizeof *sum);
             for (int64_t h = 0; h < H; h++)
-                for (int64_t i = 0; i < R; i++) sum[i] += parts[((b * H + h) * T + t) * R + i];
+                for (int64_t i = 0; i < R; i++) sum[i] += dpe_heads[((b * H + h) * T + t) * R + i];
             rotate_back(sum, cos + t * R / 2, sin + t * R / 2, R / 2, interleaved, dpe + n * R);
         }
         free(sum);

@@ -12,12 +12,12 @@ CosSin = tuple[torch.Tensor, torch.Tensor]
 
 
 def per_head(cos_or_sin: torch.Tensor) -> torch.Tensor:
-    """Make room for the heads where every entry has positions of its own: [B, T, P] -> [B, 1, T, P]; [T, P] stays."""
+    """Add a dimension for the heads if each sequence has its own positions: [B, T, P] -> [B, 1, T, P]."""
     return cos_or_sin if cos_or_sin.ndim == 2 else cos_or_sin[:, None]
 
 
 def rotated_queries(q_BTX: torch.Tensor, cos_sin: CosSin, heads: int, rope: int, interleave: bool) -> torch.Tensor:
-    """Return [q_nope; RoPE(q_pe)] of every head [B, H, T, N + R]; `cos_sin` are those of its tokens."""
+    """Return [q_nope; RoPE(q_pe)] of every head [B, H, T, N + R]."""
     q_BHTQ = q_BTX.unflatten(2, (heads, -1)).transpose(1, 2)
     q_nope, q_pe = q_BHTQ.tensor_split([q_BHTQ.shape[3] - rope], dim=-1)
     cos, sin = (per_head(c) for c in cos_sin)
@@ -33,7 +33,7 @@ def mla_attention(
     scale: float,
     interleave: bool,
 ) -> torch.Tensor:
-    """Return causal attention [B, T, H*V], the keys and values of every head being made of the latents."""
+    """Return causal attention [B, T, H*V] to the keys and values that every head makes of the latents."""
     (heads, nope, value), T, R = sizes, q_BTX.shape[1], pe_BSR.shape[2]
     cos_SP, sin_SP = cos_sin
     q_BHTQ = rotated_queries(q_BTX, (cos_SP[-T:], sin_SP[-T:]), heads, R, interleave)
@@ -53,9 +53,10 @@ def absorbed_attention(
     scale: float,
     interleave: bool,
 ) -> torch.Tensor:
-    """Return causal attention on the latents themselves [B, T, H*V]: W_UK goes into the query, W_UV behind the sum.
+    """Return causal attention to the latents themselves [B, T, H*V]: W_UK and W_UV are absorbed (section 2.1.2).
 
-    `cached_BSF` are [latent; RoPE(k_pe)] of the S tokens, `w_kv_XL` is [W_UK; W_UV] of every head (section 2.1.2).
+    W_UK multiplies the query and W_UV the weighted sum. `cached_BSF` has [latent; RoPE(k_pe)] of the S tokens,
+    `w_kv_XL` [W_UK; W_UV] of every head.
     """
     (heads, nope, value), L = sizes, w_kv_XL.shape[1]
     B, T, S = *q_BTX.shape[:2], cached_BSF.shape[1]

@@ -1,4 +1,4 @@
-"""Rotated queries and keys, and values, as PyTorch's attention takes them, and back. Shapes as in __init__.py."""
+"""Queries and keys, rotated, and values in the layout of PyTorch's attention, and back. Shapes as in __init__.py."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     heads: tl.constexpr, nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr, interleave: tl.constexpr,
     head_block: tl.constexpr, nope_block: tl.constexpr, angle_block: tl.constexpr, value_block: tl.constexpr,
 ):  # fmt: skip
-    # Forward: from q, kv and pe to the packed tensors. Backward: the gradients of the packed to theirs.
+    # Forward packs q, kv and pe. Backward turns the gradients of the packed tensors into those of q, kv and pe.
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, head_block)[:, None]
     n = tl.arange(0, nope_block)[None, :]
@@ -75,14 +75,14 @@ def _run(plain: list[torch.Tensor], packed: list[torch.Tensor], cos_sin: list[to
     (B, T, H, Q), V, R, stride = packed[0].shape, packed[2].shape[3], plain[2].shape[2], plain[2].stride(1)
     if B * T:
         sizes = T, stride, options[0], H, Q - R, R, V, options[1]
-        blocks = [triton.next_power_of_2(max(1, size)) for size in (H, Q - R, R // 2, V)]
-        warps = triton_warps(blocks[0] * max(blocks[1:]))
+        block_sizes = [triton.next_power_of_2(max(1, size)) for size in (H, Q - R, R // 2, V)]
+        warps = triton_warps(block_sizes[0] * max(block_sizes[1:]))
         with torch.cuda.device_of(plain[0]):
-            _kernel[(B * T,)](*plain, *cos_sin, *packed, *sizes, *blocks, num_warps=warps)
+            _kernel[(B * T,)](*plain, *cos_sin, *packed, *sizes, *block_sizes, num_warps=warps)
 
 
 def rope_and_pack(*arguments: Any) -> None:
-    """Fill the results, which come last, as the operator of this name says."""
+    """Fill the results, the last three arguments; the operator of the same name describes them."""
     q, kv, pe, cos, sin, _, interleave, *packed = arguments
     if pe.stride(2) != 1 or pe.stride(0) != pe.shape[1] * pe.stride(1):
         pe = pe.contiguous()
@@ -90,7 +90,7 @@ def rope_and_pack(*arguments: Any) -> None:
 
 
 def rope_and_pack_backward(*arguments: Any) -> None:
-    """Fill the gradients, which come last, as the operator of this name says."""
+    """Fill the gradients, the last three arguments; the operator of the same name describes them."""
     *inputs, interleave, dq, dkv, dpe = arguments
     inputs = [x.contiguous() for x in inputs]
     _run([dq, dkv, dpe], inputs[:3], inputs[3:], True, interleave)

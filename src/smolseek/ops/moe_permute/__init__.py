@@ -1,4 +1,4 @@
-"""Brings tokens into the order of their experts, and the experts' weighted results back into the tokens' order.
+"""Permutes tokens into the order of their experts, and sums the experts' weighted results for each token.
 
 Shapes: N tokens, D features, K experts of a token, M = N*K slots (token, expert) sorted by expert.
 """
@@ -16,10 +16,10 @@ __all__ = ["inverse", "permute", "unpermute"]
 
 
 def permute(x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tokens for their experts [M, D] in `dtype`: slot m is of token order[m] // K.
+    """Return the tokens sorted by expert [M, D] in `dtype`: slot m has token order[m] // K.
 
-    The gradients of a token's K slots are added in float32, always in the same order, where the backward pass of an
-    index would add them by atomics.
+    The gradients of a token's K slots are added in float32 and in a fixed order. The backward pass of plain indexing
+    would add them with atomics.
     """
     return _Permute.apply(x_ND, order_M, top_k, dtype)
 
@@ -30,7 +30,7 @@ def unpermute(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tenso
     supported = supported and (torch.is_grad_enabled() or c_infers(y_MD))
     if supported and weights_NK.dtype == torch.float32:
         return _Unpermute.apply(y_MD, inverse(order_M), weights_NK.contiguous())
-    # A gather whose gradient is a gather too: that of an index would be added with atomics.
+    # `permute` rather than indexing, whose backward pass would add with atomics.
     return reference.weighted_sum(permute(y_MD, inverse(order_M), 1, y_MD.dtype), weights_NK)
 
 

@@ -1,5 +1,5 @@
-/* The tokens' way to their experts and back. Shapes: N tokens, D features, K experts of a token, M = N * K slots sorted
-   by expert. Slot (n, k) is row slots[n K + k]. Sums are float32 and always in the same order. */
+/* The permutation of tokens to their experts, and back. Shapes: N tokens, D features, K experts of a token, M = N * K
+   slots sorted by expert. Slot (n, k) is row slots[n K + k]. Sums are float32, always in the same order. */
 
 #include "simd.h"
 
@@ -15,14 +15,14 @@ void permute(const float *x, const int64_t *order, int64_t M, int64_t K, int64_t
     for (int64_t m = 0; m < M; m++) TYPED(copy, x + order[m] / K * D, D, y, m * D);
 }
 
-/* y[to..] = the sum of the token's rows of x, times their weights where there are any. y is float32 without. */
+/* y[to..] = the sum of the token's rows of x, times their weights if there are any. Without weights y is float32. */
 INLINE void gather(const void *x, const int64_t *slots, const float *weights, int64_t K, int64_t D, void *y, int64_t to,
                    int64_t bfloat16) {
     for (int64_t d = 0; d < D; d += LANES) {
         lanes sum = {0};
         for (int64_t k = 0; k < K; k++) {
-            lanes own = load_some(x, slots[k] * D + d, D - d, bfloat16);
-            sum += weights ? own * weights[k] : own;
+            lanes row = load_some(x, slots[k] * D + d, D - d, bfloat16);
+            sum += weights ? row * weights[k] : row;
         }
         store_some(y, to + d, D - d, sum, weights ? bfloat16 : 0);
     }
@@ -46,9 +46,9 @@ INLINE void scatter(const void *x, int64_t at, float weight, const void *dy, int
                     float *dweight, int64_t bfloat16) {
     lanes dot = {0};
     for (int64_t d = 0; d < D; d += LANES) {
-        lanes own = load_some(dy, from + d, D - d, bfloat16);
-        dot += own * load_some(x, at + d, D - d, bfloat16);
-        store_some(dx, at + d, D - d, own * weight, bfloat16);
+        lanes dy_d = load_some(dy, from + d, D - d, bfloat16);
+        dot += dy_d * load_some(x, at + d, D - d, bfloat16);
+        store_some(dx, at + d, D - d, dy_d * weight, bfloat16);
     }
     *dweight = sum_lanes(dot, bfloat16);
 }

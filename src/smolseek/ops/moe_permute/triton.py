@@ -1,6 +1,6 @@
-"""The gradient of the experts' weighted sum on a GPU in one kernel (Triton comes with CUDA's PyTorch).
+"""The gradient of the experts' weighted sum in one Triton kernel. Shapes as in __init__.py.
 
-torch.compile reads the experts' results twice. Shapes as in __init__.py.
+torch.compile would read the experts' results twice.
 """
 
 import torch
@@ -11,17 +11,17 @@ from smolseek.ops.backend import triton_warps
 
 
 @triton.jit
-def _unpermute_backward(y, slots, weights, d, dy, dw, size, chosen: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _unpermute_backward(y, slots, weights, d, dy, dw, size, top_k: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     feature = tl.arange(0, block)
-    there = feature < size
-    d_D = tl.load(d + token * size + feature, mask=there, other=0.0).to(tl.float32)
-    for k in range(chosen):
-        slot = tl.load(slots + token * chosen + k)
-        weight = tl.load(weights + token * chosen + k)
-        y_D = tl.load(y + slot * size + feature, mask=there, other=0.0).to(tl.float32)
-        tl.store(dw + token * chosen + k, tl.sum(y_D * d_D, axis=0))
-        tl.store(dy + slot * size + feature, (weight * d_D).to(dy.dtype.element_ty), mask=there)
+    mask = feature < size
+    d_D = tl.load(d + token * size + feature, mask=mask, other=0.0).to(tl.float32)
+    for k in range(top_k):
+        slot = tl.load(slots + token * top_k + k)
+        weight = tl.load(weights + token * top_k + k)
+        y_D = tl.load(y + slot * size + feature, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dw + token * top_k + k, tl.sum(y_D * d_D, axis=0))
+        tl.store(dy + slot * size + feature, (weight * d_D).to(dy.dtype.element_ty), mask=mask)
 
 
 def unpermute_backward(
@@ -32,10 +32,10 @@ def unpermute_backward(
     dy_MD: torch.Tensor,
     dw_NK: torch.Tensor,
 ) -> None:
-    """Fill `dy_MD` and `dw_NK` as the operator of this name says."""
+    """Fill `dy_MD` and `dw_NK`; the operator of the same name describes them."""
     y_MD, d_ND, weights_NK = y_MD.contiguous(), d_ND.contiguous(), weights_NK.contiguous()
     (N, K), D = weights_NK.shape, y_MD.shape[1]
     if N:
-        given = y_MD, slots_M, weights_NK, d_ND, dy_MD, dw_NK, D, K
+        arguments = y_MD, slots_M, weights_NK, d_ND, dy_MD, dw_NK, D, K
         with torch.cuda.device_of(y_MD):
-            _unpermute_backward[(N,)](*given, triton.next_power_of_2(D), num_warps=triton_warps(D))
+            _unpermute_backward[(N,)](*arguments, triton.next_power_of_2(D), num_warps=triton_warps(D))

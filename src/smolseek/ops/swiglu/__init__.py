@@ -1,6 +1,6 @@
 """The elementwise part of SwiGLU (2002.05202): silu(gate) * up.
 
-Two layouts: gate and up as two tensors, and packed as rows [gate; up] of 2F numbers. Shapes: M rows, F neurons, X = 2F.
+Gate and up are two tensors, or packed in one as [gate; up]. Shapes: M tokens or slots, F neurons, X = 2F.
 """
 
 from typing import Any
@@ -13,27 +13,27 @@ from smolseek.ops.swiglu import reference
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [..., F]; the C kernel keeps only its inputs for the backward pass."""
+    """Return silu(gate) * up [..., F]; the C kernel saves only its inputs for the backward pass."""
     if torch.is_grad_enabled() and c_supports(gate) and gate.is_contiguous() and up.is_contiguous():
         return _SwiGLU.apply(gate, up)
     return reference.swiglu(gate, up)
 
 
 def swiglu_packed(h_MX: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [M, F] for rows [gate; up]."""
+    """Return silu(gate) * up [M, F] of [gate; up]."""
     if torch.is_grad_enabled() and triton_supports(h_MX):
         return _PackedSwiGLU.apply(h_MX)
     return reference.swiglu(*h_MX.chunk(2, dim=-1))
 
 
 def packed_forward(h_MX: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [M, F] for rows [gate; up], without autograd."""
+    """Return silu(gate) * up [M, F] of [gate; up], without autograd."""
     gate, up = h_MX.chunk(2, dim=-1)
     return _forward(gate, up, h_MX.stride(0)) if c_supports(gate) else reference.swiglu(gate, up)
 
 
 def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of `h_MX`, and `packed_forward` of it once more."""
+    """Return the gradient of `h_MX`, and `packed_forward(h_MX)` again."""
     gate, up = h_MX.chunk(2, dim=-1)
     if not (c_supports(gate) and dy_MF.is_contiguous() and h_MX.is_contiguous()):
         return reference.packed_backward(h_MX, dy_MF)
@@ -42,7 +42,7 @@ def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tens
 
 
 def _forward(gate: torch.Tensor, up: torch.Tensor, step: int) -> torch.Tensor:
-    """Return silu(gate) * up; rows of gate and up are `step` numbers from each other."""
+    """Return silu(gate) * up; rows of gate and up are `step` numbers apart."""
     y, size = gate.new_empty(gate.shape), gate.shape[-1]
     call("swiglu", gate, up, step, y.numel() // size, size, y, y.dtype == torch.bfloat16)
     return y
@@ -51,10 +51,10 @@ def _forward(gate: torch.Tensor, up: torch.Tensor, step: int) -> torch.Tensor:
 def _backward(
     gate: torch.Tensor, up: torch.Tensor, step: int, dy: torch.Tensor, d_gate: torch.Tensor, d_up: torch.Tensor
 ) -> torch.Tensor:
-    """Write the gradients for `dy`, and return silu(gate) * up once more."""
+    """Fill `d_gate` and `d_up` for the gradient `dy`, and return silu(gate) * up again."""
     y, size = torch.empty_like(dy), gate.shape[-1]
-    given = gate, up, step, y.numel() // size, size, dy, d_gate, d_up
-    call("swiglu_backward", *given, y, y.dtype == torch.bfloat16)
+    inputs = gate, up, step, y.numel() // size, size, dy, d_gate, d_up
+    call("swiglu_backward", *inputs, y, y.dtype == torch.bfloat16)
     return y
 
 
@@ -87,5 +87,5 @@ class _PackedSwiGLU(torch.autograd.Function):
 
 @triton_operator
 def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of `h_MX`, rows [gate; up] of 2F numbers, for that of silu(gate) * up [M, F]."""
+    """Return the gradient of `h_MX`, [gate; up], for that of silu(gate) * up [M, F]."""
     return h_MX.new_empty(h_MX.shape)

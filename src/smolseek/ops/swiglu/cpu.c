@@ -1,4 +1,4 @@
-/* silu(gate) * up and its gradient, row by row. Shapes: M rows, F neurons. */
+/* silu(gate) * up and its gradient. Shapes: M rows, F neurons. */
 
 #include "simd.h"
 
@@ -20,16 +20,16 @@ INLINE void backward(const void *gate, const void *up, int64_t at, int64_t F, co
     }
 }
 
-/* Rows of gate and up are `next` numbers from each other, those of y are F. */
-void swiglu(const void *gate, const void *up, int64_t next, int64_t M, int64_t F, void *y, int64_t bfloat16,
+/* Rows of gate and up are `stride` numbers apart, those of y are F. */
+void swiglu(const void *gate, const void *up, int64_t stride, int64_t M, int64_t F, void *y, int64_t bfloat16,
             int64_t threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t m = 0; m < M; m++) TYPED(forward, gate, up, m * next, F, y, m * F);
+    for (int64_t m = 0; m < M; m++) TYPED(forward, gate, up, m * stride, F, y, m * F);
 }
 
-/* From dy: dgate, dup (rows as those of gate and up), and y once more. */
-void swiglu_backward(const void *gate, const void *up, int64_t next, int64_t M, int64_t F, const void *dy, void *dgate,
-                     void *dup, void *y, int64_t bfloat16, int64_t threads) {
+/* From dy: dgate and dup, with rows as gate and up have, and y again. */
+void swiglu_backward(const void *gate, const void *up, int64_t stride, int64_t M, int64_t F, const void *dy,
+                     void *dgate, void *dup, void *y, int64_t bfloat16, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
-    for (int64_t m = 0; m < M; m++) TYPED(backward, gate, up, m * next, F, dy, dgate, dup, y, m * F);
+    for (int64_t m = 0; m < M; m++) TYPED(backward, gate, up, m * stride, F, dy, dgate, dup, y, m * F);
 }

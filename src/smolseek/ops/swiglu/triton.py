@@ -1,6 +1,6 @@
-"""The gradient of SwiGLU on a GPU in one kernel (Triton comes with CUDA's PyTorch).
+"""The gradient of SwiGLU in one Triton kernel.
 
-torch.compile writes its two halves as one concatenation and reads everything twice.
+torch.compile would concatenate the gradients of gate and up, and read every input twice.
 """
 
 import torch
@@ -13,19 +13,19 @@ _BLOCK = 1024
 @triton.jit
 def _swiglu_back(h, dy, dh, count, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    there = at < count
+    mask = at < count
     gate_at = at // size * (2 * size) + at % size
-    gate = tl.load(h + gate_at, mask=there).to(tl.float32)
-    up = tl.load(h + gate_at + size, mask=there).to(tl.float32)
-    d = tl.load(dy + at, mask=there).to(tl.float32)
+    gate = tl.load(h + gate_at, mask=mask).to(tl.float32)
+    up = tl.load(h + gate_at + size, mask=mask).to(tl.float32)
+    d = tl.load(dy + at, mask=mask).to(tl.float32)
     sigmoid = 1 / (1 + tl.exp(-gate))
     d_gate = d * up * sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(dh + gate_at, d_gate.to(dh.dtype.element_ty), mask=there)
-    tl.store(dh + gate_at + size, (d * gate * sigmoid).to(dh.dtype.element_ty), mask=there)
+    tl.store(dh + gate_at, d_gate.to(dh.dtype.element_ty), mask=mask)
+    tl.store(dh + gate_at + size, (d * gate * sigmoid).to(dh.dtype.element_ty), mask=mask)
 
 
 def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor, dh_MX: torch.Tensor) -> None:
-    """Fill `dh_MX` as the operator of this name says."""
+    """Fill `dh_MX`; the operator of the same name describes it."""
     h_MX, dy_MF, count = h_MX.contiguous(), dy_MF.contiguous(), dy_MF.numel()
     if count:
         with torch.cuda.device_of(h_MX):
