@@ -1,5 +1,5 @@
-/* The instructions that simd.h and the C files of ops/ use, lane by lane, as Intel's Intrinsics Guide
-   says: for testing these files on processors that have not got them. Found in place of the compiler's header. */
+/* The instructions that simd.h and the C files of ops/ use, computed lane by lane as in Intel's Intrinsics Guide. Tests on
+   processors without these instructions include it instead of the compiler's header. */
 
 #pragma once
 
@@ -15,7 +15,7 @@ VECTOR(int32_t, 64, ints16);
 VECTOR(int64_t, 64, longs8);
 typedef uint16_t mask16;
 
-/* Other names than the compiler's own types and functions have, lest they clash. */
+/* Names that do not clash with the compiler's types and functions. */
 #define __m512 lanes16
 #define __m512i longs8
 #define __m256i shorts16
@@ -23,7 +23,7 @@ typedef uint16_t mask16;
 #define __m512bh ints16
 #define __mmask16 mask16
 
-/* To bfloat16: the nearest, ties to even; what is no number stays so; what is below the normal range is 0. */
+/* To bfloat16: to the nearest, ties to even; NaN stays NaN; subnormal numbers become 0. */
 EMULATED uint16_t bfloat16_bits(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -62,14 +62,14 @@ EMULATED lanes16 _mm512_mask_mul_ps(lanes16 other, mask16 k, lanes16 a, lanes16 
 }
 
 EMULATED float _mm512_reduce_add_ps(lanes16 a) {
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] += a[i + half];
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] += a[i + n];
     return a[0];
 }
 
 EMULATED float _mm512_reduce_max_ps(lanes16 a) {
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+    for (int n = 8; n; n /= 2)
+        for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
     return a[0];
 }
 
@@ -100,7 +100,7 @@ EMULATED longs8 _mm512_or_si512(longs8 a, longs8 b) { return a | b; }
 EMULATED longs8 _mm512_slli_epi32(longs8 a, int by) { return (longs8)((ints16)a << by); }
 EMULATED longs8 _mm512_cvtepu16_epi32(shorts16 a) { return (longs8)__builtin_convertvector(a, ints16); }
 
-/* In each quarter of the register by itself, as the instructions have it. */
+/* In each 128-bit part of the register, as the instructions do. */
 EMULATED longs8 unpack32(longs8 a, longs8 b, int high) {
     ints16 x = (ints16)a, z = (ints16)b, y;
     for (int i = 0; i < 16; i++) y[i] = (i % 2 ? z : x)[i / 4 * 4 + 2 * high + i % 4 / 2];
@@ -118,7 +118,7 @@ EMULATED longs8 _mm512_unpackhi_epi32(longs8 a, longs8 b) { return unpack32(a, b
 EMULATED longs8 _mm512_unpacklo_epi64(longs8 a, longs8 b) { return unpack64(a, b, 0); }
 EMULATED longs8 _mm512_unpackhi_epi64(longs8 a, longs8 b) { return unpack64(a, b, 1); }
 
-/* Quarters of a, a, b and b, each chosen by two bits. */
+/* 128-bit parts of a, a, b and b, each chosen by two bits. */
 EMULATED longs8 _mm512_shuffle_i32x4(longs8 a, longs8 b, int which) {
     longs8 y;
     for (int i = 0; i < 8; i++) y[i] = (i < 4 ? a : b)[(which >> i / 2 * 2 & 3) * 2 + i % 2];

@@ -1,4 +1,4 @@
-"""The experts against a plain loop in float64, and what the router must and must not do with its bias."""
+"""The experts against a plain loop in float64, and the router's bias."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def make(config=CONFIG) -> MoE:
 
 
 def computed(by, experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """What the experts make of `x` by one backend."""
+    """Return the experts' results by one backend."""
     first = experts.gate_up_proj if experts.gated else experts.up_proj
     weights = Weights(first, experts.down_proj, experts.up_bias, experts.down_bias)
     options = {"padded": True} if by is reference else {}
@@ -54,7 +54,7 @@ def test_experts_equal_the_definition():
 
 
 @pytest.mark.parametrize("top_k", [2, 5])  # with one, the router has no gradient
-def test_gradients_equal_the_definitions(top_k):
+def test_gradients_equal_those_of_the_definition(top_k):
     moe = make(replace(CONFIG, num_experts_per_tok=top_k))
     x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     dy = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1))
@@ -67,7 +67,7 @@ def test_gradients_equal_the_definitions(top_k):
         assert (fast - exact).norm() <= 1e-5 * exact.norm()
 
 
-def test_the_bias_chooses_but_does_not_weigh():
+def test_the_bias_changes_the_choice_but_not_the_weights():
     moe = make()
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -93,25 +93,25 @@ def test_all_tokens_to_one_expert_and_none_to_others():
 def test_the_grouped_product_equals_the_loop(biased):
     config = CONFIG
     if biased:
-        own = {"model_type": "smolseek_gqa_moe", "kv_lora_rank": None, "n_shared_experts": 0, "mlp_gated": False}
-        config = replace(CONFIG, **own, mlp_bias=True)
+        changes = {"model_type": "smolseek_gqa_moe", "kv_lora_rank": None, "n_shared_experts": 0, "mlp_gated": False}
+        config = replace(CONFIG, **changes, mlp_bias=True)
     experts = Experts(config).to(torch.bfloat16)
     for p in experts.parameters():
         torch.nn.init.normal_(p, std=0.1)
     counts = torch.tensor([5, 0, 17, 3, 0, 30, 1, 8])
     x = torch.randn(int(counts.sum()), 64).to(torch.bfloat16)
-    found = []
+    results = []
     for by in (cuda, reference):
         experts.zero_grad()
         y = computed(by, experts, x, counts)
         y.float().square().sum().backward()
-        found.append([y.detach(), *(p.grad for p in experts.parameters())])
-    for grouped, looped in zip(*found, strict=True):
+        results.append([y.detach(), *(p.grad for p in experts.parameters())])
+    for grouped, looped in zip(*results, strict=True):
         assert (grouped - looped).float().norm() <= 2e-2 * looped.float().norm()
 
 
 def expert_gradients(dtype: torch.dtype, run: str) -> list[torch.Tensor]:
-    """Output and gradients of the experts by `run`, for counts with an empty expert and few rows."""
+    """Output and gradients of the experts by `run`, for counts with an empty expert and few slots."""
     config = replace(CONFIG, n_routed_experts=8)
     generator = torch.Generator().manual_seed(0)
     experts = Experts(config).to(torch.float64 if run == "exact" else torch.float32)
@@ -127,7 +127,7 @@ def expert_gradients(dtype: torch.dtype, run: str) -> list[torch.Tensor]:
     return [t.detach().double() for t in (y, x.grad, experts.gate_up_proj.grad, experts.down_proj.grad)]
 
 
-def test_the_experts_own_backward_equals_autograds():
+def test_the_experts_backward_equals_autograds():
     for fast, plain_one in zip(
         expert_gradients(torch.float32, "fast"), expert_gradients(torch.float32, "plain"), strict=True
     ):
@@ -181,18 +181,18 @@ def test_products_without_gradients_have_multiples_of_16_rows(monkeypatch):
     experts = Experts(preset("tiny"))
     for p in experts.parameters():
         torch.nn.init.normal_(p)
-    rows, linear = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda x, *rest: rows.append(x.shape[0]) or linear(x, *rest))
+    counted, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, *rest: counted.append(x.shape[0]) or linear(x, *rest))
     counts = torch.tensor([3, 17, 33, *[0] * (preset("tiny").n_routed_experts - 3)])
     with torch.no_grad():
         experts(torch.randn(53, preset("tiny").hidden_size), counts)
-    assert rows == [16, 16, 32, 32, 48, 48]
+    assert counted == [16, 16, 32, 32, 48, 48]
 
 
 @pytest.mark.parametrize(("hidden", "neurons"), [(64, 12), (60, 20), (64, 16)])
 @pytest.mark.parametrize("gated", [True, False])
-def test_grouped_products_take_experts_of_any_size(hidden, neurons, gated):
-    """`F.grouped_mm` refuses rows that are no multiple of 16 bytes: 12 neurons in bfloat16 are 24."""
+def test_grouped_products_support_experts_of_any_size(hidden, neurons, gated):
+    """`F.grouped_mm` rejects rows that are no multiple of 16 bytes: 12 neurons in bfloat16 are 24."""
     assert [cuda.missing(size, torch.bfloat16) for size in (12, 16, 60)] == [4, 0, 4] and cuda.missing(
         12, torch.float32
     ) == 0
@@ -210,8 +210,8 @@ def test_grouped_products_take_experts_of_any_size(hidden, neurons, gated):
         y.float().square().sum().backward()
         gradients.append([y.detach(), x.grad, *(p.grad for p in experts.parameters())])
         experts.zero_grad()
-    for found, expected in zip(*gradients, strict=True):
-        assert found.shape == expected.shape and (found - expected).norm() <= 2e-2 * expected.norm()
+    for result, expected in zip(*gradients, strict=True):
+        assert result.shape == expected.shape and (result - expected).norm() <= 2e-2 * expected.norm()
 
 
 def test_a_decode_step_of_several_sequences_pads_the_experts(use_backend):

@@ -1,4 +1,4 @@
-"""Recomputation changes no bit of loss, gradient or load, and holds less memory."""
+"""Recomputation changes no bit of loss, gradient or load, and saves less memory for the backward pass."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,13 +20,13 @@ def small(name: str):
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
 def test_neither_loss_nor_gradient_nor_load_changes(name, autocast):
     config = small(name)
-    rows = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
+    sequences = torch.randint(config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(0))
     results = []
     for how in ("none", "selective", "full"):
         model = new_model(config)
         model.grad_checkpointing = how
         with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
-            out = losses(model, rows, alpha=0.01)
+            out = losses(model, sequences, alpha=0.01)
         out.total.backward()
         results.append((out.total.detach(), out.load_LE, [p.grad for p in model.parameters() if p.numel()]))
     loss, load, grads = results[0]
@@ -37,13 +37,13 @@ def test_neither_loss_nor_gradient_nor_load_changes(name, autocast):
 
 
 @pytest.mark.parametrize("name", ["deepseek_159m", "seed_159m"])
-def test_less_is_held_for_the_backward_pass(name):
+def test_less_memory_is_saved_for_the_backward_pass(name):
     config = replace(small(name), num_hidden_layers=3)
     model = new_model(config)
     ids = torch.randint(config.vocab_size, (2, 128), generator=torch.Generator().manual_seed(0))
-    bytes_held = {}
+    saved_bytes = {}
     for how in ("none", "selective", "full"):
         model.grad_checkpointing = how
-        bytes_held[how] = allocations(lambda: model.hidden(ids)).end
-    assert bytes_held["selective"] < 0.6 * bytes_held["none"]
-    assert bytes_held["full"] < 0.2 * bytes_held["none"]
+        saved_bytes[how] = allocations(lambda: model.hidden(ids)).end
+    assert saved_bytes["selective"] < 0.6 * saved_bytes["none"]
+    assert saved_bytes["full"] < 0.2 * saved_bytes["none"]

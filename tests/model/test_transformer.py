@@ -1,4 +1,4 @@
-"""What must hold of the model itself: causality to the last bit, the cache, and the presets' sizes."""
+"""The model: causality to the last bit, the cache, and the presets' sizes."""
 
 from dataclasses import replace
 
@@ -75,41 +75,41 @@ def test_a_small_deepseek_v3_with_groups_is_causal_too():
 def test_the_training_loss_is_the_cross_entropy_of_the_next_token():
     config = thin("tiny")
     model = new_model(config)
-    rows = torch.randint(config.vocab_size, (3, 33), generator=torch.Generator().manual_seed(0))
-    out = losses(model, rows)
-    p = model(rows).log_softmax(dim=-1)[:, :-1]
-    expected = -p.gather(2, rows[:, 1:, None]).mean()
+    sequences = torch.randint(config.vocab_size, (3, 33), generator=torch.Generator().manual_seed(0))
+    out = losses(model, sequences)
+    p = model(sequences).log_softmax(dim=-1)[:, :-1]
+    expected = -p.gather(2, sequences[:, 1:, None]).mean()
     torch.testing.assert_close(out.total, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
-def test_reading_through_the_cache_gives_the_same_logits(name):
+def test_the_cache_gives_the_same_logits(name):
     config = thin(name)
     model = new_model(config, seed=2)
     ids = torch.randint(config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(0))
     cache = Cache(config, 2, 48, dtype=torch.float32)
     with torch.no_grad():
-        whole = model(ids)
-        pieces = [model(ids[:, :20], cache), model(ids[:, 20:25], cache)]
-        pieces += [model(ids[:, t : t + 1], cache) for t in range(25, 40)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-4 * float(whole.std()))
+        full = model(ids)
+        chunks = [model(ids[:, :20], cache), model(ids[:, 20:25], cache)]
+        chunks += [model(ids[:, t : t + 1], cache) for t in range(25, 40)]
+    torch.testing.assert_close(torch.cat(chunks, dim=1), full, rtol=1e-4, atol=1e-4 * float(full.std()))
     assert cache.length == 40
 
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
-def test_the_last_tokens_alone_have_the_logits_that_all_have(name, cached):
+def test_the_logits_of_the_last_tokens_only(name, cached):
     config = thin(name)
     model = new_model(config, seed=1)
     ids = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = model(ids)
+        full = model(ids)
         for last in (1, 5, 24):
             cache = Cache(config, 2, 24, dtype=torch.float32) if cached else None
-            torch.testing.assert_close(model(ids, cache, last=last), whole[:, -last:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(ids, cache, last=last), full[:, -last:], rtol=1e-4, atol=1e-5)
 
 
-def test_the_seed_has_the_parameters_it_was_described_with():
+def test_the_seed_has_159_019_568_parameters():
     assert count(preset("seed_159m")).total == 159_019_568
 
 
@@ -120,7 +120,7 @@ def test_deepseek_v3_counts_671_billion_and_its_active_part():
     assert counts.active == pytest.approx(36.7e9, rel=0.01)
 
 
-def test_deepseek_159m_keeps_its_budget():
+def test_deepseek_159m_has_159_million_parameters():
     assert count(preset("deepseek_159m")).total == pytest.approx(159e6, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""Accumulated gradients are autograd's, and only a pass that asked for it leaves any."""
+"""Gradients accumulated in place equal autograd's, and only appear with `accumulate`."""
 
 from dataclasses import replace
 
@@ -30,27 +30,27 @@ def step(
         p.requires_grad_(not frozen or frozen not in name)
     if freeze is not None:
         freeze(model)
-    rows = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
-    for part in rows.split(2):
+    sequences = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+    for batch in sequences.split(2):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            total = losses(model, part, alpha=0.01, accumulate=accumulate, factor=factor).total
+            total = losses(model, batch, alpha=0.01, accumulate=accumulate, factor=factor).total
         (total / 2).backward()
     return model
 
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_they_equal_autograds(tied, autocast):
+def test_accumulated_gradients_equal_autograds(tied, autocast):
     config = replace(CONFIG, tie_word_embeddings=tied)
     plain = step(config, autocast, False)
-    for factor in (None, 1 / 2):  # known, the head adds its own in the forward pass
+    for factor in (None, 1 / 2):  # with a factor the head adds its gradient in the forward pass
         ours = step(config, autocast, True, factor=factor)
         for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
             if a.numel():
                 assert (a.grad - b.grad).norm() <= 1e-6 * b.grad.norm(), name
 
 
-def test_another_factor_than_the_one_that_was_said_is_an_error():
+def test_backward_with_another_factor_is_an_error():
     model = new_model(CONFIG)
     total = losses(model, torch.randint(512, (2, 33)), accumulate=True, factor=1 / 4).total
     with pytest.raises(RuntimeError, match=r"added times 0.25, but backward got 0.5"):
@@ -63,7 +63,7 @@ def test_a_factor_that_is_not_finite_leaves_no_finite_gradient():
     assert not any(p.grad.isfinite().any() for p in (model.lm_head.weight, model.model.norm.weight))
 
 
-def test_a_frozen_head_gets_none_whatever_is_said():
+def test_a_frozen_head_gets_no_gradient():
     model = new_model(replace(CONFIG, tie_word_embeddings=False))
     model.lm_head.weight.requires_grad_(False)
     losses(model, torch.randint(512, (2, 33)), accumulate=True, factor=1.0).total.backward()
@@ -72,32 +72,32 @@ def test_a_frozen_head_gets_none_whatever_is_said():
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("how", ["selective", "full"])
-def test_recomputation_changes_none_of_them(how, autocast):
+def test_recomputation_changes_no_gradient(how, autocast):
     ours, plain = step(CONFIG, autocast, True, how=how), step(CONFIG, autocast, True)
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
 
 
-def test_they_really_are_accumulated():
+def test_accumulated_gradients_do_not_pass_through_autograd():
     model, passed = new_model(CONFIG), []
     weights = {"gate_up_proj", "embed_tokens"}
     for name, p in model.named_parameters():
-        if any(part in name for part in weights):
+        if any(weight in name for weight in weights):
             p.register_hook(lambda d, name=name: passed.append(name) if d is not None else None)
-    rows = torch.randint(512, (2, 33))
-    losses(model, rows).total.backward()
+    sequences = torch.randint(512, (2, 33))
+    losses(model, sequences).total.backward()
     assert len(passed) == 3
-    losses(model, rows, accumulate=True).total.backward()
+    losses(model, sequences, accumulate=True).total.backward()
     assert len(passed) == 3
 
 
-def test_a_pass_that_does_not_ask_leaves_none():
+def test_without_accumulate_grad_is_untouched():
     model = new_model(CONFIG)
     total = losses(model, torch.randint(512, (2, 33))).total
     torch.autograd.grad(total, [model.model.norm.weight])
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_frozen_weights_get_none():
+def test_frozen_experts_get_no_gradient():
     ours, plain = (step(CONFIG, True, accumulate, frozen="experts") for accumulate in (True, False))
     for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
@@ -110,8 +110,8 @@ def attention(model: CausalLM) -> None:
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_attention_alone_costs_no_gradient_of_anything_else(monkeypatch, autocast, accumulate):
-    """What is left out is not computed, what is left has the same bits."""
+def test_training_only_attention_computes_no_other_gradient(monkeypatch, autocast, accumulate):
+    """The other gradients are not computed, and those of attention have the same bits."""
     computed = []
     for module, name in ((cpu, "write_product"), (cross_entropy, "_add"), (cross_entropy, "_add_product")):
         plain = getattr(module, name)
@@ -120,24 +120,24 @@ def test_attention_alone_costs_no_gradient_of_anything_else(monkeypatch, autocas
     full = step(CONFIG, autocast, accumulate, factor=factor)
     assert computed
     computed.clear()
-    part = step(CONFIG, autocast, accumulate, factor=factor, freeze=attention)
+    partial = step(CONFIG, autocast, accumulate, factor=factor, freeze=attention)
     assert not computed
-    for (name, a), b in zip(part.named_parameters(), full.parameters(), strict=True):
+    for (name, a), b in zip(partial.named_parameters(), full.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad) if "self_attn" in name else a.grad is None, name
 
 
 @pytest.mark.parametrize("frozen", ["x", "gate_up_proj", "down_proj", "x gate_up_proj", "x down_proj"])
-def test_frozen_parts_of_experts_leave_the_other_gradients_as_they_are(frozen):
+def test_frozen_experts_do_not_change_the_other_gradients(frozen):
     generator = torch.Generator().manual_seed(0)
-    given = torch.randn(60, CONFIG.hidden_size, generator=generator)
+    tokens = torch.randn(60, CONFIG.hidden_size, generator=generator)
     counts = torch.tensor([20, 0, 7, 13, 5, 5, 9, 1])
     gradients = []
     for out in ("", frozen):
         experts = new_model(CONFIG).model.layers[0].mlp.experts
-        x = given.clone().requires_grad_("x" not in out.split())
+        x = tokens.clone().requires_grad_("x" not in out.split())
         for name, p in experts.named_parameters():
             p.requires_grad_(name not in out)
         experts(x, counts).square().sum().backward()
         gradients.append({"x": x.grad} | {name: p.grad for name, p in experts.named_parameters()})
-    for name, found in gradients[1].items():
-        assert found is None if name in frozen.split() else torch.equal(found, gradients[0][name]), name
+    for name, gradient in gradients[1].items():
+        assert gradient is None if name in frozen.split() else torch.equal(gradient, gradients[0][name]), name

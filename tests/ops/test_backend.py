@@ -1,4 +1,4 @@
-"""Which backend takes what, what SMOLSEEK_BACKEND changes, and that PyTorch's operations remain."""
+"""Which tensors a backend supports, SMOLSEEK_BACKEND, and the fallback to PyTorch."""
 
 import sys
 
@@ -27,7 +27,7 @@ class Works:
         dh.zero_()
 
 
-def test_triton_is_tried_once_and_its_absence_said_in_one_line(monkeypatch, use_backend, capsys):
+def test_triton_is_tried_once_and_a_failure_is_one_line(monkeypatch, use_backend, capsys):
     use_backend(None)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     for module, runs in ((Broken, False), (Works, True)):
@@ -38,7 +38,7 @@ def test_triton_is_tried_once_and_its_absence_said_in_one_line(monkeypatch, use_
     assert "only costs time: Failed to find C compiler." in error and error.count("\n") == 1
 
 
-def test_without_triton_nothing_is_said(monkeypatch, use_backend, capsys):
+def test_without_triton_there_is_no_warning(monkeypatch, use_backend, capsys):
     use_backend(None)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(backend, "TRITON", None)
@@ -46,12 +46,12 @@ def test_without_triton_nothing_is_said(monkeypatch, use_backend, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_on_a_cpu_is_for_it(monkeypatch):
+def test_triton_supports_nothing_on_a_cpu(monkeypatch):
     monkeypatch.setattr(backend, "TRITON", True)
     assert not backend.triton_supports(torch.zeros(1))
 
 
-def test_the_override_is_said_and_turns_the_kernels_off(monkeypatch, use_backend, capsys):
+def test_the_override_is_logged_and_turns_the_kernels_off(monkeypatch, use_backend, capsys):
     use_backend("reference")
     assert backend.library() is None and backend.compiled() is None
     error = capsys.readouterr().err
@@ -67,10 +67,10 @@ def test_the_override_is_said_and_turns_the_kernels_off(monkeypatch, use_backend
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_which_tensors_the_c_files_take(dtype, use_backend):
+def test_which_tensors_the_c_files_support(dtype, use_backend):
     use_backend("cpu", bfloat16=dtype == torch.bfloat16)
     assert c_supports(torch.zeros(2, 16, dtype=dtype))
-    assert c_supports(torch.zeros(2, 24, dtype=dtype)) == (dtype == torch.float32)  # bfloat16 needs whole registers
+    assert c_supports(torch.zeros(2, 24, dtype=dtype)) == (dtype == torch.float32)  # bfloat16 needs multiples of 16
     assert not c_supports(torch.zeros(2, 32, dtype=dtype)[:, ::2]) and not c_supports(torch.zeros(2, 16).double())
 
 

@@ -1,4 +1,4 @@
-"""The C files: what they need is in the package, when they are built anew, and what happens where they cannot be."""
+"""The C files: they are all packaged, when they are built again, and the fallback if they cannot be built."""
 
 import os
 import tomllib
@@ -18,15 +18,15 @@ from smolseek.presets import tiny
 ROOT = Path(smolseek.__file__).parent
 
 
-def test_an_installed_package_holds_every_file():
+def test_the_package_contains_every_file():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["smolseek"]
-    held = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    packaged = {path for pattern in patterns for path in ROOT.glob(pattern)}
     there = {path for path in ROOT.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    assert there and there <= held
+    assert there and there <= packaged
 
 
-def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
+def test_a_changed_header_is_built_again(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     header, source = tmp_path / "simd.h", tmp_path / "one.c"
     source.write_text('#include "simd.h"\nint one(void) { return NUMBER; }\n')
@@ -43,7 +43,7 @@ def test_a_changed_header_is_built_anew(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one(tmp_path, monkeypatch):
-    """A C file of its own, an empty cache folder, and a function that builds the file as a new process would."""
+    """A function that builds a small C file as a new process would, in an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     source = tmp_path / "one.c"
@@ -69,7 +69,7 @@ def a_compiler(path, line):
 
 
 @pytest.mark.parametrize("refused", ["-fopenmp", "-march=native"])
-def test_a_flag_that_the_compiler_refuses_is_left_out(one, tmp_path, monkeypatch, capsys, refused):
+def test_a_flag_that_the_compiler_rejects_is_omitted(one, tmp_path, monkeypatch, capsys, refused):
     (real,) = build._compilers()[0]
     line = f'case " $* " in *" {refused} "*) echo "error: unsupported option" >&2; exit 1;; esac\nexec {real} "$@"'
     monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", line)))
@@ -77,7 +77,7 @@ def test_a_flag_that_the_compiler_refuses_is_left_out(one, tmp_path, monkeypatch
     assert capsys.readouterr().err == ""
 
 
-def test_a_compiler_that_fails_is_told_once_in_one_line(one, tmp_path, monkeypatch, capsys):
+def test_a_failing_compiler_is_one_warning(one, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", "echo error: no cc1 >&2; echo stop >&2; exit 1")))
     assert one() is None
     error = capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_a_compiler_that_fails_is_told_once_in_one_line(one, tmp_path, monkeypat
     assert one() is None and "no C compiler is installed" in capsys.readouterr().err
 
 
-def test_another_compiler_is_tried_where_none_is_named(one, tmp_path, monkeypatch):
+def test_another_compiler_is_tried_unless_cc_names_one(one, tmp_path, monkeypatch):
     (real,) = build._compilers()[0]
     a_compiler(tmp_path / "bin" / "cc", "exit 1")
     a_compiler(tmp_path / "bin" / "gcc", f'exec {real} "$@"')
@@ -100,13 +100,13 @@ def test_another_compiler_is_tried_where_none_is_named(one, tmp_path, monkeypatc
 def test_a_damaged_library_is_built_again(one, tmp_path):
     one()
     (built,) = (tmp_path / "cache").rglob("*.so")
-    whole = built.read_bytes()
+    content = built.read_bytes()
     built.unlink()  # not changed where it lies: this process has it open
-    built.write_bytes(whole[: len(whole) // 2])
-    assert one().one() == 1 and built.read_bytes() != whole[: len(whole) // 2]
+    built.write_bytes(content[: len(content) // 2])
+    assert one().one() == 1 and built.read_bytes() != content[: len(content) // 2]
 
 
-def test_without_a_place_to_keep_it_it_is_built_all_the_same(one, tmp_path, capsys):
+def test_without_a_cache_folder_the_library_is_built_each_time(one, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert one().one() == 1
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one: the same value, the same gradients, and better ones in bfloat16."""
+"""The chunked loss against the plain one: the same value and gradients, in bfloat16 more exact."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ from smolseek.ops import cross_entropy
 from smolseek.ops.cross_entropy import chunks
 
 
-def linear_cross_entropy(*given, **options):
-    return cross_entropy.linear_cross_entropy(*given, **options).objective
+def linear_cross_entropy(*arguments, **options):
+    return cross_entropy.linear_cross_entropy(*arguments, **options).objective
 
 
 def inputs(n: int, vocab: int = 1000):
@@ -33,25 +33,25 @@ def assert_equals_the_plain_loss(n: int, vocab: int = 1000) -> None:
         assert (ours - reference).norm() <= 1e-5 * reference.norm()
 
 
-@pytest.mark.parametrize("n", [1, 16, 250, 300, 1024, 1100])  # around the sizes of rows, chunk and block
+@pytest.mark.parametrize("n", [1, 16, 250, 300, 1024, 1100])  # around the sizes of a row block, chunk and block
 def test_value_and_gradients_equal_the_plain_loss(n):
     assert_equals_the_plain_loss(n)
 
 
-def test_also_in_chunks_as_a_gpu_has_them(monkeypatch):
-    """Each is a block of its own, and of 300 tokens some are left over."""
+def test_the_chunks_of_a_gpu(monkeypatch):
+    """Each is also a block, and the last of 300 tokens is smaller."""
     monkeypatch.setattr(cross_entropy, "sizes", lambda *_: (128, 128))
     assert_equals_the_plain_loss(300)
 
 
-def test_a_gpus_chunk_is_a_power_of_two_whose_logits_fit():
+def test_a_gpus_chunk_is_a_power_of_two_within_the_limit():
     for vocab in (512, 49_152, 129_280):
         chunk, block = chunks.sizes(vocab, True)
         assert chunk == block and chunk & (chunk - 1) == 0 and chunk * vocab <= chunks._LOGITS < 2 * chunk * vocab
 
 
 @pytest.mark.parametrize("frozen", ["h", "w"])
-def test_a_gradient_that_is_not_wanted_is_not_computed(frozen):
+def test_a_frozen_tensor_gets_no_gradient(frozen):
     h, w, targets = inputs(1100)
     linear_cross_entropy(h, w, targets).backward()
     h2, w2, _ = inputs(1100)
@@ -63,19 +63,19 @@ def test_a_gradient_that_is_not_wanted_is_not_computed(frozen):
         assert w2.grad is None and torch.equal(h2.grad, h.grad)
 
 
-def test_also_with_more_words_than_one_product_has():
+def test_a_vocabulary_of_several_products():
     assert_equals_the_plain_loss(300, vocab=2500)
 
 
 @pytest.mark.parametrize("target", [-100, -1, 1000, 2**34])
-def test_a_target_that_is_no_word_is_refused(target):
+def test_a_target_outside_the_vocabulary_is_an_error(target):
     h, w, targets = inputs(30)
     targets[7] = target
     with pytest.raises(IndexError, match=f"targets {target} to|to {target} are not all in the vocabulary of 1000"):
         linear_cross_entropy(h, w, targets)
 
 
-def test_also_without_kernels(use_backend):
+def test_the_reference_backend(use_backend):
     use_backend("reference")
     assert_equals_the_plain_loss(300)
 
@@ -103,20 +103,20 @@ def test_under_autocast_it_is_no_further_from_float64_than_the_plain_loss(vocab)
 
 
 @pytest.mark.parametrize("vocab", [1000, 1008])
-def test_without_gradients_none_are_made(vocab, monkeypatch):
+def test_without_grad_mode_no_gradient_is_computed(vocab, monkeypatch):
     h, w, targets = inputs(10, vocab)
     with torch.autocast("cpu", torch.bfloat16):
         expected = linear_cross_entropy(h, w, targets)
         products, real = [], torch.mm
-        monkeypatch.setattr(torch, "mm", lambda a, b, **given: products.append(b.shape) or real(a, b, **given))
+        monkeypatch.setattr(torch, "mm", lambda a, b, **arguments: products.append(b.shape) or real(a, b, **arguments))
         with torch.no_grad():
-            found = linear_cross_entropy(h, w, targets)
-    assert found.requires_grad is False and torch.equal(found, expected)
+            value = linear_cross_entropy(h, w, targets)
+    assert value.requires_grad is False and torch.equal(value, expected)
     assert products == [(64, vocab)]  # the logits, and neither gradient
 
 
 @pytest.mark.parametrize("n", [16, 300, 1100])
-def test_the_z_loss_is_autograds(n):
+def test_the_z_loss_equals_autograds(n):
     h, w, targets = inputs(n)
     value = linear_cross_entropy(h, w, targets, z_loss=0.01)
     value.backward()

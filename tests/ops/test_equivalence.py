@@ -119,8 +119,8 @@ def test_values_and_gradients(name, backend, dtype, use_backend, monkeypatch):
         device, slack = ("cuda", 1.1) if CUDA else ("cpu", 2.5)
         for module in WITH_TRITON:
             monkeypatch.setattr(module, "triton_supports", lambda x: True)
-    found = gradients(case, inputs, device)
-    for ours, theirs, right in zip(found, plain, exact, strict=True):
+    results = gradients(case, inputs, device)
+    for ours, theirs, right in zip(results, plain, exact, strict=True):
         assert ours.shape == right.shape
         small = (3e-7 if dtype == torch.float32 else 0.0) * right.norm()
         assert (ours - right).norm() <= max(slack * (theirs - right).norm(), small)

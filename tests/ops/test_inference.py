@@ -1,4 +1,4 @@
-"""The kernels for inference in bfloat16: no further from float64 than PyTorch's operations, and only in that mode."""
+"""The bfloat16 kernels of inference mode: no further from float64 than PyTorch's operations."""
 
 import pytest
 import torch
@@ -51,30 +51,30 @@ def test_values(name):
     with torch.no_grad():
         exact, plain = run(*(x.double() for x in inputs)), run(*inputs).double()
     with torch.inference_mode():
-        found = run(*inputs).double()
-    assert found.shape == exact.shape
-    assert (found - exact).norm() <= 1.1 * (plain - exact).norm()
+        result = run(*inputs).double()
+    assert result.shape == exact.shape
+    assert (result - exact).norm() <= 1.1 * (plain - exact).norm()
 
 
 @pytest.mark.parametrize("name", ["linear", "grouped_experts", "mla_attention", "causal_attention"])
 def test_results_do_not_depend_on_threads_or_later_tokens(name):
     run, sizes = CASES[name]
     inputs = [torch.randn(size, generator=torch.Generator().manual_seed(n)).bfloat16() for n, size in enumerate(sizes)]
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
             with torch.inference_mode():
-                found.append(run(*inputs))
+                results.append(run(*inputs))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(*found)
+    assert torch.equal(*results)
     if name == "causal_attention":
         with torch.inference_mode():
-            assert torch.equal(run(*(x[:, :70] for x in inputs)), found[0][:, :70])
+            assert torch.equal(run(*(x[:, :70] for x in inputs)), results[0][:, :70])
 
 
-def test_which_weights_are_multiplied_in_c():
+def test_which_weights_c_supports():
     x, w = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
     assert not c_supports_weights(x, w)  # gradients may be wanted
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The C kernels at the ends of their range, with rows of any length, and where PyTorch's operations are taken."""
+"""The C kernels at the ends of their range and with rows of any length, and the fallback to PyTorch."""
 
 import pytest
 import torch
@@ -67,9 +67,9 @@ def test_rows_of_any_length_in_float32(size, use_backend):
 
 
 @pytest.mark.parametrize("words", [4096, 1040, 1000])
-def test_the_loss_of_given_logits_is_exact_to_float32(dtype, words):
+def test_the_loss_is_exact_to_float32(dtype, words):
     if dtype == torch.bfloat16 and words % 16:
-        pytest.skip("rows of bfloat16 are whole registers")
+        pytest.skip("rows of bfloat16 are multiples of 16")
     logits = numbers(24, words, dtype=dtype)
     targets = torch.randint(words, (24,), generator=torch.Generator().manual_seed(1))
     losses, gradients_of = torch.empty(24), logits.clone()
@@ -81,14 +81,14 @@ def test_the_loss_of_given_logits_is_exact_to_float32(dtype, words):
     torch.testing.assert_close(gradients_of.double(), right, rtol=max(near(dtype), 3e-6), atol=1e-30)
 
 
-def test_what_is_differentiated_twice_says_that_it_is_not(dtype):
+def test_a_second_derivative_is_an_error(dtype):
     gate, up = (numbers(4, 16, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
     (slope,) = torch.autograd.grad(swiglu.swiglu(gate, up).float().square().sum(), gate, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.float().sum().backward()
 
 
-def test_in_compiled_code_and_where_no_numbers_are_pytorchs_operations_are_taken(dtype, monkeypatch):
+def test_compiled_code_and_fake_tensors_use_pytorch(dtype, monkeypatch):
     monkeypatch.setattr(swiglu, "call", None)
     gate, up = numbers(4, 16, dtype=dtype).requires_grad_(), numbers(4, 16, dtype=dtype, seed=1)
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""MLA in C beside PyTorch's operations: as near to float64, the same every time, blind to what follows."""
+"""MLA in C: as near to float64 as PyTorch's operations, deterministic and causal."""
 
 from dataclasses import replace
 
@@ -45,16 +45,16 @@ def attention(name: str, length: int, how: str, use_backend) -> dict[str, torch.
 @pytest.mark.parametrize("length", [2, 33, 64, 135])  # around the sizes of tiles and blocks
 def test_it_is_no_further_from_float64_than_pytorchs_operations(name, length, use_backend):
     runs = {how: attention(name, length, how, use_backend) for how in ("c", "plain", "exact")}
-    for part, exact in runs["exact"].items():
-        error = {how: float((runs[how][part].double() - exact).norm()) for how in ("c", "plain")}
-        assert error["plain"] < 0.05 * exact.norm(), part
+    for tensor, exact in runs["exact"].items():
+        error = {how: float((runs[how][tensor].double() - exact).norm()) for how in ("c", "plain")}
+        assert error["plain"] < 0.05 * exact.norm(), tensor
         # The latent norm's gradient has few numbers, so its error is more by chance.
-        slack = 1.1 if length > 33 and "norm" not in part else 1.5
-        assert error["c"] <= slack * error["plain"], part
+        slack = 1.1 if length > 33 and "norm" not in tensor else 1.5
+        assert error["c"] <= slack * error["plain"], tensor
 
 
 def test_results_and_gradients_are_the_same_for_any_number_of_threads():
-    threads, found = torch.get_num_threads(), []
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 2, 3):
             torch.set_num_threads(count)
@@ -62,11 +62,11 @@ def test_results_and_gradients_are_the_same_for_any_number_of_threads():
             inputs = [x.requires_grad_() for x in (q, kv, pe)]
             out = mla_attention(*inputs, (cos, sin), (4, 16, 32), 0.2, True)
             out.float().square().sum().backward()
-            found.append([out.detach(), *(x.grad for x in inputs)])
+            results.append([out.detach(), *(x.grad for x in inputs)])
     finally:
         torch.set_num_threads(threads)
-    for again in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
 
 
 def heads(length: int) -> tuple[torch.Tensor, ...]:
@@ -76,23 +76,23 @@ def heads(length: int) -> tuple[torch.Tensor, ...]:
     return q, kv, pe, *(torch.randn(length, 8, generator=generator) for _ in range(2))
 
 
-def test_no_token_sees_what_follows():
+def test_later_tokens_change_no_result():
     *inputs, cos, sin = heads(100)
-    whole = mla_attention(*inputs, (cos, sin), (4, 16, 32), 0.2, True)
+    full = mla_attention(*inputs, (cos, sin), (4, 16, 32), 0.2, True)
     for length in (1, 7, 63, 64, 65, 99):
         begun = [x[:, :length].contiguous() for x in inputs]
-        found = mla_attention(*begun, (cos[:length], sin[:length]), (4, 16, 32), 0.2, True)
-        assert torch.equal(found, whole[:, :length])
+        result = mla_attention(*begun, (cos[:length], sin[:length]), (4, 16, 32), 0.2, True)
+        assert torch.equal(result, full[:, :length])
 
 
-def test_what_is_no_number_stays_so():
+def test_nan_stays_nan():
     q, kv, pe, cos, sin = heads(70)
     kv[0, 20, 0] = float("nan")
     out = mla_attention(q, kv, pe, (cos, sin), (4, 16, 32), 0.2, True)[0, :, :32]
     assert out[20:].isnan().all() and not out[:20].isnan().any()
 
 
-def test_which_heads_it_takes():
+def test_which_heads_c_supports():
     q = torch.zeros(1, 2, 64, dtype=torch.bfloat16)
     assert c_supports_heads(q, 16, 16, 32)
     assert not c_supports_heads(q.float(), 16, 16, 32)
