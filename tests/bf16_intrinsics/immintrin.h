@@ -40,8 +40,6 @@ EMULATED uint16_t bfloat16_bits(float x) {
 EMULATED lanes16 _mm512_set1_ps(float a) { EACH_LANE(a); }
 EMULATED lanes16 _mm512_setzero_ps(void) { EACH_LANE(0.0f); }
 EMULATED lanes16 _mm512_add_ps(lanes16 a, lanes16 b) { return a + b; }
-EMULATED lanes16 _mm512_sub_ps(lanes16 a, lanes16 b) { return a - b; }
-EMULATED lanes16 _mm512_mul_ps(lanes16 a, lanes16 b) { return a * b; }
 EMULATED lanes16 _mm512_max_ps(lanes16 a, lanes16 b) { EACH_LANE(a[i] > b[i] ? a[i] : b[i]); }
 EMULATED lanes16 _mm512_fmadd_ps(lanes16 a, lanes16 b, lanes16 c) { EACH_LANE(__builtin_fmaf(a[i], b[i], c[i])); }
 EMULATED lanes16 _mm512_fmsub_ps(lanes16 a, lanes16 b, lanes16 c) { EACH_LANE(__builtin_fmaf(a[i], b[i], -c[i])); }
@@ -64,12 +62,6 @@ EMULATED lanes16 _mm512_mask_mul_ps(lanes16 other, mask16 k, lanes16 a, lanes16 
 EMULATED float _mm512_reduce_add_ps(lanes16 a) {
     for (int n = 8; n; n /= 2)
         for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
-}
-
-EMULATED float _mm512_reduce_max_ps(lanes16 a) {
-    for (int n = 8; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] = a[i] > a[i + n] ? a[i] : a[i + n];
     return a[0];
 }
 
