@@ -92,7 +92,7 @@ static void pack(const bf16 *nope, int64_t nope_stride, const bf16 *rope, int64_
 
 int64_t has_bf16_products(void) { return 1; }
 
-static void *allocate(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+static void *alloc(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 /* Attention of the last A of T tokens; H / G query heads share the keys and values of a group. `_stride_t` and
    `_stride_h` count the numbers from token to token and from head to head. The keys' last R features are those of pe,
@@ -106,10 +106,10 @@ void mla_attention(const bf16 *q_in, int64_t q_stride_t, int64_t q_stride_h, con
     const __m512 minus_infinity = _mm512_set1_ps(-INFINITY);
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *q = allocate(A * Q * 2), *k = allocate(T * Q * 2);
-        uint32_t *q_transposed = allocate(Q / 2 * BLOCK * 4), *v_vnni = allocate((T + 1) / 2 * V * 4);
-        uint32_t *p_vnni = allocate((T + 1) / 2 * BLOCK * 4);
-        float *s = allocate((T + 1) * BLOCK * 4), *sums = allocate(BLOCK * V * 4);
+        bf16 *q = alloc(A * Q * 2), *k = alloc(T * Q * 2);
+        uint32_t *q_transposed = alloc(Q / 2 * BLOCK * 4), *v_vnni = alloc((T + 1) / 2 * V * 4);
+        uint32_t *p_vnni = alloc((T + 1) / 2 * BLOCK * 4);
+        float *s = alloc((T + 1) * BLOCK * 4), *sums = alloc(BLOCK * V * 4);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * H; n++) {
             int64_t b = n / H, h = n % H, g = h / (H / G), angle = before * R / 2;
@@ -173,22 +173,19 @@ static void output_dots(const bf16 *dout, const bf16 *out, int64_t stride, int64
 }
 
 /* The gradients of attention with as many queries as tokens and key heads as query heads. q: [B, T, H, Q],
-   kv: [B, T, H, N + V], the others as above. dq, dkv, dpe have the shapes of q, kv, pe; dpe_heads, [B, H, T, R], is
-   scratch. */
+   kv: [B, T, H, N + V], the others as above. dq, dkv, dpe have the shapes of q, kv, pe; dpe_h, [B, H, T, R], is scratch. */
 void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, int64_t pe_stride_t, const float *cos,
                             const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N,
                             int64_t R, int64_t V, float scale, const bf16 *out, const float *log_sums,
-                            const bf16 *dout_in, bf16 *dq_out, bf16 *dkv, bf16 *dpe, float *dpe_heads,
-                            int64_t threads) {
+                            const bf16 *dout_in, bf16 *dq_out, bf16 *dkv, bf16 *dpe, float *dpe_h, int64_t threads) {
     const int64_t Q = N + R, E = N + V;
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *q = allocate(T * Q * 2), *k = allocate(T * Q * 2);
-        bf16 *p = allocate((T + 1) * BLOCK * 2), *ds = allocate((T + 1) * BLOCK * 2);
-        uint32_t *q_transposed = allocate(Q / 2 * BLOCK * 4), *dout_transposed = allocate(V / 2 * BLOCK * 4);
-        uint32_t *q_vnni = allocate(BLOCK / 2 * Q * 4), *dout_vnni = allocate(BLOCK / 2 * V * 4);
-        uint32_t *k_vnni = allocate((T + 1) / 2 * Q * 4), *ds_vnni = allocate((T + 1) / 2 * BLOCK * 4);
-        float *dk = allocate(T * Q * 4), *dv = allocate(T * V * 4), *dq = allocate(BLOCK * Q * 4);
+        bf16 *q = alloc(T * Q * 2), *k = alloc(T * Q * 2), *p = alloc((T + 1) * BLOCK * 2), *ds = alloc((T + 1) * BLOCK * 2);
+        uint32_t *q_transposed = alloc(Q / 2 * BLOCK * 4), *dout_transposed = alloc(V / 2 * BLOCK * 4);
+        uint32_t *q_vnni = alloc(BLOCK / 2 * Q * 4), *dout_vnni = alloc(BLOCK / 2 * V * 4);
+        uint32_t *k_vnni = alloc((T + 1) / 2 * Q * 4), *ds_vnni = alloc((T + 1) / 2 * BLOCK * 4);
+        float *dk = alloc(T * Q * 4), *dv = alloc(T * V * 4), *dq = alloc(BLOCK * Q * 4);
 #pragma omp for schedule(dynamic)
         for (int64_t n = 0; n < B * H; n++) {
             int64_t b = n / H, h = n % H;
@@ -240,18 +237,18 @@ void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, in
                 bf16 *to = dkv + ((b * T + t) * H + h) * E;
                 for (int64_t i = 0; i < N; i += 16) store(to, i, _mm512_loadu_ps(dk + t * Q + i), 1);
                 for (int64_t i = 0; i < V; i += 16) store(to, N + i, _mm512_loadu_ps(dv + t * V + i), 1);
-                memcpy(dpe_heads + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
+                memcpy(dpe_h + ((b * H + h) * T + t) * R, dk + t * Q + N, R * sizeof *dk);
             }
         }
         free(q), free(k), free(p), free(ds), free(q_transposed), free(dout_transposed), free(q_vnni), free(dout_vnni);
         free(k_vnni), free(ds_vnni), free(dk), free(dv), free(dq);
-        float *sum = allocate(R * 4);
+        float *sum = alloc(R * 4);
 #pragma omp for
         for (int64_t n = 0; n < B * T; n++) { /* all heads share the keys' features with position */
             int64_t b = n / T, t = n % T;
             memset(sum, 0, R * sizeof *sum);
             for (int64_t h = 0; h < H; h++)
-                for (int64_t i = 0; i < R; i++) sum[i] += dpe_heads[((b * H + h) * T + t) * R + i];
+                for (int64_t i = 0; i < R; i++) sum[i] += dpe_h[((b * H + h) * T + t) * R + i];
             rotate_back(sum, cos + t * R / 2, sin + t * R / 2, R / 2, interleaved, dpe + n * R);
         }
         free(sum);
