@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from smolseek.audit.check import Check
 from smolseek.data.datasets import Corpus
@@ -51,10 +50,13 @@ def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = 
     digests = {_digest(text) for text in train}
     # The share of each validation document's word sequences that are in training text.
     ngrams = [_ngrams(text) for text in validation]
-    training = [_ngrams(text) for text in first_characters(train, CHARACTERS)]
-    empty = np.zeros(0, np.uint64)
-    seen = np.isin(np.concatenate([*ngrams, empty]), np.concatenate([*training, empty]))
-    shares = [part.mean() if len(part) else 0.0 for part in np.split(seen, np.cumsum([len(n) for n in ngrams]))[:-1]]
+    known = np.unique(np.concatenate([*ngrams, np.zeros(1, np.uint64)]))
+    seen = np.zeros(len(known), dtype=bool)
+    for text in first_characters(train, CHARACTERS):
+        training = _ngrams(text)
+        index = np.minimum(np.searchsorted(known, training), len(known) - 1)
+        seen[index[known[index] == training]] = True
+    shares = [seen[np.searchsorted(known, n)].mean() if len(n) else 0.0 for n in ngrams]
     return [
         DUPLICATES.judge(
             sum(_digest(text) in digests for text in validation),
@@ -76,7 +78,7 @@ def _ngrams(text: str) -> np.ndarray:
     """Return a 64-bit hash of each sequence of 13 words, letters and digits only."""
     matches = re.findall(r"[a-z0-9]+", text.lower())
     codes = np.array([zlib.crc32(word.encode()) for word in matches] or [0], np.uint64)
-    return sliding_window_view(codes, N) @ _FACTORS if len(codes) >= N else codes[:0]
+    return np.convolve(codes, _FACTORS, "valid") if len(codes) >= N else codes[:0]
 
 
 def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Check:
