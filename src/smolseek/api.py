@@ -132,8 +132,6 @@ class Model:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         chosen = generation_options(options, self.sampling_defaults)
-        if chosen.n < 1:
-            raise SmolseekError(f"n {chosen.n} is below 1: ask for at least one continuation")
         if not texts:
             return []
         ids, sampling = [self.tokens(text) for text in texts], self._sampling(chosen, processors)

@@ -245,7 +245,7 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
         (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--data", "text.jsonl", "--text-column", "body"], "body"),
         (["--data", "picture.txt"], "picture.txt"),
-        (["--data", "text.jsonl", "--tokens", "0"], "tokens 0 is below 1"),
+        (["--data", "text.jsonl", "--tokens", "0"], "tokens 0 must be 1 or more"),
         (["--data", "text.jsonl", "--eos-id", "99999999"], "99999999"),
         (["--data", "cosmopedia-v2=much"], "'much' is not a weight"),
         (["--data", "text.jsonl", "cosmopedia-v2"], "only one of the two"),

@@ -227,7 +227,7 @@ def test_the_source_writes_under_the_key_of_the_other_text(tiny):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tokens", "0"], "tokens 0 is below 1"),
+        (["--tokens", "0"], "tokens 0 must be 1 or more"),
         (["--seq-len", "1000"], "max_position_embeddings"),
         (["--teacher", "{}/other"], "its hidden_size is 32, and the other's 16"),
         (["--teacher", "{}/nowhere"], "nowhere"),

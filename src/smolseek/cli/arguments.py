@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from smolseek.config.option import check_numbers
 from smolseek.errors import SmolseekError
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
     try:
         with contextlib.redirect_stderr(box):
             args = tyro.cli(kind, prog=f"smolseek {verb}", args=list(argv), config=markers, **options)
+        check_numbers(args)
         _require_names(args)
         return args
     except SystemExit as stop:
@@ -116,15 +118,7 @@ def _error_line(box: str, verb: str) -> str:
     return message[:1].lower() + message[1:] + see
 
 
-def require_positive(args: Any, *names: str) -> None:
-    """Raise SmolseekError for an argument among `names` that is below 1; None is none."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise SmolseekError(f"{name.replace('_', '-')} {value} is below 1: use a positive number")
-
-
-def option(argv: Sequence[str], name: str) -> str | None:
+def option_value(argv: Sequence[str], name: str) -> str | None:
     """Return the value of the option `name` in `argv`, before anything is parsed."""
     for argument, following in itertools.pairwise([*argv, ""]):
         spelled, equals, value = argument.partition("=")

@@ -1,13 +1,13 @@
 """Checking a model: `smolseek audit`."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from smolseek import console
 from smolseek.cli.arguments import parse
+from smolseek.config import option
 from smolseek.errors import SmolseekError
 
 
@@ -38,7 +38,7 @@ class AuditArgs:
     """Id of the end token."""
     reported_loss: float | None = None
     """A training loss to check, in nats per token. The default is a run's own."""
-    reported_tokens: float | None = None
+    reported_tokens: float | None = option(None, least=1)
     """Training tokens after which this loss was reached."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto is the file's."""
@@ -50,10 +50,6 @@ def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
     # --fix-hints is accepted as before: the hints are always printed now.
     args = parse(AuditArgs, "audit", [argument for argument in argv if argument != "--fix-hints"])
-    if args.reported_tokens is not None and not 1 <= args.reported_tokens < math.inf:
-        raise SmolseekError(
-            f"reported-tokens {args.reported_tokens:g} must be 1 or more and finite: give the number of training tokens"
-        )
     from smolseek.audit.check import failures, lines
     from smolseek.audit.runner import audit
     from smolseek.audit.targets import import_function, open_subject, open_text

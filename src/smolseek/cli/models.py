@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smolseek import console
-from smolseek.cli.arguments import parse, require_positive
-from smolseek.config import MeshConfig, StepConfig
+from smolseek.cli.arguments import parse
+from smolseek.config import MeshConfig, StepConfig, option
 from smolseek.convert.conversion import Conversion
 from smolseek.errors import SmolseekError
 from smolseek.presets import PRESETS, preset
@@ -43,7 +43,6 @@ class InspectArgs(StepConfig):
 def inspect(argv: Sequence[str]) -> None:
     """Carry out `smolseek inspect TARGET`."""
     args = parse(InspectArgs, "inspect", argv)
-    require_positive(args, "seq_len", "batch_size", "grad_accum")
     from smolseek.model.summary import summarize
     from smolseek.storage.hf_folder import read_config
 
@@ -132,9 +131,9 @@ class CompareArgs(_Measuring):
     """`builtin`, or files or folders: text, JSON, csv, parquet."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
-    tokens: int = 16_384
+    tokens: int = option(16_384, least=1)
     """Tokens to predict, at most."""
-    seq_len: int = 1024
+    seq_len: int = option(1024, least=1)
     """Tokens per window, limited to the models' context."""
     engine: Literal["native", "transformers"] = "native"
     """Library that runs the models: smolseek (native) or stock transformers."""
@@ -164,11 +163,11 @@ class EvalArgs(_Measuring):
     """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
     tasks: str = "hellaswag,piqa,arc_easy"
     """Names of tasks, separated by commas."""
-    fewshot: int | None = None
+    fewshot: int | None = option(None, least=0)
     """Examples in the prompt; None is the task's own number."""
-    limit: int | None = None
+    limit: int | None = option(None, least=1)
     """Questions per task, at most; None is all."""
-    batch_size: int = 8
+    batch_size: int = option(8, least=1)
     """Requests per batch."""
     task_folders: tuple[str, ...] = ()
     """Folders with your own tasks (lm-eval's YAML files)."""
@@ -180,9 +179,6 @@ def evaluate(argv: Sequence[str]) -> None:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise SmolseekError("no task: give --tasks hellaswag,piqa")
-    require_positive(args, "limit", "batch_size")
-    if args.fewshot is not None and args.fewshot < 0:
-        raise SmolseekError(f"fewshot {args.fewshot} is below 0: use 0 for none")
     if importlib.util.find_spec("lm_eval") is None:
         raise SmolseekError("eval needs lm-eval, which is not installed: pip install '.[eval]' in a clone of smolseek")
     from smolseek.evaluate import harness

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smolseek import console
-from smolseek.cli.arguments import parse, require_positive
+from smolseek.cli.arguments import parse
+from smolseek.config import DataConfig, option
 from smolseek.errors import SmolseekError
 
 
@@ -21,7 +22,7 @@ class PrepareArgs:
     """Folder to write, created if missing."""
     data: tuple[str, ...] = ("builtin",)
     """Text as in `smolseek train --data`: builtin, files, folders or hub data sets."""
-    tokens: int | None = None
+    tokens: int | None = option(None, least=1)
     """Tokens in all, at most; None is all text."""
     tokenizer: str = "smollm2"
     """`smollm2`, a hub name, a folder or a .gguf file."""
@@ -34,15 +35,13 @@ class PrepareArgs:
     """Column (parquet, csv) or key (JSON) that holds the text."""
     document_separator: str | None = None
     """Separator of the documents in a text file, such as "<|endoftext|>"; None makes each file one document."""
-    give_up_after: float = 1800.0
+    give_up_after: float = option(1800.0, least=0, may_be_infinite=True)
     """Seconds without an answer from the hub after which to stop."""
 
 
 def prepare(argv: Sequence[str]) -> None:
     """Carry out `smolseek prepare OUT`."""
     args = parse(PrepareArgs, "prepare", argv)
-    require_positive(args, "tokens")
-    from smolseek.config import DataConfig
     from smolseek.data import datasets, preparing
     from smolseek.data.shards import read_index
     from smolseek.data.spelling import Spelling

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from smolseek import console
-from smolseek.cli.arguments import option, parse, renamed
-from smolseek.config import ALIASES, GenerationOptions, SamplingOptions
-from smolseek.config.option import option as bounded
+from smolseek.cli.arguments import option_value, parse, renamed
+from smolseek.config import ALIASES, GenerationOptions, SamplingOptions, option
 from smolseek.errors import SmolseekError
 
 if TYPE_CHECKING:
@@ -55,10 +54,10 @@ class ChatArgs(_ModelArgs, SamplingOptions):
 
     system: str | None = None
     """System message."""
-    max_tokens: int = 400
+    max_tokens: int = option(400, least=1)
     """Tokens of an answer, at most."""
-    temperature: float = bounded(0.7, least=0)
-    top_p: float | None = bounded(0.95, above=0, most=1)
+    temperature: float = option(0.7, least=0)
+    top_p: float | None = option(0.95, above=0, most=1)
 
 
 def generate(argv: Sequence[str]) -> None:
@@ -95,7 +94,7 @@ def generate(argv: Sequence[str]) -> None:
 def _options(args: GenerateArgs | ChatArgs, argv: Sequence[str], model: "Model") -> dict[str, Any]:
     """Return the options in `argv`; the verb's defaults fill in what neither it nor the model sets."""
     names = {field.name for field in fields(GenerationOptions)} & {field.name for field in fields(args)}
-    names -= {name for name in model.sampling_defaults if option(argv, f"--{name.replace('_', '-')}") is None}
+    names -= {name for name in model.sampling_defaults if option_value(argv, f"--{name.replace('_', '-')}") is None}
     return {name: getattr(args, name) for name in names}
 
 

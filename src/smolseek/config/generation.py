@@ -47,23 +47,23 @@ class SamplingOptions:
 class GenerationOptions(SamplingOptions):
     """How tokens are sampled, what the text may contain, and when it ends."""
 
-    max_tokens: int | None = 100
+    max_tokens: int | None = option(100, least=1)
     """New tokens, at most; None goes on to the end of the context."""
     stop: tuple[str, ...] = ()
     """Strings before which the text ends."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end the text besides the model's own, by name; in Python also by number."""
-    max_time: float | None = None
+    max_time: float | None = option(None, above=0)
     """Seconds, at most."""
     bad_words: tuple[str, ...] = ()
     """Words that are never generated."""
     prefix: str = ""
     """Text that the continuation begins with."""
-    n: int = 1
+    n: int = option(1, least=1)
     """Continuations of each prompt."""
-    beams: int = 1
+    beams: int = option(1, least=1)
     """Beam search with this many beams instead of sampling, printed at its end; 1 is none."""
-    length_penalty: float = 1.0
+    length_penalty: float = option(1.0, least=-1000, most=1000)
     """Beam search: above 0 favours long texts."""
     early_stopping: bool = False
     """Beam search: end when as many texts are finished as there are beams. In Python "never" goes on until no better
