@@ -114,6 +114,7 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
         (lambda m: m.stream("x", beams=2), "a stream is one continuation"),
         (lambda m: m.stream("x", stop_tokens=["<nowhere>"]), "stop token '<nowhere>'"),
         (lambda m: m.stream("x", heat=1), "unknown option heat"),
+        (lambda m: m.generate("x", max_time=0.0), "max_time 0.0 must be above 0"),
         (lambda m: m.generate("x", n=0), "n 0 must be 1 or more"),
         (lambda m: m.generate("x", beams=2, stop="y"), "beam search takes no stop strings"),
         (lambda m: m.stream("x", max_length=3), "max_length: it counts the prompt too"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from smolseek import console
 from smolseek.api import Message, Model
-from smolseek.config import ALIASES, GenerationOptions, SamplingOptions, from_dict, generation_options, parse_json
+from smolseek.config import ALIASES, GenerationOptions, SamplingOptions, from_dict, parse_json
 from smolseek.errors import SmolseekError
 
 HELP = """\
@@ -33,7 +33,6 @@ class Chat:
     """
 
     def __init__(self, model: Model, options: dict[str, Any], system: str | None = None) -> None:
-        generation_options(options, {})  # raises for wrong values before the first question
         self.model, self.options, self.system = model, options, system
         self.history: list[Message] = []
 

@@ -62,8 +62,6 @@ def beam_search(
     check_request(model, [ids], max_tokens)
     if beams < 1 or not 1 <= returned <= beams:
         raise SmolseekError(f"beams {beams} and n {returned} do not fit: n is at most the beams, and both at least 1")
-    if not -1000 <= length_penalty <= 1000:
-        raise SmolseekError(f"length-penalty {length_penalty} is out of range: 1 is usual")
     start = time.perf_counter()
     stops = sorted(set(stop_ids))
     most = min(max_tokens, model.config.max_position_embeddings - len(ids))

@@ -160,8 +160,6 @@ class Generator:
         stop_ids: Collection[int] = (),
         max_time: float | None = None,
     ) -> None:
-        if max_time is not None and not max_time > 0:
-            raise SmolseekError(f"max-time {max_time} must be above 0 seconds")
         samplings = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else sampling
         forced = [[*p, *s.prefix] if p else [] for p, s in zip(prompts, samplings, strict=True)]
         check_request(model, forced, max_tokens)
