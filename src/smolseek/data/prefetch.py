@@ -23,7 +23,6 @@ class Prefetch(Generic[T]):
         """Begin to read `chunks(stop)`, up to `depth` chunks ahead; the event `stop` ends its waits."""
         self._queue: queue.Queue[list[T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
-        self._failure: BaseException | None = None
         self._chunk: deque[T] = deque()
         self._thread = threading.Thread(target=self._run, args=(chunks,), daemon=True, name="data")
         self._thread.start()
@@ -37,8 +36,6 @@ class Prefetch(Generic[T]):
             HubUnavailable: when `stopped` returns true while waiting for it.
         """
         while not self._chunk:
-            if self._failure is not None:
-                raise self._failure
             try:
                 item = self._queue.get(timeout=0.1 if stopped else None)
             except queue.Empty:
@@ -46,9 +43,9 @@ class Prefetch(Generic[T]):
                     raise HubUnavailable("stopped while waiting for data") from None
                 continue
             if isinstance(item, BaseException):
-                self._failure = item
-            else:
-                self._chunk.extend(item)
+                self._queue.put(item)  # for the next call
+                raise item
+            self._chunk.extend(item)
         return self._chunk.popleft()
 
     def close(self) -> None:
