@@ -173,15 +173,15 @@ static void output_dots(const bf16 *dout, const bf16 *out, int64_t stride, int64
 }
 
 /* The gradients of attention with as many queries as tokens and key heads as query heads. q: [B, T, H, Q],
-   kv: [B, T, H, N + V], the others as above. dq, dkv, dpe have the shapes of q, kv, pe; dpe_h, [B, H, T, R], is scratch. */
+   kv: [B, T, H, N + V], the others as above. dq, dkv, dpe have the shapes of q, kv, pe. dpe_h: scratch [B, H, T, R]. */
 void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, int64_t pe_stride_t, const float *cos,
                             const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N,
                             int64_t R, int64_t V, float scale, const bf16 *out, const float *log_sums,
                             const bf16 *dout_in, bf16 *dq_out, bf16 *dkv, bf16 *dpe, float *dpe_h, int64_t threads) {
-    const int64_t Q = N + R, E = N + V;
+    const int64_t Q = N + R, E = N + V, score_bytes = (T + 1) * BLOCK * 2;
 #pragma omp parallel num_threads(threads)
     {
-        bf16 *q = alloc(T * Q * 2), *k = alloc(T * Q * 2), *p = alloc((T + 1) * BLOCK * 2), *ds = alloc((T + 1) * BLOCK * 2);
+        bf16 *q = alloc(T * Q * 2), *k = alloc(T * Q * 2), *p = alloc(score_bytes), *ds = alloc(score_bytes);
         uint32_t *q_transposed = alloc(Q / 2 * BLOCK * 4), *dout_transposed = alloc(V / 2 * BLOCK * 4);
         uint32_t *q_vnni = alloc(BLOCK / 2 * Q * 4), *dout_vnni = alloc(BLOCK / 2 * V * 4);
         uint32_t *k_vnni = alloc((T + 1) / 2 * Q * 4), *ds_vnni = alloc((T + 1) / 2 * BLOCK * 4);
