@@ -66,11 +66,11 @@ def linear_cross_entropy(
 
 
 def linear_kl(
-    h_ND: torch.Tensor, w_VD: torch.Tensor, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor
+    h_ND: torch.Tensor, w_VD: torch.Tensor, teacher_ND: torch.Tensor, teacher_VD: torch.Tensor, targets_N: torch.Tensor
 ) -> Means:
-    """Return the mean KL(p || q) of p = softmax(taught taught_VD^T) and q = softmax(h w^T)."""
+    """Return the mean KL(p || q) of p = softmax(teacher_ND teacher_VD^T) and q = softmax(h w^T)."""
     dtype = product_type(h_ND)
-    objective = Divergence(taught_ND.to(dtype), taught_VD.to(dtype), targets_N)
+    objective = Divergence(teacher_ND.to(dtype), teacher_VD.to(dtype), targets_N)
     return Means(*_LinearHead.apply(h_ND, w_VD, objective, (CHUNK, CHUNK), torch.is_grad_enabled(), False, None))
 
 

@@ -42,22 +42,22 @@ class CrossEntropy:
 
 
 class Divergence:
-    """KL(p || q) of p = softmax(taught taught_VD^T) and the model's q, and the next token's cross-entropy."""
+    """KL(p || q) of p = softmax(teacher_ND teacher_VD^T) and the model's q, and the next token's cross-entropy."""
 
-    def __init__(self, taught_ND: torch.Tensor, taught_VD: torch.Tensor, targets_N: torch.Tensor) -> None:
-        self.taught_ND, self.taught_VD, self.targets_N = taught_ND, taught_VD, targets_N
+    def __init__(self, teacher_ND: torch.Tensor, teacher_VD: torch.Tensor, targets_N: torch.Tensor) -> None:
+        self.teacher_ND, self.teacher_VD, self.targets_N = teacher_ND, teacher_VD, targets_N
         self.kl, self.loss = _zeros(targets_N)
         # Allocated once for all chunks: new memory pages would cost more than the arithmetic.
-        N, V = len(targets_N), len(taught_VD)
-        self.taught_CV = taught_ND.new_empty(min(N, CHUNK), V)
+        N, V = len(targets_N), len(teacher_VD)
+        self.teacher_CV = teacher_ND.new_empty(min(N, CHUNK), V)
         R = min(N, tokens_at_once(targets_N.device))
-        self.buffers = [taught_ND.new_empty(R, V, dtype=torch.float32) for _ in range(3)]
+        self.buffers = [teacher_ND.new_empty(R, V, dtype=torch.float32) for _ in range(3)]
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
         """Add the divergence of a chunk from token `begin` on; d KL / d logits = (q - p) / N."""
         end = begin + len(logits_CV)
-        taught_CV = torch.mm(self.taught_ND[begin:end], self.taught_VD.T, out=self.taught_CV[: len(logits_CV)])
-        chunks = (x.split(len(self.buffers[0])) for x in (logits_CV, taught_CV, self.targets_N[begin:end]))
+        teacher_CV = torch.mm(self.teacher_ND[begin:end], self.teacher_VD.T, out=self.teacher_CV[: len(logits_CV)])
+        chunks = (x.split(len(self.buffers[0])) for x in (logits_CV, teacher_CV, self.targets_N[begin:end]))
         for ours_RV, theirs_RV, targets_R in zip(*chunks, strict=True):
             q, p, difference = (buffer[: len(ours_RV)] for buffer in self.buffers)
             q.copy_(ours_RV)
