@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from smolseek.ops import grouped_experts, mla_attention  # noqa: F401  they register operators named below
 
-How = Literal["none", "selective", "full"]
+Checkpointing = Literal["none", "selective", "full"]
 
 _ATTENTION = {
     torch.ops.smolseek.mla_attention.default,
@@ -32,10 +32,10 @@ _PRODUCTS = {
 }
 
 
-def recomputed(
-    block: Any, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], accumulate: bool, how: How
+def checkpointed(
+    block: Any, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], accumulate: bool, how: Checkpointing
 ) -> Any:
-    """Apply `block`, saving for the backward pass what `how` says."""
+    """Apply `block`, saving results for the backward pass as `how` says."""
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "full":
         return run(block, x_BTD, cos_sin, accumulate=accumulate)

@@ -13,7 +13,7 @@ from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
 from smolseek.model.layers import RMSNorm
 from smolseek.model.moe import MLP, Load, MoE, Router
-from smolseek.model.recompute import How, recomputed
+from smolseek.model.recompute import Checkpointing, checkpointed
 from smolseek.model.rope import Rope
 from smolseek.ops.embedding import accumulated_embedding
 from smolseek.ops.mla_attention import CosSin
@@ -95,7 +95,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.grad_checkpointing: How = "none"
+        self.grad_checkpointing: Checkpointing = "none"
         self.call_block = call_block
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -139,7 +139,7 @@ class CausalLM(nn.Module):
         loads: list[Load] = []
         for number, block in enumerate(self.model.layers, 1):
             if self.grad_checkpointing != "none" and torch.is_grad_enabled():
-                x_BTD, load = recomputed(block, x_BTD, cos_sin, accumulate, self.grad_checkpointing)
+                x_BTD, load = checkpointed(block, x_BTD, cos_sin, accumulate, self.grad_checkpointing)
             elif cache is None and torch.is_grad_enabled():
                 x_BTD, load = self.call_block(block, x_BTD, cos_sin, accumulate)
             else:

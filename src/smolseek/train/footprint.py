@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from smolseek.config import ModelConfig, OptimConfig
-from smolseek.model.recompute import How
+from smolseek.model.recompute import Checkpointing
 from smolseek.model.summary import size_text
 from smolseek.model.transformer import CausalLM
 from smolseek.ops.cross_entropy import logits_bytes
@@ -28,7 +28,7 @@ class Run:
     batch_size: int = 4
     grad_accum: int = 1
     seq_len: int = 256
-    grad_checkpointing: How = "none"
+    grad_checkpointing: Checkpointing = "none"
     bfloat16: bool = True
     """Whether products are computed in bfloat16, under autocast."""
     optimizer: str = "adamw"
