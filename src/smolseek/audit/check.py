@@ -72,7 +72,7 @@ def record(checks: Sequence[Check], when: str) -> dict[str, Any]:
 
 def lines(checks: Sequence[Check], *, failed_only: bool = False) -> Iterator[str]:
     """Yield a line for each check (several for a failure), and the verdict; wrapped on a terminal."""
-    width = shutil.get_terminal_size().columns if console.on_terminal() else 10_000
+    width = max(72, shutil.get_terminal_size().columns) if console.on_terminal() else 10_000
     for check in failures(checks) if failed_only else checks:
         start = f"{check.status.upper()}  {check.name:<36} "
         if check.status == "skip":

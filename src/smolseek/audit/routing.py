@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, N all tokens, K experts per token, E experts, L layer
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ DEAD = Check(
 MAX_VIO = Check(
     name="routing: MaxVio",
     limit=2.0,
+    unit="on average",
     meaning="a few experts process most of the tokens",
     look="the balancing: updated once per step, from the load of the whole batch, towards the mean?",
     hint="loss-free balancing (2408.15664) reaches about 0.04, an auxiliary loss 0.5 to 0.7",
@@ -194,37 +196,36 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
     precise = probe.precise_copy(model, ids)
     if precise is None:
         return BIAS_IN_WEIGHTS.skip("the model cannot be copied")
-    shares = []
-    for name in biased:
-        layer, bias = precise.get_submodule(name.rpartition(".")[0]), _bias(precise.get_submodule(name))
-        assert bias is not None
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        handle = layer.register_forward_pre_hook(lambda _, *arguments, c=calls: c.append(arguments), with_kwargs=True)
-        probe.call(precise, ids)
-        handle.remove()
-        if not calls:
-            continue
-        args, kwargs = calls[0]
-        before = _first(layer(*args, **kwargs))
+    shares: dict[str, float] = {}
+
+    def change_bias(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Call the layer again with another bias, and compare its output."""
+        bias = _bias(precise.get_submodule(name))
+        if name in shares or bias is None:
+            return
+        shares[name] = 0.0
         draw = torch.rand(bias.shape, generator=torch.Generator().manual_seed(9)).to(bias)
         # An equal change of all changes no choice; the uneven part shows in gate weights that are normalised.
         change = (1 + draw) * 1e-4
         bias += change
-        after = _first(layer(*args, **kwargs))
+        before, after = (
+            (x[0] if isinstance(x, tuple | list) else x).double() for x in (output, layer(*args, **kwargs))
+        )
         bias -= change
         scale = float(before.abs().max())
-        shares.append(float(((after - before).abs().amax(dim=-1) > 1e-7 * scale).double().mean()))
+        shares[name] = float(((after - before).abs().amax(dim=-1) > 1e-7 * scale).double().mean())
+
+    for name in biased:
+        layer = precise.get_submodule(name.rpartition(".")[0])
+        layer.register_forward_hook(partial(change_bias, name), with_kwargs=True)
+    probe.call(precise, ids)
     if not shares:
         return BIAS_IN_WEIGHTS.skip("the layers around the routers are not called as modules")
     return BIAS_IN_WEIGHTS.judge(
-        max(shares),
+        max(shares.values()),
         "share of the tokens whose expert output changes when the router biases change by 1e-4 to 2e-4 (at the border "
         f"between two experts it may), largest of {len(shares)} layers",
     )
-
-
-def _first(output: Any) -> torch.Tensor:
-    return (output[0] if isinstance(output, tuple | list) else output).double()
 
 
 def _check_update(subject: Subject, model: nn.Module, biased: list[str]) -> Check:
