@@ -13,11 +13,11 @@ GOOD_CODES = (0, 2, 75, 130, 141, 143)
 
 def options_of(nursery: sandbox.Nursery, folder: Path) -> mutations.Options:
     """Return the options of each verb as its help tells them."""
-    found = mutations.Options()
+    options = mutations.Options()
     for verb in VERBS:
         texts = [nursery.run([verb, *arguments], folder).out for arguments in (["--help"], ["tiny", "--help-model"])]
-        found[verb] = sorted({name for text in texts for name in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)})
-    return found
+        options[verb] = sorted({name for text in texts for name in re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)})
+    return options
 
 
 def carry_out(

@@ -329,9 +329,9 @@ def _target(rng: random.Random, case: Case, folder: Path, options: dict[str, lis
 
 def _environment(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
     """Set variables as other programs leave them."""
-    found = rng.choice(ENVIRONMENT)
-    case.environment |= found
-    case.done.append(str(found))
+    variables = rng.choice(ENVIRONMENT)
+    case.environment |= variables
+    case.done.append(str(variables))
 
 
 def _input(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
@@ -373,15 +373,15 @@ def _file(rng: random.Random, case: Case, folder: Path, options: dict[str, list[
 
 def _named(case: Case, folder: Path) -> list[Path]:
     """Return the files that a command reads. The small ones, which decide most, come as often as many others."""
-    found: list[Path] = []
+    files: list[Path] = []
     for word in case.arguments[1:]:
         with contextlib.suppress(OSError, ValueError):
             place = folder / word
             if word and place != folder and place.is_relative_to(folder):
                 inside = [place] if place.is_file() else sorted(place.rglob("*"))
-                found += [path for path in inside if path.is_file() and not path.is_symlink()]
+                files += [path for path in inside if path.is_file() and not path.is_symlink()]
     weights = {".json": 3, ".gguf": 8, ".jsonl": 2, ".safetensors": 2}
-    return [path for path in dict.fromkeys(found) for _ in range(weights.get(path.suffix, 1))]
+    return [path for path in dict.fromkeys(files) for _ in range(weights.get(path.suffix, 1))]
 
 
 def _sign(checkpoint: Path) -> None:
@@ -490,12 +490,12 @@ def _json(rng: random.Random, path: Path) -> str:
 def _places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
     """Return (container, key) of what lies in a JSON value; few of a long list."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
-    found = []
+    values = []
     for key, inner in items[:40]:
-        found.append((value, key))
+        values.append((value, key))
         if depth < 4:
-            found += _places(inner, depth + 1)
-    return found
+            values += _places(inner, depth + 1)
+    return values
 
 
 def _change(rng: random.Random, value: Any, kind: str = "value") -> str:
@@ -644,15 +644,15 @@ KINDS: dict[str, Mutation] = {
 
 def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
     """Return what lies in a folder: for each path what it is, and the contents of files."""
-    found: dict[str, tuple[Any, ...]] = {}
+    contents: dict[str, tuple[Any, ...]] = {}
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             path = Path(place, name)
             key = str(path.relative_to(folder))
             if path.is_symlink():
-                found[key] = ("link", os.readlink(path))
+                contents[key] = ("link", os.readlink(path))
             elif path.is_dir():
-                found[key] = ("folder",)
+                contents[key] = ("folder",)
             else:
-                found[key] = ("file", path.read_bytes())
-    return found
+                contents[key] = ("file", path.read_bytes())
+    return contents

@@ -189,10 +189,10 @@ def tokenizer_of(texts: list[str]):  # type: ignore[no-untyped-def]
         texts,
         trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    found = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[0])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=special[0], eos_token=special[0])
     turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    found.chat_template = turns + "<|im_start|>assistant\n"
-    return found
+    tokenizer.chat_template = turns + "<|im_start|>assistant\n"
+    return tokenizer
 
 
 def write_gguf(path: Path, llama: Path, tokenizer) -> None:  # type: ignore[no-untyped-def]

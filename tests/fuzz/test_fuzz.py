@@ -54,15 +54,15 @@ def carry_out(nursery, world: Path, folder: Path, options, seed: str, cases: int
     wrong = []
     for number in range(cases):
         shutil.copytree(world, folder, symlinks=True)
-        case, outcome, found = check.carry_out(nursery, f"{seed}-{number}", number, folder, options)
+        case, outcome, problem = check.carry_out(nursery, f"{seed}-{number}", number, folder, options)
         codes[outcome.code] += 1
         figures["files"] += case.files
         figures["commands"] += not case.files
         figures["interrupted"] += outcome.interrupted
-        figures["tracebacks"] += "traceback" in found
-        if found:
+        figures["tracebacks"] += "traceback" in problem
+        if problem:
             arguments = " ".join(case.arguments).encode("unicode_escape").decode()[:500]
-            wrong.append(f"{seed}-{number}: {found}: smolseek {arguments} {case.done}: {outcome.err[-400:]!r}")
+            wrong.append(f"{seed}-{number}: {problem}: smolseek {arguments} {case.done}: {outcome.err[-400:]!r}")
         shutil.rmtree(folder)
     figures["exit_codes"] = {str(code): n for code, n in sorted(codes.items())}
     figures["exit_code_1"] = sum("exit code 1" in line for line in wrong)
@@ -93,6 +93,6 @@ def test_four_hundred_mutations(nursery, world, options, tmp_path):
     figures = carry_out(nursery, world, tmp_path / "case", options, "soak", 400)
     if result := os.environ.get("FUZZ_RESULT"):
         git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-        found = describe() | {"commit": git.stdout.strip() or None, "command": "make soak", **figures}
-        Path(result).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        record = describe() | {"commit": git.stdout.strip() or None, "command": "make soak", **figures}
+        Path(result).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     assert not figures["wrong"], "\n".join(figures["wrong"])

@@ -23,7 +23,7 @@ TINY = ["tiny", "--model.num-hidden-layers", "1", "--model.hidden-size", "16", "
 TINY += ["--model.vocab-size", "300", "--tokenizer", "words"]
 SIZES = ["--seq-len", "16", "--batch-size", "1", "--eval-tokens", "32", "--sample-tokens", "0", "--log-every", "1"]
 SIZES += ["--data.val-fraction", "0.2"]
-WORDS = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
+VOCABULARY = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator([" ".join(WORDS)], trainer)
+    made.train_from_iterator([" ".join(VOCABULARY)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>")
 
 
@@ -57,7 +57,7 @@ def here(tmp_path, monkeypatch, tokenizer):
     monkeypatch.chdir(tmp_path)
     tokenizer.save_pretrained("words")
     rng = random.Random(0)
-    lines = (json.dumps({"text": " ".join(rng.choices(WORDS, k=40))}) for _ in range(40))
+    lines = (json.dumps({"text": " ".join(rng.choices(VOCABULARY, k=40))}) for _ in range(40))
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
     return tmp_path
 
@@ -81,9 +81,9 @@ def llama(tmp_path_factory, tokenizer):
 
 
 def begin(run_cli, run, *arguments, model=TINY):
-    found = run_cli("train", *model, "--data", "a.jsonl", "--run", run, *SIZES, *arguments)
-    assert found.code == 0, found.err
-    return found
+    result = run_cli("train", *model, "--data", "a.jsonl", "--run", run, *SIZES, *arguments)
+    assert result.code == 0, result.err
+    return result
 
 
 def final(run):
@@ -181,7 +181,7 @@ def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
     (here / "a.jsonl").unlink()
     rng = random.Random(1)
     for n in range(40):
-        (here / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=40)))
+        (here / f"{n}.txt").write_text(" ".join(rng.choices(VOCABULARY, k=40)))
     arguments = ["train", *TINY, "--data", ".", "--run", "runs/a", *SIZES, "--steps", "4", "--save-every", "2"]
     assert run_cli(*arguments).code == 0
     weights = final("runs/a")

@@ -29,8 +29,8 @@ def data(tmp_path_factory):
 def records(run) -> list[dict]:
     timing = {"tokens_per_second", "memory", "peak_memory"}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
-    return [record for record in found if "machine" not in record]  # where and when it was started or resumed
+    all_records = [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
+    return [record for record in all_records if "machine" not in record]  # where and when it was started or resumed
 
 
 # Stands before `smolseek train` and kills it on the call numbered sys.argv[1] of one of its functions.
@@ -98,9 +98,9 @@ def test_killed_at_a_chosen_place_it_ends_the_same(where, call, data, undisturbe
     killed = fork_server.run("-c", code, call, *command(run, data, *extra)[2:])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     fork_server.run(*command(run, data, *extra, "--resume")).check_returncode()
-    found = records(run)
-    assert [record for record in found if "samples" not in record] == records(undisturbed)
-    assert sum("samples" in record for record in found) == bool(extra)
+    resumed = records(run)
+    assert [record for record in resumed if "samples" not in record] == records(undisturbed)
+    assert sum("samples" in record for record in resumed) == bool(extra)
     if extra:
         assert (run / "samples.md").read_text(encoding="utf-8").count(f"## Step {STEPS}") == 1
 
