@@ -203,11 +203,7 @@ typedef int32_t bf16x2 __attribute__((may_alias)); /* two bfloat16 */
 /* sums = a b of a tile. a[r]: row of `depth` pairs, `step` apart. b: [depth, 16 * vectors] pairs, rows `stride` apart. */
 INLINE void tile(const bf16x2 *const *a, int64_t step, int64_t depth, const uint32_t *b, int64_t stride, const int rows,
                  const int vectors, __m512 sums[TILE_ROWS][4]) {
-    __m512 s[TILE_ROWS][4];
-#pragma GCC unroll 6
-    for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) s[r][v] = _mm512_setzero_ps();
+    __m512 s[TILE_ROWS][4] = {{{0}}};
     for (int64_t p = 0; p < depth; p++) {
         __m512i column[4];
 #pragma GCC unroll 4
