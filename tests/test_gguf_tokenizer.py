@@ -104,7 +104,7 @@ def test_a_word_that_is_a_token_is_one_token_for_llama_3(tmp_path):
 
 
 @pytest.mark.parametrize("pre", [None, "default"])
-def test_no_rule_means_llama_cpps_default_and_a_missing_one_is_told(pre, tmp_path, capsys):
+def test_without_a_rule_llama_cpps_default_is_used_with_a_warning(pre, tmp_path, capsys):
     ours = load_tokenizer(byte_level(tmp_path / "m.gguf", trained(pre_tokenizers.ByteLevel(False)), pre))
     words = [piece for piece, _ in ours.backend_tokenizer.pre_tokenizer.pre_tokenize_str("It's 12345 (a+b)...")]
     assert words == ["It", "'", "s", "Ġ", "123", "45", "Ġ", "(", "a", "+", "b", ")..."]
@@ -122,10 +122,10 @@ def sentencepiece() -> tuple[list[str], list[int], list[float]]:
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     pieces.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, show_progress=False))
-    found = sorted(pieces.get_vocab(), key=pieces.token_to_id)
-    letters, merged = [t for t in found if len(t) == 1], [t for t in found if len(t) > 1]
-    kept = [t for t in letters if t.isascii() or any(t in piece for piece in merged)]  # the others are spelt as bytes
-    ranked = [*merged, *kept]
+    by_id = sorted(pieces.get_vocab(), key=pieces.token_to_id)
+    letters, merged = [t for t in by_id if len(t) == 1], [t for t in by_id if len(t) > 1]
+    known = [t for t in letters if t.isascii() or any(t in piece for piece in merged)]  # the others are spelt as bytes
+    ranked = [*merged, *known]
     shuffled = sorted(ranked, key=lambda piece: (-len(piece), piece))  # the scores alone are to tell the ranks
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *shuffled]
     types = [2, 3, 3, *[6] * 256, *[1] * len(shuffled)]
@@ -165,7 +165,7 @@ def test_sentencepiece(tmp_path):
 
 
 @pytest.mark.parametrize(("model", "pre"), [("gpt2", "tekken"), ("bert", None), ("t5", None)])
-def test_another_kind_is_refused_with_a_way_out(model, pre, tmp_path):
+def test_other_tokenizers_are_refused(model, pre, tmp_path):
     path = write(tmp_path / "m.gguf", ["a"], [1], model=model, pre=pre, scores=[0.0])
     with pytest.raises(SmolseekError, match=pre or model) as caught:
         load_tokenizer(path)

@@ -66,7 +66,7 @@ def test_round_trip(smollm2: PreTrainedTokenizerFast) -> None:
         assert smollm2.decode(ids) == text
 
 
-def test_training_text_holds_no_control_token(smollm2: PreTrainedTokenizerFast, caplog) -> None:
+def test_training_text_contains_no_control_token(smollm2: PreTrainedTokenizerFast, caplog) -> None:
     encode = encoder(smollm2)
     assert not set(encode([TEXTS[3]])[0]) & set(smollm2.all_special_ids)
     assert smollm2("<|im_end|>").input_ids == [2], "the tokenizer itself keeps reading prompts"
@@ -157,9 +157,9 @@ def test_text_stream_decodes_a_short_window(sentencepiece: PreTrainedTokenizerFa
 
 
 def test_truncated_gguf(tmp_path: Path) -> None:
-    whole = smollm2_gguf()
-    assert whole is not None
-    with whole.open("rb") as file:
+    gguf = smollm2_gguf()
+    assert gguf is not None
+    with gguf.open("rb") as file:
         head = file.read(1_800_000)
     path = tmp_path / "cut.gguf"
     for size in (0, 3, 10, 200, 500_000, 1_700_000):
@@ -201,7 +201,7 @@ def test_gguf_values(tmp_path: Path) -> None:
     }
 
 
-def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(SmolseekError, match="No such file"):
         load_tokenizer(str(tmp_path / "none.gguf"))
     with pytest.raises(SmolseekError, match="does not exist"):
@@ -217,7 +217,7 @@ def test_tokenizer_that_is_not_there(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path / "some.bin"))
 
 
-def test_what_a_tokenizer_puts_before_a_text(smollm2):
+def test_tokens_before_a_text(smollm2):
     assert begin_ids(smollm2) == []
     backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "好": 2}, merges=[]))  # it cannot spell an "a"
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

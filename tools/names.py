@@ -78,6 +78,8 @@ WORDS = {
 TERMS = ("held_out",)
 EXCEPTIONS: dict[str, str] = {
     "feed_forward": "the layer's standard name",
+    "FeedForward": "the layer's standard name",
+    "CheckpointWriter": "like StorageWriter of torch.distributed.checkpoint",
     "bad_words": "transformers' and vLLM's option",
     "heal": "the command",
     "HealArgs": "arguments of the command `heal`",

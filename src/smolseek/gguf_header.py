@@ -5,8 +5,8 @@ number of pairs, then the pairs: string key, u32 type, value. A string is its u6
 is the u32 type of its items, their u64 number, and the items. Then the tensors: string name, u32 number of dimensions,
 u64 dimensions (the fastest first), u32 number format, u64 offset. The data follow, aligned.
 
-The `gguf` package makes numpy views of every item of every array, which takes seconds for a vocabulary; this takes a
-tenth of one.
+The `gguf` package makes numpy views of every item of every array, which takes seconds for a vocabulary; this reader
+takes a tenth of a second.
 """
 
 import re
@@ -50,16 +50,15 @@ class Header(NamedTuple):
 def read_header(path: str | Path) -> Header:
     """Read the header of the GGUF file `path`, which is the first one where a model is split over several.
 
-    Raises:
-        SmolseekError: for a file that is missing, no GGUF, of another version, cut off inside its header, or not the
-            first of several, and for one of several that is missing.
+    Raises SmolseekError for a file that is missing, no GGUF, of another version, cut off inside its header, or not the
+    first of several, and for one of several that is missing.
     """
     path = Path(path)
     header = _read(path)
     for other in _others(path, header.metadata):
         tensors = _read(other).tensors
         if twice := header.tensors.keys() & tensors.keys():
-            raise SmolseekError(f"{other}: {min(twice)} is in another of the model's files, too: download them anew")
+            raise SmolseekError(f"{other}: {min(twice)} is in another of the model's files, too: download them again")
         header.tensors.update(tensors)
     return header
 
@@ -105,7 +104,7 @@ class _Reader:
         self.file, self.left = file, size
 
     def header(self, path: Path) -> Header:
-        if self.left < 4 or self.take(4) != b"GGUF":
+        if self.left < 4 or self.read(4) != b"GGUF":
             raise SmolseekError(f"{path} is no GGUF file: it does not begin with GGUF")
         version = self.number("I")
         if version not in (2, 3):
@@ -113,15 +112,15 @@ class _Reader:
             kind = "a big-endian GGUF file" if swapped else f"GGUF version {version}"
             raise SmolseekError(f"{path} is {kind}: convert it to little-endian GGUF of version 3")
         count = self.number("Q")
-        pairs = [(self.string(), self.value(self.number("I"))) for _ in range(self.number("Q"))]
-        metadata = dict(pairs)
+        entries = [(self.string(), self.value(self.number("I"))) for _ in range(self.number("Q"))]
+        metadata = dict(entries)
         table = [self.tensor() for _ in range(count)]
         alignment = metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise _Damaged(f"has an alignment of {alignment!r}")
         begin = -(-self.file.tell() // alignment) * alignment
         tensors = {name: TensorInfo(shape, kind, path, begin + offset) for name, shape, kind, offset in table}
-        if len(tensors) < count or len(metadata) < len(pairs):
+        if len(tensors) < count or len(metadata) < len(entries):
             raise _Damaged("has two tensors or two keys of one name")
         return Header(metadata, tensors)
 
@@ -132,7 +131,7 @@ class _Reader:
         shape = tuple(self.number("Q") for _ in range(dimensions))
         return name, shape[::-1], self.number("I"), self.number("Q")
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         # A damaged length must not become a read of gigabytes.
         if count > self.left:
             raise _Damaged("ends inside its header")
@@ -143,11 +142,11 @@ class _Reader:
         return self.numbers(code, 1)[0]
 
     def numbers(self, code: str, count: int) -> tuple[Any, ...]:
-        return struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize(code)))
+        return struct.unpack(f"<{count}{code}", self.read(count * struct.calcsize(code)))
 
     def string(self) -> str:
         try:
-            return self.take(self.number("Q")).decode("utf-8")
+            return self.read(self.number("Q")).decode("utf-8")
         except UnicodeDecodeError:
             raise _Damaged("has a name or text that is no UTF-8") from None
 

@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file describes, as a transformers fast tokenizer.
 
-A GGUF file holds a vocabulary, merges or scores, and the name of the rule by which text is split beforehand. The rules
-are llama.cpp's. transformers reads such files, too, but does not know SmolLM2's rule, and merges pieces of Llama 3's
-whole words. Heavy imports stand inside the functions.
+A GGUF file holds a vocabulary, merges or scores, and the name of the rule that splits text into words; the rules are
+llama.cpp's. transformers reads such files, too, but has no rule for SmolLM2, and splits words that are tokens of Llama
+3. Heavy imports stand inside the functions.
 """
 
 from importlib.util import find_spec
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 
 
 class _Rule(NamedTuple):
-    """How text is split before pairs are merged."""
+    """How text is split into words, in which tokens are then merged."""
 
     patterns: tuple[str, ...]
-    """Each splits what the ones before it left, into its matches and what is between them."""
-    whole_words: bool = False
-    """A word that is a token is taken whole, whatever the merges say."""
+    """Each splits the parts that the ones before it gave, into its matches and the text between them."""
+    ignore_merges: bool = False
+    """A word that is a token becomes that token, whatever the merges are."""
     bos: bool = False
-    """A text begins with the begin token where the file does not say."""
-    compose: bool = False
-    """Unicode's composed form (NFC) first."""
+    """A text begins with BOS if the file does not say otherwise."""
+    nfc: bool = False
+    """Text is brought to Unicode's composed form (NFC) first."""
 
 
-_LLAMA3 = _Rule((_WORDS + r"|\p{N}{1,3}" + _REST,), whole_words=True, bos=True)
+_LLAMA3 = _Rule((_LETTERS + r"|\p{N}{1,3}" + _SYMBOLS,), ignore_merges=True, bos=True)
 _RULES = {
     "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": _Rule((_GPT2,)),
@@ -45,7 +45,7 @@ _RULES = {
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": _Rule((_WORDS + r"|\p{N}" + _REST,), compose=True),
+    "qwen2": _Rule((_LETTERS + r"|\p{N}" + _SYMBOLS,), nfc=True),
 }
 
 
@@ -71,7 +71,7 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
         what = f"tokenizer {kind!r}" + (f" with pre-tokenizer {pre!r}" if kind == "gpt2" else "")
         raise SmolseekError(
             f"{path}: {what} is not supported ('llama', and 'gpt2' with {', '.join(map(repr, _RULES))}, are): "
-            "give the model's own by --tokenizer FOLDER or hub name (convert, generate and chat have it)"
+            "give the model's own by --tokenizer FOLDER or hub name (convert, generate and chat have that option)"
         )
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
@@ -90,11 +90,11 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
             (AddedToken(t, normalized=False, special=n == _CONTROL), n) for t, n in zip(tokens, types, strict=True)
         ]
     except Exception as error:  # a missing key, or the Rust constructor's bare Exception for merges that do not fit
-        raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): fetch the file again") from None
+        raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): download the file again") from None
     if kind == "gpt2" and pre is None:
         console.warn(
-            f"{path} names no pre-tokenizer, so text is split by llama.cpp's default, which need not be the model's: "
-            "better give the model's own tokenizer by --tokenizer"
+            f"{path} names no pre-tokenizer, so text is split by llama.cpp's default, which may not be the model's: "
+            "give the model's own tokenizer by --tokenizer"
         )
     backend.add_special_tokens([token for token, n in added if n == _CONTROL])
     backend.add_tokens([token for token, n in added if n == _USER_DEFINED])
@@ -102,11 +102,9 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     end = ["eos"] if meta.get("tokenizer.ggml.add_eos_token", False) and "eos" in ids else []
     if begin or end:
         single = [*(special[name] for name in begin), "$A", *(special[name] for name in end)]
-        backend.post_processor = processors.TemplateProcessing(
-            single=single,
-            pair=[*single, *(f"{special[name]}:1" for name in begin), "$B:1", *(f"{special[name]}:1" for name in end)],
-            special_tokens=[(special[name], ids[name]) for name in begin + end],
-        )
+        second = [*(f"{special[name]}:1" for name in begin), "$B:1", *(f"{special[name]}:1" for name in end)]
+        added_ids = [(special[name], ids[name]) for name in begin + end]
+        backend.post_processor = processors.TemplateProcessing(single, [*single, *second], added_ids)
     options: dict[str, Any] = {SPECIAL_IDS[name]: token for name, token in special.items()}
     length = meta.get(f"{meta.get('general.architecture')}.context_length")
     if length:
@@ -122,8 +120,8 @@ def _byte_level(meta: dict[str, Any], tokens: list[str], rule: _Rule) -> "Tokeni
 
     merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.whole_words))
-    if rule.compose:
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.ignore_merges))
+    if rule.nfc:
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -145,10 +143,10 @@ def _sentencepiece(meta: dict[str, Any], tokens: list[str], types: list[int], un
 
     vocab = {token: i for i, token in enumerate(tokens)}
     scores = meta["tokenizer.ggml.scores"]
-    pieces = {t: i for t, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
-    made = sorted(pieces.items(), key=lambda item: (-scores[item[1]], item[1]))
-    halves = ((token[:n], token[n:]) for token, _ in made for n in range(1, len(token)))
-    merges = [pair for pair in halves if pair[0] in pieces and pair[1] in pieces]
+    merged = {t: i for t, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
+    by_score = sorted(merged.items(), key=lambda item: (-scores[item[1]], item[1]))
+    splits = ((token[:n], token[n:]) for token, _ in by_score for n in range(1, len(token)))
+    merges = [(left, right) for left, right in splits if left in merged and right in merged]
     backend = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
     backend.normalizer = normalizers.Sequence(

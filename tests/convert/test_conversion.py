@@ -13,7 +13,7 @@ def llama(save_llama):
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         (["--mode", "grow"], "--experts"),
         (["--mode", "grow", "--experts", "4", "--top-k", "2", "--neurons", "clustered"], "--neurons"),
@@ -26,12 +26,12 @@ def llama(save_llama):
         (["--profile", "portable"], "--mode compress"),
     ],
 )
-def test_exact_and_grow(llama, refused, options, words):
-    refused(words, llama, *options)
+def test_exact_and_grow(llama, refused, options, message):
+    refused(message, llama, *options)
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "message"),
     [
         ([], "--cache 0.5"),
         (["--cache", "0.5", "--kv-rank", "20", "--rope-dim", "8"], "leave one of them out"),
@@ -54,7 +54,7 @@ def test_exact_and_grow(llama, refused, options, words):
         (["--experts", "8"], "--active"),
         (["--active", "2"], "--experts"),
         (["--experts", "8", "--shared", "4", "--active", "8"], "--mode exact"),
-        (["--experts", "8", "--shared", "4", "--active", "0"], "between 1 and 7"),
+        (["--experts", "8", "--shared", "4", "--active", "0"], "between 1 and the 8"),
         (["--experts", "7", "--shared", "4", "--active", "2"], "48 neurons"),
         (["--experts", "8", "--shared", "-2", "--active", "2"], "below 0"),
         (["--experts", "1", "--active", "1"], "below 2"),
@@ -62,8 +62,8 @@ def test_exact_and_grow(llama, refused, options, words):
         (["--experts", "8", "--active", "2", "--top-k", "2"], "--top-k"),
     ],
 )
-def test_compress(llama, refused, options, words):
-    refused(words, llama, "--mode", "compress", *options)
+def test_compress(llama, refused, options, message):
+    refused(message, llama, "--mode", "compress", *options)
 
 
 def test_the_options_that_are_not_defaults_are_those_of_the_command_line():

@@ -40,7 +40,7 @@ def write(path, pre):
     writer.add_eos_token_id(257)
     shapes = {"token_embd": (258, 32), "output_norm": (32,)}
     for n in range(2):
-        shapes |= {f"blk.{n}.attn_{name}": (rows, 32) for name, rows in zip("qkv", (32, 16, 16), strict=True)}
+        shapes |= {f"blk.{n}.attn_{name}": (size, 32) for name, size in zip("qkv", (32, 16, 16), strict=True)}
         shapes |= {f"blk.{n}.attn_output": (32, 32), f"blk.{n}.ffn_down": (32, 48)}
         shapes |= {f"blk.{n}.ffn_gate": (48, 32), f"blk.{n}.ffn_up": (48, 32)}
         shapes |= {f"blk.{n}.attn_norm": (32,), f"blk.{n}.ffn_norm": (32,)}

@@ -66,7 +66,7 @@ def test_shards(llama, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("values", "words"),
+    ("values", "message"),
     [
         ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, "qwen3"),
         ({"attention_bias": True}, "attention_bias"),
@@ -78,19 +78,19 @@ def test_shards(llama, monkeypatch):
         ({"num_hidden_layers": 1}, "model.layers.1"),
     ],
 )
-def test_other_architectures(llama, refused, values, words):
+def test_other_architectures(llama, refused, values, message):
     change(llama, **values)
-    refused(words, llama)
+    refused(message, llama)
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [("self_attn.q_proj.bias", "biases"), ("self_attn.q_norm.weight", "QK-norm"), ("self_attn.sinks", "unknown")],
 )
-def test_tensors_that_a_llama_has_not(llama, refused, name, words):
+def test_tensors_that_a_llama_does_not_have(llama, refused, name, message):
     file = llama / "model.safetensors"
     save_file(load_file(file) | {f"model.layers.0.{name}": torch.zeros(32)}, file, {"format": "pt"})
-    refused(words, llama)
+    refused(message, llama)
 
 
 def test_a_model_that_is_converted_already(llama, refused):
@@ -129,7 +129,7 @@ def test_an_empty_folder_is_filled_and_not_replaced(llama):
     assert [p.name for p in out.iterdir() if p.name.startswith(".tmp-")] == []
 
 
-def test_a_conversion_that_was_killed_leaves_nothing_in_the_way(llama):
+def test_a_killed_conversion_does_not_block_the_next(llama):
     out = llama.parent / "out"
     (out / ".tmp-out").mkdir(parents=True)
     (out / ".tmp-out" / "model.safetensors").write_text("part")
@@ -174,10 +174,10 @@ def test_too_little_calibration_text_is_refused_before_the_work(llama, options, 
     texts = [f"abc {n} " * 9 for n in range(40)]
     used, held_out = ([t for t in texts if is_validation(t, 0.1) == side] for side in (False, True))
     assert len(held_out) > 1
-    for name, part, words in (("used", used, "held out"), ("held", held_out, "but a tenth")):
+    for name, part, message in (("used", used, "held-out tenth"), ("held", held_out, "nine tenths")):
         file = llama.parent / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-        refused(words, llama, "--mode", "compress", *options, "--calibration", str(file))
+        refused(message, llama, "--mode", "compress", *options, "--calibration", str(file))
     refused("nowhere", llama, "--mode", "compress", *options, "--calibration", "nowhere.txt")
 
 
@@ -222,7 +222,7 @@ def test_interrupted(llama, refused, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "write_rest", stop)
+    monkeypatch.setattr(pipeline, "write_metadata", stop)
     refused("interrupted", llama, code=130)
 
 
@@ -238,6 +238,6 @@ def test_an_unfaithful_result_is_not_kept(llama, refused, monkeypatch):
     assert main(["convert", str(llama), str(llama.parent / "out"), "--no-verify"]) == 0
 
 
-def test_library_errors_are_ours(llama):
+def test_a_missing_source_is_named(llama):
     with pytest.raises(SmolseekError, match="no-such"):
         convert(str(llama.parent / "no-such"), llama.parent / "out", Conversion())

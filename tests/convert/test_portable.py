@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from smolseek.cli import main
-from smolseek.convert import portable
+from smolseek.convert import lossless
 from smolseek.convert.calibrate import statistics
 from smolseek.convert.components import analyse
-from smolseek.convert.compress import compress
+from smolseek.convert.compress import assign_slots, compress
 from smolseek.convert.conversion import Conversion
 from smolseek.evaluate.compare import compare
 from smolseek.model.transformer import CausalLM, new_model
@@ -69,7 +69,7 @@ def test_stock_transformers_turns_by_the_ladder_and_gives_our_logits(converted, 
 @torch.no_grad()
 def test_one_epsilon_is_the_same_function(llama, text, tied):
     model = new_model(dataclasses.replace(read_config(llama), tie_word_embeddings=tied)).eval()
-    shape, tensors = portable.one_epsilon(model.config, file_views(model).items())
+    shape, tensors = lossless.one_epsilon(model.config, file_views(model).items())
     assert shape.rms_norm_eps == 1e-6
     other = CausalLM(shape).eval()
     other.load_state_dict(dict(tensors), strict=not tied)
@@ -84,7 +84,7 @@ def test_slots_take_the_components_of_their_frequency(llama, text):
     """One slot for each of the source's frequencies: each is given the component there that loses the most."""
     model = load_model(llama).model
     layer = analyse(model.config, model.model.layers[0].self_attn, statistics(model, text)[0], "smolseek", 1)
-    chosen, energy = portable.assign_slots(layer, layer.w_J)
+    chosen, energy = assign_slots(layer, layer.w_J)
     assert len(set(chosen.tolist())) == 16 and 0 < energy <= float(layer.loss_C.sum())
     fast = layer.w_J > 0.1  # the slow ones hardly turn within 48 tokens, so any of them will do
     assert torch.equal(layer.w_J[layer.frequency_C[chosen]][fast], layer.w_J[fast])

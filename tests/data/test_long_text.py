@@ -1,4 +1,4 @@
-"""Long texts are encoded in pieces, with the ids that the tokenizer gives the whole."""
+"""Long texts are encoded in chunks, with the ids that the tokenizer gives the full text."""
 
 import random
 
@@ -74,15 +74,15 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_give_the_ids_of_the_whole(kind: str, monkeypatch) -> None:
+def test_chunks_give_the_ids_of_the_text(kind: str, monkeypatch) -> None:
     tokenizer = trained(kind)
     texts = [nasty(800), "", "short", nasty(401) + "<|end|>", "\n" * 700, "x" * 900 + " y" * 40]
     whole = [list(ids) for ids in encoder(tokenizer)(texts)]
-    monkeypatch.setattr(module, "PIECE", 50)
-    monkeypatch.setattr(module, "GROUP", 400)
+    monkeypatch.setattr(module, "CHUNK", 50)
+    monkeypatch.setattr(module, "BATCH", 400)
     sizes: list[int] = []
-    pieces = module._Encoder._pieces
-    monkeypatch.setattr(module._Encoder, "_pieces", lambda *given: (sizes.append(len(p)) or p for p in pieces(*given)))
+    chunks = module._chunks
+    monkeypatch.setattr(module, "_chunks", lambda *given: (sizes.append(len(p)) or p for p in chunks(*given)))
     assert [list(ids) for ids in encoder(tokenizer)(texts)] == whole
     assert (len(sizes) > 60) == (kind != "one word"), "cut where it can be"
 
@@ -91,5 +91,5 @@ def test_smollm2_is_cut(monkeypatch) -> None:
     encode = encoder(load_tokenizer("smollm2"))
     text = nasty(3000)
     whole = list(encode([text])[0])
-    monkeypatch.setattr(module, "PIECE", 40)
+    monkeypatch.setattr(module, "CHUNK", 40)
     assert list(encode([text, "a"])[0]) == whole

@@ -256,7 +256,7 @@ def test_a_source_whose_weights_are_no_numbers(run_cli, made, tmp_path, mode, va
     model.model.layers[0].mlp.down_proj.weight.data[3] = value
     save_folder(model, folder, load_tokenizer(str(made / "tokenizer")))
     fit = ("--calibration", made / "text.jsonl", "--calibration-tokens", "64") if mode else ()
-    refuse(run_cli("convert", folder, tmp_path / "new", "--no-verify", *mode, *fit), "not finite", "anew")
+    refuse(run_cli("convert", folder, tmp_path / "new", "--no-verify", *mode, *fit), "not finite", "again")
     assert not (tmp_path / "new").exists()
 
 
@@ -274,7 +274,7 @@ def test_a_tokenizer_whose_settings_do_not_fit(made, tmp_path, file, change):
     shutil.copytree(made / "tokenizer", tmp_path / "tokenizer")
     path = tmp_path / "tokenizer" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(SmolseekError, match=r"tokenizer in .* cannot be loaded, so copy or download it anew"):
+    with pytest.raises(SmolseekError, match=r"tokenizer in .* cannot be loaded, so copy or download it again"):
         load_tokenizer(str(tmp_path / "tokenizer"))
 
 

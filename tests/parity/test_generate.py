@@ -123,7 +123,7 @@ def test_beam_search_finds_what_transformers_finds(pair, case):
             num_return_sequences=options["returned"],
             no_repeat_ngram_size=options["ngram"],
         )
-        found = beam_search(
+        hypotheses = beam_search(
             model,
             ids,
             beams=options["beams"],
@@ -134,4 +134,4 @@ def test_beam_search_finds_what_transformers_finds(pair, case):
             early_stopping=options["early_stopping"],
             returned=options["returned"],
         )
-        assert [result.tokens for result in found] == expected
+        assert [result.tokens for result in hypotheses] == expected

@@ -70,7 +70,7 @@ def save(run, step=7, seed=0):
     return run.checkpoint_path(step)
 
 
-def test_what_is_saved_comes_back(run):
+def test_a_saved_checkpoint_loads_unchanged(run):
     path = save(run)
     assert path == run.checkpoint_path(7) and path.name == "step-000007"
     assert verify(path) is None and newest_valid(run) == (path, [])
@@ -87,7 +87,7 @@ def test_what_is_saved_comes_back(run):
     assert (theirs - expected).abs().max() <= 2e-5
 
 
-def test_a_run_folder_stands_for_its_newest_whole_checkpoint(run):
+def test_a_run_folder_stands_for_its_newest_complete_checkpoint(run):
     with pytest.raises(SmolseekError, match="holds no checkpoint"):
         load_model(run.path)
     for step in (900_000, 2_000_000, 1_000_000):
@@ -151,7 +151,7 @@ def test_for_inference_the_training_state_is_not_read(run):
         load_state(path)
 
 
-def test_an_unfinished_checkpoint_is_none_and_is_cleared_away(run):
+def test_an_unfinished_checkpoint_is_ignored_and_deleted(run):
     good = save(run, 5)
     part = run.checkpoints / ".tmp-step-000009"
     shutil.copytree(good, part)

@@ -155,13 +155,13 @@ def test_tensors_are_read_by_name_in_any_order_and_again(tmp_path):
 
 
 def test_a_model_split_over_files(tmp_path):
-    whole = load_model(write(tmp_path / "m.gguf", kind="Q8_0")).model.state_dict()
+    one_file = load_model(write(tmp_path / "m.gguf", kind="Q8_0")).model.state_dict()
     write(tmp_path / "s.gguf", kind="Q8_0", split=8)
     files = sorted(tmp_path.glob("s-*.gguf"))
     assert [file.name for file in files] == [f"s-{n:05d}-of-00003.gguf" for n in (1, 2, 3)]
     model, tokenizer, *_ = load_model(files[0])
     assert tokenizer("!").input_ids == [0]
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(tensor, one_file[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(SmolseekError, match=r"file 2 of 3 of a model: give the first, s-00001-of-00003\.gguf"):
         load_model(files[1])
     files[2].rename(tmp_path / "away")
@@ -202,10 +202,10 @@ def test_unknown_tensors_are_named(tmp_path):
 
 
 def test_truncated_files_are_named(tmp_path):
-    whole = write(tmp_path / "m.gguf").read_bytes()
+    content = write(tmp_path / "m.gguf").read_bytes()
     path = tmp_path / "cut.gguf"
-    for size in (0, 3, 20, 500, len(whole) // 2, len(whole) - 40):
-        path.write_bytes(whole[:size])
+    for size in (0, 3, 20, 500, len(content) // 2, len(content) - 40):
+        path.write_bytes(content[:size])
         with pytest.raises(SmolseekError, match=r"cut\.gguf (is truncated|is no GGUF|ends inside)"):
             read_config(path)
     with pytest.raises(SmolseekError, match=r"none\.gguf"):

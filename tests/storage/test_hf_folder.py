@@ -208,7 +208,7 @@ def rewrite(path, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_misfits_are_named(tmp_path):
+def test_tensors_that_do_not_match_are_named(tmp_path):
     save_folder(random_model(DEEPSEEK), tmp_path)
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     rewrite(tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
@@ -368,7 +368,7 @@ def test_a_missing_original_context_is_the_context():
         (OLD_DEEPSEEK, {"scoring_func": "softmax"}, "scoring_func 'softmax'"),
         (OLD_DEEPSEEK, {"topk_method": "greedy"}, "topk_method 'greedy'"),
         (OLD_DEEPSEEK, {"moe_layer_freq": 2}, "moe_layer_freq 2"),
-        (OLD_DEEPSEEK, {"kv_lora_rank": None}, "kv_lora_rank is null"),
+        (OLD_DEEPSEEK, {"kv_lora_rank": None}, "kv_lora_rank None"),
         (OLD_DEEPSEEK, {"rope_scaling": {"type": "su"}}, "rope_type 'su'"),
     ],
 )
@@ -402,7 +402,7 @@ def test_models_without_a_format_are_refused(config, change):
         ("./none", "does not exist"),
     ],
 )
-def test_targets_that_are_none(target, message):
+def test_names_that_are_no_model(target, message):
     with pytest.raises(SmolseekError, match=message) as caught:
         load_model(target)
     assert "\n" not in str(caught.value) and "a run folder" in str(caught.value)

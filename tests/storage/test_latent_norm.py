@@ -12,7 +12,7 @@ MATRIX, NORM = f"{LAYER}kv_a_proj_with_mqa.weight", f"{LAYER}kv_a_layernorm.weig
 
 
 @pytest.mark.parametrize("reversible", [False, True])
-def test_the_norm_in_the_file_does_nothing(reversible):
+def test_the_norm_in_the_file_changes_nothing(reversible):
     torch.manual_seed(0)
     matrix, x = torch.randn(24, 32), 3 * torch.randn(50, 32)
     stored, weight = fold(matrix, 16, reversible=reversible)

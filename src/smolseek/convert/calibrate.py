@@ -1,4 +1,4 @@
-"""What a Llama's attention does on real text: the statistics that a smaller cache is fitted to.
+"""Calibration text, and the statistics of a Llama's attention on it that a smaller cache is fitted to.
 
 Shapes: T tokens of a sequence, D hidden_size, H query heads, G key/value heads.
 """
@@ -28,10 +28,10 @@ from smolseek.ops.rotary import rotate
 from smolseek.storage.hf_folder import load_causal_lm, read_config
 from smolseek.tokenizer import begin_ids, encoder, require_known, tokenizer_of
 
-_HELD_OUT = 0.1
+_VALIDATION_SHARE = 0.1
 _WINDOW = 512
-_SAMPLED = 2
-_BATCH = 16
+_SAMPLES = 2
+_BATCH_SIZE = 16
 """Sequences that the source writes at a time."""
 
 
@@ -44,7 +44,7 @@ class Statistics:
     attended_DD: torch.Tensor
     """The same with every token weighted by one half, and one half of the attention that it gets."""
     distance_HT: torch.Tensor
-    """Attention of each head by distance; the first token, to which idle heads turn, is left out."""
+    """Attention of each head by distance, without the first token, to which idle heads attend."""
     sample_NTD: torch.Tensor
     """The attention's inputs on the first sequences."""
 
@@ -62,7 +62,7 @@ def statistics(model: CausalLM, sequences: torch.Tensor) -> list[Statistics]:
 
     def add(attention: GQA, stats: Statistics, x_BTD: torch.Tensor, cos_sin: CosSin) -> None:
         x_TD = x_BTD[0]
-        if len(stats.sample_NTD) < _SAMPLED:
+        if len(stats.sample_NTD) < _SAMPLES:
             stats.sample_NTD = torch.cat((stats.sample_NTD, x_BTD))
         stats.moment_DD += (x_TD.T @ x_TD).double() / tokens
         q_HTd, k_GTd = (
@@ -78,26 +78,28 @@ def statistics(model: CausalLM, sequences: torch.Tensor) -> list[Statistics]:
 
     layers: Any = model.model.layers
     attentions = [layer.self_attn for layer in layers]
-    watched = [(module, partial(add, module, stats)) for module, stats in zip(attentions, out, strict=True)]
-    observe(model, sequences, "calibrating", watched)
+    observed = [(module, partial(add, module, stats)) for module, stats in zip(attentions, out, strict=True)]
+    observe(model, sequences, "calibrating", observed)
     return out
 
 
 def observe(
-    model: CausalLM, sequences: torch.Tensor, doing: str, watched: Iterable[tuple[nn.Module, Callable[..., None]]]
+    model: CausalLM,
+    sequences: torch.Tensor,
+    description: str,
+    observed: Iterable[tuple[nn.Module, Callable[..., None]]],
 ) -> None:
-    """Run the model over `sequences` [N, T+1], one at a time, and give each module's inputs to its function.
+    """Run the model over `sequences` [N, T+1], one at a time, and call each module's function with its inputs.
 
-    Raises:
-        SmolseekError: if what the model computes is not finite.
+    Raises SmolseekError if what the model computes is not finite.
     """
-    with contextlib.ExitStack() as stack, console.progress(len(sequences), doing) as bar:
-        for module, see in watched:
-            hook = module.register_forward_pre_hook(lambda _, inputs, see=see: see(*inputs[:2]))
+    with contextlib.ExitStack() as stack, console.progress(len(sequences), description) as bar:
+        for module, function in observed:
+            hook = module.register_forward_pre_hook(lambda _, inputs, call=function: call(*inputs[:2]))
             stack.callback(hook.remove)
         for done, sequence in enumerate(sequences, 1):
             if not model.hidden(sequence[None, :-1]).hidden_BTD.isfinite().all():
-                raise SmolseekError("what the source computes is not finite: copy or download it anew")
+                raise SmolseekError("what the source computes is not finite: copy or download it again")
             bar.update(done)
 
 
@@ -121,8 +123,8 @@ def calibration_sequences(
     """Return sequences [N, T+1] of text for the model at `path`, at most `tokens` to predict.
 
     `calibration` is `builtin`, `self` (the model writes it, seeded), or a file or folder, whose column or key
-    `text_column` holds the text. `tokenizer` is another one than the model's own. A tenth of the documents is not used
-    but with `held_out`.
+    `text_column` holds the text. `tokenizer` replaces the model's own. With `held_out` the text is of the tenth of the
+    documents that is not used without it.
 
     Raises:
         SmolseekError: if the model has no tokenizer, or the text is too short.
@@ -134,14 +136,16 @@ def calibration_sequences(
     if tokenizer is None:
         raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
     length = min(_WINDOW, config.max_position_embeddings - 1, tokens)
-    documents = [t for t in read_documents([calibration], text_column) if is_validation(t, _HELD_OUT) == held_out]
+    documents = [
+        t for t in read_documents([calibration], text_column) if is_validation(t, _VALIDATION_SHARE) == held_out
+    ]
     try:
         sequences = build_sequences(documents, encoder(tokenizer), tokenizer.eos_token_id or 0, length, tokens)
     except TooFewTokens:
-        part = "the tenth of its documents that is held out does" if held_out else "its documents but a tenth do"
+        share = "the held-out tenth" if held_out else "nine tenths"
         raise SmolseekError(
-            f"calibration {calibration} is too short: {part} not fill one window of {length:,} tokens: "
-            "give more documents, or use builtin"
+            f"--calibration {calibration} is too short: {share} of its documents do not fill one window of {length:,} "
+            "tokens: give more documents, or use builtin"
         ) from None
     require_known(int(sequences.max()), tokenizer, config.vocab_size)
     return sequences
@@ -156,25 +160,12 @@ def written_sequences(model: CausalLM, tokenizer: Any, tokens: int, seed: int) -
     start = (begin_ids(tokenizer) if tokenizer else []) or [*model.config.eos_ids, 0][:1]
     count = max(tokens // length, 1)
     console.say(f"The source writes {count * length:,} tokens to calibrate with")
-    # Each sequence has its own seed, or all would be the same.
-    params = [SamplingParams(temperature=1.0, seed=seed * 100_003 + n) for n in range(count)]
+    params = [SamplingParams(temperature=1.0, seed=seed * 100_003 + n) for n in range(count)]  # all differ
     sequences: list[list[int]] = []
     with console.progress(count, "writing") as bar:
-        for n in range(0, count, _BATCH):
-            batch = params[n : n + _BATCH]
+        for n in range(0, count, _BATCH_SIZE):
+            batch = params[n : n + _BATCH_SIZE]
             generator = Generator(model, [start] * len(batch), batch, length + 1 - len(start))
             sequences += [[*start, *result.tokens] for result in generator.finish()]
             bar.update(len(sequences))
     return torch.tensor(sequences)
-
-
-def ridge_solve(square: torch.Tensor, cross: torch.Tensor, first: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the W [..., D, K] that minimises |y - W z|^2 + r |W - first|^2 over the tokens, in float32.
-
-    `square` [..., K, K] is the sum of z z^T over the tokens, `cross` [..., D, K] that of y z^T, and r is `ridge` times
-    the mean energy of z.
-    """
-    square, first = square.double(), first.double()
-    weight = (ridge * square.diagonal(dim1=-2, dim2=-1).mean(dim=-1)).clamp(min=1e-30)
-    system = square + weight[..., None, None] * torch.eye(square.shape[-1]).double()
-    return (first + torch.linalg.solve(system, (cross.double() - first @ square).mT).mT).float()

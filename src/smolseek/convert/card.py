@@ -16,7 +16,8 @@ UNLIKE_CALIBRATION = (
     "encyclopedia passages with --calibration builtin; 0.23, 0.23, 0.18 and 0.16 on the last four with "
     "--calibration self"
 )
-"""What a figure of a compressed model does not say, printed and written beside it."""
+"""A warning printed with the figures of a compressed model, and written into its card."""
+CALIBRATION_TEXT = {"builtin": "the manuals and docstrings of Python", "self": "text that the source wrote"}
 
 _CLAIMS = (
     "computes the function of the original.",
@@ -30,56 +31,53 @@ _NEEDS = (
 
 
 def model_card(source: str, opened: Source, config: ModelConfig, mode: str, command: str, fidelity: str | None) -> str:
-    """Return the text of README.md for the model of shape `config`, made by `command` of what the user calls `source`.
+    """Return the text of README.md for the model of shape `config`, made by `command` from the user's `source`.
 
-    `fidelity` is the measured line, None when it was not verified.
+    `fidelity` is the line of the verification, None without one.
     """
     path, before = opened.path, opened.config
     license_name, base = _origin(source, path)
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    front += [f"license: {license_name}"] if license_name else []
-    front += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
-    front += ["tags:", "- deepseek_v3", "- mla", "- smolseek", "---"]
     name = base or (path.name if path.exists() else source)
-    compressed = mode.startswith("compress")
-    counts = count(config)
+    compressed, counts = mode.startswith("compress"), count(config)
     cache, cache_before = cache_bytes(config)["MLA"], before.num_hidden_layers * before.cache_features * 2
-    body = [
-        f"# {name} as DeepSeek-V3",
-        "",
-        f"The weights of {name}, converted from Llama to `DeepseekV3ForCausalLM`. Nothing was trained: the new model",
-        _CLAIMS[compressed],
-        "",
-        f"- Mode: {mode}",
-        f"- Parameters: {counts.total:,}, {counts.active:,} active per token (original: {count(before).total:,})",
-        f"- Cache per token in 16 bits: {cache:,} bytes (original: {cache_before:,})",
-        f"- Licence: {license_name or 'that of the original'}",
-        f"- Measured: {fidelity or 'not verified'}",
-        *([f"- {UNLIKE_CALIBRATION}."] if compressed else []),
-        f"- Made with: `{command}`",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        "```",
-        "",
-        "It needs no remote code. " + _NEEDS[config.rope_parameters.rope_type == "longrope"],
-        "Use float32 or bfloat16, never float16: the weights of the latent are too small for it.",
-        "",
-    ]
-    return "\n".join([*front, "", *body])
+    front = f"license: {license_name}\n" if license_name else ""
+    front += f"base_model: {base}\nbase_model_relation: finetune\n" if base else ""
+    warning = f"- {UNLIKE_CALIBRATION}.\n" if compressed else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{front}tags:
+- deepseek_v3
+- mla
+- smolseek
+---
 
+# {name} as DeepSeek-V3
 
-def measured_on(calibration: str) -> str:
-    """Return on which text a compressed model was measured."""
-    kinds = {"builtin": "the manuals and docstrings of Python", "self": "text that the source wrote"}
-    return f"measured on {kinds.get(calibration, calibration)}, a part that the calibration did not see"
+The weights of {name}, converted from Llama to `DeepseekV3ForCausalLM`. Nothing was trained: the new model
+{_CLAIMS[compressed]}
+
+- Mode: {mode}
+- Parameters: {counts.total:,}, {counts.active:,} active per token (original: {count(before).total:,})
+- Cache per token in 16 bits: {cache:,} bytes (original: {cache_before:,})
+- Licence: {license_name or "that of the original"}
+- Measured: {fidelity or "not verified"}
+{warning}- Made with: `{command}`
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+It needs no remote code. {_NEEDS[config.rope_parameters.rope_type == "longrope"]}
+Use float32 or bfloat16, never float16: the weights of the latent are too small for it.
+"""
 
 
 def source_of(folder: Path) -> str | None:
-    """Return what `smolseek convert` called the source of the model in `folder`, by its card; None where none says."""
+    """Return the SOURCE of the `smolseek convert` that made `folder`, from its card; None if the card names none."""
     command = re.search(r"^- Made with: `smolseek convert (.*)`$", _read_card(folder), re.M)
     try:
         return shlex.split(command[1])[0] if command else None
@@ -93,7 +91,7 @@ def _read_card(folder: Path) -> str:
 
 
 def _origin(source: str, path: Path) -> tuple[str | None, str | None]:
-    """Return licence and hub name of the source, each None when nothing tells it."""
+    """Return licence and hub name of the source, None where they are not known."""
     if path.is_file():
         license_name = read_header(path).metadata.get("general.license")
         hub_name = SMOLLM2_HUB if source == "smollm2" else None

@@ -1,4 +1,4 @@
-"""A smaller cache: which rotary features keep their position, and a low-rank latent for all the rest.
+"""A smaller cache: some rotary features keep their position, and a low-rank latent holds all the others.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, C components of the key, S slots with
 position, R kv_lora_rank. Derived in docs/conversion.md.
@@ -12,11 +12,11 @@ import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig, RopeConfig
-from smolseek.convert import lossless, portable
+from smolseek.convert import lossless
 from smolseek.convert.calibrate import Statistics
 from smolseek.convert.components import Layer, analyse, keys, latent, queries
 from smolseek.convert.conversion import Conversion
-from smolseek.convert.scores import Fit, alternate
+from smolseek.convert.least_squares import Factors, alternate
 from smolseek.errors import SmolseekError
 from smolseek.model.attention import MLA
 from smolseek.model.rope import Rope, frequencies
@@ -51,7 +51,7 @@ def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope:
     """Spend the cache, `rope` features of it on the components whose position matters the most over all layers."""
     rank, first = conversion.cache_features(source) - rope, layers[0]
     if conversion.profile == "portable":
-        parameters = portable.ladder(source, rope, [layers[n] for n in _tried(len(layers))])
+        parameters = portable_rope(source, rope, [layers[n] for n in _tried(len(layers))])
         return Plan(rank, parameters, frequencies(parameters, rope).double(), None)
     if conversion.method == "smolseek":
         total_C = torch.stack([layer.loss_C / layer.total() for layer in layers]).sum(dim=0)
@@ -66,6 +66,38 @@ def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope:
         lossless.target_config(source).rope_parameters, attention_factor=1.0, short_factor=factors, long_factor=factors
     )
     return Plan(rank, parameters, w_S, components_S)
+
+
+def portable_rope(source: ModelConfig, rope: int, layers: list[Layer]) -> RopeConfig:
+    """Return the default RoPE of `rope` features whose base keeps the most of the positions of `layers`.
+
+    With steps as wide as the source's, each slot has a frequency of the source, and each frequency one slot. Steps of
+    a half or a third offer two or three slots to each frequency, at it and near it, and leave out the low ones, whose
+    keys hardly turn within a text.
+    """
+    theta = source.rope_parameters.rope_theta
+
+    def energy(parameters: RopeConfig) -> float:
+        w_S = frequencies(parameters, rope).double()
+        return sum(assign_slots(layer, w_S)[1] / layer.total() for layer in layers)
+
+    bases = [theta ** (rope / (source.qk_head_dim * finer)) for finer in (1, 2, 3)]
+    return max((RopeConfig(rope_theta=base) for base in bases), key=energy)
+
+
+def assign_slots(layer: Layer, w_S: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return a component [S] for each slot of frequency w_s, and the energy that all keep.
+
+    The component and slot that keep the most are matched first, and so on.
+    """
+    saved_CS, energy = layer.loss_C[:, None] - layer.losses(w_S), 0.0
+    components_S = torch.empty(len(w_S), dtype=torch.long)
+    for _ in w_S:
+        component, slot = divmod(int(saved_CS.argmax()), len(w_S))
+        energy += float(saved_CS[component, slot])
+        components_S[slot] = component
+        saved_CS[component], saved_CS[:, slot] = -torch.inf, -torch.inf
+    return components_S, energy
 
 
 def _tried(layers: int) -> range:
@@ -85,8 +117,7 @@ def _search(model: CausalLM, layers: list[Layer], stats: Sequence[Statistics], c
     errors = []
     with console.progress(len(plans), "searching") as bar:
         for done, tried in enumerate(plans, 1):
-            samples = ((n, stats[n].sample_NTD) for n in _tried(len(layers)))
-            errors.append(sum(_error(model, n, layers[n], tried, x_NTD) for n, x_NTD in samples))
+            errors.append(sum(_error(model, n, layers[n], tried, stats[n].sample_NTD) for n in _tried(len(layers))))
             bar.update(done)
     return plans[errors.index(min(errors))]
 
@@ -96,7 +127,7 @@ def _error(model: CausalLM, n: int, layer: Layer, chosen: Plan, x_NTD: torch.Ten
     config, T = chosen.config(model.config), x_NTD.shape[1]
     original: Any = model.model.layers[n]
     smaller = MLA(config, n)
-    smaller.load_state_dict(fit_attention(layer, chosen) | {"o_proj.weight": original.self_attn.o_proj.weight})
+    smaller.load_state_dict(compress_layer(layer, chosen) | {"o_proj.weight": original.self_attn.o_proj.weight})
     rope = Rope(config.rope_parameters, config.rope_dim, config.max_position_embeddings)
     y_NTD = original.self_attn(x_NTD, model.model.rope(torch.arange(T), T))
     return float((smaller(x_NTD, rope(torch.arange(T), T)) - y_NTD).square().sum() / y_NTD.square().sum())
@@ -114,40 +145,41 @@ def compress(
     Raises:
         SmolseekError: if there is no plan to spend the cache.
     """
-    blocks: Any = model.model.layers
+    modules: Any = model.model.layers
+    attentions = [module.self_attn for module in modules]
     options = conversion.method, conversion.freq_fold
-    layers = [analyse(model.config, block.self_attn, seen, *options) for block, seen in zip(blocks, stats, strict=True)]
+    layers = [analyse(model.config, *pair, *options) for pair in zip(attentions, stats, strict=True)]
     rope = conversion.rotary_features(model.config)
     chosen = plan(model.config, layers, conversion, rope) if rope else _search(model, layers, stats, conversion)
     out = []
     with console.progress(len(layers), "fitting") as bar:
-        for done, (block, layer) in enumerate(zip(blocks, layers, strict=True), 1):
-            o_proj = block.self_attn.o_proj.weight.detach().clone()
-            out.append(fit_attention(layer, chosen) | {"o_proj.weight": o_proj})
-            bar.update(done)
+        for attention, layer in zip(attentions, layers, strict=True):
+            o_proj = attention.o_proj.weight.detach().clone()
+            out.append(compress_layer(layer, chosen) | {"o_proj.weight": o_proj})
+            bar.update(len(out))
     return chosen.config(model.config), out
 
 
-def fit_attention(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
+def compress_layer(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
     """Return MLA's tensors but for the output projection, in float32."""
     H, d, _ = layer.q_HdD.shape
     G, slots = len(layer.v_GdD), 2 * len(chosen.w_S)
     components_S = chosen.components_S
     if components_S is None:
-        components_S = portable.assign_slots(layer, chosen.w_S)[0]
+        components_S = assign_slots(layer, chosen.w_S)[0]
     others = torch.ones(len(layer.loss_C), dtype=torch.bool).index_fill(0, components_S, False).nonzero().flatten()
-    queries_HNd, scaled, back, vectors = latent(layer, others)
-    down_RD, up = vectors[:, : chosen.rank].T @ scaled, back @ vectors[:, : chosen.rank]
+    queries_HNd, scaled, plain, vectors = latent(layer, others)
+    down_RD, up = vectors[:, : chosen.rank].T @ scaled, plain @ vectors[:, : chosen.rank]
     keys_HdF = torch.cat((queries(layer, components_S, chosen.w_S).mT, queries_HNd.mT @ up[: 2 * len(others)]), dim=2)
-    stored_FD = torch.cat((keys(layer, components_S), down_RD))
-    fit = Fit(stored_FD, keys_HdF, up[2 * len(others) :].unflatten(0, (G, d)))
+    cached_FD = torch.cat((keys(layer, components_S), down_RD))
+    factors = Factors(cached_FD, keys_HdF, up[2 * len(others) :].unflatten(0, (G, d)))
     if layer.method == "smolseek":
-        fit = alternate(layer, chosen.w_S, fit)
-    q_pe_HSd, k_up_HdR = fit.keys_HdF[:, :, :slots].mT, fit.keys_HdF[:, :, slots:]
+        factors = alternate(layer, chosen.w_S, factors)
+    q_pe_HSd, k_up_HdR = factors.keys_HdF[:, :, :slots].mT, factors.keys_HdF[:, :, slots:]
     q = torch.cat((layer.q_HdD, q_pe_HSd @ layer.q_HdD), dim=1)
     q = q * (q.shape[1] / d) ** 0.5  # MLA divides the scores by the root of the larger head
-    v_up_HdR = fit.values_GdR.repeat_interleave(H // G, dim=0)
-    k_pe, latent_RD = fit.stored_FD.split([slots, chosen.rank])
+    v_up_HdR = factors.values_GdR.repeat_interleave(H // G, dim=0)
+    k_pe, latent_RD = factors.cached_FD.split([slots, chosen.rank])
     return {
         "q_proj.weight": q.flatten(0, 1).float(),
         "kv_a_proj_with_mqa.weight": torch.cat((latent_RD, k_pe)).float(),
@@ -156,7 +188,7 @@ def fit_attention(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
 
 
 def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a layer that computes the same, its two factors of every cached feature of one size.
+    """Return a layer that computes the same, with both factors of every cached feature of one size.
 
     A feature may be scaled in the cache and back behind it. As fitted the factors differ a thousandfold in size, and
     an optimizer like Adam, which moves all weights alike, would wreck the smaller one.

@@ -14,7 +14,7 @@ Method = Literal["smolseek", "transmla"]
 Profile = Literal["hf-exact", "portable"]
 
 _LEAST_HEAD = 32
-"""Features without position that other engines need in a head; a compressed head has as many as the source's."""
+"""Features without position that other engines need in a head; a compressed head has as many as the source's heads."""
 _CACHE_OPTIONS = ("rope_dim", "profile", "method", "freq_fold")
 _FITTED = ("cache", "kv_rank", "prune", "active", "calibration", "calibration_tokens", "text_column", *_CACHE_OPTIONS)
 _MODE_OF = {"top_k": "grow", "neurons": "exact", **dict.fromkeys(_FITTED, "compress")}
@@ -25,15 +25,15 @@ _NEEDS = (("shared", "experts", 4), ("neurons", "experts", 4), ("active", "exper
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What to make of the source."""
+    """What is made of the source."""
 
     mode: Literal["exact", "grow", "compress"] = "exact"
-    """exact computes what the source computes; grow does so with new experts beside, to be trained; compress comes
-    near it with a smaller cache."""
+    """exact computes the same function as the source; grow does so, too, and adds new experts to be trained; compress
+    approximates it with a smaller cache or fewer neurons."""
     experts: int | None = None
-    """Routed experts: parts of the dense layers (exact, compress) or new ones (grow). None leaves the layers dense."""
+    """Routed experts: split from the dense layers (exact, compress) or new (grow). None leaves the layers dense."""
     shared: int | None = None
-    """Shared experts; None is 1."""
+    """Shared experts (1 by default)."""
     neurons: Neurons = "contiguous"
     """How the neurons are partitioned into experts (exact)."""
     top_k: int | None = None
@@ -41,11 +41,11 @@ class Conversion:
     cache: float | None = None
     """Share of the source's cache that is kept, for example 0.5 (compress)."""
     kv_rank: int | None = None
-    """Features of the latent, with --rope-dim, instead of --cache (compress)."""
+    """Features of the latent; with --rope-dim, instead of --cache (compress)."""
     rope_dim: int | None = None
-    """Rotary features; None has them searched, or is one head's for the published method (compress)."""
+    """Rotary features; by default they are searched, and one head's for the published method (compress)."""
     profile: Profile = "hf-exact"
-    """portable does without longrope, for engines that have one ladder of frequencies and one epsilon (compress)."""
+    """portable does without longrope, for engines with the default RoPE and one epsilon for all norms (compress)."""
     method: Method = "smolseek"
     """transmla is the published method, to compare with (compress)."""
     freq_fold: int = 1
@@ -55,10 +55,10 @@ class Conversion:
     active: int | None = None
     """Routed experts that a token uses, beside the shared ones (compress, with --experts)."""
     calibration: str = "builtin"
-    """Text that the smaller model is fitted to: builtin, a file or folder, or self, which the source writes
+    """Text that the smaller model is fitted to: builtin, a file or folder, or self for text that the source writes
     (compress)."""
     calibration_tokens: int = 16_384
-    """Tokens of it (compress)."""
+    """Tokens of calibration text (compress)."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text (compress)."""
     tokenizer: str | None = None
@@ -141,13 +141,13 @@ class Conversion:
         return 1 if self.shared is None else self.shared
 
     def cache_features(self, source: "ModelConfig") -> int:
-        """Return how many features the smaller cache holds of a token and layer: the latent's and the rotary ones."""
+        """Return the features that are cached per token and layer: the latent's and the rotary ones."""
         if self.cache is not None:
             return round(self.cache * source.cache_features)
         return (self.kv_rank or 0) + (self.rope_dim or 0)
 
     def rotary_features(self, source: "ModelConfig") -> int | None:
-        """Return the rotary features, None where they are searched; the published method keeps one head's."""
+        """Return the number of rotary features, None if it is searched; the published method keeps one head's."""
         return source.qk_head_dim if self.rope_dim is None and self.method == "transmla" else self.rope_dim
 
     def description(self) -> str:
@@ -157,13 +157,13 @@ class Conversion:
         if self.mode == "exact":
             experts = f"{self.shared_experts} shared and {self.experts} routed experts, {self.neurons} neurons"
             return "exact, dense feed-forward layers" if self.experts is None else f"exact, {experts}, all active"
-        parts: list[str] = [self.method] if self.smaller_cache else []
-        parts += ["portable"] if self.profile == "portable" else []
-        parts += [] if self.prune is None else [f"{self.prune:.0%} of the neurons"]
+        steps: list[str] = [self.method] if self.smaller_cache else []
+        steps += ["portable"] if self.profile == "portable" else []
+        steps += [] if self.prune is None else [f"{self.prune:.0%} of the neurons"]
         if self.experts is not None:
-            parts.append(f"{self.shared_experts} shared and {self.active} of {self.experts} routed experts a token")
-        calibrated = f"calibrated on {self.calibration_tokens:,} tokens of {self.calibration}"
-        return f"compress, {', '.join(parts)}, {calibrated}"
+            steps.append(f"{self.shared_experts} shared and {self.active} of {self.experts} routed experts a token")
+        steps.append(f"calibrated on {self.calibration_tokens:,} tokens of {self.calibration}")
+        return ", ".join(("compress", *steps))
 
     def _changed(self) -> dict[str, Any]:
         """Return the options that differ from their defaults."""

@@ -41,47 +41,38 @@ class FeedForward(NamedTuple):
 
 
 def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
-    """Return `config` with the experts of `conversion` in place of its dense layers, if there are to be some.
+    """Return `config` with the experts of `conversion`, if it has any, in place of the dense layers.
 
     Split layers (exact, compress) have all neurons in their shared and routed experts. Where all are active, a router
     of zeros gives every expert sigmoid(0) = 1/2; the weights are normalised to 1/E and multiplied by E. A grown layer
-    keeps them all in its S shared experts and has new routed ones beside. All experts are of one size, so S also says
-    how small the new ones are: I / S neurons.
-
-    Raises:
-        SmolseekError: if the neurons do not fall into so many experts, or a token cannot use so many of them.
+    keeps all neurons in its S shared experts and has new routed ones beside. All experts are of one size, so S also
+    sets the size of the new ones: I / S neurons. Raises SmolseekError if the neurons do not divide into so many
+    experts, or a token cannot use so many of them.
     """
     experts, shared, neurons = conversion.experts, conversion.shared_experts, config.intermediate_size
     if experts is None:
         return config
-    grown, active = conversion.mode == "grow", conversion.active
     if experts < 2:
         raise SmolseekError(f"experts {experts} is below 2: transformers rates a group by its two best experts")
-    least = 1 if grown else 0
-    if shared < least:
-        raise SmolseekError(f"shared {shared} is below {least}: use a larger --shared")
-    if grown and neurons % shared:
-        raise SmolseekError(f"{neurons} neurons do not fall into {shared} shared experts: choose a divisor")
-    if not grown and neurons % (experts + shared):
+    grown = conversion.mode == "grow"
+    if shared < grown:
+        raise SmolseekError(f"shared {shared} is below {grown:d}: use a larger --shared")
+    of_one_size = shared if grown else experts + shared
+    if neurons % of_one_size:
+        kinds = f"{shared} shared" if grown else f"{shared} shared and {experts} routed"
         raise SmolseekError(
-            f"{neurons} neurons do not fall into {shared} shared and {experts} routed experts of equal size: "
-            f"make their sum a divisor of {neurons}"
+            f"{neurons} neurons do not divide into {kinds} experts: change --experts or --shared so that {of_one_size} "
+            "becomes a divisor"
         )
-    if grown and not 1 <= (conversion.top_k or 0) <= experts:
-        wrong = f"top-k {conversion.top_k} is not between 1 and the {experts} experts"
-        raise SmolseekError(f"{wrong}: change --top-k or --experts")
-    if active is not None and not 1 <= active < experts:
-        raise SmolseekError(
-            f"--active {active} is not between 1 and {experts - 1}, a part of the {experts} routed experts: change "
-            "--active or --experts (all of them are --mode exact)"
-        )
-    top_k = conversion.top_k or active or experts
+    if conversion.active == experts:
+        raise SmolseekError(f"--active {experts} is all routed experts: use fewer, or --mode exact")
+    top_k = next(k for k in (conversion.top_k, conversion.active, experts) if k is not None)
     return dataclasses.replace(
         config,
         n_routed_experts=experts,
         n_shared_experts=shared,
         num_experts_per_tok=top_k,
-        moe_intermediate_size=neurons // (shared if grown else experts + shared),
+        moe_intermediate_size=neurons // of_one_size,
         first_k_dense_replace=0,
         norm_topk_prob=True,
         routed_scaling_factor=1.0 if grown else float(top_k),
@@ -105,7 +96,7 @@ def grow(config: ModelConfig, dense: FeedForward, seed: int) -> dict[str, torch.
     """Return the tensors of one grown layer of the shape `config`, named without the prefix `model.layers.N.mlp.`.
 
     The routed experts add nothing while their down projections are zero. Gates, up projections and the router are
-    drawn as for a new model, so the down projections have a gradient from the first step on, and the others from the
+    initialised as in a new model: the down projections have a gradient from the first step on, the others from the
     second.
     """
     experts, size, width = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
@@ -121,7 +112,7 @@ def grow(config: ModelConfig, dense: FeedForward, seed: int) -> dict[str, torch.
 
 
 def partition(config: ModelConfig, dense: FeedForward, order_I: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the experts of `config`: the first neurons of `order_I` are shared, the others are routed in turn."""
+    """Return the experts of `config`: the first neurons of `order_I` are shared, the others are routed."""
     size = config.moe_intermediate_size
     shared, routed = order_I.tensor_split([config.n_shared_experts * size])
     out = dense.neurons(shared).tensors("shared_experts.")
@@ -148,7 +139,7 @@ def heaviest(weight_I: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
 
 def clusters(x_ND: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Return an order of the rows [N], cluster after cluster: `count` clusters of one size by the rows' directions.
+    """Return an order [N] of the vectors `x_ND`, cluster after cluster: `count` clusters of one size by direction.
 
     Spherical k-means with balanced assignment.
     """
@@ -162,7 +153,7 @@ def clusters(x_ND: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 
 def _balanced(similarity_NE: torch.Tensor, size: int) -> torch.Tensor:
-    """Return a cluster for each row [N], `size` rows for each column: the closest pairs choose first."""
+    """Return the cluster of each vector [N], `size` vectors a cluster: the closest pairs are assigned first."""
     clusters, free = [-1] * len(similarity_NE), [size] * similarity_NE.shape[1]
     for pair in similarity_NE.flatten().argsort(descending=True, stable=True).tolist():
         n, e = divmod(pair, len(free))

@@ -5,21 +5,23 @@ features, which are also the features of the latent.
 """
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from smolseek.config import ModelConfig, RopeConfig
 from smolseek.model.rope import frequencies
+from smolseek.storage.latent_norm import EPS
 
 
 def target_config(source: ModelConfig) -> ModelConfig:
     """Return the shape of the exact conversion of the Llama `source`, with dense feed-forward layers.
 
-    Every key head gets a slot of its own in the shared rotary key, and every value head one in the latent. The slots
-    need the same frequencies again and again, which no ladder theta^(-2i/R) gives; `longrope` divides each frequency
-    of a ladder by a factor of its own, and on the ladder of base 1, which is 1 everywhere, the factors are the
-    reciprocals of the frequencies themselves. `attention_factor` scales cosines and sines, so scores by its square:
-    its fourth power G turns the scale (Gd)^(-1/2), which MLA applies, into the d^(-1/2) of the source.
+    Every key head gets its own slot in the shared rotary key, and every value head one in the latent. All slots need
+    the same frequencies, which no series theta^(-2i/R) gives; `longrope` divides each frequency of a series by its own
+    factor, and in the series of base 1, where every frequency is 1, the factors are the reciprocals of the frequencies.
+    `attention_factor` scales cosines and sines, and so the scores by its square: its fourth power G turns the scale
+    (Gd)^(-1/2), which MLA applies, into the d^(-1/2) of the source.
     """
     groups, size = source.num_key_value_heads, source.qk_head_dim
     factors = tuple(reciprocals(frequencies(source.rope_parameters, size))) * groups
@@ -83,3 +85,24 @@ def attention(
         "kv_a_proj_with_mqa.weight": torch.cat((v_proj, interleave(k_proj, groups))),
         "kv_b_proj.weight": up_HdGd.flatten(2).flatten(0, 1),
     }
+
+
+def one_epsilon(
+    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]
+) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]]]:
+    """Return the same model with `rms_norm_eps` 1e-6, as shape and tensors by name.
+
+    vLLM and llama.cpp give the norm of the latent the model's own epsilon, where transformers has 1e-6. The norms see
+    the residual stream and epsilon together, so a stream that is scaled by f = sqrt(1e-6 / eps) leaves the same after
+    each norm. What writes to the stream is scaled: embedding, output and down projections. A head that is the
+    embedding, too, has its 1/f in the last norm.
+    """
+    factor = (EPS / config.rms_norm_eps) ** 0.5
+    written = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")
+
+    def scaled(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith(written):
+            return tensor * factor
+        return tensor / factor if config.tie_word_embeddings and name == "model.norm.weight" else tensor
+
+    return dataclasses.replace(config, rms_norm_eps=EPS), ((name, scaled(name, tensor)) for name, tensor in tensors)

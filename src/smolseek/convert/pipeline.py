@@ -1,4 +1,4 @@
-"""From a source to a finished folder: layer by layer, and not a trace of it when something goes wrong."""
+"""From a source to a finished folder: converted layer by layer, and nothing is left of it after an error."""
 
 import dataclasses
 import os
@@ -16,12 +16,11 @@ from smolseek import console
 from smolseek.config import ModelConfig
 from smolseek.convert import lossless
 from smolseek.convert.calibrate import calibration_sequences, statistics
-from smolseek.convert.card import UNLIKE_CALIBRATION, measured_on, model_card
+from smolseek.convert.card import CALIBRATION_TEXT, UNLIKE_CALIBRATION, model_card
 from smolseek.convert.compress import balanced, compress
 from smolseek.convert.conversion import Conversion
 from smolseek.convert.experts import FeedForward, grow, split, with_experts
-from smolseek.convert.portable import one_epsilon
-from smolseek.convert.refit import refit
+from smolseek.convert.least_squares import refit_values
 from smolseek.convert.source import Source, open_source
 from smolseek.convert.sparse import active_neurons, prune, sparse
 from smolseek.errors import SmolseekError, Stopped
@@ -29,27 +28,26 @@ from smolseek.files import atomic_folder, is_vacant, write_atomically
 from smolseek.memory import peak_resident_bytes
 from smolseek.model.summary import count
 from smolseek.storage import latent_norm
-from smolseek.storage.hf_folder import load_causal_lm, write_rest
+from smolseek.storage.hf_folder import load_causal_lm, write_metadata
 from smolseek.storage.safetensors_file import write_shards
 
-# Files of a Hugging Face folder that are taken over as they are: the tokenizer's, and others.
-_TEXT = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
-_TEXT += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
-_REST = ["generation_config.json", "LICENSE"]
-_HELD_OUT_TOKENS = 2048
+_TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
+_TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+_COPIED_FILES = ["generation_config.json", "LICENSE"]
+_COMPARED_TOKENS = 2048
 """Tokens on which a compressed model is compared with its source."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 class _Model(NamedTuple):
-    """A model that is to be written. Its layers are computed when they are asked for, in float32."""
+    """A model to be written. Its layers are computed when they are written, in float32."""
 
     config: ModelConfig
     attention: Callable[[int], Tensors]
-    """The attention of a layer, named without the prefix `model.layers.N.self_attn.`."""
+    """Layer number -> tensors named without the prefix `model.layers.N.self_attn.`."""
     feed_forward: Callable[[int], Tensors]
-    """The feed-forward layer, named without the prefix `model.layers.N.mlp.`."""
+    """Layer number -> tensors named without the prefix `model.layers.N.mlp.`."""
 
 
 Verify = Callable[[Path, Path, torch.Tensor | None], str]
@@ -62,31 +60,31 @@ It takes the source, the folder, and sequences [N, T+1] that a compressed model 
 def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify | None = None) -> Path:
     """Convert the Llama `source` (hub name, folder, .gguf file or smollm2) and return the folder `out`.
 
-    `out` appears complete or not at all: it is written under another name, judged by `verify` and then renamed.
-    Whatever can be known before the first layer is checked before it: options, source, tokenizer, `out`, text.
+    `out` appears complete or not at all: it is written under another name, checked by `verify` and then renamed.
+    Options, source, tokenizer, `out`, disk space and text are checked before the first layer.
 
     Raises:
         SmolseekError: if the source cannot be converted, there is too little text, `out` is not free, the disk is
-            full, or `verify` is not content.
+            full, or `verify` refuses the result.
         Stopped: for a KeyboardInterrupt; nothing is left.
     """
     out = Path(out)
-    place = Path(os.path.realpath(out))  # of a link its target
-    if not is_vacant(place):
+    target = Path(os.path.realpath(out))  # where a link points to
+    if not is_vacant(target):
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
     opened = open_source(source, conversion.tokenizer)
     if conversion.smaller_cache:
         conversion.check_cache(opened.config)
     config = with_experts(lossless.target_config(opened.config), conversion)
     needed = count(config).total * getattr(torch, conversion.dtype).itemsize
-    needed *= 1 + (conversion.active is not None and verify is not None)  # the control stands beside it for a while
+    needed *= 1 + (conversion.active is not None and verify is not None)  # the control is written beside it
     try:
-        with atomic_folder(place, last="config.json") as part:  # without which it is no model yet
-            free = shutil.disk_usage(part).free
+        with atomic_folder(target, last="config.json") as folder:  # without which it is no model yet
+            free = shutil.disk_usage(folder).free
             if free < needed:
                 sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
-                raise SmolseekError(f"no space left for {out}: {sizes}")
-            _fill(part, source, opened, conversion, out, verify)
+                raise SmolseekError(f"no space left for {out}: {sizes}: free some, or choose another disk")
+            _fill(folder, source, opened, conversion, out, verify)
     except OSError as error:
         raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
     except KeyboardInterrupt:
@@ -95,42 +93,42 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
     return out
 
 
-def _fill(part: Path, source: str, opened: Source, conversion: Conversion, out: Path, verify: Verify | None) -> None:
-    """Convert into the folder `part`, and verify it."""
+def _fill(folder: Path, source: str, opened: Source, conversion: Conversion, out: Path, verify: Verify | None) -> None:
+    """Convert into `folder`, which becomes `out`, and verify it."""
     model, control, held_out, mode = _exact(opened, conversion), None, None, conversion.description()
     if conversion.mode == "compress":
         options = conversion.seed, opened.tokenizer, conversion.text_column
         path, text = opened.path, conversion.calibration
         sequences = calibration_sequences(path, text, conversion.calibration_tokens, *options)
         if verify is not None:
-            held_out = calibration_sequences(path, text, _HELD_OUT_TOKENS, *options, held_out=True)
-        # There may be less text than was asked for.
+            held_out = calibration_sequences(path, text, _COMPARED_TOKENS, *options, held_out=True)
+        # There may be less text than `calibration_tokens`.
         mode = dataclasses.replace(conversion, calibration_tokens=sequences[:, 1:].numel()).description()
         model, control = _compressed(model, opened, conversion, sequences)
-    config = _write_model(part, opened, model, conversion)
+    config = _write_model(folder, opened, model, conversion)
     console.say(
         f"Converted {config.num_hidden_layers} layers of {source} ({mode}, {conversion.dtype}); "
         f"peak memory {peak_resident_bytes() / 1e6:,.0f} MB"
     )
     fidelity = None
     if verify is not None:
-        fidelity = verify(opened.path, part, held_out)
+        fidelity = verify(opened.path, folder, held_out)
         if held_out is not None:
-            fidelity += f", {measured_on(conversion.calibration)}"
+            text = CALIBRATION_TEXT.get(conversion.calibration, conversion.calibration)
+            fidelity += f", measured on {text}, a part that the calibration did not see"
         console.say(fidelity)
         if control is not None:
             share = control.config.intermediate_size / opened.config.intermediate_size
-            with tempfile.TemporaryDirectory(dir=part, prefix="control") as folder:
-                _write_model(Path(folder), opened, control, conversion)
-                line = verify(opened.path, Path(folder), held_out)
-            fidelity_of_control = f"Control, --prune {share:.4g} instead: {line}"
-            console.say(fidelity_of_control)
-            fidelity += f". {fidelity_of_control}"
+            with tempfile.TemporaryDirectory(dir=folder, prefix="control") as beside:
+                _write_model(Path(beside), opened, control, conversion)
+                line = f"Control, --prune {share:.4g} instead: {verify(opened.path, Path(beside), held_out)}"
+            console.say(line)
+            fidelity += f". {line}"
     if held_out is not None:
         console.say(UNLIKE_CALIBRATION)
     command = shlex.join(["smolseek", "convert", source, str(out), *conversion.arguments()])
     card = model_card(source, opened, config, f"{mode}; {conversion.dtype}", command, fidelity)
-    write_atomically(part / "README.md", card)
+    write_atomically(folder / "README.md", card)
 
 
 def _exact(opened: Source, conversion: Conversion) -> _Model:
@@ -160,13 +158,13 @@ def _compressed(
 ) -> tuple[_Model, _Model | None]:
     """Return the exact `model` made smaller, fitted on `sequences` [N, T+1].
 
-    With sparse experts there is a control, too: the same number of neurons, chosen once and for all.
+    With sparse experts there is a control, too: as many neurons, the same ones for every token.
     """
     llama, dense = load_causal_lm(opened.path), model.config.intermediate_size
     if conversion.smaller_cache:
         config, attentions = compress(llama, conversion, statistics(llama, sequences))
         if conversion.method == "smolseek":
-            attentions = refit(llama, config, attentions, sequences)
+            attentions = refit_values(llama, config, attentions, sequences)
         console.say(
             f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
             f"of {opened.config.cache_features} before"
@@ -206,16 +204,16 @@ def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conver
     """Write weights, configurations and tokenizer, and return the shape that the files have."""
     config, tensors = model.config, _tensors(opened, model)
     if conversion.profile == "portable":
-        config, tensors = one_epsilon(config, tensors)
+        config, tensors = lossless.one_epsilon(config, tensors)
     dtype, bias = getattr(torch, conversion.dtype), "e_score_correction_bias"
     # The biases stay float32: bfloat16 would round them to steps larger than the updates of a training.
     stored = latent_norm.folded(tensors, config)
     write_shards(folder, ((name, tensor if name.endswith(bias) else tensor.to(dtype)) for name, tensor in stored))
     source = opened.path
     same_tokenizer = source.is_dir() and conversion.tokenizer is None
-    write_rest(folder, config, dtype, None if same_tokenizer else opened.tokenizer)
+    write_metadata(folder, config, dtype, None if same_tokenizer else opened.tokenizer)
     if source.is_dir():
-        for name in _REST + (_TEXT if same_tokenizer else []):
+        for name in _COPIED_FILES + (_TOKENIZER_FILES if same_tokenizer else []):
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
     return config

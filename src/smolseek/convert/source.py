@@ -1,4 +1,4 @@
-"""The model to be converted: its shape at once, its tensors one by one when they are asked for."""
+"""The model to be converted: its shape is read at once, its tensors one by one."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.gguf_file import GgufFile
-from smolseek.storage.hf_folder import folder_config
-from smolseek.storage.safetensors_file import SafetensorsFiles, weight_files
+from smolseek.storage.hf_folder import open_files
+from smolseek.storage.safetensors_file import SafetensorsFiles
 from smolseek.storage.target import resolve
 from smolseek.storage.weights import check_dtype, check_shape, file_views
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
@@ -32,33 +32,24 @@ class Source(NamedTuple):
     """Its tokenizer; None for a folder without one."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in float32.
-
-        Raises:
-            SmolseekError: if its numbers are quantised, or not finite.
-        """
+        """Return a tensor in float32. Raises SmolseekError if its numbers are quantised, or not finite."""
         tensor = self.tensors[name]
         check_dtype(self.path, name, tensor)
         if not tensor.isfinite().all():
-            raise SmolseekError(f"{self.path}: {name} holds numbers that are not finite: copy or download it anew")
+            raise SmolseekError(f"{self.path}: {name} holds numbers that are not finite: copy or download it again")
         return tensor.float()
 
 
 def open_source(target: str, tokenizer_name: str | None = None) -> Source:
     """Open the Llama `target`: a hub name, a Hugging Face folder, a .gguf file or `smollm2`. Reads no weights yet.
 
-    `tokenizer_name` names another tokenizer than the model's own.
-
-    Raises:
-        SmolseekError: if there is no such model, it is damaged, its architecture is another, it has parts that a
-            plain Llama has not (biases, norms of queries and keys), or the tokenizer cannot be loaded.
+    `tokenizer_name` replaces the model's own tokenizer. Raises SmolseekError if there is no such model, it is damaged
+    or no plain Llama (another architecture, biases, norms of queries and keys), or the tokenizer cannot be loaded.
     """
     path = resolve(target)
-    gguf = GgufFile(path) if path.is_file() else None
-    config = folder_config(path) if gguf is None else gguf.config
+    config, tensors = open_files(path)
     if config.model_type != "llama":
         raise SmolseekError(f"{path} is a {config.model_type} model: only Llama models are converted")
-    tensors = SafetensorsFiles(weight_files(path)) if gguf is None else gguf
     _check_tensors(config, tensors, path)
     tokenizer: Any = tokenizer_of(path) if tokenizer_name is None else load_tokenizer(tokenizer_name)
     if tokenizer_name is not None and len(tokenizer) > config.vocab_size:
@@ -74,10 +65,9 @@ def _check_tensors(config: ModelConfig, tensors: SafetensorsFiles | GgufFile, pa
     names = set(tensors)  # `in` of a Mapping would read the tensor
     for name, shape in expected.items():
         if name not in names:
-            raise SmolseekError(f"{path}: {name} is missing: copy or download the model anew")
+            raise SmolseekError(f"{path}: {name} is missing: copy or download the model again")
         check_shape(path, name, tensors.shape(name), shape)
-    for name in names:
+    for name in tensors:
         if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
-            kinds = (words for pattern, words in _ADDITIONS.items() if re.search(pattern, name))
-            kind = next(kinds, "an unknown tensor")
+            kind = next((kind for pattern, kind in _ADDITIONS.items() if re.search(pattern, name)), "an unknown tensor")
             raise SmolseekError(f"{path} has {kind} ({name}): only plain Llama models are converted")

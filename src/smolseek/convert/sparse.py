@@ -11,8 +11,9 @@ import torch
 
 from smolseek import console
 from smolseek.config import ModelConfig
-from smolseek.convert.calibrate import observe, ridge_solve
+from smolseek.convert.calibrate import observe
 from smolseek.convert.experts import FeedForward, clusters, heaviest, partition
+from smolseek.convert.least_squares import ridge_solve
 from smolseek.model.moe import Router
 from smolseek.model.transformer import CausalLM
 from smolseek.ops.linear import linear_swiglu
@@ -20,23 +21,30 @@ from smolseek.ops.linear import linear_swiglu
 _RIDGE = 0.1
 """Weight of staying near the first output matrix, as a share of the neurons' mean energy.
 
-Chosen on text of other kinds than the calibration: with 1e-3 the fit is nearer to the calibration, but there further.
+Chosen on text unlike the calibration text: 1e-3 fits the calibration better, and that text worse.
 """
 _GATE_RIDGE = 1e-2
 """Weight of small coefficients in the regressions on the layer's input, as a share of its mean energy."""
-_FLOOR = 1e-3
+_SMALL_ENERGY = 1e-3
 """What is added to an expert's energy before its logarithm, as a share of the mean energy."""
-_LOGIT = 0.1
-"""Standard deviation of the gate's logits: the sigmoid is straight there, and the chosen weigh nearly the same."""
+_LOGIT_STD = 0.1
+"""Standard deviation of the gate's logits: the sigmoid is nearly linear there, and the chosen weigh nearly the same."""
+
+
+def active_neurons(config: ModelConfig) -> int:
+    """Return how many neurons of a mixture layer a token uses."""
+    return (config.n_shared_experts + config.num_experts_per_tok) * config.moe_intermediate_size
 
 
 @torch.no_grad()
-def prune(model: CausalLM, sequences: torch.Tensor, kept: int) -> list[tuple[FeedForward, float]]:
-    """Keep `kept` neurons of every feed-forward layer of the Llama `model`, chosen and fitted on `sequences` [N, T+1].
+def prune(model: CausalLM, sequences: torch.Tensor, neurons: int) -> list[tuple[FeedForward, float]]:
+    """Prune every feed-forward layer of the Llama `model` to `neurons`, chosen and fitted on `sequences` [N, T+1].
 
-    A neuron writes h_i d_i, its activation and its column of the output matrix. Those with the largest mean energy
-    E[h_i^2] |d_i|^2 stay. The new output matrix W minimises E|D h - W h_K|^2 + ridge |W - D_K|^2. With each layer comes
-    the relative squared error of its output.
+    A neuron adds h_i d_i to the output, its activation times its column of the output matrix. Those with the largest
+    mean energy E[h_i^2] |d_i|^2 stay. The new output matrix W minimises E|D h - W h_K|^2 + ridge |W - D_K|^2.
+
+    Returns:
+        Each layer, and the relative squared error of its output.
     """
     layers: Any = model.model.layers
     mlps = [layer.mlp for layer in layers]
@@ -46,24 +54,23 @@ def prune(model: CausalLM, sequences: torch.Tensor, kept: int) -> list[tuple[Fee
         h_TI = h_BTI.flatten(0, -2)
         gram_II += h_TI.T @ h_TI
 
-    watched = [(mlp.down_proj, partial(add, gram_II)) for mlp, gram_II in zip(mlps, grams, strict=True)]
-    observe(model, sequences, "watching neurons", watched)
+    observed = [(mlp.down_proj, partial(add, gram_II)) for mlp, gram_II in zip(mlps, grams, strict=True)]
+    observe(model, sequences, "watching neurons", observed)
     out = []
     with console.progress(len(mlps), "pruning") as bar:
-        for done, (mlp, gram_II) in enumerate(zip(mlps, grams, strict=True), 1):
-            out.append(fit_pruned(FeedForward.of(mlp), gram_II, kept))
-            bar.update(done)
+        for mlp, gram_II in zip(mlps, grams, strict=True):
+            out.append(prune_layer(FeedForward.of(mlp), gram_II, neurons))
+            bar.update(len(out))
     return out
 
 
-def fit_pruned(layer: FeedForward, gram_II: torch.Tensor, kept: int) -> tuple[FeedForward, float]:
-    """Return the layer's `kept` most useful neurons, and the relative squared error of their output.
+def prune_layer(layer: FeedForward, gram_II: torch.Tensor, neurons: int) -> tuple[FeedForward, float]:
+    """Return the layer's most useful `neurons`, and the relative squared error of their output.
 
     `gram_II` is the sum of h h^T over the tokens.
     """
     down_DI, gram_II = layer.down_DI.double(), gram_II.double()
-    importance_I = gram_II.diagonal() * down_DI.square().sum(dim=0)
-    chosen_K, _ = heaviest(importance_I, kept)
+    chosen_K, _ = heaviest(gram_II.diagonal() * down_DI.square().sum(dim=0), neurons)
     cross_DK, first_DK = down_DI @ gram_II[:, chosen_K], down_DI[:, chosen_K]
     new_DK = ridge_solve(gram_II[chosen_K][:, chosen_K], cross_DK, first_DK, _RIDGE)
     change_DI = down_DI.clone()
@@ -71,11 +78,6 @@ def fit_pruned(layer: FeedForward, gram_II: torch.Tensor, kept: int) -> tuple[Fe
     before = float(((down_DI @ gram_II) * down_DI).sum())
     error = float(((change_DI @ gram_II) * change_DI).sum()) / max(before, 1e-30)
     return layer.neurons(chosen_K)._replace(down_DI=new_DK), error
-
-
-def active_neurons(config: ModelConfig) -> int:
-    """Return how many neurons of a mixture layer a token uses."""
-    return (config.n_shared_experts + config.num_experts_per_tok) * config.moe_intermediate_size
 
 
 @torch.no_grad()
@@ -88,37 +90,36 @@ def sparse(
         The experts of `config` (`with_experts`), and the control: as many neurons, the same ones for every token.
         With each layer comes the relative squared error of its output.
     """
-    blocks: Any = model.model.layers
-    mlps = [block.mlp for block in blocks]
+    layers: Any = model.model.layers
+    mlps = [layer.mlp for layer in layers]
     inputs: list[list[torch.Tensor]] = [[] for _ in mlps]
 
     def keep(into: list[torch.Tensor], x_BTD: torch.Tensor) -> None:
         into.append(x_BTD.flatten(0, -2))
 
-    observe(
-        model, sequences, "watching neurons", [(m, partial(keep, into)) for m, into in zip(mlps, inputs, strict=True)]
-    )
+    observed = [(mlp, partial(keep, into)) for mlp, into in zip(mlps, inputs, strict=True)]
+    observe(model, sequences, "watching neurons", observed)
     experts, control = [], []
     with console.progress(len(mlps), "fitting experts") as bar:
-        for done, mlp in enumerate(mlps, 1):
+        for mlp in mlps:
             dense, x_TD = FeedForward.of(mlp), torch.cat(inputs.pop(0))
             h_TI = linear_swiglu(x_TD, dense.gate_ID, dense.up_ID)
-            experts.append(fit_experts(config, dense, x_TD, h_TI, seed))
-            control.append(fit_pruned(dense, h_TI.T @ h_TI, active_neurons(config)))
-            bar.update(done)
+            experts.append(sparse_layer(config, dense, x_TD, h_TI, seed))
+            control.append(prune_layer(dense, h_TI.T @ h_TI, active_neurons(config)))
+            bar.update(len(experts))
     return experts, control
 
 
-def fit_experts(
+def sparse_layer(
     config: ModelConfig, dense: FeedForward, x_TD: torch.Tensor, h_TI: torch.Tensor, seed: int
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return one layer's experts and the relative squared error of their output on the tokens.
 
-    A neuron writes h_i d_i, of norm |h_i| |d_i|. Those with the largest mean square are shared. The others are
-    clustered by what a linear map of the layer's input, all that a router sees, can tell of that norm. An expert's
-    logit is the regression of the logarithm of what it writes, and then all output matrices are fitted together, by
-    least squares, to the dense layer's output under this very routing. `config` is that of `with_experts`, and h are
-    the neurons' activations on the inputs x.
+    A neuron adds h_i d_i to the output, of norm |h_i| |d_i|. Those with the largest mean square are shared. The others
+    are clustered by the linear regression of that norm on the layer's input, since a router is linear, too. An expert's
+    logit is the regression of the logarithm of its output's energy. Then all output matrices are fitted at once, by
+    least squares, to the dense layer's output under this routing. `config` is that of `with_experts`, and h are the
+    neurons' activations on the inputs x.
     """
     E, size, shared = config.n_routed_experts, config.moe_intermediate_size, config.n_shared_experts
     down_DI = dense.down_DI
@@ -128,7 +129,7 @@ def fit_experts(
     order_I = torch.cat((shared_X, routed_R[clusters((root_DD.T @ map_DR).T.float(), E, seed)]))
     members = [part.tolist() for part in order_I[shared * size :].split(size)]
     energy_TE = torch.stack([(h_TI[:, part] @ down_DI[:, part].T).square().sum(dim=1) for part in members], dim=1)
-    router = _fit_router(config, x_TD, energy_TE)
+    router = _router(config, x_TD, energy_TE)
     routing = router(x_TD)
     weight_TE = torch.zeros(len(x_TD), E).scatter_(1, routing.experts_NK, routing.weights_NK)
     z_TI = h_TI[:, order_I]
@@ -142,15 +143,15 @@ def fit_experts(
     return partition(config, dense._replace(down_DI=in_place_DI), order_I) | gate, error
 
 
-def _fit_router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) -> Router:
-    """Return DeepSeek's gate that prefers the experts with the largest energies of what they write.
+def _router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) -> Router:
+    """Return DeepSeek's gate that prefers the experts whose outputs have the largest energies.
 
-    The regression of log energy is a x + b. DeepSeek's gate has no intercept, but its balancing bias is one: near 0
-    sigmoid(s a x) is 1/2 + s a x / 4, so with s b / 4 added the order is that of a x + b. With s small the weights,
-    normalised and multiplied by the number of the chosen, are all near 1.
+    The regression of log energy is a x + b. DeepSeek's gate has no intercept, but its balancing bias serves as one:
+    near 0 sigmoid(s a x) is 1/2 + s a x / 4, so with s b / 4 added the order is that of a x + b. With s small the
+    weights of the chosen experts, normalised and multiplied by their number, are all near 1.
     """
-    map_DE, offset_E, _ = _regression(x_TD, (energy_TE + _FLOOR * energy_TE.mean().clamp(min=1e-30)).log())
-    scale = _LOGIT / float((x_TD.double() @ map_DE).square().mean().sqrt().clamp(min=1e-30))
+    map_DE, offset_E, _ = _regression(x_TD, (energy_TE + _SMALL_ENERGY * energy_TE.mean().clamp(min=1e-30)).log())
+    scale = _LOGIT_STD / float((x_TD.double() @ map_DE).square().mean().sqrt().clamp(min=1e-30))
     router = Router(config)
     router.weight.copy_((scale * map_DE.T).float())
     router.e_score_correction_bias.copy_((scale / 4 * (offset_E - offset_E.mean())).float())

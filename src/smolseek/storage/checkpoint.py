@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and checked before they are used.
+"""Checkpoints: written atomically, and verified before they are used.
 
 A checkpoint is a model folder that any tool opens, with the training state beside the weights and a manifest of every
 file's SHA-256. It is written under another name, forced to the disk, and renamed. Of several processes each writes its
@@ -23,21 +23,22 @@ from smolseek.files import UNFINISHED, begin_folder, publish, sync, unfinished, 
 from smolseek.model.local_shards import LocalShard
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
-from smolseek.storage.hf_folder import write_rest
-from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_TENSORS, manifest_entry, manifest_text
+from smolseek.storage.hf_folder import write_metadata
+from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_PATTERN, STATE_TENSORS, manifest_entry, manifest_text
 from smolseek.storage.safetensors_file import SafetensorsFiles, shard_name, write_index
 
 _POLL = 0.02
 """Seconds between two looks for the other processes' shards."""
 _STATE_SHARD = re.compile(r"(.+)@(\d+)/(\d+)")
-"""Name of a shard of a tensor of the training state: the tensor's, the first row, and the rows of the full tensor."""
+"""Name of a shard in the training state: the tensor's name, the shard's first row, the rows of the full tensor."""
 
 
 @dataclass(frozen=True)
 class CheckpointWriter:
     """Writes the checkpoint of a run after `step` optimizer steps.
 
-    The main process calls `begin`; then each process calls `write_shard`, and the main process `finish`.
+    The main process calls `begin`; then each process calls `write_shard`, and the main process `finish`. Each raises
+    SmolseekError if it cannot write; older checkpoints stay as they are.
     """
 
     run: RunFolder
@@ -54,7 +55,7 @@ class CheckpointWriter:
         return unfinished(self.run.checkpoint_path(self.step))
 
     def begin(self) -> str | None:
-        """Make the folder that all write into, after what crashes left is gone. Returns why that fails."""
+        """Delete what crashes left and make the folder that all processes write into. Returns why that fails."""
         try:
             for left_over in self.run.checkpoints.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -64,15 +65,12 @@ class CheckpointWriter:
         return None
 
     def write_shard(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-        """Write this process's part of a checkpoint, and a record of it when it is on the disk.
+        """Write this process's part of a checkpoint, then a record of it for the main process.
 
         Args:
             weights: the model's tensors that this process writes (`weights.file_tensors`).
             state: the training state's tensors (moments, states of random generators) or shards of them, by
                 `state_name`, on any device.
-
-        Raises:
-            SmolseekError: if it cannot be written; the other processes learn of it.
         """
         names = shard_name(self.rank, self.size), shard_name(self.rank, self.size, Path(STATE_TENSORS).stem)
         files: dict[str, dict[str, Any]] = {}
@@ -87,27 +85,23 @@ class CheckpointWriter:
             write_atomically(self.folder / f".shard-{self.rank}.json", json.dumps(record))
         except OSError as error:
             with contextlib.suppress(OSError):
-                (self.folder / f".failed-{self.rank}").touch()
+                (self.folder / f".failed-{self.rank}").touch()  # so that the main process does not wait
             raise self.failure(str(error.strerror or error)) from None
 
     def finish(self, config: ModelConfig, tokenizer_files: Mapping[str, bytes], state: Mapping[str, Any]) -> None:
-        """Wait for all shards, write what belongs to none, and put the checkpoint in its place: only now does it count.
+        """Wait for all shards, write the other files, and rename the folder: only then is it a checkpoint.
 
         Args:
             config: the shape of the model.
             tokenizer_files: the tokenizer's files, by name.
             state: the training state beside its tensors, in JSON's types.
-
-        Raises:
-            SmolseekError: if a shard is not there in time, or something cannot be written; the older checkpoints stay
-                as they are.
         """
         folder = self.folder
         try:
             records = self._gathered()
             if self.size > 1:
                 write_index(folder, [record["weights"] for record in records], sum(r["bytes"] for r in records))
-            write_rest(folder, config, torch.float32, None)
+            write_metadata(folder, config, torch.float32, None)
             for name, content in tokenizer_files.items():
                 (folder / name).write_bytes(content)
             (folder / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
@@ -121,86 +115,78 @@ class CheckpointWriter:
             raise self.failure(str(error.strerror or error)) from None
 
     def failure(self, reason: str) -> SmolseekError:
-        """Return the error that ends the writing, with nothing left of what this process alone has written."""
-        where = ""
+        """Return the error that ends the writing; a single process also deletes what it has written."""
         if self.size == 1:
             shutil.rmtree(self.folder, ignore_errors=True)
-        else:
-            where = ", which all processes must see"
+        shared = ", which all processes must see" if self.size > 1 else ""
         return SmolseekError(
             f"the checkpoint of step {self.step} cannot be written to {self.run.checkpoints} ({reason}): "
-            f"free some space or mend the folder{where}"
+            f"free some space or repair the folder{shared}"
         )
 
     def _gathered(self) -> list[dict[str, Any]]:
-        """Return every process's record of its shard, when all are there."""
+        """Return every process's record of its shard, in order, when all are there."""
         records: dict[int, dict[str, Any]] = {}
-        until = time.monotonic() + self.timeout
-        while True:
-            for rank in set(range(self.size)) - set(records):
+        deadline = time.monotonic() + self.timeout
+        while missing := sorted(set(range(self.size)) - set(records)):
+            for rank in missing:
                 if (self.folder / f".failed-{rank}").exists():
                     raise self.failure(f"process {rank} cannot write there")
                 record = self.folder / f".shard-{rank}.json"
                 if record.exists():
                     records[rank] = parse_json(record.read_text(encoding="utf-8"))
-            if len(records) == self.size:
-                return [records[rank] for rank in range(self.size)]
-            if time.monotonic() > until:
-                late = sorted(set(range(self.size)) - set(records))
-                raise self.failure(f"no shard of process {', '.join(map(str, late))} within {self.timeout:g} seconds")
-            time.sleep(_POLL)
+            if len(records) < self.size:
+                if time.monotonic() > deadline:
+                    ranks = ", ".join(str(rank) for rank in missing if rank not in records)
+                    raise self.failure(f"no shard of process {ranks} within {self.timeout:g} seconds")
+                time.sleep(_POLL)
+        return [records[rank] for rank in range(self.size)]
 
 
 def state_name(name: str, shard: LocalShard) -> str:
-    """Return the name in a file of some rows of the tensor `name`: with the first one, and those of the full tensor."""
+    """Return the name in a file for a shard of the tensor `name`: with its first row, and those of the full tensor."""
     return name if len(shard.tensor) == shard.full_length else f"{name}@{shard.start}/{shard.full_length}"
 
 
 def load_state(
-    path: str | Path, rows: Callable[[str], slice | None] = lambda name: None
+    path: str | Path, shard_of: Callable[[str], slice | None] = lambda name: None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the training state of a checkpoint: its tensors on the CPU, whoever wrote their shards, and the rest.
+    """Return the training state of a checkpoint: its tensors on the CPU, and the JSON state.
 
-    `rows` gives the rows that are wanted of a tensor, None for all.
-
-    Raises:
-        SmolseekError: if there is none, as in a model folder that is no checkpoint, it is damaged, or rows are missing.
+    `shard_of` gives the slice of the first dimension to read of a tensor, None for all of it. It need not match the
+    shards that were written. Raises SmolseekError if there is none (in a model folder that is no checkpoint), it is
+    damaged, or a shard is missing.
     """
     state, path = load_progress(path), Path(path)
-    paths = sorted(path.glob(f"{Path(STATE_TENSORS).stem}*.safetensors"))
+    paths = sorted(path.glob(STATE_PATTERN))
     if not paths:
-        raise SmolseekError(f"{path} holds no {STATE_TENSORS}: training goes on from checkpoints only")
-    files = SafetensorsFiles(paths)
+        raise SmolseekError(f"{path} holds no {STATE_TENSORS}: training resumes from checkpoints only")
     tensors: dict[str, torch.Tensor] = {}
     missing: dict[str, int] = {}
-    for key in files:
-        shard, tensor = _STATE_SHARD.fullmatch(key), files[key]
+    for key, tensor in SafetensorsFiles(paths).items():
         if tensor.ndim == 0:
             tensors[key] = tensor.clone()
             continue
+        shard = _STATE_SHARD.fullmatch(key)
         name, first, total = (shard[1], int(shard[2]), int(shard[3])) if shard else (key, 0, len(tensor))
-        wanted = rows(name) or slice(0, total)
+        needed = shard_of(name) or slice(0, total)
         if name not in tensors:
-            missing[name] = wanted.stop - wanted.start
+            missing[name] = needed.stop - needed.start
             tensors[name] = torch.empty(missing[name], *tensor.shape[1:], dtype=tensor.dtype)
-        begin, end = max(wanted.start, first), min(wanted.stop, first + len(tensor))
+        begin, end = max(needed.start, first), min(needed.stop, first + len(tensor))
         if begin < end:
-            tensors[name][begin - wanted.start : end - wanted.start] = tensor[begin - first : end - first]
+            tensors[name][begin - needed.start : end - needed.start] = tensor[begin - first : end - first]
             missing[name] -= end - begin
-    if lacking := [name for name, n in missing.items() if n]:
-        raise SmolseekError(f"{path}: rows of {lacking[0]} are missing: use an older checkpoint")
+    if incomplete := [name for name, count in missing.items() if count]:
+        raise SmolseekError(f"{path}: a shard of {incomplete[0]} is missing: use an older checkpoint")
     return tensors, state
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
-    """Return the training state of a checkpoint without its tensors.
-
-    Raises:
-        SmolseekError: as `load_state`.
-    """
+    """Return the JSON part of a checkpoint's training state. Raises SmolseekError as `load_state`."""
     file = Path(path) / STATE_JSON
     if not file.exists():
-        raise SmolseekError(f"{path} holds no {STATE_JSON}: training goes on from checkpoints only")
+        raise SmolseekError(f"{path} holds no {STATE_JSON}: training resumes from checkpoints only")
     with report_damage(file, "use an older checkpoint"):
         state = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(state, dict):

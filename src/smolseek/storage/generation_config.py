@@ -11,7 +11,7 @@ from smolseek.files import write_atomically
 from smolseek.storage.hf_config import read_json
 
 NAME = "generation_config.json"
-_DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Settings that transformers follows with `do_sample` only."""
 _ALWAYS = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
 """Settings that greedy decoding follows too, and our names of them."""
@@ -36,8 +36,7 @@ def write(path: Path, config_json: Mapping[str, Any]) -> None:
 def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the model folder `path`: those of its file, else those in `config.json`.
 
-    Raises:
-        SmolseekError: for a file that is no JSON object.
+    Raises SmolseekError for a file that is no JSON object.
     """
     try:
         return read_json(path / NAME)
@@ -48,13 +47,11 @@ def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
 def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tuple[int, ...]:
     """Return the tokens that end a text, as transformers reads them: `eos_token_id` of `values`, none without it.
 
-    config.json's first end token, which separates documents in training, stays first if it is among them.
-
-    Raises:
-        SmolseekError: for ids that are no tokens of the model.
+    config.json's first end token, which separates documents in training, stays first if it is among them. Raises
+    SmolseekError for ids that are no tokens of the model.
     """
-    given = values.get("eos_token_id")
-    ids = given if isinstance(given, list) else [] if given is None else [given]
+    eos = values.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < config.vocab_size:
             raise SmolseekError(f"{where / NAME}: eos_token_id {i!r} is no token of the model's {config.vocab_size:,}")
@@ -65,29 +62,25 @@ def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tupl
 def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     """Return the fields of `SamplingParams` that `values` set; `where` is the model's folder.
 
-    `do_sample` brings the temperature and the filters; penalties and bans always count. How long a text may become is
-    the caller's to say.
-
-    Raises:
-        SmolseekError: for a setting that smolseek does not follow, or a wrong value.
+    `do_sample` enables the temperature and the filters; penalties and bans always count. The caller limits the length.
+    Raises SmolseekError for a setting that smolseek does not follow, or a wrong value.
     """
     file = where / NAME
     for name, harmless in _REFUSED.items():
         if values.get(name) is not None and values[name] not in harmless:
-            raise SmolseekError(f"{file}: {name} {values[name]!r} is not supported: take it out of that file")
-    found = {ours: values[theirs] for theirs, ours in _ALWAYS.items() if values.get(theirs) is not None}
+            raise SmolseekError(f"{file}: {name} {values[name]!r} is not supported: remove it from that file")
+    options = {ours: values[theirs] for theirs, ours in _ALWAYS.items() if values.get(theirs) is not None}
     if values.get("do_sample"):
-        found["temperature"] = 1.0
-        found |= {name: values[name] for name in _DRAWN if values.get(name) is not None}
-        if found.get("top_k") == 0:  # none
-            del found["top_k"]
+        options["temperature"] = 1.0
+        options |= {name: values[name] for name in _SAMPLING if values.get(name) is not None}
+        if options.get("top_k") == 0:  # no limit
+            del options["top_k"]
     if values.get("min_new_tokens"):
-        found["min_tokens"] = values["min_new_tokens"]
-    from_dict(SamplingOptions, found, str(file))
-    banned = values.get("bad_words_ids") or []
-    alone = values.get("suppress_tokens") or []
+        options["min_tokens"] = values["min_new_tokens"]
+    from_dict(SamplingOptions, options, str(file))
+    suppressed = [[i] for i in values.get("suppress_tokens") or []]
     try:
-        words = tuple(tuple(map(int, word)) for word in [*banned, *([i] for i in alone)])
+        bad_words = tuple(tuple(map(int, word)) for word in [*(values.get("bad_words_ids") or []), *suppressed])
     except (TypeError, ValueError):
         raise SmolseekError(f"{file}: bad_words_ids or suppress_tokens hold no token ids: correct them") from None
-    return found | ({"bad_words": words} if words else {})
+    return options | ({"bad_words": bad_words} if bad_words else {})

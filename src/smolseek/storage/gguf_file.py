@@ -40,24 +40,22 @@ _IN_BLOCK = {
 class GgufFile(Mapping[str, torch.Tensor]):
     """A Llama's GGUF file, memory-mapped: `file[name]` dequantises the tensor with Hugging Face's name `name`.
 
-    Each time a tensor is asked for it is read anew, in float32, and nothing is kept.
+    Each lookup reads the tensor again, in float32; nothing is cached.
     """
 
     def __init__(self, path: Path) -> None:
         """Open `path`, the first file where a model is split over several. Reads no weights.
 
-        Raises:
-            SmolseekError: if a file is damaged or missing, or the model is of another architecture, or of a kind our
-                transformer does not compute.
+        Raises SmolseekError if a file is damaged or missing, or the model is of another architecture, or of a kind our
+        transformer does not compute.
         """
         header = read_header(path)
-        self.path = path
         self._mapped: dict[Path, np.ndarray] = {}
         for name, info in header.tensors.items():
             _check(name, info)
         factors = header.tensors.pop(_ROPE_FACTORS, None)
         self._tensors = {_hf_name(name, path): info for name, info in header.tensors.items()}
-        with report_damage(path, "download it anew"):
+        with report_damage(path, "download it again"):
             self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
 
     def __iter__(self) -> Iterator[str]:
@@ -84,7 +82,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
         kind, shape = _format(info)
         data = self._mapped[info.file][info.start : info.start + math.prod(shape)].reshape(shape)
         values = gguf.quants.dequantize(np.asarray(data), kind)
-        # "Dequantising" an F32 tensor gives the read-only mapped file itself.
+        # For an F32 tensor this is the read-only mapped file itself.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
@@ -103,7 +101,7 @@ def _check(name: str, info: TensorInfo) -> None:
     except (NotImplementedError, ValueError) as error:
         raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
     if info.start + math.prod(shape) > info.file.stat().st_size:
-        raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it anew")
+        raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it again")
 
 
 def _config(header: Header, rope_factors: list[float] | None, path: Path) -> ModelConfig:
@@ -125,7 +123,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
     if meta.get("llama.expert_count", 0):
         refuse(f"llama.expert_count {meta['llama.expert_count']}")
     if "token_embd.weight" not in header.tensors:
-        raise SmolseekError(f"{path}: token_embd.weight is missing: download the file anew")
+        raise SmolseekError(f"{path}: token_embd.weight is missing: download the file again")
     heads, width = number("llama.attention.head_count", 0), number("llama.embedding_length", 0)
     head_dim = meta.get("llama.attention.key_length") or (int(width // heads) if heads > 0 else None)
     if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
@@ -136,7 +134,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
         rope |= {"rope_type": "linear", "factor": number("llama.rope.scaling.factor", 1.0)}
     elif scaling != "none":
         refuse(f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" beside {_ROPE_FACTORS}"))
-    ids, ends = special_ids(meta), meta.get("tokenizer.ggml.eot_token_id")
+    ids, eot = special_ids(meta), meta.get("tokenizer.ggml.eot_token_id")
     eos = ids.get("eos")
     values = {
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
@@ -150,7 +148,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
         "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon", 1e-5),
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "bos_token_id": ids.get("bos"),
-        "eos_token_id": [eos, ends] if isinstance(ends, int) and eos is not None and ends != eos else eos,
+        "eos_token_id": [eos, eot] if isinstance(eot, int) and eos is not None and eot != eos else eos,
         "pad_token_id": ids.get("padding"),
         "rope_parameters": rope,
     }

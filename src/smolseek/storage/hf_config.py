@@ -6,7 +6,7 @@ from typing import Any
 
 from smolseek.config import ModelConfig, from_dict, parse_json, to_dict
 from smolseek.errors import SmolseekError, report_damage
-from smolseek.model.llama import llama_config
+from smolseek.model.llama import DEFAULTS, REQUIRED, llama_config
 
 ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
@@ -19,36 +19,26 @@ _LLAMA_NAMES = ("LlamaForCausalLM", "LLaMAForCausalLM", "YiForCausalLM", "Mistra
 # What MistralConfig means by a key that its config.json leaves out, where that is not what LlamaConfig means.
 _MISTRAL_DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
 
-_SHARED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
-    *("attention_bias", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "rope_parameters"),
+_SHARED = (*REQUIRED, *DEFAULTS, "hidden_act", "attention_bias", "rope_parameters")
+_DEEPSEEK_SIZES = (
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
 )
-_DEEPSEEK = (
-    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_interleave"),
-    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
-    *("first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor"),
-)
-
-# What DeepseekV3Config means by a key that its config.json leaves out; the other keys must be there.
+# What DeepseekV3Config means by a key that its config.json leaves out, where that is not our default.
 _DEEPSEEK_DEFAULTS = {
-    "hidden_act": "silu",
-    "attention_bias": False,
     "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
     "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
     "eos_token_id": 1,
-    "pad_token_id": None,
-    "rope_interleave": True,
     "n_shared_experts": 1,
     "first_k_dense_replace": 3,
     "n_group": 8,
     "topk_group": 4,
-    "norm_topk_prob": True,
     "routed_scaling_factor": 2.5,
 }
+_DEEPSEEK = (
+    *("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob"),
+    *("routed_scaling_factor", "rope_interleave", *_DEEPSEEK_SIZES),
+)
 # Settings of other DeepSeek models; ours (and transformers' DeepseekV3) computes one value of each.
 _DEEPSEEK_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 # Keys of a config.json that say nothing about the shape.
@@ -67,43 +57,24 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise SmolseekError(f"{file} cannot be read ({error}): copy or download it anew") from None
+        raise SmolseekError(f"{file} cannot be read ({error}): copy or download it again") from None
     if not isinstance(values, dict):
-        raise SmolseekError(f"{file} is no JSON object: copy or download it anew")
+        raise SmolseekError(f"{file} is no JSON object: copy or download it again")
     return values
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Return the content of `config.json`; stock transformers opens the deepseek_v3 and llama ones.
-
-    Raises:
-        SmolseekError: if `config` has parts that its model_type does not have.
-    """
-    values = to_dict(config)
-    out: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[config.model_type]],
-        "model_type": config.model_type,
-        "dtype": dtype,
-        "use_cache": True,
-    }
-    if config.model_type == "smolseek_gqa_moe":
+    """Return the content of `config.json`; stock transformers opens the deepseek_v3 and llama ones."""
+    values, kind = to_dict(config), config.model_type
+    out: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
+    out |= {"dtype": dtype, "use_cache": True}
+    if kind == "smolseek_gqa_moe":
         return out | values
-
-    def refuse(problem: str) -> None:
-        raise SmolseekError(f"a {config.model_type} model cannot have {problem}: use model_type smolseek_gqa_moe")
-
-    if config.mlp_bias or (config.n_moe_layers and not config.mlp_gated):
-        refuse("two-matrix or biased experts (mlp_gated, mlp_bias)")
-    out |= {name: values[name] for name in _SHARED}
-    out["attention_dropout"] = 0.0
-    if config.model_type == "llama":
-        if config.is_mla or config.n_moe_layers or config.attention_bias:
-            refuse("latent attention, experts or attention biases")
+    out |= {name: values[name] for name in _SHARED} | {"attention_dropout": 0.0}
+    if kind == "llama":
         # `pretraining_tp` is written because older readers of the format expect it.
         out |= {"head_dim": config.qk_head_dim, "num_key_value_heads": config.num_key_value_heads}
         return out | {"mlp_bias": False, "pretraining_tp": 1}
-    if not config.is_mla:
-        refuse("grouped-query attention (kv_lora_rank is not set)")
     out |= {name: values[name] for name in _DEEPSEEK}
     if config.n_moe_layers == 0:
         # transformers makes a mixture of every layer from here on, whatever the number of experts.
@@ -120,31 +91,24 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
     """Return the model that a `config.json` describes; `where` names the file in error messages.
 
     Reads the old style of RoPE settings (`rope_theta`, `rope_scaling`) and the new one (`rope_parameters`), and other
-    names of plain Llamas. End tokens are those of config.json; `generation_config.end_ids` has the last word.
-
-    Raises:
-        SmolseekError: for an architecture or a setting that our transformer does not compute, by name.
+    names of plain Llamas. End tokens are those of config.json; `generation_config.end_ids` has the last word. Raises
+    SmolseekError for an architecture or a setting that our transformer does not compute, by name.
     """
-    with report_damage(where, "copy or download it anew"):
-        return _config(values, where)
-
-
-def _config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    names = values.get("architectures") or []
-    kind = values.get("model_type")
-    if kind == "mistral":
-        values, kind = _mistral_as_llama(values, where), "llama"
-    known = _LLAMA_NAMES if kind == "llama" else (ARCHITECTURES.get(str(kind)),)
-    if kind not in ARCHITECTURES or (names and not any(name in known for name in names)):
-        found = f"model_type {kind!r}" + (f" ({', '.join(map(str, names))})" if names else "")
-        supported = ", ".join(f"{kind} ({name})" for kind, name in ARCHITECTURES.items())
-        raise SmolseekError(f"{where}: {found} is not supported: smolseek reads {supported}")
-    if values.get("quantization_config"):
-        raise SmolseekError(f"{where}: quantization_config is not supported: take the model's bf16 or fp32 version")
-    if kind == "smolseek_gqa_moe":
-        return from_dict(ModelConfig, {k: v for k, v in values.items() if k not in _BOOKKEEPING}, where)
-    values = {**values, "rope_parameters": _rope_parameters(values, where)}
-    return llama_config(values, where) if kind == "llama" else _deepseek_config(values, where)
+    with report_damage(where, "copy or download it again"):
+        architectures, kind = values.get("architectures") or [], values.get("model_type")
+        if kind == "mistral":
+            values, kind = _mistral_as_llama(values, where), "llama"
+        known = _LLAMA_NAMES if kind == "llama" else (ARCHITECTURES.get(str(kind)),)
+        if kind not in ARCHITECTURES or (architectures and not any(name in known for name in architectures)):
+            model = f"model_type {kind!r}" + (f" ({', '.join(map(str, architectures))})" if architectures else "")
+            supported = ", ".join(f"{kind} ({name})" for kind, name in ARCHITECTURES.items())
+            raise SmolseekError(f"{where}: {model} is not supported: smolseek reads {supported}")
+        if values.get("quantization_config"):
+            raise SmolseekError(f"{where}: quantization_config is not supported: take the model's bf16 or fp32 version")
+        if kind == "smolseek_gqa_moe":
+            return from_dict(ModelConfig, {k: v for k, v in values.items() if k not in _BOOKKEEPING}, where)
+        values = {**values, "rope_parameters": _rope_parameters(values, where)}
+        return llama_config(values, where) if kind == "llama" else _deepseek_config(values, where)
 
 
 def _mistral_as_llama(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -164,27 +128,24 @@ def _deepseek_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     for name, only in _DEEPSEEK_FIXED.items():
         if values.get(name, only) != only:
             raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: DeepSeek-V3 has {only!r}")
-    names = [*_SHARED, *_DEEPSEEK]
-    missing = [name for name in names if name not in values and name not in _DEEPSEEK_DEFAULTS]
+    missing = [name for name in (*REQUIRED, *_DEEPSEEK_SIZES) if name not in values]
     if missing:
         raise SmolseekError(f"{where}: {', '.join(missing)} missing: a DeepSeek-V3's config.json names them")
-    if values["kv_lora_rank"] is None:
-        raise SmolseekError(f"{where}: kv_lora_rank is null: DeepSeek-V3 needs the latent's rank")
-    known = {name: values[name] if name in values else _DEEPSEEK_DEFAULTS[name] for name in names}
+    names = (*_SHARED, *_DEEPSEEK, "latent_norm")
+    known = _DEEPSEEK_DEFAULTS | {name: values[name] for name in names if name in values}
     for name in ("n_group", "topk_group"):
         known[name] = known[name] or 1  # null is one group
     # MLA has as many key and value heads as query heads, whatever num_key_value_heads says.
     known["num_key_value_heads"] = known["num_attention_heads"]
-    known["latent_norm"] = values.get("latent_norm", True)
     return from_dict(ModelConfig, {"model_type": "deepseek_v3", **known}, where)
 
 
 def _rope_parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return new-style `rope_parameters` from either style, as transformers reads them."""
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise SmolseekError(f"{where}: rope_parameters must be an object, not {given!r}")
-    rope = {name: value for name, value in given.items() if value is not None}
+    settings = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(settings, Mapping):
+        raise SmolseekError(f"{where}: rope_parameters must be an object, not {settings!r}")
+    rope = {name: value for name, value in settings.items() if value is not None}
     old_name = rope.pop("type", "default")
     rope.setdefault("rope_type", old_name)
     rope.setdefault("rope_theta", values.get("rope_theta", 10_000.0))

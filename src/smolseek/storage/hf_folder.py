@@ -36,21 +36,16 @@ class LoadedModel(NamedTuple):
 def save_folder(model: CausalLM, path: str | Path, tokenizer: Any = None) -> None:
     """Write config.json, generation_config.json, the weights, and the tokenizer where there is one.
 
-    Files of an earlier model in `path` are replaced.
-
-    Raises:
-        SmolseekError: if the configuration fits no format (`config_to_hf`).
-        OSError: if the folder cannot be written.
+    Files of an earlier model in `path` are replaced. Raises OSError if the folder cannot be written.
     """
     path = Path(path)
-    config_to_hf(model.config)  # refuses before anything is written
     path.mkdir(parents=True, exist_ok=True)
     write_shards(path, file_tensors(model.config, full_tensors(model)))
-    write_rest(path, model.config, model.model.embed_tokens.weight.dtype, tokenizer)
+    write_metadata(path, model.config, model.model.embed_tokens.weight.dtype, tokenizer)
 
 
-def write_rest(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> None:
-    """Write what a folder holds beside the weights."""
+def write_metadata(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> None:
+    """Write the configurations and the tokenizer of a folder with the model of this `shape`."""
     config = config_to_hf(shape, str(dtype).removeprefix("torch."))
     write_atomically(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     generation_config.write(path, config)
@@ -61,8 +56,7 @@ def write_rest(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: An
 def read_config(target: str | Path) -> ModelConfig:
     """Return the shape of the model that `target` names (see `load_model`), without its weights.
 
-    Raises:
-        SmolseekError: if there is no such model, or it is none of those we compute.
+    Raises SmolseekError if there is no such model, or its architecture is not supported.
     """
     path = resolve(target, config_only=True)
     return GgufFile(path).config if path.is_file() else folder_config(path)
@@ -71,39 +65,37 @@ def read_config(target: str | Path) -> ModelConfig:
 def folder_config(path: Path) -> ModelConfig:
     """Return the shape of the model in the folder `path`, as transformers takes it.
 
-    `generation_config.json` has the last word on the end tokens. A head in the files that differs from the embedding
-    is a head of its own, whatever `tie_word_embeddings` says.
-
-    Raises:
-        SmolseekError: for files that cannot be read, or a model that is none of those we compute.
+    The end tokens are those of `generation_config.json` where there is one. A head in the files that differs from the
+    embedding is not tied, whatever `tie_word_embeddings` says. Raises SmolseekError for files that cannot be read, or
+    an architecture that is not supported.
     """
     values = config_json(path)
     config = config_from_hf(values, str(path / "config.json"))
-    ends = generation_config.end_ids(generation_config.read(path, values), config, path)
-    tied = config.tie_word_embeddings and not _has_own_head(path)
-    return replace(config, eos_token_id=ends[0] if len(ends) == 1 else ends or None, tie_word_embeddings=tied)
+    eos = generation_config.end_ids(generation_config.read(path, values), config, path)
+    tied = config.tie_word_embeddings and not _has_untied_head(path)
+    return replace(config, eos_token_id=eos[0] if len(eos) == 1 else eos or None, tie_word_embeddings=tied)
 
 
 def sampling_options(path: Path) -> dict[str, Any]:
     """Return the fields of `SamplingParams` that the model at `path` sets; none for a .gguf file.
 
-    Raises:
-        SmolseekError: for a file that cannot be read, or settings that are not supported.
+    Raises SmolseekError for a file that cannot be read, or settings that are not supported.
     """
     if not path.is_dir():
         return {}
     return generation_config.sampling_options(generation_config.read(path, config_json(path)), path)
 
 
-def _has_own_head(path: Path) -> bool:
+def _has_untied_head(path: Path) -> bool:
     """Return whether the files hold a head that differs from the embedding."""
     if not ((path / WEIGHTS).exists() or (path / INDEX).exists()):
         return False
     files = SafetensorsFiles(weight_files(path))
     if not {HEAD, EMBEDDING} <= set(files):
         return False
-    embedding = files[EMBEDDING]
-    return not torch.equal(files[HEAD].to(embedding.dtype), embedding)
+    head, embedding = files[HEAD], files[EMBEDDING]
+    dtype = torch.promote_types(head.dtype, embedding.dtype)
+    return not torch.equal(head.to(dtype), embedding.to(dtype))
 
 
 def load_model(
@@ -117,40 +109,55 @@ def load_model(
         dtype: type of all weights, by torch's name; "auto" takes that of `config.json`, or of the first tensor where
             it names none, as transformers does (float32 for a .gguf file).
         device: where the weights go.
-        tokenizer: name of another tokenizer than the model's own.
+        tokenizer: name of a tokenizer that replaces the model's own.
 
     Raises:
-        SmolseekError: if there is no such model, it is damaged, or it is none of those we compute.
+        SmolseekError: if there is no such model, it is damaged, or its architecture is not supported.
     """
     path = resolve(target)
+    opened = _open(path, dtype)
     text = tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    model = _load(path, dtype, device)
+    model = _filled(*opened, path, device)
     return LoadedModel(model, text, model.config, path)
 
 
 def load_causal_lm(target: str | Path, dtype: str = "float32", device: str = "cpu") -> CausalLM:
     """Load a model without its tokenizer, whatever its kind. Otherwise as `load_model`."""
-    return _load(resolve(target), dtype, device)
+    path = resolve(target)
+    return _filled(*_open(path, dtype), path, device)
 
 
-def _load(path: Path, dtype: str, device: str) -> CausalLM:
-    """Return the model in the folder or .gguf file `path`."""
+def _open(path: Path, dtype: str) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]], torch.dtype]:
+    """Return shape and tensors of the model in the folder or .gguf file `path`, and the type for its parameters.
+
+    The tensors bear their names in the files and are read one after another.
+    """
     if dtype != "auto" and dtype not in FLOAT_TYPES:
         raise SmolseekError(f"dtype {dtype} is not supported: use auto, float32, bfloat16 or float16")
-    tensors: Iterable[tuple[str, torch.Tensor]]
     parameter_dtype = FLOAT_TYPES.get(dtype, torch.float32)
+    config, files = open_files(path)
+    values = config_json(path) if path.is_dir() else {}
+    if dtype == "auto" and path.is_dir():
+        parameter_dtype = _folder_dtype(values, files, path)
+    return config, computed(files.items(), values), parameter_dtype
+
+
+def open_files(path: Path) -> tuple[ModelConfig, SafetensorsFiles | GgufFile]:
+    """Return shape and tensors of the model in the folder or .gguf file `path`, by their names in a folder."""
     if path.is_file():
         file = GgufFile(path)
-        config, tensors = file.config, file.items()
-    else:
-        values, files = config_json(path), SafetensorsFiles(weight_files(path))
-        config, tensors = folder_config(path), computed(files.items(), values)
-        if dtype == "auto":
-            parameter_dtype = _folder_dtype(values, files, path)
+        return file.config, file
+    return folder_config(path), SafetensorsFiles(weight_files(path))
+
+
+def _filled(
+    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path, device: str
+) -> CausalLM:
+    """Return the model with the weights `tensors` of the files at `path`."""
     with torch.device("meta"):
         model = CausalLM(config)
     for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=parameter_dtype)
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
     model.to_empty(device=device)
     model.tie_weights()
     model.reset_buffers()
@@ -161,17 +168,15 @@ def _load(path: Path, dtype: str, device: str) -> CausalLM:
 def load_weights(model: CausalLM, path: str | Path, shards: Mapping[str, LocalShard] | None = None) -> None:
     """Read the weights in the folder `path` into an existing model, which keeps its types and device.
 
-    `shards` are what this process holds of the model, where that is not all; no more is read.
-
-    Raises:
-        SmolseekError: if a tensor is missing, unknown, of another shape, or a file is damaged.
+    `shards` are the parts of the model that this process has, if not all of it; only they are read. Raises
+    SmolseekError if a tensor is missing, unknown, of another shape, or a file is damaged.
     """
     path = Path(path)
     tensors = computed(SafetensorsFiles(weight_files(path)).items(), config_json(path))
     fill(model.config, full_tensors(model) if shards is None else shards, tensors, path)
 
 
-def _folder_dtype(values: Mapping[str, Any], files: SafetensorsFiles, path: Path) -> torch.dtype:
+def _folder_dtype(values: Mapping[str, Any], files: Mapping[str, torch.Tensor], path: Path) -> torch.dtype:
     """Return the type of a folder's weights: the one that its `config.json` names, else that of the first tensor."""
     name = values.get("dtype") or values.get("torch_dtype")
     if name is None:

@@ -1,7 +1,8 @@
-"""Which checkpoint is whole: the manifest with the size and SHA-256 of each of its files, written and verified."""
+"""The manifest of a checkpoint, with the size and SHA-256 of each of its files: written, and verified."""
 
 import hashlib
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,9 @@ from smolseek.run_folder import RunFolder, step_of
 
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.safetensors"
+STATE_PATTERN = "training_state*.safetensors"
+"""Of all shards of it."""
 STATE_JSON = "training_state.json"
-
-
-def is_state_file(name: str) -> bool:
-    """Return whether a checkpoint's file of that name holds tensors of the training state."""
-    return name.startswith(STATE_TENSORS.partition(".")[0]) and name.endswith(".safetensors")
 
 
 def digest(path: Path) -> str:
@@ -25,22 +23,22 @@ def digest(path: Path) -> str:
 
 
 def manifest_entry(file: Path) -> dict[str, Any]:
-    """Return what the manifest says of a file."""
+    """Return the manifest's entry for a file."""
     return {"size": file.stat().st_size, "sha256": digest(file)}
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:
     """Return the text of `manifest.json` for `files` (name -> size and sha256); it ends with a digest of itself."""
     inner = json.dumps(files, sort_keys=True)
-    own = hashlib.sha256(inner.encode()).hexdigest()
-    return json.dumps({"files": files, "sha256": own}, sort_keys=True, indent=1) + "\n"
+    sha256 = hashlib.sha256(inner.encode()).hexdigest()
+    return json.dumps({"files": files, "sha256": sha256}, sort_keys=True, indent=1) + "\n"
 
 
 def verify(path: Path, *, model_only: bool = False) -> str | None:
-    """Return None if the checkpoint `path` is whole, else the reason with the file's name.
+    """Return None if the checkpoint `path` is complete and unaltered, else the reason with the file's name.
 
-    Every file must have the size and SHA-256 of the manifest. With `model_only` the training state, which is twice
-    the model's size, is only looked up and not read.
+    Every file must have the size and SHA-256 of the manifest. With `model_only` only the size of the training state,
+    which is twice as large as the model, is checked.
     """
     name = MANIFEST
     try:
@@ -53,7 +51,7 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
             if size != expected["size"]:
                 kind = "truncated" if size < expected["size"] else "altered"
                 return f"{name} is {kind} ({size} bytes, not {expected['size']})"
-            if not (model_only and is_state_file(name)) and digest(path / name) != expected["sha256"]:
+            if not (model_only and fnmatch(name, STATE_PATTERN)) and digest(path / name) != expected["sha256"]:
                 return f"{name} is altered (its SHA-256 is not the manifest's)"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -67,7 +65,7 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
 def newest_valid(
     run: RunFolder, *, model_only: bool = False, below: int | None = None
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return the newest whole checkpoint of a run (None without one), and the newer ones skipped, with the reasons.
+    """Return a run's newest checkpoint that `verify` passes (or None), and the newer ones skipped, with the reasons.
 
     With `below` only checkpoints after fewer steps than that count.
     """

@@ -109,20 +109,18 @@ def _unnamed(folder: Path, number: int) -> Path:
 def indexed_files(folder: Path) -> list[str]:
     """Return the names of the files that a folder's index names.
 
-    Raises:
-        SmolseekError: for an index that cannot be read.
+    Raises SmolseekError for an index that cannot be read.
     """
     try:
         return sorted(set(parse_json((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SmolseekError(f"{folder / INDEX} cannot be read ({error}): copy or download it anew") from None
+        raise SmolseekError(f"{folder / INDEX} cannot be read ({error}): copy or download it again") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
-    Raises:
-        SmolseekError: if there are none, or one that the index names is missing.
+    Raises SmolseekError if there are none, or one that the index names is missing.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
@@ -133,7 +131,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = indexed_files(folder)
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise SmolseekError(f"{folder} holds no {name}, which {INDEX} names: copy or download it anew")
+            raise SmolseekError(f"{folder} holds no {name}, which {INDEX} names: copy or download it again")
     return [folder / name for name in names]
 
 
@@ -144,11 +142,7 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
-        """Read the headers.
-
-        Raises:
-            SmolseekError: for a file that is damaged.
-        """
+        """Read the headers. Raises SmolseekError for a file that is damaged."""
         self._paths: dict[str, Path] = {}
         self._path = Path()
         self._file: Any = None
@@ -179,4 +173,4 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
             yield self._file
         except (safetensors.SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise SmolseekError(f"{path} is damaged or unreadable ({reason}): copy or download it anew") from None
+            raise SmolseekError(f"{path} is damaged or unreadable ({reason}): copy or download it again") from None

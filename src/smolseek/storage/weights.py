@@ -1,6 +1,6 @@
-"""The tensors of a model under the names of its files, and back: the stacked experts are taken apart.
+"""The tensors of a model under the names in its files, and back: stacks of experts are split and filled.
 
-Views of the stacks are written from, and read into, so neither way needs a second copy.
+Files are written from, and read into, views of the stacks, so neither direction needs a second copy.
 """
 
 import re
@@ -26,9 +26,9 @@ def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
 
 
 def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a file has of `shards`, of which only the experts' may lack rows.
+    """Yield the tensors of a file for `shards`, of which only the experts' may be partial.
 
-    A model without a norm of the latent gets one that does nothing, and that reading takes off to the last bit.
+    A model without a norm of the latent gets one that changes nothing; reading removes it to the last bit.
     """
     return folded(_views(shards), config, reversible=True)
 
@@ -61,10 +61,10 @@ def _unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tupl
 def computed(
     tensors: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Leave out what other programs store and we compute or do not have: RoPE tables and MTP layers.
+    """Leave out tensors that other programs store and smolseek does not use: RoPE tables and MTP layers.
 
-    Those layers follow the others; only as many as config.json, which holds `values`, announces are left out, so that
-    a wrong number of layers is still found.
+    MTP layers follow the others; only as many as config.json, which holds `values`, announces are left out, so that a
+    wrong number of layers is still found.
     """
     layers = values.get("num_hidden_layers") or 0
     extra = values.get("num_nextn_predict_layers") or values.get("num_mtp_layers") or 0
@@ -108,8 +108,7 @@ def fill(
 ) -> None:
     """Copy `tensors`, named as in the files of `path`, into `shards`; every one must fit, and none may be missing.
 
-    Raises:
-        SmolseekError: for a tensor that is unknown, missing, or of another shape or kind.
+    Raises SmolseekError for a tensor that is unknown, missing, or of another shape or kind.
     """
     targets = _targets(shards)
     # Without shared experts their matrices hold no numbers, and not every program writes such tensors.
@@ -132,7 +131,7 @@ def fill(
         missing.discard(EMBEDDING)
     if missing:
         first = next(name for name in targets if name in missing)
-        raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it anew")
+        raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it again")
     if head is not None and not torch.equal(head, embedding.tensor):
         raise SmolseekError(
             f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "

@@ -1,0 +1,163 @@
+"""Least squares: what heads read and what is cached, fitted until the smaller attention is near the source's.
+
+Shapes: N sequences, T tokens of a sequence or distances, D hidden_size, H query heads, G key/value heads, d features
+of a head, S slots with position, R kv_lora_rank, F = 2S + R cached features.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from smolseek.config import ModelConfig
+from smolseek.convert.calibrate import observe
+from smolseek.convert.components import Layer, query_weights
+from smolseek.model.attention import MLA
+from smolseek.model.rope import Rope
+from smolseek.model.transformer import CausalLM
+from smolseek.ops.mla_attention import CosSin
+
+_ROUNDS = 4
+_RIDGE = 1e-3
+"""Weight of small changes in `alternate`, as a share of each feature's energy."""
+_VALUE_RIDGE = 3e-3
+"""Weight of staying near the first W_UV in `refit_values`, as a share of the features' mean energy."""
+
+
+def ridge_solve(square: torch.Tensor, cross: torch.Tensor, first: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Return the W [..., D, K] that minimises |y - W z|^2 + r |W - first|^2 over the tokens, in float32.
+
+    `square` [..., K, K] is the sum of z z^T over the tokens, `cross` [..., D, K] that of y z^T, and r is `ridge` times
+    the mean energy of z.
+    """
+    square, first = square.double(), first.double()
+    weight = (ridge * square.diagonal(dim1=-2, dim2=-1).mean(dim=-1)).clamp(min=1e-30)
+    system = square + weight[..., None, None] * torch.eye(square.shape[-1]).double()
+    return (first + torch.linalg.solve(system, (cross.double() - first @ square).mT).mT).float()
+
+
+class Factors(NamedTuple):
+    """A layer's attention without its queries."""
+
+    cached_FD: torch.Tensor
+    """A: slots, then latent."""
+    keys_HdF: torch.Tensor
+    """B: a head's key from the cached features."""
+    values_GdR: torch.Tensor
+    """A group's values from the latent."""
+
+
+def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
+    """Return a nearer fit of `layer` for slots of the frequencies `w_S`, starting from `factors`.
+
+    Head h of group g scores q' k(D) at distance D, its key turned by the source's frequencies. The smaller model scores
+    q' B_h z(D): z = A x are the cached features, of which the first 2S turn by the frequencies of their slots and the
+    latent's R do not. With the token's input x and its distance taken as independent, the error of the keys
+    E |k(D) - B_h z(D)|^2, over the distances that the head attends to, is quadratic in B_h for a given A, and in A for
+    given B_h (there weighted by the queries and by the heads' outputs, beside the values' error). Both have closed
+    forms, which alternate.
+    """
+    G, d, _ = layer.v_GdD.shape
+    heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD
+    w_F = torch.cat((w_S.repeat_interleave(2), torch.zeros(len(factors.cached_FD) - slots))).double()
+    within = _means(layer.seen_HT, w_F, w_F)
+    across = _means(layer.seen_HT, layer.w_J.repeat_interleave(2), w_F)
+    keys_GdD = torch.view_as_real(layer.k_KD.unflatten(0, (G, -1))).transpose(2, 3).flatten(1, 2)
+    keys_HdD, weight_Hdd = keys_GdD.repeat_interleave(heads, dim=0), query_weights(layer)
+    cached_FD, keys_HdF, values_GdR = factors
+    for step in range(_ROUNDS):
+        if step:
+            heard_HdF = weight_Hdd @ keys_HdF
+            system = _turned(keys_HdF.mT @ heard_HdF, within, (slots, slots), -1).sum(dim=0)
+            target = (_turned(heard_HdF, across, (d, slots), -1).mT @ keys_HdD).sum(dim=0)
+            weighted_GRd = values_GdR.mT @ layer.value_Gdd
+            system[slots:, slots:] += (weighted_GRd @ values_GdR).sum(dim=0)
+            target[slots:] += (weighted_GRd @ layer.v_GdD).sum(dim=0)
+            cached_FD = cached_FD + _solve(system, target - system @ cached_FD)
+            latent_RD = cached_FD[slots:]
+            square, cross = latent_RD @ moment @ latent_RD.T, latent_RD @ moment @ layer.v_GdD.mT
+            values_GdR = values_GdR + _solve(square, cross - square @ values_GdR.mT).mT
+        square = _turned((cached_FD @ moment @ cached_FD.T)[None], within, (slots, slots))
+        cross = _turned(keys_HdD @ (moment @ cached_FD.T), across, (d, slots))
+        keys_HdF = keys_HdF + _solve(square, (cross - keys_HdF @ square).mT).mT
+    return Factors(cached_FD, keys_HdF, values_GdR)
+
+
+def _means(seen_HT: torch.Tensor, w_a: torch.Tensor, w_b: torch.Tensor) -> list[torch.Tensor]:
+    """Return the mean products cos cos, cos sin, sin cos and sin sin under each head's distances [H, a, b]."""
+    distance_T = torch.arange(seen_HT.shape[1]).double()
+    (one, at_a), (two, at_b) = (w.unique(return_inverse=True) for w in (w_a, w_b))
+    a, b = one[:, None] * distance_T, two[:, None] * distance_T
+    left = [seen_HT[:, None] * x for x in (a.cos(), a.sin())]
+    return [(x @ y.T)[:, at_a][:, :, at_b] for x in left for y in (b.cos(), b.sin())]
+
+
+def _quarter(x: torch.Tensor, turned: int) -> torch.Tensor:
+    """Return pairs (re, im) on the last axis as (im, -re), and zeros after the first `turned` features."""
+    out = torch.zeros_like(x)
+    out[..., 0:turned:2], out[..., 1:turned:2] = x[..., 1:turned:2], -x[..., 0:turned:2]
+    return out
+
+
+def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, int], sign: int = 1) -> torch.Tensor:
+    """Return E[Rot_a(D) x Rot_b(D)'], Rot(D) z = z cos wD + quarter(z) sin wD; a negative sign turns the other way."""
+    (a, b), (cc, cs, sc, ss) = turned, means
+    right = _quarter(x_Hab, b)
+    left, both = (_quarter(x.mT, a).mT for x in (x_Hab, right))
+    return x_Hab * cc + sign * (right * cs + left * sc) + both * ss
+
+
+def _solve(system: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return system^-1 target with a small ridge; features without energy stay where they are."""
+    energy = system.diagonal(dim1=-2, dim2=-1)
+    ridge = _RIDGE * energy + 1e-12 * energy.mean(dim=-1, keepdim=True) + 1e-300
+    return torch.linalg.solve(system + torch.diag_embed(ridge), target)
+
+
+@torch.no_grad()
+def refit_values(
+    model: CausalLM, config: ModelConfig, layers: list[dict[str, torch.Tensor]], sequences: torch.Tensor
+) -> list[dict[str, torch.Tensor]]:
+    """Return the layers that `compress` gave for the Llama `model` with new W_UV, fitted on `sequences` [N, T+1].
+
+    On the original's inputs head h gives A = P V, and the smaller one could give any Z W with Z = P' c, P' its own
+    attention and c the latent: W minimises |A - Z W|^2 + ridge |W - W_UV|^2. So the values also make up, as far as they
+    can, for the change of the attention.
+    """
+    modules: Any = model.model.layers
+    H, d, R, T = config.num_attention_heads, config.v_head_dim, config.kv_lora_rank or 0, sequences.shape[1] - 1
+    rope = Rope(config.rope_parameters, config.rope_dim, config.max_position_embeddings)(torch.arange(T), T)
+    smaller = [_latent_attention(config, n, tensors) for n, tensors in enumerate(layers)]
+    squares, crosses = torch.zeros(len(layers), H, R, R).double(), torch.zeros(len(layers), H, R, d).double()
+    inputs: dict[int, torch.Tensor] = {}
+
+    def keep(n: int, x_BTD: torch.Tensor, _: CosSin) -> None:
+        inputs[n] = x_BTD
+
+    def add(n: int, heads_BTX: torch.Tensor) -> None:
+        z_HTR = smaller[n](inputs.pop(n), rope)[0].unflatten(1, (H, R)).transpose(0, 1)
+        squares[n] += (z_HTR.mT @ z_HTR).double()
+        crosses[n] += (z_HTR.mT @ heads_BTX[0].unflatten(1, (H, d)).transpose(0, 1)).double()
+
+    observed = [(module.self_attn, partial(keep, n)) for n, module in enumerate(modules)]
+    observed += [(module.self_attn.o_proj, partial(add, n)) for n, module in enumerate(modules)]
+    observe(model, sequences, "refitting", observed)
+    out = []
+    for tensors, square_HRR, cross_HRd in zip(layers, squares, crosses, strict=True):
+        w_uk_HNR, w_uv_HdR = tensors["kv_b_proj.weight"].unflatten(0, (H, -1)).tensor_split([-d], dim=1)
+        w_HXR = torch.cat((w_uk_HNR, ridge_solve(square_HRR, cross_HRd.mT, w_uv_HdR, _VALUE_RIDGE)), dim=1)
+        out.append(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1)})
+    return out
+
+
+def _latent_attention(config: ModelConfig, n: int, tensors: dict[str, torch.Tensor]) -> MLA:
+    """Return the attention with the identity for W_UV and no W_O: its heads return the latents that they mix."""
+    H, R = config.num_attention_heads, config.kv_lora_rank or 0
+    w_uk_HNR = tensors["kv_b_proj.weight"].unflatten(0, (H, -1))[:, : config.qk_nope_head_dim]
+    w_HXR = torch.cat((w_uk_HNR, torch.eye(R).expand(H, R, R)), dim=1)
+    attention = MLA(dataclasses.replace(config, v_head_dim=R), n)
+    attention.o_proj = nn.Identity()  # type: ignore[assignment]
+    attention.load_state_dict(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1)}, strict=False)  # without W_O
+    return attention
