@@ -205,7 +205,7 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
             return
         shares[name] = 0.0
         draw = torch.rand(bias.shape, generator=torch.Generator().manual_seed(9)).to(bias)
-        # An equal change of all changes no choice; the uneven part shows in gate weights that are normalised.
+        # Nearly equal changes alter few choices; their difference also shows in gate weights that are normalised.
         change = (1 + draw) * 1e-4
         bias += change
         before, after = (
