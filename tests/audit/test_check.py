@@ -13,3 +13,4 @@ def test_failures_are_printed_with_the_verdict_on_all_checks() -> None:
     assert told[0].startswith("FAIL  two") and not any("one" in line or "three" in line for line in told)
     assert told[-1] == "Audit FAILED: two; 2 checks passed, 1 skipped"
     assert list(lines(checks[::2], failed_only=True)) == ["Audit passed: 1 checks passed, 1 skipped"]
+    assert list(lines([])) == ["Audit: no checks were made"]

@@ -95,5 +95,7 @@ def verdict(checks: Sequence[Check]) -> str:
     """Return the outcome of all checks in one line."""
     failed = [check.name for check in failures(checks)]
     passed, skipped = (sum(check.status == status for check in checks) for status in ("pass", "skip"))
+    if not checks:
+        return "Audit: no checks were made"
     outcome = f"Audit FAILED: {', '.join(failed)};" if failed else "Audit passed:"
     return f"{outcome} {passed} checks passed, {skipped} skipped"
