@@ -49,7 +49,7 @@ def test_the_losses_are_those_of_one_process(data, single, tmp_path):
     mesh = ("--mesh.expert", "2", "--mesh.shard", "2")
     done = runs.launch(2, run, data, *STEPS, *mesh)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Step     6/6") == 1 and done.stdout.count("Audit passed") == 2
+    assert done.stdout.count("step     6/6") == 1 and done.stdout.count("Audit passed") == 2
     check_same(run, single)
     assert verify(run / LAST) is None
     ours, theirs = load_state(run / LAST), load_state(single / LAST)

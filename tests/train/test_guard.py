@@ -283,6 +283,15 @@ def at_step(monkeypatch, step, number):
     monkeypatch.setattr(Guard, "judge", judge)
 
 
+@pytest.fixture
+def default_hangup():
+    """The default handler of SIGHUP, also where the suite was started by nohup, which ignores it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("default_hangup")
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"])
 def test_signals_of_batch_systems_and_closed_terminals_save(text, undisturbed, tmp_path, monkeypatch, name):
     number = getattr(signal, name)
@@ -300,6 +309,7 @@ def test_signals_of_batch_systems_and_closed_terminals_save(text, undisturbed, t
     assert weights(loop.train(config(run, text), resume=True)) == weights(undisturbed)
 
 
+@pytest.mark.usefixtures("default_hangup")
 def test_a_closed_terminal_saves_a_run_that_writes_to_a_file_and_it_goes_on(text, undisturbed, tmp_path, monkeypatch):
     run = tmp_path / "run"
     monkeypatch.setattr(console, "on_terminal", lambda: False)
