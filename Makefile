@@ -36,6 +36,7 @@ check: $(STAMP)
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	$(PY) bench/architecture.py --check
+	$(PY) tools/names.py
 
 # The documentation as a site, build/site: it ends at a dead link and at a page outside the navigation.
 docs: .venv/installed-docs

@@ -75,12 +75,14 @@ WORDS = {
     "kept": "the name of the thing",
     "given": "the name of the thing",
 }
+# Two words that are one term.
 TERMS = ("held_out",)
 EXCEPTIONS: dict[str, str] = {
     "feed_forward": "the layer's standard name",
     "FeedForward": "the layer's standard name",
     "CheckpointWriter": "like StorageWriter of torch.distributed.checkpoint",
     "bad_words": "transformers' and vLLM's option",
+    "parts": "a key of prepared data's index.json, which earlier releases wrote",
     "heal": "the command",
     "HealArgs": "arguments of the command `heal`",
     "_heal_config": "configuration of the command `heal`",
@@ -128,7 +130,11 @@ def main() -> int:
         if path.suffix not in (".py", ".c", ".h"):
             continue
         text = path.read_text(encoding="utf-8")
-        names = [(0, path.stem), *(python_names(text) if path.suffix == ".py" else c_names(text))]
+        names = [
+            (0, path.stem),
+            (0, path.parent.name),
+            *(python_names(text) if path.suffix == ".py" else c_names(text)),
+        ]
         for line, name in sorted(set(names)):
             for word in refused(name, path.suffix != ".py" or path.name == "triton.py"):
                 count += 1

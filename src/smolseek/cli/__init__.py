@@ -70,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 success; 1 a bug of ours, or a failed audit; 2 a user's mistake, or a disk, a file or another process that fails;
     75 the training data is unavailable for now; 130 interrupted (SIGINT); 141 stdout was closed by its reader; 128 + N
-    ended by signal N (143 for SIGTERM). A training run that exits with 75 or more and says so has saved: resume it with
-    --resume.
+    ended by signal N (143 for SIGTERM). If a training run exits with 75 or more and prints that it has
+    saved, resume it with --resume.
     """
     console.open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)

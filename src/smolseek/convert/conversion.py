@@ -111,7 +111,7 @@ class Conversion:
                 raise SmolseekError(f"{_option(name)} {value} is below 1: use a positive number")
 
     def check_cache(self, source: "ModelConfig") -> None:
-        """Raise SmolseekError if the Llama `source` cannot be given the smaller cache."""
+        """Raise SmolseekError if the smaller cache is impossible for the Llama `source`."""
         features, rope = self.cache_features(source), self.rotary_features(source)
         before, size = source.cache_features, source.qk_head_dim
         if features >= before:

@@ -47,7 +47,7 @@ class Corpus:
     """Share of the characters that the tokenizer cannot encode."""
 
     def fingerprint(self) -> str:
-        """Return a name of the contents of the training data."""
+        """Return a string that identifies the contents of the training data."""
         return fingerprint(self.train) if self.sample_of is None else self.sample_of.fingerprint()
 
     def summary(self) -> str:

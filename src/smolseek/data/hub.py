@@ -137,7 +137,7 @@ class HubDataset:
         return f"{sum(map(len, self.shards)):,} shards of {', '.join(shards.pinned for shards in self.shards)}"
 
     def fingerprint(self) -> str:
-        """Return a name of the contents: commits, weights, and the names and sizes of the files."""
+        """Return a string that identifies the contents: commits, weights, and the names and sizes of the files."""
         contents = [(shards.pinned, list(shards.files)) for shards in self.shards]
         return f"{sum(map(len, self.shards))} hub shards, {checksum(repr(contents).encode())}"
 

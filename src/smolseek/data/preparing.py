@@ -142,7 +142,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
 
 
 def _identity(index: Index) -> list[object]:
-    """Return what must be equal in two indices for one call to continue the other."""
+    """Return what two indices must have in common, so that a call may continue an earlier one."""
     named = [(source.name, source.weight) for source in index.sources]
     return [index.tokenizer, index.eos_id, index.dtype, index.limit, named]
 
@@ -284,7 +284,7 @@ class LocalShard:
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self.last_read = Corpus([], [])
-        """What the last reading cut and left out, without its documents."""
+        """What the last reading cut and left out (`report`); its lists of documents are empty."""
         for source in data.sources:
             next(iter(read_documents((source,), data.text_column, data.document_separator)), None)
 

@@ -132,7 +132,7 @@ def read_index(path: str | os.PathLike[str]) -> Index | None:
     try:
         index = from_dict(Index, values, "index")
         if not index.sources:
-            raise ValueError("it has no sources")
+            raise ValueError("`sources` is empty")
         for source in index.sources:
             if not 0 < source.weight < math.inf or min(source.shards, source.at.shard, source.at.row) < 0:
                 raise ValueError(f"source {source.name!r} has an invalid weight or count")
@@ -179,7 +179,7 @@ class PreparedDataset:
         return f"{self.index.tokens:,} prepared tokens of {', '.join(source.name for source in self.index.sources)}"
 
     def fingerprint(self) -> str:
-        """Return a name of the contents: order, weights and checksums."""
+        """Return a string that identifies the contents: order, weights and checksums."""
         contents = [(s.weight, [(p.shard, p.tokens.blake2b) for p in s.parts]) for s in self.index.sources]
         return f"{self.index.tokens} prepared tokens, {checksum(repr(contents).encode())}"
 

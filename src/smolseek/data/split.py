@@ -20,7 +20,7 @@ def digest(text: str) -> bytes:
 
 
 def fingerprint(documents: Sequence[str]) -> str:
-    """Return a name of the contents of `documents` in their order."""
+    """Return a string that identifies the contents of `documents` in their order."""
     combined = hashlib.blake2b(digest_size=16)
     for text in documents:
         combined.update(digest(text))

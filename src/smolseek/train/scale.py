@@ -1,4 +1,4 @@
-"""What a run costs each of many processes, computed from formulas: memory, and bytes sent by each collective.
+"""The cost of a run for each of many processes, from formulas: memory, and the bytes that each collective sends.
 
 The formulas are those of ring algorithms and of `distributed/`: weights are sharded over S processes and have R
 replicas, experts are sharded over M processes, and a step has A micro-batches. For n bytes of weights in float32

@@ -94,7 +94,8 @@ def set_up(run: RunFolder, start: Start, device: torch.device, distributed: Sing
     """Return the run as it starts. Nothing is written yet.
 
     Raises:
-        SmolseekError: for data, a model, a teacher or a checkpoint that cannot be opened or do not fit.
+        SmolseekError: for data, a model, a teacher or a checkpoint that cannot be opened, or that does not fit the
+            configuration.
     """
     config = start.config
     tracker = Tracker(config.track if distributed.is_main else "none", run, flatten(to_dict(config)))

@@ -162,7 +162,7 @@ def _add(sum_VD: torch.Tensor | None, product_VD: torch.Tensor, factor: float = 
 
 
 def _add_product(sum_VD: torch.Tensor, d_VS: torch.Tensor, h_SD: torch.Tensor, factor: float) -> None:
-    """Add factor times d h to `sum_VD`; with equal types the product itself adds."""
+    """Add `factor * d_VS @ h_SD` to `sum_VD` in place; with equal types `addmm` does both at once."""
     if d_VS.dtype == sum_VD.dtype:
         torch.addmm(sum_VD, d_VS, h_SD, alpha=factor, out=sum_VD)
     else:
