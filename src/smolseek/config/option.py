@@ -46,7 +46,7 @@ def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
                     continue
                 raise SmolseekError(f"{name} {number} is not finite: use a finite number")
             if isinstance(number, int) and not -(2**63) <= number < 2**63:
-                raise SmolseekError(f"{name} does not fit into 64 bits: use a smaller number")
+                raise SmolseekError(f"{name} {str(number)[:40]} does not fit into 64 bits: use a smaller number")
             least, above, most = (f.metadata.get(bound) for bound in ("least", "above", "most"))
             if least is not None and number < least:
                 raise SmolseekError(f"{name} {number} must be {least:g} or more{remedy}")
