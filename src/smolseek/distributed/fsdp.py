@@ -5,6 +5,7 @@ hybrid sharding, with one shard plain data parallelism, with one replica full sh
 """
 
 import datetime
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -60,6 +61,8 @@ def make_meshes(mesh: Mesh, device_type: str, timeout: datetime.timedelta) -> Me
 
 def shard_model(config: ModelConfig, meshes: Meshes) -> tuple[CausalLM, dict[str, Shard]]:
     """Return a model on the meta device with this process's shards, and which slices those are, by name."""
+    # About the output of the experts, on which no in-place operation follows.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     with torch.device("meta"):
         model = CausalLM(config)
     full_lengths = {name: len(p) for name, p in model.named_parameters()}
