@@ -64,7 +64,7 @@ def _goes_on(case: mutations.Case, outcome: sandbox.Outcome, changed: list[str])
     """Return whether what changed is a run or a preparation that had begun: it is gone on from."""
     verb = case.arguments[0] if case.arguments else ""
     if verb in ("train", "heal"):
-        return "\nStep " in outcome.out or any(name.endswith("metrics.jsonl") for name in changed)
+        return "\nstep " in outcome.out or any(name.endswith("metrics.jsonl") for name in changed)
     if verb == "chat":
         return all(name == "talk.json" for name in changed)  # what was said until then was asked for
     return verb == "prepare" and any(name.endswith("index.json") for name in changed)
