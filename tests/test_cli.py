@@ -74,7 +74,7 @@ MISTAKES = [
     (["trian"], "unknown command 'trian' (did you mean train?)"),
     (["--verbose"], "unknown option '--verbose'"),
     (["inspect"], "TARGET missing"),
-    (["inspect", "tiny", "--seq-len", "0"], "seq_len 0 must be 1 or more"),
+    (["inspect", "tiny", "--seq-len", "0"], "--seq-len 0 must be 1 or more"),
     (["generate", "only-a-model"], "PROMPT missing"),
     (["generate"], "MODEL and PROMPT missing"),
     (["generate", "smollm2", ""], "the prompt is empty"),

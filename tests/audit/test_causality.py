@@ -29,6 +29,25 @@ def test_a_leak_behind_a_projection_of_zeros_is_found() -> None:
     assert failed(check_causality(Subject(model=model, vocab=512, context=64), thorough=False)) == SMOOTH
 
 
+class NaNWhenCut(nn.Module):
+    """Causal, but its logits for a shorter sequence are NaN once its weights are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head, self.length = nn.Embedding(64, 16), nn.Linear(16, 64), 0
+        self.weights = [self.embedding.weight.detach().clone()]  # no parameter: the audit leaves it as it is
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.length = max(self.length, ids.shape[1])
+        new = not torch.equal(self.embedding.weight.float(), self.weights[0])
+        return self.head(self.embedding(ids)) * (torch.nan if new and ids.shape[1] < self.length else 1.0)
+
+
+def test_nan_fails_whatever_the_other_weights_gave() -> None:
+    checks = check_causality(Subject(model=NaNWhenCut(), vocab=64, context=64))
+    assert failed(checks) == {"causality: later tokens cut"}
+
+
 class BatchNorm(nn.Module):
     """Normalises by the statistics of the whole batch, in training only."""
 

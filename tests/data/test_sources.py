@@ -225,6 +225,13 @@ def test_columns_of_tables(tmp_path: Path) -> None:
     assert "is not UTF-8" in refused(path)
 
 
+@pytest.mark.parametrize("damage", [b"a\xed\xa0\x80", b"\xff"], ids=["half of a surrogate pair", "no UTF-8"])
+def test_json_lines_that_are_not_utf_8(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "' + damage + b'"}\n')
+    assert "line 2 is not UTF-8" in refused(path)
+
+
 def test_utf_16(tmp_path: Path) -> None:
     """As PowerShell and Notepad write it."""
     for name, data in FILES.items():
@@ -305,6 +312,16 @@ def test_runs_and_models_inside_a_data_folder_are_no_data(tmp_path: Path) -> Non
     (tmp_path / "tokens/notes.txt").write_text("no text")
     documents, report = counted(tmp_path)
     assert documents == ["text"] and report.left_out == {"run": 3}
+
+
+def test_a_text_named_like_tokens_is_data(tmp_path: Path) -> None:
+    """WikiText's own names, beside an index that is not ours."""
+    (tmp_path / "wikitext").mkdir()
+    (tmp_path / "wikitext/index.json").write_text("{}")
+    (tmp_path / "wikitext/wiki.train.tokens").write_text("no ending that we know")
+    (tmp_path / "wikitext/a.txt").write_text("text")
+    documents, report = counted(tmp_path)
+    assert "text" in documents and "run" not in report.left_out
 
 
 def test_folders_that_cannot_be_read(tmp_path: Path, monkeypatch) -> None:

@@ -1,5 +1,6 @@
 """The page about a run, made from files alone."""
 
+import html
 import json
 import math
 import re
@@ -210,3 +211,11 @@ def test_a_run_that_diverged_has_its_page(run_cli, tmp_path):
     inf = {"step": 3, "val_loss": float("inf"), "val_perplexity": float("inf"), "val_bits_per_byte": float("nan")}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(inf) + "\n")
     assert run_cli("report", tmp_path).code == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 500, 501, 1000, 1499])
+def test_a_long_curve_keeps_its_first_and_last_point(count):
+    points = [(step, float(step)) for step in range(count)]
+    svg = line_chart([Line("loss", points)], end=count)
+    drawn = json.loads(html.unescape(re.search(r'data-lines="([^"]*)"', svg)[1]))[0]["points"]
+    assert (drawn[0][-1], drawn[-1][-1]) == (0, count - 1) and len(drawn) <= 501

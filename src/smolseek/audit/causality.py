@@ -6,6 +6,7 @@ Inputs that must not matter are replaced and the logits compared, in units of th
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -68,6 +69,7 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
             noise = probe.rounding_noise(model, ids_1T, eps)
             for check, change in _changes(model, ids_1T, vocab, positions, exact=eps is not None):
                 figure = change if check is GRADIENT else change / noise
+                figure = math.inf if math.isnan(figure) else figure  # `max` would lose a NaN
                 measured[check][weights] = max((figure, change), measured[check].get(weights, (0.0, 0.0)))
     checks = []
     for check, how in done.items():

@@ -34,7 +34,7 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
     try:
         with contextlib.redirect_stderr(box):
             args = tyro.cli(kind, prog=f"smolseek {verb}", args=list(argv), config=markers, **options)
-        check_numbers(args)
+        check_numbers(args, "--")
         _require_names(args)
         return args
     except SystemExit as stop:

@@ -34,10 +34,12 @@ def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
     """Refuse numbers that are out of their bounds, not finite, or integers beyond 64 bits.
 
     Raises:
-        SmolseekError: for the first such number. `prefix` is put before its name, `remedy` behind a violated bound.
+        SmolseekError: for the first such number. `prefix` is put before its name (`--` spells it as an option), and
+            `remedy` behind a violated bound.
     """
     for f in fields(config):
         value, name = getattr(config, f.name), f"{prefix}{f.name}"
+        name = name.replace("_", "-") if prefix == "--" else name
         for number in value if isinstance(value, tuple | list) else (value,):
             if not isinstance(number, int | float):
                 continue

@@ -140,7 +140,9 @@ def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> 
         spans_lines = may_be_array and (line.lstrip().startswith(b"[") or line.strip() == b"{")
         may_be_array = False
         try:
-            value = json.loads(line + file.read() if spans_lines else line)
+            value = json.loads(
+                (line + file.read() if spans_lines else line).decode()
+            )  # of bytes it guesses the encoding
             line = b""  # it may be most of the memory in use
         except UnicodeDecodeError as error:
             raise SmolseekError(f"{place} is not UTF-8 (byte {error.start:,}): {_CONVERT}") from None

@@ -160,7 +160,8 @@ class PreparedDataset:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         index = read_index(path)
-        assert index is not None
+        if index is None:
+            raise SmolseekError(f"{self.path} is not a folder of prepared tokens: prepare the data")
         self.index = index
         if not all(source.done for source in self.index.sources):
             raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare again to continue")

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import stat
 import sysconfig
 import warnings
@@ -162,7 +163,8 @@ def _is_output(folders: list[str], files: list[str]) -> bool:
     signs = {"metrics.jsonl", "train.log", "manifest.json", "tokenizer.json", "tokenizer_config.json"}
     weights = any(name.endswith((".safetensors", ".bin")) for name in files)
     run_or_model = "config.json" in files and ("checkpoints" in folders or weights or not signs.isdisjoint(files))
-    return run_or_model or ("index.json" in files and any(name.endswith(".tokens") for name in files))
+    tokens = any(re.fullmatch(r"\d+-\d+-\d+\.tokens", name) for name in files)
+    return run_or_model or ("index.json" in files and tokens)
 
 
 def _from_path(source: str, text_column: str, separator: str | None, report: ReadReport) -> Iterator[str | None]:

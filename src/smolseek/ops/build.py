@@ -91,7 +91,8 @@ def _compilers() -> list[list[str]]:
     command = shlex.split(os.environ.get("CC", ""))
     if command and shutil.which(command[0]):
         return [command]
-    return [[path] for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    paths = [path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))]
+    return [[path] for path in {os.path.realpath(path): path for path in reversed(paths)}.values()][::-1]
 
 
 def _is_complete(path: Path) -> bool:

@@ -57,9 +57,9 @@ INLINE vec load(const void *w, int64_t i, int64_t bfloat16) {
 
 INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
     if (!bfloat16) return ((const float *)w)[i];
-    uint32_t vectors = (uint32_t)((const bf16 *)w)[i] << 16;
+    uint32_t bits = (uint32_t)((const bf16 *)w)[i] << 16;
     float out;
-    memcpy(&out, &vectors, sizeof out);
+    memcpy(&out, &bits, sizeof out);
     return out;
 }
 

@@ -57,9 +57,9 @@ def line_chart(lines: Sequence[Line], *, end: int, from_zero: bool = False) -> s
     Values that are not finite are left out. `from_zero` begins the vertical axis at 0.
     """
     finite = [[(x, y) for x, y in line.points if math.isfinite(y)] for line in lines]
-    strides = [-(-len(points) // POINTS) for points in finite]
-    # Backwards, so that the last point is always drawn.
-    drawn = [points[:: -max(1, stride)][::-1] for points, stride in zip(finite, strides, strict=True)]
+    strides = [max(1, -(-len(points) // POINTS)) for points in finite]
+    # The first and the last point are always drawn.
+    drawn = [[*points[:-1:stride], *points[-1:]] for points, stride in zip(finite, strides, strict=True)]
     values = [y for points in drawn for _, y in points]
     if not values:
         return '<p class="none">nothing recorded</p>'
