@@ -210,6 +210,7 @@ def test_inspect_says_when_processes_need_a_larger_batch(run_cli):
     arguments = ("inspect", "tiny", "--mesh.data", "8", "--batch-size")
     assert "Batch size 8, not 4: each of 8 processes needs a sequence" in run_cli(*arguments, "4").out
     assert "Batch size" not in run_cli(*arguments, "8").out
+    assert run_cli("inspect", "tiny", "--mesh.timeout", "9").out == run_cli("inspect", "tiny").out
 
 
 @pytest.fixture

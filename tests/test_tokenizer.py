@@ -164,7 +164,7 @@ def test_truncated_gguf(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     for size in (0, 3, 10, 200, 500_000, 1_700_000):
         path.write_bytes(head[:size])
-        with pytest.raises(SmolseekError, match=r"is no GGUF file|damaged") as caught:
+        with pytest.raises(SmolseekError, match=r"is not a GGUF file|damaged") as caught:
             load_tokenizer(str(path))
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 

@@ -105,7 +105,7 @@ class _Reader:
 
     def header(self, path: Path) -> Header:
         if self.left < 4 or self.read(4) != b"GGUF":
-            raise SmolseekError(f"{path} is no GGUF file: it does not begin with GGUF")
+            raise SmolseekError(f"{path} is not a GGUF file: it does not begin with GGUF")
         version = self.number("I")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)

@@ -167,7 +167,7 @@ class RunFolder:
         """Return all records, without a last line that a crash cut off.
 
         Raises:
-            SmolseekError: for another line that is no JSON object.
+            SmolseekError: for another line that is not a JSON object.
         """
         if not self.metrics.exists():
             return []

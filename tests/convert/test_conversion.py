@@ -17,6 +17,8 @@ def llama(save_llama):
     [
         (["--mode", "grow"], "--experts"),
         (["--mode", "grow", "--experts", "4", "--top-k", "2", "--neurons", "clustered"], "--neurons"),
+        (["--mode", "grow", "--experts", "4", "--top-k", "5"], "--top-k 5 is not between 1 and 4: change --top-k or"),
+        (["--seed", "1" * 400], "does not fit 32 bits"),
         (["--top-k", "2"], "--top-k"),
         (["--shared", "1"], "--experts"),
         (["--experts", "4"], "48 neurons"),
@@ -54,7 +56,7 @@ def test_exact_and_grow(llama, refused, options, message):
         (["--experts", "8"], "--active"),
         (["--active", "2"], "--experts"),
         (["--experts", "8", "--shared", "4", "--active", "8"], "--mode exact"),
-        (["--experts", "8", "--shared", "4", "--active", "0"], "between 1 and the 8"),
+        (["--experts", "8", "--shared", "4", "--active", "0"], "--active 0 is not between 1 and 7: change --active or"),
         (["--experts", "7", "--shared", "4", "--active", "2"], "48 neurons"),
         (["--experts", "8", "--shared", "-2", "--active", "2"], "below 0"),
         (["--experts", "1", "--active", "1"], "below 2"),

@@ -206,7 +206,7 @@ def test_truncated_files_are_named(tmp_path):
     path = tmp_path / "cut.gguf"
     for size in (0, 3, 20, 500, len(content) // 2, len(content) - 40):
         path.write_bytes(content[:size])
-        with pytest.raises(SmolseekError, match=r"cut\.gguf (is truncated|is no GGUF|ends inside)"):
+        with pytest.raises(SmolseekError, match=r"cut\.gguf (is truncated|is not a GGUF|ends inside)"):
             read_config(path)
     with pytest.raises(SmolseekError, match=r"none\.gguf"):
         read_config(tmp_path / "none.gguf")

@@ -408,6 +408,15 @@ def test_names_that_are_no_model(target, message):
     assert "\n" not in str(caught.value) and "a run folder" in str(caught.value)
 
 
+def test_a_head_of_float8_beside_another_type_is_read(tmp_path):
+    save_folder(random_model(LLAMA), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors | {"lm_head.weight": head}, file)
+    assert not read_config(tmp_path).tie_word_embeddings
+
+
 def test_hub_names(monkeypatch, tmp_path):
     import huggingface_hub
 
@@ -415,7 +424,7 @@ def test_hub_names(monkeypatch, tmp_path):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no\nnet")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(SmolseekError, match="owner/name is no folder here, and the hub cannot be reached"):
+    with pytest.raises(SmolseekError, match="owner/name is not a folder here, and the hub cannot be reached"):
         load_model("owner/name")
     asked = {}
 

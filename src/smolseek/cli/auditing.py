@@ -49,7 +49,7 @@ class AuditArgs:
 def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
     # --fix-hints is accepted as before: the hints are always printed now.
-    args = parse(AuditArgs, "audit", [argument for argument in argv if argument != "--fix-hints"])
+    args = parse(AuditArgs, "audit", [argument for argument in argv if argument.replace("_", "-") != "--fix-hints"])
     from smolseek.audit.check import failures, lines
     from smolseek.audit.runner import audit
     from smolseek.audit.targets import import_function, open_subject, open_text

@@ -55,7 +55,8 @@ def inspect(argv: Sequence[str]) -> None:
 
         for line in footprint.lines(config, footprint.Run.planned(**step)):
             console.say(line)
-    if args.mesh != MeshConfig():
+    parts = (args.mesh.data, args.mesh.shard, args.mesh.expert)
+    if parts != (0, 1, 1):
         from smolseek.distributed.mesh import choose
         from smolseek.train import footprint, scale
 

@@ -26,11 +26,11 @@ class SamplingOptions:
     """Keep tokens at least this share as likely as the likeliest (2407.01082)."""
     typical_p: float | None = option(None, above=0, most=1)
     """Keep the tokens nearest to the expected surprise whose probabilities sum to this (2202.00666)."""
-    repetition_penalty: float = option(1.0, above=0)
+    repetition_penalty: float = option(1.0, least=1e-30, most=1e30)
     """Divides the positive logits of tokens seen, multiplies the negative ones (1909.05858); 1 is none, 1.1 usual."""
-    presence_penalty: float = 0.0
+    presence_penalty: float = option(0.0, least=-1e30, most=1e30)
     """Subtracted from the logits of tokens generated so far."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: float = option(0.0, least=-1e30, most=1e30)
     """Subtracted from the logits of tokens generated so far, once for each time."""
     no_repeat_ngram: int = option(0, least=0)
     """No n-gram of this length comes twice; 0 allows it."""
@@ -52,8 +52,8 @@ class GenerationOptions(SamplingOptions):
     stop: tuple[str, ...] = ()
     """Strings before which the text ends."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end the text besides the model's own, by name; in Python also by number."""
-    max_time: float | None = option(None, above=0)
+    """Tokens that end the text besides the model's own, by name."""
+    max_time: float | None = option(None, above=0, may_be_infinite=True)
     """Seconds, at most."""
     bad_words: tuple[str, ...] = ()
     """Words that are never generated."""
@@ -66,8 +66,7 @@ class GenerationOptions(SamplingOptions):
     length_penalty: float = option(1.0, least=-1000, most=1000)
     """Beam search: above 0 favours long texts."""
     early_stopping: bool = False
-    """Beam search: end when as many texts are finished as there are beams. In Python "never" goes on until no better
-    text is possible."""
+    """Beam search: end when as many texts are finished as there are beams."""
 
 
 ALIASES = {

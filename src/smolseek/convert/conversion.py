@@ -2,12 +2,10 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
-
-if TYPE_CHECKING:  # the command line's overview loads this file, and config/ imports tyro
-    from smolseek.config import ModelConfig
 
 Neurons = Literal["contiguous", "clustered"]
 Method = Literal["smolseek", "transmla"]
@@ -71,7 +69,7 @@ class Conversion:
 
     def __post_init__(self) -> None:
         if not -(2**31) <= self.seed < 2**31:  # seeds of layers and sequences are computed from it
-            raise SmolseekError(f"--seed {self.seed:.3e} does not fit 32 bits: use a smaller number")
+            raise SmolseekError(f"--seed {str(self.seed)[:40]} does not fit 32 bits: use a smaller number")
         changed = self._changed()
         for name in changed:
             if _MODE_OF.get(name, self.mode) != self.mode:
@@ -104,13 +102,13 @@ class Conversion:
         for name, example in (("cache", "0.5 halves the cache"), ("prune", "0.75 keeps three quarters")):
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
-                raise SmolseekError(f"--{name} {share} is no share between 0 and 1: {example}")
+                raise SmolseekError(f"--{name} {share} is not a share between 0 and 1: {example}")
         for name in ("kv_rank", "rope_dim", "freq_fold", "calibration_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SmolseekError(f"{_option(name)} {value} is below 1: use a positive number")
 
-    def check_cache(self, source: "ModelConfig") -> None:
+    def check_cache(self, source: ModelConfig) -> None:
         """Raise SmolseekError if the smaller cache is impossible for the Llama `source`."""
         features, rope = self.cache_features(source), self.rotary_features(source)
         before, size = source.cache_features, source.qk_head_dim
@@ -140,13 +138,13 @@ class Conversion:
         """Shared experts beside the routed ones."""
         return 1 if self.shared is None else self.shared
 
-    def cache_features(self, source: "ModelConfig") -> int:
+    def cache_features(self, source: ModelConfig) -> int:
         """Return the features that are cached per token and layer: the latent's and the rotary ones."""
         if self.cache is not None:
             return round(self.cache * source.cache_features)
         return (self.kv_rank or 0) + (self.rope_dim or 0)
 
-    def rotary_features(self, source: "ModelConfig") -> int | None:
+    def rotary_features(self, source: ModelConfig) -> int | None:
         """Return the number of rotary features, None if it is searched; the published method keeps one head's."""
         return source.qk_head_dim if self.rope_dim is None and self.method == "transmla" else self.rope_dim
 

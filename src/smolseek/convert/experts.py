@@ -53,10 +53,10 @@ def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
     if experts is None:
         return config
     if experts < 2:
-        raise SmolseekError(f"experts {experts} is below 2: transformers rates a group by its two best experts")
+        raise SmolseekError(f"--experts {experts} is below 2: transformers rates a group by its two best experts")
     grown = conversion.mode == "grow"
     if shared < grown:
-        raise SmolseekError(f"shared {shared} is below {grown:d}: use a larger --shared")
+        raise SmolseekError(f"--shared {shared} is below {grown:d}: use a larger --shared")
     of_one_size = shared if grown else experts + shared
     if neurons % of_one_size:
         kinds = f"{shared} shared" if grown else f"{shared} shared and {experts} routed"
@@ -66,6 +66,10 @@ def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
         )
     if conversion.active == experts:
         raise SmolseekError(f"--active {experts} is all routed experts: use fewer, or --mode exact")
+    most = experts - (conversion.active is not None)
+    for name, k in (("--active", conversion.active), ("--top-k", conversion.top_k)):
+        if k is not None and not 1 <= k <= most:
+            raise SmolseekError(f"{name} {k} is not between 1 and {most}: change {name} or --experts")
     top_k = next(k for k in (conversion.top_k, conversion.active, experts) if k is not None)
     return dataclasses.replace(
         config,

@@ -115,7 +115,7 @@ def check_request(model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens:
         if wrong is not None:
             raise SmolseekError(f"token {wrong} is not among the model's {vocabulary}: use the model's own tokenizer")
     if max_tokens is not None and max_tokens < 1:
-        raise SmolseekError(f"max-tokens {max_tokens} is below 1: ask for at least one")
+        raise SmolseekError(f"max_tokens {max_tokens} must be 1 or more")
 
 
 def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:

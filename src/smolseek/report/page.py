@@ -38,7 +38,7 @@ def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> 
         out: the page; by default `report.html` in the run's folder, or `comparison.html` here for several.
 
     Raises:
-        SmolseekError: for a folder that is no run, or a page that cannot be written.
+        SmolseekError: for a folder that is not a run, or a page that cannot be written.
     """
     runs = [read_run(path) for path in paths]
     to = Path(out) if out else Path(paths[0]) / "report.html" if len(runs) == 1 else Path("comparison.html")

@@ -190,5 +190,5 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     with report_damage(file, "use an older checkpoint"):
         state = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(state, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         return state

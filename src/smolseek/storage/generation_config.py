@@ -36,7 +36,7 @@ def write(path: Path, config_json: Mapping[str, Any]) -> None:
 def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of the model folder `path`: those of its file, else those in `config.json`.
 
-    Raises SmolseekError for a file that is no JSON object.
+    Raises SmolseekError for a file that is not a JSON object.
     """
     try:
         return read_json(path / NAME)
@@ -54,7 +54,9 @@ def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tupl
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < config.vocab_size:
-            raise SmolseekError(f"{where / NAME}: eos_token_id {i!r} is no token of the model's {config.vocab_size:,}")
+            raise SmolseekError(
+                f"{where / NAME}: eos_token_id {i!r} is not a token of the model's {config.vocab_size:,}"
+            )
     first = [i for i in config.eos_ids[:1] if i in ids]
     return tuple(dict.fromkeys(first + ids))
 
@@ -78,8 +80,8 @@ def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     if values.get("min_new_tokens"):
         options["min_tokens"] = values["min_new_tokens"]
     from_dict(SamplingOptions, options, str(file))
-    suppressed = [[i] for i in values.get("suppress_tokens") or []]
     try:
+        suppressed = [[i] for i in values.get("suppress_tokens") or []]
         bad_words = tuple(tuple(map(int, word)) for word in [*(values.get("bad_words_ids") or []), *suppressed])
     except (TypeError, ValueError):
         raise SmolseekError(f"{file}: bad_words_ids or suppress_tokens hold no token ids: correct them") from None

@@ -59,7 +59,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise SmolseekError(f"{file} cannot be read ({error}): copy or download it again") from None
     if not isinstance(values, dict):
-        raise SmolseekError(f"{file} is no JSON object: copy or download it again")
+        raise SmolseekError(f"{file} is not a JSON object: copy or download it again")
     return values
 
 

@@ -107,4 +107,4 @@ def _from_hub(name: str, config_only: bool) -> Path:
     except Exception as error:  # whatever a network can do
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
-    raise SmolseekError(f"{name} is no folder here, and {reason}: a model is {MODEL_MAY_BE}")
+    raise SmolseekError(f"{name} is not a folder here, and {reason}: a model is {MODEL_MAY_BE}")

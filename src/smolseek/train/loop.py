@@ -141,7 +141,9 @@ def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool)
         t.saver.save(step, tensors, state | {"files": t.run.sizes(), "inputs": t.input_digests})
         t.saved_step = step
     if save_signal is not None:
-        t.log.say(f"{save_signal.name}: step {step} is saved, and the run goes on, because its output is no terminal")
+        t.log.say(
+            f"{save_signal.name}: step {step} is saved, and the run goes on, because its output is not a terminal"
+        )
     for line in t.saver.news():
         t.log.say(f"Training goes on, but {line}")
         t.run.append_metrics({"step": step, "save_failed": line})
