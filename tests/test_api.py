@@ -3,9 +3,10 @@
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from smolseek.api import Model
 from smolseek.chat import Chat
+from smolseek.config import PYTHON_ALIASES, GenerationOptions, Options
 from smolseek.errors import SmolseekError
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
@@ -59,6 +61,34 @@ def test_the_names_of_transformers_mean_the_same(model):
     greedy = model.generate("The sea", max_tokens=12, temperature=0.0)[0].text
     assert model.generate("The sea", max_tokens=12, do_sample=False, num_beams=1)[0].text == greedy
     assert model.generate("The sea", max_tokens=12, do_sample=True)[0].text != greedy
+
+
+def test_none_is_an_option_that_is_not_given(model):
+    nones = dict.fromkeys(("temperature", "stop_strings", "bad_words_ids", "num_return_sequences", "seed", "do_sample"))
+    given = model.generate("The sea", max_tokens=9, **nones)
+    assert [one.text for one in given] == [one.text for one in model.generate("The sea", max_tokens=9)]
+    (long,) = model.generate("The sea", max_tokens=None, max_time=math.inf, stop_tokens=5)
+    assert long.result.stop_reason in ("context", "stop_token")
+
+
+def test_token_ids_stand_for_text(model):
+    (text,) = model.generate("The sea", max_tokens=9, prefix="is")
+    ids = model.tokens("The sea")
+    for prompt, prefix in ((ids, model.tokens("is")), (torch.tensor(ids), tuple(model.tokens("is")))):
+        (one,) = model.generate([prompt], max_tokens=np.int64(9), prefix=prefix)
+        assert (one.prompt, one.text, one.result.tokens) == ("The sea", text.text, text.result.tokens)
+    drawn = set(model.generate("The sea", max_tokens=60)[0].result.tokens)
+    letter = next(i for i in drawn if model.tokenizer.decode([i]).isalpha())
+    other = next(iter(drawn - {letter}))
+    (banned,) = model.generate("The sea", max_tokens=60, bad_words=[model.tokenizer.decode([letter]), [other]])
+    assert not {letter, other} & set(banned.result.tokens)
+
+
+def test_editors_know_every_option():
+    assert set(Options.__annotations__) == {field.name for field in fields(GenerationOptions)} | {
+        "do_sample",
+        *PYTHON_ALIASES,
+    }
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_by_itself(model):
@@ -121,6 +151,25 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
         (lambda m: m.stream("x", max_tokens=3, max_new_tokens=3), "max_new_tokens and max_tokens are the same"),
         (lambda m: m.stream("x" * 300), "300 tokens, the model's context 256"),
         (lambda m: m.stream("x", stop=[""]), "a stop string is empty"),
+        (lambda m: m.stream("x", pad_token_id=0), "pad_token_id: smolseek never pads, so leave it out"),
+        (lambda m: m.stream("x", temperature="hot"), "temperature 'hot' is not a number"),
+        (lambda m: m.stream("x", max_new_tokens="5"), "max_new_tokens '5' is not a whole number"),
+        (lambda m: m.stream("x", top_k=5.0), "top_k 5.0 is not a whole number"),
+        (lambda m: m.stream("x", n=True), "n True is not a whole number"),
+        (lambda m: m.stream("x", do_sample="no"), "do_sample 'no' is not True or False"),
+        (lambda m: m.stream("x", stop=5), "stop 5 is not a string or a list of strings"),
+        (lambda m: m.stream("x", stop_tokens=[None]), "is not the name or number of a token"),
+        (lambda m: m.stream("x", bad_words=[1, 2]), "is not a word, or a list of words or of lists of token ids"),
+        (lambda m: m.stream("x", bad_words=[[257]]), "token 257 is not among the model's 257"),
+        (lambda m: m.stream("x", prefix=[1.5]), "is not text or a list of token ids"),
+        (lambda m: m.stream("x", prefix=[-1]), "token -1 is not among the model's 257"),
+        (lambda m: m.stream(None), "prompt None is not text or a list of token ids"),
+        (lambda m: m.generate(None), "prompts None is not text or a list of prompts"),
+        (lambda m: m.generate([1, 2]), "prompt 1 is not text or a list of token ids"),
+        (lambda m: m.generate("x", beams=2, early_stopping="bogus"), "early_stopping 'bogus' is not True, False or"),
+        (lambda m: m.stream("x", presence_penalty=1e300), "presence_penalty 1e.300 must be at most"),
+        (lambda m: m.stream("x", repetition_penalty=1e-39), "repetition_penalty 1e-39 must be 1e-30 or more"),
+        (lambda m: m.stream("x", max_tokens=0), "max_tokens 0 must be 1 or more"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(model, call, message):

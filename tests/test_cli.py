@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from smolseek import __version__, cli
-from smolseek.config import TrainConfig, to_dict
+from smolseek.cli.arguments import option_value, renamed, without_flag
+from smolseek.config import ALIASES, TrainConfig, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.presets import tiny
 
@@ -229,6 +230,16 @@ def small_model(monkeypatch):
 
     monkeypatch.setattr("smolseek.api.load_model", load)
     return loaded
+
+
+def test_what_follows_two_dashes_is_text(run_cli, small_model):
+    text = "--max_new_tokens"
+    result = run_cli("generate", "small", "--max-tokens", "1", "--", text)
+    assert result.code == 0 and result.out.startswith(text)
+    assert renamed(["--max_new_tokens=--num-beams", "--", text], ALIASES) == ["--max-tokens=--num-beams", "--", text]
+    assert option_value(["--", "--seed", "3"], "--seed") is None and without_flag(["--", "--a"], "--a") == ["--", "--a"]
+    assert "unknown option --bad-words-ids" in run_cli("generate", "small", "x", "--bad-words-ids", "5").err
+    assert run_cli("generate", "small", "x", "--max-tokens", "1", "--max-time", "inf").code == 0
 
 
 def test_generate_writes_the_prompt_and_what_follows(run_cli, small_model):

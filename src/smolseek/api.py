@@ -9,14 +9,14 @@ for piece in model.stream("The structure of DNA"):
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from smolseek.config import GenerationOptions, SamplingOptions, generation_options
+from smolseek.config import GenerationOptions, Options, SamplingOptions, generation_options, token_ids
 from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
 from smolseek.generate.beam import beam_search
@@ -36,7 +36,7 @@ class Continuation:
     """A prompt and the text generated after it."""
 
     prompt: str
-    """The prompt."""
+    """The prompt, decoded if it was token ids."""
     text: str
     """The generated text, without stop strings."""
     result: Result
@@ -96,7 +96,7 @@ class Model:
         return ids
 
     def stream(
-        self, prompt: str | Sequence[int], *, processors: Sequence[Processor] = (), **options: Any
+        self, prompt: str | Sequence[int], *, processors: Sequence[Processor] = (), **options: Unpack[Options]
     ) -> TextStream:
         """Continue `prompt`; iterate over the result to get the text piece by piece.
 
@@ -112,29 +112,38 @@ class Model:
         if chosen.beams != 1 or chosen.n != 1:
             raise SmolseekError("a stream is one continuation without beams: use generate for beams or an n above 1")
         sampling = self._sampling(chosen, processors)
-        ids = self.tokens(prompt) if isinstance(prompt, str) else list(prompt)
-        return TextStream(self._generator([ids], [sampling], chosen), self.tokenizer, chosen.stop)
+        return TextStream(self._generator([self._ids(prompt)], [sampling], chosen), self.tokenizer, chosen.stop)
 
     def generate(
-        self, prompts: str | Sequence[str], *, processors: Sequence[Processor] = (), **options: Any
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        *,
+        processors: Sequence[Processor] = (),
+        **options: Unpack[Options],
     ) -> list[Continuation]:
         """Return `n` continuations of each prompt, in the order of the prompts; of beam search the best first.
 
         Continuation number j of a prompt is sampled with the seed `seed + j`: the first one is that of `stream`.
 
         Args:
-            prompts: one text or several. Several are one batch, which gives each the text that it would get alone.
+            prompts: one text or several; a list of token ids may stand for a text. Several are one batch, which gives
+                each the text that it would get alone.
             processors: functions that change the logits, as transformers' `LogitsProcessor`.
             options: fields of `GenerationOptions`.
 
         Raises:
             SmolseekError: as `stream`, and for options that do not go together.
         """
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         chosen = generation_options(options, self.sampling_defaults)
-        if not texts:
+        given: Any = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(given, Iterable):
+            raise SmolseekError(f"prompts {given!r} is not text or a list of prompts")
+        given = list(given)
+        if not given:
             return []
-        ids, sampling = [self.tokens(text) for text in texts], self._sampling(chosen, processors)
+        ids, sampling = [self._ids(prompt) for prompt in given], self._sampling(chosen, processors)
+        pairs = zip(given, ids, strict=True)
+        texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(of) for prompt, of in pairs]
         if chosen.beams != 1:
             results = [self._search(prompt, sampling, chosen) for prompt in ids]
             best = [(text, result) for text, of_text in zip(texts, results, strict=True) for result in of_text]
@@ -172,7 +181,9 @@ class Model:
     def _scoring(self) -> CausalLM:
         return self.model if self._unrounded is None else load_causal_lm(self._unrounded)
 
-    def chat(self, messages: Sequence[Message], **options: Any) -> TextStream:
+    def chat(
+        self, messages: Sequence[Message], *, processors: Sequence[Processor] = (), **options: Unpack[Options]
+    ) -> TextStream:
         """Generate the assistant's answer to `messages` in the model's chat template; options as in `stream`.
 
         Raises:
@@ -188,7 +199,7 @@ class Model:
             hint = "leave out the system message" if system else "change the messages, or use generate"
             raise SmolseekError(f"{self.name}: its chat template refuses these messages ({reason}): {hint}") from error
         # The template itself adds BOS if the model needs it.
-        return self.stream(self.tokens(text, special=False), **options)
+        return self.stream(self.tokens(text, special=False), processors=processors, **options)
 
     def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
         """Return the ids of the tokens that end a text: the model's own, and `tokens` by name or id."""
@@ -201,17 +212,28 @@ class Model:
             ids.append(number)
         return sorted(set(ids))
 
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.tokens(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        if ids is None:
+            raise SmolseekError(f"prompt {' '.join(repr(prompt).split())[:80]} is not text or a list of token ids")
+        return list(ids)
+
     def _sampling(self, chosen: GenerationOptions, processors: Sequence[Processor]) -> SamplingParams:
         """Return the options that concern sampling, with text as token ids."""
-        bad_words: Any = chosen.bad_words  # those of generation_config.json are token ids already
-        if bad_words and isinstance(bad_words[0], str):
-            # A word in the middle of a text has tokens of its own, which include the space before it.
-            forms = [form for word in bad_words for form in (word, " " + word.lstrip())]
-            bad_words = tuple(tuple(self.tokens(form, special=False)) for form in forms)
+        words: Sequence[Any] = chosen.bad_words  # text, or token ids as in generation_config.json
+        # A word in the middle of a text has tokens of its own, which include the space before it.
+        forms = [form for word in words for form in ((word, " " + word.lstrip()) if isinstance(word, str) else (word,))]
+        ids = [self.tokens(form, special=False) if isinstance(form, str) else form for form in (*forms, chosen.prefix)]
+        vocabulary = self.config.vocab_size
+        wrong = next((i for word in ids for i in word if not 0 <= i < vocabulary), None)
+        if wrong is not None:
+            raise SmolseekError(
+                f"token {wrong} is not among the model's {vocabulary}: leave it out of prefix or bad words"
+            )
         return SamplingParams(
             **{field.name: getattr(chosen, field.name) for field in fields(SamplingOptions)},
-            bad_words=bad_words,
-            prefix=tuple(self.tokens(chosen.prefix, special=False)),
+            bad_words=tuple(map(tuple, ids[:-1])),
+            prefix=tuple(ids[-1]),
             processors=tuple(processors),
         )
 
@@ -238,13 +260,13 @@ class Model:
         )
 
 
-def load(name: str, *, dtype: str = "auto", device: str = "cpu", tokenizer: str | None = None) -> Model:
+def load(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", tokenizer: str | None = None) -> Model:
     """Load a model: a run folder, a model folder, a .gguf file, a hub name or `smollm2`.
 
     Args:
         name: the model.
-        dtype: float32, bfloat16 or float16; auto is the file's, but bfloat16 for a float32 file if the CPU has
-            AVX512_BF16 (`score` still computes in float32).
+        dtype: float32, bfloat16 or float16, also as torch's type; auto is the file's, but bfloat16 for a float32 file
+            if the CPU has AVX512_BF16 (`score` still computes in float32).
         device: for example "cuda".
         tokenizer: name of a tokenizer to use instead, for a .gguf file whose own is not supported.
 

@@ -417,6 +417,14 @@ def test_a_head_of_float8_beside_another_type_is_read(tmp_path):
     assert not read_config(tmp_path).tie_word_embeddings
 
 
+def test_a_type_is_torch_s_or_its_name_and_checked_first(tmp_path):
+    save_folder(random_model(LLAMA), tmp_path)
+    assert load_model(tmp_path, dtype=torch.bfloat16).model.lm_head.weight.dtype == torch.bfloat16
+    for wrong in ("int8", torch.int8, None):
+        with pytest.raises(SmolseekError, match=r"dtype (int8|None) is not supported"):
+            load_model("no/such/model", dtype=wrong)
+
+
 def test_hub_names(monkeypatch, tmp_path):
     import huggingface_hub
 

@@ -120,7 +120,7 @@ def _error_line(box: str, verb: str) -> str:
 
 def option_value(argv: Sequence[str], name: str) -> str | None:
     """Return the value of the option `name` in `argv`, before anything is parsed."""
-    for argument, following in itertools.pairwise([*argv, ""]):
+    for argument, following in itertools.pairwise([*_split(argv)[0], ""]):
         spelled, equals, value = argument.partition("=")
         if spelled.replace("_", "-") == name:
             return value if equals else following
@@ -130,5 +130,18 @@ def option_value(argv: Sequence[str], name: str) -> str | None:
 def renamed(argv: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
     """Return `argv` with old and foreign names of options, which the help does not list, replaced by ours."""
     options = {f"--{alias}".replace("_", "-"): f"--{name}".replace("_", "-") for alias, name in aliases.items()}
-    split = (argument.partition("=") for argument in argv)
-    return [options.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split]
+    before, behind = _split(argv)
+    split = (argument.partition("=") for argument in before)
+    return [options.get(name.replace("_", "-"), name) + equals + value for name, equals, value in split] + behind
+
+
+def without_flag(argv: Sequence[str], name: str) -> list[str]:
+    """Return `argv` without the flag `name`."""
+    before, behind = _split(argv)
+    return [argument for argument in before if argument.replace("_", "-") != name] + behind
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments that may be options, and those from `--` on, which are none."""
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:end]), list(argv[end:])

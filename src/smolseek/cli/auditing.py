@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smolseek import console
-from smolseek.cli.arguments import parse
+from smolseek.cli.arguments import parse, without_flag
 from smolseek.config import option
 from smolseek.errors import SmolseekError
 
@@ -49,7 +49,7 @@ class AuditArgs:
 def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
     # --fix-hints is accepted as before: the hints are always printed now.
-    args = parse(AuditArgs, "audit", [argument for argument in argv if argument.replace("_", "-") != "--fix-hints"])
+    args = parse(AuditArgs, "audit", without_flag(argv, "--fix-hints"))
     from smolseek.audit.check import failures, lines
     from smolseek.audit.runner import audit
     from smolseek.audit.targets import import_function, open_subject, open_text

@@ -1,6 +1,14 @@
 """Every option of a model, a training run and a generation, as frozen dataclasses. Imports no torch."""
 
-from smolseek.config.generation import ALIASES, GenerationOptions, SamplingOptions, generation_options
+from smolseek.config.generation import (
+    ALIASES,
+    PYTHON_ALIASES,
+    GenerationOptions,
+    Options,
+    SamplingOptions,
+    generation_options,
+    token_ids,
+)
 from smolseek.config.option import option
 from smolseek.config.plain import differences, flatten, from_dict, parse_json, to_dict
 from smolseek.config.shape import ModelConfig, ModelType, RopeConfig, RopeType

@@ -1,8 +1,9 @@
 """The options of a generation: one source for Python, the command line and a chat's /params. Imports no torch."""
 
-from collections.abc import Mapping
+import typing
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from smolseek.config.option import check_numbers, option
 from smolseek.errors import SmolseekError, nearest
@@ -69,6 +70,43 @@ class GenerationOptions(SamplingOptions):
     """Beam search: end when as many texts are finished as there are beams."""
 
 
+class Options(TypedDict, total=False):
+    """The fields of `GenerationOptions` and their names in transformers, as Python takes them.
+
+    None is an option that is not given, unless the field takes None itself.
+    """
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    no_repeat_ngram: int | None
+    min_tokens: int | None
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Iterable[str] | None
+    stop_tokens: str | int | Iterable[str | int] | None
+    max_time: float | None
+    bad_words: str | Iterable[str | Sequence[int]] | None
+    prefix: str | Sequence[int] | None
+    n: int | None
+    beams: int | None
+    length_penalty: float | None
+    early_stopping: bool | Literal["never"] | None
+    do_sample: bool | None
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    stop_strings: str | Iterable[str] | None
+    no_repeat_ngram_size: int | None
+    num_return_sequences: int | None
+    num_beams: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+
+
 ALIASES = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -76,9 +114,10 @@ ALIASES = {
     "no_repeat_ngram_size": "no_repeat_ngram",
     "num_return_sequences": "n",
     "num_beams": "beams",
-    "bad_words_ids": "bad_words",
 }
 """transformers' names of options that mean the same here."""
+PYTHON_ALIASES = ALIASES | {"bad_words_ids": "bad_words"}
+"""The same with those of options that a command line cannot give."""
 _ELSEWHERE = {
     "max_length": "it counts the prompt too, so use max_tokens",
     "eos_token_id": "the model's own end tokens always count, so add others with stop_tokens",
@@ -86,32 +125,84 @@ _ELSEWHERE = {
     "logits_processor": "use processors",
     "generation_config": "give its settings as options",
     "num_beam_groups": "use beams",
+    "pad_token_id": "smolseek never pads, so leave it out",
+}
+_TEXTS = {
+    "stop": "a string or a list of strings",
+    "stop_tokens": "the name or number of a token, or a list of them",
+    "bad_words": "a word, or a list of words or of lists of token ids",
+    "prefix": "text or a list of token ids",
 }
 
 
 def generation_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
     """Return `options`, which may have transformers' names, over `defaults`.
 
-    `do_sample=False` is temperature 0, as in transformers. A string stands for a tuple of one.
+    `do_sample=False` is temperature 0, as in transformers. A string stands for a tuple of one, and None for an option
+    that is not given unless the option takes None.
 
     Raises:
-        SmolseekError: for an unknown option, one given twice, or a number out of range.
+        SmolseekError: for an unknown option, one given twice, a value of a wrong kind, or a number out of range.
     """
     known = {field.name for field in fields(GenerationOptions)}
+    hints = typing.get_type_hints(GenerationOptions) | {"do_sample": bool}
     values: dict[str, Any] = {}
     for alias, value in options.items():
-        name = ALIASES.get(alias, alias)
+        name = PYTHON_ALIASES.get(alias, alias)
         if name != alias and name in options:
             raise SmolseekError(f"{alias} and {name} are the same option: give one of them")
         if name not in known | {"do_sample"}:
             hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else nearest(name, known) or ": see GenerationOptions"
             raise SmolseekError(f"unknown option {alias}{hint}")
-        values[name] = value
+        kinds = typing.get_args(hints[name]) if name not in _TEXTS else ()
+        if value is not None or type(None) in kinds:
+            values[name] = _checked(alias, name, value, kinds or (hints[name],))
     if not values.pop("do_sample", True):
         values["temperature"] = 0.0
-    if values.get("beams", 1) is None:
-        del values["beams"]
-    for name in ("stop", "stop_tokens", "bad_words"):
-        if isinstance(values.get(name), str):
-            values[name] = (values[name],)
     return GenerationOptions(**{**defaults, **values})
+
+
+def token_ids(value: Any) -> tuple[int, ...] | None:
+    """Return the token ids of a list, tuple, array or tensor; None for anything else."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+        return None
+    ids = tuple(i.tolist() if hasattr(i, "tolist") else i for i in value)
+    return ids if all(_is_integer(i) for i in ids) else None
+
+
+def _checked(alias: str, name: str, value: Any, kinds: Sequence[Any]) -> Any:
+    """Return the value of an option with strings as tuples, or raise SmolseekError for one of a wrong kind."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy and PyTorch
+    if name in _TEXTS:
+        good, what = _text(name, value), _TEXTS[name]
+    elif name == "early_stopping":
+        good, what = value if isinstance(value, bool) or value == "never" else None, 'True, False or "never"'
+    elif bool in kinds:
+        good, what = value if isinstance(value, bool) else None, "True or False"
+    else:
+        is_number = _is_integer(value) or (float in kinds and isinstance(value, float))
+        good, what = value if is_number else None, "a number" if float in kinds else "a whole number"
+    if good is None and value is not None:
+        raise SmolseekError(f"{alias} {' '.join(repr(value).split())[:80]} is not {what}")
+    return good
+
+
+def _text(name: str, value: Any) -> Any:
+    """Return an option of text, a tuple unless it is a prefix; None for a value of a wrong kind."""
+    if name == "prefix":
+        return value if isinstance(value, str) else token_ids(value)
+    if isinstance(value, str) or (name == "stop_tokens" and _is_integer(value)):
+        return (value,)
+    if isinstance(value, bytes | Mapping) or not isinstance(value, Iterable):
+        return None
+    items = list(value)
+    if name == "bad_words":
+        items = [item if isinstance(item, str) else token_ids(item) for item in items]
+        return None if None in items else tuple(items)
+    good = all(isinstance(item, str) or (name == "stop_tokens" and _is_integer(item)) for item in items)
+    return tuple(items) if good else None
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -14,7 +14,7 @@ class Detokenizer:
     """Text from tokens that arrive one by one, up to a stop string; without one it is the tokenizer's `decode` of all.
 
     Text is held back while it is half a character or may still become a stop string. The cost of a token does not grow
-    with the length of the text.
+    with the length of the text, but with that of a run of bytes that are no characters, which is decoded anew for each.
 
     Args:
         tokenizer: the model's.

