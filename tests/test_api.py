@@ -71,6 +71,14 @@ def test_none_is_an_option_that_is_not_given(model):
     assert long.result.stop_reason in ("context", "stop_token")
 
 
+def test_the_largest_penalties_together_do_not_overflow(model):
+    for temperature in (0.0, 1e-9, 1e-3, 1.0):
+        options = {"temperature": temperature, "repetition_penalty": 1e-30, "frequency_penalty": -1e30}
+        assert len(model.generate("The sea", max_tokens=9, **options)[0].result.tokens) > 1
+    beams = {"beams": 3, "repetition_penalty": 1e-30, "presence_penalty": -1e30}
+    assert model.generate("The sea", max_tokens=9, **beams)
+
+
 def test_token_ids_stand_for_text(model):
     (text,) = model.generate("The sea", max_tokens=9, prefix="is")
     ids = model.tokens("The sea")

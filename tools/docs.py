@@ -31,6 +31,7 @@ INTERFACE = {
     "Sampling": [
         "smolseek.config.SamplingOptions",
         "smolseek.config.GenerationOptions",
+        "smolseek.config.Options",
         "smolseek.generate.sampling.SamplingParams",
     ],
     "Token ids in, token ids out": ["smolseek.generate.engine.Generator", "smolseek.generate.engine.Result"],

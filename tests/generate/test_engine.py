@@ -142,7 +142,7 @@ def test_beams_that_need_more_than_the_vocabulary_still_end():
         ([], {}, "prompt is empty"),
         ([1] * 200, {}, "200 tokens, the model's context 200"),
         ([120], {}, "token 120"),
-        ([1], {"max_tokens": 0}, "max-tokens 0"),
+        ([1], {"max_tokens": 0}, "max_tokens 0 must be 1 or more"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, message):

@@ -94,7 +94,7 @@ def test_a_seed_gives_the_same_draws():
         ({"top_p": 1.1}, "top_p 1.1 must be at most 1"),
         ({"typical_p": 2.0}, "typical_p 2.0 must be at most 1"),
         ({"min_p": -1.0}, "min_p -1.0 must be 0 or more"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be 1e-30 or more"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 must be 0 or more"),
         ({"bad_words": ((),)}, "one of them is empty"),
     ],

@@ -73,7 +73,8 @@ class GenerationOptions(SamplingOptions):
 class Options(TypedDict, total=False):
     """The fields of `GenerationOptions` and their names in transformers, as Python takes them.
 
-    None is an option that is not given, unless the field takes None itself.
+    None is an option that is not given, unless the field takes None itself. `stop_tokens` may be numbers, `prefix` and
+    `bad_words` token ids. `early_stopping="never"` goes on until no better text is possible.
     """
 
     temperature: float | None

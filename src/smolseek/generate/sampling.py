@@ -50,6 +50,8 @@ def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int])
         chain.append(_penalty(sampling, prompt))
     if sampling.repetition_penalty != 1:
         chain.append(_transformers("RepetitionPenalty", float(sampling.repetition_penalty)))
+    if chain:  # huge penalties together overflow
+        chain.append(lambda ids_1T, scores_1V: scores_1V.clamp(max=1e30))
     if sampling.no_repeat_ngram:
         chain.append(_transformers("NoRepeatNGram", sampling.no_repeat_ngram))
     if sampling.bad_words:
