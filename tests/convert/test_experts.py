@@ -83,7 +83,7 @@ def test_clusters_hold_neurons_of_one_direction():
         ({"experts": 1}, "experts 1"),
         ({"mode": "grow", "experts": 4, "shared": 5, "top_k": 2}, "48 neurons"),
         ({"mode": "grow", "experts": 4, "shared": 0, "top_k": 2}, "shared 0"),
-        ({"mode": "grow", "experts": 4, "top_k": 5}, "num_experts_per_tok 5"),
+        ({"mode": "grow", "experts": 4, "top_k": 5}, "--top-k 5 is not between 1 and 4"),
     ],
 )
 def test_sizes_that_do_not_fit(options, message):
