@@ -1,10 +1,13 @@
 """Routers without a gradient, biases that are never updated, experts that are never chosen."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import torch
 from examples.leaks import right
 
+from smolseek.audit import probe
 from smolseek.audit.check import Check, failures
 from smolseek.audit.probe import Subject
 from smolseek.audit.routing import check_routing
@@ -65,3 +68,22 @@ def test_dead_experts_and_uneven_load_are_found_on_trained_weights() -> None:
     bad = {"routing: dead experts", "routing: MaxVio"}
     assert failed(check_routing(subject)) == bad
     assert failed(check_routing(replace(subject, trained=None))) == set()
+
+
+def test_copies_of_the_model_are_freed_at_once(monkeypatch) -> None:
+    """A float64 copy that only the garbage collector finds doubles what a training run holds."""
+    copies, precise_copy = [], probe.precise_copy
+
+    def recorded(*arguments):
+        copy = precise_copy(*arguments)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(probe, "precise_copy", recorded)
+    model = new_model(replace(tiny(), **SMALL))
+    gc.disable()
+    try:
+        check_routing(Subject(model=model, vocab=256))
+        assert copies and not any(copy() for copy in copies)
+    finally:
+        gc.enable()

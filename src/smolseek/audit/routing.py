@@ -215,10 +215,13 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
         scale = float(before.abs().max())
         shares[name] = float(((after - before).abs().amax(dim=-1) > 1e-7 * scale).double().mean())
 
+    handles = []
     for name in biased:
         layer = precise.get_submodule(name.rpartition(".")[0])
-        layer.register_forward_hook(partial(change_bias, name), with_kwargs=True)
+        handles.append(layer.register_forward_hook(partial(change_bias, name), with_kwargs=True))
     probe.call(precise, ids)
+    for handle in handles:
+        handle.remove()  # the hooks refer to the copy: with them it would stay in memory
     if not shares:
         return BIAS_IN_WEIGHTS.skip("the layers around the routers are not called as modules")
     return BIAS_IN_WEIGHTS.judge(
