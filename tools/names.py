@@ -82,6 +82,7 @@ EXCEPTIONS: dict[str, str] = {
     "FeedForward": "the layer's standard name",
     "CheckpointWriter": "like StorageWriter of torch.distributed.checkpoint",
     "bad_words": "transformers' and vLLM's option",
+    "bad_words_ids": "transformers' option",
     "parts": "a key of prepared data's index.json, which earlier releases wrote",
     "heal": "the command",
     "HealArgs": "arguments of the command `heal`",

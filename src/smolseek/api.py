@@ -135,15 +135,15 @@ class Model:
             SmolseekError: as `stream`, and for options that do not go together.
         """
         chosen = generation_options(options, self.sampling_defaults)
-        given: Any = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(given, Iterable):
-            raise SmolseekError(f"prompts {given!r} is not text or a list of prompts")
-        given = list(given)
-        if not given:
+        all_prompts: Any = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(all_prompts, Iterable):
+            raise SmolseekError(f"prompts {all_prompts!r} is not text or a list of prompts")
+        all_prompts = list(all_prompts)
+        if not all_prompts:
             return []
-        ids, sampling = [self._ids(prompt) for prompt in given], self._sampling(chosen, processors)
-        pairs = zip(given, ids, strict=True)
-        texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(of) for prompt, of in pairs]
+        ids, sampling = [self._ids(prompt) for prompt in all_prompts], self._sampling(chosen, processors)
+        prompts_and_ids = zip(all_prompts, ids, strict=True)
+        texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(of) for prompt, of in prompts_and_ids]
         if chosen.beams != 1:
             results = [self._search(prompt, sampling, chosen) for prompt in ids]
             best = [(text, result) for text, of_text in zip(texts, results, strict=True) for result in of_text]
@@ -220,9 +220,11 @@ class Model:
 
     def _sampling(self, chosen: GenerationOptions, processors: Sequence[Processor]) -> SamplingParams:
         """Return the options that concern sampling, with text as token ids."""
-        words: Sequence[Any] = chosen.bad_words  # text, or token ids as in generation_config.json
+        bad_words: Sequence[Any] = chosen.bad_words  # text, or token ids as in generation_config.json
         # A word in the middle of a text has tokens of its own, which include the space before it.
-        forms = [form for word in words for form in ((word, " " + word.lstrip()) if isinstance(word, str) else (word,))]
+        forms = [
+            form for word in bad_words for form in ((word, " " + word.lstrip()) if isinstance(word, str) else (word,))
+        ]
         ids = [self.tokens(form, special=False) if isinstance(form, str) else form for form in (*forms, chosen.prefix)]
         vocabulary = self.config.vocab_size
         wrong = next((i for word in ids for i in word if not 0 <= i < vocabulary), None)
