@@ -1,8 +1,9 @@
-"""Checkpoints: written atomically, and verified before they are used.
+"""Checkpoints are written atomically, and verified before they are used.
 
-A checkpoint is a model folder that any tool opens, with the training state beside the weights and a manifest of every
-file's SHA-256. It is written under another name, forced to the disk, and renamed. Of several processes each writes its
-shard: the folder then has more files and an index. docs/scale.md says why torch.distributed.checkpoint is not used.
+A checkpoint is a model folder that Hugging Face tools can open. Beside the weights it holds the training state and a
+manifest with the SHA-256 of every file. A checkpoint is written under a temporary name, flushed to disk, and renamed.
+With several processes, each process writes its own shard, and an index lists the files of all shards. docs/scale.md
+says why torch.distributed.checkpoint is not used.
 """
 
 import contextlib
@@ -28,34 +29,37 @@ from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_PATTERN, STATE
 from smolseek.storage.safetensors_file import SafetensorsFiles, shard_name, write_index
 
 _POLL = 0.02
-"""Seconds between two looks for the other processes' shards."""
+"""Seconds between two checks for the other processes' shards."""
 _STATE_SHARD = re.compile(r"(.+)@(\d+)/(\d+)")
-"""Name of a shard in the training state: the tensor's name, the shard's first row, the rows of the full tensor."""
+"""Name of a shard in the training state: the tensor's name @ first row of the shard / number of rows of the tensor."""
 
 
 @dataclass(frozen=True)
 class CheckpointWriter:
     """Writes the checkpoint of a run after `step` optimizer steps.
 
-    The main process calls `begin`; then each process calls `write_shard`, and the main process `finish`. Each raises
-    SmolseekError if it cannot write; older checkpoints stay as they are.
+    The main process calls `begin`. Then every process calls `write_shard`. Finally the main process calls `finish`.
+    `write_shard` and `finish` raise SmolseekError if they cannot write. Older checkpoints are not changed.
     """
 
     run: RunFolder
     step: int
     rank: int = 0
     size: int = 1
-    """Processes that write, of which this is number `rank`."""
+    """Number of processes that write the checkpoint; `rank` is the number of this process."""
     timeout: float = 0.0
-    """Seconds that the main process waits for the others' shards."""
+    """Seconds that the main process waits for the shards of the other processes."""
 
     @property
     def folder(self) -> Path:
-        """The checkpoint while it is written."""
+        """The temporary folder in which the checkpoint is written."""
         return unfinished(self.run.checkpoint_path(self.step))
 
     def begin(self) -> str | None:
-        """Delete what crashes left and make the folder that all processes write into. Returns why that fails."""
+        """Delete the leftovers of crashes, and create the folder that all processes write into.
+
+        Returns the reason if the folder cannot be created, else None.
+        """
         try:
             for left_over in self.run.checkpoints.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -65,12 +69,12 @@ class CheckpointWriter:
         return None
 
     def write_shard(self, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
-        """Write this process's part of a checkpoint, then a record of it for the main process.
+        """Write this process's shard of a checkpoint, then a list of the shard's files for the main process.
 
         Args:
             weights: the model's tensors that this process writes (`weights.file_tensors`).
-            state: the training state's tensors (moments, states of random generators) or shards of them, by
-                `state_name`, on any device.
+            state: the tensors of the training state (moments, states of random generators) or their shards, on any
+                device, under the names that `state_name` gives.
         """
         names = shard_name(self.rank, self.size), shard_name(self.rank, self.size, Path(STATE_TENSORS).stem)
         files: dict[str, dict[str, Any]] = {}
@@ -85,16 +89,16 @@ class CheckpointWriter:
             write_atomically(self.folder / f".shard-{self.rank}.json", json.dumps(record))
         except OSError as error:
             with contextlib.suppress(OSError):
-                (self.folder / f".failed-{self.rank}").touch()  # so that the main process does not wait
+                (self.folder / f".failed-{self.rank}").touch()  # tells the main process not to wait
             raise self.failure(str(error.strerror or error)) from None
 
     def finish(self, config: ModelConfig, tokenizer_files: Mapping[str, bytes], state: Mapping[str, Any]) -> None:
-        """Wait for all shards, write the other files, and rename the folder: only then is it a checkpoint.
+        """Wait for all shards, write the other files, and give the folder its final name.
 
         Args:
             config: the shape of the model.
             tokenizer_files: the tokenizer's files, by name.
-            state: the training state beside its tensors, in JSON's types.
+            state: the part of the training state that is stored as JSON.
         """
         folder = self.folder
         try:
@@ -115,7 +119,7 @@ class CheckpointWriter:
             raise self.failure(str(error.strerror or error)) from None
 
     def failure(self, reason: str) -> SmolseekError:
-        """Return the error that ends the writing; a single process also deletes what it has written."""
+        """Return the error to raise when writing fails. A single process also deletes its unfinished folder."""
         if self.size == 1:
             shutil.rmtree(self.folder, ignore_errors=True)
         shared = ", which all processes must see" if self.size > 1 else ""
@@ -125,7 +129,7 @@ class CheckpointWriter:
         )
 
     def _gathered(self) -> list[dict[str, Any]]:
-        """Return every process's record of its shard, in order, when all are there."""
+        """Wait until every process has written its shard, and return the lists of their files, ordered by rank."""
         records: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + self.timeout
         while missing := sorted(set(range(self.size)) - set(records)):
@@ -144,18 +148,21 @@ class CheckpointWriter:
 
 
 def state_name(name: str, shard: LocalShard) -> str:
-    """Return the name in a file for a shard of the tensor `name`: with its first row, and those of the full tensor."""
+    """Return the name under which a shard of the tensor `name` is stored.
+
+    The name of a partial shard also holds its first row and the number of rows of the full tensor.
+    """
     return name if len(shard.tensor) == shard.full_length else f"{name}@{shard.start}/{shard.full_length}"
 
 
 def load_state(
     path: str | Path, shard_of: Callable[[str], slice | None] = lambda name: None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the training state of a checkpoint: its tensors on the CPU, and the JSON state.
+    """Return the training state of a checkpoint: its tensors on the CPU, and its JSON part.
 
-    `shard_of` gives the slice of the first dimension to read of a tensor, None for all of it. It need not match the
-    shards that were written. Raises SmolseekError if there is none (in a model folder that is no checkpoint), it is
-    damaged, or a shard is missing.
+    `shard_of` maps a tensor's name to the slice of its first dimension that is read; None reads the full tensor. The
+    slices need not match the shards that were written. Raises SmolseekError if the folder holds no training state (a
+    model folder that is no checkpoint), if the training state is damaged, or if a shard is missing.
     """
     state, path = load_progress(path), Path(path)
     paths = sorted(path.glob(STATE_PATTERN))
@@ -183,7 +190,7 @@ def load_state(
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint's training state. Raises SmolseekError as `load_state`."""
+    """Return the JSON part of a checkpoint's training state. Raises SmolseekError if it is missing or damaged."""
     file = Path(path) / STATE_JSON
     if not file.exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: training resumes from checkpoints only")

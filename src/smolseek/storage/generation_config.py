@@ -1,4 +1,4 @@
-"""A model folder's `generation_config.json`: read, written, and turned into end tokens and sampling options."""
+"""Reads and writes a model folder's `generation_config.json`, and turns it into end tokens and sampling options."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from smolseek.storage.hf_config import read_json
 
 NAME = "generation_config.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-"""Settings that transformers follows with `do_sample` only."""
+"""Settings that transformers uses only with `do_sample`."""
 _ALWAYS = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
-"""Settings that greedy decoding follows too, and our names of them."""
+"""Settings that greedy decoding uses too: transformers' name -> smolseek's name."""
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("diversity_penalty", "min_length", "encoder_no_repeat_ngram_size", "penalty_alpha"), (0,)),
@@ -23,18 +23,18 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty"), ()),
     **dict.fromkeys(("constraints", "force_words_ids", "dola_layers", "watermarking_config"), ()),
 }
-"""Settings that would change the text and that smolseek does not follow, with the values that change nothing."""
+"""Unsupported settings, with the values that have no effect. Other values would change the text, and are refused."""
 
 
 def write(path: Path, config_json: Mapping[str, Any]) -> None:
-    """Write the file into the model folder `path`, with the special tokens of its `config.json`."""
+    """Write `generation_config.json` into the model folder `path`, with the special tokens in `config_json`."""
     ids = {name: config_json[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     values = {"_from_model_config": True, **{name: value for name, value in ids.items() if value is not None}}
     write_atomically(path / NAME, json.dumps(values, indent=2) + "\n")
 
 
 def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of the model folder `path`: those of its file, else those in `config.json`.
+    """Return the settings in the `generation_config.json` of the model folder `path`; without that file `config_json`.
 
     Raises SmolseekError for a file that is not a JSON object.
     """
@@ -45,10 +45,10 @@ def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tuple[int, ...]:
-    """Return the tokens that end a text, as transformers reads them: `eos_token_id` of `values`, none without it.
+    """Return the end tokens that `eos_token_id` in `values` names, as transformers reads it; without it none.
 
-    config.json's first end token, which separates documents in training, stays first if it is among them. Raises
-    SmolseekError for ids that are no tokens of the model.
+    The first end token of config.json separates documents in training. If it is among the end tokens, it is returned
+    first. Raises SmolseekError for ids that are not in the model's vocabulary.
     """
     eos = values.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -62,10 +62,11 @@ def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tupl
 
 
 def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
-    """Return the fields of `SamplingParams` that `values` set; `where` is the model's folder.
+    """Return the fields of `SamplingParams` that are set in `values`; `where` is the model's folder.
 
-    `do_sample` enables the temperature and the filters; penalties and bans always count. The caller limits the length.
-    Raises SmolseekError for a setting that smolseek does not follow, or a wrong value.
+    The temperature and the filters are used only with `do_sample`; penalties and banned words are always used. The
+    maximum length is ignored, since the caller sets it. Raises SmolseekError for an unsupported setting or a wrong
+    value.
     """
     file = where / NAME
     for name, harmless in _REFUSED.items():
@@ -75,7 +76,7 @@ def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     if values.get("do_sample"):
         options["temperature"] = 1.0
         options |= {name: values[name] for name in _SAMPLING if values.get(name) is not None}
-        if options.get("top_k") == 0:  # no limit
+        if options.get("top_k") == 0:  # 0 means no limit
             del options["top_k"]
     if values.get("min_new_tokens"):
         options["min_tokens"] = values["min_new_tokens"]

@@ -1,4 +1,4 @@
-"""Llama models in llama.cpp's GGUF files, quantised or not, as Hugging Face's tensors in float32."""
+"""Reads Llama models from llama.cpp's GGUF files, quantised or not, as float32 tensors with Hugging Face's names."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from smolseek.gguf_header import Header, TensorInfo, read_header, special_ids
 from smolseek.model.llama import llama_config
 
 _ROPE_FACTORS = "rope_freqs.weight"
-"""One divisor for each frequency: how llama.cpp stores the scaled RoPE of Llama 3.1 and later."""
+"""The tensor in which llama.cpp stores the scaled RoPE of Llama 3.1 and later: a divisor for each frequency."""
 
 _OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,16 +38,15 @@ _IN_BLOCK = {
 
 
 class GgufFile(Mapping[str, torch.Tensor]):
-    """A Llama's GGUF file, memory-mapped: `file[name]` dequantises the tensor with Hugging Face's name `name`.
+    """The memory-mapped GGUF file of a Llama; `file[name]` dequantises the tensor whose Hugging Face name is `name`.
 
-    Each lookup reads the tensor again, in float32; nothing is cached.
+    Each lookup reads the tensor from the file again, and returns it in float32.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open `path`, the first file where a model is split over several. Reads no weights.
+        """Open `path`, the first file if the model is split over several files. No weights are read.
 
-        Raises SmolseekError if a file is damaged or missing, or the model is of another architecture, or of a kind our
-        transformer does not compute.
+        Raises SmolseekError if a file is damaged or missing, or if the model's architecture is not supported.
         """
         header = read_header(path)
         self._mapped: dict[Path, np.ndarray] = {}
@@ -82,12 +81,12 @@ class GgufFile(Mapping[str, torch.Tensor]):
         kind, shape = _format(info)
         data = self._mapped[info.file][info.start : info.start + math.prod(shape)].reshape(shape)
         values = gguf.quants.dequantize(np.asarray(data), kind)
-        # For an F32 tensor this is the read-only mapped file itself.
+        # An F32 tensor is a view of the read-only mapped file, so it is copied.
         return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
 def _format(info: TensorInfo) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...]]:
-    """Return a tensor's number format, and its shape in bytes. Raises ValueError for one that there is not."""
+    """Return a tensor's number format, and its shape in bytes. Raises ValueError for an unknown number format."""
     kind = gguf.GGMLQuantizationType(info.format)
     return kind, gguf.quant_shape_to_byte_shape(info.shape, kind)
 
@@ -97,7 +96,7 @@ def _check(name: str, info: TensorInfo) -> None:
     try:
         kind, shape = _format(info)
         empty = np.zeros((1, *gguf.quant_shape_to_byte_shape((256,), kind)), np.uint8)
-        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError where there is no such function
+        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError for an unsupported format
     except (NotImplementedError, ValueError) as error:
         raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
     if info.start + math.prod(shape) > info.file.stat().st_size:
@@ -105,7 +104,7 @@ def _check(name: str, info: TensorInfo) -> None:
 
 
 def _config(header: Header, rope_factors: list[float] | None, path: Path) -> ModelConfig:
-    """Read the shape from the file's metadata; `rope_factors` divide the frequencies, one each."""
+    """Read the configuration from the file's metadata; `rope_factors` are divisors, one for each RoPE frequency."""
     meta = header.metadata
 
     def refuse(what: str) -> NoReturn:
@@ -115,7 +114,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
         value = meta.get(key, default)
         if not isinstance(value, int | float):
             refuse(f"{key} {value!r}")
-        # The shortest decimal that is this float32: 1e-05 rather than 9.999999747378752e-06.
+        # The shortest decimal that rounds to this float32 number: 1e-05 rather than 9.999999747378752e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     if meta.get("general.architecture") != "llama":
@@ -167,7 +166,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
 
 
 def _hf_name(name: str, path: Path) -> str:
-    """Return Hugging Face's name for llama.cpp's. Raises SmolseekError for an unknown one."""
+    """Return Hugging Face's name for llama.cpp's tensor `name`. Raises SmolseekError for an unknown name."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -177,7 +176,10 @@ def _hf_name(name: str, path: Path) -> str:
 
 
 def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undo llama.cpp's order of a head's rows [H*d, D]: it rotates pairs (2i, 2i+1), Hugging Face (i, i + d/2)."""
+    """Reorder the rows [H*d, D] of each head for Hugging Face's RoPE.
+
+    RoPE rotates the pairs of rows (2i, 2i+1) in llama.cpp, and the pairs (i, i + d/2) in Hugging Face's Llama.
+    """
     if weight.shape[0] % (2 * heads):
         raise SmolseekError(f"a projection of {weight.shape[0]} rows does not fit {heads} heads: the file is damaged")
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)

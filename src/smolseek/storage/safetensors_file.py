@@ -1,8 +1,8 @@
-"""The safetensors files of a model folder: written tensor by tensor, and read one tensor at a time.
+"""Writes and reads the safetensors files of a model folder, one tensor at a time.
 
-The format: the header's length (8 bytes, little-endian), a JSON header with the type, shape and offsets of each tensor,
-and the tensors' bytes. The library's `save_file` is not used: only the owner may read its files, and a full disk is no
-OSError.
+A safetensors file consists of the header's length (8 bytes, little-endian), a JSON header with the type, shape and
+offsets of each tensor, and the tensors' bytes. The library's `save_file` is not used, because only the owner may read
+the files that it writes, and because it does not raise OSError if the disk is full.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from smolseek.files import UNFINISHED, write_atomically
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 1_000_000_000
-"""Size of a model's file beyond which another one is begun."""
+"""Maximum size of a weight file in bytes; a file with a single tensor may be larger."""
 
 TYPE_NAMES = {
     torch.float64: "F64",
@@ -36,12 +36,12 @@ TYPE_NAMES = {
     torch.bool: "BOOL",
 }
 FLOAT_TYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPE_NAMES if dtype.is_floating_point}
-"""The types of weights, by torch's names."""
+"""Types that weights may have, by torch's names."""
 
 
 def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write `tensors` (views will do, on any device) to `path`. Raises OSError, for example for a full disk."""
-    # Wide types first: every tensor then starts at a multiple of its item size, which memory-mapping readers need.
+    """Write `tensors` (on any device, views too) to `path`. Raises OSError, for example if the disk is full."""
+    # Wide types come first, so that every tensor starts at a multiple of its item size, as memory-mapping requires.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -58,22 +58,22 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def shard_name(number: int, count: int, stem: str = "model") -> str:
-    """Return the name of file `number`, from 0 on, of `count`."""
+    """Return the name of file `number` (from 0 on) among `count` files."""
     return f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
 
 
 def write_index(folder: Path, names: Sequence[Iterable[str]], total_size: int) -> None:
-    """Write which of a model's files holds which tensor: `names` are those in each."""
+    """Write the index that maps each tensor to its file; `names` lists the tensors of each file."""
     weight_map = {name: shard_name(n, len(names)) for n, inside in enumerate(names) for name in inside}
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     write_atomically(folder / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write a model's tensors to files of at most `SHARD_BYTES` each (one tensor at least), and their index.
+    """Write a model's tensors to files of at most `SHARD_BYTES` each, and an index if there are several files.
 
-    A file is written as soon as it is full. All get their names in the end, in place of an earlier model's files: the
-    folder may hold that model's only other copy.
+    Each file is written under a temporary name as soon as it is full. The files of an earlier model in the folder are
+    replaced only at the end, because they may be the only copy of that model.
     """
     names: list[list[str]] = []
     total_size = 0
@@ -107,7 +107,7 @@ def _unnamed(folder: Path, number: int) -> Path:
 
 
 def indexed_files(folder: Path) -> list[str]:
-    """Return the names of the files that a folder's index names.
+    """Return the names of the weight files that a folder's index lists.
 
     Raises SmolseekError for an index that cannot be read.
     """
@@ -120,7 +120,7 @@ def indexed_files(folder: Path) -> list[str]:
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder.
 
-    Raises SmolseekError if there are none, or one that the index names is missing.
+    Raises SmolseekError if there are no such files, or if a file that the index lists is missing.
     """
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
@@ -136,9 +136,9 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class SafetensorsFiles(Mapping[str, torch.Tensor]):
-    """The tensors of some safetensors files, by name, memory-mapped: only what is used of them is read.
+    """The memory-mapped tensors of several safetensors files, by name. Only the tensors that are used are read.
 
-    One file is open at a time, to save memory: read the tensors in the order of `items`.
+    To save memory, only one file is open at a time. Read the tensors in the order of `items` to open each file once.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -161,12 +161,12 @@ class SafetensorsFiles(Mapping[str, torch.Tensor]):
             return file.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor; none of its numbers are read."""
+        """Return the shape of a tensor without reading its values."""
         return tuple(self[name].shape)
 
     @contextlib.contextmanager
     def _open(self, path: Path) -> Iterator[Any]:
-        """Give the open file; the errors of a damaged one become a SmolseekError that names it."""
+        """Yield the opened file. The errors of a damaged file become a SmolseekError with the file's name."""
         try:
             if path != self._path:
                 self._path, self._file = path, safetensors.safe_open(path, framework="pt")

@@ -1,4 +1,4 @@
-"""Checkpoints written while the training goes on: a step waits for a copy in memory, and a thread writes that."""
+"""Writes checkpoints during training: the training loop waits for a copy in memory, and a thread writes this copy."""
 
 import tempfile
 import threading
@@ -18,10 +18,11 @@ from smolseek.storage.weights import file_tensors
 
 
 class Saver:
-    """Saves a run's checkpoints one at a time, and deletes those that need not be kept.
+    """Saves a run's checkpoints one at a time, and deletes checkpoints that are no longer needed.
 
-    The copies stay in memory from the first save on, as large as what this process writes of the weights and the
-    optimizer's state. Leaving its `with` waits for the checkpoint in progress, except after a KeyboardInterrupt.
+    From the first save on, the copies stay in memory. They are as large as this process's shard of the weights and of
+    the optimizer's state. Leaving the `with` block waits for the checkpoint in progress, except after a
+    KeyboardInterrupt.
     """
 
     def __init__(
@@ -35,10 +36,10 @@ class Saver:
         keep_last: int = 0,
         keep_every: int = 0,
     ) -> None:
-        """`timeout` is how many seconds the main process waits for the others' shards."""
+        """`timeout` is how many seconds the main process waits for the shards of the other processes."""
         self.run, self.model, self.distributed, self.timeout = run, model, distributed, timeout
         self.keep_last, self.keep_every = keep_last, keep_every
-        # Written once, here: the thread must not touch the tokenizer, which the training may be using.
+        # The tokenizer's files are made only once, because the thread must not use the tokenizer during training.
         with tempfile.TemporaryDirectory() as folder:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
@@ -52,13 +53,13 @@ class Saver:
         self._tensors: dict[str, torch.Tensor] = {}
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
-        """Copy the weights and `tensors`, and begin to write them with `state` as the checkpoint after `step` steps.
+        """Copy the weights and `tensors`, and start writing them with `state` as the checkpoint after `step` steps.
 
-        All processes call it together. Returns when the copy is made, and first waits for the checkpoint before it.
+        All processes call `save` together. It waits for the previous checkpoint, and returns when the copy is made.
         """
         self.wait()
         checkpoint = CheckpointWriter(self.run, step, self.distributed.rank, self.distributed.size, self.timeout)
-        # The others receive this only when the folder is made, so that nobody writes before.
+        # The other processes wait here until the folder exists, so that none of them writes too early.
         obstacle = self.distributed.broadcast_object(checkpoint.begin)
         copies = {name: shard.tensor for name, shard in self._weights.items()}
         self._weights = {
@@ -92,7 +93,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Of several processes one may be missing, and its shard with it: that is not waited for.
+        # After an unexpected error a process and its shard may be missing, so several processes do not wait.
         waits = kind is None or issubclass(kind, SmolseekError) or self.distributed.size == 1
         if waits and not (kind is not None and issubclass(kind, KeyboardInterrupt)):
             self.wait()
@@ -122,14 +123,17 @@ class Saver:
 
 
 def discard_beyond(run: RunFolder, step: int) -> None:
-    """Delete the checkpoints after more than `step` steps, which a return to that step undoes."""
+    """Delete the checkpoints of more than `step` steps, which are obsolete after a rollback to `step`."""
     for path in run.checkpoint_paths():
         if step_of(path) > step:
             delete_folder(path)
 
 
 def _copied(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-    """Return a copy of `tensor` on the CPU, in `buffer` where that fits; from CUDA it is there after a synchronize."""
+    """Return a copy of `tensor` on the CPU, in `buffer` if its shape and type match.
+
+    A copy from CUDA is complete only after `torch.cuda.synchronize()`.
+    """
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
         buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return buffer.copy_(tensor.detach(), non_blocking=True)

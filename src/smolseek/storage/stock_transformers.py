@@ -1,4 +1,4 @@
-"""Models opened by stock transformers: no remote code, no pickles, nothing printed."""
+"""Opens models with stock transformers, without remote code, without pickles, and without printing anything."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from smolseek.errors import SmolseekError, reason
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it, transformers prints neither bars nor warnings."""
+    """Inside this `with` block transformers prints neither progress bars nor warnings."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -27,8 +27,8 @@ def quiet() -> Iterator[None]:
 def open_with_transformers(path: Path, dtype: Any, name: str, advice: str) -> Any:
     """Return the causal language model in the folder `path`, in evaluation mode.
 
-    `name` is the user's name for it, `advice` the last words of the error when transformers cannot open it. Raises
-    SmolseekError when transformers cannot open it.
+    Raises SmolseekError if transformers cannot open the folder. The error message calls the model `name`, and ends
+    with `advice`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -37,5 +37,5 @@ def open_with_transformers(path: Path, dtype: Any, name: str, advice: str) -> An
             return AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             ).eval()
-    except Exception as error:  # a folder that does not fit shows itself in many ways
+    except Exception as error:  # an unsuitable folder can raise any type of error
         raise SmolseekError(f"transformers cannot open {name} ({reason(error)}): {advice}") from error

@@ -1,4 +1,4 @@
-"""The folder or file that a MODEL on the command line stands for."""
+"""Finds the folder or file that a MODEL on the command line stands for."""
 
 import re
 from pathlib import Path
@@ -16,8 +16,8 @@ from smolseek.tokenizer import SMOLLM2_HUB
 MODEL_MAY_BE = (
     "a run folder, a checkpoint, a Hugging Face folder, a .gguf file, smollm2, or a hub name such as owner/name"
 )
-# What is downloaded from the hub: text, and those safetensors that are read. Nothing that is unpickled or executed, and
-# no other copies of the weights (consolidated.safetensors, original/, onnx/).
+# Only text files and the model's safetensors files are downloaded from the hub, but no pickles, no code, and no other
+# copies of the weights (consolidated.safetensors, original/, onnx/).
 _CONFIG_FILES = ["config.json", "generation_config.json"]
 _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
@@ -25,11 +25,11 @@ _TEXT_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 def resolve(target: str | Path, *, config_only: bool = False) -> Path:
     """Return the folder or .gguf file that `target` names, downloading it if it is a hub name.
 
-    With `config_only` only the model's shape is downloaded. A run folder stands for its newest complete checkpoint. A
-    checkpoint's model files are verified.
+    With `config_only` only the configuration files are downloaded. A run folder stands for its newest complete
+    checkpoint. The model files of a checkpoint are verified.
 
     Raises:
-        SmolseekError: if there is no such model, or it is damaged.
+        SmolseekError: if there is no such model, or if the model is damaged.
     """
     path = Path(target).expanduser()
     if not path.exists():
@@ -82,7 +82,7 @@ def _from_hub(name: str, config_only: bool) -> Path:
     from huggingface_hub.utils import tqdm
 
     class Silent(tqdm):
-        """No progress bar: the files are small."""
+        """Replaces huggingface_hub's progress bar, and shows nothing."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **options | {"disable": True})
@@ -95,7 +95,7 @@ def _from_hub(name: str, config_only: bool) -> Path:
             return path
         files = indexed_files(path) if (path / INDEX).exists() else [WEIGHTS]
         patterns = [file for file in files if re.fullmatch(r"[\w.-]+\.safetensors", file)]
-        # Of the same commit, whose name the folder has.
+        # The folder is named after its commit, so the weights are taken from the same commit.
         return Path(get(name, revision=path.name, allow_patterns=patterns))
     except SmolseekError:  # a damaged index
         raise
@@ -104,7 +104,7 @@ def _from_hub(name: str, config_only: bool) -> Path:
         raise SmolseekError(f"{name} {why_refused(name, 'model', response.status_code, response.headers)}") from None
     except HfHubHTTPError as error:
         reason = why_refused(name, "model", error.response.status_code, error.response.headers)
-    except Exception as error:  # whatever a network can do
+    except Exception as error:  # a network can fail in any way
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
     raise SmolseekError(f"{name} is not a folder here, and {reason}: a model is {MODEL_MAY_BE}")

@@ -1,6 +1,6 @@
-"""The tensors of a model under the names in its files, and back: stacks of experts are split and filled.
+"""Maps a model's parameters to the tensors in its files and back. Files store the experts of a stack one by one.
 
-Files are written from, and read into, views of the stacks, so neither direction needs a second copy.
+Files are written from views of the stacks, and read into views of the stacks, so that no second copy is needed.
 """
 
 import re
@@ -21,14 +21,15 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Return views of the model's tensors under their names in a file; a tied head is left out."""
+    """Return views of the model's tensors under their names in a file, without a tied output head."""
     return dict(_views(full_tensors(model)))
 
 
 def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a file for `shards`, of which only the experts' may be partial.
+    """Yield the tensors that a file stores for `shards`. Only the shards of expert stacks may be partial.
 
-    A model without a norm of the latent gets one that changes nothing; reading removes it to the last bit.
+    A model without a norm of the latent gets a norm in the file that has no effect. Reading the file removes this norm
+    exactly.
     """
     return folded(_views(shards), config, reversible=True)
 
@@ -39,10 +40,11 @@ def _views(shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor
 
 
 def _unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the file's names and views for one tensor of a model: itself, or the experts of a stack from `first` on.
+    """Yield the names and views under which a file stores one tensor of a model.
 
-    `experts.gate_up_proj` [E, 2F, D] is `experts.N.gate_proj.weight` and `.up_proj.weight` [F, D]; every other stack
-    `experts.X_proj` [E, ...] is `experts.N.X_proj.weight`, and `experts.X_bias` is `experts.N.X_proj.bias`.
+    A stack of experts is stored as one tensor for each expert, numbered from `first` on. `experts.gate_up_proj`
+    [E, 2F, D] becomes `experts.N.gate_proj.weight` and `experts.N.up_proj.weight` [F, D]. Every other stack
+    `experts.X_proj` [E, ...] becomes `experts.N.X_proj.weight`, and `experts.X_bias` becomes `experts.N.X_proj.bias`.
     """
     stack = re.fullmatch(r"(.+\.mlp\.experts)\.(\w+)_(proj|bias)", name)
     if stack is None:
@@ -63,20 +65,20 @@ def computed(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Leave out tensors that other programs store and smolseek does not use: RoPE tables and MTP layers.
 
-    MTP layers follow the others; only as many as config.json, which holds `values`, announces are left out, so that a
-    wrong number of layers is still found.
+    `values` is the content of config.json. MTP layers follow the other layers. Only as many layers are left out as
+    config.json announces MTP layers, so that a wrong number of layers is still detected.
     """
     layers = values.get("num_hidden_layers") or 0
     extra = values.get("num_nextn_predict_layers") or values.get("num_mtp_layers") or 0
-    known = isinstance(extra, int) and extra <= 1000  # a file that says anything else is damaged
+    known = isinstance(extra, int) and extra <= 1000  # any other value means a damaged file
     mtp = tuple(f"model.layers.{layers + k}." for k in range(extra if known else 0))
     return (pair for pair in tensors if not (pair[0].endswith("rotary_emb.inv_freq") or pair[0].startswith(mtp)))
 
 
 def _targets(shards: Mapping[str, LocalShard]) -> dict[str, tuple[torch.Size, torch.Tensor | None, int]]:
-    """Return where every tensor of a model's files goes: its full shape, the view that takes its rows, the first row.
+    """Return for every tensor in a model's files its full shape, the view to copy into, and the first row to copy.
 
-    The view is None for an expert that another process has.
+    The view is None for an expert that belongs to another process.
     """
     targets = {}
     for name, shard in shards.items():
@@ -88,7 +90,7 @@ def _targets(shards: Mapping[str, LocalShard]) -> dict[str, tuple[torch.Size, to
 
 
 def check_shape(path: Path, name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
-    """Raise SmolseekError if a tensor in the files of `path` has another shape than its model."""
+    """Raise SmolseekError if a tensor in the files of `path` has another shape than the model expects."""
     if list(shape) != list(expected):
         raise SmolseekError(
             f"{path}: {name} has shape {list(shape)}, but config.json makes it {list(expected)}: "
@@ -106,12 +108,12 @@ def check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:
 def fill(
     config: ModelConfig, shards: Mapping[str, LocalShard], tensors: Iterable[tuple[str, torch.Tensor]], path: Path
 ) -> None:
-    """Copy `tensors`, named as in the files of `path`, into `shards`; every one must fit, and none may be missing.
+    """Copy `tensors`, named as in the files of `path`, into `shards`.
 
-    Raises SmolseekError for a tensor that is unknown, missing, or of another shape or kind.
+    Raises SmolseekError for a tensor that is unknown or missing, or that has another shape or an unsupported type.
     """
     targets = _targets(shards)
-    # Without shared experts their matrices hold no numbers, and not every program writes such tensors.
+    # Without shared experts their matrices are empty, and not every program writes empty tensors.
     missing = {name for name, (shape, _, _) in targets.items() if shape.numel()}
     head, embedding = None, shards[EMBEDDING]
     for name, tensor in unfolded(tensors, config):
