@@ -1,1 +1,1 @@
-"""Training: the loop, the loss, the optimizer and the balancing of experts."""
+"""Training: the loop, the loss, the optimizer and the load balancing of experts."""

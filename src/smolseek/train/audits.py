@@ -1,4 +1,4 @@
-"""The audits of a run: of the first weights, and of the trained model with its samples."""
+"""The two audits of a training run: before the first step, and of the trained model and its samples."""
 
 import shlex
 from dataclasses import replace
@@ -18,7 +18,7 @@ from smolseek.train.setup import Datasets, Training
 
 
 def audit_start(t: Training) -> None:
-    """Audit the model with its first weights."""
+    """Audit the model before its first step."""
     model = _full_model(t, None if t.config.init is None else resolve(t.config.init))
     if model is not None:
         _log(t, "start", audit_model(_subject(model), thorough=False))
@@ -48,7 +48,10 @@ def _subject(model: CausalLM) -> Subject:
 
 
 def _full_model(t: Training, path: Path | None) -> CausalLM | None:
-    """Return the model; of many processes a new one with the weights in `path`, or None if it needs too much memory."""
+    """Return the full model.
+
+    If several processes share the model, this is a new model with the weights in `path`, or None if memory is short.
+    """
     if t.distributed.size == 1:
         return t.model
     if 8 * summary.count(t.config.model).total > free_memory(t.device):

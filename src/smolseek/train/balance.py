@@ -19,8 +19,9 @@ def maxvio(load_LE: torch.Tensor) -> torch.Tensor:
 class Balancer:
     """Moves the selection bias of each expert by gamma towards an equal load, after every optimizer step.
 
-    b_i += gamma * sign(mean load - load_i), over all tokens of the step. The caller adds the load of each micro-batch,
-    which the forward pass returns; so recomputation and evaluation are never counted.
+    The update is b_i += gamma * sign(mean load - load_i), with the loads of all tokens of the step. The forward pass
+    returns the load of each micro-batch, and the caller passes it to `add`. So recomputation and evaluation are not
+    counted.
     """
 
     def __init__(self, model: CausalLM, gamma: float) -> None:
@@ -40,14 +41,14 @@ class Balancer:
         *,
         calibrate: bool = False,
     ) -> torch.Tensor:
-        """Move the biases by `factor` * gamma for the load of the step, and reset the load.
+        """Update the biases from the load of the step, scaled by `factor` * gamma, and reset the load.
 
-        `all_reduce` sums the loads of all processes. Returns the MaxVio of each layer [L], on the device of the load,
-        without synchronizing.
+        `all_reduce` sums the loads of all processes. Returns the MaxVio of each layer [L] as a tensor on the load's
+        device, so the host does not wait for the GPU.
 
-        With `calibrate` the update is proportional: b_i += factor * gamma * (1 - load_i / mean load). The sign balances
-        the median of the steps' loads. With short steps that is not enough: an expert that only a few documents use,
-        but for all their tokens, then has too large a mean load.
+        With `calibrate` the update is proportional: b_i += factor * gamma * (1 - load_i / mean load). The sign update
+        balances an expert's median load over the steps, and not its mean load. The two differ if a step has few tokens:
+        an expert that serves only a few documents, but all of their tokens, has a small median and a large mean.
         """
         if not self.routers:
             return torch.zeros(0)

@@ -1,7 +1,7 @@
-"""Layers as compiled code (`torch.compile`) and micro-batches as CUDA graphs, if that works and is faster.
+"""Compile the layers (`torch.compile`) and capture the micro-batches as CUDA graphs, where that works and is faster.
 
-On a CPU compiling is never chosen: the C kernels of `ops/` do what it would fuse already. On CUDA it fuses norms,
-rotations, activations and the router's small operations.
+`--compile auto` never compiles on a CPU, because the C kernels of `ops/` already fuse the same operations. On CUDA,
+compiling fuses norms, rotations, activations and the router's small operations.
 """
 
 import math
@@ -18,9 +18,10 @@ from smolseek.train.forward_backward import ForwardBackward
 
 BACKEND = "inductor"
 STEPS = 1000
-"""Shorter runs end before compiling, a minute or two, has paid off."""
+"""Runs with fewer steps are not compiled: compiling takes a minute or two, which a short run does not win back."""
 TOLERANCE = 0.02
-"""Relative. Sums of bfloat16 numbers in another order differ by less, and wrong code by more."""
+"""Largest relative difference of loss and gradient norm that is accepted. Summing bfloat16 numbers in another order
+changes them by less, and wrong code by more."""
 
 
 def should_compile(config: TrainConfig, device: torch.device, processes: int) -> bool:
@@ -31,17 +32,17 @@ def should_compile(config: TrainConfig, device: torch.device, processes: int) ->
 
 
 def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
-    """Compile the layers and capture the micro-batches, each if it pays off.
+    """Compile the layers, and capture the micro-batches as CUDA graphs, where that makes the run faster.
 
-    Both are compared with plain PyTorch on random tokens. If one fails, or loss or gradient norm differ, a warning says
-    so in one line and the run goes on without it.
+    The compiled layers and the CUDA graphs are compared with plain PyTorch on random tokens. If one of the two fails or
+    changes the loss or gradient norm, the run goes on without it, and a one-line warning says so.
     """
     model, single = forward_backward.model, processes == 1
     compiles = should_compile(config, device, processes)
     captures = device.type == "cuda" and single and config.compile != "off" and config.distill.teacher is None
     if not (compiles or captures):
         return
-    generator = torch.Generator().manual_seed(config.seed)  # a separate one: the run's random numbers stay the same
+    generator = torch.Generator().manual_seed(config.seed)  # the run's random numbers stay the same
     shape = config.batch_size, config.seq_len + 1
     sequences = torch.randint(config.model.vocab_size, shape, generator=generator)
     expected = _loss_and_norm(forward_backward, sequences)
@@ -69,7 +70,7 @@ def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torc
     if captures and (what := problem(lambda: forward_backward.capture(sequences))):
         forward_backward.release()
         console.warn(f"no CUDA graph is captured, which only costs time: {what}")
-    if device.type == "cuda":  # the peak memory in the logs is that of the steps
+    if device.type == "cuda":  # the logged peak memory is that of the training steps
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 

@@ -13,10 +13,10 @@ from smolseek.errors import SmolseekError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; auto is CUDA if there is a GPU.
+    """Return the device called `name`; `auto` means CUDA if there is a GPU, and the CPU otherwise.
 
     Raises:
-        SmolseekError: when CUDA is requested and missing, or this machine has fewer devices than processes.
+        SmolseekError: if CUDA is requested but not available, or if this machine has fewer GPUs than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise SmolseekError("--device cuda: no CUDA device is visible: use --device cpu")
@@ -39,10 +39,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess:
-    """Return the context of the processes that torchrun started, after their number has been checked.
+    """Check the number of processes that torchrun started, and return their distributed context.
 
     Raises:
-        SmolseekError: for sizes that do not divide, and options that work with one process, or full weights, only.
+        SmolseekError: if mesh sizes and number of processes do not divide each other, or if an option needs a single
+            process or unsharded weights.
     """
     size = launch.world_size()
     mesh = choose(config.mesh, config.model, size, config.batch_size)
@@ -69,9 +70,9 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
-    """Return the context of the forward pass: bfloat16 products over float32 weights, or plain float32.
+    """Return the context of the forward pass: autocast to bfloat16 with float32 weights, or plain float32.
 
-    auto is bfloat16 if the device has bfloat16 products.
+    `auto` chooses bfloat16 if the device multiplies bfloat16 matrices in hardware.
     """
     if precision == "auto":
         precision = "bfloat16" if multiplies_bfloat16(device) else "float32"

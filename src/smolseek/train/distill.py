@@ -1,4 +1,4 @@
-"""Distillation: the teacher, what is trained, and text that a model writes to learn from."""
+"""Distillation: open the teacher, choose the trained parameters, and let a model write the training text."""
 
 import contextlib
 import dataclasses
@@ -24,14 +24,14 @@ from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve
 from smolseek.tokenizer import encoder, load_tokenizer, tokenizer_of, vocabulary_digest
 
 _ATTEMPTS = 8
-"""Attempts of a model to write enough text."""
+"""How often a model may try to write enough text."""
 
 
 def open_teacher(path: str, vocab_size: int, device: torch.device) -> CausalLM:
-    """Open the model `path` to learn from; its weights are frozen.
+    """Open the model `path` as the teacher, with frozen weights.
 
     Raises:
-        SmolseekError: if it cannot be opened, or has not `vocab_size` tokens.
+        SmolseekError: if the teacher cannot be opened, or its vocabulary does not have `vocab_size` tokens.
     """
     teacher = load_causal_lm(path, device=str(device)).requires_grad_(False)
     if teacher.config.vocab_size != vocab_size:
@@ -43,7 +43,7 @@ def open_teacher(path: str, vocab_size: int, device: torch.device) -> CausalLM:
 
 
 def digest(model: CausalLM) -> str:
-    """Return a digest of a model for checkpoints: of each parameter its name, shape and first values."""
+    """Return a digest of each parameter's name, shape and first values, which identifies the teacher in checkpoints."""
     hasher = hashlib.blake2b(digest_size=16)
     for name, tensor in model.named_parameters():
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
@@ -51,16 +51,16 @@ def digest(model: CausalLM) -> str:
 
 
 def attention_only(model: CausalLM) -> None:
-    """Freeze all of the model but its attention."""
+    """Freeze all parameters except those of the attention."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("self_attn" in name)
 
 
 def source_of_model(model: str) -> str:
-    """Return the source that `model` was converted from, which its model card or its run names.
+    """Return the model that `model` was converted from, according to the model card or the configuration of the run.
 
     Raises:
-        SmolseekError: if neither does, or the source does not exist any more.
+        SmolseekError: if neither names a source model, or the source model does not exist any more.
     """
     path = resolve(model)
     source, run = source_of(path), RunFolder(path.parent.parent)
@@ -81,7 +81,7 @@ def source_of_model(model: str) -> str:
 def check_teacher(teacher: str, model: str) -> None:
     """Raise SmolseekError if the model `model` cannot have been converted from the model `teacher`.
 
-    A conversion keeps the vocabulary, the width, and the numbers of layers and heads.
+    A conversion keeps the vocabulary, the hidden size, and the numbers of layers and heads.
     """
     theirs, ours = read_config(teacher), read_config(model)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
@@ -100,10 +100,10 @@ def check_teacher(teacher: str, model: str) -> None:
 
 
 def fills_validation(config: TrainConfig, sources: tuple[str, ...], all_of_it: bool = False) -> bool:
-    """Return whether the held-out part of the text `sources`, or `all_of_it`, fills a sequence of `config`.
+    """Return whether the validation side of the text `sources` fills a sequence, or with `all_of_it` the whole text.
 
     Raises:
-        SmolseekError: if it cannot be read.
+        SmolseekError: if the text cannot be read.
     """
     tokenizer = load_tokenizer(config.tokenizer)
     data = dataclasses.replace(config.data, sources=sources, val_sources=())
@@ -119,12 +119,13 @@ def fills_validation(config: TrainConfig, sources: tuple[str, ...], all_of_it: b
 
 
 def write_text(model: str, path: Path, tokens: int, seed: int, key: str = "text", least: int = 0) -> None:
-    """Generate `tokens` tokens of text with the model `model`, a document a sequence, into the JSON lines `path`.
+    """Generate `tokens` tokens of text with the model `model`, and write them to `path` as JSON lines.
 
-    This is repeated until the training side of the text has `least` tokens; `key` is the one of the documents.
+    Each sequence is one document, stored under the JSON key `key`. Generation is repeated until the training side of
+    the text has `least` tokens.
 
     Raises:
-        SmolseekError: if the model cannot be opened or has no tokenizer, or writes no more than control tokens.
+        SmolseekError: if the model cannot be opened, has no tokenizer, or writes too little text.
     """
     folder = resolve(model)
     tokenizer = tokenizer_of(folder)

@@ -23,10 +23,11 @@ def evaluate(
     objective: Callable[[CausalLM, torch.Tensor], Losses] = losses,
     distributed: SingleProcess | None = None,
 ) -> dict[str, Any] | None:
-    """Return the validation record of `sequences` [N, T+1], whose targets stand for `text_bytes` bytes.
+    """Return the validation record of `sequences` [N, T+1], whose target tokens encode `text_bytes` bytes of text.
 
-    With experts it has the global MaxVio, with a teacher in the `objective` the KL divergence from it. None if
-    `stopped` became true on the way. The processes of `distributed` share the sequences; each gets the full record.
+    The record has the global MaxVio if the model has experts, and the KL divergence from the teacher if `objective` has
+    a teacher. Returns None if `stopped` became true during the evaluation. The processes of `distributed` evaluate
+    different sequences, and each process returns the record of all sequences.
     """
     distributed = distributed or SingleProcess()
     device, targets = model.lm_head.weight.device, sequences[:, 1:].numel()

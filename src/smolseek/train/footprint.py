@@ -1,7 +1,7 @@
-"""How much memory a training run will take, predicted before it starts.
+"""Predicts the memory of a training run before it starts.
 
 Weights, gradients and optimizer state are exact. Activations are estimated from the sizes of the layers' matrices. The
-sum of all parts is within 15% of the peaks in docs/results/memory.json (`python bench/memory.py --part runs`).
+predicted peak is within 15% of the measured peaks in docs/results/memory.json (`python bench/memory.py --part runs`).
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ from smolseek.train.device import autocast
 from smolseek.train.optim import parameter_groups
 
 PROGRAM = 380_000_000
-"""Resident memory of a process before its model is built: Python, torch, tokenizer and built-in text. Measured."""
+"""Resident memory of a process before its model is built (measured): Python, torch, tokenizer and built-in text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What decides the memory of a run, beside the model."""
+    """The settings that determine the memory of a run, apart from the model."""
 
     batch_size: int = 4
     grad_accum: int = 1
     seq_len: int = 256
     grad_checkpointing: Checkpointing = "none"
     bfloat16: bool = True
-    """Whether products are computed in bfloat16, under autocast."""
+    """Whether matrix multiplications run in bfloat16, under autocast."""
     optimizer: str = "adamw"
     cuda: bool = False
 
     @classmethod
     def planned(cls, *, precision: str, device: str, **options: Any) -> "Run":
-        """Return the run that `smolseek train` makes of these options on this machine; it need not have the GPU."""
+        """Return the run that `smolseek train` makes of these options here; for `--device cuda`, no GPU is needed."""
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda and not torch.cuda.is_available():
             bfloat16 = precision != "float32"
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def bytes_per_number(self) -> int:
-        """Bytes of a number that a product reads or writes."""
+        """Bytes per number in the inputs and outputs of matrix multiplications."""
         return 2 if self.bfloat16 else 4
 
 
@@ -62,9 +62,9 @@ def lines(config: ModelConfig, run: Run) -> list[str]:
 
 
 def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
-    """Return the bytes of each part at the peak of a training run; their sum is the peak.
+    """Return the bytes of each kind of memory at the peak of a training run; their sum is the peak memory.
 
-    On a GPU that is the memory which PyTorch reserves, on a CPU the resident memory of the process.
+    Peak memory means the memory that PyTorch reserves on a GPU, or the resident memory of the process on a CPU.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -73,7 +73,7 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     groups = parameter_groups(model, OptimConfig(kind=run.optimizer))  # type: ignore[arg-type]
     moments = sum(p.numel() * (1 if group.get("matrices") else 2) for group in groups for p in group["params"])
     logits = logits_bytes(tokens, config.vocab_size, bfloat16=run.bfloat16, cuda=run.cuda)
-    head = logits + 4 * config.vocab_size * config.hidden_size  # and the product that becomes the head's gradient
+    head = logits + 4 * config.vocab_size * config.hidden_size  # plus the head's gradient before it is added
     sizes = {
         "weights": 4 * size + sum(b.numel() * b.element_size() for b in model.buffers()),
         "gradients": 4 * size,
@@ -82,18 +82,19 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
         "head": head,
     }
     if run.cuda:
-        # A CUDA graph keeps its memory: the first micro-batch's gradients, and an evaluation gets other memory.
+        # A CUDA graph keeps its memory, so later micro-batches and the evaluation need memory of their own.
         sizes["gradients"] *= 2 if run.grad_accum > 1 else 1
         return sizes | {"evaluation": logits}
-    # malloc rarely places the head's buffers where those of the step before were.
+    # malloc rarely reuses the memory of the previous step for the head's buffers.
     return sizes | {"fragmentation": head, "checkpoint copy": sizes["weights"] + sizes["optimizer"], "program": PROGRAM}
 
 
 def activation_bytes(model: CausalLM, run: Run) -> int:
-    """Return the bytes for each token that the layers of `model` (on any device) keep for the backward pass.
+    """Return the bytes per token that the layers of `model` (on any device) keep for the backward pass.
 
-    Every product keeps its input and its output, in the products' number format. The two halves of a layer keep the
-    residual stream in float32, and on a CPU with bfloat16 products the normalized stream, too.
+    Every matrix multiplication keeps its input and its output, with `run.bytes_per_number` bytes per number. The
+    attention half and the MLP half of a layer each keep the residual stream in float32. On a CPU in bfloat16, each half
+    keeps the normalized stream as well.
     """
     config = model.config
     stream = 2 * 4 * config.hidden_size
@@ -107,7 +108,7 @@ def activation_bytes(model: CausalLM, run: Run) -> int:
     match run.grad_checkpointing:
         case "none":
             return sum(layers)
-        case "selective":  # measured: about half, beside the layer that is computed again
+        case "selective":  # measured: about half of all layers, and of the recomputed one
             return (sum(layers) + max(layers)) // 2
         case "full":
             return len(layers) * stream // 2 + max(layers)

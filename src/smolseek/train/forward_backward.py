@@ -1,7 +1,7 @@
-"""The forward and backward pass of a micro-batch; on a GPU both are captured once and replayed (CUDA graphs).
+"""The forward and backward pass of a micro-batch; on a GPU, CUDA graphs can capture and replay both.
 
-Launching a layer's small kernels from Python takes longer than running them while batches are small. A graph is one
-launch: its kernels find the same shapes and addresses each time, and nothing in them waits for the host.
+With small batches, launching a layer's kernels from Python takes longer than running them. A CUDA graph launches all
+its kernels at once. For this, shapes and addresses must be the same each time, and no kernel may wait for the host.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ class _Graphs(NamedTuple):
 
     sequences: torch.Tensor
     micro_batches: list[tuple[torch.cuda.CUDAGraph, Losses]]
-    """The first of a step, and a later one if it has several."""
+    """The graph of a step's first micro-batch, and that of its later micro-batches if there are several."""
     parameters: list[torch.nn.Parameter]
     gradients: list[torch.Tensor]
 
 
 class ForwardBackward:
-    """Calling it adds the gradients of a micro-batch to those of `model` and returns its losses."""
+    """A callable that adds the gradients of a micro-batch to those of `model`, and returns the micro-batch's losses."""
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class ForwardBackward:
         alpha: float = 0.0,
         accumulate: bool = True,
     ) -> None:
-        """A step has `grad_accum` micro-batches; `alpha` weighs the balance loss, and `context` is that of autocast.
+        """Prepare steps of `grad_accum` micro-batches, with weight `alpha` of the balance loss and autocast `context`.
 
-        With `accumulate` operations may add gradients to `.grad` themselves (`CausalLM.hidden`).
+        With `accumulate`, operations may add their gradients to `.grad` directly (see `CausalLM.hidden`).
         """
         self.model, self.objective, self.context = model, objective, context
         self.grad_accum, self._alpha, self._accumulate = grad_accum, alpha, accumulate
@@ -46,9 +46,9 @@ class ForwardBackward:
         self._graphs: _Graphs | None = None
 
     def __call__(self, sequences: torch.Tensor, share: float = 1.0) -> Losses:
-        """Run a micro-batch [B, T+1]; `share` of its sequences are in this process.
+        """Run the micro-batch `sequences` [B, T+1]; `share` is the fraction of the global micro-batch in this process.
 
-        The next call overwrites the losses of a CUDA graph.
+        If a CUDA graph is replayed, the next call overwrites the returned losses.
         """
         graphs = self._graphs
         if graphs is None:
@@ -68,12 +68,13 @@ class ForwardBackward:
         return self._losses(self._to_device(sequences))
 
     def capture(self, sequences: torch.Tensor) -> None:
-        """Capture micro-batches of the shape of `sequences` on CUDA; gradients are None before and after.
+        """Capture CUDA graphs of micro-batches with the shape of `sequences`.
 
-        The graph of a step's first micro-batch writes the gradients, that of later ones adds to them. After an error
-        nothing is captured, and there may be gradients to drop.
+        All gradients must be None before the call, and are None after it. The graph of a step's first micro-batch
+        writes the gradients, and the graph of later micro-batches adds to them. After an error, nothing is captured,
+        and the caller must drop the gradients that are left.
         """
-        torch.cuda.empty_cache()  # memory freed on this stream cannot be used by others
+        torch.cuda.empty_cache()  # other streams cannot reuse memory freed on this stream
         sequences = self._to_device(sequences).clone()
         # Libraries allocate their workspaces in the first calls, which must not be captured.
         warm_up = torch.cuda.Stream()
@@ -95,13 +96,13 @@ class ForwardBackward:
             later = torch.cuda.CUDAGraph()
             with torch.cuda.graph(later, pool=first.pool()):
                 micro_batches.append((later, self._run(sequences, 1.0)))
-                # All in one kernel; autograd would add each gradient by a kernel of its own.
+                # One kernel adds all gradients; autograd would launch a kernel for each gradient.
                 torch._foreach_add_(gradients, [p.grad for p in parameters if p.grad is not None])
                 self.model.zero_grad(set_to_none=True)
         self._graphs = _Graphs(sequences, micro_batches, parameters, gradients)
 
     def release(self) -> None:
-        """Free the graphs; micro-batches then run without them."""
+        """Free the CUDA graphs; later micro-batches run without them."""
         self._graphs = None
 
     @property
@@ -111,7 +112,7 @@ class ForwardBackward:
 
     def _to_device(self, sequences: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda" and sequences.device.type == "cpu":
-            sequences = sequences.pin_memory()  # otherwise the host waits for the copy
+            sequences = sequences.pin_memory()  # from other memory, the host would wait for the copy
         return sequences.to(self._device, non_blocking=True)
 
     def _losses(self, sequences: torch.Tensor, accumulate: bool = False, factor: float | None = None) -> Losses:

@@ -1,4 +1,4 @@
-"""What a run survives: steps that are not finite, and signals that ask it to stop."""
+"""Protection of a run: bad steps are skipped, and the run is saved before a signal ends it."""
 
 import dataclasses
 import math
@@ -11,35 +11,39 @@ from smolseek import console
 from smolseek.config import GuardConfig, from_dict
 
 WINDOW = 128
-"""Steps that a spike is measured against (OLMo-core's SkipStepOptimizer has the same rule and window)."""
+"""A spike is judged against this many previous steps (the rule and window of OLMo-core's SkipStepOptimizer)."""
 VAIN_RETURNS = 3
-"""Returns to a checkpoint without further progress, after which the run gives up."""
+"""The run gives up after this many rollbacks (returns to a checkpoint) without new progress."""
 AT_ONCE = ("SIGINT", "SIGTERM")
-"""Signals that stop a run at once when they come a second time."""
+"""Signals that end a run at once when they are received a second time."""
 SAVING = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-"""Further signals after which a run saves and ends: of closed terminals, of batch systems before their time limit, and
-of a limit of processor time."""
+"""Other signals on which a run saves and ends. SIGHUP means that the terminal was closed. Batch systems send SIGUSR1 or
+SIGUSR2 before their time limit. SIGXCPU means that the CPU-time limit was reached."""
 
 
 @dataclasses.dataclass
 class Guard:
-    """Judges every step before its update. All counts are in every checkpoint, and survive a return to one."""
+    """Decides before each weight update whether the step is bad and must be skipped.
+
+    Every checkpoint contains all counts. A rollback to a checkpoint does not reset them.
+    """
 
     config: GuardConfig
     skipped_steps: int = 0
-    """Steps without an update."""
+    """Number of steps whose update was skipped."""
     skipped_tokens: int = 0
-    """Tokens that the data gave and no weight has seen: those of skipped steps, and of steps undone by a return."""
+    """Tokens that were read but did not change the weights: those of skipped steps, and of steps undone by a
+    rollback."""
     in_a_row: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """Where in the data the bad steps since the last good one began."""
+    """Positions in the data at which the bad steps since the last good step began."""
     returns: int = 0
-    """Returns to a checkpoint."""
+    """Number of rollbacks to a checkpoint."""
     returned_to: int = -1
-    """Step of the last return if no step was good since; -1 otherwise."""
+    """Step to which the last rollback went, or -1 if a step has succeeded since then."""
     vain: int = 0
-    """Returns since `furthest` was reached."""
+    """Number of rollbacks since the run last made new progress."""
     furthest: int = 0
-    """The most steps that were ever done."""
+    """The highest step that the run has ever reached."""
     losses: list[float] = dataclasses.field(default_factory=list)
     """Losses of the last good steps, for the spike rule."""
     norms: list[float] = dataclasses.field(default_factory=list)
@@ -58,7 +62,7 @@ class Guard:
         return None
 
     def passed(self, step: int, loss: float, norm: float | None) -> None:
-        """Count a good step, the run's `step`-th; `norm` is None while the weights are frozen."""
+        """Record that step number `step` succeeded; `norm` is None while the weights are frozen."""
         self.in_a_row, self.returned_to = [], -1
         if step > self.furthest:
             self.furthest, self.vain = step, 0
@@ -66,14 +70,18 @@ class Guard:
             self.losses, self.norms = [*self.losses, loss][-WINDOW:], [*self.norms, norm][-WINDOW:]
 
     def skip(self, position: dict[str, Any], tokens: int) -> bool:
-        """Count a bad step of `tokens` tokens that began at `position`; return whether patience is left."""
+        """Record a bad step of `tokens` tokens that began at `position`. Return False if a rollback must follow."""
         self.skipped_steps += 1
         self.skipped_tokens += tokens
         self.in_a_row.append(position)
         return len(self.in_a_row) < self.config.patience
 
     def returned(self, step: int, undone_tokens: int) -> list[dict[str, Any]]:
-        """Count a return to `step` that undoes steps of `undone_tokens` tokens; return where the bad steps began."""
+        """Record that the run went back to the checkpoint at `step`.
+
+        `undone_tokens` is the number of tokens in the undone steps. Returns the data positions where the bad steps
+        began.
+        """
         self.returns += 1
         self.vain += 1
         self.returned_to = step
@@ -91,24 +99,26 @@ class Guard:
 
 
 class StopRequest:
-    """Within it, signals that end a run are stored in `received`, so that the run saves before it ends.
+    """Context in which a signal that ends the run is stored in `received`, so that the run saves before it ends.
 
-    A second SIGINT or SIGTERM acts as it always does. A SIGHUP (the terminal is closed) ends a run only if its output
-    is a terminal; otherwise the run saves and goes on. Signals that the caller ignores, as `nohup` does, stay ignored.
+    A second SIGINT or SIGTERM goes to the previous handler, which usually ends the process at once. A SIGHUP (the
+    terminal was closed) ends a run only if its output is a terminal; otherwise the run saves and goes on. Signals that
+    were ignored before, as by `nohup`, stay ignored.
 
-    One of many processes (not `single`) stores any number of signals without a message: torchrun sends one after that
-    of the terminal, and kills processes that do not end in time.
+    A process of a distributed run (`single` is False) stores repeated signals too, without a message. Such a process
+    often gets a signal twice, from the terminal and from torchrun. torchrun also kills processes that do not end in
+    time.
     """
 
     def __init__(self, single: bool = True) -> None:
         self.single = single
-        self.on_terminal = console.on_terminal()  # checked now: a closed terminal no longer answers
+        self.on_terminal = console.on_terminal()  # checked now, because the check fails once it is closed
         self.received: signal.Signals | None = None
         self._save: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other thread
             for name in (*AT_ONCE, *SAVING):
                 number = getattr(signal, name, None)
                 if number is not None and (name in AT_ONCE or signal.getsignal(number) is not signal.SIG_IGN):
@@ -119,7 +129,10 @@ class StopRequest:
         self._restore(list(self._before))
 
     def save_request(self) -> signal.Signals | None:
-        """Return the signal after which the run saves and goes on, once for each."""
+        """Return a pending signal that asks the run to save and continue, or None.
+
+        Each signal is returned only once.
+        """
         number, self._save = self._save, None
         return number
 

@@ -18,7 +18,7 @@ from smolseek.train.state import Progress
 
 
 def describe() -> dict:
-    """Return the date, the machine and the versions, in JSON types."""
+    """Return the date, the machine and the package versions, in JSON types."""
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8") as file:
         cpu = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
@@ -33,8 +33,8 @@ def describe() -> dict:
 
 
 def memory(device: torch.device) -> dict[str, int]:
-    """Return the bytes that PyTorch reserves on the GPU, or the resident memory of the process: now and the peak."""
-    if device.type == "cuda":  # reserved, not allocated: no tensor counts what a CUDA graph writes into
+    """Return current and peak memory in bytes: PyTorch's reserved memory on a GPU, or the process's resident memory."""
+    if device.type == "cuda":  # reserved, not allocated: the memory of CUDA graphs does not count as allocated
         return {"memory": torch.cuda.memory_reserved(device), "peak_memory": torch.cuda.max_memory_reserved(device)}
     now = peak = peak_resident_bytes()
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
@@ -50,7 +50,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def train_line(record: dict, steps: int) -> str:
-    """Return a training record as a line of at most 80 columns; `grad` is the gradient's norm before clipping."""
+    """Return a training record as a line of at most 80 columns; its `grad` is the gradient norm before clipping."""
     line = f"step {record['step']:5d}/{steps}  loss {record['loss']:.4f}"
     line += f"  kl {record['kl']:.4f}" if "kl" in record else ""
     line += f"  lr {record['lr']:.1e}  grad {record['grad_norm']:.2f}"
@@ -67,9 +67,9 @@ def validation_line(record: dict, steps: int) -> str:
 
 
 def training_summary(config: ModelConfig, progress: Progress, frozen_tokens: int, run: RunFolder) -> list[str]:
-    """Return the lines after the last step, with each expert's share of the validation tokens.
+    """Return the summary lines for the end of a run, with each expert's share of the validation tokens.
 
-    `frozen_tokens` were read while the weights were frozen.
+    `frozen_tokens` is the number of tokens that were read while the weights were frozen.
     """
     lines = ["", "Training summary"]
     lines += [f"  {line}" for line in summary.parameter_lines(config) + summary.architecture(config)]
@@ -90,7 +90,10 @@ def training_summary(config: ModelConfig, progress: Progress, frozen_tokens: int
 
 
 class Clock:
-    """Seconds spent in training steps, without evaluation and saving, and the number of these steps."""
+    """Measures the time of training steps, without evaluation and saving, and counts the steps.
+
+    Inside `with clock:` the clock is paused.
+    """
 
     def __init__(self) -> None:
         self.restart()
@@ -100,7 +103,10 @@ class Clock:
         return time.perf_counter() - self.started - self.paused
 
     def restart(self) -> None:
-        """Begin a new interval. After a resume within a log interval it has fewer steps than losses."""
+        """Begin a new interval, in which `steps` counts from 0.
+
+        After a resume in the middle of a log interval, `steps` is therefore less than the number of losses.
+        """
         self.started, self.paused, self.steps = time.perf_counter(), 0.0, 0
 
     def __enter__(self) -> None:

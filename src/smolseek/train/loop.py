@@ -29,12 +29,13 @@ from smolseek.train.step import StepResult, train_step
 def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
     """Train a model as `config` says and return its last checkpoint.
 
-    With `resume` the run continues from its newest valid checkpoint, on a CPU with the same losses, bit for bit, as if
-    it had never stopped; `auto` starts a new run if there is none.
+    With `resume`, the run continues from its newest valid checkpoint. On a CPU, its losses are then bit for bit those
+    of a run that never stopped. `auto` resumes a run that exists, and otherwise starts a new one.
 
     Raises:
-        SmolseekError: for data, sizes or a run folder that do not fit; nothing has been written then.
-        Stopped: when a signal ended the run, or its data are unavailable; it has saved.
+        SmolseekError: for data, sizes or a run folder that do not fit, before anything is written; or if bad steps or a
+            failed save end the run.
+        Stopped: when a signal or unavailable data ended the run, which has saved a checkpoint.
     """
     device = choose_device(config.device)
     if device.type == "cpu":
@@ -64,9 +65,9 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
 
 
 def _begin(t: Training, start: Start) -> None:
-    """Write the run folder, log what starts or resumes, and compile the layers if that pays off."""
+    """Write the run folder, log the start or the resume, and compile the layers where that is faster."""
     run, config, step, previous = t.run, t.config, t.progress.step, start.previous
-    # A complete run that gets more steps keeps what it wrote after its last checkpoint.
+    # If a complete run is extended by more steps, everything that it wrote after its last checkpoint is kept.
     extended = previous is not None and step == previous.steps and is_complete(run.read_metrics(), step)
     run.create(config, start.resume)
     run.cut_back(run.sizes() if extended else start.saved.get("files", {}), -1 if start.checkpoint is None else step)
@@ -98,7 +99,7 @@ def _train_steps(t: Training) -> Stopped | None:
     with t.tracker, console.progress(t.config.steps, "training") as bar, t.saver, stop, closing(t.stream):
         bar.update(t.progress.step)
         while True:
-            # `progress.seconds` ends at the last log line.
+            # `progress.seconds` is the training time up to the last log line.
             seconds = t.progress.seconds + (t.clock.seconds() if t.progress.interval else 0.0)
             with t.clock:
                 received = _between_steps(t, stop, seconds, ending=unavailable is not None)
@@ -120,9 +121,9 @@ def _train_steps(t: Training) -> Stopped | None:
 
 
 def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool) -> signal.Signals | None:
-    """Evaluate, write samples and save, each when it is due; return the signal that ends the run, or None.
+    """Evaluate, write samples and save if they are due. Return the signal that ends the run, or None.
 
-    `seconds` is the training time so far. If the run is `ending`, it always saves.
+    `seconds` is the training time so far. With `ending`, the run is about to end and always saves.
     """
     config, step = t.config, t.progress.step
     if t.progress.evaluated < step and (step % config.eval_every == 0 or t.is_finished):
@@ -151,7 +152,7 @@ def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool)
 
 
 def _evaluate(t: Training, stop: StopRequest) -> None:
-    """Evaluate and log. The resumed run repeats an evaluation that a signal ended."""
+    """Evaluate and log the result. If a signal interrupts an evaluation, the resumed run repeats it."""
     record = evaluate(
         t.model,
         t.val_sequences,
@@ -170,7 +171,7 @@ def _evaluate(t: Training, stop: StopRequest) -> None:
 
 
 def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
-    """Update the progress bar; at the end of an interval write its record and its log line."""
+    """Update the progress bar. At the end of a log interval, write a record and a log line for the interval."""
     config, progress, seconds = t.config, t.progress, t.clock.seconds()
     rate = config.step_tokens * t.clock.steps / max(seconds, 1e-9)
     minutes = (config.steps - progress.step) * config.step_tokens / rate / 60
@@ -190,7 +191,7 @@ def _log_step(t: Training, result: StepResult, bar: console.Bar) -> None:
         "data": t.stream.record(),
     }
     if t.schedule.is_frozen(progress.step - 1):
-        record["settling"] = True  # bias calibration; the key of the first release
+        record["settling"] = True  # means bias calibration; the key is kept from the first release
     if config.distill.teacher is not None:
         record["kl"] = sum(progress.kls) / len(progress.kls)
     if len(result.maxvio_L):
@@ -210,10 +211,10 @@ def _stopped(t: Training, why: str, code: int) -> Stopped:
 
 
 def _finish(t: Training) -> None:
-    """Free what the steps needed, write samples, audit the run and log its summary."""
+    """Free the memory of the training steps, write samples, audit the run and log its summary."""
     t.forward_backward.release()
-    t.model.call_block = call_block  # compiled code would be compiled again for the sizes of the audit
-    t.optimizer.state.clear()  # it is saved, and the audit needs the memory
+    t.model.call_block = call_block  # compiled layers would be compiled again for the audit's shapes
+    t.optimizer.state.clear()  # the state is saved, and the audit needs the memory
     give_back_freed_memory()
     if t.datasets:
         audit_end(t, t.datasets)

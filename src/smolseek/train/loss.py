@@ -1,6 +1,6 @@
 """The training objective.
 
-Shapes: B sequences, T predicted tokens, N = B*T, D hidden_size, V words, L layers with experts, E routed experts.
+Shapes: B sequences, T predicted tokens, N = B*T, D hidden_size, V vocab_size, L layers with experts, E routed experts.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ class Losses(NamedTuple):
     """The terms of the objective for one batch, and the experts' load."""
 
     total: torch.Tensor
-    """What is differentiated: the cross-entropy with its z-loss, or the KL divergence; plus alpha * balance."""
+    """The loss that is differentiated: cross-entropy with z-loss, or KL divergence, plus alpha * `balance`."""
     next_token: torch.Tensor
     """Mean cross-entropy of the next token, in nats."""
     balance: torch.Tensor
-    """Sequence-wise balance loss without its weight."""
+    """Sequence-wise balance loss, before it is multiplied by alpha."""
     load_LE: torch.Tensor
-    """Slots (token, expert) of each expert, per layer."""
+    """Number of routed slots (token, expert) of each expert in each layer."""
     kl: torch.Tensor | None = None
     """Mean KL(teacher || model) over the whole vocabulary, in nats; None without a teacher."""
 
@@ -36,18 +36,19 @@ def losses(
     accumulate: bool = False,
     factor: float | None = None,
 ) -> Losses:
-    """Return the losses of `sequences` [B, T+1]: token t+1 is predicted from tokens 0..t, nothing is masked or padded.
+    """Return the losses of predicting each token t+1 of `sequences` [B, T+1] from tokens 0..t, without mask or padding.
 
-    With a `teacher` its distribution of the next token is learned in place of the text's. With `accumulate` the
-    backward pass adds the gradients of experts, embedding and head to their `.grad` (`CausalLM.hidden`); `factor`,
-    if it is known, is what the caller multiplies the total by before it.
+    With a `teacher`, the model learns the teacher's distribution of the next token instead of the next token of the
+    text. With `accumulate`, the backward pass adds the gradients of experts, embedding and head directly to their
+    `.grad` (see `CausalLM.hidden`). `factor` is the number by which the caller multiplies `total` before the backward
+    pass, or None if it is not known.
     """
     ids_BT, targets_N = sequences[:, :-1], sequences[:, 1:].flatten()
     if teacher is not None:
         with torch.no_grad():
             taught_ND = teacher.hidden(ids_BT).hidden_BTD.flatten(0, 1)
     out = model.hidden(ids_BT, accumulate=accumulate)
-    h_ND, w_VD = out.hidden_BTD.flatten(0, 1), model.lm_head.weight  # read now: FSDP gathers it in `hidden`
+    h_ND, w_VD = out.hidden_BTD.flatten(0, 1), model.lm_head.weight  # read here, because FSDP gathers it in `hidden`
     if teacher is None:
         means = linear_cross_entropy(h_ND, w_VD, targets_N, z_loss, accumulate=accumulate, factor=factor)
     else:

@@ -1,7 +1,7 @@
-"""AdamW, or Muon for hidden matrices beside it; their parameter groups, and their state as tensors.
+"""The optimizers: AdamW, or Muon for the hidden matrices with AdamW for all other parameters.
 
-`torch.optim.Muon` takes 2-D tensors only; here the stacked experts [E, out, in] go through one batched iteration.
-Shapes: M matrices, R rows, C columns.
+`torch.optim.Muon` accepts 2-D tensors only. This Muon also updates stacked experts [E, out, in], in one batched
+iteration. Shapes: M matrices, R rows, C columns.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from smolseek.config import OptimConfig
 from smolseek.model.transformer import CausalLM
 
-# Coefficients, momentum and number of iterations of the original (kellerjordan.github.io/posts/muon).
+# Coefficients, momentum and number of iterations of the original Muon (kellerjordan.github.io/posts/muon).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 _MOMENTUM = 0.95
@@ -22,7 +22,7 @@ Named = Sequence[tuple[str, torch.nn.Parameter]]
 
 
 def orthogonalize(g_MRC: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of every matrix of `g_MRC` near 1, by Newton-Schulz in bfloat16; returns bfloat16."""
+    """Bring the singular values of every matrix in `g_MRC` near 1 by Newton-Schulz iterations; returns bfloat16."""
     tall = g_MRC.shape[1] > g_MRC.shape[2]
     x = g_MRC.bfloat16()
     if tall:
@@ -35,17 +35,17 @@ def orthogonalize(g_MRC: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW in which groups with the key `matrices` are updated by Muon.
+    """AdamW, except that Muon updates the parameter groups with the key `matrices`.
 
-    A parameter of such a group is a matrix [R, C] or a stack [M, R, C], and each of these is `matrices` matrices
-    concatenated along R (2 for fused gate and up). Every matrix is orthogonalized by itself. Its update is scaled by
-    0.2 sqrt(max(R, C)), the usual root mean square of an AdamW update (2502.16982, section 2.2), so that both use the
-    same learning rate and weight decay.
+    A parameter in a Muon group is a matrix [R, C] or a stack of matrices [M, R, C]. The key `matrices` is the number of
+    matrices that are concatenated along R (2 for fused gate and up). Every matrix is orthogonalized by itself. The
+    update is scaled by 0.2 sqrt(max(R, C)), which gives it the usual root mean square of an AdamW update (2502.16982,
+    section 2.2). So Muon and AdamW use the same learning rate and weight decay.
     """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """Step all groups; `closure` is not supported."""
+        """Update the parameters of all groups; `closure` is not supported."""
         assert closure is None
         gradients = {}
         for group in self.param_groups:
@@ -58,7 +58,7 @@ class MuonAdamW(torch.optim.AdamW):
             p.grad = gradient
 
     def _step_matrices(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """Take a step of decoupled weight decay and orthogonalized Nesterov momentum."""
+        """Update `p` with decoupled weight decay and orthogonalized Nesterov momentum."""
         state = self.state[p]
         if not state:
             # AdamW's load_state_dict needs `step` in every entry.
@@ -74,12 +74,12 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None = None) -> list[dict]:
-    """Split the parameters in groups: matrices, which are decayed, and embeddings, norms and biases, which are not.
+    """Split the parameters into groups: matrices get weight decay; embeddings, norms and biases do not.
 
-    A tied head counts as the embedding. Empty matrices (no shared experts) and frozen parameters are left out. For Muon
-    the hidden matrices are groups of their own (`MuonAdamW`): fused gate and up are two matrices, a projection of
-    attention is one for all heads. The head and the routers stay with AdamW. `named` replaces the model's parameters,
-    for example by local shards.
+    A head that is tied to the embedding counts as embedding. Frozen parameters are left out, and so are empty matrices,
+    which a model without shared experts has. For Muon, the hidden matrices form groups of their own (see `MuonAdamW`).
+    Fused gate and up count as two matrices; an attention projection counts as one matrix for all heads. AdamW updates
+    the head and the routers. `named` replaces the model's parameters, for example by local shards.
     """
     if named is None:
         named = [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
@@ -102,14 +102,14 @@ def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None =
 
 
 def make_optimizer(model: CausalLM, config: OptimConfig, named: Named | None = None) -> torch.optim.AdamW:
-    """Return the optimizer of `config`, with one learning rate for all groups; `named` as in `parameter_groups`."""
+    """Return the optimizer that `config` describes; `named` is passed to `parameter_groups`."""
     kind = MuonAdamW if config.kind == "muon" else torch.optim.AdamW
     groups = parameter_groups(model, config, named)
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as flat tensors, named by the parameter's number, for a checkpoint."""
+    """Return the optimizer's state for a checkpoint: a flat dictionary with the parameter's number in each name."""
     state = optimizer.state_dict()["state"]
     return {
         f"optimizer.{number}.{key}": torch.as_tensor(value)

@@ -1,7 +1,8 @@
 """Where a run starts: at step 0, or from its newest checkpoint.
 
-The paths of text, tokenizer, teacher and first weights may change before a resume. Their contents may not: the state of
-the data stream has the fingerprint of the training text, and `Training.input_digests` are those of the others.
+The paths of text, tokenizer, teacher and first weights may change before a resume, but their contents must not. A
+checkpoint identifies the training text by the fingerprint in the data stream's state. It identifies the tokenizer, the
+teacher and the validation text by `Training.input_digests`.
 """
 
 import dataclasses
@@ -28,29 +29,29 @@ from smolseek.train.state import progress_of
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run starts with."""
+    """The configuration and the checkpoint that a run starts with."""
 
     config: TrainConfig
     resume: bool
     previous: TrainConfig | None
-    """The configuration in the run folder, on the main process."""
+    """The configuration that the run folder already has; None on processes other than the main process."""
     checkpoint: Path | None
     """The newest valid checkpoint of a resumed run."""
     saved: dict[str, Any]
-    """Its JSON state."""
+    """JSON state of `checkpoint`."""
     is_complete: bool = False
-    """Whether nothing is left to do."""
+    """Whether all steps of the run are already done."""
     tokenizer_copy: Path | None = None
-    """A folder with the tokenizer, in case `config.tokenizer` has moved."""
+    """A folder with a copy of the tokenizer, used if `config.tokenizer` does not exist any more."""
 
 
 def find_start(
     run: RunFolder, config: TrainConfig, resume: bool, device: torch.device, distributed: SingleProcess
 ) -> Start:
-    """Return where the run begins. Nothing is written yet.
+    """Return the configuration and the checkpoint that the run starts with, without writing anything.
 
     Raises:
-        SmolseekError: for a run folder that does not fit, checkpoints of which none is valid, and missing inputs.
+        SmolseekError: if the run folder does not fit, has checkpoints but no valid one, or if inputs are missing.
     """
     previous = tokenizer_copy = checkpoint = None
     if distributed.is_main:
@@ -86,12 +87,12 @@ def find_start(
 
 
 def _pinned(config: TrainConfig, previous: TrainConfig | None) -> TrainConfig:
-    """Return `config` with the commits of its hub data: those of the run `previous`, or the newest."""
+    """Return `config` with a commit for each hub dataset: the commit of the run `previous`, or the newest commit."""
     return dataclasses.replace(config, data=pin(config.data, None if previous is None else previous.data))
 
 
 def _relocated(config: TrainConfig, previous: TrainConfig) -> TrainConfig:
-    """Return `config` with the new paths of text files that lie in the run folder, which may have moved."""
+    """Return `config` with corrected paths of the text files in the run folder, in case the folder has moved."""
 
     def relocate(path: str) -> str:
         if Path(path).exists() or not Path(path).is_relative_to(previous.run):
@@ -106,9 +107,9 @@ def _relocated(config: TrainConfig, previous: TrainConfig) -> TrainConfig:
 def newest_checkpoint(
     run: RunFolder, distributed: SingleProcess, below: int | None = None
 ) -> tuple[Path | None, list[tuple[str, str]]]:
-    """Return the newest valid checkpoint, and the names of newer ones with what is wrong. One process reads them all.
+    """Return the newest valid checkpoint, and the name and the damage of each newer checkpoint.
 
-    With `below` only checkpoints after fewer steps than that count.
+    Only the main process reads the checkpoints. With `below`, checkpoints at step `below` or later are ignored.
     """
 
     def verify_all() -> list[Any]:
@@ -120,14 +121,16 @@ def newest_checkpoint(
 
 
 def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | None) -> Path | None:
-    """Return the folder with a copy of the tokenizer; None if there is none, or the run gets another tokenizer.
+    """Check that the text and the first weights exist, and return a folder with a copy of the tokenizer.
+
+    Returns None if there is no copy, or if the resumed run has another tokenizer.
 
     Raises:
-        SmolseekError: for text that has moved, or the missing first weights of a run without a checkpoint.
+        SmolseekError: if text is missing, or if the run has no checkpoint and its first weights are missing.
     """
     for option in ("sources", "val_sources"):
         for source in set(getattr(config.data, option)) & set(getattr(previous.data, option)) - {"builtin"}:
-            hub = parse_names((source,))  # the configuration of a run has the commits of its hub data
+            hub = parse_names((source,))  # the run's configuration has the commit of each hub dataset
             if not Path(source).expanduser().exists() and not (hub and hub[0].revision):
                 name = "data" if option == "sources" else "data.val-sources"
                 raise SmolseekError(
@@ -147,10 +150,12 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
 
 
 def check_inputs(digests: dict[str, str], start: Start) -> None:
-    """Compare the digests of the run's inputs with those in its checkpoint, where older releases wrote none.
+    """Compare the digests of the run's inputs with the digests in its checkpoint, if the checkpoint has any.
+
+    Older releases wrote no digests.
 
     Raises:
-        SmolseekError: for another tokenizer or teacher. Another validation text only gives a warning.
+        SmolseekError: if the tokenizer or the teacher has changed. A changed validation text only gives a warning.
     """
     config, before = start.config, start.saved.get("inputs", {})
     differing = {name for name, value in digests.items() if before.get(name, value) != value}
@@ -169,7 +174,7 @@ def check_inputs(digests: dict[str, str], start: Start) -> None:
 
 
 def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[str]:
-    """Yield a line for each kind of settings that differ from those which the run had up to `step`."""
+    """Yield lines that say which settings change from `previous` to `config` after `step` steps."""
     differing = differences(previous, config)
     changed = []
     for key, (old, new, change) in differing.items():

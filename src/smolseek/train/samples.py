@@ -1,4 +1,4 @@
-"""Samples: continuations of the five prompts of the original experiment."""
+"""Text samples of a run: continuations of five fixed prompts."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ PROMPTS = (
 def write_samples(
     run: RunFolder, step: int, model: CausalLM, tokenizer: Any, max_tokens: int, seed: int, log: Log
 ) -> None:
-    """Continue the five prompts by up to `max_tokens` tokens; add them to samples.md and the metrics, and show them.
+    """Continue each of the five prompts by up to `max_tokens` tokens, and add the texts to samples.md, metrics and log.
 
-    They use a random generator of their own, so the training is not affected. Its seed is the same each time: only the
-    model differs from step to step.
+    Sampling has its own random generator, so training is not affected. The generator always gets the same seed, so two
+    samples of a prompt differ only because the model has changed.
     """
     sampling = SamplingParams(temperature=0.8, top_k=50, top_p=0.95, seed=seed)
     texts = []

@@ -1,14 +1,15 @@
-"""The cost of a run for each of many processes, from formulas: memory, and the bytes that each collective sends.
+"""The cost of a distributed run per process, from formulas: its memory, and the bytes that each collective sends.
 
-The formulas are those of ring algorithms and of `distributed/`: weights are sharded over S processes and have R
-replicas, experts are sharded over M processes, and a step has A micro-batches. For n bytes of weights in float32
+The formulas assume ring algorithms and the sharding of `distributed/`. Weights are sharded over S processes and have R
+replicas, experts are sharded over M processes, and a step has A micro-batches. For n bytes of float32 weights, a
+process sends:
 
     all-gather      2 A n (S-1)/S   before the forward and before the backward pass; 1 A n for embedding and head
     reduce-scatter    A n (S-1)/S   of the gradients
     all-reduce      2 n/S (R-1)/R   over the replicas, once a step
     all-to-all      4 A p (M-1)/M   p bytes of routed slots, for each layer with experts: sent and returned, twice
 
-`bench/scale.py` compares them with small runs.
+`bench/scale.py` compares these formulas with measurements of small runs.
 """
 
 import torch
@@ -20,15 +21,17 @@ from smolseek.model.transformer import CausalLM
 from smolseek.train.footprint import Run, activation_bytes
 
 INTERCONNECTS = {"nvlink": 450e9, "infiniband": 50e9, "ethernet": 12.5e9}
-"""Bytes a second that one GPU sends: NVLink of an H100 (900 GB/s both ways), InfiniBand NDR and 100 Gb/s Ethernet."""
+"""Bytes per second that one GPU can send over an H100's NVLink (900 GB/s both ways), InfiniBand NDR, 100 Gb/s
+Ethernet."""
 FLOPS = 0.4 * 989e12
-"""Operations a second: 40 % of an H100's dense bfloat16 peak (989 TFLOP/s in its data sheet)."""
+"""Assumed operations per second: 40 % of an H100's dense bfloat16 peak (989 TFLOP/s in its data sheet)."""
 
 
 def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str, int]]:
-    """Return the parameters of the first process of `mesh`, the largest shard, and the bytes that it sends in a step.
+    """Return the number of parameters in the largest shard of `mesh`, and the bytes that its process sends per step.
 
-    The bytes are by collective. `run.batch_size` counts the sequences of all processes.
+    The bytes are listed by collective. The largest shard is that of the first process. `run.batch_size` counts the
+    sequences of all processes.
     """
     with torch.device("meta"):
         model = CausalLM(config)
@@ -55,7 +58,7 @@ def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str
 
 
 def lines(config: ModelConfig, mesh: Mesh, run: Run, interconnect: str) -> list[str]:
-    """Return the cost as text; the share of communication assumes no overlap with computing."""
+    """Return the cost as text; the share of communication assumes no overlap with computation."""
     text, bandwidth = summary.size_text, INTERCONNECTS[interconnect]
     parameters, sent = shard_cost(config, mesh, run)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""The learning rate, and the step of the router biases, over the steps of a run."""
+"""The schedules of a run: learning rate and update size of the router biases at each step."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from smolseek.config import ScheduleConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Both schedules of a run whose weights are trained in the first `steps` steps.
+    """Learning rate and router-bias factor of a run that trains its weights in the first `steps` steps.
 
     In all later steps the weights are frozen, and only the router biases are tuned.
     """
@@ -31,18 +31,19 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Return the learning rate of step `step` (from 0).
 
-        Linear warm-up, then a cosine to `final_factor`, or (wsd) the peak and a linear decay at the end (2404.06395).
+        After a linear warm-up, `cosine` decays to `final_factor` along a cosine, `wsd` stays at the peak and decays
+        linearly at the end (2404.06395), and `constant` stays at the peak.
         """
         if self.is_frozen(step):
             return 0.0
         return self.peak_lr * ((step + 1) / self._warmup if step < self._warmup else self._decay(step))
 
     def bias_factor(self, step: int) -> float:
-        """Return the factor on gamma after step `step`.
+        """Return the factor that multiplies gamma after step `step`.
 
-        It decays with the learning rate, because updates by the sign alone never converge: DeepSeek-V3 ends with gamma
-        0 (section 4.2). With frozen weights it begins at ten and decays as 1 / (1 + t / 5): the proportional updates
-        then average over all steps.
+        The factor decays with the learning rate, because sign updates of constant size never converge. DeepSeek-V3 also
+        ends with gamma 0 (section 4.2). While the weights are frozen, the factor starts at 10 and decays as 1 / (1 + t
+        / 5), so that the proportional updates average over all steps.
         """
         return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self._decay(step)
 
@@ -51,7 +52,7 @@ class Schedule:
         return min(self.config.warmup_steps, self.steps // 10)
 
     def _decay(self, step: int) -> float:
-        """Return the learning rate without the warm-up, as a share of the peak: 1 until the decay begins."""
+        """Return the learning rate as a share of the peak, which is 1 before the decay; the warm-up is ignored."""
         config = self.config
         if config.kind == "constant":
             return 1.0

@@ -1,4 +1,4 @@
-"""A training run set up: datasets opened, the model built, and the state of the checkpoint restored."""
+"""Sets up a training run: opens the datasets, builds the model, and restores the state of the checkpoint."""
 
 import hashlib
 import os
@@ -46,12 +46,12 @@ class Datasets:
     val_sequences: torch.Tensor
     """Validation text, int64 [N, T+1]."""
     val_bytes: int
-    """UTF-8 bytes that their targets stand for."""
+    """UTF-8 bytes that the target tokens of `val_sequences` encode."""
 
     def digests(self) -> dict[str, str]:
-        """Return digests of the tokens of some text and of the validation sequences, for checkpoints.
+        """Return two digests for checkpoints: of the tokens of some training text, and of the validation sequences.
 
-        The fingerprint of the training text is part of the stream's state.
+        The training text itself is identified by the fingerprint in the data stream's state.
         """
         beginnings = [text[:2000] for text in self.corpus.train[:8]]
         contents = {
@@ -63,23 +63,23 @@ class Datasets:
 
 @dataclass(kw_only=True)
 class Training(TrainState):
-    """A run between two steps, with all that its steps use."""
+    """The state of a run between two steps, with all objects that its steps use."""
 
     config: TrainConfig
     run: RunFolder
     device: torch.device
     datasets: Datasets | None
-    """On the main process only."""
+    """None on processes other than the main process."""
     val_sequences: torch.Tensor
     """Validation text, int64 [N, T+1], on every process."""
     val_bytes: int
     forward_backward: ForwardBackward
     schedule: Schedule
     input_digests: dict[str, str]
-    """Of the tokenizer, the validation text and the teacher, for checkpoints."""
+    """Digests of the tokenizer, the validation text and the teacher, for checkpoints."""
     saver: Saver
     saved_step: int = 0
-    """Step of the last checkpoint that was begun."""
+    """Step of the newest checkpoint, whose saving may still be in progress."""
     tracker: Tracker
     log: console.Log
     clock: Clock = field(default_factory=Clock)
@@ -91,7 +91,7 @@ class Training(TrainState):
 
 
 def set_up(run: RunFolder, start: Start, device: torch.device, distributed: SingleProcess) -> Training:
-    """Return the run as it starts. Nothing is written yet.
+    """Return the run, ready for its next step, without writing anything.
 
     Raises:
         SmolseekError: for data, a model, a teacher or a checkpoint that cannot be opened, or that does not fit the
@@ -151,7 +151,7 @@ def set_up(run: RunFolder, start: Start, device: torch.device, distributed: Sing
         if config.init is not None:
             t.load_weights(resolve(config.init))
         if config.distill.teacher is not None:
-            t.progress.evaluated = -1  # evaluate before the first step: the divergence to begin with
+            t.progress.evaluated = -1  # evaluate before the first step, to log the initial divergence
     t.saved_step = t.progress.step
     return t
 
@@ -162,11 +162,11 @@ def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, re
     Args:
         config: the run's settings.
         tokenizer_copy: a folder with the tokenizer of a resumed run, used if `config.tokenizer` has moved.
-        resumed: whether the run has warned already of what the tokenizer cannot spell.
+        resumed: whether the run is resumed. Warnings about its text are then not repeated.
 
     Raises:
-        SmolseekError: for data that cannot be read or are too few, a tokenizer larger than the model's vocabulary, or
-            one that cannot spell the text.
+        SmolseekError: for data that cannot be read or are too short, and for a tokenizer that is larger than the
+            model's vocabulary or cannot encode the text.
     """
     if not config.model.eos_ids:
         raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
@@ -192,7 +192,7 @@ def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, re
 
 
 def _require_vocabulary(tokenizer: Any, vocab_size: int, new: bool) -> None:
-    """Raise SmolseekError if a model, `new` or trained, has fewer tokens than its tokenizer."""
+    """Raise SmolseekError if a model, `new` or already trained, has fewer tokens than its tokenizer."""
     size = len(tokenizer)
     if size > vocab_size:
         first = tokenizer.convert_ids_to_tokens(vocab_size)

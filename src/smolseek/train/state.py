@@ -1,4 +1,4 @@
-"""Everything that a step changes, saved and restored together."""
+"""The training state: everything that a step changes, saved and restored together."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from smolseek.train.optim import load_state_tensors, state_tensors
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run has come."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -34,22 +34,22 @@ class Progress:
     interval: list[float] = dataclasses.field(default_factory=list)
     """Losses since the last log line."""
     kls: list[float] = dataclasses.field(default_factory=list)
-    """KL divergences from the teacher since then; zeros without one."""
+    """KL divergences from the teacher since the last log line; zeros without a teacher."""
     loss: float = math.nan
     """Mean training loss of the last logged interval."""
     evaluated: int = 0
     """Step of the last evaluation."""
     val_loss: float = math.nan
-    """Its loss."""
+    """Validation loss of the last evaluation."""
     sampled: int = 0
     """Step of the last samples."""
 
 
 def progress_of(saved: dict[str, Any], path: Path) -> Progress:
-    """Return the progress in the JSON state `saved` of the checkpoint `path`.
+    """Return the progress from `saved`, the JSON state of the checkpoint `path`.
 
     Raises:
-        SmolseekError: if progress, position in the data, guard or file sizes are missing or damaged.
+        SmolseekError: if the progress, the data position, the guard's counts or the file sizes are missing or damaged.
     """
     with report_damage(path / STATE_JSON, "use an older checkpoint"):
         progress = from_dict(Progress, saved["progress"], f"{path / STATE_JSON}: progress")
@@ -64,7 +64,7 @@ def progress_of(saved: dict[str, Any], path: Path) -> Progress:
 
 @dataclasses.dataclass
 class TrainState:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     model: CausalLM
     optimizer: torch.optim.Optimizer
@@ -79,7 +79,10 @@ class TrainState:
         load_weights(self.model, path, self.distributed.local_shards(self.model))
 
     def reset(self, seed: int, init: str | None) -> None:
-        """Return to step 0 and the first weights: drawn with `seed`, or those of the model `init`. The data go on."""
+        """Go back to step 0 and the first weights, but not to the first data.
+
+        The first weights are those of the model `init`, or random weights from `seed`.
+        """
         self.distributed.init_weights(self.model, seed)
         if init is not None:
             self.load_weights(resolve(init))
@@ -87,9 +90,9 @@ class TrainState:
         self.progress = Progress()
 
     def capture(self, seconds: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the training state without the weights: tensors, which are not copied, and JSON types.
+        """Return the training state except the weights: the tensors, which are not copied, and the rest in JSON types.
 
-        `seconds` is the training time so far. Each process returns the shards that it writes.
+        `seconds` is the training time so far. Each process returns only the shards that it saves.
         """
         progress = dataclasses.asdict(self.progress) | {"seconds": seconds}
         state = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
@@ -106,8 +109,8 @@ class TrainState:
     def restore(self, path: Path, *, data: bool) -> dict[str, Any]:
         """Restore weights, optimizer and progress from the checkpoint `path`, and return its JSON state.
 
-        With `data`, the data stream and the guard are restored as well; without, the run does not read the same data
-        again.
+        With `data`, the data stream and the guard are restored as well. Without it, the stream keeps its position, so
+        the run does not read the same data again.
         """
         shards = self.distributed.local_shards(self.model)
         with report_damage(path / STATE_TENSORS, "use an older checkpoint"):
@@ -128,6 +131,6 @@ class TrainState:
         return saved
 
     def _parameter(self, name: str) -> tuple[int, str]:
-        """Return number and name of the parameter of a tensor in the training state."""
+        """Return the number and the name of the parameter to which the state tensor `name` belongs."""
         number = int(name.split(".")[1])
         return number, [name for group in self.optimizer.param_groups for name in group["names"]][number]

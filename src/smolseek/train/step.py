@@ -1,4 +1,4 @@
-"""One optimizer step. Bad steps are skipped; too many in a row make the run return to a checkpoint."""
+"""One optimizer step. A bad step is skipped; too many bad steps in a row cause a rollback to a checkpoint."""
 
 import math
 from collections.abc import Iterable
@@ -14,19 +14,19 @@ from smolseek.train.setup import Training
 
 
 class StepResult(NamedTuple):
-    """What is logged of a good step."""
+    """The values of a good step that are logged."""
 
     lr: float
     grad_norm: float
-    """Before clipping."""
+    """Gradient norm before clipping."""
     maxvio_L: torch.Tensor
-    """On the load's device; empty without experts."""
+    """MaxVio of each layer, on the load's device; empty without experts."""
 
 
 def train_step(
     t: Training, micro_batches: Iterable[tuple[torch.Tensor, float]], position: dict[str, Any]
 ) -> StepResult | None:
-    """Train on the micro-batches of a step, which begin at `position` in the data; return None if it was skipped.
+    """Train on a step's micro-batches, which begin at `position` in the data. Return None if the step was skipped.
 
     In the last steps of a run with bias calibration the weights are frozen, and only the router biases move.
     """
@@ -56,7 +56,7 @@ def train_step(
 def _gradients(
     t: Training, micro_batches: Iterable[tuple[torch.Tensor, float]], frozen: bool
 ) -> tuple[float, float, float]:
-    """Compute the clipped gradients of a step, unless weights are `frozen`; return loss, gradient norm and KL."""
+    """Compute a step's clipped gradients, unless weights are `frozen`. Return loss, gradient norm and KL divergence."""
     model, balancer, grad_accum = t.model, t.balancer, t.config.grad_accum
     loss, kl = torch.zeros(2, device=t.device)
     for number, (sequences, share) in enumerate(micro_batches, 1):
@@ -67,13 +67,13 @@ def _gradients(
         balancer.add(out.load_LE)
     clip = t.config.optim.clip or math.inf
     norm = loss.new_zeros(()) if frozen else t.distributed.clip_grad_norm(model, clip)
-    # The only synchronization of a step with the device.
+    # The only point of a step at which the host waits for the device.
     loss_sum, grad_norm, kl_sum = torch.stack((t.distributed.all_reduce(loss), norm, kl)).tolist()
     return loss_sum / grad_accum, grad_norm, kl_sum / grad_accum
 
 
 def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
-    """Drop a bad step and log its data; after `guard.patience` of them in a row return to a checkpoint."""
+    """Drop a bad step and log its data position. Roll back after `guard.patience` bad steps in a row."""
     step, tokens, begin = t.progress.step, t.config.step_tokens, position["tokens"]
     t.optimizer.zero_grad(set_to_none=True)
     t.balancer.drop_load()
@@ -88,10 +88,12 @@ def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
 
 
 def _go_back(t: Training) -> None:
-    """Return to the last checkpoint, or to the one before if no step succeeded from there. The data go on.
+    """Roll back to the last checkpoint, without going back in the data.
+
+    If no step has succeeded since the previous rollback, the checkpoint before that one is used.
 
     Raises:
-        SmolseekError: after too many returns without progress.
+        SmolseekError: after too many rollbacks without new progress.
     """
     run, guard = t.run, t.guard
     step, tokens = t.progress.step, t.progress.tokens

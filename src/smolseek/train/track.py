@@ -1,7 +1,7 @@
-"""A run's figures in TensorBoard, Trackio or Weights & Biases, beside metrics.jsonl.
+"""Sends a run's metrics to TensorBoard, Trackio or Weights & Biases, in addition to metrics.jsonl.
 
-They are extras of the package, imported only when requested. A tracker that fails later, for example because its server
-is unavailable, does not end the run.
+These trackers are optional dependencies (extras), imported only if `--track` asks for one. A tracker that fails during
+the run, for example because its server is unavailable, does not end the run.
 """
 
 import contextlib
@@ -14,19 +14,19 @@ from smolseek import console
 from smolseek.errors import SmolseekError, reason
 from smolseek.run_folder import RunFolder
 
-# The module of each; the extras carry the same names.
+# The Python module of each tracker; each extra is named after its tracker.
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "trackio": "trackio", "wandb": "wandb"}
 PROJECT = "smolseek"
 
 
 class Tracker:
-    """Forwards the records that a run appends to metrics.jsonl; with `kind` none it does nothing."""
+    """Forwards the records that a run appends to metrics.jsonl to the tracker `kind`, unless that is `none`."""
 
     def __init__(self, kind: str, run: RunFolder, settings: dict[str, Any]) -> None:
-        """Import what `kind` needs, and write nothing yet; `settings` are the run's, with dotted keys.
+        """Import the tracker, without writing anything; `settings` are the run's settings with dotted keys.
 
         Raises:
-            SmolseekError: if it is not installed.
+            SmolseekError: if the tracker is not installed.
         """
         self.kind, self.run, self.settings = kind, run, settings
         self._sink: Any = None
@@ -40,13 +40,13 @@ class Tracker:
                 ) from None
 
     def open(self, step: int) -> None:
-        """Begin after `step` steps: what the run records from now on is forwarded."""
+        """Start to forward records, at a point where the run has done `step` steps."""
         if self.kind == "none":
             return
         self.run.unread, name, folder = [], self.run.path.name, str(self.run.path)
         with self._contained():
             if self.kind == "tensorboard":
-                # A killed run may have written later steps than its last checkpoint: they are hidden.
+                # A killed run may have written steps after its last checkpoint: hide these.
                 self._sink = self._module.SummaryWriter(f"{folder}/tensorboard", purge_step=step + 1)
                 if step == 0:
                     self._sink.add_text("settings", f"```\n{json.dumps(self.settings, indent=1)}\n```", 0)
@@ -55,7 +55,7 @@ class Tracker:
                 self._sink = self._module.init(project=PROJECT, name=name, config=self.settings, resume="allow", **more)
 
     def follow(self) -> None:
-        """Forward what the run has recorded since the last call."""
+        """Forward the records that the run has written since the last call."""
         records, self.run.unread = self.run.unread or [], None if self._sink is None else []
         with self._contained():
             for record in records if self._sink is not None else ():
@@ -82,7 +82,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def _contained(self) -> Iterator[None]:
-        """Within it, an error of the tracker ends the tracking with a warning, and not the run."""
+        """Context in which an error of the tracker ends the tracking with a warning, but not the run."""
         try:
             yield
         except Exception as error:
