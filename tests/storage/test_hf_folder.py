@@ -76,6 +76,7 @@ YARN = RopeConfig(
 CASES = {
     "mla_moe": DEEPSEEK,
     "full_query_tied_no_shared": replace(DEEPSEEK, q_lora_rank=None, tie_word_embeddings=True, n_shared_experts=0),
+    "tied_without_latent_norm": replace(DEEPSEEK, latent_norm=False, tie_word_embeddings=True),
     "dense_biased_halves": replace(DEEPSEEK, n_routed_experts=0, attention_bias=True, rope_interleave=False),
     "yarn": replace(DEEPSEEK, rope_parameters=YARN),
     "llama": LLAMA,
@@ -146,6 +147,51 @@ def test_saved_and_loaded_is_the_same_model(config, tmp_path):
     other = new_model(config, seed=9).eval()
     load_weights(other, tmp_path)
     assert torch.equal(logits(other), logits(ours))
+
+
+@pytest.mark.parametrize("latent_norm", [True, False])
+def test_a_tied_deepseek_head_is_written_for_other_engines_and_tied_again(latent_norm, tmp_path):
+    config = replace(DEEPSEEK, latent_norm=latent_norm, tie_word_embeddings=True)
+    ours = random_model(config)
+    save_folder(ours, tmp_path)
+    tensors, values = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert values["tie_word_embeddings"] is False and values["smolseek_tied_embeddings"] is True
+    assert read_config(tmp_path) == load_model(tmp_path).config == config
+    # Older folders have no head, and say that it is tied.
+    rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
+    del values["smolseek_tied_embeddings"], values["rope_theta"], values["rope_scaling"]
+    (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
+    assert read_config(tmp_path) == config and torch.equal(logits(load_model(tmp_path).model), logits(ours))
+
+
+def test_a_head_that_another_program_trained_is_not_tied_again(tmp_path):
+    save_folder(random_model(CASES["full_query_tied_no_shared"]), tmp_path / "a")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        theirs.lm_head.weight[7] += 0.5
+    theirs.save_pretrained(tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["smolseek_tied_embeddings"] is True
+    ours = load_model(tmp_path / "b")
+    assert not ours.config.tie_word_embeddings and read_config(tmp_path / "b") == ours.config
+    assert (logits(theirs) - logits(ours.model)).abs().max() <= 2e-5
+
+
+def test_a_tied_matrix_that_is_not_finite_is_still_tied(tmp_path):
+    config = CASES["full_query_tied_no_shared"]
+    ours = random_model(config)
+    ours.model.embed_tokens.weight.data[3] = float("nan")
+    save_folder(ours, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config == config and loaded.model.lm_head.weight[3].isnan().all()
+
+
+def test_old_names_of_the_rope_settings_are_written_for_other_engines(tmp_path):
+    for name, scaling in (("mla_moe", None), ("yarn", "yarn")):
+        values = config_to_hf(CASES[name])
+        assert values["rope_theta"] == values["rope_parameters"]["rope_theta"]
+        assert (values["rope_scaling"] or {}).get("rope_type") == scaling
+    assert not {"rope_theta", "rope_scaling"} & set(config_to_hf(LLAMA))
 
 
 def test_file_names_of_the_experts(tmp_path):

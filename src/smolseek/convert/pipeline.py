@@ -30,6 +30,7 @@ from smolseek.model.summary import count
 from smolseek.storage import latent_norm
 from smolseek.storage.hf_folder import load_causal_lm, write_metadata
 from smolseek.storage.safetensors_file import write_shards
+from smolseek.storage.weights import with_head
 
 _TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
 _TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
@@ -76,7 +77,8 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
     if conversion.smaller_cache:
         conversion.check_cache(opened.config)
     config = with_experts(lossless.target_config(opened.config), conversion)
-    needed = count(config).total * getattr(torch, conversion.dtype).itemsize
+    numbers = count(config).total + config.tie_word_embeddings * count(config).embedding  # a tied head is written, too
+    needed = numbers * getattr(torch, conversion.dtype).itemsize
     needed *= 1 + (conversion.active is not None and verify is not None)  # the control is written beside it
     try:
         with atomic_folder(target, last="config.json") as folder:  # without which it is no model yet
@@ -208,7 +210,8 @@ def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conver
     dtype, bias = getattr(torch, conversion.dtype), "e_score_correction_bias"
     # The biases stay float32: bfloat16 would round them to steps larger than the updates of a training.
     stored = latent_norm.folded(tensors, config)
-    write_shards(folder, ((name, tensor if name.endswith(bias) else tensor.to(dtype)) for name, tensor in stored))
+    typed = ((name, tensor if name.endswith(bias) else tensor.to(dtype)) for name, tensor in stored)
+    write_shards(folder, with_head(typed, config))
     source = opened.path
     same_tokenizer = source.is_dir() and conversion.tokenizer is None
     write_metadata(folder, config, dtype, None if same_tokenizer else opened.tokenizer)

@@ -18,7 +18,7 @@ from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf, read_json
 from smolseek.storage.safetensors_file import FLOAT_TYPES, INDEX, WEIGHTS, SafetensorsFiles, weight_files, write_shards
 from smolseek.storage.target import MODEL_MAY_BE, resolve
-from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_tensors, fill
+from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_tensors, fill, same_bits
 from smolseek.tokenizer import load_tokenizer, tokenizer_of
 
 
@@ -66,7 +66,7 @@ def folder_config(path: Path) -> ModelConfig:
     """Return the configuration of the model in the folder `path`, as transformers reads it.
 
     The end tokens are those of `generation_config.json` if this file exists. If the weight files hold an output head
-    that differs from the embedding, the head is not tied, whatever `tie_word_embeddings` says. Raises SmolseekError
+    that differs from the embedding, the head is not tied, whatever `config.json` says. Raises SmolseekError
     for files that cannot be read, or an architecture that is not supported.
     """
     values = config_json(path)
@@ -96,7 +96,7 @@ def _has_untied_head(path: Path) -> bool:
     head, embedding = files[HEAD], files[EMBEDDING]
     if head.dtype != embedding.dtype:  # torch.equal cannot promote float8
         head, embedding = head.float(), embedding.float()
-    return not torch.equal(head, embedding)
+    return not same_bits(head, embedding)
 
 
 def load_model(

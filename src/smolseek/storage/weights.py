@@ -31,7 +31,21 @@ def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Itera
     A model without a norm of the latent gets a norm in the file that has no effect. Reading the file removes this norm
     exactly.
     """
-    return folded(_views(shards), config, reversible=True)
+    return with_head(folded(_views(shards), config, reversible=True), config)
+
+
+def with_head(
+    tensors: Iterable[tuple[str, torch.Tensor]], config: ModelConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield `tensors`, and after the embedding of a DeepSeek model with a tied head also the head.
+
+    Other engines do not tie the head of a DeepSeek model. Without a head in the folder, mlx-lm ends with an error and
+    vLLM generates empty text.
+    """
+    for name, tensor in tensors:
+        yield name, tensor
+        if name == EMBEDDING and config.tie_word_embeddings and config.model_type == "deepseek_v3":
+            yield HEAD, tensor
 
 
 def _views(shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -110,32 +124,34 @@ def fill(
 ) -> None:
     """Copy `tensors`, named as in the files of `path`, into `shards`.
 
-    Raises SmolseekError for a tensor that is unknown or missing, or that has another shape or an unsupported type.
+    A tied matrix may be stored as the embedding, as the head, or as both. Raises SmolseekError for a tensor that is
+    unknown or missing, or that has another shape or an unsupported type. Raises SmolseekError as well if the model ties
+    the head to the embedding and the files hold two different matrices.
     """
     targets = _targets(shards)
     # Without shared experts their matrices are empty, and not every program writes empty tensors.
     missing = {name for name, (shape, _, _) in targets.items() if shape.numel()}
-    head, embedding = None, shards[EMBEDDING]
-    for name, tensor in unfolded(tensors, config):
-        if name == HEAD and config.tie_word_embeddings:
-            head = tensor[embedding.start : embedding.start + len(embedding.tensor)].to(embedding.tensor)
-            continue
+    for file_name, tensor in unfolded(tensors, config):
+        name = EMBEDDING if file_name == HEAD and config.tie_word_embeddings else file_name
         if name not in targets:
             raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
         shape, view, start = targets[name]
-        check_shape(path, name, tensor.shape, shape)
-        check_dtype(path, name, tensor)
+        check_shape(path, file_name, tensor.shape, shape)
+        check_dtype(path, file_name, tensor)
         if view is not None:
-            view.copy_(tensor[start : start + len(view)])
+            part = tensor[start : start + len(view)]
+            if name == EMBEDDING and name not in missing and not same_bits(view, part.to(view)):
+                raise SmolseekError(
+                    f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "
+                    "set tie_word_embeddings to false in config.json"
+                )
+            view.copy_(part)
         missing.discard(name)
-    if head is not None and EMBEDDING in missing:  # tied matrices may be stored under either name
-        embedding.tensor.copy_(head)
-        missing.discard(EMBEDDING)
     if missing:
         first = next(name for name in targets if name in missing)
         raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it again")
-    if head is not None and not torch.equal(head, embedding.tensor):
-        raise SmolseekError(
-            f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "
-            "set tie_word_embeddings to false in config.json"
-        )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors of one type hold the same numbers, to the last bit; NaN equals NaN."""
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
