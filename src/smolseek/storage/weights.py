@@ -34,9 +34,7 @@ def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Itera
     return with_head(folded(_views(shards), config, reversible=True), config)
 
 
-def with_head(
-    tensors: Iterable[tuple[str, torch.Tensor]], config: ModelConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
+def with_head(tensors: Iterable[tuple[str, torch.Tensor]], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield `tensors`, and after the embedding of a DeepSeek model with a tied head also the head.
 
     Other engines do not tie the head of a DeepSeek model. Without a head in the folder, mlx-lm ends with an error and
