@@ -42,8 +42,11 @@ def sync(file: int | str | os.PathLike[str]) -> None:
             os.close(handle)
 
 
-def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Replace the file `path`: after a crash or power cut it has its old contents or the new ones, never a mixture.
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give the name of a file to write, which becomes `path` on leaving; after an error nothing of it remains.
+
+    After a crash or power cut `path` has its old contents or the new ones, never a mixture.
 
     Raises:
         OSError: if it cannot be written; the old file stays.
@@ -51,10 +54,8 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
     # The thread's number separates processes and threads that write the same file at the same time.
     part = path.with_name(f"{UNFINISHED}{threading.get_native_id()}-{path.name}")
     try:
-        with part.open("wb") as file:
-            file.write(data.encode("utf-8") if isinstance(data, str) else data)
-            file.flush()
-            sync(file.fileno())
+        yield part
+        sync(part)
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -62,6 +63,16 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
         raise
     with contextlib.suppress(PermissionError):  # a folder that may be written need not be readable
         sync(path.parent)
+
+
+def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
+    """Replace the file `path` by `data`, as `atomic_file` does.
+
+    Raises:
+        OSError: if it cannot be written; the old file stays.
+    """
+    with atomic_file(path) as part:
+        part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def unfinished(path: Path) -> Path:

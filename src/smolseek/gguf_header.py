@@ -11,6 +11,7 @@ takes a tenth of a second.
 
 import re
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -163,7 +164,7 @@ class _Reader:
         return [self.value(item) for _ in range(count)]
 
 
-def special_ids(metadata: dict[str, Any]) -> dict[str, int]:
+def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     """Return the ids of the special tokens that a file names, by the names of `SPECIAL_IDS`."""
     ids = dict(_SENTENCEPIECE_IDS) if metadata.get("tokenizer.ggml.model") == "llama" else {}
     stated = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL_IDS}

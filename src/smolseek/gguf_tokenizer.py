@@ -5,6 +5,7 @@ llama.cpp's. transformers reads such files, too, but has no rule for SmolLM2, an
 3. Heavy imports stand inside the functions.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # values of tokenizer.ggml.token_type
+NORMAL, _UNKNOWN, CONTROL, USER_DEFINED, UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # values of tokenizer.ggml.token_type
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _SYMBOLS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +39,7 @@ class _Rule(NamedTuple):
 
 
 _LLAMA3 = _Rule((_LETTERS + r"|\p{N}{1,3}" + _SYMBOLS,), ignore_merges=True, bos=True)
-_RULES = {
+RULES = {
     "default": _Rule((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": _Rule((_GPT2,)),
     "smollm": _Rule((r"\p{N}", _GPT2)),
@@ -47,6 +48,7 @@ _RULES = {
     "llama3": _LLAMA3,
     "qwen2": _Rule((_LETTERS + r"|\p{N}" + _SYMBOLS,), nfc=True),
 }
+"""By llama.cpp's names, the values of tokenizer.ggml.pre."""
 
 
 def smollm2_gguf() -> Path | None:
@@ -65,12 +67,16 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     Raises:
         SmolseekError: for another kind, a vocabulary that is incomplete, or a file that cannot be read.
     """
-    meta = read_header(path).metadata
+    return tokenizer_from_metadata(read_header(path).metadata, path)
+
+
+def tokenizer_from_metadata(meta: Mapping[str, Any], path: Path) -> "PreTrainedTokenizerFast":
+    """Build the tokenizer that the metadata of the GGUF file `path` describe, as `tokenizer_from_gguf` does."""
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre is not None and pre not in _RULES):
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre is not None and pre not in RULES):
         what = f"tokenizer {kind!r}" + (f" with pre-tokenizer {pre!r}" if kind == "gpt2" else "")
         raise SmolseekError(
-            f"{path}: {what} is not supported ('llama', and 'gpt2' with {', '.join(map(repr, _RULES))}, are): "
+            f"{path}: {what} is not supported ('llama', and 'gpt2' with {', '.join(map(repr, RULES))}, are): "
             "give the model's own by --tokenizer FOLDER or hub name (convert, generate and chat have that option)"
         )
     from tokenizers import AddedToken, processors
@@ -84,11 +90,9 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
         if kind == "llama":
             backend, bos = _sentencepiece(meta, tokens, types, special["unknown"]), True
         else:
-            rule = _RULES[pre or "default"]
+            rule = RULES[pre or "default"]
             backend, bos = _byte_level(meta, tokens, rule), rule.bos
-        added = [
-            (AddedToken(t, normalized=False, special=n == _CONTROL), n) for t, n in zip(tokens, types, strict=True)
-        ]
+        added = [(AddedToken(t, normalized=False, special=n == CONTROL), n) for t, n in zip(tokens, types, strict=True)]
     except Exception as error:  # a missing key, or the Rust constructor's bare Exception for merges that do not fit
         raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): download the file again") from None
     if kind == "gpt2" and pre is None:
@@ -96,8 +100,8 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
             f"{path} names no pre-tokenizer, so text is split by llama.cpp's default, which may not be the model's: "
             "give the model's own tokenizer by --tokenizer"
         )
-    backend.add_special_tokens([token for token, n in added if n == _CONTROL])
-    backend.add_tokens([token for token, n in added if n == _USER_DEFINED])
+    backend.add_special_tokens([token for token, n in added if n == CONTROL])
+    backend.add_tokens([token for token, n in added if n == USER_DEFINED])
     begin = ["bos"] if meta.get("tokenizer.ggml.add_bos_token", bos) and "bos" in ids else []
     end = ["eos"] if meta.get("tokenizer.ggml.add_eos_token", False) and "eos" in ids else []
     if begin or end:
@@ -114,7 +118,7 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def _byte_level(meta: dict[str, Any], tokens: list[str], rule: _Rule) -> "Tokenizer":
+def _byte_level(meta: Mapping[str, Any], tokens: list[str], rule: _Rule) -> "Tokenizer":
     """Return BPE over the bytes of a text, each written as a character of GPT-2's alphabet."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -133,7 +137,7 @@ def _byte_level(meta: dict[str, Any], tokens: list[str], rule: _Rule) -> "Tokeni
     return backend
 
 
-def _sentencepiece(meta: dict[str, Any], tokens: list[str], types: list[int], unknown: str) -> "Tokenizer":
+def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], types: list[int], unknown: str) -> "Tokenizer":
     """Return SentencePiece's BPE: spaces are U+2581, one is put before a text, and unknown characters are bytes.
 
     The file gives no merges but a score for each token: of all pairs that make a token, the one with the highest score
@@ -143,7 +147,7 @@ def _sentencepiece(meta: dict[str, Any], tokens: list[str], types: list[int], un
 
     vocab = {token: i for i, token in enumerate(tokens)}
     scores = meta["tokenizer.ggml.scores"]
-    merged = {t: i for t, i in vocab.items() if types[i] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
+    merged = {t: i for t, i in vocab.items() if types[i] not in (_UNKNOWN, CONTROL, USER_DEFINED, _BYTE)}
     by_score = sorted(merged.items(), key=lambda item: (-scores[item[1]], item[1]))
     splits = ((token[:n], token[n:]) for token, _ in by_score for n in range(1, len(token)))
     merges = [(left, right) for left, right in splits if left in merged and right in merged]

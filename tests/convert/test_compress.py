@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from smolseek.cli import main
-from smolseek.convert import components, compress, lossless, pipeline
+from smolseek.convert import components, compress, pipeline
 from smolseek.convert.calibrate import _by_distance, calibration_sequences, statistics
 from smolseek.convert.conversion import Conversion
 from smolseek.convert.pipeline import convert
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.evaluate.compare import compare, measure_conversion
 from smolseek.storage.hf_folder import load_model, save_folder
+from smolseek.storage.rope_layout import interleaved
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,7 @@ def test_self_calibration_is_seeded_and_held_out_text_differs(llama):
 def test_interleave_makes_neighbouring_pairs():
     """Guards what the components are built on: pairs and frequencies in the order of the exact conversion."""
     weight = torch.arange(8.0)[:, None]
-    assert lossless.interleave(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert interleaved(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def test_a_broken_model_is_refused(llama, text, tmp_path):

@@ -19,6 +19,7 @@ VERBS = {
     "generate": ("writing.generate", "continue a prompt"),
     "chat": ("writing.chat", "chat with a model that has a chat template"),
     "convert": ("models.convert", "turn a Llama (SmolLM2) into MLA and experts, exactly or smaller"),
+    "export": ("exporting.export", "write a model for other engines: GGUF for llama.cpp"),
     "heal": ("training.heal", "recover a compressed model's quality by distillation"),
     "audit": ("auditing.audit", "check a model and its run for leaks, wrong labels and more"),
     "compare": ("models.compare", "compare two models: loss, KL divergence, cache, parameters"),
@@ -45,7 +46,7 @@ Train, convert, check and run small language models of the DeepSeek architecture
 smolseek COMMAND --help lists a command's options. --version prints the version,
 --debug the traceback of an error."""
 
-JOBS = frozenset({"train", "prepare", "convert", "heal", "report", "audit"})
+JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit"})
 """Commands whose result is in files or in the exit status: they go on when nobody reads their output."""
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from smolseek.config import ModelConfig
-from smolseek.convert import lossless
 from smolseek.convert.calibrate import Statistics
 from smolseek.convert.conversion import Method
 from smolseek.model.attention import GQA
 from smolseek.model.rope import frequencies
+from smolseek.storage.rope_layout import interleaved
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def analyse(config: ModelConfig, attention: GQA, stats: Statistics, method: Meth
     projections = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
     q, k, v, o = (projection.weight.detach().double() for projection in projections)
     w_J = frequencies(config.rope_parameters, d).double()
-    q_HdD = lossless.interleave(q, H).unflatten(0, (H, d))
-    k_KD = torch.view_as_complex(lossless.interleave(k, G).unflatten(0, (-1, 2)).mT.contiguous())
+    q_HdD = interleaved(q, H).unflatten(0, (H, d))
+    k_KD = torch.view_as_complex(interleaved(k, G).unflatten(0, (-1, 2)).mT.contiguous())
     v_GdD = v.unflatten(0, (G, d))
     o_Hdd = torch.stack([w_Dd.T @ w_Dd for w_Dd in o.split(d, dim=1)])
     value_Gdd = o_Hdd.unflatten(0, (G, -1)).sum(dim=1)

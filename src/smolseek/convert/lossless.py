@@ -12,6 +12,7 @@ import torch
 from smolseek.config import ModelConfig, RopeConfig
 from smolseek.model.rope import frequencies
 from smolseek.storage.latent_norm import EPS
+from smolseek.storage.rope_layout import interleaved
 
 
 def target_config(source: ModelConfig) -> ModelConfig:
@@ -61,11 +62,6 @@ def reciprocals(w_J: torch.Tensor) -> list[float]:
     return candidates.gather(0, best[None])[0].tolist()
 
 
-def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows [heads*d, D] of each head from halves (j, j+J) to pairs (2j, 2j+1), the order of DeepSeek."""
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
 def attention(
     config: ModelConfig, q_proj: torch.Tensor, k_proj: torch.Tensor, v_proj: torch.Tensor
 ) -> dict[str, torch.Tensor]:
@@ -77,12 +73,12 @@ def attention(
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     group_of_head = torch.arange(heads) // (heads // groups)
     q_HGdD = q_proj.new_zeros(heads, groups, size, config.hidden_size)
-    q_HGdD[torch.arange(heads), group_of_head] = interleave(q_proj, heads).unflatten(0, (heads, size))
+    q_HGdD[torch.arange(heads), group_of_head] = interleaved(q_proj, heads).unflatten(0, (heads, size))
     up_HdGd = v_proj.new_zeros(heads, size, groups, size)
     up_HdGd[torch.arange(heads), :, group_of_head] = torch.eye(size, dtype=v_proj.dtype)
     return {
         "q_proj.weight": q_HGdD.flatten(0, 2),
-        "kv_a_proj_with_mqa.weight": torch.cat((v_proj, interleave(k_proj, groups))),
+        "kv_a_proj_with_mqa.weight": torch.cat((v_proj, interleaved(k_proj, groups))),
         "kv_b_proj.weight": up_HdGd.flatten(2).flatten(0, 1),
     }
 

@@ -15,26 +15,8 @@ from smolseek.config import ModelConfig, RopeConfig
 from smolseek.errors import SmolseekError, report_damage
 from smolseek.gguf_header import Header, TensorInfo, read_header, special_ids
 from smolseek.model.llama import llama_config
-
-_ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor in which llama.cpp stores the scaled RoPE of Llama 3.1 and later: a divisor for each frequency."""
-
-_OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+from smolseek.storage.gguf_names import LLAMA, OUTSIDE, ROPE_FACTORS
+from smolseek.storage.rope_layout import halves
 
 
 class GgufFile(Mapping[str, torch.Tensor]):
@@ -52,7 +34,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
         self._mapped: dict[Path, np.ndarray] = {}
         for name, info in header.tensors.items():
             _check(name, info)
-        factors = header.tensors.pop(_ROPE_FACTORS, None)
+        factors = header.tensors.pop(ROPE_FACTORS, None)
         self._tensors = {_hf_name(name, path): info for name, info in header.tensors.items()}
         with report_damage(path, "download it again"):
             self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
@@ -69,11 +51,14 @@ class GgufFile(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         weight = self._read(self._tensors[name])
+        heads = 0
         if ".self_attn.q_proj" in name:
-            return _halves(weight, self.config.num_attention_heads)
-        if ".self_attn.k_proj" in name:
-            return _halves(weight, self.config.num_key_value_heads)
-        return weight
+            heads = self.config.num_attention_heads
+        elif ".self_attn.k_proj" in name:
+            heads = self.config.num_key_value_heads
+        if heads and weight.shape[0] % (2 * heads):
+            raise SmolseekError(f"{name} of {weight.shape[0]} rows does not fit {heads} heads: the file is damaged")
+        return halves(weight, heads) if heads else weight
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         if info.file not in self._mapped:
@@ -132,7 +117,7 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
     if scaling == "linear" and rope_factors is None:
         rope |= {"rope_type": "linear", "factor": number("llama.rope.scaling.factor", 1.0)}
     elif scaling != "none":
-        refuse(f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" beside {_ROPE_FACTORS}"))
+        refuse(f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" beside {ROPE_FACTORS}"))
     ids, eot = special_ids(meta), meta.get("tokenizer.ggml.eot_token_id")
     eos = ids.get("eos")
     values = {
@@ -167,19 +152,9 @@ def _config(header: Header, rope_factors: list[float] | None, path: Path) -> Mod
 
 def _hf_name(name: str, path: Path) -> str:
     """Return Hugging Face's name for llama.cpp's tensor `name`. Raises SmolseekError for an unknown name."""
-    if name in _OUTSIDE:
-        return _OUTSIDE[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
-    if match is None or match[2] not in _IN_BLOCK:
+    if name in OUTSIDE:
+        return OUTSIDE[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)
+    if match is None or match[2] not in LLAMA:
         raise SmolseekError(f"{path}: tensor {name} is not known: a plain Llama has none of that name")
-    return f"model.layers.{match[1]}.{_IN_BLOCK[match[2]]}.weight"
-
-
-def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows [H*d, D] of each head for Hugging Face's RoPE.
-
-    RoPE rotates the pairs of rows (2i, 2i+1) in llama.cpp, and the pairs (i, i + d/2) in Hugging Face's Llama.
-    """
-    if weight.shape[0] % (2 * heads):
-        raise SmolseekError(f"a projection of {weight.shape[0]} rows does not fit {heads} heads: the file is damaged")
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    return f"model.layers.{match[1]}.{LLAMA[match[2]]}"

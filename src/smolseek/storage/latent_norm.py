@@ -48,6 +48,13 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
     return stored, matrix.new_full((rank,), norm)
 
 
+def unfold(matrix: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    """Return the plain matrix of a file's matrix and its norm's weights [rank], in float32 at least."""
+    plain = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)  # rounded only once, by the caller
+    plain[: len(norm)] = (matrix[: len(norm)].double() * (norm.double() / _ROOT)[:, None]).to(plain.dtype)
+    return plain
+
+
 def unfolded(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a folder's tensors as the model needs them: a model without a norm of the latent gets the plain matrix."""
     rank = None if config.latent_norm else config.kv_lora_rank
@@ -63,10 +70,5 @@ def unfolded(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, torch
             continue
         pair = dict([waiting.pop(layer), (name, tensor)])
         matrix, norm = pair[layer + MATRIX], pair[layer + NORM]
-        factor = norm.double() / _ROOT
-        # In float32 or wider, so that the result is rounded only once, when the caller converts it.
-        plain = matrix.to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
-        if norm.shape == (rank,):
-            plain[:rank] = (matrix[:rank].double() * factor[:, None]).to(plain.dtype)
-        yield layer + MATRIX, plain
+        yield layer + MATRIX, unfold(matrix, norm) if norm.shape == (rank,) else matrix.clone()
     # A matrix without its norm is not yielded, so that the caller reports it as missing.

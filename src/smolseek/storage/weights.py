@@ -6,7 +6,7 @@ Files are written from views of the stacks, and read into views of the stacks, s
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.latent_norm import folded, unfolded
 from smolseek.storage.safetensors_file import FLOAT_TYPES
+
+T = TypeVar("T")
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -72,9 +74,7 @@ def _unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tupl
             yield f"{prefix}.{n}.{matrix}_proj.{'weight' if kind == 'proj' else 'bias'}", expert
 
 
-def computed(
-    tensors: Iterable[tuple[str, torch.Tensor]], values: Mapping[str, Any]
-) -> Iterator[tuple[str, torch.Tensor]]:
+def computed(tensors: Iterable[tuple[str, T]], values: Mapping[str, Any]) -> Iterator[tuple[str, T]]:
     """Leave out tensors that other programs store and smolseek does not use: RoPE tables and MTP layers.
 
     `values` is the content of config.json. MTP layers follow the other layers. Only as many layers are left out as
@@ -108,6 +108,26 @@ def check_shape(path: Path, name: str, shape: Sequence[int], expected: Sequence[
             f"{path}: {name} has shape {list(shape)}, but config.json makes it {list(expected)}: "
             "config.json and the weights are not of one model"
         )
+
+
+def check_shapes(config: ModelConfig, shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+    """Raise SmolseekError if the tensors in the files of `path`, whose `shapes` these are, are not those of a model.
+
+    A tied embedding may be stored under the name of the head, or under both names.
+    """
+    with torch.device("meta"):
+        stored = folded(file_views(CausalLM(config)).items(), config)
+        expected = {name: tensor.shape for name, tensor in stored}
+    tied = config.tie_word_embeddings
+    for name, shape in expected.items():
+        file_name = HEAD if tied and name == EMBEDDING and name not in shapes else name
+        if file_name in shapes:
+            check_shape(path, file_name, shapes[file_name], shape)
+        elif shape.numel():
+            raise SmolseekError(f"{path}: {name} is missing: copy or download the model again")
+    for name in shapes:
+        if name not in expected and not (tied and name == HEAD):
+            raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
 
 
 def check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:

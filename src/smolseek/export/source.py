@@ -1,0 +1,66 @@
+"""The model to be exported: its shape is read at once, its tensors one by one."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from smolseek.config import ModelConfig
+from smolseek.errors import SmolseekError
+from smolseek.storage.gguf_file import GgufFile
+from smolseek.storage.hf_folder import config_json, open_files
+from smolseek.storage.safetensors_file import SafetensorsFiles
+from smolseek.storage.target import resolve
+from smolseek.storage.weights import EMBEDDING, HEAD, check_dtype, check_shapes, computed
+from smolseek.tokenizer import load_tokenizer, tokenizer_of
+
+
+class Source(NamedTuple):
+    """An opened model."""
+
+    path: Path
+    """Its folder or .gguf file."""
+    config: ModelConfig
+    """Its shape."""
+    tensors: SafetensorsFiles | GgufFile
+    """`tensors[name]` reads the tensor with the name `name` in a folder."""
+    tokenizer: Any
+    """Its tokenizer; None for a folder without one."""
+    replaced_tokenizer: bool
+    """Whether the tokenizer is another one than the model's own."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor in float32. Raises SmolseekError if its numbers are quantised, or not finite."""
+        if name == EMBEDDING and self.config.tie_word_embeddings and name not in set(self.tensors):
+            name = HEAD  # tied matrices may be stored under either name
+        tensor = self.tensors[name]
+        check_dtype(self.path, name, tensor)
+        if not tensor.isfinite().all():
+            raise SmolseekError(f"{self.path}: {name} holds numbers that are not finite: copy or download it again")
+        return tensor.float()
+
+    def stack(self, layer: int, matrix: str) -> torch.Tensor:
+        """Return a matrix of the routed experts of a layer in float32 [E, rows, columns], its experts one by one."""
+        names = [f"model.layers.{layer}.mlp.experts.{n}.{matrix}.weight" for n in range(self.config.n_routed_experts)]
+        stacked = torch.empty(len(names), *self.tensors.shape(names[0]))
+        for expert, name in zip(stacked, names, strict=True):
+            expert.copy_(self.read(name))
+        return stacked
+
+
+def open_source(target: str, tokenizer_name: str | None = None) -> Source:
+    """Open the model `target`; reads no weights yet. `tokenizer_name` replaces the model's own tokenizer.
+
+    Raises SmolseekError if there is no such model, it is damaged, or the tokenizer cannot be loaded.
+    """
+    path = resolve(target)
+    config, tensors = open_files(path)
+    values = config_json(path) if path.is_dir() else {}
+    check_shapes(config, dict(computed(((name, tensors.shape(name)) for name in tensors), values)), path)
+    tokenizer: Any = tokenizer_of(path) if tokenizer_name is None else load_tokenizer(tokenizer_name)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise SmolseekError(
+            f"the tokenizer of {tokenizer_name or path} has {len(tokenizer):,} tokens and the model "
+            f"{config.vocab_size:,}: give the model's own by --tokenizer"
+        )
+    return Source(path, config, tensors, tokenizer, tokenizer_name is not None)
