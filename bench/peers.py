@@ -1,4 +1,7 @@
-"""Other trainers' models in the shape of one of ours, for bench/train_step.py --against.
+"""Models of other trainers, of the same size as one of ours, for bench/train_step.py --against.
+
+nanochat (92d63d4 was tried) trains dense models only. Its GPT gets our width and heads, and as many layers as take the
+same number of operations a token. It is no package: its clone must be on PYTHONPATH.
 
 litgpt (0.5.13 was tried) has multi-head latent attention and DeepSeek's experts, but no query without a latent and no
 sigmoid router without groups. Its query gets a latent of a size that takes as many operations, its router a softmax.
@@ -7,20 +10,25 @@ torchtitan (0.3.0) cannot be measured on a CPU: its language models use FlexAtte
 attention, for which PyTorch has no backward pass on a CPU.
 """
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from smolseek.config import ModelConfig
+from smolseek.model.summary import flops_per_token
 
-PEERS = ("litgpt", "torchtitan")
+PEERS = ("litgpt", "nanochat", "torchtitan")
 
 
 def unable(peer: str, device: str) -> str | None:
     """Return why `peer` cannot be measured here, or None if it can."""
     if peer == "torchtitan":
         return "torchtitan's attention trains on CUDA only" if device == "cpu" else "torchtitan was never tried on CUDA"
+    if peer == "nanochat":
+        return None if find_spec("nanochat") else "no nanochat: clone it and set PYTHONPATH to the clone"
     try:
         from litgpt.model import MultiheadLatentAttention  # noqa: F401
     except ImportError as absent:
@@ -28,9 +36,49 @@ def unable(peer: str, device: str) -> str | None:
     return None
 
 
-def open_peer(peer: str, config: ModelConfig, device: str) -> tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the peer's model, newly initialised, and its loss of sequences [B, T+1], as in its trainer."""
-    assert peer == "litgpt"
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""Of sequences [B, T+1], as in the peer's trainer."""
+
+
+def open_peer(peer: str, config: ModelConfig, device: str, length: int, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
+    """Return the peer's model, newly initialised, and its loss of sequences of `length` tokens.
+
+    Its matrix products are of the type `dtype`.
+    """
+    return _nanochat(config, device, length, dtype) if peer == "nanochat" else _litgpt(config, device)
+
+
+def nanochat_layers(config: ModelConfig, length: int) -> int:
+    """Return how many layers of nanochat's GPT take the operations of a token of our model.
+
+    A layer has four attention matrices [D, D] and two MLP matrices [D, 4D], and attends to `length` / 2 tokens.
+    """
+    D = config.hidden_size
+    layer = 2 * 12 * D * D + 2 * D * length
+    return round((flops_per_token(config, length) - 2 * D * config.vocab_size) / layer)
+
+
+def _nanochat(config: ModelConfig, device: str, length: int, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
+    os.environ["NANOCHAT_DTYPE"] = str(dtype).removeprefix("torch.")  # read when nanochat is imported
+    from nanochat.gpt import GPT, GPTConfig
+
+    shape = GPTConfig(
+        sequence_len=length,
+        vocab_size=config.vocab_size,
+        n_layer=nanochat_layers(config, length),
+        n_head=config.num_attention_heads,
+        n_kv_head=config.num_attention_heads,
+        n_embd=config.hidden_size,
+        window_pattern="L",
+    )
+    with torch.device("meta"):
+        model = GPT(shape)
+    model.to_empty(device=device)
+    model.init_weights()
+    return model, lambda sequences: model(sequences[:, :-1], sequences[:, 1:].contiguous())
+
+
+def _litgpt(config: ModelConfig, device: str) -> tuple[nn.Module, Loss]:
     from litgpt.config import Config
     from litgpt.model import GPT
     from litgpt.utils import chunked_cross_entropy

@@ -74,7 +74,9 @@ class Contender:
             self.model = load_model(folder, device=self.device).model.train()
             self.decoder, params = self.model.model, make_optimizer(self.model, OptimConfig())
         elif kind in PEERS:
-            self.model, self.peer_loss = open_peer(kind, load_model(folder).config, self.device)
+            self.model, self.peer_loss = open_peer(
+                kind, load_model(folder).config, self.device, LENGTH, number_format(self.precision, self.device)
+            )
             self.model.train()
             params = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
         else:
