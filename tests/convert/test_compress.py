@@ -113,7 +113,7 @@ def test_the_folder_opens_in_stock_transformers(llama, text, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Distance: mean KL" in said and "peak memory" in said and "Cache:" in said
     card = (out / "README.md").read_text()
-    assert "comes near the function" in card and "computes the function of the original" not in card
+    assert "approximates the function" in card and "computes the function of the original" not in card
     assert " ".join(options) in card
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Calibration text, and the statistics of a Llama's attention on it that a smaller cache is fitted to.
+"""Provides calibration text and a Llama's attention statistics on this text, to which a smaller cache is fitted.
 
 Shapes: T tokens of a sequence, D hidden_size, H query heads, G key/value heads.
 """
@@ -32,21 +32,21 @@ _VALIDATION_SHARE = 0.1
 _WINDOW = 512
 _SAMPLES = 2
 _BATCH_SIZE = 16
-"""Sequences that the source writes at a time."""
+"""Number of sequences that the source model generates at a time."""
 
 
 @dataclass
 class Statistics:
-    """Sums over the calibration text, of one layer."""
+    """Statistics of one layer on the calibration text."""
 
     moment_DD: torch.Tensor
     """Second moment of the attention's input."""
     attended_DD: torch.Tensor
-    """The same with every token weighted by one half, and one half of the attention that it gets."""
+    """Second moment of the attention's input. A token's weight is 1/2 plus half of the attention that it receives."""
     distance_HT: torch.Tensor
-    """Attention of each head by distance, without the first token, to which idle heads attend."""
+    """Sum of each head's attention by distance, without the attention to the first token (the attention sink)."""
     sample_NTD: torch.Tensor
-    """The attention's inputs on the first sequences."""
+    """Inputs of the attention on the first few sequences."""
 
 
 @torch.no_grad()
@@ -91,7 +91,7 @@ def observe(
 ) -> None:
     """Run the model over `sequences` [N, T+1], one at a time, and call each module's function with its inputs.
 
-    Raises SmolseekError if what the model computes is not finite.
+    Raises SmolseekError if the model's hidden states are not finite.
     """
     with contextlib.ExitStack() as stack, console.progress(len(sequences), description) as bar:
         for module, function in observed:
@@ -104,7 +104,7 @@ def observe(
 
 
 def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:
-    """Return the sums [H, T] of `p_HTT` along its diagonals: rows are shifted until a distance is a column."""
+    """Return the sums [H, T] of `p_HTT` along its diagonals. Rows are shifted so that diagonals become columns."""
     T = p_HTT.shape[-1]
     wide = F.pad(p_HTT.flip(-1), (0, T)).flatten(1)[:, : T * (2 * T - 1)]
     return wide.unflatten(1, (T, 2 * T - 1)).sum(dim=1)[:, T - 1 :]
@@ -120,14 +120,14 @@ def calibration_sequences(
     *,
     held_out: bool = False,
 ) -> torch.Tensor:
-    """Return sequences [N, T+1] of text for the model at `path`, at most `tokens` to predict.
+    """Return sequences [N, T+1] of calibration text for the model at `path`, with at most `tokens` predicted tokens.
 
-    `calibration` is `builtin`, `self` (the model writes it, seeded), or a file or folder, whose column or key
-    `text_column` holds the text. `tokenizer` replaces the model's own. With `held_out` the text is of the tenth of the
-    documents that is not used without it.
+    `calibration` is `builtin`, `self` (the model generates the text with `seed`), or a file or folder. `text_column`
+    is the column or JSON key that holds the text. `tokenizer` replaces the model's own tokenizer. With `held_out` the
+    text comes from a tenth of the documents, which is not used for calibration.
 
     Raises:
-        SmolseekError: if the model has no tokenizer, or the text is too short.
+        SmolseekError: if the model has no tokenizer, or if the text is too short.
     """
     tokenizer = tokenizer or tokenizer_of(path)
     if calibration == "self":
@@ -152,15 +152,15 @@ def calibration_sequences(
 
 
 def written_sequences(model: CausalLM, tokenizer: Any, tokens: int, seed: int) -> torch.Tensor:
-    """Return sequences [N, T+1] that `model` writes, sampling at temperature 1.
+    """Return sequences [N, T+1] that `model` generates at temperature 1.
 
-    Each starts with the token that begins a text: BOS where the tokenizer writes one, else an end token.
+    Each sequence starts with BOS if the tokenizer adds BOS to a text, else with an end token.
     """
     length = min(_WINDOW, model.config.max_position_embeddings - 1, tokens)
     start = (begin_ids(tokenizer) if tokenizer else []) or [*model.config.eos_ids, 0][:1]
     count = max(tokens // length, 1)
     console.say(f"The source writes {count * length:,} tokens to calibrate with")
-    params = [SamplingParams(temperature=1.0, seed=seed * 100_003 + n) for n in range(count)]  # all differ
+    params = [SamplingParams(temperature=1.0, seed=seed * 100_003 + n) for n in range(count)]  # seeds differ
     sequences: list[list[int]] = []
     with console.progress(count, "writing") as bar:
         for n in range(0, count, _BATCH_SIZE):

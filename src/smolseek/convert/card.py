@@ -1,4 +1,4 @@
-"""The model card of a converted model: README.md with the front matter that the hub reads."""
+"""Makes the model card of a converted model: README.md with the front matter that the hub reads."""
 
 import re
 import shlex
@@ -16,24 +16,24 @@ UNLIKE_CALIBRATION = (
     "encyclopedia passages with --calibration builtin; 0.23, 0.23, 0.18 and 0.16 on the last four with "
     "--calibration self"
 )
-"""A warning printed with the figures of a compressed model, and written into its card."""
+"""Warning that is printed with the results of a compressed model, and written into its model card."""
 CALIBRATION_TEXT = {"builtin": "the manuals and docstrings of Python", "self": "text that the source wrote"}
 
 _CLAIMS = (
     "computes the function of the original.",
-    "is smaller, and comes near the function of the original as far as the line `Measured` says.",
+    "is smaller, and approximates the function of the original. The line `Measured` says how closely.",
 )
 
 _NEEDS = (
-    "It has one ladder of rotary frequencies and one epsilon, as DeepSeek's own models.",
-    "It uses the rope type `longrope` with latent attention, which transformers and smolseek compute; others may not.",
+    "Like DeepSeek's own models, it uses the default RoPE and one epsilon for all norms.",
+    "It uses the RoPE type `longrope` with latent attention. transformers and smolseek support this; others may not.",
 )
 
 
 def model_card(source: str, opened: Source, config: ModelConfig, mode: str, command: str, fidelity: str | None) -> str:
-    """Return the text of README.md for the model of shape `config`, made by `command` from the user's `source`.
+    """Return the text of README.md for the model of the configuration `config`, which `command` made from `source`.
 
-    `fidelity` is the line of the verification, None without one.
+    `fidelity` is the result of the verification, or None if the model was not verified.
     """
     path, before = opened.path, opened.config
     license_name, base = _origin(source, path)
@@ -72,16 +72,16 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 It needs no remote code. {_NEEDS[config.rope_parameters.rope_type == "longrope"]}
-Use float32 or bfloat16, never float16: the weights of the latent are too small for it.
+Use float32 or bfloat16, never float16: float16 cannot represent the small weights of the latent.
 """
 
 
 def source_of(folder: Path) -> str | None:
-    """Return the SOURCE of the `smolseek convert` that made `folder`, from its card; None if the card names none."""
+    """Return the SOURCE of the `smolseek convert` command in the model card of `folder`; None without a command."""
     command = re.search(r"^- Made with: `smolseek convert (.*)`$", _read_card(folder), re.M)
     try:
         return shlex.split(command[1])[0] if command else None
-    except (ValueError, IndexError):  # written by hand
+    except (ValueError, IndexError):  # the card was edited by hand
         return None
 
 
@@ -91,7 +91,7 @@ def _read_card(folder: Path) -> str:
 
 
 def _origin(source: str, path: Path) -> tuple[str | None, str | None]:
-    """Return licence and hub name of the source, None where they are not known."""
+    """Return the licence and the hub name of the source; each is None if unknown."""
     if path.is_file():
         license_name = read_header(path).metadata.get("general.license")
         hub_name = SMOLLM2_HUB if source == "smollm2" else None

@@ -1,11 +1,12 @@
-"""The attention of one Llama layer as components of its keys, each with a frequency and an importance.
+"""Splits the keys of a Llama layer into components, each with a rotary frequency and an importance.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, J = d/2 frequencies, K = GJ complex key
-features in the order (g, j), C components of the key, N real features without position, S slots with position, T
-distances.
+features in the order (g, j), C components of the key, N real features without RoPE, S slots with RoPE (a slot is one
+complex feature), T distances.
 
-Everything about positions is complex: k_gj turns by e^(i t w_j), and head h of group g scores
-Re sum_j conj(q_hj) k_gj e^(i w_j (s-t)). Derived in docs/conversion.md.
+RoPE is written with complex numbers: it multiplies the key feature k_gj at position s by e^(i s w_j). For a query at
+position t, the score of head h in group g is Re sum_j conj(q_hj) k_gj e^(i w_j (s-t)). docs/conversion.md derives the
+method.
 """
 
 from dataclasses import dataclass
@@ -22,39 +23,39 @@ from smolseek.storage.rope_layout import interleaved
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's projections and statistics, and what is derived from them, in float64."""
+    """The projections and statistics of one layer, and the quantities derived from them, in float64."""
 
     method: Method
     w_J: torch.Tensor
-    """Frequencies of the source."""
+    """RoPE frequencies of the source."""
     q_HdD: torch.Tensor
     k_KD: torch.Tensor  # complex
     v_GdD: torch.Tensor
     moment_DD: torch.Tensor
     """Second moment of the attention's input."""
     seen_HT: torch.Tensor
-    """Share of each head's attention by distance."""
+    """Distribution of each head's attention over the distances."""
     value_Gdd: torch.Tensor
-    """Weight of an error in a group's values: the sum of W_O^T W_O over its heads."""
+    """Weight of an error in the values of a group: the sum of W_O^T W_O over the heads of the group."""
     importance_H: torch.Tensor
-    """Energy of a head's output: the cost of a unit of error in its scores."""
+    """Energy of each head's output, which is used as the cost of an error of 1 in the head's scores."""
     weighted_HJ: torch.Tensor
-    """Energy of a head's queries times its importance."""
+    """Energy of each head's queries at each frequency, times the importance of the head."""
     basis_KC: torch.Tensor  # k = basis c
     inverse_CK: torch.Tensor  # c = inverse k
     share_CK: torch.Tensor
-    """Energy that a component carries of a key, per unit of the queries' weight."""
+    """Energy that each component contributes to each key feature, divided by the weight of the queries."""
     loss_C: torch.Tensor
-    """What is lost when a component loses its position."""
+    """Error that arises if a component loses its RoPE."""
     frequency_C: torch.Tensor
-    """Index of a component's frequency."""
+    """Index in `w_J` of each component's frequency."""
 
     def total(self) -> float:
-        """Return the energy of all heads' outputs: the measure of the layer's errors."""
+        """Return the energy of all heads' outputs; the layer's errors are measured relative to this energy."""
         return float(self.importance_H.sum())
 
     def losses(self, w_S: torch.Tensor) -> torch.Tensor:
-        """Return what is lost [C, S] when a component turns by w_s instead of its own frequency."""
+        """Return the error [C, S] that arises if RoPE rotates a component at frequency w_s instead of its own."""
         left_HJS = self.weighted_HJ[:, :, None] * (1 - mean_rotation(self.seen_HT, self.w_J, w_S).abs().square())
         return self.share_CK @ left_HJS.unflatten(0, (len(self.v_GdD), -1)).sum(dim=1).flatten(0, 1)
 
@@ -62,7 +63,8 @@ class Layer:
 def mean_rotation(seen_HT: torch.Tensor, w_J: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
     """Return the mean of e^(i t (w_s - w_j)), complex [H, J, S], over the distances t that each head attends to.
 
-    A key that turns by w_s instead of w_j is nearest to itself when multiplied by it; w_s = 0 is no rotation.
+    This mean is the factor with which a key rotated at w_s best approximates the key rotated at w_j. The frequency
+    w_s = 0 means no rotation.
     """
     distance_T1 = torch.arange(seen_HT.shape[1]).double()[:, None]
     turns_TJ, back_TS = torch.exp(-1j * distance_T1 * w_J), torch.exp(1j * distance_T1 * w_S)
@@ -70,9 +72,10 @@ def mean_rotation(seen_HT: torch.Tensor, w_J: torch.Tensor, w_S: torch.Tensor) -
 
 
 def analyse(config: ModelConfig, attention: GQA, stats: Statistics, method: Method, freq_fold: int) -> Layer:
-    """Return the attention of the Llama `config` as a layer with its key components.
+    """Return one attention layer of the Llama `config` with the components of its keys.
 
-    The components are principal axes over the groups, within a frequency or `freq_fold` adjacent ones.
+    The components are the principal axes of the key features that all groups have at a frequency, or at `freq_fold`
+    adjacent frequencies.
     """
     H, G, d = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     J, ours = d // 2, method == "smolseek"
@@ -99,7 +102,7 @@ def analyse(config: ModelConfig, attention: GQA, stats: Statistics, method: Meth
     scaled_KD = root_K[:, None] * k_KD
     cov_KK = scaled_KD @ moment_DD.to(scaled_KD) @ scaled_KD.mH
     if not ours:
-        cov_KK = cov_KK.real.to(scaled_KD)  # published: one real rotation for both halves
+        cov_KK = cov_KK.real.to(scaled_KD)  # TransMLA has one rotation for real and imaginary parts
     unitary_KC = torch.zeros_like(cov_KK)
     share_CK, losses, frequency = torch.zeros(cov_KK.shape).double(), [], []
     for start in range(0, J, freq_fold):
@@ -118,13 +121,13 @@ def analyse(config: ModelConfig, attention: GQA, stats: Statistics, method: Meth
 
 
 def _real(z: torch.Tensor) -> torch.Tensor:
-    """Return the complex map [..., A, B] as a real one of pairs [..., 2A, 2B]."""
+    """Return the complex matrix [..., A, B] as a real matrix [..., 2A, 2B] that acts on pairs (re, im)."""
     real = torch.stack((torch.stack((z.real, -z.imag), dim=-1), torch.stack((z.imag, z.real), dim=-1)), dim=-3)
     return real.flatten(-4, -3).flatten(-2)
 
 
 def queries(layer: Layer, components_S: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
-    """Return the real maps [H, 2S, d] from a head's query to the one for some components, which turn by w_S."""
+    """Return the real matrices [H, 2S, d] that map a head's query to a query for `components_S`, rotated at `w_S`."""
     H, G, J = len(layer.q_HdD), len(layer.v_GdD), len(layer.w_J)
     basis_HJS = layer.basis_KC.unflatten(0, (G, J))[:, :, components_S].repeat_interleave(H // G, dim=0)
     if layer.method == "smolseek":
@@ -133,16 +136,17 @@ def queries(layer: Layer, components_S: torch.Tensor, w_S: torch.Tensor) -> torc
 
 
 def keys(layer: Layer, components_S: torch.Tensor) -> torch.Tensor:
-    """Return the real rows [2S, D] of the key projection for some components."""
+    """Return the real rows [2S, D] of the key projection for `components_S`."""
     return _real((layer.inverse_CK @ layer.k_KD)[components_S])[:, ::2]
 
 
 def latent(layer: Layer, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what the components `others` and all values are read with and from, the best directions first.
+    """Analyse what the latent must hold: the components `others`, which lose RoPE, and all values.
 
     Returns:
-        Queries [H, N, d]; features [F, D] of keys and values, F = N + Gd, weighted; the map from them [F, F] to plain
-        ones; and the principal axes [F, F] of the weighted ones.
+        The matrices [H, N, d] that map a head's query to a query for `others`; the weighted projection [F, D] to these
+        components and the values, F = N + Gd; the matrix [F, F] that removes the weights; and the principal axes [F, F]
+        of the weighted features, the largest first.
     """
     queries_HNd = queries(layer, others, torch.zeros(1))
     keys_ND, values = keys(layer, others), layer.v_GdD.flatten(0, 1)
@@ -160,5 +164,5 @@ def latent(layer: Layer, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def query_weights(layer: Layer) -> torch.Tensor:
-    """Return the weight [H, d, d] of an error in each head's keys: its queries' second moment times its importance."""
+    """Return the weight [H, d, d] of an error in a head's keys: the queries' second moment times the importance."""
     return layer.q_HdD @ layer.moment_DD @ layer.q_HdD.mT * (layer.importance_H / layer.q_HdD.shape[1])[:, None, None]

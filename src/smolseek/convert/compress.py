@@ -1,7 +1,7 @@
-"""A smaller cache: some rotary features keep their position, and a low-rank latent holds all the others.
+"""Compresses the KV cache: some components of the keys keep RoPE, and a low-rank latent holds the rest and the values.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, C components of the key, S slots with
-position, R kv_lora_rank. Derived in docs/conversion.md.
+RoPE, R kv_lora_rank. docs/conversion.md derives the method.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ _TRIED_LAYERS = 6
 
 
 class Plan(NamedTuple):
-    """How the cache is spent."""
+    """How the compressed cache is divided between the latent and the slots with RoPE."""
 
     rank: int
     rope: RopeConfig
-    """It gives the slots' frequencies, the same in every layer."""
+    """RoPE parameters, which give the same frequencies of the slots in every layer."""
     w_S: torch.Tensor
-    """These frequencies."""
+    """Frequencies of the slots."""
     components_S: torch.Tensor | None
-    """Components that keep their position, one for each slot and the same in every layer; None has a layer choose."""
+    """Components that keep RoPE, one for each slot and the same in every layer. If None, each layer chooses its own."""
 
     def config(self, source: ModelConfig) -> ModelConfig:
-        """Return the shape of the compressed model."""
+        """Return the configuration of the compressed model."""
         return dataclasses.replace(
             lossless.target_config(source),
             kv_lora_rank=self.rank,
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 
 
 def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope: int) -> Plan:
-    """Spend the cache, `rope` features of it on the components whose position matters the most over all layers."""
+    """Divide the cache between the latent and `rope` rotary features for the components that need RoPE the most."""
     rank, first = conversion.cache_features(source) - rope, layers[0]
     if conversion.profile == "portable":
         parameters = portable_rope(source, rope, [layers[n] for n in _tried(len(layers))])
@@ -56,7 +56,7 @@ def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope:
     if conversion.method == "smolseek":
         total_C = torch.stack([layer.loss_C / layer.total() for layer in layers]).sum(dim=0)
         components_S = total_C.argsort(descending=True)[: rope // 2].sort().values
-    else:  # published: the first principal components of every frequency
+    else:  # TransMLA: the first principal components of every frequency
         folds = len(first.w_J) // conversion.freq_fold
         starts = torch.arange(folds)[:, None] * (len(first.loss_C) // folds)
         components_S = (starts + torch.arange(rope // 2 // folds)).flatten()
@@ -69,11 +69,12 @@ def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope:
 
 
 def portable_rope(source: ModelConfig, rope: int, layers: list[Layer]) -> RopeConfig:
-    """Return the default RoPE of `rope` features whose base keeps the most of the positions of `layers`.
+    """Return the default RoPE of `rope` features whose base preserves the positions in `layers` best.
 
-    With steps as wide as the source's, each slot has a frequency of the source, and each frequency one slot. Steps of
-    a half or a third offer two or three slots to each frequency, at it and near it, and leave out the low ones, whose
-    keys hardly turn within a text.
+    Three bases are tried. With the first base, the slots have frequencies of the source, one slot for each frequency.
+    With the other bases, the steps between frequencies are a half or a third as wide. Then two or three slots are at
+    or near each frequency of the source, but no slots are left for the lowest frequencies, which hardly rotate the keys
+    within a text.
     """
     theta = source.rope_parameters.rope_theta
 
@@ -86,9 +87,9 @@ def portable_rope(source: ModelConfig, rope: int, layers: list[Layer]) -> RopeCo
 
 
 def assign_slots(layer: Layer, w_S: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return a component [S] for each slot of frequency w_s, and the energy that all keep.
+    """Return a component [S] for each slot of frequency w_s, and the energy that these components preserve together.
 
-    The component and slot that keep the most are matched first, and so on.
+    The assignment is greedy: the pair of component and slot that preserves the most energy is assigned first.
     """
     saved_CS, energy = layer.loss_C[:, None] - layer.losses(w_S), 0.0
     components_S = torch.empty(len(w_S), dtype=torch.long)
@@ -101,13 +102,13 @@ def assign_slots(layer: Layer, w_S: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def _tried(layers: int) -> range:
-    """Return the numbers of the layers that a plan is tried on."""
+    """Return the numbers of the layers on which plans are tried."""
     every = max(1, layers // _TRIED_LAYERS)
     return range(every // 2, layers, every)
 
 
 def _search(model: CausalLM, layers: list[Layer], stats: Sequence[Statistics], conversion: Conversion) -> Plan:
-    """Return the best plan by what it does to the attention of some layers, each on its own inputs."""
+    """Try plans on some layers, and return the plan with the smallest error in the outputs of their attention."""
     features = conversion.cache_features(model.config)
     step = max(2, features // 96 * 8)
     most = min(features // 2, 2 * len(layers[0].loss_C), features - 8)
@@ -123,7 +124,7 @@ def _search(model: CausalLM, layers: list[Layer], stats: Sequence[Statistics], c
 
 
 def _error(model: CausalLM, n: int, layer: Layer, chosen: Plan, x_NTD: torch.Tensor) -> float:
-    """Return the relative squared error of attention `n` of the Llama `model` under a plan, on the inputs `x_NTD`."""
+    """Return the relative squared error of the attention in layer `n` of the Llama `model`, compressed as `chosen`."""
     config, T = chosen.config(model.config), x_NTD.shape[1]
     original: Any = model.model.layers[n]
     smaller = MLA(config, n)
@@ -140,10 +141,11 @@ def compress(
     """Fit the smaller cache of `conversion` to the Llama `model` and its statistics.
 
     Returns:
-        The new shape, and each layer's attention in float32, named without the prefix `model.layers.N.self_attn.`.
+        The new configuration, and the attention tensors of each layer in float32. Their names lack the prefix
+        `model.layers.N.self_attn.`.
 
     Raises:
-        SmolseekError: if there is no plan to spend the cache.
+        SmolseekError: if the cache is too small for a search.
     """
     modules: Any = model.model.layers
     attentions = [module.self_attn for module in modules]
@@ -161,7 +163,7 @@ def compress(
 
 
 def compress_layer(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
-    """Return MLA's tensors but for the output projection, in float32."""
+    """Return the tensors of MLA except the output projection, in float32."""
     H, d, _ = layer.q_HdD.shape
     G, slots = len(layer.v_GdD), 2 * len(chosen.w_S)
     components_S = chosen.components_S
@@ -177,7 +179,7 @@ def compress_layer(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
         factors = alternate(layer, chosen.w_S, factors)
     q_pe_HSd, k_up_HdR = factors.keys_HdF[:, :, :slots].mT, factors.keys_HdF[:, :, slots:]
     q = torch.cat((layer.q_HdD, q_pe_HSd @ layer.q_HdD), dim=1)
-    q = q * (q.shape[1] / d) ** 0.5  # MLA divides the scores by the root of the larger head
+    q = q * (q.shape[1] / d) ** 0.5  # MLA divides scores by the root of this larger head size
     v_up_HdR = factors.values_GdR.repeat_interleave(H // G, dim=0)
     k_pe, latent_RD = factors.cached_FD.split([slots, chosen.rank])
     return {
@@ -188,17 +190,18 @@ def compress_layer(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
 
 
 def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a layer that computes the same, with both factors of every cached feature of one size.
+    """Return an equivalent layer in which the weights before and after each cached feature have the same size.
 
-    A feature may be scaled in the cache and back behind it. As fitted the factors differ a thousandfold in size, and
-    an optimizer like Adam, which moves all weights alike, would wreck the smaller one.
+    The layer computes the same function if the weights before a cached feature are multiplied by a factor and the
+    weights after it are divided by this factor. After fitting, the two sizes differ by a factor of about a thousand. An
+    optimizer like Adam, which changes all weights by similar amounts, would destroy the smaller weights.
     """
     down, k_pe = tensors["kv_a_proj_with_mqa.weight"].split([config.kv_lora_rank or 0, config.qk_rope_head_dim])
     up = tensors["kv_b_proj.weight"]
     q = tensors["q_proj.weight"].unflatten(0, (config.num_attention_heads, -1)).clone()
     q_pe = q[:, config.qk_nope_head_dim :]
     scale_R = _ratio(up.square().mean(dim=0), down.square().mean(dim=1))
-    # The two features of a slot turn into each other, so they have one scale.
+    # RoPE mixes the two features of a slot, so they share one scale.
     squares = [x.square().unflatten(-2, (-1, 2)).mean(dim=(-2, -1)) for x in (q_pe, k_pe)]
     scale_P = _ratio(squares[0].mean(dim=0), squares[1]).repeat_interleave(2)
     q[:, config.qk_nope_head_dim :] = q_pe / scale_P[:, None]
@@ -210,5 +213,8 @@ def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str,
 
 
 def _ratio(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Return what makes mean squares `down` and `up` equal when one grows by it and the other shrinks; 1 for zeros."""
+    """Return the factor by which weights are multiplied (mean square `down`) and divided (`up`) to get the same size.
+
+    The factor is 1 if either mean square is 0.
+    """
     return torch.where((up > 0) & (down > 0), (up / down).nan_to_num(1.0).pow(0.25), 1.0)

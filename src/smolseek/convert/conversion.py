@@ -1,4 +1,4 @@
-"""The options of a conversion, and which of them go together. Imports no torch."""
+"""The options of a conversion, and checks of their combinations. Imports no torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,63 +12,65 @@ Method = Literal["smolseek", "transmla"]
 Profile = Literal["hf-exact", "portable"]
 
 _LEAST_HEAD = 32
-"""Features without position that other engines need in a head; a compressed head has as many as the source's heads."""
+"""Smallest number of features without RoPE in a head that other engines support; it equals the source's head size."""
 _CACHE_OPTIONS = ("rope_dim", "profile", "method", "freq_fold")
 _FITTED = ("cache", "kv_rank", "prune", "active", "calibration", "calibration_tokens", "text_column", *_CACHE_OPTIONS)
 _MODE_OF = {"top_k": "grow", "neurons": "exact", **dict.fromkeys(_FITTED, "compress")}
-"""Options that belong to one mode."""
+"""The mode of each option that is allowed in one mode only."""
 _NEEDS = (("shared", "experts", 4), ("neurons", "experts", 4), ("active", "experts", 48), ("kv_rank", "rope_dim", 48))
-"""Options that need another one beside them, with an example of that."""
+"""Options that require another option, with an example value for the other option."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What is made of the source."""
+    """The options of a conversion."""
 
     mode: Literal["exact", "grow", "compress"] = "exact"
-    """exact computes the same function as the source; grow does so, too, and adds new experts to be trained; compress
-    approximates it with a smaller cache or fewer neurons."""
+    """exact computes the same function as the source; grow also adds new experts, which are trained later; compress
+    approximates the source with a smaller cache or fewer neurons."""
     experts: int | None = None
-    """Routed experts: split from the dense layers (exact, compress) or new (grow). None leaves the layers dense."""
+    """Number of routed experts: split from dense layers (exact, compress) or new (grow). None keeps dense layers."""
     shared: int | None = None
-    """Shared experts (1 by default)."""
+    """Number of shared experts (1 by default)."""
     neurons: Neurons = "contiguous"
     """How the neurons are partitioned into experts (exact)."""
     top_k: int | None = None
-    """Routed experts that a token visits (grow)."""
+    """Number of routed experts per token (grow)."""
     cache: float | None = None
-    """Share of the source's cache that is kept, for example 0.5 (compress)."""
+    """Size of the cache as a share of the source's cache, for example 0.5 (compress)."""
     kv_rank: int | None = None
-    """Features of the latent; with --rope-dim, instead of --cache (compress)."""
+    """Number of features of the latent; use it with --rope-dim instead of --cache (compress)."""
     rope_dim: int | None = None
-    """Rotary features; by default they are searched, and one head's for the published method (compress)."""
+    """Number of rotary features; by default the best is searched, and transmla keeps as many as one head has
+    (compress)."""
     profile: Profile = "hf-exact"
-    """portable does without longrope, for engines with the default RoPE and one epsilon for all norms (compress)."""
+    """portable avoids longrope, for engines that support only the default RoPE and one epsilon for all norms
+    (compress)."""
     method: Method = "smolseek"
-    """transmla is the published method, to compare with (compress)."""
+    """How the cache is compressed: transmla is the published method, for comparisons (compress)."""
     freq_fold: int = 1
-    """Adjacent frequencies treated as one: FreqFold of the published method (compress)."""
+    """Number of adjacent frequencies that are treated as one, FreqFold in TransMLA (compress)."""
     prune: float | None = None
-    """Share of the neurons of each feed-forward layer that is kept, for example 0.75 (compress)."""
+    """Share of its neurons that each feed-forward layer keeps, for example 0.75 (compress)."""
     active: int | None = None
-    """Routed experts that a token uses, beside the shared ones (compress, with --experts)."""
+    """Number of routed experts per token, beside the shared experts (compress, with --experts)."""
     calibration: str = "builtin"
-    """Text that the smaller model is fitted to: builtin, a file or folder, or self for text that the source writes
+    """Text to which the smaller model is fitted: builtin, a file or folder, or self for text that the source generates
     (compress)."""
     calibration_tokens: int = 16_384
-    """Tokens of calibration text (compress)."""
+    """Number of tokens of calibration text (compress)."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text (compress)."""
     tokenizer: str | None = None
-    """Another tokenizer than the source's own, for a .gguf file whose tokenizer is not supported: a folder or hub name
-    of the same model."""
+    """Folder or hub name of the same model, whose tokenizer replaces that of a .gguf file if the latter is not
+    supported."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
     seed: int = 0
-    """Seed of the clustering, of the new experts and of the text that the source writes."""
+    """Random seed for the clustering, for the new experts and for the text that the source generates."""
 
     def __post_init__(self) -> None:
-        if not -(2**31) <= self.seed < 2**31:  # seeds of layers and sequences are computed from it
+        if not -(2**31) <= self.seed < 2**31:  # other seeds are computed from it
             raise SmolseekError(f"--seed {str(self.seed)[:40]} does not fit 32 bits: use a smaller number")
         changed = self._changed()
         for name in changed:
@@ -135,21 +137,21 @@ class Conversion:
 
     @property
     def shared_experts(self) -> int:
-        """Shared experts beside the routed ones."""
+        """Number of shared experts beside the routed experts."""
         return 1 if self.shared is None else self.shared
 
     def cache_features(self, source: ModelConfig) -> int:
-        """Return the features that are cached per token and layer: the latent's and the rotary ones."""
+        """Return the number of features that are cached per token and layer, in the latent and in the rotary key."""
         if self.cache is not None:
             return round(self.cache * source.cache_features)
         return (self.kv_rank or 0) + (self.rope_dim or 0)
 
     def rotary_features(self, source: ModelConfig) -> int | None:
-        """Return the number of rotary features, None if it is searched; the published method keeps one head's."""
+        """Return the number of rotary features, or None if the best number is searched."""
         return source.qk_head_dim if self.rope_dim is None and self.method == "transmla" else self.rope_dim
 
     def description(self) -> str:
-        """Return the mode in a few words."""
+        """Return a short description of the conversion."""
         if self.mode == "grow":
             return f"grow, {self.shared_experts} shared and {self.experts} new routed experts, top-{self.top_k}"
         if self.mode == "exact":
@@ -169,7 +171,7 @@ class Conversion:
         return {field.name: value for field, value in values if value != field.default}
 
     def arguments(self) -> list[str]:
-        """Return the options that differ from their defaults, as on the command line."""
+        """Return the options that differ from their defaults, as command-line arguments."""
         return [word for name, value in self._changed().items() for word in (_option(name), str(value))]
 
 

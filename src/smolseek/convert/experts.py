@@ -1,6 +1,6 @@
-"""A dense feed-forward layer as a mixture of experts that computes the same function (docs/conversion.md).
+"""Converts a dense feed-forward layer to a mixture of experts that computes the same function (docs/conversion.md).
 
-Shapes: D hidden_size, I neurons of the dense layer, S shared and E routed experts of F neurons, which add up to I.
+Shapes: D hidden_size, I neurons of the dense layer, S shared and E routed experts of F neurons each.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from smolseek.model.moe import MLP
 
 _BIAS = "gate.e_score_correction_bias"
 _ROUNDS = 8
-"""Rounds of k-means."""
+"""Number of k-means iterations."""
 
 
 class FeedForward(NamedTuple):
@@ -28,11 +28,11 @@ class FeedForward(NamedTuple):
 
     @classmethod
     def of(cls, mlp: MLP) -> "FeedForward":
-        """Return the matrices of a module."""
+        """Return the matrices of the module `mlp`."""
         return cls(*(module.weight.detach() for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)))
 
     def neurons(self, chosen: torch.Tensor) -> "FeedForward":
-        """Return the layer with the neurons `chosen` alone, in this order."""
+        """Return the layer with only the neurons `chosen`, in this order."""
         return FeedForward(self.gate_ID[chosen], self.up_ID[chosen], self.down_DI[:, chosen])
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -41,13 +41,14 @@ class FeedForward(NamedTuple):
 
 
 def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
-    """Return `config` with the experts of `conversion`, if it has any, in place of the dense layers.
+    """Return `config` with the experts that `conversion` sets, if any, in place of the dense layers.
 
-    Split layers (exact, compress) have all neurons in their shared and routed experts. Where all are active, a router
-    of zeros gives every expert sigmoid(0) = 1/2; the weights are normalised to 1/E and multiplied by E. A grown layer
-    keeps all neurons in its S shared experts and has new routed ones beside. All experts are of one size, so S also
-    sets the size of the new ones: I / S neurons. Raises SmolseekError if the neurons do not divide into so many
-    experts, or a token cannot use so many of them.
+    A split layer (exact, compress) distributes all its neurons over the shared and routed experts. If all experts are
+    active, the router's weights are zeros, so that every expert has the score sigmoid(0) = 1/2. The scores are
+    normalised to 1/E and multiplied by E. A grown layer keeps all its neurons in the S shared experts, and adds new
+    routed experts. All experts must have the same size, so the new experts have I / S neurons, too. Raises
+    SmolseekError if the neurons cannot be divided into this number of experts, or if a token cannot use so many
+    experts.
     """
     experts, shared, neurons = conversion.experts, conversion.shared_experts, config.intermediate_size
     if experts is None:
@@ -86,7 +87,7 @@ def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
 def split(config: ModelConfig, dense: FeedForward, neurons: Neurons, seed: int) -> dict[str, torch.Tensor]:
     """Return the tensors of one split layer of the shape `config`, named without the prefix `model.layers.N.mlp.`.
 
-    The layer is a sum over neurons, so any partition of them gives the same function.
+    A feed-forward layer is a sum over its neurons, so any partition of the neurons computes the same function.
     """
     shared, experts, size = config.n_shared_experts, config.n_routed_experts, config.moe_intermediate_size
     order_I = torch.arange(len(dense.gate_ID))
@@ -99,9 +100,9 @@ def split(config: ModelConfig, dense: FeedForward, neurons: Neurons, seed: int) 
 def grow(config: ModelConfig, dense: FeedForward, seed: int) -> dict[str, torch.Tensor]:
     """Return the tensors of one grown layer of the shape `config`, named without the prefix `model.layers.N.mlp.`.
 
-    The routed experts add nothing while their down projections are zero. Gates, up projections and the router are
-    initialised as in a new model: the down projections have a gradient from the first step on, the others from the
-    second.
+    The routed experts output zero at first, because their down projections are zero. Gate projections, up projections
+    and the router are initialised as in a new model. In training, the down projections have a gradient from the first
+    step on, and the other weights from the second step on.
     """
     experts, size, width = config.n_routed_experts, config.moe_intermediate_size, config.hidden_size
     generator = torch.Generator().manual_seed(seed)
@@ -116,7 +117,7 @@ def grow(config: ModelConfig, dense: FeedForward, seed: int) -> dict[str, torch.
 
 
 def partition(config: ModelConfig, dense: FeedForward, order_I: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the experts of `config`: the first neurons of `order_I` are shared, the others are routed."""
+    """Return the tensors of the experts: the first neurons of `order_I` are shared, the other neurons are routed."""
     size = config.moe_intermediate_size
     shared, routed = order_I.tensor_split([config.n_shared_experts * size])
     out = dense.neurons(shared).tensors("shared_experts.")
@@ -126,10 +127,11 @@ def partition(config: ModelConfig, dense: FeedForward, order_I: torch.Tensor) ->
 
 
 def clustered(dense: FeedForward, shared_neurons: int, experts: int, seed: int) -> torch.Tensor:
-    """Return an order of the neurons [I]: the heaviest first, for the shared experts, then cluster after cluster.
+    """Return an order of the neurons [I]: the heaviest neurons, for the shared experts, then cluster after cluster.
 
-    The heaviest have the largest product of the norms of their three weight vectors. The others are clustered by the
-    directions of their gates, which decide when a neuron is active. The same weights and seed give the same order.
+    The heaviest neurons have the largest product of the norms of their three weight vectors. The other neurons are
+    clustered by the directions of their gate vectors, which decide when a neuron is active. The same weights and seed
+    give the same order.
     """
     weight_I = dense.gate_ID.norm(dim=1) * dense.up_ID.norm(dim=1) * dense.down_DI.norm(dim=0)
     shared, routed = heaviest(weight_I, shared_neurons)
@@ -137,15 +139,15 @@ def clustered(dense: FeedForward, shared_neurons: int, experts: int, seed: int) 
 
 
 def heaviest(weight_I: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of the `count` largest weights, and those of the others, each in ascending order."""
+    """Return the indices of the `count` largest weights, and the indices of the other weights, in ascending order."""
     by_weight = weight_I.argsort(descending=True, stable=True)
     return by_weight[:count].sort().values, by_weight[count:].sort().values
 
 
 def clusters(x_ND: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Return an order [N] of the vectors `x_ND`, cluster after cluster: `count` clusters of one size by direction.
+    """Divide the vectors `x_ND` into `count` clusters of the same size, and return their order [N], cluster by cluster.
 
-    Spherical k-means with balanced assignment.
+    The vectors are clustered by direction, with spherical k-means and balanced assignment.
     """
     x_ND = F.normalize(x_ND, dim=1)
     generator = torch.Generator().manual_seed(seed)
@@ -157,7 +159,10 @@ def clusters(x_ND: torch.Tensor, count: int, seed: int) -> torch.Tensor:
 
 
 def _balanced(similarity_NE: torch.Tensor, size: int) -> torch.Tensor:
-    """Return the cluster of each vector [N], `size` vectors a cluster: the closest pairs are assigned first."""
+    """Return the cluster of each vector [N], with `size` vectors in each cluster.
+
+    The pairs of vector and cluster with the largest similarity are assigned first.
+    """
     clusters, free = [-1] * len(similarity_NE), [size] * similarity_NE.shape[1]
     for pair in similarity_NE.flatten().argsort(descending=True, stable=True).tolist():
         n, e = divmod(pair, len(free))

@@ -1,7 +1,7 @@
-"""Least squares: what heads read and what is cached, fitted until the smaller attention is near the source's.
+"""Fits a compressed attention to the source's attention by least squares.
 
 Shapes: N sequences, T tokens of a sequence or distances, D hidden_size, H query heads, G key/value heads, d features
-of a head, S slots with position, R kv_lora_rank, F = 2S + R cached features.
+of a head, S slots with RoPE, R kv_lora_rank, F = 2S + R cached features.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from smolseek.ops.mla_attention import CosSin
 
 _ROUNDS = 4
 _RIDGE = 1e-3
-"""Weight of small changes in `alternate`, as a share of each feature's energy."""
+"""Ridge penalty on changes of the factors in `alternate`, as a share of each feature's energy."""
 _VALUE_RIDGE = 3e-3
-"""Weight of staying near the first W_UV in `refit_values`, as a share of the features' mean energy."""
+"""Ridge penalty on changes of W_UV in `refit_values`, as a share of the features' mean energy."""
 
 
 def ridge_solve(square: torch.Tensor, cross: torch.Tensor, first: torch.Tensor, ridge: float) -> torch.Tensor:
     """Return the W [..., D, K] that minimises |y - W z|^2 + r |W - first|^2 over the tokens, in float32.
 
-    `square` [..., K, K] is the sum of z z^T over the tokens, `cross` [..., D, K] that of y z^T, and r is `ridge` times
-    the mean energy of z.
+    `square` [..., K, K] is the sum of z z^T over the tokens, and `cross` [..., D, K] is the sum of y z^T. The penalty r
+    is `ridge` times the mean energy of z.
     """
     square, first = square.double(), first.double()
     weight = (ridge * square.diagonal(dim1=-2, dim2=-1).mean(dim=-1)).clamp(min=1e-30)
@@ -39,25 +39,26 @@ def ridge_solve(square: torch.Tensor, cross: torch.Tensor, first: torch.Tensor, 
 
 
 class Factors(NamedTuple):
-    """A layer's attention without its queries."""
+    """The matrices of a layer's compressed attention, without the query projection."""
 
     cached_FD: torch.Tensor
-    """A: slots, then latent."""
+    """The matrix A that computes the cached features: first the slots, then the latent."""
     keys_HdF: torch.Tensor
-    """B: a head's key from the cached features."""
+    """The matrices B_h that compute each head's key from the cached features."""
     values_GdR: torch.Tensor
-    """A group's values from the latent."""
+    """The matrices that compute each group's values from the latent."""
 
 
 def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
-    """Return a nearer fit of `layer` for slots of the frequencies `w_S`, starting from `factors`.
+    """Improve `factors`, the compressed attention of `layer` with slots of the frequencies `w_S`.
 
-    Head h of group g scores q' k(D) at distance D, its key turned by the source's frequencies. The smaller model scores
-    q' B_h z(D): z = A x are the cached features, of which the first 2S turn by the frequencies of their slots and the
-    latent's R do not. With the token's input x and its distance taken as independent, the error of the keys
-    E |k(D) - B_h z(D)|^2, over the distances that the head attends to, is quadratic in B_h for a given A, and in A for
-    given B_h (there weighted by the queries and by the heads' outputs, beside the values' error). Both have closed
-    forms, which alternate.
+    At distance D, head h of the source has the score q' k(D), where the key k(D) is rotated at the source's
+    frequencies. The compressed head has the score q' B_h z(D), where z = A x are the cached features. The first 2S
+    cached features are rotated at the frequencies of their slots; the R features of the latent are not rotated. A
+    token's input x and its distance D are treated as independent. Then the error of the keys, E |k(D) - B_h z(D)|^2
+    over the distances that the head attends to, is quadratic in B_h for a fixed A. For fixed B_h the error is quadratic
+    in A. In this second case the error is weighted by the queries and by the heads' outputs, and the error of the
+    values is added. Both problems have closed-form solutions, and the function alternates between the two.
     """
     G, d, _ = layer.v_GdD.shape
     heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD
@@ -86,7 +87,7 @@ def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
 
 
 def _means(seen_HT: torch.Tensor, w_a: torch.Tensor, w_b: torch.Tensor) -> list[torch.Tensor]:
-    """Return the mean products cos cos, cos sin, sin cos and sin sin under each head's distances [H, a, b]."""
+    """Return the means [H, a, b] of cos cos, cos sin, sin cos and sin sin over the distances that a head attends to."""
     distance_T = torch.arange(seen_HT.shape[1]).double()
     (one, at_a), (two, at_b) = (w.unique(return_inverse=True) for w in (w_a, w_b))
     a, b = one[:, None] * distance_T, two[:, None] * distance_T
@@ -95,14 +96,17 @@ def _means(seen_HT: torch.Tensor, w_a: torch.Tensor, w_b: torch.Tensor) -> list[
 
 
 def _quarter(x: torch.Tensor, turned: int) -> torch.Tensor:
-    """Return pairs (re, im) on the last axis as (im, -re), and zeros after the first `turned` features."""
+    """Replace the pairs (re, im) on the last axis by (im, -re), and all features after the first `turned` by zeros."""
     out = torch.zeros_like(x)
     out[..., 0:turned:2], out[..., 1:turned:2] = x[..., 1:turned:2], -x[..., 0:turned:2]
     return out
 
 
 def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, int], sign: int = 1) -> torch.Tensor:
-    """Return E[Rot_a(D) x Rot_b(D)'], Rot(D) z = z cos wD + quarter(z) sin wD; a negative sign turns the other way."""
+    """Return E[Rot_a(D) x Rot_b(D)'] over the distances D, with Rot(D) z = z cos wD + quarter(z) sin wD.
+
+    A negative `sign` rotates in the opposite direction.
+    """
     (a, b), (cc, cs, sc, ss) = turned, means
     right = _quarter(x_Hab, b)
     left, both = (_quarter(x.mT, a).mT for x in (x_Hab, right))
@@ -110,7 +114,7 @@ def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, i
 
 
 def _solve(system: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return system^-1 target with a small ridge; features without energy stay where they are."""
+    """Return system^-1 target with a small ridge penalty, with which features without energy do not change."""
     energy = system.diagonal(dim1=-2, dim2=-1)
     ridge = _RIDGE * energy + 1e-12 * energy.mean(dim=-1, keepdim=True) + 1e-300
     return torch.linalg.solve(system + torch.diag_embed(ridge), target)
@@ -120,11 +124,11 @@ def _solve(system: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def refit_values(
     model: CausalLM, config: ModelConfig, layers: list[dict[str, torch.Tensor]], sequences: torch.Tensor
 ) -> list[dict[str, torch.Tensor]]:
-    """Return the layers that `compress` gave for the Llama `model` with new W_UV, fitted on `sequences` [N, T+1].
+    """Return the compressed `layers` of the Llama `model` with new W_UV, fitted on `sequences` [N, T+1].
 
-    On the original's inputs head h gives A = P V, and the smaller one could give any Z W with Z = P' c, P' its own
-    attention and c the latent: W minimises |A - Z W|^2 + ridge |W - W_UV|^2. So the values also make up, as far as they
-    can, for the change of the attention.
+    Both models get the inputs of the original. Head h of the original outputs A = P V. The compressed head has its own
+    attention weights P' and outputs Z W, where c is the latent, Z = P' c, and W replaces W_UV. The new W minimises
+    |A - Z W|^2 + ridge |W - W_UV|^2. In this way the values also compensate for a part of the change from P to P'.
     """
     modules: Any = model.model.layers
     H, d, R, T = config.num_attention_heads, config.v_head_dim, config.kv_lora_rank or 0, sequences.shape[1] - 1
@@ -153,11 +157,11 @@ def refit_values(
 
 
 def _latent_attention(config: ModelConfig, n: int, tensors: dict[str, torch.Tensor]) -> MLA:
-    """Return the attention with the identity for W_UV and no W_O: its heads return the latents that they mix."""
+    """Return an attention whose heads output weighted sums of latents: W_UV is the identity, and W_O is removed."""
     H, R = config.num_attention_heads, config.kv_lora_rank or 0
     w_uk_HNR = tensors["kv_b_proj.weight"].unflatten(0, (H, -1))[:, : config.qk_nope_head_dim]
     w_HXR = torch.cat((w_uk_HNR, torch.eye(R).expand(H, R, R)), dim=1)
     attention = MLA(dataclasses.replace(config, v_head_dim=R), n)
     attention.o_proj = nn.Identity()  # type: ignore[assignment]
-    attention.load_state_dict(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1)}, strict=False)  # without W_O
+    attention.load_state_dict(tensors | {"kv_b_proj.weight": w_HXR.flatten(0, 1)}, strict=False)  # W_O is missing
     return attention

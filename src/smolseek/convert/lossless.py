@@ -1,7 +1,7 @@
-"""A Llama layer as a DeepSeek-V3 layer that computes the same function (derived in docs/conversion.md).
+"""Converts a Llama layer to a DeepSeek-V3 layer that computes the same function (derived in docs/conversion.md).
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, J = d/2 frequencies, R = Gd rotary
-features, which are also the features of the latent.
+features and also features of the latent.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from smolseek.storage.rope_layout import interleaved
 
 
 def target_config(source: ModelConfig) -> ModelConfig:
-    """Return the shape of the exact conversion of the Llama `source`, with dense feed-forward layers.
+    """Return the configuration of the exact conversion of the Llama `source`, with dense feed-forward layers.
 
-    Every key head gets its own slot in the shared rotary key, and every value head one in the latent. All slots need
-    the same frequencies, which no series theta^(-2i/R) gives; `longrope` divides each frequency of a series by its own
-    factor, and in the series of base 1, where every frequency is 1, the factors are the reciprocals of the frequencies.
-    `attention_factor` scales cosines and sines, and so the scores by its square: its fourth power G turns the scale
-    (Gd)^(-1/2), which MLA applies, into the d^(-1/2) of the source.
+    Every key head has its own slot in the shared rotary key, and every value head has its own slot in the latent. All
+    slots need the same frequencies, but the frequencies theta^(-2i/R) of the default RoPE are all different.
+    `longrope` divides each frequency by its own factor. With base 1 every frequency is 1 before the division, so the
+    factors are the reciprocals of the source's frequencies. `attention_factor` multiplies cosines and sines, and so it
+    multiplies the scores by its square. The value G^(1/4) turns MLA's scale (Gd)^(-1/2) into the source's d^(-1/2).
     """
     groups, size = source.num_key_value_heads, source.qk_head_dim
     factors = tuple(reciprocals(frequencies(source.rope_parameters, size))) * groups
@@ -50,10 +50,11 @@ def target_config(source: ModelConfig) -> ModelConfig:
 
 
 def reciprocals(w_J: torch.Tensor) -> list[float]:
-    """Return float32 numbers whose float32 reciprocals are `w_J`, to the last bit where there is such a number.
+    """Return float32 numbers whose float32 reciprocals are `w_J`, or as near to `w_J` as possible.
 
-    There always is one for the default RoPE, whose frequencies are themselves reciprocals of float32 numbers. At
-    position 8,000 a last bit of the highest frequency is half a thousandth of a radian.
+    For the default RoPE an exact float32 number always exists, because each frequency was itself computed as the
+    reciprocal of a float32 number. At position 8,000 an error in the last bit of the highest frequency would be an
+    angle of half a thousandth of a radian.
     """
     nearest = 1 / w_J
     neighbours = [torch.nextafter(nearest, torch.full_like(nearest, end)) for end in (torch.inf, 0.0)]
@@ -65,10 +66,11 @@ def reciprocals(w_J: torch.Tensor) -> list[float]:
 def attention(
     config: ModelConfig, q_proj: torch.Tensor, k_proj: torch.Tensor, v_proj: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Return MLA's tensors, named without the prefix `model.layers.N.self_attn.`, for those of the Llama `config`.
+    """Return the tensors of MLA for the projections of one layer of the Llama `config`.
 
-    Head h of group g has its query in slot g of the rotary features and zeros elsewhere, and reads slot g of the
-    latent. The output projection stays as it is.
+    The names lack the prefix `model.layers.N.self_attn.`. The query of a head in group g is in slot g of the rotary
+    features, and the other slots of the query are zeros. The values of this head are slot g of the latent. The output
+    projection does not change.
     """
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     group_of_head = torch.arange(heads) // (heads // groups)
@@ -86,12 +88,13 @@ def attention(
 def one_epsilon(
     config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]]
 ) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]]]:
-    """Return the same model with `rms_norm_eps` 1e-6, as shape and tensors by name.
+    """Return an equivalent model with `rms_norm_eps` 1e-6, as configuration and tensors by name.
 
-    vLLM and llama.cpp give the norm of the latent the model's own epsilon, where transformers has 1e-6. The norms see
-    the residual stream and epsilon together, so a stream that is scaled by f = sqrt(1e-6 / eps) leaves the same after
-    each norm. What writes to the stream is scaled: embedding, output and down projections. A head that is the
-    embedding, too, has its 1/f in the last norm.
+    For the norm of the latent, vLLM and llama.cpp use `rms_norm_eps`, but transformers uses 1e-6, so `rms_norm_eps`
+    must be 1e-6, too. If the residual stream is multiplied by f = sqrt(1e-6 / eps), every norm with the new epsilon has
+    the same output as before. Therefore all weights that write to the residual stream are multiplied by f: the
+    embedding, the output projections and the down projections. With tied embeddings the output head is scaled by f as
+    well. To undo this, the weight of the last norm is divided by f.
     """
     factor = (EPS / config.rms_norm_eps) ** 0.5
     written = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")

@@ -1,4 +1,4 @@
-"""From a source to a finished folder: converted layer by layer, and nothing is left of it after an error."""
+"""Converts a source model to a finished folder, layer by layer. After an error no files are left."""
 
 import dataclasses
 import os
@@ -36,13 +36,13 @@ _TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _TOKENIZER_FILES += ["added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
 _COPIED_FILES = ["generation_config.json", "LICENSE"]
 _COMPARED_TOKENS = 2048
-"""Tokens on which a compressed model is compared with its source."""
+"""Number of tokens on which a compressed model is compared with its source."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 class _Model(NamedTuple):
-    """A model to be written. Its layers are computed when they are written, in float32."""
+    """A model to be written. Each layer is computed in float32 when it is written."""
 
     config: ModelConfig
     attention: Callable[[int], Tensors]
@@ -52,25 +52,25 @@ class _Model(NamedTuple):
 
 
 Verify = Callable[[Path, Path, torch.Tensor | None], str]
-"""Compares a new folder with its source and returns the line of fidelity, or raises SmolseekError to refuse the result.
+"""Compares a new folder with its source and returns a line with the result. Raises SmolseekError to reject the folder.
 
-It takes the source, the folder, and sequences [N, T+1] that a compressed model was not fitted to; None means exact.
+The arguments are the source, the folder, and held-out sequences [N, T+1]. The sequences are None for an exact model.
 """
 
 
 def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify | None = None) -> Path:
     """Convert the Llama `source` (hub name, folder, .gguf file or smollm2) and return the folder `out`.
 
-    `out` appears complete or not at all: it is written under another name, checked by `verify` and then renamed.
-    Options, source, tokenizer, `out`, disk space and text are checked before the first layer.
+    The folder is written under a temporary name, checked by `verify` and then renamed, so `out` is never incomplete.
+    Options, source, tokenizer, `out`, disk space and calibration text are checked before the first layer is converted.
 
     Raises:
-        SmolseekError: if the source cannot be converted, there is too little text, `out` is not free, the disk is
-            full, or `verify` refuses the result.
-        Stopped: for a KeyboardInterrupt; nothing is left.
+        SmolseekError: if the source cannot be converted, the calibration text is too short, `out` is not empty, the
+            disk is full, or `verify` rejects the result.
+        Stopped: for a KeyboardInterrupt; no files are left.
     """
     out = Path(out)
-    target = Path(os.path.realpath(out))  # where a link points to
+    target = Path(os.path.realpath(out))  # `out` may be a symbolic link
     if not is_vacant(target):
         raise SmolseekError(f"{out} exists and is not empty: choose another folder, or delete it")
     opened = open_source(source, conversion.tokenizer)
@@ -79,9 +79,9 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
     config = with_experts(lossless.target_config(opened.config), conversion)
     numbers = count(config).total + config.tie_word_embeddings * count(config).embedding  # a tied head is written, too
     needed = numbers * getattr(torch, conversion.dtype).itemsize
-    needed *= 1 + (conversion.active is not None and verify is not None)  # the control is written beside it
+    needed *= 1 + (conversion.active is not None and verify is not None)  # the control model, too
     try:
-        with atomic_folder(target, last="config.json") as folder:  # without which it is no model yet
+        with atomic_folder(target, last="config.json") as folder:  # makes it a model
             free = shutil.disk_usage(folder).free
             if free < needed:
                 sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
@@ -96,7 +96,7 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
 
 
 def _fill(folder: Path, source: str, opened: Source, conversion: Conversion, out: Path, verify: Verify | None) -> None:
-    """Convert into `folder`, which becomes `out`, and verify it."""
+    """Convert the source into `folder`, which the caller renames to `out`, and verify the result."""
     model, control, held_out, mode = _exact(opened, conversion), None, None, conversion.description()
     if conversion.mode == "compress":
         options = conversion.seed, opened.tokenizer, conversion.text_column
@@ -134,7 +134,7 @@ def _fill(folder: Path, source: str, opened: Source, conversion: Conversion, out
 
 
 def _exact(opened: Source, conversion: Conversion) -> _Model:
-    """Return the model that computes what the source computes; the feed-forward layers stay dense for a compression."""
+    """Return the model that computes the same function as the source. In compress mode all layers stay dense."""
     config = lossless.target_config(opened.config)
     if conversion.mode != "compress":
         config = with_experts(config, conversion)
@@ -158,9 +158,9 @@ def _exact(opened: Source, conversion: Conversion) -> _Model:
 def _compressed(
     model: _Model, opened: Source, conversion: Conversion, sequences: torch.Tensor
 ) -> tuple[_Model, _Model | None]:
-    """Return the exact `model` made smaller, fitted on `sequences` [N, T+1].
+    """Return a smaller version of the exact `model`, fitted on `sequences` [N, T+1], and a control model or None.
 
-    With sparse experts there is a control, too: as many neurons, the same ones for every token.
+    A control model is made for sparse experts: it has as many active neurons, but the same neurons for every token.
     """
     llama, dense = load_causal_lm(opened.path), model.config.intermediate_size
     if conversion.smaller_cache:
@@ -203,12 +203,12 @@ def _with_neurons(model: _Model, neurons: int, layers: list[tuple[FeedForward, f
 
 
 def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conversion) -> ModelConfig:
-    """Write weights, configurations and tokenizer, and return the shape that the files have."""
+    """Write weights, configuration files and tokenizer, and return the configuration of the written model."""
     config, tensors = model.config, _tensors(opened, model)
     if conversion.profile == "portable":
         config, tensors = lossless.one_epsilon(config, tensors)
     dtype, bias = getattr(torch, conversion.dtype), "e_score_correction_bias"
-    # The biases stay float32: bfloat16 would round them to steps larger than the updates of a training.
+    # The router biases stay float32, because training changes them in steps below the precision of bfloat16.
     stored = latent_norm.folded(tensors, config)
     typed = ((name, tensor if name.endswith(bias) else tensor.to(dtype)) for name, tensor in stored)
     write_shards(folder, with_head(typed, config))
@@ -223,7 +223,7 @@ def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conver
 
 
 def _tensors(opened: Source, model: _Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the new tensors in float32: the embedding, layer after layer, and what follows the last."""
+    """Yield the new tensors in float32: the embedding, layer after layer, the last norm, and an untied output head."""
     layers, tied = model.config.num_hidden_layers, model.config.tie_word_embeddings
     yield "model.embed_tokens.weight", opened.read("model.embed_tokens.weight")
     with console.progress(layers, "converting") as bar:

@@ -1,4 +1,4 @@
-"""The model to be converted: its shape is read at once, its tensors one by one."""
+"""Opens the model to be converted. Its configuration is read at once, its tensors are read one by one later."""
 
 import re
 from pathlib import Path
@@ -20,19 +20,19 @@ _ADDITIONS = {r"\.bias$": "biases", r"\.[qk]_norm\.": "QK-norm"}
 
 
 class Source(NamedTuple):
-    """An opened Llama."""
+    """An opened Llama model."""
 
     path: Path
-    """Its folder or .gguf file."""
+    """Folder or .gguf file of the model."""
     config: ModelConfig
-    """Its shape."""
+    """Configuration of the model."""
     tensors: SafetensorsFiles | GgufFile
-    """`tensors[name]` reads the tensor with Hugging Face's name `name`."""
+    """`tensors[name]` reads the tensor whose Hugging Face name is `name`."""
     tokenizer: Any
-    """Its tokenizer; None for a folder without one."""
+    """Tokenizer of the model; None for a folder without a tokenizer."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in float32. Raises SmolseekError if its numbers are quantised, or not finite."""
+        """Return a tensor in float32. Raises SmolseekError if its values are quantised or not finite."""
         tensor = self.tensors[name]
         check_dtype(self.path, name, tensor)
         if not tensor.isfinite().all():
@@ -41,10 +41,10 @@ class Source(NamedTuple):
 
 
 def open_source(target: str, tokenizer_name: str | None = None) -> Source:
-    """Open the Llama `target`: a hub name, a Hugging Face folder, a .gguf file or `smollm2`. Reads no weights yet.
+    """Open the Llama `target`, a hub name, Hugging Face folder, .gguf file or `smollm2`, without reading weights.
 
-    `tokenizer_name` replaces the model's own tokenizer. Raises SmolseekError if there is no such model, it is damaged
-    or no plain Llama (another architecture, biases, norms of queries and keys), or the tokenizer cannot be loaded.
+    `tokenizer_name` replaces the model's own tokenizer. Raises SmolseekError if there is no such model, if it is
+    damaged, if it is not a plain Llama (but has, for example, biases or QK-norm), or if the tokenizer cannot be loaded.
     """
     path = resolve(target)
     config, tensors = open_files(path)
@@ -59,10 +59,10 @@ def open_source(target: str, tokenizer_name: str | None = None) -> Source:
 
 
 def _check_tensors(config: ModelConfig, tensors: SafetensorsFiles | GgufFile, path: Path) -> None:
-    """Compare the names and shapes in the files with those that `config` makes."""
+    """Raise SmolseekError if the names or shapes of the tensors in the files do not match `config`."""
     with torch.device("meta"):
         expected = {name: view.shape for name, view in file_views(CausalLM(config)).items()}
-    names = set(tensors)  # `in` of a Mapping would read the tensor
+    names = set(tensors)  # the `in` operator of a Mapping would read the tensor
     for name, shape in expected.items():
         if name not in names:
             raise SmolseekError(f"{path}: {name} is missing: copy or download the model again")

@@ -1,6 +1,6 @@
-"""Feed-forward layers of fewer neurons: the same ones for every token (pruned), or experts of which a token uses some.
+"""Fits feed-forward layers with fewer active neurons: pruned layers, or experts of which each token uses only some.
 
-Shapes: T tokens, D hidden_size, I neurons of the dense layer, K of them that stay, E routed experts of F neurons,
+Shapes: T tokens, D hidden_size, I neurons of the dense layer, K neurons that are kept, E routed experts of F neurons,
 R = E F routed neurons.
 """
 
@@ -19,32 +19,36 @@ from smolseek.model.transformer import CausalLM
 from smolseek.ops.linear import linear_swiglu
 
 _RIDGE = 0.1
-"""Weight of staying near the first output matrix, as a share of the neurons' mean energy.
+"""Ridge penalty on changes of the output matrix, as a share of the neurons' mean energy.
 
-Chosen on text unlike the calibration text: 1e-3 fits the calibration better, and that text worse.
+The value was chosen on text unlike the calibration text. 1e-3 would be better on the calibration text, but worse on
+other text.
 """
 _GATE_RIDGE = 1e-2
-"""Weight of small coefficients in the regressions on the layer's input, as a share of its mean energy."""
+"""Ridge penalty in the regressions on the layer's input, as a share of the input's mean energy."""
 _SMALL_ENERGY = 1e-3
-"""What is added to an expert's energy before its logarithm, as a share of the mean energy."""
+"""Share of the mean energy that is added to an expert's energy before the logarithm is taken."""
 _LOGIT_STD = 0.1
-"""Standard deviation of the gate's logits: the sigmoid is nearly linear there, and the chosen weigh nearly the same."""
+"""Standard deviation of the router's logits. It is small, so that sigmoid is nearly linear and the routing weights are
+nearly equal.
+"""
 
 
 def active_neurons(config: ModelConfig) -> int:
-    """Return how many neurons of a mixture layer a token uses."""
+    """Return how many neurons of an MoE layer a token uses."""
     return (config.n_shared_experts + config.num_experts_per_tok) * config.moe_intermediate_size
 
 
 @torch.no_grad()
 def prune(model: CausalLM, sequences: torch.Tensor, neurons: int) -> list[tuple[FeedForward, float]]:
-    """Prune every feed-forward layer of the Llama `model` to `neurons`, chosen and fitted on `sequences` [N, T+1].
+    """Prune every feed-forward layer of the Llama `model` to `neurons` neurons, chosen on `sequences` [N, T+1].
 
-    A neuron adds h_i d_i to the output, its activation times its column of the output matrix. Those with the largest
-    mean energy E[h_i^2] |d_i|^2 stay. The new output matrix W minimises E|D h - W h_K|^2 + ridge |W - D_K|^2.
+    Neuron i adds h_i d_i to the output, where h_i is its activation and d_i its column of the output matrix D. The
+    neurons with the largest mean energy E[h_i^2] |d_i|^2 are kept. The new output matrix W minimises
+    E|D h - W h_K|^2 + ridge |W - D_K|^2.
 
     Returns:
-        Each layer, and the relative squared error of its output.
+        The pruned layers, each with the relative squared error of its output.
     """
     layers: Any = model.model.layers
     mlps = [layer.mlp for layer in layers]
@@ -65,9 +69,9 @@ def prune(model: CausalLM, sequences: torch.Tensor, neurons: int) -> list[tuple[
 
 
 def prune_layer(layer: FeedForward, gram_II: torch.Tensor, neurons: int) -> tuple[FeedForward, float]:
-    """Return the layer's most useful `neurons`, and the relative squared error of their output.
+    """Return the layer with its `neurons` most useful neurons, and the relative squared error of the layer's output.
 
-    `gram_II` is the sum of h h^T over the tokens.
+    `gram_II` is the sum of h h^T over the tokens, where h are the activations of the neurons.
     """
     down_DI, gram_II = layer.down_DI.double(), gram_II.double()
     chosen_K, _ = heaviest(gram_II.diagonal() * down_DI.square().sum(dim=0), neurons)
@@ -84,11 +88,11 @@ def prune_layer(layer: FeedForward, gram_II: torch.Tensor, neurons: int) -> tupl
 def sparse(
     model: CausalLM, config: ModelConfig, sequences: torch.Tensor, seed: int
 ) -> tuple[list[tuple[dict[str, torch.Tensor], float]], list[tuple[FeedForward, float]]]:
-    """Fit every layer of the Llama `model` to `sequences` [N, T+1].
+    """Convert every feed-forward layer of the Llama `model` to experts that are fitted on `sequences` [N, T+1].
 
     Returns:
-        The experts of `config` (`with_experts`), and the control: as many neurons, the same ones for every token.
-        With each layer comes the relative squared error of its output.
+        The layers with the experts of `config`, and control layers that are pruned to as many active neurons. Each
+        layer comes with the relative squared error of its output.
     """
     layers: Any = model.model.layers
     mlps = [layer.mlp for layer in layers]
@@ -115,11 +119,12 @@ def sparse_layer(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return one layer's experts and the relative squared error of their output on the tokens.
 
-    A neuron adds h_i d_i to the output, of norm |h_i| |d_i|. Those with the largest mean square are shared. The others
-    are clustered by the linear regression of that norm on the layer's input, since a router is linear, too. An expert's
-    logit is the regression of the logarithm of its output's energy. Then all output matrices are fitted at once, by
-    least squares, to the dense layer's output under this routing. `config` is that of `with_experts`, and h are the
-    neurons' activations on the inputs x.
+    Neuron i adds the vector h_i d_i to the output, whose norm is |h_i| |d_i|. The neurons with the largest mean square
+    of this norm go into the shared experts. For every other neuron, a linear regression predicts the norm from the
+    layer's input, because a router is linear, too. These neurons are clustered by their regression coefficients. The
+    router's logit for an expert is a linear regression of the logarithm of the energy of the expert's output. At last,
+    all output matrices are fitted together to the dense layer's output under this routing, by least squares. `config`
+    comes from `with_experts`, and `h_TI` are the neurons' activations on the inputs `x_TD`.
     """
     E, size, shared = config.n_routed_experts, config.moe_intermediate_size, config.n_shared_experts
     down_DI = dense.down_DI
@@ -144,11 +149,12 @@ def sparse_layer(
 
 
 def _router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) -> Router:
-    """Return DeepSeek's gate that prefers the experts whose outputs have the largest energies.
+    """Return a DeepSeek router that selects the experts whose outputs have the largest energies.
 
-    The regression of log energy is a x + b. DeepSeek's gate has no intercept, but its balancing bias serves as one:
-    near 0 sigmoid(s a x) is 1/2 + s a x / 4, so with s b / 4 added the order is that of a x + b. With s small the
-    weights of the chosen experts, normalised and multiplied by their number, are all near 1.
+    A linear regression predicts the logarithm of an expert's energy as a x + b. DeepSeek's router has no intercept, but
+    its balancing bias can replace the intercept b. Near 0, sigmoid(s a x) is about 1/2 + s a x / 4. With the bias s b /
+    4 the experts are therefore ordered by a x + b. For a small s the weights of the selected experts, normalised and
+    multiplied by their number, are all near 1.
     """
     map_DE, offset_E, _ = _regression(x_TD, (energy_TE + _SMALL_ENERGY * energy_TE.mean().clamp(min=1e-30)).log())
     scale = _LOGIT_STD / float((x_TD.double() @ map_DE).square().mean().sqrt().clamp(min=1e-30))
@@ -159,7 +165,7 @@ def _router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) ->
 
 
 def _regression(x_TD: torch.Tensor, target_TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the ridge regression of the targets: map [D, X], offset [X], and a root of the inputs' covariance."""
+    """Return the ridge regression of the targets: its matrix [D, X], its offset [X], and a root of x's covariance."""
     mean_D, mean_X = x_TD.mean(dim=0), target_TX.mean(dim=0)
     x_TD = x_TD - mean_D
     moment_DD = (x_TD.T @ x_TD).double()
