@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    """Import `load` when it is asked for: the package itself stays quick to import."""
+    """Import `load` at its first use, so that importing the package stays quick."""
     if name == "load":
         from smolseek.api import load
 

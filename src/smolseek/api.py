@@ -38,7 +38,7 @@ class Continuation:
     prompt: str
     """The prompt, decoded if it was token ids."""
     text: str
-    """The generated text, without stop strings."""
+    """The generated text, without the stop string."""
     result: Result
     """Tokens, log-probabilities, stop reason and times."""
 
@@ -46,14 +46,15 @@ class Continuation:
 class Model:
     """A model with its tokenizer; `load` returns one.
 
-    Options of `generate`, `stream` and `chat` are the fields of `smolseek.config.GenerationOptions`; names of
-    transformers (`max_new_tokens`, `num_beams`) work, too. Defaults come from the model's `generation_config.json`.
+    Options of `generate`, `stream` and `chat` are the fields of `smolseek.config.GenerationOptions`. The names that
+    transformers uses (`max_new_tokens`, `num_beams`) work, too. Defaults come from the model's
+    `generation_config.json`.
 
     Args:
         loaded: the model, as `load_model` returns it.
-        name: its name in messages.
+        name: the name of the model in messages.
         sampling_defaults: fields of `SamplingParams` that the model's `generation_config.json` sets.
-        unrounded: path of the weights in the file's number format, if those of `loaded` were rounded.
+        unrounded: path of the original weights, if the weights of `loaded` were rounded to another number format.
 
     Raises:
         SmolseekError: for a model without a tokenizer.
@@ -77,10 +78,10 @@ class Model:
         return str(self.model.lm_head.weight.dtype).removeprefix("torch.")
 
     def tokens(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of `text`, with the tokenizer's special tokens: BOS for many models, none for SmolLM2.
+        """Return the token ids of `text`. With `special`, the tokenizer's special tokens, such as BOS, are added.
 
         Raises:
-            SmolseekError: for an empty text, one that UTF-8 cannot encode, or a token beyond the model's vocabulary.
+            SmolseekError: for an empty text, a text that UTF-8 cannot encode, or a token beyond the model's vocabulary.
         """
         if special and not text:
             raise SmolseekError("the prompt is empty: give at least one word")
@@ -90,7 +91,7 @@ class Model:
             raise SmolseekError(
                 f"the text is not UTF-8 at position {error.start:,} ({error.object[error.start]!r}): encode it in UTF-8"
             ) from None
-        # Not verbose: a text beyond the context is reported by us.
+        # Not verbose, since we report a text beyond the context ourselves.
         ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         require_known(max(ids, default=0), self.tokenizer, self.config.vocab_size)
         return ids
@@ -106,7 +107,7 @@ class Model:
             options: fields of `GenerationOptions`.
 
         Raises:
-            SmolseekError: for an empty prompt, one beyond the context, an unknown token or a number out of range.
+            SmolseekError: for a prompt that is empty or beyond the context, an unknown token or a number out of range.
         """
         chosen = generation_options(options, self.sampling_defaults)
         if chosen.beams != 1 or chosen.n != 1:
@@ -121,18 +122,18 @@ class Model:
         processors: Sequence[Processor] = (),
         **options: Unpack[Options],
     ) -> list[Continuation]:
-        """Return `n` continuations of each prompt, in the order of the prompts; of beam search the best first.
+        """Return `n` continuations of each prompt, in the order of the prompts; with beam search, the best text first.
 
-        Continuation number j of a prompt is sampled with the seed `seed + j`: the first one is that of `stream`.
+        Continuation number j of a prompt is sampled with the seed `seed + j`, so number 0 is the text of `stream`.
 
         Args:
-            prompts: one text or several; a list of token ids may stand for a text. Several are one batch, which gives
-                each the text that it would get alone.
+            prompts: one or several texts, or lists of token ids. Several prompts are computed as one batch, in which
+                each prompt gets the same text as alone.
             processors: functions that change the logits, as transformers' `LogitsProcessor`.
             options: fields of `GenerationOptions`.
 
         Raises:
-            SmolseekError: as `stream`, and for options that do not go together.
+            SmolseekError: as `stream`, and for options that cannot be combined.
         """
         chosen = generation_options(options, self.sampling_defaults)
         all_prompts: Any = [prompts] if isinstance(prompts, str) else prompts
@@ -154,19 +155,19 @@ class Model:
         return [Continuation(texts[number // chosen.n], *output) for number, output in enumerate(outputs)]
 
     def score(self, text: str) -> list[tuple[str, float]]:
-        """Return each token of `text` with its log-probability in nats given the tokens before it; nan for the first.
+        """Return each token of `text` with its log-probability in nats, given the previous tokens. The first has nan.
 
-        It is computed in the file's number format: where `load` rounded float32 weights to bfloat16, the first call
-        loads the model a second time.
+        The score is computed in the file's number format. If `load` has rounded float32 weights to bfloat16, the first
+        call loads the float32 weights again.
 
         Raises:
-            SmolseekError: for an empty text, or one beyond the context.
+            SmolseekError: for a text that is empty or beyond the context.
         """
         ids = self.tokens(text)
         context = self.config.max_position_embeddings
         if len(ids) > context:
             raise SmolseekError(f"the text has {len(ids)} tokens, the model's context {context}: shorten the text")
-        # Not in inference mode: its kernels round differently, and these numbers are those of evaluation.
+        # Not in inference mode, whose kernels round differently: the scores must equal those of evaluation.
         with torch.no_grad():
             model = self._scoring
             ids_1T = torch.tensor([ids], device=model.lm_head.weight.device)
@@ -184,10 +185,10 @@ class Model:
     def chat(
         self, messages: Sequence[Message], *, processors: Sequence[Processor] = (), **options: Unpack[Options]
     ) -> TextStream:
-        """Generate the assistant's answer to `messages` in the model's chat template; options as in `stream`.
+        """Generate the assistant's answer to `messages`, with the model's chat template and the options of `stream`.
 
         Raises:
-            SmolseekError: for a model without a chat template, messages that the template refuses, or as `stream`.
+            SmolseekError: as `stream`, for a model without a chat template, and for messages that the template refuses.
         """
         if not self.tokenizer.chat_template:
             raise SmolseekError(f"{self.name} has no chat template: use generate, or a chat model")
@@ -202,7 +203,7 @@ class Model:
         return self.stream(self.tokens(text, special=False), processors=processors, **options)
 
     def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
-        """Return the ids of the tokens that end a text: the model's own, and `tokens` by name or id."""
+        """Return the ids of the tokens that end a text: the model's end tokens, and `tokens`, given by name or id."""
         ids = list(self.config.eos_ids)
         vocabulary = self.tokenizer.get_vocab() if tokens else {}
         for token in tokens:
@@ -219,9 +220,9 @@ class Model:
         return list(ids)
 
     def _sampling(self, chosen: GenerationOptions, processors: Sequence[Processor]) -> SamplingParams:
-        """Return the options that concern sampling, with text as token ids."""
-        bad_words: Sequence[Any] = chosen.bad_words  # text, or token ids as in generation_config.json
-        # A word in the middle of a text has tokens of its own, which include the space before it.
+        """Return the options of sampling, with texts converted to token ids."""
+        bad_words: Sequence[Any] = chosen.bad_words  # texts, or token ids as in generation_config.json
+        # In the middle of a text, the tokens of a word include the space before it, so they differ.
         forms = [
             form for word in bad_words for form in ((word, " " + word.lstrip()) if isinstance(word, str) else (word,))
         ]
@@ -267,13 +268,13 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", t
 
     Args:
         name: the model.
-        dtype: float32, bfloat16 or float16, also as torch's type; auto is the file's, but bfloat16 for a float32 file
-            if the CPU has AVX512_BF16 (`score` still computes in float32).
+        dtype: float32, bfloat16 or float16, as a name or as torch's type. auto is the number format of the file, except
+            that float32 is rounded to bfloat16 if the CPU has AVX512_BF16 (`score` still computes in float32).
         device: for example "cuda".
-        tokenizer: name of a tokenizer to use instead, for a .gguf file whose own is not supported.
+        tokenizer: name of another tokenizer, for a .gguf file with a tokenizer that is not supported.
 
     Raises:
-        SmolseekError: if there is no such model, it is damaged, it has no tokenizer, or its `generation_config.json`
+        SmolseekError: if the model does not exist, is damaged or has no tokenizer, or if its `generation_config.json`
             has settings that are not supported.
     """
     loaded = load_model(name, dtype=dtype, device=device, tokenizer=tokenizer)

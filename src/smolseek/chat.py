@@ -24,7 +24,7 @@ SETTABLE = (*(field.name for field in fields(SamplingOptions)), "max_tokens")
 
 
 class Chat:
-    """A conversation with a model in its own chat template.
+    """A conversation with a model, in the chat template of the model.
 
     Args:
         model: the model.
@@ -42,7 +42,7 @@ class Chat:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.history
 
     def answer(self, question: str, show: Callable[[str], None]) -> str:
-        """Answer `question`, calling `show` with each new text; Ctrl-C ends the answer, whose text so far is kept."""
+        """Answer `question`, and call `show` with each piece of text. Ctrl-C ends the answer and keeps its text."""
         message: Message = {"role": "user", "content": question}
         stream = self.model.chat([*self.messages, message], **self.options)
         answer = ""
@@ -102,7 +102,7 @@ class Chat:
 
 
 def talk(chat: Chat) -> None:
-    """Read questions from stdin until its end, and answer them."""
+    """Read questions from stdin until the end of the input, and answer them."""
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  # adds line editing to input()

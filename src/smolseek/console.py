@@ -1,4 +1,4 @@
-"""The terminal: lines, warnings and a progress bar. The only module that prints. Imports no torch."""
+"""Output to the terminal: lines, warnings and a progress bar. No other module prints. Imports no torch."""
 
 import contextlib
 import errno
@@ -17,14 +17,15 @@ from smolseek.files import sync
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# When a line was last printed; global, as the terminal is. Where no bar is drawn, progress is printed only after a
-# while without other lines.
+# Time when a line was last printed; global, since there is one terminal. Without a progress bar, progress is printed as
+# a line, but only after a while without other lines.
 _last_said = time.monotonic()
 
 _LONG = 300
-"""Longest word in a message, in characters."""
+"""Length in characters above which a word in a message is shortened."""
 
-# Whether work continues when stdout cannot be written, and whether the user has been told so; global, as stdout is.
+# Whether work continues when stdout cannot be written, and whether the user has been warned. Global, since there is one
+# stdout.
 _unattended = _lost_output = False
 
 
@@ -32,8 +33,8 @@ _unattended = _lost_output = False
 def unattended() -> Iterator[None]:
     """Context in which work continues when stdout is closed or full: lines are dropped, with one warning on stderr.
 
-    For long jobs whose result is in files. Elsewhere a line that cannot be printed raises BrokenPipeError or
-    SmolseekError.
+    It is meant for long jobs that write their result to files. Outside this context, a line that cannot be printed
+    raises BrokenPipeError or SmolseekError.
     """
     global _unattended
     before, _unattended = _unattended, True
@@ -59,12 +60,12 @@ def stream(text: str) -> None:
         if not _lost_output:
             _lost_output = True
             warn(f"standard output cannot be written ({error.strerror}): work continues without it")
-        if error.errno != errno.ENOSPC:  # space may come back; a reader or a terminal does not
+        if error.errno != errno.ENOSPC:  # a full disk may get space again; a closed pipe or terminal does not come back
             discard_output()
 
 
 def discard_output() -> None:
-    """Send the unwritten and all further output to /dev/null, or Python's flush at exit would fail."""
+    """Send unwritten and later output to /dev/null; otherwise Python's flush at exit would fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -72,12 +73,12 @@ def discard_output() -> None:
 
 
 def open_standard_streams() -> None:
-    """Open those of stdin, stdout and stderr that the caller has closed, or output could go into a file of ours."""
+    """Open stdin, stdout and stderr if the caller has closed them; otherwise output could go into one of our files."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
+            os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor is this closed one
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
@@ -104,7 +105,7 @@ def warn(line: str) -> None:
 
 
 def _wrapped(text: str, file: TextIO) -> str:
-    """Return `text` with line breaks between words if `file` is a terminal, which breaks long lines anywhere."""
+    """Return `text` with line breaks between words if `file` is a terminal, which would break lines inside words."""
     if file is None or not file.isatty():
         return text
     width = shutil.get_terminal_size().columns
@@ -127,7 +128,7 @@ def _print(text: str, file: TextIO) -> None:
 def printable(text: str) -> str:
     """Return `text` as one line for a message, with control characters escaped and long words shortened.
 
-    File names and option values come from outside and may contain anything.
+    This is needed because file names and option values may contain anything.
     """
     size = _LONG // 2
     short = " ".join(word if len(word) <= _LONG else f"{word[:size]}...{word[-size:]}" for word in text.split())
@@ -135,7 +136,7 @@ def printable(text: str) -> str:
 
 
 def alert(line: str) -> None:
-    """Write a line to stderr from a signal handler, where `print` is not safe: it may have been interrupted."""
+    """Write a line to stderr from a signal handler. `print` is not safe there: the signal may have interrupted it."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
 
@@ -146,10 +147,10 @@ def on_terminal() -> bool:
 
 
 class Appended:
-    """A text file to append to, which loses no text when the disk is full for a while.
+    """A text file to append to. No text is lost if the disk is full for a while.
 
-    It is opened anew for each append, so that a crash loses nothing. Text that cannot be written is kept in memory and
-    written with the next append; each time that writing begins to fail, there is one warning.
+    The file is opened for each append, so that a crash loses nothing. Text that cannot be written is kept in memory and
+    written with the next append. There is one warning each time that writing begins to fail.
     """
 
     def __init__(self, path: str | os.PathLike[str], sync: bool = False) -> None:
@@ -157,7 +158,7 @@ class Appended:
         self.waiting = b""
 
     def add(self, text: str) -> None:
-        """Append `text`; with `sync` it is on the disk when this returns."""
+        """Append `text`. With `sync`, the text is on the disk when the method returns."""
         failing = bool(self.waiting)
         self.waiting += text.encode("utf-8")
         size = None
@@ -170,7 +171,7 @@ class Appended:
                     sync(file.fileno())
             self.waiting = b""
         except OSError as error:
-            if size is not None:  # leave no half line
+            if size is not None:  # remove an incomplete line
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)
             if not failing:
@@ -210,7 +211,7 @@ class Log:
 
 
 class Bar:
-    """Progress over `total` steps: a live bar, or a line when nothing was printed for `interval` seconds."""
+    """Progress over `total` steps: a live bar, or a line if nothing was printed for `interval` seconds."""
 
     def __init__(self, total: int, description: str, interval: float, live: "Progress | None") -> None:
         self.total, self.description, self.interval, self.live = total, description, interval, live
@@ -218,7 +219,7 @@ class Bar:
             self._task = live.add_task(description, total=total, text="")
 
     def update(self, done: int, text: str = "") -> None:
-        """Show `done` of the total, followed by `text`."""
+        """Show that `done` steps of the total are done, followed by `text`."""
         if self.live is not None:
             self.live.update(self._task, completed=done, text=text)
         elif time.monotonic() - _last_said >= self.interval:
@@ -229,14 +230,14 @@ class Bar:
 def progress(total: int, description: str, interval: float = 10.0) -> Iterator[Bar]:
     """Show the progress of `total` steps; call `bar.update(done, text)`.
 
-    On a terminal this is a live bar below the printed lines, removed at the end. Elsewhere a line is printed whenever
-    there was none for `interval` seconds.
+    On a terminal this is a live bar below the printed lines, which is removed at the end. In a file or pipe, a line
+    with the progress is printed whenever no line was printed for `interval` seconds.
     """
     live = None
     if on_terminal() and os.environ.get("TERM") != "dumb":
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        # rich reroutes stdout and stderr while the bar is live: what is printed appears above it.
+        # rich reroutes stdout and stderr while the bar is live, so that printed lines appear above the bar.
         text = TextColumn("{task.fields[text]}", markup=False)
         live = Progress(
             "{task.description}", BarColumn(24), MofNCompleteColumn(), text, transient=True, refresh_per_second=5

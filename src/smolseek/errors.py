@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator
 
 
 class SmolseekError(ValueError):
-    """A user's mistake, as one line that says how to fix it. The command line prints the line and exits with 2."""
+    """A user's mistake, in one line that says how to fix it. The command line prints the line and exits with code 2."""
 
 
 class PeerLost(SmolseekError):
-    """Another process of the run is missing. Every process that notices prints this, not the main one alone."""
+    """Another process of the run is missing. Every process that notices prints this error, not only the main one."""
 
 
 class Stopped(Exception):
@@ -24,7 +24,7 @@ class Stopped(Exception):
 def report_damage(file: object, hint: str) -> Iterator[None]:
     """Context that turns an exception caused by the contents of `file` into a SmolseekError that names the file.
 
-    Only for the few lines that interpret a file that anyone may have written: a bug of ours must stay visible as one.
+    Use it only around the few lines that interpret a file from outside. A bug of ours must stay visible as a bug.
     """
     try:
         yield
@@ -36,7 +36,7 @@ def report_damage(file: object, hint: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Return an exception's type and the first 200 characters of its message, in one line."""
+    """Return the type of an exception and the first 200 characters of its message, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 
 

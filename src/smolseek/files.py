@@ -1,4 +1,4 @@
-"""Files and folders written completely or not at all, and a lock on folders that one process at a time may write."""
+"""Writing files and folders completely or not at all, and a lock that lets one process at a time write a folder."""
 
 import contextlib
 import errno
@@ -17,16 +17,16 @@ LOCK = ".lock"
 """Name of the lock file in a folder."""
 
 UNFINISHED = ".tmp-"
-"""How the name of a file or folder begins while it is written, or about to be deleted."""
+"""Beginning of the name of a file or folder that is being written, or that is about to be deleted."""
 
-# Errors of file systems without such a call. Network and FUSE mounts differ.
+# Errors of file systems that do not support a call. Network and FUSE mounts differ in them.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def sync(file: int | str | os.PathLike[str]) -> None:
-    """Force a file, open or by its path, or a folder's list of files, to the disk.
+    """Force a file, or a folder's list of files, to the disk. A file is given by its path or its open handle.
 
-    File systems that cannot do so are ignored.
+    On file systems that do not support this, nothing is done.
 
     Raises:
         OSError: if the path cannot be opened, or the disk is full or broken.
@@ -44,14 +44,14 @@ def sync(file: int | str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Give the name of a file to write, which becomes `path` on leaving; after an error nothing of it remains.
+    """Context with the name of a file to write, which is renamed to `path` at the end. After an error it is deleted.
 
-    After a crash or power cut `path` has its old contents or the new ones, never a mixture.
+    After a crash or power cut, `path` has either its old or its new contents, never a mixture.
 
     Raises:
-        OSError: if it cannot be written; the old file stays.
+        OSError: if the file cannot be written; the old file stays.
     """
-    # The thread's number separates processes and threads that write the same file at the same time.
+    # The thread's number is in the name, since several processes and threads may write the same file at the same time.
     part = path.with_name(f"{UNFINISHED}{threading.get_native_id()}-{path.name}")
     try:
         yield part
@@ -61,24 +61,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-    with contextlib.suppress(PermissionError):  # a folder that may be written need not be readable
+    with contextlib.suppress(PermissionError):  # a folder may be writable but not readable
         sync(path.parent)
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Replace the file `path` by `data`, as `atomic_file` does.
+    """Replace the contents of the file `path` by `data`, in the way of `atomic_file`.
 
     Raises:
-        OSError: if it cannot be written; the old file stays.
+        OSError: if the file cannot be written; the old file stays.
     """
     with atomic_file(path) as part:
         part.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
 
 
 def unfinished(path: Path) -> Path:
-    """Return where the folder `path` is written until it is complete: beside it, or inside an empty folder `path`.
+    """Return where the folder `path` is written until it is complete: beside it, or inside it if it is an empty folder.
 
-    An empty folder is filled, not replaced: it may be a mount point, or be inside a folder without write permission.
+    An empty folder is filled and not replaced, since it may be a mount point, or be in a folder without write
+    permission.
     """
     inside = path.is_dir() and is_vacant(path)
     return (path if inside else path.parent) / f"{UNFINISHED}{path.name}"
@@ -99,9 +100,9 @@ def begin_folder(path: Path) -> Path:
 
 
 def publish(part: Path, path: Path, last: str = "") -> None:
-    """Force the folder `part` to the disk and rename it to `path`; a folder of that name is replaced.
+    """Force the folder `part` to the disk and rename it to `path`, which is replaced if it exists.
 
-    A `part` inside `path` has its files moved there, the one named `last` after the others.
+    If `part` is inside `path`, its files are moved to `path` instead, and the file named `last` is moved last.
     """
     for file in [*part.rglob("*"), part]:
         sync(file)
@@ -121,10 +122,10 @@ def publish(part: Path, path: Path, last: str = "") -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes `path` on leaving (`publish`); after an error nothing of it remains.
+    """Context with an empty folder to fill, which becomes `path` at the end (`publish`). After an error it is deleted.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the folder cannot be written.
     """
     part = begin_folder(path)
     try:
@@ -136,7 +137,7 @@ def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder, so that after a crash no part of it has its name. Errors are ignored."""
+    """Delete a folder. It is renamed first, so that a crash leaves no incomplete folder. Errors are ignored."""
     old = path.with_name(f"{UNFINISHED}old-{path.name}")
     with contextlib.suppress(OSError):
         path.rename(old)
@@ -144,10 +145,11 @@ def delete_folder(path: Path) -> None:
 
 
 class FolderLock:
-    """Keeps a second process from writing a folder: an flock on a file in it, which names this host and process.
+    """Keeps a second process from writing a folder, by an flock on a file in the folder.
 
-    The system releases the lock when the process ends, so a lock file that is left over is harmless. `with` takes the
-    lock only if its file exists, so that nothing is written; `acquire` creates the file.
+    The lock file names this host and process. The system releases the lock when the process ends, so a lock file that
+    is left over is harmless. `with` takes the lock only if the lock file exists, so that nothing is written. `acquire`
+    creates the lock file.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -160,16 +162,16 @@ class FolderLock:
     def acquire(self, create: bool = True) -> None:
         """Take the lock, if this object does not have it yet. The folder must exist.
 
-        Without `create` nothing is written: the lock is taken if its file exists. A folder without write permission
-        gives neither lock nor error: the first write fails and says why.
+        Without `create` nothing is written, and the lock is taken only if the lock file exists. In a folder without
+        write permission no lock is taken and no error raised: the first write will fail and say why.
 
         Raises:
-            SmolseekError: if another process has it.
+            SmolseekError: if another process has the lock.
         """
         if self._handle is None:
             self._handle = self._lock(os.O_RDWR | (os.O_CREAT if create else 0))
         if self._handle is not None and create:
-            with contextlib.suppress(OSError):  # on a full disk the lock is valid without its text
+            with contextlib.suppress(OSError):  # on a full disk the lock file stays empty, but the lock is valid
                 os.truncate(self._handle, 0)
                 os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 self._named = True
@@ -184,7 +186,7 @@ class FolderLock:
         except OSError as error:
             holder = os.read(handle, 300).decode("utf-8", "replace").strip() or "which is starting"
             os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):  # not locked by another: there are no locks here
+            if error.errno not in (errno.EAGAIN, errno.EACCES):  # the file system has no locks
                 self.supported = False
                 return None
             raise SmolseekError(

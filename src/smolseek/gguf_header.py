@@ -1,11 +1,12 @@
-"""The header of a GGUF file: its metadata and the table of its tensors, read without touching the weights.
+"""The header of a GGUF file, which has the metadata and the table of the tensors. The weights are not read.
 
-Layout (GGUF specification, versions 2 and 3, little endian): magic "GGUF", u32 version, u64 number of tensors, u64
-number of pairs, then the pairs: string key, u32 type, value. A string is its u64 length and its UTF-8 bytes; an array
-is the u32 type of its items, their u64 number, and the items. Then the tensors: string name, u32 number of dimensions,
-u64 dimensions (the fastest first), u32 number format, u64 offset. The data follow, aligned.
+Layout (GGUF specification, versions 2 and 3, little endian):
+- The file begins with the magic "GGUF", u32 version, u64 number of tensors, and u64 number of key-value pairs.
+- Each pair has a string key, a u32 type and a value. A string is its u64 length and its UTF-8 bytes. An array is the
+  u32 type of its items, their u64 number, and the items. - Each tensor has a string name, u32 number of dimensions, u64
+  dimensions (the fastest first), u32 number format and u64 offset. The data of the tensors follow, aligned.
 
-The `gguf` package makes numpy views of every item of every array, which takes seconds for a vocabulary; this reader
+The `gguf` package makes numpy views of every item of every array, which takes seconds for a vocabulary. This reader
 takes a tenth of a second.
 """
 
@@ -21,38 +22,38 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 
 SPECIAL_IDS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
-"""Names of the special tokens in GGUF files, and in tokenizers."""
+"""Names of the special tokens: GGUF file -> tokenizer."""
 _SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
-"""What llama.cpp assumes for a SentencePiece vocabulary that does not say them."""
+"""Ids that llama.cpp assumes if the file of a SentencePiece vocabulary does not state them."""
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor lies."""
+    """Shape, number format and position of a tensor in its file."""
 
     shape: tuple[int, ...]
-    """The slowest dimension first, as in PyTorch."""
+    """Sizes of the dimensions, the slowest first, as in PyTorch."""
     format: int
-    """ggml's number of the number format."""
+    """Number format, by ggml's number."""
     file: Path
-    """The file that holds it."""
+    """The file that holds the tensor."""
     start: int
-    """Its first byte there."""
+    """Position of the tensor's first byte in the file."""
 
 
 class Header(NamedTuple):
-    """What a GGUF file says about itself; for a model split over several files, all of them."""
+    """Metadata and tensors of a model in one or several GGUF files."""
 
     metadata: dict[str, Any]
-    """Plain Python values, arrays as lists; those of the first file."""
+    """Metadata of the first file, as plain Python values; arrays are lists."""
     tensors: dict[str, TensorInfo]
-    """By llama.cpp's names, in the order of the file."""
+    """Tensors of all files by llama.cpp's names, in the order of the files."""
 
 
 def read_header(path: str | Path) -> Header:
-    """Read the header of the GGUF file `path`, which is the first one where a model is split over several.
+    """Read the header of the GGUF file `path`. If a model is split over several files, `path` is the first of them.
 
-    Raises SmolseekError for a file that is missing, no GGUF, of another version, cut off inside its header, or not the
-    first of several, and for one of several that is missing.
+    Raises SmolseekError for a file that is missing, is no GGUF file, has another version, ends inside its header, or is
+    not the first of several files. Also if another file of the model is missing.
     """
     path = Path(path)
     header = _read(path)
@@ -65,7 +66,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def _others(path: Path, metadata: dict[str, Any]) -> list[Path]:
-    """Return the files after the first one of a model that llama.cpp split."""
+    """Return the second and later files of a model that llama.cpp has split."""
     count = metadata.get("split.count", 1)
     if not isinstance(count, int) or count < 2:
         return []
@@ -95,11 +96,11 @@ def _read(path: Path) -> Header:
 
 
 class _Damaged(Exception):
-    """What is wrong with a file."""
+    """A file is damaged; the message says what is wrong."""
 
 
 class _Reader:
-    """Reads one value after another, never past the end of the file."""
+    """Reads one value after another, and never past the end of the file."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.left = file, size
@@ -133,7 +134,7 @@ class _Reader:
         return name, shape[::-1], self.number("I"), self.number("Q")
 
     def read(self, count: int) -> bytes:
-        # A damaged length must not become a read of gigabytes.
+        # A damaged length must not make the reader read gigabytes.
         if count > self.left:
             raise _Damaged("ends inside its header")
         self.left -= count
@@ -165,7 +166,7 @@ class _Reader:
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Return the ids of the special tokens that a file names, by the names of `SPECIAL_IDS`."""
+    """Return the ids of the file's special tokens, by the names in `SPECIAL_IDS`."""
     ids = dict(_SENTENCEPIECE_IDS) if metadata.get("tokenizer.ggml.model") == "llama" else {}
     stated = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in SPECIAL_IDS}
     return ids | {name: value for name, value in stated.items() if isinstance(value, int)}

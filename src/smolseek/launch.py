@@ -6,10 +6,10 @@ from smolseek.errors import SmolseekError
 
 
 def number(name: str, default: int) -> int:
-    """Return the number in the environment variable `name`, or `default` if it is not set or empty.
+    """Return the number in the environment variable `name`, or `default` if the variable is not set or empty.
 
     Raises:
-        SmolseekError: for anything but an integer of 0 or more, which other launchers and scripts may set.
+        SmolseekError: if the value is not an integer of 0 or more; other launchers and scripts may set such values.
     """
     text = os.environ.get(name, "").strip()
     if not text:
@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def speaks() -> bool:
-    """Return whether this process prints the errors that all processes of its machine have: only the first one does."""
+    """Return whether this process prints errors that all processes have: the first process of each machine does."""
     try:
         return number("WORLD_SIZE", 1) <= 1 or number("LOCAL_RANK", 0) == 0
     except SmolseekError:

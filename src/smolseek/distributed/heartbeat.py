@@ -1,8 +1,8 @@
-"""Names the process that is late or missing: before a collective gives up, and after one has failed.
+"""Finds the process that is late or missing, before a collective times out and after a collective has failed.
 
-A collective that fails names nobody: gloo says that a connection is closed, NCCL that its time is over. torchrun's
-report names a dead process of its own machine only. `monitored_barrier` would need every process to call it, and those
-still inside a collective cannot. So a thread of each process writes heartbeats to torchrun's store.
+A failed collective does not say which process caused the failure: gloo reports a closed connection, and NCCL a timeout.
+torchrun's report names a dead process of its own machine only. `monitored_barrier` must be called by every process,
+and a process inside a collective cannot call it. So a thread of each process writes heartbeats to torchrun's store.
 """
 
 import contextlib
@@ -15,35 +15,35 @@ import torch.distributed as dist
 from smolseek import console
 
 _INTERVAL = 1.0
-"""Seconds between two heartbeats; a tenth of the timeout where that is less."""
+"""Seconds between two heartbeats, or a tenth of the timeout if this is less."""
 _MISSED = 5
-"""Heartbeats that a missing process has not sent."""
+"""A process is missing after this many intervals without a heartbeat."""
 _LEFT = -1
-"""`number` of a process that has finished."""
+"""Value of `_Heartbeat.number` for a process that has finished."""
 
 
 class _Heartbeat(NamedTuple):
     """The value in the store under `heartbeat/RANK`."""
 
     steps: int
-    """Steps that the process has begun."""
+    """Number of steps that the process has begun."""
     number: int
-    """Heartbeats so far."""
+    """Number of heartbeats that the process has sent."""
     failed: int
-    """1 after one of its collectives has failed."""
+    """1 if a collective of the process has failed, else 0."""
 
 
 FIRST_HEARTBEAT = "0 0 0"
 
 
 class Heartbeat:
-    """Sends heartbeats to `store`, where each process has left its first one, and finds missing processes.
+    """Sends heartbeats to `store` and finds missing processes. Each process has already written its first heartbeat.
 
-    The thread warns when this process has waited for most of `timeout` seconds, and says who is behind.
+    When this process has waited for most of `timeout` seconds, the thread warns and names processes that are behind.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: float) -> None:
-        # A connection of its own, since the other one waits inside collectives. PyTorch's stubs lack `clone`.
+        # A second connection, since the first one is busy during collectives. PyTorch's stubs lack `clone`.
         self.store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self.rank, self.timeout, self.interval = rank, timeout, min(timeout / 10, _INTERVAL)
         self._keys = [f"heartbeat/{other}" for other in range(size)]
@@ -53,7 +53,7 @@ class Heartbeat:
         self._thread.start()
 
     def begin_step(self) -> None:
-        """Count a step that this process begins."""
+        """Record that this process begins a step."""
         self._steps, self._since = self._steps + 1, time.monotonic()
 
     def close(self, left: bool) -> None:
@@ -65,14 +65,14 @@ class Heartbeat:
                 self.store.set(self._keys[self.rank], f"{self._steps} {_LEFT} 0")
 
     def blame(self, reason: str) -> None:
-        """Tell the others why this process ends, unless a reason is known already."""
+        """Tell the other processes why this process ends, unless another reason is in the store already."""
         with contextlib.suppress(RuntimeError):
             self.store.compare_set("lost", "", reason)
 
     def lost(self) -> str | None:
-        """Return which process is missing after a failed collective or a SIGTERM; None if none is.
+        """Return which process is missing after a failed collective or a SIGTERM; None if no process is missing.
 
-        Takes a few intervals. All processes return what the first one finds, since that one ends as well.
+        This takes a few intervals. All processes return what the first of them finds, since that process ends as well.
         """
         self._failed = True
         try:
@@ -87,7 +87,7 @@ class Heartbeat:
         waited = time.monotonic() - self._since
         first, deadline = self._read(), time.monotonic() + _MISSED * self.interval
         silent = [rank for rank, other in enumerate(first) if rank != self.rank and other.number != _LEFT]
-        # Where all are alive and a collective has timed out, a process in which none has failed never called it.
+        # All are alive and a collective has timed out: a process without a failed collective never called it.
         absent = silent if waited >= self.timeout else []
         while (silent or absent) and time.monotonic() < deadline and not self.store.check(["lost"]):
             time.sleep(self.interval / 4)
@@ -109,7 +109,7 @@ class Heartbeat:
                 number += 1
                 self.store.set(self._keys[self.rank], f"{self._steps} {number} {int(self._failed)}")
                 waited = time.monotonic() - self._since
-                # Two readings, with time for a heartbeat of every process between them.
+                # The store is read twice, with enough time between for a heartbeat of every process.
                 if waited < 0.5 * self.timeout:
                     first, warned = None, False
                 elif first is None:
@@ -124,7 +124,7 @@ class Heartbeat:
         return [_Heartbeat(*map(int, value.split())) for value in self.store.multi_get(self._keys)]
 
     def _warn(self, first: list[_Heartbeat], now: list[_Heartbeat], waited: float) -> None:
-        """Name the processes that are silent or behind, if this is the first of the others."""
+        """Warn about processes that are silent or behind. Only the first of the remaining processes does so."""
         silent = [rank for rank, other in enumerate(now) if other.number == first[rank].number]
         behind = [rank for rank, other in enumerate(now) if other.steps < self._steps and rank not in silent]
         others = {*range(len(now))} - {*silent} - {*behind}

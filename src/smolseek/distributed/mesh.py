@@ -1,6 +1,6 @@
-"""The sizes of a mesh of processes, checked. Imports no torch.
+"""The sizes of a mesh of processes, and their checks. Imports no torch.
 
-Each group of `expert` neighbouring ranks holds all routed experts; each group of `shard` neighbouring ranks holds all
+Each group of `expert` neighbouring ranks holds all routed experts. Each group of `shard` neighbouring ranks holds all
 other weights. Every process trains on its own sequences.
 """
 
@@ -17,23 +17,23 @@ class Mesh:
     size: int
     """Number of processes."""
     expert: int
-    """Processes that the routed experts are partitioned over."""
+    """Number of processes that the routed experts are partitioned over."""
     shard: int
-    """Processes that the other weights are sharded over."""
+    """Number of processes that the other weights are sharded over."""
 
     @property
     def replicas(self) -> int:
-        """Replicas of a weight outside the routed experts."""
+        """Number of replicas of each weight outside the routed experts."""
         return self.size // self.shard
 
     @property
     def expert_shard(self) -> int:
-        """Processes that each process's partition of the experts is sharded over in turn."""
+        """Number of processes that each partition of the experts is sharded over."""
         return max(1, self.shard // self.expert)
 
     @property
     def expert_replicas(self) -> int:
-        """Replicas of a routed expert."""
+        """Number of replicas of each routed expert."""
         return self.size // (self.expert * self.expert_shard)
 
     def __str__(self) -> str:
@@ -43,10 +43,10 @@ class Mesh:
 
 
 def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size: int | None = None) -> Mesh:
-    """Return the mesh of `size` processes, or of as many as `config` requests when that is None.
+    """Return the mesh of `size` processes; if `size` is None, of as many processes as `config` requests.
 
     Raises:
-        SmolseekError: for sizes that do not divide, with the sizes that would.
+        SmolseekError: for sizes that do not divide; the message names sizes that would divide.
     """
     requested = max(1, config.data) * config.expert
     if size is None:

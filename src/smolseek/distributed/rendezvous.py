@@ -1,8 +1,9 @@
-"""The processes of one launch find one another in a store that dead processes have written to.
+"""How the processes of one launch find each other in a store that also has entries of dead processes.
 
-torchrun keeps one TCPStore over all restarts, and its restart count differs between machines: a new process could read
-the address of a dead one. So process 0 names each launch and answers every request under a new key.
-`monitored_barrier` cannot say who is missing: it needs a process group, which connects only when all processes exist.
+torchrun keeps one TCPStore over all restarts, and its restart count differs between machines. So a new process could
+read the address of a dead process. To prevent this, process 0 gives each launch a new name, and answers every request
+under a key of its own. `monitored_barrier` cannot say which process is missing, because it needs a process group, which
+connects only when all processes exist.
 """
 
 import time
@@ -18,12 +19,12 @@ _POLL = 0.02
 
 
 def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
-    """Return the part of `store` for the `size` processes of this launch, to which no earlier one wrote.
+    """Return the part of `store` for the `size` processes of this launch; earlier launches did not write to it.
 
-    It has the first heartbeat of each. The store is polled, since no signal would end a wait inside it.
+    It has the first heartbeat of each process. The store is polled, since no signal would end a wait inside the store.
 
     Raises:
-        PeerLost: in every process, with the missing ones named, after `timeout` seconds or on a SIGTERM.
+        PeerLost: in every process, after `timeout` seconds or on a SIGTERM; it names the missing processes.
     """
     nonce, begun = uuid.uuid4().hex, time.monotonic()
     launch = dist.PrefixStore(f"launch/{nonce}", store) if rank == 0 else None
@@ -36,7 +37,7 @@ def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> d
         while time.monotonic() - begun < timeout:
             if rank == 0:
                 for other in others:
-                    if store.check([f"request/{other}"]):  # perhaps of a dead process; nobody reads that answer
+                    if store.check([f"request/{other}"]):  # if the process is dead, nobody reads the answer
                         store.set(f"answer/{store.get(f'request/{other}').decode()}", nonce)
             elif launch is None and store.check([f"answer/{nonce}"]):
                 launch = dist.PrefixStore(f"launch/{store.get(f'answer/{nonce}').decode()}", store)

@@ -1,6 +1,6 @@
 """One process, which holds the full model and trains on every sequence. Imports no torch.distributed.
 
-`context.DistributedContext` has the same methods for many processes; the training loop is written once, for both.
+`context.DistributedContext` has the same methods for many processes, so that one training loop serves both.
 """
 
 import signal
@@ -18,7 +18,7 @@ Named = list[tuple[str, torch.nn.Parameter]]
 
 
 class SingleProcess:
-    """One process; of many, the main process reads the data, prints and writes the run folder."""
+    """A run with one process. Of many processes, only the main one reads data, prints and writes the run folder."""
 
     rank = 0
     size = 1
@@ -34,31 +34,31 @@ class SingleProcess:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Leave the others."""
+        """Leave the process group; with one process there is nothing to do."""
 
     def describe(self, device: torch.device) -> str:
-        """Describe in a few words where it computes."""
+        """Return a few words about the device and the processes that compute."""
         return device.type
 
     def build_model(self, config: ModelConfig, seed: int, device: torch.device) -> CausalLM:
-        """Return a new model, or this process's shards of it; the weights do not depend on the number of processes."""
+        """Return a new model, or its shards in this process. The weights do not depend on the number of processes."""
         return new_model(config, seed, device)
 
     def init_weights(self, model: CausalLM, seed: int) -> None:
-        """Draw the weights of `build_model` again."""
+        """Draw the same initial weights as `build_model` again."""
         model.init_weights(torch.Generator(model.lm_head.weight.device).manual_seed(seed))
 
     def broadcast_object(self, make: Callable[[], Any]) -> Any:
-        """Return the result of `make` in the main process, in JSON types; the others do not call it."""
+        """Call `make` in the main process only, and return its result, which has JSON types, in all processes."""
         return make()
 
     def broadcast_tensor(self, tensor: torch.Tensor | None) -> torch.Tensor:
-        """Return the int64 tensor of the main process."""
+        """Return the int64 tensor that the main process passes; the other processes pass None."""
         assert tensor is not None
         return tensor
 
     def share_stream(self, stream: TrainStream | None) -> TrainStream:
-        """Return the stream of the main process; the others get one that is never read."""
+        """Return the training stream in the main process. The other processes get a stream that is never read."""
         assert stream is not None
         return stream
 
@@ -72,8 +72,8 @@ class SingleProcess:
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Read the sequences of one step: `grad_accum` micro-batches of `batch_size`.
 
-        Yields this process's sequences of each micro-batch, and their share of it. The sequences of all processes,
-        concatenated, are the micro-batch of a single process.
+        Yields this process's sequences of each micro-batch, and their share of the micro-batch. The sequences of all
+        processes, concatenated, are the micro-batch of a single process.
 
         Raises:
             HubUnavailable: in all processes, when the main process cannot read its data.
@@ -82,39 +82,39 @@ class SingleProcess:
         return ((micro, 1.0) for micro in batch.split(batch_size))
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's sequences of `batch`, which all processes have, and their share of it."""
+        """Return this process's sequences of `batch`, and their share of the batch. All processes have `batch`."""
         return batch, 1.0
 
     def set_last_backward(self, model: CausalLM, is_last: bool) -> None:
-        """Prepare a backward pass; `is_last` is for the last one before the optimizer's step."""
+        """Prepare a backward pass. `is_last` is true for the last backward pass before the optimizer's step."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of every process's `x`."""
+        """Return the sum of `x` over all processes."""
         return x
 
     def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
-        """Scale the full gradient down to the norm `max_norm`, and return the norm it had."""
+        """Scale the full gradient down to the norm `max_norm`, and return its norm before."""
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def optimizer_parameters(self, model: CausalLM) -> Named:
-        """Return the optimizer's parameters by name: this process's shard of every parameter that is not empty."""
+        """Return the optimizer's parameters with their names: this process's shard of every nonempty parameter."""
         return [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
 
     def all_reduce_signal(self, received: signal.Signals | None) -> signal.Signals | None:
-        """Return the signal that any process received."""
+        """Return the signal that any of the processes received, or None."""
         return received
 
     def local_shards(self, model: CausalLM) -> dict[str, LocalShard]:
-        """Return this process's shards of the model by name, without a tied head."""
+        """Return this process's shards of the weights by name, without a tied head."""
         return full_tensors(model)
 
     def writes_shard(self, name: str, number: int) -> bool:
         """Return whether this process writes its shard of the parameter `name`, number `number`, into checkpoints.
 
-        Of the processes with the same shard one does, a different one for each number.
+        Several processes may hold the same shard. One of them writes it, a different one for each number.
         """
         return True
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
-        """Yield the weights that this process writes, to be copied at once; all processes iterate together."""
+        """Yield the weights that this process writes; copy each before the next one. All processes iterate together."""
         yield from full_tensors(model).items()
