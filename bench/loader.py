@@ -77,7 +77,7 @@ def serve() -> None:
 
 def open_stream(source: str):
     """The training sequences of `source`, as the training loop opens them."""
-    from smolseek.config import DataConfig, TrainConfig
+    from smolseek.config import DataConfig
     from smolseek.data import datasets
     from smolseek.presets import preset
     from smolseek.tokenizer import encoder, for_training, load_tokenizer
@@ -85,9 +85,16 @@ def open_stream(source: str):
     model = preset("deepseek_159m")
     tokenizer = for_training(load_tokenizer("smollm2"), model.eos_ids[0])
     data = datasets.pin(DataConfig(sources=(source,)), None)
-    config = TrainConfig(model=model, run="unused", data=data, batch_size=BATCH, seq_len=LENGTH)
-    corpus = datasets.open_dataset(data, config.eval_tokens, tokenizer)
-    return datasets.open_stream(config, corpus, encoder(tokenizer), model.eos_ids[0], BATCH * LENGTH + 1)
+    corpus = datasets.open_dataset(data, tokenizer=tokenizer)
+    return datasets.open_stream(
+        corpus,
+        encoder(tokenizer),
+        model.eos_ids[0],
+        seq_len=LENGTH,
+        seed=0,
+        val_fraction=data.val_fraction,
+        min_tokens=BATCH * LENGTH + 1,
+    )
 
 
 def first_batch() -> None:

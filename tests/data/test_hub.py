@@ -68,15 +68,14 @@ READ = """
 import hashlib, json, sys
 from huggingface_hub import constants
 constants.HF_HUB_DOWNLOAD_TIMEOUT = 0.4
-from smolseek.config import DataConfig, TrainConfig
+from smolseek.config import DataConfig
 from smolseek.data import retries
 from smolseek.data.datasets import open_dataset, open_stream
-from smolseek.presets import preset
 retries.FIRST_PAUSE = 0.01
 data = DataConfig(sources=(sys.argv[1],), give_up_after=float(sys.argv[2]))
 corpus = open_dataset(data, 1000)
-config = TrainConfig(model=preset("tiny"), run="unused", data=data, seq_len=64, seed=1)
-stream = open_stream(config, corpus, lambda texts: [list(text.encode()) for text in texts], 0, 0)
+encode = lambda texts: [list(text.encode()) for text in texts]
+stream = open_stream(corpus, encode, 0, seq_len=64, seed=1, val_fraction=data.val_fraction)
 whole = hashlib.sha256("".join(corpus.validation).encode())
 for _ in range(int(sys.argv[3])):
     whole.update(stream.next_batch(8).numpy().tobytes())

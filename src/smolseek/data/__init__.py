@@ -1,1 +1,1 @@
-"""Text in, rows of tokens out."""
+"""Data: reads text or prepared tokens, and makes token sequences for training and validation."""

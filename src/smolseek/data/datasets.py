@@ -1,4 +1,4 @@
-"""The text that `--data` names, opened: local text is read at once; hub datasets and prepared tokens are streamed."""
+"""Opens the data that `--data` names. Local text is read completely; hub datasets and prepared tokens are streamed."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from smolseek.config import DataConfig, TrainConfig
+from smolseek.config import DataConfig
 from smolseek.data.hub import HubDataset, HubName, find_shards, parse_names
 from smolseek.data.sequences import encode_documents
 from smolseek.data.shards import PreparedDataset, Shards, is_prepared
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAIN_CHARACTERS = 8_000_000
-"""Characters of training text kept for the audit of streamed data, at most."""
+"""At most this many characters of streamed training text are kept for the audit."""
 CHARACTERS_PER_TOKEN = 6
-"""More than any tokenizer used here needs on average for prose, so that the validation sequences are filled."""
+"""Characters of text read per validation token: more than a token has on average, so that the sequences are filled."""
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Corpus:
     validation: list[str]
     """Validation documents, never trained on."""
     sample_of: HubDataset | PreparedDataset | None = None
-    """The dataset that the documents are a sample of; None where they are all of the text."""
+    """The streamed dataset from which the documents are a sample; None if they are the complete text."""
     report: ReadReport = field(default_factory=ReadReport)
     """What was left out while reading."""
     cut: Cut | None = None
-    """How long documents were cut, where there were too few for both sides of the split."""
+    """How long documents were cut into parts, if there were too few documents for both sides of the split."""
     unused: int = 0
     """Validation documents of the split that `data.val_sources` replaces."""
     unspelled: float = 0.0
@@ -51,7 +51,7 @@ class Corpus:
         return fingerprint(self.train) if self.sample_of is None else self.sample_of.fingerprint()
 
     def summary(self) -> str:
-        """Describe the data in a few words: what there is to train on, and what was left out."""
+        """Describe in a few words the training data, and what was left out."""
         training = f"{len(self.train):,} training and" if self.sample_of is None else f"{self.sample_of.summary()};"
         return "; ".join(filter(None, (f"{training} {len(self.validation):,} validation documents", self.notes())))
 
@@ -73,7 +73,7 @@ class Corpus:
 
 
 def read_distinct(data: DataConfig, report: ReadReport) -> Iterator[tuple[int, str | None]]:
-    """Yield (key, text) of each local document; None instead of an exact copy, which is counted in `report`.
+    """Yield (key, text) of each local document; the text is None for an exact copy, which `report` counts.
 
     Raises:
         SmolseekError: for sources that cannot be read.
@@ -88,9 +88,10 @@ def read_distinct(data: DataConfig, report: ReadReport) -> Iterator[tuple[int, s
 
 
 def read_corpus(data: DataConfig) -> Corpus:
-    """Read local documents and split them; a document's side depends only on its text.
+    """Read local documents and split them into training and validation by the hash of their text.
 
-    Where one side would be empty, long documents are cut into parts, and the last parts of each are held out.
+    If one side would be empty, long documents are cut into parts, and the last parts of each document are used for
+    validation.
 
     Raises:
         SmolseekError: for sources that cannot be read, or when one side of the split has no document.
@@ -102,7 +103,9 @@ def read_corpus(data: DataConfig) -> Corpus:
 
 
 def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
-    """Return `data` with a commit for each hub source: that of `saved`, the settings a run began with, or the newest.
+    """Return `data` with a commit for each hub source.
+
+    The commit is taken from `saved`, the settings with which a run began, or is the newest commit.
 
     Raises:
         SmolseekError: as `hub.find_shards`.
@@ -120,9 +123,10 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
 def open_dataset(
     data: DataConfig, eval_tokens: int = 65_536, tokenizer: "PreTrainedTokenizerFast | None" = None
 ) -> Corpus:
-    """Return the documents of `data`, split; of streamed data the first ones, enough for `eval_tokens`.
+    """Return the training and validation documents of `data`; for streamed data, only a sample of each.
 
-    Those of `data.val_sources` replace the validation side. `tokenizer` turns prepared tokens into text.
+    The sample has enough validation text for `eval_tokens`. The documents of `data.val_sources` replace the validation
+    side. `tokenizer` decodes prepared tokens to text.
 
     Raises:
         SmolseekError: as `read_corpus`, `hub.find_shards` and `shards.PreparedDataset`, or for prepared tokens without
@@ -130,7 +134,7 @@ def open_dataset(
     """
     names = parse_names(data.sources)
     if names:
-        # Hub data is read no further than the validation needs.
+        # Hub data is read only until there is enough text for validation.
         corpus = _sample(HubDataset(names, data), data.val_fraction, eval_tokens, str)
     elif any(map(is_prepared, data.sources)):
         prepared, text_of = _open_prepared(data.sources, tokenizer)
@@ -146,7 +150,7 @@ def open_dataset(
 def _open_prepared(
     sources: tuple[str, ...], tokenizer: "PreTrainedTokenizerFast | None"
 ) -> tuple[PreparedDataset, Callable[[Any], str]]:
-    """Return prepared tokens, and the function that decodes a document."""
+    """Return the prepared tokens, and a function that decodes a document."""
     if len(sources) > 1:
         raise SmolseekError(
             f"data {' '.join(sources)}: prepared tokens cannot be combined with other data: prepare all of it together"
@@ -162,7 +166,10 @@ def _open_prepared(
 def _sample(
     dataset: HubDataset | PreparedDataset, val_fraction: float, eval_tokens: int, text_of: Callable[[Any], str]
 ) -> Corpus:
-    """Return the first documents of each source, enough to validate on; of prepared tokens also enough to train on."""
+    """Return the first documents of each source, with enough text for validation.
+
+    For prepared tokens, the sample also has up to `TRAIN_CHARACTERS` of training text for the audit.
+    """
     corpus = Corpus([], [], sample_of=dataset)
     sources: Sequence[Shards] = dataset.shards
     for shards, weight in zip(sources, dataset.weights, strict=True):
@@ -187,7 +194,7 @@ def _sample(
 
 
 def _first_by_key(data: DataConfig, characters: int) -> list[str]:
-    """Return documents of `val_sources` in the order of evaluation, until they have `characters`."""
+    """Return documents of `val_sources` in the order of their keys, until they have `characters` characters."""
     documents: list[str] = []
     texts = set(read_documents(data.val_sources, data.text_column, data.document_separator))
     for text in sorted(texts, key=text_key):
@@ -198,25 +205,41 @@ def _first_by_key(data: DataConfig, characters: int) -> list[str]:
     return documents
 
 
-def open_stream(config: TrainConfig, corpus: Corpus, encode: Encode, eos_id: int, min_tokens: int) -> TrainStream:
-    """Return the training sequences of what `open_dataset` returned.
+def open_stream(
+    corpus: Corpus,
+    encode: Encode,
+    eos_id: int,
+    *,
+    seq_len: int,
+    seed: int,
+    val_fraction: float,
+    min_tokens: int = 0,
+) -> TrainStream:
+    """Return the training sequences of `corpus`, which `open_dataset` returned.
+
+    Args:
+        corpus: the opened data.
+        encode: converts texts to tokens.
+        eos_id: the token at the end of each document.
+        seq_len: number of input tokens in a sequence.
+        seed: determines the order of the documents.
+        val_fraction: share of the documents that is not trained on; used for streamed data.
+        min_tokens: local text must have at least this many tokens.
 
     Raises:
-        SmolseekError: when local documents have fewer than `min_tokens`, or prepared ones end in another token.
+        SmolseekError: if local text has fewer than `min_tokens` tokens, or prepared documents end in another token
+            than `eos_id`.
     """
     dataset = corpus.sample_of
     if dataset is None:
-        stream = TrainStream.of_texts(corpus.train, encode, eos_id, config.seq_len, config.seed)
+        stream = TrainStream.of_texts(corpus.train, encode, eos_id, seq_len, seed)
         stream.require(min_tokens)
         return stream
     to_tokens: Any = functools.partial(encode_documents, encode=encode, eos_id=eos_id)
     if isinstance(dataset, PreparedDataset):
         dataset.check_eos(eos_id)
-        to_tokens = list  # they are tokens already
+        to_tokens = list  # prepared documents are tokens already
     shards: Sequence[Shards] = dataset.shards
-    sources = [
-        ShuffledShards(source, to_tokens, config.data.val_fraction, config.seed, number)
-        for number, source in enumerate(shards)
-    ]
+    sources = [ShuffledShards(source, to_tokens, val_fraction, seed, number) for number, source in enumerate(shards)]
     statistics = dataset.statistics if isinstance(dataset, HubDataset) else None
-    return TrainStream(sources, dataset.weights, config.seq_len, config.seed, dataset.fingerprint(), statistics)
+    return TrainStream(sources, dataset.weights, seq_len, seed, dataset.fingerprint(), statistics)

@@ -1,4 +1,4 @@
-"""The documents of one file, local or on the hub: text, JSON lines, csv and parquet, compressed or not."""
+"""Reads the documents of one file, local or on the hub: text, JSON, csv or parquet, also compressed."""
 
 import codecs
 import csv
@@ -24,18 +24,18 @@ COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 ENDINGS = f"{' '.join(KINDS)}, also followed by {' '.join(COMPRESSIONS)}"
 
 _SNIFFED = 1 << 16
-"""Bytes at a file's beginning that are searched for NUL bytes before the rest is read."""
+"""The first bytes of a file are searched for NUL bytes before the rest is read."""
 _BATCH = 4096
-"""Values of a parquet column converted to Python strings at a time."""
+"""Number of values of a parquet column that are converted to Python strings at a time."""
 _CONVERT = "convert the file to UTF-8 or leave it out"
 
 
 class NotText(SmolseekError):
-    """A file that is not text, whatever its name says."""
+    """A file whose content is not text."""
 
 
 def file_format(name: str) -> tuple[str, str | None]:
-    """Return a file's kind (of `KINDS`, empty for an unknown ending) and its compression (of `COMPRESSIONS`)."""
+    """Return a file's kind from `KINDS` (empty for an unknown ending) and its compression from `COMPRESSIONS`."""
     path = PurePosixPath(name.lower())
     compression = COMPRESSIONS.get(path.suffix)
     return KINDS.get(path.with_suffix("").suffix if compression else path.suffix, ""), compression
@@ -44,20 +44,20 @@ def file_format(name: str) -> tuple[str, str | None]:
 def read_texts(
     source: Path | io.RawIOBase, name: str, where: str, *, column: str, separator: str | None = None, first: int = 0
 ) -> Iterator[tuple[int, str | None]]:
-    """Yield (number, text) of a file's documents from number `first` on; null texts are None.
+    """Yield (number, text) for each document of a file from number `first` on; the text is None for a null value.
 
     Args:
         source: a path, or an open file.
-        name: the file's name, which gives the format; unknown endings are read as text.
-        where: what error messages call the file.
+        name: the file's name, whose ending gives the format. A file with an unknown ending is read as text.
+        where: the name of the file in error messages.
         column: key (JSON) or column (csv, parquet) that holds the text.
-        separator: what separates the documents of a text file; None reads the file as one document.
+        separator: the string between two documents of a text file; with None, a text file is one document.
         first: number of the first document to yield.
 
     Raises:
         NotText: for a file that is not valid UTF-8 or UTF-16.
-        SmolseekError: for a file that is damaged, or has no such column.
-        OSError: with an error number, for errors of the file system.
+        SmolseekError: for a file that is damaged or lacks the column.
+        OSError: for errors of the file system; these have an error number.
     """
     kind, compression = file_format(name)
     import pyarrow as pa
@@ -83,7 +83,7 @@ def read_texts(
         raise NotText(f"{where} is not {encoding}: {_CONVERT}") from None
     except (pa.ArrowException, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno:
-            raise  # from the file system; pyarrow's OSError for damaged contents has no number
+            raise  # from the file system: pyarrow's OSError for damaged contents has no error number
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SmolseekError(
             f"{where} is not a valid {compression or kind} file ({reason[:200]}): download or write it again"
@@ -91,11 +91,11 @@ def read_texts(
 
 
 def _open(source: Path | io.RawIOBase, compression: str | None) -> io.BufferedReader:
-    """Return the decompressed bytes as a buffered file: UTF-16 becomes UTF-8, a byte order mark is skipped."""
+    """Return the decompressed file. UTF-16 is converted to UTF-8, and a byte order mark is skipped."""
     import pyarrow as pa
 
     raw: Any = io.FileIO(source) if isinstance(source, Path) else source
-    # On the hub, each filling of the buffer is one request.
+    # For a file on the hub, each buffer is one request, so its buffer is larger.
     file = io.BufferedReader(raw, 1 << 20 if isinstance(source, Path) else 1 << 23)
     if compression is not None:
         raw = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
@@ -126,13 +126,13 @@ def _text(file: io.BufferedReader, where: str, separator: str | None) -> Iterato
         while (end := text.find(separator, start)) >= 0:
             yield text[start:end].strip()
             start = end + len(separator)
-        text = text[start:].strip()  # empty in the many files that end with a separator
+        text = text[start:].strip()  # empty if the file ends with a separator
     if text:
         yield text
 
 
 def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> Iterator[str | None]:
-    """Yield the texts of JSON lines or, with `may_be_array`, of one array or object over several lines."""
+    """Yield the texts of JSON lines, or with `may_be_array` also of one array or object over several lines."""
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -142,8 +142,8 @@ def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> 
         try:
             value = json.loads(
                 (line + file.read() if spans_lines else line).decode()
-            )  # of bytes it guesses the encoding
-            line = b""  # it may be most of the memory in use
+            )  # a str, because json.loads guesses the encoding of bytes
+            line = b""  # frees memory: a line may be the whole file
         except UnicodeDecodeError as error:
             raise SmolseekError(f"{place} is not UTF-8 (byte {error.start:,}): {_CONVERT}") from None
         except (ValueError, RecursionError) as error:
@@ -157,7 +157,7 @@ def _json(file: io.BufferedReader, where: str, key: str, may_be_array: bool) -> 
 
 
 def _json_text(record: Any, key: str, place: str, advice: str) -> str | None:
-    """Return the text of a JSON record, None for null."""
+    """Return the text of a JSON record, or None for null."""
     if not isinstance(record, dict):
         raise SmolseekError(f"{place} is a JSON {type(record).__name__}, not an object: {advice}")
     _require_name(key, record, f"{place} has no key")
@@ -169,7 +169,7 @@ def _json_text(record: Any, key: str, place: str, advice: str) -> str | None:
         raise SmolseekError(f"{place}: {key!r} is a {kind}, not text: set --text-column to a key with text")
     try:
         value.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold and UTF-8 cannot
+    except UnicodeEncodeError:  # half of a surrogate pair: JSON allows it, UTF-8 does not
         return value.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
     return value
 
@@ -217,7 +217,7 @@ def _parquet(source: Any, where: str, column: str, first: int) -> Iterator[tuple
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
                 if first < begin + count:
-                    # The row group at once: on the hub it is one request.
+                    # Read a full row group, because that is one request to the hub.
                     texts = file.read_row_group(group, [column], use_threads=False).column(0)
                     for start in range(max(0, first - begin), count, _BATCH):
                         yield from enumerate(texts.slice(start, _BATCH).to_pylist(), begin + start)
@@ -227,7 +227,7 @@ def _parquet(source: Any, where: str, column: str, first: int) -> Iterator[tuple
 
 
 def _require_name(name: str, names: Iterable[str], problem: str) -> None:
-    """Raise SmolseekError if `name` is not among a file's columns or a record's keys, which are named."""
+    """Raise SmolseekError if `names`, the columns of a file or the keys of a record, do not contain `name`."""
     names = list(names)
     if name not in names:
         listed = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")

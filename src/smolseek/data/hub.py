@@ -1,4 +1,4 @@
-"""Datasets on the Hugging Face hub: names, shard files pinned to a commit, and checked range requests."""
+"""Datasets on the Hugging Face hub: their names, their files at a fixed commit, and verified range requests."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from smolseek.data.shards import Document, checksum, text_documents
 from smolseek.errors import SmolseekError, reason
 
 SHORT_NAMES = {name: f"HuggingFaceTB/smollm-corpus:{name}" for name in ("cosmopedia-v2", "fineweb-edu-dedup")}
-"""The text configurations of SmolLM's corpus; its third one, python-edu, holds no text."""
+"""The configurations of SmolLM's corpus that contain text. Its third configuration, python-edu, contains none."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class HubName:
 
     repo: str
     config: str | None = None
-    """None is the only or default configuration."""
+    """None means the only configuration, or the default one."""
     revision: str | None = None
     weight: float = 1.0
     split: str | None = None
-    """None is train, or the only one."""
+    """None means the split `train`, or the only split."""
 
     def completes(self, other: "HubName") -> bool:
-        """Return whether this is `other` with its configuration, split and revision filled in."""
+        """Return whether this name is `other` with a missing configuration, split or revision filled in."""
         optional = ((other.config, self.config), (other.split, self.split), (other.revision, self.revision))
         same = (self.repo, self.weight) == (other.repo, other.weight)
         return same and all(short in (None, full) for short, full in optional)
@@ -45,10 +45,10 @@ class HubName:
 
 
 def parse_names(sources: Sequence[str]) -> list[HubName]:
-    """Return the hub sources of `--data`, which may also be joined by commas; an empty list for local text.
+    """Return the hub sources of `--data`, which may be separated by commas; an empty list if the text is local.
 
     Raises:
-        SmolseekError: for an invalid weight, or hub and local sources in one run.
+        SmolseekError: for an invalid weight, or for hub and local sources in the same run.
     """
     texts = [part for text in sources for part in ([text] if Path(text).exists() else text.split(","))]
     parsed = [(text, _parse(text)) for text in texts]
@@ -60,7 +60,7 @@ def parse_names(sources: Sequence[str]) -> list[HubName]:
 
 
 def _parse(text: str) -> HubName | None:
-    """Return the hub source that `text` names, None for local text."""
+    """Return the hub source that `text` names, or None for local text."""
     if Path(text).exists():
         return None
     name, _, weight = text.partition("=")
@@ -78,25 +78,25 @@ def _parse(text: str) -> HubName | None:
 
 
 def _may_be_repo(text: str) -> bool:
-    """Return whether a name without a configuration means a hub repository, and is no misspelt path."""
+    """Return whether a name without a configuration is a hub repository, and not a misspelled path."""
     owner, slash, name = text.partition("/")
     return bool(slash) and owner[0] != "." and not any((*file_format(name), Path(owner).exists()))
 
 
 @dataclass(frozen=True)
 class HubShards:
-    """The files of one split of a dataset at one commit; their documents are texts."""
+    """The files of one split of a hub dataset at one commit. Their documents are texts."""
 
     name: HubName
     commit: str
     files: tuple[tuple[str, int], ...]
-    """Path and size in bytes of each."""
+    """Path and size in bytes of each file."""
     data: DataConfig
     statistics: ReadStatistics = field(default_factory=ReadStatistics, compare=False)
 
     @property
     def pinned(self) -> str:
-        """The source as `--data` takes it, with its commit."""
+        """The source as an argument of `--data`, with its commit."""
         weight = "" if self.name.weight == 1.0 else f"={self.name.weight:g}"
         return f"{self.name}@{self.commit}{weight}"
 
@@ -104,13 +104,14 @@ class HubShards:
         return len(self.files)
 
     def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
-        """Yield a shard's documents from number `first` on; `stop` ends retries.
+        """Yield a shard's documents from number `first` on; when `stop` is set, failed requests are not retried.
 
-        A parquet file is read from the row group of the first document on; other formats are read from the beginning.
+        A parquet file is read from the row group that contains document `first`; other formats are read from the
+        beginning.
 
         Raises:
             HubUnavailable: when the hub does not answer for `data.give_up_after` seconds.
-            SmolseekError: for a missing column, one that holds no text, or a damaged file.
+            SmolseekError: for a missing column, a column without text, or a damaged file.
         """
         path, data = self.files[shard][0], self.data
         options: Any = {"column": data.text_column, "separator": data.document_separator, "first": first}
@@ -119,7 +120,7 @@ class HubShards:
 
 
 class HubDataset:
-    """Hub datasets, whose shards are read while a run trains.
+    """One or more hub datasets, streamed: their files are read during training.
 
     Raises:
         HubUnavailable, SmolseekError: as `find_shards`.
@@ -128,7 +129,7 @@ class HubDataset:
     def __init__(self, names: Sequence[HubName], data: DataConfig) -> None:
         self.statistics = ReadStatistics()
         self.shards = [find_shards(name, data, self.statistics) for name in names]
-        """The documents of each source."""
+        """The files of each source."""
         self.weights = [name.weight for name in names]
         """Weight of each source in the mixture."""
 
@@ -137,20 +138,20 @@ class HubDataset:
         return f"{sum(map(len, self.shards)):,} shards of {', '.join(shards.pinned for shards in self.shards)}"
 
     def fingerprint(self) -> str:
-        """Return a string that identifies the contents: commits, weights, and the names and sizes of the files."""
+        """Return a string that identifies the contents by commits, weights, file names and file sizes."""
         contents = [(shards.pinned, list(shards.files)) for shards in self.shards]
         return f"{sum(map(len, self.shards))} hub shards, {checksum(repr(contents).encode())}"
 
 
 def find_shards(name: HubName, data: DataConfig, statistics: ReadStatistics | None = None) -> HubShards:
-    """Return the files of a dataset's split, as `datasets` finds them, and their commit.
+    """Find the files of a dataset's split and their commit, with the library `datasets`.
 
-    The name comes back with its configuration and, unless it is train, its split.
+    The returned name has its configuration filled in, and its split unless that is `train`.
 
     Raises:
         HubUnavailable: when the hub does not answer for `data.give_up_after` seconds.
-        SmolseekError: for a dataset, configuration, split or revision that does not exist or is not open to this user,
-            or files of a kind that is not supported.
+        SmolseekError: for a dataset, configuration, split or revision that does not exist or that this user may not
+            read, and for unsupported file formats.
     """
     files = retry(functools.partial(_find, name), str(name), data.give_up_after)
     return HubShards(*files, data, statistics or ReadStatistics())
@@ -158,7 +159,7 @@ def find_shards(name: HubName, data: DataConfig, statistics: ReadStatistics | No
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings of `huggingface_hub`'s own retries: ours replace them."""
+    """Silence the warnings about `huggingface_hub`'s own retries, because `retry` prints its own warnings."""
     levels = {log: log.level for log in map(logging.getLogger, ("huggingface_hub", "datasets"))}
     try:
         for log in levels:
@@ -202,7 +203,7 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
             f"HF_ENDPOINT {constants.ENDPOINT!r} is not an address: use https://... or unset it"
         ) from None
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        if gated:  # the list of files is public, the files are not
+        if gated:  # anyone can list the files, but not read them
             refused = why_refused(name.repo, "dataset", 403, {"x-error-code": "GatedRepo"})
             raise SmolseekError(f"data {name.repo} {refused}") from None
         raise SmolseekError(f"data {name}: {reason(error)}") from None
@@ -219,7 +220,7 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
     sizes = {sibling.rfilename: int(sibling.size or 0) for sibling in info.siblings}
     paths = [path.removeprefix(f"hf://datasets/{name.repo}@{info.sha}/") for path in splits[split]]
     for path in paths:
-        if path not in sizes:  # `datasets` fell back to an older copy of its own
+        if path not in sizes:  # `datasets` fell back to an older copy in its cache
             raise RetryableError("the list of files does not match the commit")
         if not file_format(path)[0]:
             raise SmolseekError(
@@ -230,7 +231,7 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
 
 
 def _refusal(answer: Any, repo: str, not_local: str = "") -> Exception:
-    """Return the error for an answer of the hub with a status of 400 or more."""
+    """Return the exception for a response of the hub with a status of 400 or more."""
     status = answer.status_code
     if status in (408, 429) or status >= 500:
         pause = answer.headers.get("retry-after", "")
@@ -239,7 +240,7 @@ def _refusal(answer: Any, repo: str, not_local: str = "") -> Exception:
 
 
 def why_refused(repo: str, kind: str, status: int, headers: Mapping[str, str]) -> str:
-    """Return the rest of a sentence that begins with the name of a dataset or model that the hub refuses."""
+    """Return why the hub refuses a dataset or model, as the rest of a sentence that begins with its name."""
     from huggingface_hub import constants
 
     page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo}"
@@ -257,16 +258,16 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class _RemoteFile(AbstractBufferedFile):
-    """A shard as a seekable file. It keeps the range read last, so that a small file is read once."""
+    """A shard as a seekable file. It caches the last range, so that a small file is downloaded only once."""
 
     def __init__(self, shards: HubShards, shard: int, stop: threading.Event) -> None:
         self._shards, self._stop = shards, stop
         path, size = shards.files[shard]
-        # Nothing is read ahead: pyarrow reads a footer, and the column of a row group, in one request each.
+        # No read-ahead: pyarrow already reads a footer, or a column of a row group, in one request.
         super().__init__(None, path, size=size, block_size=0)
 
     def _fetch_range(self, start: int, stop: int) -> bytes:
-        """Return bytes `start` to `stop` (exclusive), retried until they are complete."""
+        """Return bytes `start` to `stop` (exclusive), repeating failed or incomplete requests."""
         shards = self._shards
         content = retry(
             functools.partial(_request_range, shards.name.repo, shards.commit, self.path, self.size, start, stop),
@@ -282,11 +283,12 @@ class _RemoteFile(AbstractBufferedFile):
 def _request_range(repo: str, commit: str, path: str, size: int, start: int, stop: int) -> bytes:
     """Return bytes `start` to `stop` (exclusive) of a file of `size` bytes, in one request.
 
-    `HfFileSystem` takes any answer for the requested range, and repeats requests itself without regard to
-    `data.give_up_after` and to a run that is to stop.
+    `HfFileSystem` is not used, because it does not check that a response has the requested range. It also repeats
+    requests after `data.give_up_after` seconds, or when the run should stop.
 
     Raises:
-        RetryableError: for time-outs, resets, 408, 429, 5xx, and an answer with another range, length or file size.
+        RetryableError: for timeouts, connection resets, HTTP 408, 429 and 5xx, and for a response with another range,
+            length or file size.
         SmolseekError: for permanent errors (not found, no access).
     """
     import httpx2

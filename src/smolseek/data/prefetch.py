@@ -1,4 +1,4 @@
-"""Reads documents in a thread, with a bounded queue."""
+"""Prefetching: a thread reads documents into a bounded queue."""
 
 import atexit
 import contextlib
@@ -14,26 +14,27 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """Reads chunks of documents in a thread; `next` raises the thread's exceptions.
+    """Reads chunks of documents in a thread; `next` raises the exceptions of this thread.
 
-    A thread is enough: reading waits for the network, and encoding uses all cores without Python's lock.
+    A thread is enough, and no second process is needed: reading waits for the network, and encoding uses all cores
+    without holding Python's GIL.
     """
 
     def __init__(self, chunks: Callable[[threading.Event], Iterator[list[T]]], depth: int) -> None:
-        """Begin to read `chunks(stop)`, up to `depth` chunks ahead; the event `stop` ends its waits."""
+        """Begin to read `chunks(stop)`, up to `depth` chunks ahead. Setting the event `stop` ends the reading."""
         self._queue: queue.Queue[list[T] | BaseException] = queue.Queue(depth)
         self._stop = threading.Event()
         self._chunk: deque[T] = deque()
         self._thread = threading.Thread(target=self._run, args=(chunks,), daemon=True, name="data")
         self._thread.start()
-        # A thread that returns from foreign code while the interpreter exits would abort the process.
+        # A thread that returns from C code during the exit of the interpreter would abort the process.
         atexit.register(self.close)
 
     def next(self, stopped: Callable[[], object] | None = None) -> T:
         """Return the next document.
 
         Raises:
-            HubUnavailable: when `stopped` returns true while waiting for it.
+            HubUnavailable: when `stopped` returns true while waiting for the document.
         """
         while not self._chunk:
             try:

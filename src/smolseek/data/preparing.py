@@ -1,4 +1,4 @@
-"""`smolseek prepare`: text is made into tokens once, part by part; after an interruption finished parts are kept."""
+"""`smolseek prepare`: tokenizes text once and writes the tokens in parts, so that it can continue when interrupted."""
 
 import dataclasses
 import hashlib
@@ -42,25 +42,25 @@ from smolseek.files import LOCK, UNFINISHED, FolderLock, write_atomically
 from smolseek.tokenizer import Encode
 
 PART_TOKENS = 1 << 25
-"""Tokens of a part: what an interruption can cost."""
+"""Tokens of a part. An interruption loses at most the unfinished part."""
 ENCODED = 256
-"""Documents encoded at a time."""
+"""Number of documents that are encoded at a time."""
 COMPARED = 10_000
-"""Tokens of the first document that are decoded again."""
+"""Number of tokens of the first document that are decoded again, to check that its text is restored."""
 
 
 @dataclass
 class TextSource:
-    """A source to be prepared."""
+    """A text source that is to be prepared."""
 
     name: str
-    """As `--data` takes it, with its commit."""
+    """The source as an argument of `--data`, with its commit."""
     texts: Shards
     weight: float = 1.0
     identity: dict[str, str] = field(default_factory=dict)
-    """What must be the same when preparing continues: options by name, and `files`."""
+    """Values that must be the same when preparing continues: options by name, and the checksum `files`."""
     may_change: bool = False
-    """Whether the text may differ at the next call: what was prepared is then read again and compared."""
+    """Whether the text may have changed at the next call, so that the prepared text must be read again and compared."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ class Target:
 
 
 def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None) -> int:
-    """Write the tokens of `sources` to a folder, or continue an earlier call; return how many the folder has.
+    """Write the tokens of `sources` to a folder, or continue an earlier call. Return the folder's number of tokens.
 
     Args:
         sources: the text.
         to: the folder, and the tokenizer.
-        tokens: how many to write in all, divided by the sources' weights; None writes all.
+        tokens: total number to write, divided among the sources by their weights; None writes all tokens.
 
     Raises:
         SmolseekError: if the folder has other contents, the text has changed since an earlier call, or the tokenizer
-            does not restore a text.
-        HubUnavailable: when the hub does not answer; finished parts stay.
-        Stopped: for a KeyboardInterrupt, likewise.
+            does not restore a text exactly.
+        HubUnavailable: when the hub does not answer; finished parts are kept.
+        Stopped: for a KeyboardInterrupt; finished parts are kept.
     """
     with FolderLock(to.path) as lock:
         index = _begin(sources, to, tokens, lock)
@@ -109,7 +109,7 @@ def prepare(sources: Sequence[TextSource], to: Target, tokens: int | None = None
 
 
 def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: FolderLock) -> Index:
-    """Return the index of an earlier call, or a new one; delete files that no index names."""
+    """Return the index of an earlier call, or a new index. Token files that are not in the index are deleted."""
     entries = [
         SourceEntry(n, source.name, source.weight, len(source.texts), False, NextDocument(0, 0), [], source.identity)
         for n, source in enumerate(sources)
@@ -130,19 +130,19 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
         raise SmolseekError(f"{to.path} exists and is not empty: choose another folder")
     to.path.mkdir(parents=True, exist_ok=True)
     lock.acquire()
-    if not begun and (to.path / INDEX).exists():  # another process was quicker
+    if not begun and (to.path / INDEX).exists():  # another process has just begun the same folder
         return _begin(sources, to, tokens, lock)
     _write_index(to.path, index)
     named = {f"{part.name}.{kind}" for source in index.sources for part in source.parts for kind in KINDS}
     for file in to.path.iterdir():
-        left_over = file.name.startswith(UNFINISHED) or file.suffix == ".tmp"  # as earlier releases named them
+        left_over = file.name.startswith(UNFINISHED) or file.suffix == ".tmp"  # .tmp: from earlier releases
         if left_over or (file.suffix in (".tokens", ".documents") and file.name not in named):
             file.unlink()
     return index
 
 
 def _identity(index: Index) -> list[object]:
-    """Return what two indices must have in common, so that a call may continue an earlier one."""
+    """Return the values of an index that a call must share with an earlier call in order to continue it."""
     named = [(source.name, source.weight) for source in index.sources]
     return [index.tokenizer, index.eos_id, index.dtype, index.limit, named]
 
@@ -189,10 +189,11 @@ def _write_index(folder: Path, index: Index) -> None:
 def _write_source(
     source: TextSource, entry: SourceEntry, to: Target, dtype: np.dtype, wanted: int | None, show: Callable[[int], None]
 ) -> Iterator[None]:
-    """Write a source part by part, until it has `wanted` tokens; yields whenever the entry has advanced.
+    """Write the tokens of a source in parts, until there are `wanted` tokens. Yields after each change of `entry`.
 
     Raises:
-        SmolseekError: if documents prepared before have changed, or the tokenizer loses too much of the text.
+        SmolseekError: if documents that were prepared before have changed, or the tokenizer has no token for too many
+            of the text's characters.
     """
     documents: Iterator[Document] = iter(())
     read, shard = hashlib.blake2b(digest_size=16), -1
@@ -231,7 +232,10 @@ def _write_source(
 
 
 def _documents(source: TextSource, entry: SourceEntry, to: Target, read: Any) -> Iterator[Document]:
-    """Return a shard's documents from the entry's next one on; text that may change is hashed from the beginning."""
+    """Return the remaining documents of the entry's current shard.
+
+    Text that may change is read and hashed from the beginning of the shard, to compare it with the earlier call.
+    """
     at = entry.at
     documents = source.texts.documents(at.shard, 0 if source.may_change else at.row, threading.Event())
     if not source.may_change:
@@ -262,8 +266,8 @@ def _write_part(name: str, shard: int, tokens: list[np.ndarray], keys: list[int]
 
 
 def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
-    # The audit and the bytes of the validation text are computed from the text that the tokens give back.
-    if len(tokens) > COMPARED:  # only the beginning, up to a character that is cut there
+    # The audit and the number of validation bytes are computed from the text that is decoded from the tokens.
+    if len(tokens) > COMPARED:  # compare only the beginning, without a character cut at its end
         restored = to.decode(tokens[:COMPARED].tolist()).rstrip("\ufffd")
         exact = bool(restored) and text.startswith(restored)
     else:
@@ -275,16 +279,18 @@ def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
 
 
 class LocalShard:
-    """Files, folders and builtin as one shard. A single long document is cut, as for training on the text itself.
+    """Local sources (files, folders and `builtin`) as one shard.
+
+    If there is only one document and it is long, it is cut into parts, as for training on unprepared text.
 
     Raises:
-        SmolseekError: for a source that cannot be read, before anything is written.
+        SmolseekError: for a source that cannot be read. This is checked before anything is written.
     """
 
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self.last_read = Corpus([], [])
-        """What the last reading cut and left out (`report`); its lists of documents are empty."""
+        """What was cut and left out when the documents were last read; the lists of documents are empty."""
         for source in data.sources:
             next(iter(read_documents((source,), data.text_column, data.document_separator)), None)
 
@@ -295,7 +301,7 @@ class LocalShard:
         """Yield documents from number `first` on."""
         self.last_read = Corpus([], [])
         documents = read_distinct(self._data, self.last_read.report)
-        # Read until a second document that is no copy: a single document is cut.
+        # Read up to the second distinct document, because a single document is cut into parts.
         head = list(islice(documents, 1))
         for key, text in documents:
             head.append((key, text))
@@ -310,21 +316,21 @@ class LocalShard:
                 yield Document(number, key, text)
 
     def files(self) -> str:
-        """Return a checksum of the files' names and sizes."""
+        """Return a checksum of the names and sizes of all local files."""
         sources = [source for source in self._data.sources if source != "builtin"]
         files = [(str(path), path.stat().st_size) for source in sources for path in list_files(source)]
         return checksum(repr(files).encode())
 
 
 def open_texts(data: DataConfig) -> list[TextSource]:
-    """Return the texts that `data` names.
+    """Return the text sources that `data` names.
 
     Raises:
-        SmolseekError: as `hub.find_shards`, and for a folder that is prepared already.
+        SmolseekError: as `hub.find_shards`, and for a folder that contains prepared tokens already.
     """
     if any(map(is_prepared, data.sources)):
         raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")
-    # The options that change the documents.
+    # The options that affect the contents of documents.
     options = {"text_column": data.text_column, "document_separator": data.document_separator or ""}
     names = parse_names(data.sources)
     if not names:

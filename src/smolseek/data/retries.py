@@ -1,4 +1,4 @@
-"""Retrying requests until they succeed, the run stops, or they have failed for too long."""
+"""Repeats a request until it succeeds, the run stops, or the request has failed for too long."""
 
 import os
 import threading
@@ -13,14 +13,14 @@ from smolseek.errors import Stopped
 T = TypeVar("T")
 
 FIRST_PAUSE = 0.5
-"""Seconds before the first retry; each further retry in a row doubles them."""
+"""Seconds to wait before the first retry. The time doubles with each further retry."""
 LONGEST_PAUSE = 60.0
 
 
 class HubUnavailable(Stopped):
-    """The hub gave no sound answer for `data.give_up_after` seconds, or the run stopped waiting for data.
+    """The hub gave no valid response for `data.give_up_after` seconds, or the run stopped waiting for data.
 
-    Nothing is lost: the same command continues later. `what` is the message without this advice.
+    No work is lost, because the same command continues later. `what` is the message without this advice.
     """
 
     def __init__(self, what: str) -> None:
@@ -29,7 +29,7 @@ class HubUnavailable(Stopped):
 
 
 class RetryableError(Exception):
-    """A failed request that may be repeated, after the `pause` in seconds that the server requests."""
+    """A failed request that may be repeated after `pause` seconds, the time that the server asks for."""
 
     def __init__(self, what: str, pause: float = 0.0) -> None:
         super().__init__(what)
@@ -37,14 +37,14 @@ class RetryableError(Exception):
 
 
 class ReadStatistics:
-    """Bytes and retries, counted by the threads that read from the network."""
+    """Counts of the bytes and retries in all threads that read from the network."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[str, Any] = {"bytes": 0, "retries": 0}
 
     def received(self, n: int) -> None:
-        """Count `n` bytes of sound answers."""
+        """Count `n` bytes of valid responses."""
         with self._lock:
             self._counts["bytes"] += n
 
@@ -55,7 +55,7 @@ class ReadStatistics:
             self._counts["last_retry"] = why
 
     def reset(self) -> dict[str, Any]:
-        """Return the bytes and retries since the last call, with the last retry's reason, in JSON types."""
+        """Return the bytes, the retries and the last retry's reason since the last call, in JSON types."""
         with self._lock:
             counts, self._counts = self._counts, {"bytes": 0, "retries": 0}
         return counts
@@ -68,7 +68,9 @@ def retry(
     stop: threading.Event | None = None,
     statistics: ReadStatistics | None = None,
 ) -> T:
-    """Return what `request` returns; repeat it after each RetryableError, with growing pauses and a warning each.
+    """Call `request` and return its result. After a RetryableError, warn, wait and repeat the call.
+
+    The waiting time grows with each retry.
 
     Raises:
         HubUnavailable: after `give_up_after` seconds without success, or as soon as `stop` is set.
@@ -76,7 +78,8 @@ def retry(
     began, pause = time.monotonic(), FIRST_PAUSE
     stop = stop or threading.Event()
     while not stop.is_set():
-        # In a thread, which is abandoned once `stop` is set: a silent server holds a request for its whole time-out.
+        # The request runs in a thread, which is abandoned when `stop` is set, because a silent server blocks it until
+        # the timeout.
         future: futures.Future[T] = futures.Future()
         threading.Thread(target=_run, args=(future, request), daemon=True, name="request").start()
         while not stop.is_set() and not futures.wait([future], timeout=0.1).done:

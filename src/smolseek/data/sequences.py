@@ -1,7 +1,7 @@
-"""Sequences from documents: packed without padding, each document followed by EOS.
+"""Packs documents into sequences without padding, with EOS after each document.
 
-All tokens form one long stream. Sequence n is its tokens nT to (n+1)T inclusive, T inputs and T targets, so that every
-token is predicted once.
+All tokens form one long stream. Sequence n contains the tokens nT to (n+1)T of the stream, inclusive. These are T
+inputs and T targets, so that every token is predicted once.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
 CHUNK = 64
-"""Documents encoded at a time, enough to keep all cores busy."""
+"""Number of documents that are encoded at a time, enough to keep all cores busy."""
 
 
 class TooFewTokens(SmolseekError):
-    """Validation text of `tokens` tokens, which do not fill one sequence."""
+    """The validation text has only `tokens` tokens, too few for one sequence."""
 
     def __init__(self, tokens: int, seq_len: int) -> None:
         super().__init__(
@@ -31,12 +31,12 @@ class TooFewTokens(SmolseekError):
 def build_sequences(
     documents: Iterable[str], encode: Encode, eos_id: int, seq_len: int, max_tokens: int
 ) -> torch.Tensor:
-    """Return sequences of the documents, int64 [N, T+1], where N is at most max_tokens / T.
+    """Return the sequences of the documents, int64 [N, T+1], with N at most max_tokens / T.
 
-    The documents are ordered by their hashes, so that adding some changes the sequences little.
+    The documents are sorted by their hashes, so that adding documents changes few sequences.
 
     Raises:
-        SmolseekError: when `max_tokens` is less than one sequence.
+        SmolseekError: when `max_tokens` is less than the length of one sequence.
         TooFewTokens: when the documents have fewer tokens than one sequence.
     """
     if max_tokens < seq_len:
@@ -57,7 +57,7 @@ def build_sequences(
 
 
 def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[np.ndarray]:
-    """Return the tokens of each document, uint32, with EOS at the end."""
+    """Return the tokens of each document as uint32, with EOS at the end."""
     if not documents:
         return []
     end = np.array([eos_id], dtype=np.uint32)
@@ -65,6 +65,6 @@ def encode_documents(documents: list[str], encode: Encode, eos_id: int) -> list[
 
 
 def cut_sequences(flat: np.ndarray, seq_len: int) -> torch.Tensor:
-    """Return the complete sequences of `flat`, int64 [N, T+1]; each begins with the last token of the one before."""
+    """Cut `flat` into complete sequences, int64 [N, T+1]; consecutive sequences share one token."""
     starts = np.arange((len(flat) - 1) // seq_len) * seq_len
     return torch.from_numpy(flat[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))

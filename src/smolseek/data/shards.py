@@ -1,8 +1,8 @@
-"""Documents by shard, the interface of all data, and prepared tokens, which are read through memory maps.
+"""`Shards`, the interface of all data sources, and prepared tokens, which are read through memory maps.
 
-`smolseek prepare` writes a folder with `index.json` and, for each part, `NAME.tokens` (the documents one after another,
-each ended by EOS) and `NAME.documents` (for each document its number of tokens and its key in the split). A source
-keeps the boundaries of its hub shards, so that training reads the same documents as it would by streaming.
+`smolseek prepare` writes a folder with `index.json` and two files for each part. `NAME.tokens` contains the tokens of
+the documents, with EOS after each document. `NAME.documents` contains the number of tokens and the split key of each
+document. The boundaries of hub shards are kept, so that training reads the same documents as from the hub.
 """
 
 import hashlib
@@ -25,27 +25,27 @@ FORMAT: Literal["smolseek tokens 1"] = "smolseek tokens 1"
 DOCUMENT = np.dtype([("tokens", "<u4"), ("key", "<u8")])
 """One entry of a `.documents` file."""
 KINDS: tuple[Literal["tokens", "documents"], ...] = ("tokens", "documents")
-"""The files of a part."""
+"""The endings of the two files of a part."""
 
 
 class Document(NamedTuple):
     """One document of a shard."""
 
     number: int
-    """Index in the shard."""
+    """Index of the document in its shard."""
     key: int
-    """Decides on the side of the split (`split.text_key`)."""
+    """Decides on the side of the split: training or validation (`split.text_key`)."""
     content: Any
-    """Text, or tokens with EOS; None for a document that is left out (blank, or a copy)."""
+    """Text, or tokens with EOS at the end; None for a document that is left out because it is blank or a copy."""
 
 
 class Shards(Protocol):
-    """The documents of a source."""
+    """The documents of a source, divided into shards."""
 
     def __len__(self) -> int: ...
 
     def documents(self, shard: int, first: int, stop: threading.Event) -> Iterator[Document]:
-        """Yield a shard's documents from number `first` on; `stop` ends retries."""
+        """Yield a shard's documents from number `first` on; when `stop` is set, failed requests are not retried."""
 
 
 def text_documents(texts: Iterable[tuple[int, str | None]]) -> Iterator[Document]:
@@ -64,7 +64,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Part:
-    """Two files with documents of one shard."""
+    """Two files with the tokens and the keys of documents of one shard."""
 
     name: str
     shard: int
@@ -82,7 +82,7 @@ class NextDocument:
 
 @dataclass
 class SourceEntry:
-    """A source in the index."""
+    """The entry of a source in the index."""
 
     number: int
     name: str
@@ -92,9 +92,9 @@ class SourceEntry:
     at: NextDocument
     parts: list[Part]
     text: dict[str, Any] = field(default_factory=dict)
-    """Options that must not change until everything is prepared; earlier releases wrote none."""
+    """Options that must not change until all is prepared; empty in folders of earlier releases."""
     read: str | None = None
-    """Hash of the documents read so far, where they might change."""
+    """Hash of the documents read so far, for text that may change between two calls."""
 
 
 @dataclass
@@ -111,13 +111,13 @@ class Index:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all parts, EOS included."""
+        """Number of tokens in all parts, including EOS."""
         size = sum(part.tokens.bytes for source in self.sources for part in source.parts)
         return size // np.dtype(self.dtype).itemsize
 
 
 def read_index(path: str | os.PathLike[str]) -> Index | None:
-    """Return the index of a folder that `smolseek prepare` began, every value checked; None for any other path.
+    """Return the checked index of a folder that `smolseek prepare` has begun, or None for any other path.
 
     Raises:
         SmolseekError: for a damaged index.
@@ -146,15 +146,15 @@ def read_index(path: str | os.PathLike[str]) -> Index | None:
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
-    """Return whether `path` is a folder that `smolseek prepare` began."""
+    """Return whether `path` is a folder of prepared tokens, finished or not."""
     return read_index(path) is not None
 
 
 class PreparedDataset:
-    """A folder of tokens, opened for reading.
+    """A folder of prepared tokens, opened for reading.
 
     Raises:
-        SmolseekError: for a damaged index, a missing file, or a folder that is not finished.
+        SmolseekError: for a damaged index, a missing file, or a folder whose preparation is not finished.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -180,7 +180,7 @@ class PreparedDataset:
         return f"{self.index.tokens:,} prepared tokens of {', '.join(source.name for source in self.index.sources)}"
 
     def fingerprint(self) -> str:
-        """Return a string that identifies the contents: order, weights and checksums."""
+        """Return a string that identifies the contents by their order, weights and checksums."""
         contents = [(s.weight, [(p.shard, p.tokens.blake2b) for p in s.parts]) for s in self.index.sources]
         return f"{self.index.tokens} prepared tokens, {checksum(repr(contents).encode())}"
 
@@ -221,10 +221,10 @@ class TokenShards:
         for part in (part for part in self._source.parts if part.shard == shard):
             count = part.documents.bytes // DOCUMENT.itemsize
             if first < begin + count:
-                # np.asarray, since slicing a memmap costs more than slicing an array.
+                # np.asarray, because slicing a memmap is slower than slicing an array.
                 tokens = np.asarray(np.memmap(self._folder / f"{part.name}.tokens", self._dtype, "r"))
                 documents = np.fromfile(self._folder / f"{part.name}.documents", DOCUMENT)
-                if part.name not in self._verified:  # once a run; it costs less than a hundredth of the training
+                if part.name not in self._verified:  # once a run, which takes less than 1% of the training time
                     self._verify(part, tokens=tokens, documents=documents)
                 stops = np.cumsum(documents["tokens"], dtype=np.int64).tolist()
                 starts, keys = [0, *stops], documents["key"].tolist()
@@ -241,5 +241,5 @@ class TokenShards:
 
 
 def checksum(data: Any) -> str:
-    """Return the BLAKE2b hash of some bytes, hexadecimal."""
+    """Return the BLAKE2b hash of `data` as a hexadecimal string."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

@@ -1,7 +1,7 @@
-"""The order of the training documents, drawn from the seed; a position in it is a few numbers.
+"""The order of the training documents, which depends only on the seed. A few numbers describe a position in it.
 
-Documents in memory are shuffled again every epoch. Of a streamed source the shards are shuffled every epoch and the
-documents within them in blocks, so that going to a position reads at most one block again.
+Documents in memory are shuffled again every epoch. For a streamed source, the shards are shuffled every epoch, and then
+the documents within blocks of `BLOCK` documents. So a resumed run reads at most one block again.
 """
 
 import itertools
@@ -18,13 +18,13 @@ from smolseek.errors import SmolseekError
 from smolseek.tokenizer import Encode
 
 BLOCK = 4096
-"""Documents shuffled together: about 16 MB of text."""
+"""Number of documents in a shuffled block, about 16 MB of text."""
 CACHED_CHARACTERS = 64_000_000
-"""The tokens of texts up to this size stay in memory, so that only the first epoch encodes."""
+"""The tokens of texts up to this total size stay in memory, so that only the first epoch encodes them."""
 
 
 class Position(NamedTuple):
-    """The next document of a source, and where its block begins."""
+    """The position of the next document of a source, and of the beginning of its block."""
 
     epoch: int = 0
     block: int = 0
@@ -34,21 +34,21 @@ class Position(NamedTuple):
     row: int = 0
     """Number of the block's first document in that shard."""
     document: int = 0
-    """Index of the next document in the order of the block, or of the epoch for texts in memory."""
+    """Index of the next document in the shuffled block, or in the shuffled epoch for texts in memory."""
 
 
 Chunk = list[tuple[Position, np.ndarray]]
-"""Documents: the position of each, and its tokens with EOS."""
+"""The position and the tokens (with EOS) of each document."""
 
 
 class ShuffledTexts:
-    """The endless documents of texts in memory, shuffled every epoch."""
+    """An endless iterator over texts in memory, shuffled every epoch."""
 
     depth = 2
     """Chunks prefetched at most."""
 
     def __init__(self, texts: Sequence[str], encode: Encode, eos_id: int, seed: int) -> None:
-        """Raises SmolseekError when there are no texts."""
+        """Raises SmolseekError if `texts` is empty."""
         if not texts:
             raise SmolseekError("no training document: give more documents")
         self._texts, self._encode, self._eos_id, self._seed = texts, encode, eos_id, seed
@@ -72,7 +72,7 @@ class ShuffledTexts:
 
 
 class ShuffledShards:
-    """The endless training documents of a streamed source, shuffled in blocks."""
+    """An endless iterator over the training documents of a streamed source, shuffled in blocks."""
 
     depth = 32
     """Chunks prefetched at most."""
@@ -85,15 +85,15 @@ class ShuffledShards:
         seed: int,
         number: int,
     ) -> None:
-        """Read from `shards`; `to_tokens` turns contents of documents into tokens with EOS.
+        """Read from `shards`; `to_tokens` converts the contents of documents to tokens with EOS.
 
-        `number` is the index of the source in the run, so that no two sources are shuffled alike.
+        `number` is the index of the source in the run, which gives each source another order.
         """
         self._shards, self._to_tokens, self._val_fraction = shards, to_tokens, val_fraction
         self._seed, self._number = seed, number
 
     def chunks(self, at: Position, stop: threading.Event) -> Iterator[Chunk]:
-        """Yield documents from `at` on, without end; raises SmolseekError when an epoch has none."""
+        """Yield documents from `at` on, without end; raises SmolseekError if an epoch has no training document."""
         while True:
             documents = self._epoch(at, stop)
             while block := list(itertools.islice(documents, BLOCK)):
@@ -108,7 +108,7 @@ class ShuffledShards:
             at = Position(at.epoch + 1)
 
     def _epoch(self, at: Position, stop: threading.Event) -> Iterator[tuple[int, Document]]:
-        """Yield (index of the shard, training document) from the beginning of the block of `at` to the epoch's end."""
+        """Yield (shard index, training document) from the beginning of the block at `at` to the end of the epoch."""
         order = _shuffled(len(self._shards), self._seed, self._number, at.epoch, 0).tolist()
         for index in range(at.shard, len(order)):
             for document in self._shards.documents(order[index], at.row if index == at.shard else 0, stop):
@@ -117,7 +117,7 @@ class ShuffledShards:
 
 
 def _shuffled(n: int, seed: int, *key: int) -> np.ndarray:
-    """Return the numbers below `n` in the order of the key."""
-    # Raw PCG64 numbers never change between numpy releases, which Generator.permutation does not promise.
+    """Return a permutation of the numbers below `n` that depends only on `seed` and `key`."""
+    # Raw PCG64 numbers are the same in every numpy release. Generator.permutation does not promise this.
     draw = np.random.PCG64(np.random.SeedSequence([seed % 2**64, *key])).random_raw(n)
     return np.argsort(draw, kind="stable")

@@ -1,4 +1,4 @@
-"""Documents from files, folders, or the running Python; what is left out is counted by reason."""
+"""Reads documents from files, folders, or the running Python, and counts by reason what is left out."""
 
 import ast
 import os
@@ -15,12 +15,12 @@ from smolseek.data.formats import ENDINGS, NotText, file_format, read_texts
 from smolseek.errors import SmolseekError
 
 SHORTEST_DOCSTRINGS = 200
-"""Characters: shorter built-in documents are left out, since they are little more than a name."""
+"""Built-in documents with fewer characters are left out, since they are little more than a name."""
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
-"""Signs that separate documents in many text files."""
+"""Strings that separate documents in many text files."""
 OFTEN = 3
-"""How often such a sign must occur for a split to be offered."""
+"""A separator must occur this often before a hint suggests `--data.document-separator`."""
 
 REASONS = {
     "copy": ("copy of another document", "copies of other documents"),
@@ -34,7 +34,7 @@ REASONS = {
     "broken": ("broken link", "broken links"),
     "special": ("pipe, socket or device", "pipes, sockets and devices"),
 }
-"""Why something is left out, for one and for several."""
+"""Reasons why something is left out, as text in the singular and the plural."""
 
 # Folders of the standard library that hold tests, bundled programs or other people's packages.
 _SKIPPED = {"test", "tests", "idlelib", "idle_test", "lib2to3", "ensurepip", "turtledemo", "pydoc_data", "__pycache__"}
@@ -43,19 +43,19 @@ _SKIPPED |= {"site-packages", "dist-packages", "lib-dynload"}
 
 @dataclass
 class ReadReport:
-    """What reading the documents left out, and signs of documents that were not split."""
+    """Counts what was left out while reading, and separators in files that were not split into documents."""
 
     left_out: Counter[str] = field(default_factory=Counter)
-    """How many of each of `REASONS`."""
+    """How much was left out for each of `REASONS`."""
     separators: Counter[str] = field(default_factory=Counter)
     """How often each of `SEPARATORS` occurs in text files that were not split."""
 
     def summary(self) -> str:
-        """Describe in a few words what was left out; empty for nothing."""
+        """Describe in a few words what was left out; empty if nothing was."""
         return ", ".join(f"{n:,} {REASONS[reason][n != 1]}" for reason in REASONS if (n := self.left_out[reason]) > 0)
 
     def separator_hint(self) -> str:
-        """Return one line that offers to split the text; empty if nothing suggests it."""
+        """Return a one-line hint to split the text into documents, or an empty string if few separators occur."""
         [(sign, n)] = self.separators.most_common(1) or [("", 0)]
         if n < OFTEN:
             return ""
@@ -65,16 +65,16 @@ class ReadReport:
 def read_documents(
     sources: Sequence[str], text_column: str, separator: str | None = None, report: ReadReport | None = None
 ) -> Iterator[str]:
-    """Yield every document of `sources`, in an order that depends only on names and contents.
+    """Yield every document of `sources`, in an order that depends only on file names and contents.
 
-    A source is `builtin`, a file, or a folder, walked in sorted order. Text files are one document each, or several
-    with `separator` between them; JSON files hold theirs under the key `text_column`, csv and parquet files in the
-    column of that name; any of them may be compressed. `report` counts what is left out: blank documents and, in
-    folders, hidden files, .json files, files that are not text by name or content (pictures, archives), folders of
-    runs and models, pipes and broken links.
+    A source is `builtin`, a file, or a folder, which is read in sorted order. A text file is one document, or several
+    documents separated by `separator`. The documents of a JSON file have the key `text_column`; in csv and parquet
+    files they are in the column `text_column`. All files may be compressed. `report` counts what is left out: blank
+    documents everywhere, and in folders also hidden files, .json files, files that are not text (pictures, archives),
+    folders of runs and models, pipes and broken links.
 
     Raises:
-        SmolseekError: for a path that is missing or gives no document, a file that is damaged or not text, a line that
+        SmolseekError: for a missing path, a source without documents, a file that is damaged or not text, a line that
             is not a JSON object, or a missing key or column.
     """
     report = ReadReport() if report is None else report
@@ -92,10 +92,10 @@ def read_documents(
 
 
 def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
-    """Yield the files to read of a file or folder, in their order.
+    """Yield the files to read in the file or folder `source`, in sorted order.
 
     Raises:
-        SmolseekError: for a path that is missing, a pipe, or a folder that cannot be read.
+        SmolseekError: for a missing path, a pipe, or a folder that cannot be read.
     """
     report = ReadReport() if report is None else report
     path = Path(source).expanduser()
@@ -133,7 +133,7 @@ def _walk(root: Path, report: ReadReport) -> Iterator[Path]:
             target = os.path.realpath(os.path.join(folder, name))
             if name.startswith("."):
                 report.left_out["hidden"] += 1
-            elif target in visited:  # through a link, perhaps to a parent folder
+            elif target in visited:  # reached again through a link, perhaps to a parent folder
                 report.left_out["seen"] += 1
             else:
                 visited.add(target)
@@ -147,10 +147,10 @@ def _walk(root: Path, report: ReadReport) -> Iterator[Path]:
 
 
 def _skip_reason(path: str, name: str) -> str:
-    """Return why a file of a folder is not read, empty if it is read."""
+    """Return why a file in a folder is not read, or an empty string if it is read."""
     if name.startswith("."):
         return "hidden"
-    if name.lower().endswith(".json"):  # as likely a configuration as documents, unless the user names it
+    if name.lower().endswith(".json"):  # may be a configuration, so it is read only if the user names it
         return "json"
     try:
         return "" if stat.S_ISREG(os.stat(path).st_mode) else "special"
@@ -189,13 +189,13 @@ def _from_path(source: str, text_column: str, separator: str | None, report: Rea
 
 
 def _builtin() -> Iterator[str]:
-    """Yield the English of the running CPython: a document for each help topic and each standard module."""
+    """Yield the English text in the running CPython: one document for each help topic and each standard module."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
         if len(topics[name]) >= SHORTEST_DOCSTRINGS:
             yield topics[name].strip()
-    # Of the base interpreter, also inside a virtual environment.
+    # The standard library of the base interpreter, also inside a virtual environment.
     for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
         folders[:] = sorted(name for name in folders if name not in _SKIPPED and not name.startswith("config-"))
         for name in sorted(files):
@@ -209,16 +209,16 @@ def _docstrings(path: Path) -> Iterator[str]:
     """Yield the docstrings of a module, its classes and its functions, dedented, in the order of the source."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old modules have escapes that newer Pythons warn of
+            warnings.simplefilter("ignore")  # newer Pythons warn about escapes in old modules
             nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
     except (SyntaxError, ValueError, OSError):
         return
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = (ast.get_docstring(node) or "").strip()  # cleaned as inspect.cleandoc does
+            text = (ast.get_docstring(node) or "").strip()  # dedented like inspect.cleandoc
             if text:
                 yield text
-        # Only statements define things with docstrings, so the many expressions below them are not walked.
+        # Only statements can have docstrings, so expressions are not visited.
         for block in ("finalbody", "orelse", "handlers", "cases", "body"):
             nodes.extend(reversed(getattr(node, block, ())))

@@ -1,4 +1,4 @@
-"""What a tokenizer loses of a text: characters that it has no token for."""
+"""Finds the characters of a text that a tokenizer cannot encode, because it has no token for them."""
 
 import json
 from collections import Counter
@@ -12,21 +12,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MOST_LOST = 0.01
-"""A text is refused when more than this share of its characters is lost."""
+"""A text is refused if the tokenizer cannot encode more than this share of its characters."""
 SAMPLE = 2_000_000
-"""Characters that are checked, from all over the documents."""
+"""Number of characters that are checked, spread over all documents."""
 _LONGEST = 20_000
-"""Characters checked of one document."""
+"""At most this many characters of one document are checked."""
 
 
 class Spelling:
-    """Counts the characters that a tokenizer has no token for; white space does not count."""
+    """Counts the characters that a tokenizer has no token for, except white space."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", name: str) -> None:
         self._name, self._seen = name, 0
         self._lost: Counter[str] = Counter()
         self._missing: bytes | None = None
-        """Bytes without a token; None where tokens are not bytes, so that texts must be encoded."""
+        """Bytes without a token; None if tokens do not consist of bytes, so that texts must be encoded to check
+        them."""
         values, vocabulary = tokenizer.backend_tokenizer.to_str(), tokenizer.get_vocab()
         model = json.loads(values)["model"]
         if is_byte_level(tokenizer):
@@ -43,7 +44,7 @@ class Spelling:
             self._unknown: int | None = vocabulary.get(model.get("unk_token"))
 
     def add(self, texts: Iterable[str]) -> None:
-        """Count the characters of some texts."""
+        """Check the characters of `texts`."""
         for text in texts:
             self._seen += len(text)
             if self._missing is None:
@@ -53,7 +54,7 @@ class Spelling:
                 self._lost.update(character for character in text if not missing.isdisjoint(character.encode()))
 
     def _unspelled(self, text: str) -> Iterable[str]:
-        """Return the characters of a text that are in no token but the unknown one."""
+        """Return the characters of a text that no token covers, or only the unknown token."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         spelled = bytearray(len(text))
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -63,11 +64,11 @@ class Spelling:
 
     @property
     def lost(self) -> float:
-        """Share of the characters so far that are lost."""
+        """Share of the characters checked so far that cannot be encoded."""
         return self._lost.total() / self._seen if self._seen else 0.0
 
     def require(self) -> None:
-        """Raise SmolseekError if more than `MOST_LOST` is lost."""
+        """Raise SmolseekError if `lost` is above `MOST_LOST`."""
         if self.lost > MOST_LOST:
             examples = " ".join(repr(character) for character, _ in self._lost.most_common(3))
             raise SmolseekError(
@@ -77,6 +78,6 @@ class Spelling:
 
 
 def sample(documents: Sequence[str]) -> Iterable[str]:
-    """Return the beginnings of documents from all over, about `SAMPLE` characters."""
+    """Return the beginnings of documents at regular distances, about `SAMPLE` characters in total."""
     step = max(1, -(-sum(min(len(text), _LONGEST) for text in documents) // SAMPLE))
     return (text[:_LONGEST] for text in documents[::step])

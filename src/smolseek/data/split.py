@@ -1,4 +1,4 @@
-"""The split into training and validation documents, by the hash of each text; a few long texts are cut into parts."""
+"""Splits documents into training and validation by the hash of their text, after cutting them if there are too few."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import NamedTuple
 from smolseek.errors import SmolseekError
 
 SHORTEST, LONGEST = 1000, 16_384
-"""Bounds of a part in characters."""
+"""Shortest and longest length of a part in characters."""
 CHUNKS_PER_DOCUMENT = 50
-"""A part is a fiftieth of its document, within the bounds."""
+"""A document is cut into about this many parts, if their lengths are between `SHORTEST` and `LONGEST`."""
 BORDERS = {"paragraph": "\n\n", "line": "\n", "sentence": ". ", "word": " "}
-"""Where a document may be cut, best first, and the sign before the cut."""
+"""Borders at which a document may be cut, best first, with the string that precedes the cut."""
 
 
 def digest(text: str) -> bytes:
-    """Return the 16 bytes of a text's hash."""
+    """Return the hash of a text, 16 bytes."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
@@ -28,17 +28,17 @@ def fingerprint(documents: Sequence[str]) -> str:
 
 
 def text_key(text: str) -> int:
-    """Return the number below 2**64 that decides on which side of the split a document falls."""
+    """Return a hash below 2**64 that decides whether a document is for training or validation."""
     return int.from_bytes(digest(text)[:8], "big")
 
 
 def in_validation(key: int, fraction: float) -> bool:
-    """Return whether a document with this key is for validation: key / 2**64 is below `fraction`."""
+    """Return whether a document with this key is for validation, which means key / 2**64 < `fraction`."""
     return key < fraction * 2.0**64
 
 
 def is_validation(text: str, fraction: float) -> bool:
-    """Return whether the document `text` is for validation; adding other documents never changes that."""
+    """Return whether the document `text` is for validation. Other documents have no influence on the result."""
     return in_validation(text_key(text), fraction)
 
 
@@ -47,37 +47,37 @@ class Chunk(NamedTuple):
 
     text: str
     key: int
-    """As `text_key`. A document's last parts have the lowest keys, so that they are held out."""
+    """Key as in `text_key`. The last parts of a document have the lowest keys, so that they are used for validation."""
 
 
 class Cut(NamedTuple):
-    """Documents after cutting."""
+    """The result of cutting documents into parts."""
 
     chunks: list[Chunk]
     documents: int
-    """How many documents were cut."""
+    """Number of documents that were cut."""
     border: str
-    """The worst of `BORDERS` that was used, or `character`."""
+    """The worst border of `BORDERS` that was used, or `character`."""
 
 
 class Split(NamedTuple):
-    """The two sides of the split."""
+    """The training and the validation documents."""
 
     train: list[str]
     validation: list[str]
     cut: Cut | None = None
-    """How documents were cut, where there were too few for both sides."""
+    """How documents were cut, if there were too few for both sides."""
 
 
 class EmptySide(SmolseekError):
-    """All documents fall on one side of the split."""
+    """One side of the split has no document."""
 
 
 def split(documents: Sequence[str], fraction: float, needs_validation: bool = True) -> Split:
-    """Split distinct documents by their hashes; where one side would be empty, cut them into parts first.
+    """Split distinct documents by their hashes. If one side would be empty, cut the documents into parts first.
 
     Raises:
-        EmptySide: when a side is empty even then; the validation side only with `needs_validation`.
+        EmptySide: when the training side is still empty, or with `needs_validation` the validation side.
     """
     sides = _by_key([Chunk(text, text_key(text)) for text in documents], fraction, None)
     if sides.train and sides.validation:
@@ -102,7 +102,7 @@ def _by_key(chunks: Sequence[Chunk], fraction: float, cut: Cut | None) -> Split:
 
 
 def cut_documents(documents: Sequence[str]) -> Cut:
-    """Cut each document that is long enough into contiguous parts; joined, they give the document back."""
+    """Cut each document that is long enough into contiguous parts, whose concatenation is the document."""
     chunks: list[Chunk] = []
     n_cut, worst = 0, 0
     for text in documents:
@@ -117,12 +117,12 @@ def cut_documents(documents: Sequence[str]) -> Cut:
 
 
 def _cut(text: str) -> tuple[list[str], int]:
-    """Return the parts of a text, and the index of the worst border used."""
+    """Return the parts of a text, and the index in `BORDERS` of the worst border that was used."""
     size = min(max(len(text) // CHUNKS_PER_DOCUMENT, SHORTEST), LONGEST)
     cuts, worst = [0], 0
     while len(text) - cuts[-1] >= 2 * size:
         start = cuts[-1]
-        # The best border in the part's second half, and of this kind the last one.
+        # Cut at the best kind of border in the second half of the part, at its last occurrence.
         signs = ((text.rfind(sign, start + size // 2, start + size), sign) for sign in BORDERS.values())
         borders = ((border, index + len(sign)) for border, (index, sign) in enumerate(signs) if index >= 0)
         border, cut = next(borders, (len(BORDERS), start + size))
@@ -131,7 +131,7 @@ def _cut(text: str) -> tuple[list[str], int]:
     texts: list[str] = []
     for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True):
         part = text[start:stop]
-        if texts and not (part.strip() and texts[-1].strip()):  # no part is only white space
+        if texts and not (part.strip() and texts[-1].strip()):  # no part consists of white space only
             texts[-1] += part
         else:
             texts.append(part)

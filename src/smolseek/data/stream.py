@@ -1,4 +1,4 @@
-"""The training stream: documents of one or several sources, mixed, packed into sequences, from any position on."""
+"""The training stream: mixes the documents of one or more sources and packs them into sequences."""
 
 import functools
 from collections import deque
@@ -18,9 +18,10 @@ from smolseek.tokenizer import Encode
 
 
 class TrainStream:
-    """The endless training sequences, at a position that can be saved and restored.
+    """An endless stream of training sequences, whose position can be saved and restored.
 
-    Sources are mixed document by document: the next one is from the source whose tokens are furthest below its share.
+    Sources are mixed document by document. The next document comes from the source whose share of the tokens is
+    furthest below its weight.
     """
 
     def __init__(
@@ -32,14 +33,15 @@ class TrainStream:
         fingerprint: str,
         statistics: ReadStatistics | None = None,
     ) -> None:
-        """Begin at the first epoch of `sources`, whose order was drawn from `seed`; `seq_len` is T.
+        """Begin at the first epoch of `sources`, whose order was made with `seed`; `seq_len` is T.
 
-        `fingerprint` identifies the data in the saved position; `statistics` are those of reading them, for `record`.
+        `fingerprint` identifies the data in the saved position. `statistics` counts the bytes and retries of reading,
+        for `record`.
         """
         assert len(sources) == len(weights) > 0
         self._sources, self._weights = list(sources), list(weights)
         self._seq_len, self._seed, self._fingerprint, self._statistics = seq_len, seed, fingerprint, statistics
-        # The position of local text has a format of its own, which the checkpoints of all releases share.
+        # The saved position of local text has its own format, so that the checkpoints of all releases can be read.
         self._texts = sources[0] if isinstance(sources[0], ShuffledTexts) else None
         self._threads: list[Prefetch[tuple[Position, np.ndarray]]] = []
         self._tokens = self._documents = 0
@@ -47,7 +49,7 @@ class TrainStream:
 
     @classmethod
     def of_texts(cls, texts: Sequence[str], encode: Encode, eos_id: int, seq_len: int, seed: int) -> Self:
-        """Return the stream of texts in memory; raises SmolseekError when there are none."""
+        """Return the stream of texts in memory; raises SmolseekError if `texts` is empty."""
         source = ShuffledTexts(texts, encode, eos_id, seed)
         return cls([source], [1.0], seq_len, seed, fingerprint(texts))
 
@@ -63,9 +65,9 @@ class TrainStream:
             )
 
     def next_batch(self, n: int, stopped: Callable[[], object] | None = None) -> torch.Tensor:
-        """Return the next `n` sequences, int64 [n, T+1]; the last token of one is the first of the next.
+        """Return the next `n` sequences, int64 [n, T+1]; consecutive sequences share one token.
 
-        When it raises, the position does not change.
+        An exception does not change the position.
 
         Raises:
             HubUnavailable: when the hub does not answer, or `stopped` returns true while waiting for data.
@@ -90,11 +92,12 @@ class TrainStream:
         return sequences
 
     def position(self) -> dict[str, Any]:
-        """Return where the next sequence begins, as in `state_dict`, in JSON types.
+        """Return the position at which the next sequence begins, in JSON types, as in `state_dict`.
 
-        `positions` are those of the sources before the document with the next token, and `given` counts the tokens read
-        from each source by then; `offset` counts tokens in that document; `documents` and `tokens` count what was
-        returned, documents only when complete. Local text has its epoch and the document's index in the epoch instead.
+        The current document is the one with the next token. `positions` has the position of each source before this
+        document, and `given` the number of tokens read from each source up to it. `offset` is the index of the next
+        token in this document. `documents` and `tokens` count the complete documents and the tokens returned so far.
+        For local text, `epoch` and `document` (its index in the epoch) replace `given` and `positions`.
         """
         at: dict[str, Any]
         drawn, positions = self._buffer[0][0] if self._buffer else (self._drawn, self._positions)
@@ -105,7 +108,7 @@ class TrainStream:
         return at | {"documents": self._documents, "tokens": self._tokens}
 
     def record(self) -> dict[str, Any]:
-        """Return metrics of reading: documents and tokens in all, bytes and retries since the last call."""
+        """Return metrics of reading: total documents and tokens, and bytes and retries since the last call."""
         read = {"documents": self._documents, "tokens": self._tokens}
         return read if self._statistics is None else read | self._statistics.reset()
 
@@ -114,10 +117,10 @@ class TrainStream:
         return {**self.position(), "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position: the same sequences follow as after the save, at any batch size.
+        """Go to a saved position. The sequences that follow are those after the save, at any batch size.
 
         Raises:
-            SmolseekError: when the data, the seed or the tokenizer differ from those of the save.
+            SmolseekError: when the data, the seed or the tokenizer differ from those at the time of the save.
         """
         if state["fingerprint"] != self._fingerprint:
             raise SmolseekError(
@@ -146,14 +149,14 @@ class TrainStream:
                 )
 
     def close(self) -> None:
-        """End the threads."""
+        """End the reading threads."""
         for thread in self._threads:
             thread.close()
         self._threads = []
 
     def _seek(self, drawn: Sequence[int], positions: Sequence[Position], offset: int) -> None:
         self.close()
-        # Before the next document to be read; `_buffer` has the same for each document that was read.
+        # The state before the next document is read. `_buffer` has this state for each document that it contains.
         self._drawn, self._positions = tuple(drawn), tuple(positions)
         self._buffer: deque[tuple[tuple[tuple[int, ...], tuple[Position, ...]], np.ndarray]] = deque()
         self._offset, self._buffered = offset, 0
@@ -162,10 +165,10 @@ class TrainStream:
         if not self._threads:
             starts = zip(self._sources, self._positions, strict=True)
             self._threads = [Prefetch(functools.partial(source.chunks, at), source.depth) for source, at in starts]
-        # The source furthest below its share; the first of equals.
+        # The source that is furthest below its share, or the first of several.
         k = min(range(len(self._sources)), key=lambda i: self._drawn[i] / self._weights[i])
         position, tokens = self._threads[k].next(stopped)
-        # The position that came with the document: after the end of a block, `_positions` lags behind.
+        # Use the position that came with the document, because `_positions` is out of date after the end of a block.
         before = (*self._positions[:k], position, *self._positions[k + 1 :])
         self._buffer.append(((self._drawn, before), tokens))
         self._buffered += len(tokens)

@@ -185,7 +185,15 @@ def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, re
         corpus.unspelled = spelling.lost
         if hint := corpus.report.separator_hint():
             console.warn(hint)
-    stream = open_stream(config, corpus, encode, eos_id, min_tokens=config.step_tokens + 1)
+    stream = open_stream(
+        corpus,
+        encode,
+        eos_id,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        val_fraction=config.data.val_fraction,
+        min_tokens=config.step_tokens + 1,
+    )
     sequences = build_sequences(corpus.validation, encode, eos_id, config.seq_len, config.eval_tokens)
     size = int(token_bytes(tokenizer)[sequences[:, 1:].numpy()].sum())
     return Datasets(tokenizer, encode, corpus, stream, sequences, size)
