@@ -21,9 +21,9 @@ class _Hypothesis(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     score: float
-    """Sum of the log-probabilities; of a finished hypothesis, divided by length ** length_penalty."""
+    """Sum of the log-probabilities; for a finished hypothesis this sum is divided by length ** length_penalty."""
     parent: int = 0
-    """Beam that it continues."""
+    """Number of the beam that this hypothesis continues."""
     reason: StopReason | None = None
 
 
@@ -42,22 +42,23 @@ def beam_search(
     """Return the `returned` best continuations found by a search with `beams` running hypotheses, best first.
 
     The score of a finished hypothesis is its summed log-probability divided by length ** length_penalty; the length
-    includes the stop token. The search ends when `beams` hypotheses are finished and `early_stopping` is true, or when
-    no running one can reach a better score: at its present length, or with "never" at the greatest possible length.
+    includes the stop token. With `early_stopping` true the search ends when `beams` hypotheses are finished. Otherwise
+    it ends when no running hypothesis can reach a better score. The best score that a running hypothesis can reach is
+    estimated from its current length, or from the maximum length if `early_stopping` is "never".
 
     Args:
         model: the model.
         ids: the prompt.
         beams: number of running hypotheses.
         max_tokens: new tokens, at most.
-        sampling: its penalties, bans and processors change the log-probabilities; nothing is sampled.
-        stop_ids: tokens that finish a hypothesis; they are not part of it.
-        length_penalty: above 0 favours long texts, below 0 short ones.
-        early_stopping: when to end, see above.
+        sampling: penalties, banned words and processors, which change the log-probabilities. No token is sampled.
+        stop_ids: tokens that finish a hypothesis; they are not part of the result.
+        length_penalty: values above 0 favour long texts, values below 0 favour short texts.
+        early_stopping: when the search ends, as described above.
         returned: number of continuations to return.
 
     Raises:
-        SmolseekError: for an empty prompt or one beyond the context, or numbers out of range.
+        SmolseekError: for an empty prompt, a prompt longer than the context, or numbers out of range.
     """
     check_request(model, [ids], max_tokens)
     if beams < 1 or not 1 <= returned <= beams:
@@ -71,7 +72,7 @@ def beam_search(
     logits_WV = decoder.prefill(0, ids).expand(beams, -1)
     decoder.reorder_cache([0] * beams)
     decoding = time.perf_counter()
-    # All beams start from the same prompt: only the first counts, or all would find the same continuations.
+    # All beams start from the same prompt. Only the first may win, because all would find the same continuations.
     running = [_Hypothesis([], [], -1e9 if beam else 0.0) for beam in range(beams)]
     finished: list[_Hypothesis] = []
     for length in range(1, most + 1):
@@ -80,7 +81,7 @@ def beam_search(
         for rank, new in enumerate(_best(logits_WV, running, ids, chain, max(2, 1 + len(stops)) * beams)):
             stopped = new.tokens[-1] in stops
             if stopped or length == most:
-                # Candidates beyond the first `beams` may only continue, not finish.
+                # Only the best `beams` candidates may finish; the other candidates may only continue.
                 if rank < beams and not full:
                     tokens, logprobs = (running[new.parent] if stopped else new)[:2]
                     reason: StopReason = "stop_token" if stopped else limit

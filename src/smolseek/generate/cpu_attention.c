@@ -1,5 +1,5 @@
-/* Attention of a decoding step: the new token of each sequence attends to its cache in chunks of tokens, whose results are
-   merged afterwards (as in flash decoding). Shapes as in cpu_decode.c. */
+/* Attention of a decoding step. The new token of each sequence attends to the cache of its sequence in chunks of tokens.
+   The results of the chunks are merged afterwards, as in flash decoding. The shapes are listed in cpu_decode.c. */
 
 #include "cpu_decode.h"
 
@@ -37,8 +37,8 @@ INLINE void mix(const void *v, int64_t stride, int64_t tokens, int64_t width, co
     }
 }
 
-/* Attend to one chunk of one sequence's cache. part: [H, 2 + width]: the largest score, the sum of the exponentials
-   taken against it, and the values weighted with them. */
+/* Attend to one chunk of one sequence's cache. `part` [H, 2 + width] gets for each head the largest score, the sum of
+   exp(score - largest score), and the sum of the values weighted with these exponentials. */
 static void attend(const Model *m, const void *cache, int64_t first, int64_t tokens, const float *q, float *part) {
     int64_t heads = m->H / m->G, key = m->mla ? m->L + m->R : m->R, width = m->mla ? m->L : m->R;
     int64_t bfloat16 = m->bfloat16;
@@ -70,7 +70,7 @@ static void attend(const Model *m, const void *cache, int64_t first, int64_t tok
     }
 }
 
-/* Merge the chunks of one head: the part of chunk c is at part + c * stride. */
+/* Merge the results of all chunks for one head. The result of chunk c is at part + c * stride. */
 static void merge_chunks(const float *part, int64_t chunks, int64_t stride, int64_t width, float *out) {
     float top = -INFINITY, total = 0;
     for (int64_t c = 0; c < chunks; c++) top = part[c * stride] > top ? part[c * stride] : top;

@@ -1,19 +1,21 @@
-/* One decoding step on the CPU: a token for each of B sequences -> logits, in one call and one parallel region.
+/* One decoding step on the CPU, from one token of each of B sequences to logits, in one call and one parallel region.
 
-   The time of a token is the time to read all weights once. So matrices are read in their stored type, in order, by all
-   threads; everything else is float32. cpu_decode.py builds these files and packs the structs of cpu_decode.h.
+   A step takes as long as reading all weights once. Therefore all threads together read the matrices, in their stored
+   type and in the order of memory. All other numbers are float32. cpu_decode.py builds these files and packs the
+   structs of cpu_decode.h.
 
-   A sequence's numbers do not depend on the others, and the order of each sum does not depend on B or on the number of
-   threads: a batch gives the same bits as its sequences one by one.
+   The numbers of a sequence do not depend on the other sequences. The order of each sum depends neither on B nor on the
+   number of threads. Therefore a batch gives the same bits as its sequences one by one.
 
-   B sequences, D hidden_size, H query heads, G groups of key/value heads, L kv_lora_rank, N and R features of a head
-   without and with position, E experts, K chosen, F neurons of an expert, C capacity of the cache in tokens. */
+   Shapes: B sequences, D hidden_size, H query heads, G key/value heads, L kv_lora_rank, N features of a head without
+   RoPE, R features with RoPE, E experts, K selected experts, F neurons of an expert, C tokens that fit in the cache. */
 
 #include "cpu_decode.h"
 
 INLINE float silu(float x) { return x / (1.0f + expf(-x)); }
 
-/* The largest of n numbers that was not chosen before, marked in `chosen`. As in torch.topk, NaN is the largest. */
+/* Return the index of the largest of n numbers that is not yet marked in `chosen`, and mark it. As in torch.topk, NaN
+   counts as the largest number. */
 static int64_t choose(const float *x, int64_t n, float *chosen) {
     int64_t best = -1;
     for (int64_t i = 0; i < n; i++)
@@ -22,8 +24,8 @@ static int64_t choose(const float *x, int64_t n, float *chosen) {
     return best;
 }
 
-/* The K experts of one token, no two of them the same, and their weights (DeepSeek-V3, equations 12-16), as Router of
-   model/moe.py. */
+/* Select K different experts for one token and compute their weights, as Router in model/moe.py does (DeepSeek-V3,
+   equations 12-16). */
 static void route(const Model *m, const Layer *l, const float *x, float *scratch, int64_t *experts, float *weights) {
     int64_t E = m->E, size = E / m->groups;
     float *scores = scratch, *choice = scratch + E, *group = choice + E, *chosen = group + E, total = 0;
@@ -33,7 +35,7 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
         choice[e] = scores[e] + l->router_bias[e];
     }
     if (m->groups > 1) {
-        for (int64_t g = 0; g < m->groups; g++) { /* a group counts by its two best experts */
+        for (int64_t g = 0; g < m->groups; g++) { /* a group's score: its two best experts */
             float a = -INFINITY, b = -INFINITY, none = 0;
             for (int64_t e = g * size; e < (g + 1) * size; e++) {
                 if (choice[e] > a)
@@ -42,7 +44,7 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
                     b = choice[e];
                 if (choice[e] != choice[e]) none = choice[e];
             }
-            group[g] = a + b + none; /* NaN where one of its experts is */
+            group[g] = a + b + none; /* NaN if an expert's score is NaN */
         }
         memset(chosen, 0, m->groups * sizeof *chosen);
         for (int64_t n = 0; n < m->top_groups; n++) choose(group, m->groups, chosen);
@@ -59,7 +61,7 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
     for (int64_t k = 0; k < m->K; k++) weights[k] *= (m->normalise ? 1.0f / (total + 1e-20f) : 1.0f) * m->factor;
 }
 
-/* With a NULL base only the size is counted. */
+/* Divide the memory at `base` into the arrays of Work. With a NULL base only the size is computed. */
 static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
     Work w;
     int64_t at = 0, chunks = (m->C + CHUNK - 1) / CHUNK, width = m->mla ? m->L : m->R;
@@ -141,7 +143,8 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     wait_for_all(w->barrier, all);
 }
 
-/* Run token ids[b] at positions[b] of each sequence, whose earlier tokens are cached; logits: [B, vocab]. */
+/* Run token ids[b] at position positions[b] of each sequence b, whose earlier tokens are cached. Writes logits
+   [B, vocab]. */
 void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *positions, float *work, float *logits,
           int64_t threads) {
     Barrier barrier = {0};

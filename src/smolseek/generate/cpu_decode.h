@@ -1,5 +1,5 @@
-/* What the files of a decoding step share: the model as cpu_decode.py binds it, the memory of intermediate results, and
-   linear layers. */
+/* Shared by the C files of a decoding step: the structs that cpu_decode.py packs, the memory of intermediate results,
+   and linear layers. */
 
 #include "simd.h"
 
@@ -8,7 +8,7 @@
 #include <stdatomic.h>
 #ifdef _OPENMP
 #include <omp.h>
-#else /* a compiler without it: one thread */
+#else /* a compiler without OpenMP: one thread */
 static inline int omp_get_thread_num(void) { return 0; }
 static inline int omp_get_num_threads(void) { return 1; }
 #endif
@@ -25,13 +25,13 @@ typedef struct {
     const void *up, *down; /* routed experts [E, 2F or F, D] and [E, D, F] */
     const float *up_bias, *down_bias;
     const void *gate_shared, *up_shared, *down_shared; /* shared experts, or the layer's dense MLP */
-    int64_t shared;                                    /* neurons of these */
+    int64_t shared;                                    /* number of neurons of the shared experts or the dense MLP */
     void *cache;                                       /* [B, C, cached] */
 } Layer;
 
 typedef struct {
     int64_t bfloat16, layers, vocab, D, H, G, mla, q_rank, L, N, R, V, interleave, E, K, F, gated;
-    int64_t groups, top_groups, normalise, cached, C, widest; /* widest: neurons of the widest shared part */
+    int64_t groups, top_groups, normalise, cached, C, widest; /* widest: the largest `shared` of all layers */
     float eps, latent_eps, factor, scale;
     const void *embedding, *head;
     const float *norm, *cos, *sin; /* cos, sin: [C, R/2] */
@@ -42,8 +42,8 @@ typedef struct {
     atomic_int arrived, round;
 } Barrier;
 
-/* Wait until all threads are here. OpenMP's own barrier spins for long. On a busy machine that takes the processor from
-   the very thread that the others wait for, so this one soon yields. */
+/* Wait until all threads have arrived. OpenMP's own barrier spins for a long time. On a busy machine the spinning
+   threads take the core from the thread for which they wait. Therefore this barrier soon yields its core. */
 static inline void wait_for_all(Barrier *barrier, int all) {
     if (all == 1) return;
     int now = atomic_load(&barrier->round);
@@ -56,8 +56,8 @@ static inline void wait_for_all(Barrier *barrier, int all) {
         if (spins > 4000) sched_yield();
 }
 
-/* As `load`, for what is read from memory once: with the compiler's own conversion of bfloat16 a step is a tenth faster
-   than with the one instruction that `load` names (AMD EPYC, GCC). */
+/* Load numbers that are read only once. Here the compiler's own conversion of bfloat16 makes a step a tenth faster than
+   the single instruction that `load` uses (AMD EPYC, GCC). */
 INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
     if (!bfloat16) return load(w, i, 0);
     short_vec bits;
@@ -65,8 +65,8 @@ INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
     return (vec)(__builtin_convertvector(bits, uint_vec) << 16);
 }
 
-/* y[b][o] = sum_i w[i] x[b][i] for b < NB, a constant where it is called. A matrix is read output by output, in the order
-   of memory, which the processor's prefetcher follows best. Four running sums hide the latency of an addition. */
+/* y[b][o] = sum_i w[i] x[b][i] for b < NB, where NB is a compile-time constant. A matrix is read row by row in the order
+   of memory, which suits the processor's prefetcher best. Four running sums hide the latency of an addition. */
 INLINE void dot(const void *w, int64_t cols, const float *const *x, float *const *y, int64_t o, const int NB,
                 const int64_t bfloat16) {
     vec acc[4][4] = {{{0}}};
@@ -103,13 +103,15 @@ INLINE void typed_linear_outputs(const void *w, int64_t stride, int64_t cols, co
     }
 }
 
-/* y[b][o] = w[o] . x[b] for the outputs lo <= o < hi of n inputs; w[o] are `cols` numbers, `stride` from the next. */
+/* y[b][o] = w[o] . x[b] for n inputs x[b] and the outputs lo <= o < hi. A row w[o] has `cols` numbers, and the next row
+   starts `stride` numbers later. */
 static inline void linear_outputs(const void *w, int64_t bfloat16, int64_t stride, int64_t cols, const float *const *x,
                                   float *const *y, int64_t n, int64_t lo, int64_t hi) {
     TYPED(typed_linear_outputs, w, stride, cols, x, y, n, lo, hi);
 }
 
-/* Thread `me` of `all` computes outputs lo..hi of `total`: a multiple of four, but for the last thread. */
+/* Thread `me` of `all` threads computes the outputs lo <= o < hi of `total` outputs. lo and hi are multiples of four,
+   except at the end. */
 INLINE void share(int64_t total, int me, int all, int64_t *lo, int64_t *hi) {
     int64_t part = (total / all + 3) / 4 * 4;
     *lo = part * me < total ? part * me : total;
@@ -153,5 +155,5 @@ typedef struct {
 
 static inline int64_t part_size(const Model *m) { return m->H * (2 + (m->mla ? m->L : m->R)); }
 
-/* The first half of a layer, x += attention(norm(x)), by thread `me` of `all`. */
+/* Compute the share of thread `me` in a layer's attention, x += attention(norm(x)); `all` is the number of threads. */
 void attention(const Model *m, const Layer *l, const Work *w, const int64_t *positions, int64_t B, int me, int all);

@@ -1,8 +1,9 @@
-"""A decoding step on a CPU through cpu_decode.c, which reads the weights of the model's modules in place.
+"""Runs a decoding step on a CPU with cpu_decode.c, which reads the weights of the model's modules in place.
 
-One of two exceptions to "the forward pass is written once": a step takes the time to read the weights, to which PyTorch
-would add the overhead of some hundred small operations. Without a C compiler, for another number format or on another
-device `bind` returns None, and the engine uses the model's forward pass.
+The rule that the forward pass is written only once has two exceptions, and this file is the first. A decoding step
+takes as long as reading the weights, and PyTorch would add the overhead of some hundred small operations. `bind`
+returns None without a C compiler, for another number format, or on another device. Then the engine uses the model's
+forward pass.
 """
 
 import ctypes
@@ -46,12 +47,12 @@ _LAYER = {
     "up_shared": "mlp.shared_experts.up_proj.weight mlp.up_proj.weight",
     "down_shared": "mlp.shared_experts.down_proj.weight mlp.down_proj.weight",
 }
-"""The tensors of `Layer` in cpu_decode.h, in its order, and their possible names in a block's state dict."""
+"""The tensors of the struct `Layer` in cpu_decode.h, in order, with their possible names in a block's state dict."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the compiled C files, or None if they are turned off or cannot be built."""
+    """Return the compiled C files, or None if they are disabled or cannot be built."""
     compiled = backend.compiled(*SOURCES)
     if compiled is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -62,11 +63,11 @@ def library() -> ctypes.CDLL | None:
 
 
 class _Threads:
-    """How many threads to use: all, or one on a machine so busy that the threads wait for each other.
+    """Chooses the number of threads: all threads, or one thread on a machine so busy that the threads wait for a core.
 
-    A step has some hundred barriers. If a thread has to wait for a core at each, two threads are many times slower than
-    one. The result has the same bits either way. The slower choice is tried again from time to time, which costs about
-    a sixteenth of the time.
+    A decoding step has some hundred barriers. If a thread has to wait for a core at each barrier, two threads are many
+    times slower than one thread. The number of threads does not change the bits of the result. The slower choice is
+    tried again now and then, which costs about a sixteenth of the time.
     """
 
     def __init__(self, threads: int) -> None:
@@ -85,7 +86,7 @@ class _Threads:
         return best
 
     def record(self, threads: int, seconds: float) -> None:
-        """Note how long a step took."""
+        """Record how long a step took with this number of threads."""
         before = self._seconds[threads]
         self._seconds[threads] = (before + seconds) / 2 if before else seconds
 
@@ -106,7 +107,7 @@ class CpuDecoder:
         self._work = torch.zeros(floats, dtype=torch.float32)
 
     def step(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-        """Run one token (int64) of each sequence at its position and cache it -> logits [B, V] in float32."""
+        """Run one token (int64) of each sequence at its position and cache it. Return logits [B, V] in float32."""
         B = ids_B.shape[0]
         assert self._batch >= B and int(positions_B.max()) < self._capacity  # the C code checks no bounds
         logits = torch.empty(B, self._vocab, dtype=torch.float32)
@@ -118,9 +119,10 @@ class CpuDecoder:
         return logits
 
     def _pack(self, values: dict[str, Any]) -> bytes:
-        """Return a struct of cpu_decode.h: int64_t for integers, float for floats, pointers for tensors and None.
+        """Pack `values` as a struct of cpu_decode.h.
 
-        Small tensors (norms, biases, the router) are converted to float32; all others are used in place.
+        Integers become int64_t, floats become float, tensors and None become pointers. Small tensors (norms, biases,
+        the router) are converted to float32; all other tensors are used in place.
         """
         types, fields = "", []
         for name, value in values.items():
@@ -186,7 +188,7 @@ class CpuDecoder:
 
 
 def bind(model: CausalLM, cache: Cache) -> CpuDecoder | None:
-    """Return the model bound to cpu_decode.c, or None if that is not possible."""
+    """Return a CpuDecoder for the model and the cache, or None if cpu_decode.c cannot be used."""
     dtype = model.lm_head.weight.dtype
     if model.lm_head.weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None

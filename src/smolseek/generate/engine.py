@@ -1,4 +1,4 @@
-"""The engine: generates tokens with a preallocated cache, for one sequence or a batch of different lengths.
+"""The engine: generates tokens for one sequence, or for a batch of sequences of different lengths.
 
 Shapes: B sequences that are still generating, T tokens of a prompt, D hidden_size, V vocab_size.
 """
@@ -21,15 +21,15 @@ StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "
 
 
 class Decoder:
-    """A model with a cache for a batch of sequences: reads prompts, then decodes one token per sequence and step.
+    """A model with a preallocated KV cache for a batch of sequences. Each step decodes one token of every sequence.
 
-    A step runs cpu_decode.c on a CPU, if it can be built, and a CUDA graph on a GPU. Prompts and other steps run the
-    model's forward pass.
+    On a CPU a step runs cpu_decode.c, if it can be built. On a GPU a step replays a CUDA graph. Prompts and all other
+    steps run the model's forward pass.
 
     Args:
-        model: in the number format to compute in.
+        model: the model, in the number format in which it computes.
         batch: number of sequences.
-        capacity: tokens of each sequence that the cache can hold.
+        capacity: number of tokens of each sequence that the cache can hold.
     """
 
     def __init__(self, model: CausalLM, batch: int, capacity: int) -> None:
@@ -42,7 +42,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, sequence: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
-        """Read a prompt into an empty cache entry -> the logits [logits, V] after its last tokens, in float32."""
+        """Read a prompt into an empty cache entry. Return the logits [logits, V] after its last tokens, in float32."""
         ids_1T = torch.tensor([list(ids)], device=self.device)
         logits_XV = self.model(ids_1T, self.cache.entry(sequence), last=logits)[0]
         self.lengths[sequence] = len(ids)
@@ -50,7 +50,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append one token to each sequence -> the logits [B, V] after them, in float32."""
+        """Append one token to each sequence. Return the logits [B, V] after these tokens, in float32."""
         assert len(tokens) == len(self.lengths)
         if self.cpu is not None:
             logits_BV = self.cpu.step(torch.tensor(tokens), torch.tensor(self.lengths))
@@ -65,7 +65,7 @@ class Decoder:
 
     @torch.inference_mode()
     def reorder_cache(self, sequences: Sequence[int]) -> None:
-        """Make the batch consist of the sequences numbered here, which may repeat or leave some out."""
+        """Make the batch consist of the numbered sequences. A sequence may be repeated or left out."""
         self.cache.length = max(self.lengths)
         self.cache.reorder(sequences)
         self.lengths = [self.lengths[sequence] for sequence in sequences]
@@ -80,24 +80,24 @@ class Result:
     logprobs: list[float] = field(default_factory=list)
     """Log-probability of each token in nats, before penalties, temperature and filters."""
     stop_reason: StopReason | None = None
-    """Why it ended; None while it is generating."""
+    """Why the sequence ended; None until it ends."""
     prompt_tokens: int = 0
     """Number of tokens of the prompt."""
     prompt_seconds: float = 0.0
     """Time to read all prompts of the call."""
     decode_seconds: float = 0.0
-    """Time from then to the end of this sequence."""
+    """Time from the end of reading the prompts to the end of this sequence."""
     cache_bytes: int = 0
     """Bytes of the cache, for all sequences of the call."""
     score: float | None = None
-    """Beam search: sum of the log-probabilities over length ** length_penalty."""
+    """Beam search only: the sum of the log-probabilities divided by length ** length_penalty."""
 
 
 class Token(NamedTuple):
     """A new token."""
 
     sequence: int
-    """Number of its prompt."""
+    """Number of the prompt that the token continues."""
     id: int
     logprob: float
     """As in `Result.logprobs`."""
@@ -134,20 +134,20 @@ def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
 
 
 class Generator:
-    """Continues one or more prompts: an iterator over tokens, which also fills `results`.
+    """Continues one or more prompts. A generator is an iterator over new tokens, and also fills `results`.
 
-    The tokens of a sequence do not depend on the other sequences. A sequence that ends leaves the batch at once.
+    The tokens of a sequence do not depend on the other sequences. A sequence leaves the batch as soon as it ends.
 
     Args:
         model: the model.
         prompts: token ids; equal prompts are read once.
-        sampling: one for all prompts, or one for each.
-        max_tokens: new tokens of a sequence, at most; None goes on to the end of the context.
-        stop_ids: tokens that end a sequence; they are not part of it.
-        max_time: seconds after which all sequences end, counted from the first token requested.
+        sampling: sampling parameters for all prompts, or a list of parameters with one entry for each prompt.
+        max_tokens: maximum number of new tokens of a sequence; with None the context is the limit.
+        stop_ids: tokens that end a sequence; they are not part of the result.
+        max_time: seconds after which all sequences end, counted from the request for the first token.
 
     Raises:
-        SmolseekError: for an empty prompt, one beyond the context, or numbers out of range.
+        SmolseekError: for an empty prompt, a prompt longer than the context, or numbers out of range.
     """
 
     def __init__(
@@ -177,11 +177,11 @@ class Generator:
         return next(self._tokens)
 
     def stop(self, sequence: int) -> None:
-        """End a sequence after its newest token, with "stop_string"."""
+        """End a sequence after its newest token, with the stop reason "stop_string"."""
         self._stopped.add(sequence)
 
     def cancel(self) -> None:
-        """End all sequences before their next token; may be called from another thread."""
+        """End all sequences before their next token. This method may be called from another thread."""
         self._cancelled = True
 
     def finish(self) -> list[Result]:
@@ -200,7 +200,7 @@ class Generator:
         while active:
             for sequence, logits_XV in zip(active, logits, strict=True):
                 result = self.results[sequence]
-                # The first logits are those after the prompt and after each token of the forced prefix.
+                # In the first round there are logits after the prompt and after each token of the forced prefix.
                 for logits_V in logits_XV:
                     token, result.stop_reason = self._advance(sequence, logits_V, start)
                     result.decode_seconds = time.perf_counter() - decoding
@@ -218,7 +218,7 @@ class Generator:
                 logits = list(decoder.step([self._samplers[n].ids[-1] for n in active])[:, None])
 
     def _prefill(self) -> tuple[Decoder, list[torch.Tensor]]:
-        """Read the prompts with their forced prefixes -> a decoder, and the logits [1 + prefix, V] of each sequence."""
+        """Read prompts and forced prefixes. Return a decoder, and the logits [1 + prefix, V] of each sequence."""
         keys = [(tuple(sampler.ids), sampler.sampling.prefix) for sampler in self._samplers]
         context, most = self._model.config.max_position_embeddings, self._max_tokens
         limits = [context if most is None else min(context, len(prompt) + most) for prompt, _ in keys]
@@ -235,7 +235,7 @@ class Generator:
         return decoder, [logits[sequence] for sequence in first]
 
     def _advance(self, sequence: int, logits_V: torch.Tensor, start: float) -> tuple[Token | None, StopReason | None]:
-        """Sample and record the next token of a sequence -> that token, and why the sequence ends, if it does."""
+        """Sample and record the next token of a sequence. Return the token, and a stop reason if the sequence ends."""
         result, sampler = self.results[sequence], self._samplers[sequence]
         if self._cancelled:
             return None, "cancelled"

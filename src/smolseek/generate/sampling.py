@@ -1,4 +1,4 @@
-"""How the next token is sampled from the logits, with the semantics and the order of transformers.
+"""Samples the next token from the logits. The options have the meaning and the order that they have in transformers.
 
 Shapes: V vocab_size, T tokens so far (prompt and new), C candidates that may still be drawn.
 """
@@ -13,23 +13,23 @@ from smolseek.config import SamplingOptions
 from smolseek.errors import SmolseekError
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""As transformers' LogitsProcessor: token ids [1, T] and scores [1, V] -> new scores [1, V]."""
+"""Called like transformers' LogitsProcessor with token ids [1, T] and scores [1, V]; returns new scores [1, V]."""
 
-# A nucleus is nearly always among the 1,024 likeliest tokens: only for flatter distributions is the whole vocabulary
-# sorted.
+# The tokens that top_p keeps are nearly always among the 1,024 likeliest tokens. The full vocabulary is sorted only for
+# flatter distributions.
 _ENOUGH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams(SamplingOptions):
-    """How the tokens of one sequence are sampled; what is text in the Python interface is token ids here."""
+    """Sampling parameters of one sequence. Words and prefix, which are text in the Python interface, are token ids."""
 
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that are never generated."""
     prefix: tuple[int, ...] = ()
     """Tokens that the continuation begins with."""
     processors: tuple[Processor, ...] = ()
-    """Functions of your own, for example transformers' LogitsProcessor objects; they run after the penalties."""
+    """Additional functions, for example transformers' LogitsProcessor objects; they run after the penalties."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,12 +38,12 @@ class SamplingParams(SamplingOptions):
 
 
 def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int]) -> list[Processor]:
-    """Return the functions that change the logits before sampling, in transformers' order; usually none.
+    """Return the functions that change the logits before sampling, in transformers' order. Usually the list is empty.
 
     Args:
         sampling: the options.
         prompt: number of the prompt's tokens.
-        stop_ids: tokens that may not come before `min_tokens`.
+        stop_ids: tokens that may not be sampled before `min_tokens` new tokens.
     """
     chain: list[Processor] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -62,14 +62,14 @@ def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int])
 
 
 def _transformers(name: str, *arguments: Any) -> Processor:
-    """Return one of transformers' processors; imported here since sampling usually needs none."""
+    """Return a logits processor of transformers. The import is here because sampling usually needs no processor."""
     from transformers.generation import logits_process
 
     return getattr(logits_process, f"{name}LogitsProcessor")(*arguments)
 
 
 def _penalty(sampling: SamplingParams, prompt: int) -> Processor:
-    """Presence and frequency penalties, as OpenAI's API has them: of the new tokens, not of the prompt's."""
+    """Return the presence and frequency penalties of OpenAI's API, which count only new tokens, not the prompt."""
 
     def apply(ids_1T: torch.Tensor, scores_1V: torch.Tensor) -> torch.Tensor:
         new, counts = ids_1T[0, prompt:].unique(return_counts=True)
@@ -83,12 +83,12 @@ def candidates(logits_V: torch.Tensor, sampling: SamplingParams) -> tuple[torch.
     """Return the logits [C] and ids [C] of the tokens that may be drawn, after the temperature and the filters."""
     raw_V = logits_V.float()
     logits = raw_V / sampling.temperature
-    # For a temperature so low that the quotient overflows float32.
+    # With a very low temperature the quotient may overflow float32.
     if sampling.temperature < 1e-3 and not logits.isfinite().all():
         logits = (raw_V - raw_V.max()).double() / sampling.temperature
     ids = torch.arange(len(logits), device=logits.device)
     if sampling.top_k is not None and sampling.top_k < len(logits):
-        # Those as likely as the k-th stay too, as in transformers.
+        # Tokens as likely as the k-th token are kept, too, as in transformers.
         ids = (logits >= logits.topk(sampling.top_k, sorted=False).values.min()).nonzero()[:, 0]
         logits = logits[ids]
     if sampling.top_p is not None and sampling.top_p < 1:
@@ -110,7 +110,7 @@ def _nucleus(logits: torch.Tensor, ids: torch.Tensor, top_p: float) -> tuple[tor
         before = p.cumsum(dim=-1) - p
         if before[-1] >= top_p:
             break
-    # A token is removed if those before it already make up top_p; the likeliest always stays.
+    # A token is removed if the likelier tokens already add up to top_p. The likeliest token is always kept.
     inside = before < top_p
     return best.values[inside], ids[best.indices[inside]]
 
@@ -125,7 +125,7 @@ def _typical(logits: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torc
 
 
 class Sampler:
-    """Draws the tokens of one sequence, from random numbers of its own; `ids` are its tokens so far.
+    """Samples the tokens of one sequence with its own random generator; `ids` are the sequence's tokens so far.
 
     Args:
         sampling: the options.

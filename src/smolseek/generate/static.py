@@ -1,10 +1,12 @@
 """A decoding step of fixed shapes, which CUDA can capture once as a graph and replay for every token.
 
-The other exception to "the forward pass is written once": launching some thousand small kernels per token takes longer
-than running them; a graph is one launch. Its kernels need the same shapes and addresses each time: attention runs over
-the whole capacity with a mask, and the experts compute without counting their tokens.
+The rule that the forward pass is written only once has two exceptions, and this file is the second. Launching some
+thousand small kernels per token takes longer than running them, but a CUDA graph is a single launch. The kernels of a
+graph need the same shapes and addresses each time. Therefore attention covers the full capacity of the cache with a
+mask, and the shapes of the experts do not depend on the routing.
 
-Shapes: B sequences, D hidden_size, E routed experts, K chosen, V vocab_size, X experts whose matrices are used.
+Shapes: B sequences, D hidden_size, E routed experts, K selected experts, V vocab_size, X experts whose matrices are
+used.
 """
 
 from collections.abc import Sequence
@@ -18,13 +20,13 @@ from smolseek.model.transformer import Block, CausalLM
 
 
 class StaticStep:
-    """Runs one token of each sequence through the model: on a GPU as a CUDA graph, captured again for a new batch size.
+    """Runs one token of each sequence through the model, on a GPU as a CUDA graph.
 
-    On a CPU the same operations run one by one.
+    The graph is captured again if the batch size changes. On a CPU the same operations run one by one.
 
     Args:
         model: the model.
-        cache: holds more than one token, and stays at its address.
+        cache: a cache for more than one token, whose memory address does not change.
     """
 
     def __init__(self, model: CausalLM, cache: Cache) -> None:
@@ -35,7 +37,7 @@ class StaticStep:
         self._logits_BV = torch.empty(0)
 
     def step(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
-        """Append a token to each sequence, at its position -> logits [B, V] in float32."""
+        """Append a token to each sequence at its position. Return logits [B, V] in float32."""
         assert self._cache.batch == len(tokens) and max(positions) < self._cache.capacity
         if len(self._ids) != len(tokens):
             self._ids, self._positions = (self._ids.new_zeros(len(tokens)) for _ in range(2))
@@ -51,7 +53,7 @@ class StaticStep:
         return self._logits_BV.clone()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Run a few times on another stream, as CUDA requires, then capture. The cache gets the same token again."""
+        """Run a few times on another stream, as CUDA requires, then capture. Each run caches the same token again."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -65,8 +67,8 @@ class StaticStep:
 
     def _run(self) -> torch.Tensor:
         decoder, cache = self._model.model, self._cache
-        # The length is set to the capacity less one, so that shapes are those of the full cache. The length of each
-        # sequence says where its token is written and what is masked.
+        # The cache's length is set to its capacity minus one, so that all shapes are those of a full cache. The length
+        # of each sequence says where its token is written and which positions are masked.
         cache.length, cache.lengths_B = cache.capacity - 1, self._positions
         cos_sin = decoder.rope.each(self._positions[:, None])
         x_B1D = decoder.embed_tokens(self._ids[:, None])
@@ -82,10 +84,10 @@ class StaticStep:
 
 
 def experts(moe: MoE, x_BD: torch.Tensor) -> torch.Tensor:
-    """As `MoE.forward`, with shapes that do not depend on the routing -> [B, D].
+    """Return the output [B, D] of an MoE layer, computed with shapes that do not depend on the routing.
 
-    For few tokens the matrices of their experts are gathered. For many, every expert computes all tokens, and each
-    token selects its experts' results.
+    For few tokens, the matrices of the selected experts are gathered. For many tokens, every expert computes all
+    tokens, and each token takes the results of its selected experts.
     """
     routing, stacked = moe.gate(x_BD), moe.experts
     w_up = stacked.gate_up_proj if stacked.gated else stacked.up_proj

@@ -1,4 +1,4 @@
-"""From the tokens of a generator to text: the one file of this package that handles text."""
+"""Turns the tokens of a generator into text. No other file of this package handles text."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -11,25 +11,26 @@ if TYPE_CHECKING:
 
 
 class Detokenizer:
-    """Text from tokens that arrive one by one, up to a stop string; without one it is the tokenizer's `decode` of all.
+    """Turns tokens that arrive one by one into text, up to a stop string.
 
-    Text is held back while it is half a character or may still become a stop string. The cost of a token does not grow
-    with the length of the text, but with that of a run of bytes that are no characters, which is decoded anew for each.
+    Without a stop string the text equals the tokenizer's `decode` of all tokens. Text is held back if it ends within a
+    character, or if it may be the beginning of a stop string. The time per token does not grow with the length of the
+    text. Only a run of bytes that are no valid characters is decoded again for each new token.
 
     Args:
-        tokenizer: the model's.
-        stop: strings before any of which the text ends; `stopped` is then true.
+        tokenizer: the model's tokenizer.
+        stop: stop strings; the text ends before the first stop string, and `stopped` becomes true.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._decode, self._stop = tokenizer.backend_tokenizer.decode, stop
-        self._ids: list[int] = []  # the last tokens: the first `_decoded` of them are decoded already
+        self._ids: list[int] = []  # the last tokens, of which the first `_decoded` are already text
         self._decoded = 0
-        self._pending = ""  # decoded, but may be the beginning of a stop string
+        self._pending = ""  # text that may be the beginning of a stop string
 
     def push(self, token_id: int) -> str:
-        """Take one token and return the text that became certain, possibly none."""
+        """Add one token, and return the text that is certain now. The text may be empty."""
         self._ids.append(token_id)
         return self._before_stop(self._new_text(final=False))
 
@@ -38,7 +39,8 @@ class Detokenizer:
         return "" if self.stopped else self._before_stop(self._new_text(final=True)) + self._pending
 
     def _new_text(self, final: bool) -> str:
-        # A space at the start belongs to the token before, so tokens before the new ones are decoded with them.
+        # A leading space is decoded only after an earlier token, so the new tokens are decoded with the tokens before
+        # them.
         before = self._decode(self._ids[: self._decoded], skip_special_tokens=False)
         text = self._decode(self._ids, skip_special_tokens=False)
         if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
@@ -51,7 +53,7 @@ class Detokenizer:
         if starts := [start for string in self._stop if (start := text.find(string)) >= 0]:
             self.stopped = True
             return text[: min(starts)]
-        # The longest end of the text that a stop string begins with.
+        # Hold back the longest end of the text that is the beginning of a stop string.
         longest = min(max(map(len, self._stop), default=1) - 1, len(text))
         lengths = (n for n in range(longest, 0, -1) if any(string.startswith(text[-n:]) for string in self._stop))
         end = len(text) - next(lengths, 0)
@@ -60,14 +62,14 @@ class Detokenizer:
 
 
 class TextStream:
-    """The text of a generator's tokens as they come; each sequence ends before a stop string.
+    """Streams the text of a generator's tokens. Each sequence ends before its first stop string.
 
-    Iterating gives the text piece by piece, `finish` the text of each sequence.
+    Iteration yields the text piece by piece. `finish` returns the text of each sequence.
 
     Args:
-        generator: of one sequence or more.
-        tokenizer: the model's.
-        stop: strings before any of which a text ends.
+        generator: a generator for one or more sequences.
+        tokenizer: the model's tokenizer.
+        stop: stop strings; a text ends before the first stop string.
 
     Raises:
         SmolseekError: for an empty stop string.
@@ -87,19 +89,19 @@ class TextStream:
         return next(self._stream)[1]
 
     def finish(self) -> list[str]:
-        """Generate to the end -> each sequence's text, from where it was read last."""
+        """Generate to the end. Return the text of each sequence that was not read before."""
         texts = [""] * len(self._detokenizers)
         for sequence, text in self._stream:
             texts[sequence] += text
         return texts
 
     def cancel(self) -> None:
-        """End before the next token; may be called from another thread."""
+        """End all sequences before their next token. This method may be called from another thread."""
         self._generator.cancel()
 
     @property
     def result(self) -> Result:
-        """Tokens, log-probabilities and times of the first sequence, and why it ended once it has."""
+        """Tokens, log-probabilities, times and stop reason of the first sequence."""
         return self._generator.results[0]
 
     def _read(self) -> Iterator[tuple[int, str]]:
