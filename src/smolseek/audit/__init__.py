@@ -1,1 +1,4 @@
-"""The audit: can the numbers of a language model be believed? One check a file; `runner.py` calls them all."""
+"""The audit: can the reported numbers of a language model be trusted?
+
+Each file has one group of checks, and `runner.py` runs all of them.
+"""

@@ -1,7 +1,8 @@
 """Causality: does a logit depend on a later token, or on another sequence of the batch?
 
-Inputs that must not matter are replaced and the logits compared, in units of the model's rounding noise
-(`probe.rounding_noise`); then the gradient of early logits with respect to later embeddings is taken.
+The first test replaces inputs that must not matter, and compares the logits. Changes are measured in units of the
+model's rounding noise (`probe.rounding_noise`). The second test computes the gradient of early logits with respect to
+later embeddings.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -18,7 +19,7 @@ from smolseek.audit.check import Check
 from smolseek.audit.probe import Subject
 
 TOKENS = 48
-"""Length of the test sequences: short enough to be fast, long enough to fill an expert's capacity."""
+"""Length of the test sequences. It is short enough to be fast, and long enough to fill the capacity of experts."""
 
 CHANGED = Check(
     name="causality: later tokens changed",
@@ -46,9 +47,10 @@ GRADIENT = replace(
 
 
 def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
-    """Check the model as it is, a float64 copy, and a copy with random weights.
+    """Check the original model, a float64 copy, and a copy with random weights.
 
-    Without `thorough` only the last of them, if the model can be copied.
+    If `thorough` is False, check only the copy with random weights. If the model cannot be copied, check the original
+    instead.
     """
     T, vocab = min(TOKENS, subject.context), subject.vocab
     if T < 4 or vocab < 2:
@@ -62,14 +64,14 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
         NEIGHBOURS: "largest change of the logits when the other sequences of the batch are replaced",
         GRADIENT: f"gradient of the logits up to t = {T // 2} to later embeddings, relative to earlier ones",
     }
-    # Of each check and set of weights the largest (figure, change).
+    # The largest (figure, change) of each check and each set of weights.
     measured: dict[Check, dict[str, tuple[float, float]]] = {check: {} for check in done}
     with probe.training_mode(subject.model, training=False):
         for weights, model, eps in _variants(subject.model, ids_1T, thorough):
             noise = probe.rounding_noise(model, ids_1T, eps)
             for check, change in _changes(model, ids_1T, vocab, positions, exact=eps is not None):
                 figure = change if check is GRADIENT else change / noise
-                figure = math.inf if math.isnan(figure) else figure  # `max` would lose a NaN
+                figure = math.inf if math.isnan(figure) else figure  # `max` would ignore a NaN
                 measured[check][weights] = max((figure, change), measured[check].get(weights, (0.0, 0.0)))
     checks = []
     for check, how in done.items():
@@ -86,15 +88,16 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
 
 
 def _variants(model: nn.Module, ids_1T: torch.Tensor, thorough: bool) -> Iterator[tuple[str, nn.Module, float | None]]:
-    """Yield a name of the weights, the model, and its rounding unit; None for that of the model's own number format.
+    """Yield a name for the weights, a model, and its rounding unit, which is None for the original model.
 
-    In the model's own format only inputs of one shape can be compared: another shape may be summed in another order.
+    In the original number format, only inputs of the same shape can be compared. Inputs of another shape may be summed
+    in another order.
     """
     precise = probe.precise_copy(model, ids_1T)
     if thorough or precise is None:
         yield "original weights", model, None
     if precise is not None:
-        eps = torch.finfo(torch.float32).eps  # many models compute norms and routers in float32 in any case
+        eps = torch.finfo(torch.float32).eps  # many models always compute norms and routers in float32
         if thorough:
             yield "float64 copy", precise, eps
         probe.randomize(precise)
@@ -105,7 +108,7 @@ def _variants(model: nn.Module, ids_1T: torch.Tensor, thorough: bool) -> Iterato
 def _changes(
     model: nn.Module, ids_1T: torch.Tensor, vocab: int, positions: list[int], exact: bool
 ) -> Iterator[tuple[Check, float]]:
-    """Yield changes that must be zero; without `exact` only those between inputs of one shape."""
+    """Yield changes that must be zero. Without `exact`, compare only inputs of the same shape."""
 
     def change_later(ids: torch.Tensor, base: torch.Tensor, t: int, seed: int) -> float:
         changed = ids.clone()
@@ -115,7 +118,8 @@ def _changes(
     base = probe.call(model, ids_1T).double()
     changes = [change_later(ids_1T, base, t, seed) for seed, t in enumerate(positions)]
     if not exact:
-        # The median: in a coarse number format rounding can flip one router's choice; a leak shows at every t.
+        # Take the median, because in a coarse number format rounding can change one router's choice. A leak shows at
+        # every t.
         yield CHANGED, sorted(changes)[len(changes) // 2]
         return
     yield CHANGED, max(changes)
@@ -125,7 +129,7 @@ def _changes(
     replaced = probe.replace_ids(batch, vocab, 4)
     replaced[1] = batch[1]
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    # Batch statistics and capacity limits may act in training mode only. Dropout stays off: it is random.
+    # Batch statistics and capacity limits may exist in training mode only. Dropout stays off because it is random.
     with probe.training_mode(model, training=True):
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -141,7 +145,7 @@ def _changes(
 
 
 def _gradient_to_later(model: nn.Module, embedding: nn.Embedding, ids_1T: torch.Tensor, t: int) -> float:
-    """Return the gradient of the logits up to t with respect to later embeddings, relative to that to earlier ones."""
+    """Return the size of the gradient of the logits up to t to later embeddings, relative to earlier embeddings."""
     leaves: list[torch.Tensor] = []
 
     def detach(_: nn.Module, __: object, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A check of the audit and its outcome, and how outcomes are recorded and printed."""
+"""A check of the audit with its outcome, and functions that record and print outcomes."""
 
 import math
 import shutil
@@ -12,38 +12,38 @@ from smolseek import console
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check; `judge` and `skip` return it with its outcome."""
+    """One check; `judge` and `skip` return a copy with its outcome."""
 
     name: str
-    """Group and name, such as `causality: later tokens changed`."""
+    """Group and name of the check, such as `causality: later tokens changed`."""
     limit: float = 0.0
-    """The figure must be at most this, or at least this if `least` is set; NaN fails."""
+    """The figure must be at most `limit`, or at least `limit` if `least` is set; NaN fails."""
     least: bool = False
     unit: str = ""
-    """Unit of the figure, printed after it; "of ..." for a share."""
+    """Unit that is printed after the figure; "of ..." means that the figure is a share."""
     meaning: str = ""
-    """What a failure means."""
+    """What a failure means for the model or the run."""
     look: str = ""
     """Where to look for the cause."""
     hint: str = ""
     """The usual fix."""
     status: Literal["pass", "fail", "skip"] = "skip"
-    """`skip` is neither: the check does not apply, or lacks what it needs."""
+    """`skip` means that the check does not apply, or that something it needs is missing."""
     figure: float | None = None
     done: str = ""
     """How the figure was measured, or why the check was skipped."""
 
     def judge(self, figure: float, done: str) -> "Check":
-        """Return the check passed or failed: `figure` was measured, and `done` says how."""
+        """Return the check with its outcome, passed or failed. `figure` is the measured value, and `done` says how."""
         passed = figure >= self.limit if self.least else figure <= self.limit
         return replace(self, status="pass" if passed else "fail", figure=figure, done=done)
 
     def skip(self, reason: str) -> "Check":
-        """Return the check skipped."""
+        """Return the check with the outcome `skip` and its reason."""
         return replace(self, done=reason)
 
     def shown(self, value: float) -> str:
-        """Return a figure as text, a share in percent."""
+        """Return a figure as text; a share is shown in percent."""
         scale, sign = (100, "%") if self.unit.startswith("of ") else (1, "")
         value *= scale
         return (f"{value:.0f}" if abs(value) < 1e6 and value == int(value) else f"{value:.3g}") + sign
@@ -65,13 +65,13 @@ def failures(checks: Sequence[Check]) -> list[Check]:
 
 
 def record(checks: Sequence[Check], when: str) -> dict[str, Any]:
-    """Return the record of an audit in a run's metrics; `when` is `start` or `end`."""
+    """Return the record of an audit for a run's metrics; `when` is `start` or `end`."""
     counts = {status: sum(check.status == status for check in checks) for status in ("pass", "fail", "skip")}
     return {"audit": when, "audit_counts": counts, "audit_findings": [check.record() for check in checks]}
 
 
 def lines(checks: Sequence[Check], *, failed_only: bool = False) -> Iterator[str]:
-    """Yield a line for each check (several for a failure), and the verdict; wrapped on a terminal."""
+    """Yield one line for each check, several for a failed check, and the verdict; lines are wrapped on a terminal."""
     width = max(72, shutil.get_terminal_size().columns) if console.on_terminal() else 10_000
     for check in failures(checks) if failed_only else checks:
         start = f"{check.status.upper()}  {check.name:<36} "

@@ -1,7 +1,7 @@
 """Copying: does the model repeat the token that it has just read or written?
 
-Unshifted labels or a missing mask teach a model to do so. Limit: five times the share of repeats in the text itself, or
-that share plus 0.1.
+A model learns to copy if labels are not shifted or the causal mask is missing. The limit is five times the share of
+repeated tokens in the text itself, or that share plus 0.1 if this is more.
 
 Shapes: B sequences, T tokens.
 """
@@ -38,7 +38,8 @@ SAMPLES = replace(
 def check_copying(subject: Subject) -> list[Check]:
     """Check for copying on the text `subject.sequences`.
 
-    A model whose loss is not below 0.85 ln V counts as untrained: with a tied head it repeats tokens in any case.
+    The check is skipped for untrained models, because an untrained model with a tied head repeats tokens anyway. A
+    model counts as untrained if its loss is not below 0.85 ln V.
     """
     ids_BT = subject.sequences
     if ids_BT is None:
@@ -66,7 +67,7 @@ def check_copying(subject: Subject) -> list[Check]:
 
 @torch.no_grad()
 def _read(model: nn.Module, ids_BT: torch.Tensor) -> tuple[float, float, float]:
-    """Return mean loss in nats, share of arg-max that repeat the current token, and that share in the text itself."""
+    """Return the mean loss in nats, and the share of repeated tokens in arg-max predictions and in the text itself."""
     nats, copies, repeats, count = 0.0, 0, 0, 0
     for ids in ids_BT.cpu().split(2):
         logits = probe.call(model, ids[:, :-1]).float().cpu()
@@ -80,7 +81,7 @@ def _read(model: nn.Module, ids_BT: torch.Tensor) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def _repeats_in_samples(model: nn.Module, prompts_BT: torch.Tensor, context: int) -> float:
-    """Return the share of sampled tokens that repeat the one before."""
+    """Return the share of sampled tokens that repeat the token before them."""
     generator = torch.Generator().manual_seed(14)
     ids = prompts_BT.cpu()
     for _ in range(NEW_TOKENS):

@@ -1,7 +1,7 @@
 """Decoding: are the logits the same with a cache, in a batch, and after saving and loading?
 
-The limit is a hundred times the rounding noise (`probe.rounding_noise`), since decoding sums in another order; after
-loading, logits must be equal bit for bit.
+The limit is a hundred times the rounding noise (`probe.rounding_noise`), because decoding sums in another order. After
+saving and loading, logits must be equal bit for bit.
 """
 
 import copy
@@ -71,7 +71,7 @@ def _check_cached(model: nn.Module, ids: torch.Tensor, noise: float) -> Check:
     ids = ids.to(probe.device_of(model))
     if isinstance(model, CausalLM):
         cache = Cache(model.config, 1, T, dtype=model.lm_head.weight.dtype, device=ids.device)
-        # Many tokens, then three, then one by one: each of them has its own path through attention.
+        # First many tokens, then three, then one at a time: each case has its own code path in attention.
         chunks = [ids[:, : T // 2], ids[:, T // 2 : T // 2 + 3], *ids[:, T // 2 + 3 :].split(1, dim=1)]
         cached = torch.cat([model(chunk, cache) for chunk in chunks], dim=1).double()
         uncached = probe.call(model, ids).double()

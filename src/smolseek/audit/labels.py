@@ -1,7 +1,8 @@
-"""Target: which token does the loss compare each position with, and with what weight?
+"""Targets: which token is the target of each position in the loss, and what is its weight?
 
-The loss function is called on known sequences of distinct tokens, with a model whose logits are chosen here. At uniform
-logits d loss / d logits[b, t] = w (1/V - [target]): the most negative entry is the target, and w its weight.
+The loss function is called with known sequences of distinct tokens, and with a model that returns chosen logits. At
+uniform logits, d loss / d logits[b, t] = w (1/V - [target]). So the most negative entry of this gradient is the target,
+and w is its weight.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -20,7 +21,7 @@ from smolseek.errors import reason
 from smolseek.model.transformer import Hidden
 
 LENGTH = 24
-"""Tokens of a test sequence."""
+"""Number of tokens in a test sequence."""
 SHIFTS = range(-1, 4)
 
 SHIFT = Check(
@@ -61,21 +62,25 @@ MEAN = Check(
 
 
 class PlantedModel(nn.Module):
-    """Returns chosen logits for the known sequences `ids_BT`: sure of the token `shift` on, or uniform for None.
+    """Returns chosen logits for the known sequences `ids_BT`.
 
-    It can be called like any model, and has the `hidden` and `lm_head` of `CausalLM`; the head is the identity.
+    At position t, the model predicts the token at t + `shift` with near certainty. If `shift` is None, the logits are
+    uniform.
+
+    The model has the methods `forward` and `hidden` and the attribute `lm_head` of `CausalLM`; the head is the
+    identity.
     """
 
     def __init__(self, ids_BT: torch.Tensor, vocab: int, shift: int | None) -> None:
         super().__init__()
         self.ids_BT, self.vocab, self.shift = ids_BT, vocab, shift
         self.outputs: list[tuple[int, torch.Tensor]] = []
-        """Position of the first token of each call, and the logits returned."""
+        """For each call, the position of the first token, and the returned logits."""
         self.lm_head = nn.Linear(vocab, vocab, bias=False)
         nn.init.eye_(self.lm_head.weight)
 
     def forward(self, ids: torch.Tensor, **_: Any) -> torch.Tensor:
-        """Return logits [B, t, V] for ids [B, t], a part of the known sequences."""
+        """Return logits [B, t, V] for `ids` [B, t], which must be a part of the known sequences."""
         B, T = self.ids_BT.shape
         t = ids.shape[1]
         starts = range(T - t + 1) if ids.shape[0] == B else ()
@@ -92,27 +97,28 @@ class PlantedModel(nn.Module):
         return logits
 
     def hidden(self, ids: torch.Tensor, **_: Any) -> Hidden:
-        """Return the logits as the hidden state, no load and no balance loss."""
+        """Return the logits as the hidden state, with an empty load and a balance loss of 0."""
         logits = self(ids)
         return Hidden(logits, ids.new_zeros((0, 0)), logits.new_zeros(()))
 
 
 class Position(NamedTuple):
-    """A position that counts in the loss."""
+    """A position that contributes to the loss."""
 
     shift: int
-    """Distance to the token that it is compared with; 99 if that token is nowhere near."""
+    """Distance from the position to its target token; 99 if the target is not within `SHIFTS`."""
     target: int
     weight: float
 
 
 def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: int | None = None) -> list[Check]:
-    """Check the shift of a loss function, padding, end of text, and the mean.
+    """Check how a loss function shifts targets, treats padding and end of text, and computes the mean.
 
     Args:
-        loss: (logits [B, T, V], ids [B, T]) -> scalar, or (model, ids) -> scalar if its first parameter is `model`.
-        pad_id: id of padding tokens, None if there is no padding.
-        eos_id: id of the end of a text, None if there is none.
+        loss: a function (logits [B, T, V], ids [B, T]) -> scalar, or (model, ids) -> scalar if its first parameter is
+            named `model`.
+        pad_id: id of the padding token, or None if there is no padding.
+        eos_id: id of the token that ends a text, or None if there is no such token.
     """
     vocab = max(2 * LENGTH + 8, (pad_id or 0) + 1, (eos_id or 0) + 1)
     ids_BT = _distinct_tokens(pad_id, eos_id)
@@ -150,7 +156,7 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
     if pad_id is not None and pad_id == eos_id:
         expected = len(positions)
     uneven = max(weights) / min(weights) - 1 if weights else float("nan")
-    # A wrong shift and padding that counts have a check of their own.
+    # A wrong shift and padding in the loss are judged by the checks above.
     judged_above = shift != 1 or any(position.target == pad_id for position in positions)
     missing = 0.0 if judged_above else abs(len(positions) / expected - 1)
     mean = MEAN.judge(
@@ -162,7 +168,10 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
 
 
 def _distinct_tokens(pad_id: int | None, eos_id: int | None) -> torch.Tensor:
-    """Return [2, T] distinct tokens; the first sequence has an end token in its middle, the second ends in padding."""
+    """Return two sequences of distinct tokens [2, T].
+
+    The first sequence has `eos_id` in its middle, and the second has padding at its end.
+    """
     free = [i for i in range(2 * LENGTH + 8) if i not in (pad_id, eos_id)]
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(0))[: 2 * LENGTH]
     ids_BT = torch.tensor(free)[order].view(2, LENGTH).clone()
@@ -176,7 +185,7 @@ def _distinct_tokens(pad_id: int | None, eos_id: int | None) -> torch.Tensor:
 def _run(
     loss: Callable[..., Any], ids_BT: torch.Tensor, vocab: int, shift: int | None
 ) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
-    """Return the loss with a `PlantedModel`, and that model's outputs."""
+    """Return the loss of a `PlantedModel`, and the outputs of this model."""
     model = PlantedModel(ids_BT, vocab, shift)
     takes_model = next(iter(inspect.signature(loss).parameters), None) == "model"
     value = loss(model if takes_model else model(ids_BT), ids_BT)
@@ -188,7 +197,10 @@ def _run(
 def _positions(
     ids_BT: torch.Tensor, begins: list[int], gradients: tuple[torch.Tensor | None, ...]
 ) -> Iterator[Position]:
-    """Yield each position that counts in the loss, by the gradients [B, t, V] of logits from position `begin` on."""
+    """Yield each position that contributes to the loss, from the gradients [B, t, V] of the logits.
+
+    The logits of a call begin at the position in `begins`.
+    """
     for begin, gradient in zip(begins, gradients, strict=True):
         if gradient is None:
             continue
@@ -196,6 +208,6 @@ def _positions(
         for b, t in (least < -1e-9).nonzero().tolist():
             target = int(target_BT[b, t])
             shifts = [k for k in SHIFTS if 0 <= begin + t + k < ids_BT.shape[1] and ids_BT[b, begin + t + k] == target]
-            # Padding repeats itself: the next token is the favourable reading.
+            # Several shifts can match in padding: assume that the target is the next token.
             shift = 1 if 1 in shifts else shifts[0] if shifts else 99
             yield Position(shift, target, float(-least[b, t]) / (1 - 1 / gradient.shape[-1]))

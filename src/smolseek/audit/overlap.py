@@ -1,4 +1,4 @@
-"""Data: is validation text in the training text, and did the run train on the text that its record names?
+"""Data: does the training text contain validation text, and did the run train on the text in its configuration?
 
 The 13-gram overlap is the contamination measure of GPT-3 (2005.14165, appendix C).
 """
@@ -16,10 +16,10 @@ from smolseek.data.datasets import Corpus
 from smolseek.data.split import in_validation, text_key
 
 N = 13
-# The hash of N words is the sum of their codes times these, modulo 2^64.
+# The hash of N words is the sum of their codes multiplied by these factors, modulo 2^64.
 _FACTORS = np.random.default_rng(0).integers(1, 1 << 64, N, np.uint64, endpoint=False) | np.uint64(1)
 CHARACTERS = 50_000_000
-"""Training text that is searched, at most."""
+"""At most this many characters of training text are searched."""
 
 DUPLICATES = Check(
     name="data: duplicates",
@@ -45,10 +45,10 @@ NEVER_TRAINED_ON = Check(
 
 
 def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = False) -> list[Check]:
-    """Check for documents on both sides of the split; `sampled` if `train` is a part of the training text."""
+    """Check for text on both sides of the split. `sampled` means that `train` is only a part of the training text."""
     where = f"{'a sample of ' if sampled else 'the '}{len(train):,} training documents"
     digests = {_digest(text) for text in train}
-    # The share of each validation document's word sequences that are in training text.
+    # For each validation document, compute the share of its 13-grams that occur in the training text.
     ngrams = [_ngrams(text) for text in validation]
     known = np.unique(np.concatenate([*ngrams, np.zeros(1, np.uint64)]))
     seen = np.zeros(len(known), dtype=bool)
@@ -75,23 +75,24 @@ def _digest(text: str) -> bytes:
 
 
 def _ngrams(text: str) -> np.ndarray:
-    """Return a 64-bit hash of each sequence of 13 words, letters and digits only."""
+    """Return a 64-bit hash of each 13-gram of words. Only letters and digits count."""
     matches = re.findall(r"[a-z0-9]+", text.lower())
     codes = np.array([zlib.crc32(word.encode()) for word in matches] or [0], np.uint64)
     return np.convolve(codes, _FACTORS, "valid") if len(codes) >= N else codes[:0]
 
 
 def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Check:
-    """Check that a run trained on the training side of its split.
+    """Check that a run trained only on the training side of its split.
 
     Args:
-        corpus: its documents, split again from their texts.
-        val_fraction: share of the documents that are held out.
-        state: the data position of its checkpoint, with the fingerprint of the documents it read; None without one.
+        corpus: the documents of the run, which have been read and split again.
+        val_fraction: share of the documents on the validation side.
+        state: the data position in the run's checkpoint, with the fingerprint of the documents it read; None without a
+            checkpoint.
     """
     if state is None:
         return NEVER_TRAINED_ON.skip("no checkpoint with a data position")
-    # Of a document that was cut, a part's position decides its side; of others, their text.
+    # The side of a part of a cut document depends on its position. The side of other documents depends on their text.
     keys = {chunk.text: chunk.key for chunk in corpus.cut.chunks} if corpus.cut else {}
     wrong = sum(in_validation(keys.get(text, text_key(text)), val_fraction) for text in corpus.train)
     differs = state.get("fingerprint") != corpus.fingerprint()
@@ -103,7 +104,7 @@ def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Che
 
 
 def first_characters(documents: Sequence[str], characters: int) -> list[str]:
-    """Return the first documents, `characters` in all; the last one may be cut."""
+    """Return the first documents with `characters` characters in total; the last document may be cut."""
     first: list[str] = []
     for text in documents:
         if characters <= 0:

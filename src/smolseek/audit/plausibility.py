@@ -1,4 +1,4 @@
-"""Plausibility: is a loss too low for the text and the number of tokens that the model was trained on?
+"""Plausibility: is a loss too low to be true, given the text and the number of training tokens?
 
 Limit: half of the lowest of three baselines.
 1. A 5-gram model of the training text, on held-out text. Neural models reach 0.8 of the nats of a Kneser-Ney 5-gram on
@@ -21,9 +21,9 @@ import numpy as np
 from smolseek.audit.check import Check
 
 XZ_CHARACTERS = 1_000_000
-"""Training text that xz reads before the held-out text."""
+"""Number of characters of training text that xz reads before the validation text."""
 EPOCHS = 4
-"""A training loss after more epochs is not judged: it falls by memorisation (2305.16264)."""
+"""After more than this many epochs, the training loss is not judged, because memorisation lowers it (2305.16264)."""
 
 LOSS = Check(
     name="plausibility: loss",
@@ -41,18 +41,18 @@ def scaling_law_nats(tokens: float) -> float:
 
 
 def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) -> float:
-    """Return the mean cross-entropy, in nats a token, of an interpolated Witten-Bell model of `order`.
+    """Return the mean cross-entropy in nats per token of an interpolated Witten-Bell model of order `order`.
 
     p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)), where d(h) is the number of distinct tokens after h
-    (Witten and Bell 1991; Chen and Goodman 1998), down to 1/vocab below the unigram; it sums to 1 over the vocabulary.
-    The first test tokens have shorter histories.
+    (Witten and Bell 1991; Chen and Goodman 1998). Below the unigram, p is 1/vocab. The probabilities sum to 1 over the
+    vocabulary. The first test tokens have shorter histories.
     """
     train, test = np.asarray(train_N, np.uint64), np.asarray(test_N, np.uint64)
     p = np.full(len(test), 1.0 / vocab)
     history_train, history_test = np.zeros(len(train), np.uint64), np.zeros(len(test), np.uint64)
     for n in range(order):
         if n:
-            # The history grows by the token n positions back; a 64-bit hash stands for it.
+            # Add the token n positions back to the history, which is represented by a 64-bit hash.
             history_train[n:] = _mix(history_train[n:], train[:-n], n)
             history_test[n:] = _mix(history_test[n:], test[:-n], n)
         continued = _mix(history_train[n:], train[n:], 0)
@@ -68,7 +68,7 @@ def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) 
 
 
 def _mix(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
-    """Hash a history `a` together with a token `b`."""
+    """Return the hash of a history `a` and a token `b`."""
     with np.errstate(over="ignore"):
         x = (a ^ np.uint64(n * 0x51ED27F)) * np.uint64(0x9E3779B97F4A7C15) + b + np.uint64(1)
         x = (x ^ (x >> np.uint64(31))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -76,17 +76,17 @@ def _mix(a: np.ndarray, b: np.ndarray, n: int) -> np.ndarray:
 
 
 def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Return the value of each query, 0 if it is not among the sorted `keys`."""
+    """Return the value of each query, or 0 if the query is not among the sorted `keys`."""
     i = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
     return np.where(keys[i] == queries, values[i], 0)
 
 
 def xz_nats(before: str, text: str, tokens: int) -> float:
-    """Return how many nats per token `text`, of `tokens` tokens, adds to the xz -9 size of `before`."""
+    """Return by how many nats per token `text` (`tokens` tokens) increases the xz -9 size of `before`."""
 
     def size(characters: str) -> int:
         data = characters.encode("utf-8")
-        # The same bytes as with the 64 MiB dictionary of -9, which takes 674 MB of memory for any text.
+        # The output is the same as with the 64 MiB dictionary of -9, which always takes 674 MB of memory.
         dictionary = min(max(len(data), 4096), 64 << 20)
         return len(lzma.compress(data, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": dictionary}]))
 
@@ -100,9 +100,10 @@ def text_baselines(
     test_texts: Sequence[str],
     vocab: int,
 ) -> dict[str, float]:
-    """Return the nats per token of a unigram model, a 5-gram model and xz on the documents `test` (ids).
+    """Return the nats per token of a unigram model, a 5-gram model and xz on the documents `test` (token ids).
 
-    They are fitted to the documents `train`; `train_texts` and `test_texts` are the text of both.
+    All three baselines are fitted to the documents `train`. `train_texts` and `test_texts` are the same documents as
+    text.
     """
     train_N, test_N = (np.concatenate([np.asarray(ids, np.int64) for ids in side]) for side in (train, test))
     before = "\n\n".join(train_texts)[-XZ_CHARACTERS:]
@@ -120,13 +121,13 @@ def check_plausibility(
     corpus_tokens: float | None = None,
     baselines: dict[str, float] | None = None,
 ) -> list[Check]:
-    """Check each of `losses` (nats per token, named `training` and `validation`).
+    """Check each loss in `losses`, in nats per token.
 
     Args:
-        losses: the losses that are reported.
-        tokens: tokens trained on.
-        corpus_tokens: distinct training tokens; a training loss after more than 4 epochs over them is not judged.
-        baselines: nats per token, from `text_baselines`.
+        losses: the reported losses, named `training` and `validation`.
+        tokens: number of training tokens.
+        corpus_tokens: number of distinct training tokens. A training loss after more than 4 epochs is not judged.
+        baselines: nats per token of each baseline, from `text_baselines`.
     """
     known = dict(baselines or {})
     if tokens:
@@ -148,9 +149,9 @@ def check_plausibility(
 
 
 def reported_losses(records: Sequence[dict[str, Any]]) -> tuple[dict[str, float], float | None]:
-    """Return the last losses in a run's metrics, by name, and its number of training tokens.
+    """Return the last losses in a run's metrics by name, and the run's number of training tokens.
 
-    Steps that only calibrate the router biases, with frozen weights, train on no token.
+    Tokens of bias-calibration steps, in which the weights are frozen, are not counted.
     """
     training = [r for r in records if "loss" in r and "lr" in r]
     losses: dict[str, float] = {}

@@ -1,7 +1,7 @@
-"""The model under audit: how it is called, copied and perturbed.
+"""The audited model, and functions that call, copy and perturb it.
 
-A model is a torch module that maps ids (int64 [B, T]) to logits [B, T, V], itself or as `.logits` of what it returns.
-Shapes: B batch, T tokens, V vocabulary, D embedding features.
+A model is a torch module that maps ids (int64 [B, T]) to logits [B, T, V]. It returns the logits directly, or as
+`.logits` of its output. Shapes: B batch, T tokens, V vocabulary, D embedding features.
 """
 
 import copy
@@ -21,7 +21,7 @@ from smolseek.run_folder import RunFolder
 
 @dataclass(kw_only=True)
 class Subject:
-    """A model under audit, and what is known about it."""
+    """The audited model, with what is known about it."""
 
     model: nn.Module
     vocab: int
@@ -29,33 +29,33 @@ class Subject:
     context: int = 1 << 20
     """Longest sequence that the model accepts, in tokens."""
     loss: Callable[..., Any] | None = None
-    """The loss function, as `labels.check_loss` takes it."""
+    """The loss function, in the form that `labels.check_loss` expects."""
     step: Callable[[nn.Module, torch.Tensor], Any] | None = None
-    """A training step (model, ids)."""
+    """A function (model, ids) that runs one training step."""
     build: Callable[[], nn.Module] | None = None
-    """Returns a new model of the same architecture."""
+    """A function that returns a new model of the same architecture."""
     pad_id: int | None = None
     eos_id: int | None = None
-    """End of a text."""
+    """Id of the token that ends a text."""
     tokenizer: Any = None
     sequences: torch.Tensor | None = None
-    """Text for the model to read, ids [N, T]."""
+    """Token ids [N, T] of text that the model reads."""
     trained: bool | None = None
-    """None if unknown; the audit then judges by the loss on `sequences`."""
+    """Whether the model is trained. If this is None, the audit decides by the loss on `sequences`."""
     balanced_steps: int = 0
-    """Training steps in which the router biases were updated."""
+    """Number of training steps in which the router biases were updated."""
     run: RunFolder | None = None
     config: TrainConfig | None = None
     """Configuration of the run."""
 
 
 def call(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Return the model's logits [B, T, V] for `ids_BT`, with the same random numbers (dropout) on every call.
+    """Return the model's logits [B, T, V] for `ids_BT`, with the same random numbers (for dropout) on every call.
 
-    The model may return them alone, as `.logits`, or first in a tuple.
+    The model may return the logits directly, as `.logits` of its output, or as the first entry of a tuple.
 
     Raises:
-        SmolseekError: if the model fails, or returns something else.
+        SmolseekError: if the model fails, or does not return logits.
     """
     device = device_of(model)
     options = {"use_cache": False} if is_transformers(model) else {}
@@ -77,23 +77,23 @@ def call(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
 
 
 def random_ids(batch: int, tokens: int, vocab: int, seed: int) -> torch.Tensor:
-    """Return ids [batch, tokens] drawn from the whole vocabulary."""
+    """Return random ids [batch, tokens] from the full vocabulary."""
     return torch.randint(vocab, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def replace_ids(ids: torch.Tensor, vocab: int, seed: int) -> torch.Tensor:
-    """Return `ids` with every token replaced by a different one."""
+    """Return `ids` with every token replaced by a different token."""
     shift = torch.randint(1, vocab, ids.shape, generator=torch.Generator().manual_seed(seed))
     return (ids + shift) % vocab
 
 
 def largest_change(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the largest absolute difference of two tensors of one shape."""
+    """Return the largest absolute difference of two tensors of the same shape."""
     return float((a - b).abs().max())
 
 
 def is_transformers(model: nn.Module) -> bool:
-    """Return whether `model` is one of the transformers library's."""
+    """Return whether `model` is a model of the library transformers."""
     return hasattr(model, "generate") and hasattr(model, "config") and hasattr(model, "main_input_name")
 
 
@@ -104,12 +104,12 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the module behind `torch.compile`, or `model` itself."""
+    """Return the original module of a model compiled by `torch.compile`, or `model` itself."""
     return getattr(model, "_orig_mod", model)
 
 
 def precise_copy(model: nn.Module, ids_BT: torch.Tensor) -> nn.Module | None:
-    """Return an uncompiled copy in float64 without gradients; in float32 if float64 fails, None if both do."""
+    """Return an uncompiled copy without gradients in float64, or in float32 if float64 fails; None if both fail."""
     for dtype in (torch.float64, torch.float32):
         try:
             precise = copy.deepcopy(uncompiled(model)).to(dtype).eval().requires_grad_(False)
@@ -123,9 +123,10 @@ def precise_copy(model: nn.Module, ids_BT: torch.Tensor) -> nn.Module | None:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Draw every matrix from N(0, 1/inputs) and vectors of zeros from N(0, 0.01); other vectors stay.
+    """Draw every matrix from N(0, 1/inputs), and vectors of zeros from N(0, 0.01). Other vectors are not changed.
 
-    Initial weights can hide a leak: some projections start at zero, others are so small that rounding hides a leak.
+    Initial weights can hide a leak, because some projections start at zero, and others are so small that the leak is
+    below rounding.
     """
     generator = torch.Generator().manual_seed(1)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
@@ -143,7 +144,7 @@ def randomize(model: nn.Module) -> None:
 
 @contextmanager
 def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Within, the model is in training or evaluation mode; afterwards each module has its previous mode."""
+    """Context in which the model is in training or evaluation mode; on exit, modules return to their previous modes."""
     modes = [module.training for module in model.modules()]
     model.train(training)
     try:
@@ -155,7 +156,10 @@ def training_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 @contextmanager
 def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], Any]) -> Iterator[None]:
-    """Within, `hook(module, arguments, output)` is a forward hook of the modules and may replace their output."""
+    """Context in which `hook(module, arguments, output)` is a forward hook of `modules`.
+
+    The hook may replace the output of a module.
+    """
     handles = [module.register_forward_hook(hook) for module in modules]
     try:
         yield
@@ -166,7 +170,7 @@ def hooked(modules: Iterable[nn.Module], hook: Callable[[nn.Module, Any, Any], A
 
 @torch.no_grad()
 def find_embedding(model: nn.Module, ids_BT: torch.Tensor) -> nn.Embedding | None:
-    """Return the embedding whose input is the ids themselves, None if there is none."""
+    """Return the embedding whose input is the token ids, or None if the model has no such embedding."""
     embeddings: list[nn.Embedding] = []
 
     def compare_input(module: nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
@@ -183,9 +187,10 @@ def find_embedding(model: nn.Module, ids_BT: torch.Tensor) -> nn.Embedding | Non
 def rounding_noise(model: nn.Module, ids_BT: torch.Tensor, eps: float | None = None) -> float:
     """Return the largest change of the logits when every embedding value changes by up to four rounding units.
 
-    This is rounding error as amplified by all layers. Without an embedding, 64 rounding units of the largest logit
-    stand for it. If two equal calls give different logits, their difference counts too. `eps` is the relative rounding
-    unit; by default that of the coarsest floating-point type among the parameters.
+    This change estimates the rounding error of the model, as amplified by all layers. Without an embedding, 64 rounding
+    units of the largest logit are used instead. If two equal calls give different logits, their difference is added.
+    `eps` is the relative rounding unit. The default is the rounding unit of the coarsest floating-point type among the
+    parameters.
     """
     if eps is None:
         dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point} or {torch.float32}

@@ -1,6 +1,7 @@
-"""Routing: is the load balanced, does the router learn, and does the router bias act on the choice of experts only?
+"""Routing: is the load balanced, does the router learn, and does the router bias affect only the choice of experts?
 
-MaxVio is the largest load over the mean load, minus 1 (2408.15664); its limit is 2, or 0.8 of the worst possible.
+MaxVio is the largest load divided by the mean load, minus 1 (2408.15664). Its limit is 2, or 0.8 of the largest
+possible MaxVio if this is less.
 
 Shapes: B batch, T tokens, N all tokens, K experts per token, E experts, L layers with experts.
 """
@@ -26,11 +27,11 @@ BIAS_NAMES = (
     "balance_bias",
     "router_bias",
 )
-"""Names in public models of the bias that is added to the router's scores for the choice only."""
+"""Names that public models use for the router bias, which is added to the scores only to choose experts."""
 BALANCED = 1000
-"""Steps after which the load should be balanced: biases change by 1e-3 a step, and scores lie within 1."""
+"""Steps after which the load should be balanced, because biases change by 1e-3 a step and scores are at most 1."""
 STEPS = 3
-"""Training steps run with `--step`."""
+"""Number of training steps that the check runs with `--step`."""
 
 DEAD = Check(
     name="routing: dead experts",
@@ -72,7 +73,7 @@ BIASES_MOVE = Check(
 
 
 def check_routing(subject: Subject) -> list[Check]:
-    """Check the routers; loads are judged on trained weights only."""
+    """Check the routers. The load is judged only if the weights are trained."""
     model = probe.uncompiled(subject.model)
     routers = dict(_find_routers(model))
     if not routers:
@@ -86,7 +87,7 @@ def check_routing(subject: Subject) -> list[Check]:
 
 
 def _find_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the routers by name: modules with a router bias, or a `gate` or `router` beside `experts`."""
+    """Yield (name, router): modules with a router bias, and modules named `gate` or `router` next to `experts`."""
     for name, module in model.named_modules():
         if _bias(module) is not None:
             yield name, module
@@ -118,7 +119,7 @@ def _check_load(subject: Subject, model: nn.Module, routers: dict[str, nn.Module
         K = float(load_LE[0].sum()) / max(1, tokens)
         violation_L = load_LE.amax(dim=1) / load_LE.mean(dim=1) - 1
         largest = int(violation_L.argmax())
-        # At worst every token chooses the same K experts: E/K - 1.
+        # MaxVio is at most E/K - 1, which means that every token chooses the same K experts.
         uneven = replace(MAX_VIO, limit=min(2.0, 0.8 * (E / max(K, 1e-9) - 1))).judge(
             float(violation_L.mean()),
             f"largest load over mean load, minus 1, mean of {L} layers over {tokens:,} tokens "
@@ -130,9 +131,9 @@ def _check_load(subject: Subject, model: nn.Module, routers: dict[str, nn.Module
 
 @torch.no_grad()
 def _measure_load(model: nn.Module, routers: dict[str, nn.Module], ids: torch.Tensor) -> torch.Tensor | None:
-    """Return the load of each router [L, E], float64; None if the routers do not return it, or differ in E.
+    """Return the load of each router [L, E], float64, or None if outputs do not show it or routers differ in E.
 
-    It is counted from their outputs: the chosen ids [N, K], or else gate weights [N, E] with zeros.
+    The load is counted from the routers' outputs: from the chosen ids [N, K], or from gate weights [N, E] with zeros.
     """
     load: dict[nn.Module, torch.Tensor] = {}
 
@@ -158,7 +159,7 @@ def _measure_load(model: nn.Module, routers: dict[str, nn.Module], ids: torch.Te
 
 
 def _gives_zeros(model: nn.Module, router: str) -> bool:
-    """Return whether the experts beside the router named `router` have down projections of zeros."""
+    """Return whether the experts of the router named `router` have down projections that are zero."""
     down = getattr(getattr(model.get_submodule(router.rpartition(".")[0]), "experts", None), "down_proj", None)
     return isinstance(down, torch.Tensor) and not bool(down.detach().any())
 
@@ -191,7 +192,7 @@ def _check_gradient(model: nn.Module, routers: dict[str, nn.Module], ids: torch.
 
 @torch.no_grad()
 def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
-    """Change each router bias a little: only tokens at the border between two experts may be affected."""
+    """Change each router bias a little, which may only affect tokens for which two experts are nearly tied."""
     ids = probe.random_ids(1, 48, vocab, 8)
     precise = probe.precise_copy(model, ids)
     if precise is None:
@@ -199,13 +200,14 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
     shares: dict[str, float] = {}
 
     def change_bias(name: str, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Call the layer again with another bias, and compare its output."""
+        """Call the layer again with a changed bias, and compare the outputs."""
         bias = _bias(precise.get_submodule(name))
         if name in shares or bias is None:
             return
         shares[name] = 0.0
         draw = torch.rand(bias.shape, generator=torch.Generator().manual_seed(9)).to(bias)
-        # Nearly equal changes alter few choices; their difference also shows in gate weights that are normalised.
+        # Nearly equal changes of the biases alter few choices. Their small differences still affect normalised gate
+        # weights.
         change = (1 + draw) * 1e-4
         bias += change
         before, after = (
@@ -221,7 +223,7 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
         handles.append(layer.register_forward_hook(partial(change_bias, name), with_kwargs=True))
     probe.call(precise, ids)
     for handle in handles:
-        handle.remove()  # the hooks refer to the copy: with them it would stay in memory
+        handle.remove()  # a remaining hook would keep the copy in memory
     if not shares:
         return BIAS_IN_WEIGHTS.skip("the layers around the routers are not called as modules")
     return BIAS_IN_WEIGHTS.judge(
@@ -232,7 +234,7 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
 
 
 def _check_update(subject: Subject, model: nn.Module, biased: list[str]) -> Check:
-    """Compare the router biases before and after training steps; without `--step`, look for biases of zero."""
+    """Compare the router biases before and after training steps. Without `--step`, look for biases that are zero."""
     if subject.step is not None:
         trained = copy.deepcopy(model).train()
         for n in range(STEPS):
@@ -247,7 +249,7 @@ def _check_update(subject: Subject, model: nn.Module, biased: list[str]) -> Chec
         router = model.get_submodule(name)
         bias = _bias(router)
         assert bias is not None
-        # If every token chooses every expert, loads are equal and biases stay at zero.
+        # If every token chooses every expert, the loads are equal, and the biases rightly stay at zero.
         constant += not bool(bias.any()) and getattr(router, "top_k", 0) < len(bias)
     return BIASES_MOVE.judge(
         constant, f"of {len(biased)} layers those whose biases are zero after {subject.balanced_steps:,} steps"

@@ -1,4 +1,4 @@
-"""All checks of the audit: of a model alone, and with its text, its reported losses and its run."""
+"""Runs all checks of the audit on a model, its text, its reported losses and its run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,18 +23,19 @@ from smolseek.storage.checkpoint import load_state
 from smolseek.tokenizer import Encode
 
 SEQUENCES, TOKENS = 16, 128
-"""Validation text that a model reads for copying and expert load."""
+"""Number and length of the validation sequences on which copying and expert load are measured."""
 TRAIN_CHARACTERS, TEST_CHARACTERS = 4_000_000, 200_000
-"""Text for the baselines of plausibility: about a million and fifty thousand tokens."""
+"""Text for the plausibility baselines: about a million training tokens and fifty thousand validation tokens."""
 
 
 def audit_model(subject: Subject, *, thorough: bool = True) -> list[Check]:
     """Check a model and its loss: causality, target, copying, routing, decoding.
 
-    Without `thorough` it is faster, for the start of a training run: one set of weights, and no decoding.
+    If `thorough` is False, one set of weights is checked, and decoding is left out. This is faster, and used at the
+    start of a training run.
     """
     device = probe.device_of(subject.model)
-    # The run that is audited continues with its own random numbers.
+    # The audit must not change the random numbers of the audited run.
     random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with random_state, probe.training_mode(subject.model, training=False):
         checks = check_causality(subject, thorough=thorough)
@@ -48,7 +49,7 @@ def audit_model(subject: Subject, *, thorough: bool = True) -> list[Check]:
         checks += copying + check_routing(subject)
         if thorough:
             checks += check_decoding(subject)
-    give_back_freed_memory()  # of the float64 copies
+    give_back_freed_memory()  # the memory of the float64 copies
     return checks
 
 
@@ -60,15 +61,15 @@ def audit(
     encode: Encode | None = None,
     reported: tuple[dict[str, float], float | None] | None = None,
 ) -> list[Check]:
-    """Return all checks of `subject`.
+    """Run all checks of `subject` and return them.
 
     Args:
-        subject: the model and what is known about it.
-        corpus: its training and validation documents.
-        documents: what the model reads if there is no corpus.
+        subject: the model, with what is known about it.
+        corpus: the training and validation documents of the model.
+        documents: text that the model reads if there is no corpus.
         encode: the tokenizer's `encoder`.
-        reported: losses to judge, in nats per token by name (training, validation), and tokens trained on; by default
-            those in the metrics of its run.
+        reported: losses to judge (nats per token, named training and validation), and the number of training tokens.
+            The default is taken from the metrics of the run.
     """
     run, config = subject.run, subject.config
     checkpoints = run.checkpoint_paths() if run is not None else []
@@ -101,13 +102,13 @@ def _check_losses(
     train_ids = encode(train)
     baselines = text_baselines(train_ids, encode(test), train, test, vocab)
     size = None
-    if corpus.sample_of is None:  # a sample does not show the size of the data set
+    if corpus.sample_of is None:  # a sample does not show the size of the full data
         size = sum(map(len, train_ids)) / sum(map(len, train)) * sum(map(len, corpus.train))
     return check_plausibility(losses, tokens=tokens, corpus_tokens=size, baselines=baselines)
 
 
 def text_sequences(documents: Sequence[str], encode: Encode, vocab: int, context: int) -> torch.Tensor | None:
-    """Return up to 16 sequences of 128 tokens, each from one document; shorter ones if no document is so long.
+    """Return up to 16 sequences of 128 tokens, each from one document. Sequences are shorter if all documents are.
 
     Raises:
         SmolseekError: if the text has tokens beyond the model's vocabulary.
@@ -117,7 +118,7 @@ def text_sequences(documents: Sequence[str], encode: Encode, vocab: int, context
     if T < 2:
         return None
     sequences = [ids[i : i + T] for ids in encoded for i in range(0, len(ids) - T + 1, T)]
-    # Spread over the documents, not all from the first.
+    # Take sequences from all documents, and not only from the first ones.
     ids_NT = torch.tensor([list(ids) for ids in sequences[:: max(1, len(sequences) // SEQUENCES)][:SEQUENCES]])
     if int(ids_NT.max()) >= vocab:
         raise SmolseekError(

@@ -1,4 +1,4 @@
-"""What `smolseek audit TARGET` accepts: a preset, a model or run of ours, any model folder, or a function."""
+"""Opens the TARGET of `smolseek audit`: a preset, a model or run of smolseek, another model folder, or a function."""
 
 import pkgutil
 import re
@@ -29,10 +29,10 @@ def is_function(name: str) -> bool:
 
 
 def import_function(name: str) -> Callable[..., Any]:
-    """Return the function `package.module:function`; the current folder is searched first.
+    """Import the function `package.module:function`. The current folder is searched first.
 
     Raises:
-        SmolseekError: if the module does not import, or has no such function.
+        SmolseekError: if the module cannot be imported, or has no such function.
     """
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -51,10 +51,10 @@ def open_subject(target: str, dtype: str = "auto") -> Subject:
     Args:
         target: a preset (initial weights), a run folder, a checkpoint, a Hugging Face folder of any causal language
             model, a .gguf file, `smollm2`, or package.module:function, which returns a torch module.
-        dtype: number format of the weights, by torch's name; `auto` is that of the file.
+        dtype: number format of the weights, with torch's name; `auto` keeps the number format of the file.
 
     Raises:
-        SmolseekError: if there is no such model, or it does not map ids to logits.
+        SmolseekError: if the model does not exist, or does not map ids to logits.
     """
     if is_function(target):
         build = import_function(target)
@@ -88,13 +88,13 @@ def open_subject(target: str, dtype: str = "auto") -> Subject:
 
 
 def _open_stock(target: str, path: Path, dtype: str) -> Subject:
-    """Open a folder of another architecture with stock transformers: no remote code, no pickles."""
+    """Open a model folder of another architecture with transformers, without remote code and pickles."""
     model = open_with_transformers(path, dtype, target, "copy or download it anew")
     try:
         tokenizer = load_tokenizer(str(path))
     except SmolseekError:
         tokenizer = None
-    with quiet():  # transformers warns about its choice of a loss
+    with quiet():  # silences a warning of transformers about its choice of a loss
         loss = getattr(model, "loss_function", None)
     eos = model.config.eos_token_id
     return Subject(
@@ -102,7 +102,7 @@ def _open_stock(target: str, path: Path, dtype: str) -> Subject:
         vocab=_vocab(model),
         context=getattr(model.config, "max_position_embeddings", None) or Subject.context,
         tokenizer=tokenizer,
-        # Padding is left to the collator there.
+        # In transformers, the collator masks padding, so there is no pad_id.
         loss=loss and (lambda logits, ids: loss(logits=logits, labels=ids, vocab_size=logits.shape[-1])),
         eos_id=eos[0] if isinstance(eos, list) else eos,
     )
@@ -120,7 +120,7 @@ def _build(build: Callable[[], Any], name: str) -> nn.Module:
 
 
 def _vocab(model: nn.Module) -> int:
-    """Return the size of the vocabulary, from the shape of the logits."""
+    """Return the size of the vocabulary, which is the last dimension of the logits."""
     with torch.no_grad():
         return call(model, torch.zeros(1, 4, dtype=torch.int64)).shape[-1]
 
@@ -133,7 +133,9 @@ def _model_type(path: Path) -> str | None:
 
 
 def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
-    """Return training and validation documents from sources, split as training splits them, or from a function.
+    """Return training and validation documents from sources or from a function.
+
+    Documents from sources are split as for training.
 
     A function package.module:function returns two lists of texts.
 

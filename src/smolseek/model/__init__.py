@@ -1,1 +1,1 @@
-"""The architecture: attention, experts and the transformer. It does not import torch.distributed."""
+"""The model architecture: attention, experts and the transformer. This package does not import torch.distributed."""

@@ -1,8 +1,8 @@
 """Attention: multi-head latent (MLA, DeepSeek-V2 2405.04434 section 2.1) and grouped-query (2305.13245).
 
-Shapes: B batch, T new tokens, A of them with queries (the last ones), S tokens (cached and new), D hidden_size, H
-query heads, G key/value heads, Q features of a query head (MLA: N without and R with position), V of a value head, L
-kv_lora_rank, X features of all heads.
+Shapes: B batch, T new tokens, A last tokens that have queries, S cached and new tokens, D hidden_size, H query heads, G
+key/value heads, Q features of a query head (in MLA: N without RoPE and R with RoPE), V features of a value head, L
+kv_lora_rank, X features of all heads together.
 """
 
 import torch
@@ -33,7 +33,7 @@ class MLA(nn.Module):
         self.interleave = config.rope_interleave
         self.scale = softmax_scale(config.rope_parameters, config.qk_head_dim)
         D, bias = config.hidden_size, config.attention_bias
-        # The two latent norms have epsilon 1e-6, not rms_norm_eps, as in transformers.
+        # As in transformers, the two latent norms have epsilon 1e-6, and not rms_norm_eps.
         if config.q_lora_rank is None:
             self.q_proj = Linear(D, self.heads * config.qk_head_dim, bias=False)
         else:
@@ -49,9 +49,9 @@ class MLA(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Attend causally -> [B, A, D]. With a cache the new tokens follow the cached ones.
+        """Compute causal attention -> [B, A, D]. With a cache, the new tokens follow the cached tokens.
 
-        `last` is A, the number of final tokens with queries; None for all tokens.
+        `last` is A, the number of final tokens that have queries; None means all tokens.
         """
         T = x_BTD.shape[1]
         x_BAD = x_BTD if last is None else x_BTD[:, T - last :]
@@ -66,7 +66,7 @@ class MLA(nn.Module):
             rotated = rotate(pe_BTR, *cos_sin, interleave=self.interleave)
             cached_BSF = cache.append(self.layer, torch.cat((c_BTL, rotated), dim=-1))
             S = cached_BSF.shape[1]
-            if S > T:  # few queries: cheaper on the latents than with the keys and values of every head
+            if S > T:  # with few queries, attention on the latents is cheaper
                 cos, sin = (c if last is None else c[..., T - last :, :] for c in cos_sin)
                 inputs = q_BAX, self.kv_b_proj.weight, cached_BSF, cache.unseen(S), (cos, sin)
                 return self.o_proj(absorbed_attention(*inputs, sizes, self.scale, self.interleave))
@@ -91,7 +91,7 @@ class GQA(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """As `MLA.forward`."""
+        """Compute causal attention, with the arguments of `MLA.forward`."""
         T = x_BTD.shape[1]
         A = T if last is None else last
         cos, sin = (per_head(c) for c in cos_sin)

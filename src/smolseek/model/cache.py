@@ -1,4 +1,4 @@
-"""The KV cache: one preallocated tensor a layer.
+"""The KV cache: one preallocated tensor per layer.
 
 Shapes: B batch, C capacity in tokens, T new tokens, S cached tokens, F cached features per token and layer.
 """
@@ -12,33 +12,34 @@ from smolseek.config import ModelConfig
 
 
 class Cache:
-    """Preallocated cache: the latent and the shared rotary key for MLA, keys and values for GQA.
+    """Preallocated cache of the latent and the shared rotary key (MLA), or of keys and values (GQA).
 
-    All sequences have the same `length` unless `set_lengths` gives each its own; then tokens are appended one by one.
+    All sequences have the same `length`, unless `set_lengths` gives each sequence its own length. With different
+    lengths, only one token per sequence can be appended at a time.
 
     Args:
-        config: the model's shape.
+        config: gives the number of layers and of cached features.
         batch: number of sequences.
-        capacity: tokens for which memory is allocated.
+        capacity: number of tokens for which memory is allocated.
         dtype: number format of the cached features.
-        device: of the cached features.
+        device: device of the cached features.
     """
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         shape = (batch, capacity, config.cache_features)
-        # Zeros: a masked token's features are multiplied by 0, and 0 times a stray NaN would be NaN.
+        # Zeros, because a masked token's features are multiplied by 0, and 0 times NaN is NaN.
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.batch, self.capacity, self.dtype = batch, capacity, dtype
         self.length = 0
         self.lengths_B: torch.Tensor | None = None
-        """Cached tokens of each sequence (int64), where they differ; `length` is then the longest."""
+        """Number of cached tokens of each sequence (int64), or None if all have `length` tokens."""
 
     def append(self, layer: int, new_BTF: torch.Tensor) -> torch.Tensor:
-        """Write the new tokens of one layer and return all cached ones [B, S, F], a view.
+        """Write the new tokens of one layer, and return a view of all cached tokens [B, S, F].
 
-        `length` stays the same until `advance` is called, after all layers.
+        `length` does not change until the caller has appended to all layers and calls `advance`.
         """
         end = self.length + new_BTF.shape[1]
         assert end <= self.capacity, "the caller keeps within the capacity"
@@ -51,35 +52,35 @@ class Cache:
         return cached[:, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more as cached."""
+        """Increase the number of cached tokens by `tokens`."""
         self.length += tokens
         if self.lengths_B is not None:
             self.lengths_B = self.lengths_B + tokens
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Set the number of cached tokens of each sequence."""
+        """Set the number of cached tokens of each sequence; `length` becomes the largest number."""
         assert len(lengths) == self.batch
         self.length = max(lengths)
         alike = min(lengths) == self.length
         self.lengths_B = None if alike else torch.tensor(lengths, dtype=torch.int64, device=self.layers[0].device)
 
     def unseen(self, seen: int) -> torch.Tensor | None:
-        """Return the mask [B, 1, S] of positions beyond a sequence's newest token, or None for equal lengths."""
+        """Return a mask [B, 1, S], True beyond the newest token of a sequence; None if all lengths are equal."""
         if self.lengths_B is None:
             return None
         return (torch.arange(seen, device=self.lengths_B.device) > self.lengths_B[:, None])[:, None]
 
     def entry(self, index: int) -> "Cache":
-        """Return an empty cache of one sequence in the memory of batch entry `index`."""
+        """Return an empty cache for one sequence, in the memory of batch entry `index`."""
         view = copy.copy(self)
         view.layers = [layer[index : index + 1] for layer in self.layers]
         view.batch, view.length, view.lengths_B = 1, 0, None
         return view
 
     def reorder(self, entries: Sequence[int]) -> None:
-        """Make the batch of `entries`, indices of the present one that may repeat. Only entries that move are copied.
+        """Replace the batch by the batch entries with the indices `entries`, which may repeat.
 
-        The memory stays allocated: a smaller batch uses its first part.
+        Only entries that move are copied. The memory stays allocated, and a smaller batch uses its first part.
         """
         assert len(entries) <= self.layers[0].shape[0]
         self.batch = len(entries)
@@ -94,5 +95,5 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Number of allocated bytes."""
         return sum(layer.nbytes for layer in self.layers)

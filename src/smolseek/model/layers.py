@@ -8,7 +8,7 @@ from smolseek.ops.linear import linear
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer with the kernel for reading prompts (`ops/linear`)."""
+    """PyTorch's linear layer, with a faster kernel for prompts (`ops/linear`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., F]."""

@@ -1,4 +1,4 @@
-"""Translates Hugging Face's `LlamaConfig` into a `ModelConfig`. Imports no torch."""
+"""Converts Hugging Face's `LlamaConfig` to a `ModelConfig`. This module does not import torch."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from smolseek.errors import SmolseekError
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_TYPES = ("default", "linear", "llama3")
 
-# LlamaConfig's values for keys that a config.json omits.
+# LlamaConfig's default values for keys that are missing in a config.json.
 DEFAULTS = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -22,9 +22,10 @@ DEFAULTS = {
 
 
 def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """Return the configuration of a Llama's `config.json`; `where` names the file in error messages.
+    """Return the configuration for a Llama's `config.json`; `where` names the file in error messages.
 
-    `values` has the `rope_parameters` of transformers 5. Keys without effect on inference are ignored.
+    `values` is the content of the file, with `rope_parameters` as in transformers 5. Keys without effect on inference
+    are ignored.
 
     Raises:
         SmolseekError: for a missing size or an unsupported setting.
@@ -46,6 +47,6 @@ def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     known |= {name: values.get(name, default) for name, default in DEFAULTS.items()}
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")
     known["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-    # None for the default size, whether config.json names it or not.
+    # None means the default size, which config.json may name or omit.
     known["head_dim"] = None if head_dim and head_dim * heads == values["hidden_size"] else head_dim
     return from_dict(ModelConfig, {"model_type": "llama", **known}, where)

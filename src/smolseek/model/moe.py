@@ -1,4 +1,4 @@
-"""DeepSeekMoE (2401.06066; DeepSeek-V3 2412.19437, section 2.1.2): shared and routed experts, never dropping a token.
+"""DeepSeekMoE (2401.06066; DeepSeek-V3 2412.19437, section 2.1.2): shared and routed experts, without token dropping.
 
 Shapes: B batch, T tokens, N = B*T tokens, D hidden_size, E routed experts, K experts per token, F neurons of an
 expert, M = N*K slots (token, expert) sorted by expert.
@@ -33,18 +33,18 @@ class MLP(nn.Module):
 
 
 class Routing(NamedTuple):
-    """The router's choice for N tokens."""
+    """The router's output for N tokens."""
 
     weights_NK: torch.Tensor
-    """Gate weights, float32."""
+    """Gate weights of the chosen experts, float32."""
     experts_NK: torch.Tensor
-    """Chosen experts."""
+    """Indices of the chosen experts."""
     scores_NE: torch.Tensor
-    """Sigmoid affinities without the balancing bias, float32."""
+    """Sigmoid affinities of all experts, without the balancing bias, float32."""
 
 
 class Router(nn.Module):
-    """Sigmoid router. A balancing bias affects which experts are chosen, not their weights (equations 12-16)."""
+    """Sigmoid router (equations 12-16). The balancing bias affects the choice of experts, but no gate weights."""
 
     e_score_correction_bias: torch.Tensor
 
@@ -57,7 +57,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
-        """Choose K experts for each token, in float32 even under autocast."""
+        """Choose K experts for each token. The computation is in float32 even under autocast."""
         with torch.autocast(x_ND.device.type, enabled=False):
             scores_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
         with torch.no_grad():
@@ -71,7 +71,7 @@ class Router(nn.Module):
         return Routing(weights_NK * self.factor, experts_NK, scores_NE)
 
     def _keep_best_groups(self, choice_NE: torch.Tensor) -> torch.Tensor:
-        """Mask all but the best groups; a group's score is that of its two best experts (section 2.1.2)."""
+        """Mask all but the best groups. A group's score is the sum of its two best experts' scores (section 2.1.2)."""
         choice_NGX = choice_NE.unflatten(1, (self.groups, -1))
         group_NG = choice_NGX.topk(2, dim=-1).values.sum(dim=-1)
         best = group_NG.topk(self.top_groups, dim=-1, sorted=False).indices
@@ -80,10 +80,11 @@ class Router(nn.Module):
 
 
 def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
-    """Return the indices of each token's k largest numbers [N, k], in no particular order."""
+    """Return the indices [N, k] of the k largest numbers of each token, in any order."""
     if not (triton_supports(choice_NE) and torch.compiler.is_compiling()) or k > 8:
         return choice_NE.topk(k, dim=-1, sorted=False).indices
-    # CUDA's topk uses a block of threads for each token. Compiled, these few reductions take as long as reading.
+    # CUDA's topk uses a block of threads for each token, which is slow. When compiled, the following k reductions take
+    # no longer than reading their input.
     number_E = torch.arange(choice_NE.shape[1], device=choice_NE.device)
     indices = []
     for _ in range(k):
@@ -94,42 +95,42 @@ def _best(choice_NE: torch.Tensor, k: int) -> torch.Tensor:
 
 
 class Dispatched(NamedTuple):
-    """Slots (token, expert) of this process's experts."""
+    """The routed slots (token, expert) of this process's experts."""
 
     x_MD: torch.Tensor
-    """Tokens sorted by expert, in the products' type."""
+    """Tokens sorted by expert, in the number format of the matrix multiplications."""
     counts_E: torch.Tensor
-    """Slots of each expert of this process."""
+    """Number of slots of each expert in this process."""
     load_E: torch.Tensor
-    """Slots of each expert, of this process's tokens."""
+    """Number of slots of each expert of the layer that come from this process's tokens."""
     permutation: Any
-    """For `combine`."""
+    """The order of the slots, which `combine` needs."""
 
 
 class LocalDispatcher:
-    """Permutes tokens to their experts on this device, and the results back, in a fixed order.
+    """Permutes tokens into the order of their experts on this device, and permutes the results back.
 
-    Expert parallelism replaces it by a dispatcher with the same two methods.
+    The order is deterministic. Expert parallelism replaces this class by a dispatcher with the same two methods.
     """
 
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:
-        """Return the tokens sorted by expert; the permutation is their order."""
+        """Return the tokens sorted by expert, and the permutation that sorts them."""
         experts_M = experts_NK.flatten()
-        # int16: a GPU's radix sort takes time proportional to the size of the key.
+        # int16, because the time of a GPU's radix sort is proportional to the size of the key.
         sorted_M, order_M = experts_M.to(torch.int16).sort(stable=True)
-        # Not bincount, which reads the maximum on the host and so synchronizes with the GPU in every layer.
+        # Not bincount, because it reads the maximum on the host, which would wait for the GPU in every layer.
         all_E = torch.arange(n_experts, dtype=sorted_M.dtype, device=sorted_M.device)
         counts_E = torch.searchsorted(sorted_M, all_E, right=True).diff(prepend=experts_M.new_zeros(1))
         x_MD = permute(x_ND, order_M, experts_NK.shape[1], product_type(x_ND))
         return Dispatched(x_MD, counts_E, counts_E, order_M)
 
     def combine(self, y_MD: torch.Tensor, permutation: Any, weights_NK: torch.Tensor) -> torch.Tensor:
-        """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`."""
+        """Return the weighted sum of the expert outputs of each token [N, D], in the dtype of `y_MD`."""
         return unpermute(y_MD, permutation, weights_NK)
 
 
 class Experts(nn.Module):
-    """The routed experts, stacked. For SwiGLU `gate_up_proj` has the gate's rows first, then the up-projection's."""
+    """The routed experts, stacked. For SwiGLU, `gate_up_proj` has first the gate's rows, then the up-projection's."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -146,23 +147,23 @@ class Experts(nn.Module):
     def forward(
         self, x_MD: torch.Tensor, counts_E: torch.Tensor, accumulate: bool = False, padded: bool = True
     ) -> torch.Tensor:
-        """Apply expert e to its `counts_E[e]` slots of `x_MD`, sorted by expert -> [M, D].
+        """Apply the experts to the slots `x_MD`, which are sorted by expert -> [M, D].
 
-        `accumulate` and `padded` are those of `grouped_experts`.
+        Expert e has `counts_E[e]` slots. `accumulate` and `padded` are passed to `grouped_experts`.
         """
         up_proj = self.gate_up_proj if self.gated else self.up_proj
         weights = Weights(up_proj, self.down_proj, self.up_bias, self.down_bias)
-        padded = padded and x_MD.shape[0] > self.top_k  # not for a single token
+        padded = padded and x_MD.shape[0] > self.top_k  # a single token needs no padding
         return grouped_experts(x_MD, counts_E, weights, gated=self.gated, padded=padded, accumulate=accumulate)
 
 
 class Load(NamedTuple):
-    """The distribution of one forward pass's tokens over the experts of a layer."""
+    """How one forward pass distributes its tokens over the experts of a layer."""
 
     counts_E: torch.Tensor
-    """Slots (token, expert) of each expert."""
+    """Number of routed slots (token, expert) of each expert."""
     balance: torch.Tensor
-    """Sequence-wise balance loss without its weight alpha, a scalar (equations 17-20)."""
+    """Sequence-wise balance loss before it is multiplied by alpha, a scalar (equations 17-20)."""
 
 
 class MoE(nn.Module):
@@ -174,23 +175,23 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts: MLP | None = None
         if config.mlp_gated:
-            # Without shared experts the matrices exist but are empty, as in transformers.
+            # As in transformers, a model without shared experts has empty matrices here.
             self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.n_shared_experts = config.n_shared_experts
         self.dispatcher = LocalDispatcher()
 
     def forward(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load]:
-        """Return the layer's output [B, T, D] and its load; `accumulate` is that of `grouped_experts`.
+        """Return the layer's output [B, T, D] and its load; `accumulate` is passed to `grouped_experts`.
 
-        The load is returned rather than stored, so that recomputation and evaluation cannot count a token twice.
+        The load is returned and not stored, so that recomputation and evaluation cannot count a token twice.
         """
         B, T, _ = x_BTD.shape
         x_ND = x_BTD.flatten(0, 1)
         routing = self.gate(x_ND)
         n_experts = routing.scores_NE.shape[1]
         x_MD, counts_E, load_E, permutation = self.dispatcher.dispatch(x_ND, routing.experts_NK, n_experts)
-        # A prompt (several tokens in inference mode) needs no padding: it is read once. Compiled code is for training,
-        # and dynamo cannot trace the mode.
+        # A prompt (several tokens in inference mode) is read only once, so it needs no padding. Compiled code is for
+        # training, and dynamo cannot trace `is_inference_mode_enabled`.
         padded = torch.compiler.is_compiling() or T == 1 or not torch.is_inference_mode_enabled()
         y_MD = self.experts(x_MD, counts_E, accumulate, padded)
         y_BTD = self.dispatcher.combine(y_MD, permutation, routing.weights_NK).view(B, T, -1)
@@ -202,9 +203,10 @@ class MoE(nn.Module):
 
 
 def sequence_balance(routing: Routing, batch: int) -> torch.Tensor:
-    """Return sum_i f_i P_i, averaged over the sequences (DeepSeek-V3, equations 17-20); 1 when balanced.
+    """Return sum_i f_i P_i, averaged over the sequences (DeepSeek-V3, equations 17-20); 1 if the load is balanced.
 
-    f_i = E / (K T) * tokens of expert i, P_i = mean over the sequence of the scores normalised to sum 1.
+    f_i is E / (K T) times the number of tokens of expert i. P_i is the mean normalised score of expert i over the
+    sequence; the normalised scores of a token sum to 1.
     """
     scores_BTE = routing.scores_NE.unflatten(0, (batch, -1))
     experts_BX = routing.experts_NK.unflatten(0, (batch, -1)).flatten(1)

@@ -1,9 +1,9 @@
 """Activation checkpointing: which results of a layer are saved for the backward pass, and which are recomputed.
 
-`full` saves only a layer's input. `selective` saves the result of attention and the products of the feed-forward layer.
-It recomputes norms, rotations, activations, permutations and the projections before attention, which take much memory
-for their cost (Korthikanti et al. 2205.05198; DeepSeek-V3 2412.19437, section 3.2.3, recomputes norms, MLA's
-up-projections and SwiGLU). Recomputed results are the same to the last bit.
+`full` saves only a layer's input. `selective` saves the result of attention and the matrix multiplications of the
+feed-forward layer. It recomputes norms, RoPE, activations, permutations and the projections before attention, because
+these need much memory and little computation (Korthikanti et al. 2205.05198). DeepSeek-V3 recomputes norms, MLA's
+up-projections and SwiGLU (2412.19437, section 3.2.3). Recomputed results are bit for bit those of the forward pass.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from smolseek.ops import grouped_experts, mla_attention  # noqa: F401  they register operators named below
+from smolseek.ops import grouped_experts, mla_attention  # noqa: F401  these register the operators below
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -35,7 +35,7 @@ _PRODUCTS = {
 def checkpointed(
     block: Any, x_BTD: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], accumulate: bool, how: Checkpointing
 ) -> Any:
-    """Apply `block`, saving results for the backward pass as `how` says."""
+    """Apply `block`, and save results for the backward pass as `how` says."""
     run = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if how == "full":
         return run(block, x_BTD, cos_sin, accumulate=accumulate)

@@ -12,12 +12,12 @@ from smolseek.config import RopeConfig
 
 
 def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Tensor:
-    """Return the angles per position [P] in float32, P = dim / 2.
+    """Return the rotation angle per position of each frequency [P] in float32, P = dim / 2.
 
-    Types: `default` theta^(-2i/dim); `linear` divides all by `factor` (2306.15595); `llama3` divides the low ones
-    and blends in between (Llama 3.1, 2407.21783); `yarn` blends along a ramp over the number of rotations
-    (2309.00071, section 3.2); `longrope` divides each by its entry of a list (2402.13753), another list `beyond` the
-    original context.
+    `default` frequencies are theta^(-2i/dim). `linear` divides all of them by `factor` (2306.15595). `llama3` divides
+    the low frequencies by `factor`, keeps the high ones, and interpolates in between (Llama 3.1, 2407.21783). `yarn`
+    interpolates along a ramp over the number of rotations (2309.00071, section 3.2). `longrope` divides each frequency
+    by an entry of a list (2402.13753); with `beyond`, of the list for positions beyond the original context.
     """
     ladder = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     inverse, context = 1.0 / ladder, rope.original_max_position_embeddings or 0
@@ -33,7 +33,8 @@ def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Te
         low, high = rope.low_freq_factor or 0, rope.high_freq_factor or 0
         keep = ((context * inverse / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
         return inverse * keep + inverse / rope.factor * (1 - keep)
-    # yarn: the (fractional) features whose frequencies make so many rotations within the original context.
+    # yarn: the fractional feature indices whose frequencies make `beta_fast` and `beta_slow` rotations in the original
+    # context.
     turns = (context / (rotations * 2 * math.pi) for rotations in (rope.beta_fast or 32, rope.beta_slow or 1))
     low, high = (dim * math.log(t) / (2 * math.log(rope.rope_theta)) for t in turns)
     if rope.truncate is None or rope.truncate:
@@ -50,7 +51,7 @@ def _yarn_mscale(factor: float, mscale: float = 1.0) -> float:
 
 
 def attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
-    """Return the factor on cos and sin: 1 except for yarn (2309.00071, section 3.3) and longrope (2402.13753)."""
+    """Return the factor of cos and sin, 1 except for yarn (2309.00071, section 3.3) and longrope (2402.13753)."""
     if rope.rope_type not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -66,7 +67,10 @@ def attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
 
 
 def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:
-    """Return the factor on MLA's scores: qk_head_dim^(-1/2), and DeepSeek's `mscale_all_dim` squared under yarn."""
+    """Return the factor of MLA's attention scores.
+
+    The factor is qk_head_dim^(-1/2), multiplied for yarn by the square of DeepSeek's `mscale_all_dim` factor.
+    """
     scale = qk_head_dim**-0.5
     if rope.rope_type != "default" and rope.mscale_all_dim and rope.factor:
         scale *= _yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
@@ -74,7 +78,7 @@ def softmax_scale(rope: RopeConfig, qk_head_dim: int) -> float:
 
 
 class Rope(nn.Module):
-    """Cosines and sines of positions."""
+    """Computes the cosines and sines of RoPE for token positions."""
 
     short_P: torch.Tensor
     long_P: torch.Tensor
@@ -89,7 +93,7 @@ class Rope(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Compute the frequencies; needed again after building on the meta device."""
+        """Compute the frequencies. Call this again after building the model on the meta device."""
         if self.short_P.device.type != "meta":
             self.short_P.copy_(frequencies(self.rope, self.dim))
             self.long_P.copy_(frequencies(self.rope, self.dim, beyond=True))
@@ -97,14 +101,14 @@ class Rope(nn.Module):
     def forward(self, positions: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin [..., T, P] in float32 for `positions` [..., T].
 
-        `length` is the number of tokens so far; it selects longrope's list of factors.
+        `length` is the number of tokens so far, which selects longrope's list of factors.
         """
         inverse_P = self.long_P if self.limit is not None and length > self.limit else self.short_P
         angles = positions[..., None].float() * inverse_P.float()
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def each(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin [..., P] for `positions` [...], each as if that token were the newest."""
+        """Return cos and sin [..., P] for `positions` [...], each computed as for the newest token of its sequence."""
         cos, sin = self(positions, 0)
         if self.limit is not None:
             beyond = (positions >= self.limit)[..., None]

@@ -1,4 +1,4 @@
-"""The size of a configuration: parameters, cache and arithmetic, counted on the meta device."""
+"""Counts the parameters, the cache size and the FLOPs of a configuration, on the meta device."""
 
 import itertools
 from dataclasses import dataclass
@@ -11,28 +11,28 @@ from smolseek.model.transformer import CausalLM
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Number of parameters of a model and its parts."""
+    """Numbers of parameters of a model and its parts."""
 
     embedding: int
     layers: tuple[int, ...]
-    """Of each layer, router biases included."""
+    """Parameters of each layer, including router biases."""
     norm: int
-    """The last norm."""
+    """Parameters of the last norm."""
     lm_head: int
-    """0 when tied to the embedding."""
+    """Parameters of the head; 0 if it is tied to the embedding."""
     active: int
-    """What one token uses: all but the experts that it is not routed to, and an embedding that is not also the head."""
+    """Parameters that one token uses: all but unchosen experts and the embedding. A tied embedding counts as head."""
     balancing: int
-    """Router biases for balancing, part of the layers."""
+    """Number of router biases, which are also counted in `layers`."""
 
     @property
     def total(self) -> int:
-        """All parameters, router biases included."""
+        """Number of all parameters, including router biases."""
         return self.embedding + sum(self.layers) + self.norm + self.lm_head
 
 
 def count(config: ModelConfig) -> Counts:
-    """Count the parameters of `config` without allocating them."""
+    """Count the parameters of `config` without allocating memory for them."""
     with torch.device("meta"):
         model = CausalLM(config)
     layers, idle = [], 0
@@ -55,11 +55,11 @@ def count(config: ModelConfig) -> Counts:
 
 
 def flops_per_token(config: ModelConfig, context: int) -> int:
-    """Return the floating point operations of a forward pass per token, averaged over a sequence of `context` tokens.
+    """Return the FLOPs of a forward pass per token, averaged over a sequence of `context` tokens.
 
-    Two for each active weight in a product (the embedding is a look-up, the head a product), and for causal
-    attention two for each feature of a query and value per pair of tokens, (context + 1) / 2 pairs on average.
-    A training step costs three times this.
+    Each active weight in a matrix multiplication counts as 2 FLOPs. The head is a matrix multiplication, and the
+    embedding is a look-up. In causal attention, each query-key pair of tokens costs 2 FLOPs for each feature of a query
+    and of a value, and a token has (context + 1) / 2 pairs on average. A training step costs three times as much.
     """
     counts = count(config)
     products = counts.active - counts.balancing - counts.norm
@@ -69,9 +69,10 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
 
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> dict[str, int]:
-    """Return the bytes cached per token by this model, and by MHA and GQA with its heads.
+    """Return the cached bytes per token of this model, and of MHA and GQA models with the same heads.
 
-    For an MLA model GQA has a quarter of the heads (as in the seed experiment, 8/2), else the model's key-value heads.
+    If the model is MLA, the GQA model has a quarter of its heads as key-value heads (8/2 in the seed experiment).
+    Otherwise GQA has the model's own key-value heads.
     """
     heads = config.num_attention_heads
     size = config.v_head_dim if config.is_mla else config.qk_head_dim
@@ -83,7 +84,7 @@ def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> dict[str, int
 
 
 def size_text(n: float) -> str:
-    """Return a number of bytes with its unit."""
+    """Return a number of bytes as text with its unit."""
     unit = 0
     while n >= 1000 and unit < 4:
         n, unit = n / 1000, unit + 1
@@ -120,7 +121,7 @@ def architecture(config: ModelConfig) -> list[str]:
 
 
 def parameter_lines(config: ModelConfig) -> list[str]:
-    """Return the number of parameters of each part, one line each, as the seed experiment prints them."""
+    """Return one line of text with the number of parameters for each part of the model."""
     counts = count(config)
     balancing = f" ({counts.balancing:,} of them balancing biases)" if counts.balancing else ""
     lines = [f"Total parameters: {counts.total:,}{balancing}", f"Active per token: {counts.active:,}"]

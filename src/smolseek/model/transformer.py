@@ -1,4 +1,4 @@
-"""The decoder-only transformer. DeepSeek-V3, Llama and the seed experiment's model are cases of one class.
+"""The decoder-only transformer: one class for DeepSeek-V3, Llama and the model of the seed experiment.
 
 Shapes: B batch, T new tokens, D hidden_size, V vocab_size, L layers with experts, E routed experts.
 """
@@ -37,21 +37,21 @@ class Block(nn.Module):
         last: int | None = None,
         accumulate: bool = False,
     ) -> tuple[torch.Tensor, Load | None]:
-        """Return the residual stream [B, T, D] after the layer, and the load of its experts, if any.
+        """Return the residual stream [B, T, D] after the layer, and the load of its experts or None.
 
-        `last` and `accumulate` are those of `CausalLM.hidden`.
+        `last` and `accumulate` have the meaning that they have in `CausalLM.hidden`.
         """
         return self.apply_mlp(self.attend(x_BTD, cos_sin, cache, last), accumulate)
 
     def attend(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Return the residual stream [B, T, D] after attention, with `last` only of the last tokens."""
+        """Return the residual stream [B, T, D] after attention; with `last`, only for the last `last` tokens."""
         h_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache, last)
         return (x_BTD if last is None else x_BTD[:, -last:]) + h_BTD
 
     def apply_mlp(self, x_BTD: torch.Tensor, accumulate: bool = False) -> tuple[torch.Tensor, Load | None]:
-        """Return the residual stream [B, T, D] after the feed-forward part, and the load of its experts, if any."""
+        """Return the residual stream [B, T, D] after the feed-forward part, and the load of its experts or None."""
         h_BTD = self.post_attention_layernorm(x_BTD)
         if isinstance(self.mlp, MoE):
             y_BTD, load = self.mlp(h_BTD, accumulate)
@@ -60,12 +60,12 @@ class Block(nn.Module):
 
 
 def call_block(block: Any, x_BTD: torch.Tensor, cos_sin: CosSin, accumulate: bool) -> tuple[torch.Tensor, Load | None]:
-    """Call one layer as in training. Compiled, this function serves all layers."""
+    """Call one layer as in training. All layers share this function, so it is compiled only once."""
     return block(x_BTD, cos_sin, accumulate=accumulate)
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm; its name in a checkpoint is `model`."""
+    """Embedding, blocks and the last norm. In a checkpoint, this module has the name `model`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -81,15 +81,16 @@ class Hidden(NamedTuple):
     hidden_BTD: torch.Tensor
     """Normalised last hidden state."""
     load_LE: torch.Tensor
-    """Slots (token, expert) of each layer with experts (int64); [0, 0] without such layers."""
+    """Number of routed slots (token, expert) of each expert in each layer (int64); shape [0, 0] without experts."""
     balance: torch.Tensor
-    """Sequence-wise balance loss summed over the layers, without its weight alpha."""
+    """Sequence-wise balance loss, summed over the layers, before it is multiplied by alpha."""
 
 
 class CausalLM(nn.Module):
-    """A language model: token ids in, logits of the next token out.
+    """A language model that maps token ids to logits of the next token.
 
-    Parameter names are Hugging Face's; the routed experts are stacked. `new_model` gives one with initial weights.
+    Parameters have Hugging Face's names, and the routed experts are stacked. `new_model` builds a model with initial
+    weights.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -107,7 +108,7 @@ class CausalLM(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_buffers(self) -> None:
-        """Compute what is not in a checkpoint (RoPE's frequencies); call it after building on the meta device."""
+        """Compute RoPE's frequencies, which checkpoints omit. Call this after building the model on the meta device."""
         self.model.rope.reset_buffers()
 
     @property
@@ -118,14 +119,16 @@ class CausalLM(nn.Module):
     def hidden(
         self, ids_BT: torch.Tensor, cache: Cache | None = None, *, last: int | None = None, accumulate: bool = False
     ) -> Hidden:
-        """Run the decoder over `ids_BT`, which follow the tokens in `cache`.
+        """Run the decoder on `ids_BT`, the tokens that follow those in `cache`.
 
         Args:
             ids_BT: token ids (int64).
-            cache: keys and values of earlier tokens; those of the new ones are appended.
-            last: the number of final tokens to return; the last layer computes queries for them only.
+            cache: the cache with the earlier tokens; the new tokens are appended to it.
+            last: return only the hidden states of this many final tokens. The last layer computes queries for these
+                tokens only.
             accumulate: on a CPU, the backward pass adds the gradients of experts and embedding to their `.grad` in
-                place. Autograd does not see them: use it only with `backward()`, not with `torch.autograd.grad`.
+                place. Autograd does not see these gradients, so use `accumulate` only with `backward()` and not with
+                `torch.autograd.grad`.
         """
         T = ids_BT.shape[1]
         start = cache.length if cache is not None else 0
@@ -156,12 +159,12 @@ class CausalLM(nn.Module):
         return Hidden(self.model.norm(x_BTD if last is None else x_BTD[:, -last:]), load_LE, balance)
 
     def forward(self, ids_BT: torch.Tensor, cache: Cache | None = None, last: int | None = None) -> torch.Tensor:
-        """Return the logits [B, T, V] of the token after each one of `ids_BT` (int64), or after the `last` of them."""
+        """Return the next-token logits [B, T, V] of all tokens `ids_BT` (int64), or only of the final `last` tokens."""
         return self.lm_head(self.hidden(ids_BT, cache, last=last).hidden_BTD)
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw every matrix from N(0, initializer_range^2), norms 1 and biases 0 (DeepSeek-V3, section 4.2)."""
+        """Draw matrices from N(0, initializer_range^2); set norms to 1 and biases to 0 (DeepSeek-V3, section 4.2)."""
         for name, parameter in self.named_parameters():
             draw_weight(name, parameter, self.config.initializer_range, generator)
         for router in self.routers:
@@ -180,7 +183,7 @@ def draw_weight(name: str, weight: torch.Tensor, deviation: float, generator: to
 
 
 def new_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> CausalLM:
-    """Build a model with random weights in float32; the same seed gives the same weights."""
+    """Build a model with random float32 weights; the same seed gives the same weights."""
     with torch.device("meta"):
         model = CausalLM(config)
     model.to_empty(device=device)
