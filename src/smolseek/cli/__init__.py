@@ -1,6 +1,6 @@
 """The command line: one function per command, and one line per error.
 
-Only the module of the given command is imported, and what imports torch only after its arguments are parsed.
+Only the module of the given command is imported. Modules that need torch are imported after the arguments are parsed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ VERBS = {
     "prepare": ("preparing.prepare", "tokenize text once, to train from memory-mapped files"),
     "report": ("reporting.report", "write an HTML page about a run, or comparing several"),
 }
-"""The function of each command, imported when it is called, and its line in the overview."""
+"""The function of each command, which is imported when the command runs, and the command's line in the overview."""
 
 _VERB_LINES = "\n".join(f"  {verb:9} {what}" for verb, (_, what) in VERBS.items())
 OVERVIEW = f"""\
@@ -47,7 +47,7 @@ smolseek COMMAND --help lists a command's options. --version prints the version,
 --debug the traceback of an error."""
 
 JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit"})
-"""Commands whose result is in files or in the exit status: they go on when nobody reads their output."""
+"""Commands whose result is in files or in the exit code. They continue if nobody reads their output."""
 
 
 def run_verb(argv: Sequence[str]) -> None:
@@ -67,19 +67,19 @@ def run_verb(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line (`sys.argv` by default) and return the exit status.
+    """Run the command line (`sys.argv` by default) and return the exit code.
 
-    0 success; 1 a bug of ours, or a failed audit; 2 a user's mistake, or a disk, a file or another process that fails;
-    75 the training data is unavailable for now; 130 interrupted (SIGINT); 141 stdout was closed by its reader; 128 + N
-    ended by signal N (143 for SIGTERM). If a training run exits with 75 or more and prints that it has
-    saved, resume it with --resume.
+    0: success. 1: a bug of ours, or a failed audit. 2: a user's mistake, or a disk, a file or another process that
+    fails. 75: the training data are unavailable for now. 130: interrupted (SIGINT). 141: the reader of stdout has
+    closed it. 128 + N: ended by signal N (143 for SIGTERM). If a training run exits with 75 or more and prints that it
+    has saved, resume it with --resume.
     """
     console.open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     if isinstance(sys.stdin, io.TextIOWrapper):
-        with contextlib.suppress(io.UnsupportedOperation):  # a caller has read from it already
-            sys.stdin.reconfigure(errors="surrogateescape")  # reported where the text is used
+        with contextlib.suppress(io.UnsupportedOperation):  # if a caller has already read from stdin
+            sys.stdin.reconfigure(errors="surrogateescape")  # the error is reported where the text is used
     try:
         run_verb([argument for argument in arguments if argument != "--debug"])
         return 0
@@ -106,12 +106,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         try:
             sys.stdout.flush()
-        except OSError:  # Python would flush again at exit, fail, and change the exit status
+        except OSError:  # otherwise Python's flush at exit would fail and change the exit code
             console.discard_output()
 
 
 def _user_message(error: Exception) -> str | None:
-    """Return the message for an error of the user's, a disk's or a lack of memory; None for a bug of ours."""
+    """Return the message for a user's mistake, a disk error or a lack of memory; None for a bug of ours."""
     if isinstance(error, SmolseekError):
         return str(error)
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):

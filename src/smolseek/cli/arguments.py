@@ -1,4 +1,4 @@
-"""From a command line to the arguments of a command, and from tyro's boxes to one line."""
+"""Parsing a command line into the arguments of a command, and turning tyro's error boxes into one line."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
     """Build `kind` from a command line; `--help` prints the help and raises SystemExit(0).
 
     Raises:
-        SmolseekError: for arguments that are wrong, in one line made from the box that tyro prints.
+        SmolseekError: for wrong arguments; its one line is made from the box that tyro prints.
     """
     import tyro
 
@@ -44,7 +44,7 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
 
 
 def _set_help_texts(kind: type) -> None:
-    """Set each option's help to its docstring in one line; tyro alone would keep the line breaks of the source."""
+    """Set the help of each option to its docstring in one line. tyro alone would keep the line breaks of the source."""
     from docstring_parser import parse_from_object
 
     hints, texts = typing.get_type_hints(kind), dict[str, str]()
@@ -58,13 +58,13 @@ def _set_help_texts(kind: type) -> None:
 
 
 _TEXTS = {"prompt", "prefix", "system", "stop", "bad_words", "stop_tokens", "tasks"}
-"""Arguments that are text and may be empty, or are checked where they are used."""
+"""Arguments that are text. They may be empty, or are checked where they are used."""
 
 
 def _require_names(args: Any, prefix: str = "") -> None:
     """Raise SmolseekError for an empty name of a file, folder or model, which would mean the current folder.
 
-    A script passes one if a variable of it is not set.
+    A script passes an empty name if one of its variables is not set.
     """
     for field in dataclasses.fields(args):
         value, name = getattr(args, field.name), f"{prefix}{field.name}".replace("_", "-")
@@ -75,10 +75,10 @@ def _require_names(args: Any, prefix: str = "") -> None:
 
 
 def _error_line(box: str, verb: str) -> str:
-    """Return the message that tyro prints in a box as one line, with the option that it suggests.
+    """Return the message in tyro's box as one line, with the option that tyro suggests.
 
-    A box has a title and sections separated by rules: the error, similar options, where to find help. It is drawn in
-    Unicode or, if stdout is not UTF-8, with a title, rules and margins only.
+    A box has a title, and sections separated by rules: the error, similar options, and where to find help. The box is
+    drawn in Unicode. If stdout is not UTF-8, it has only a title, rules and margins.
     """
     lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
     drawn = bool(lines) and lines[0].startswith("╭")
@@ -106,7 +106,7 @@ def _error_line(box: str, verb: str) -> str:
     if match := re.fullmatch(r"Error parsing (\S+): (.*)", message):
         option, problem = match.groups()
         if not option.startswith("-"):
-            return problem  # a check of ours, which names its values itself
+            return problem  # the message of our own check, which names its values
         for pattern, text in (
             (r"invalid literal for int\(\) with base 10: (['\"].*['\"])", r"\1 is not a whole number"),
             (r"no type matching (?:{None}\|)?(\S+) could be .* from \[(.*)\]\.", r"\2 is not of type \1"),
@@ -119,7 +119,7 @@ def _error_line(box: str, verb: str) -> str:
 
 
 def option_value(argv: Sequence[str], name: str) -> str | None:
-    """Return the value of the option `name` in `argv`, before anything is parsed."""
+    """Return the value of the option `name` in `argv`, without parsing the other arguments."""
     for argument, following in itertools.pairwise([*_split(argv)[0], ""]):
         spelled, equals, value = argument.partition("=")
         if spelled.replace("_", "-") == name:
@@ -128,7 +128,7 @@ def option_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def renamed(argv: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
-    """Return `argv` with old and foreign names of options, which the help does not list, replaced by ours."""
+    """Return `argv` with old names of options, and names from other tools, replaced by ours. No help lists these."""
     options = {f"--{alias}".replace("_", "-"): f"--{name}".replace("_", "-") for alias, name in aliases.items()}
     before, behind = _split(argv)
     split = (argument.partition("=") for argument in before)
@@ -142,6 +142,6 @@ def without_flag(argv: Sequence[str], name: str) -> list[str]:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments that may be options, and those from `--` on, which are none."""
+    """Return the arguments that may be options, and the arguments from `--` on, which are no options."""
     end = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:end]), list(argv[end:])

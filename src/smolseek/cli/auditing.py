@@ -1,4 +1,4 @@
-"""Checking a model: `smolseek audit`."""
+"""Command `smolseek audit`, which checks a model."""
 
 import json
 from collections.abc import Sequence
@@ -15,19 +15,19 @@ from smolseek.errors import SmolseekError
 class AuditArgs:
     """Check a model and its run: leaks, labels, data, experts, decoding.
 
-    The exit status is 1 if a check fails.
+    The exit code is 1 if a check fails.
     """
 
     target: str
     """A preset, a run folder, any model folder, a .gguf file, `smollm2`, or package.module:function that returns a
     torch module from ids to logits."""
     loss: str | None = None
-    """The model's loss, as package.module:function of (logits, ids) or (model, ids)."""
+    """Loss function of the model, as package.module:function of (logits, ids) or (model, ids)."""
     step: str | None = None
     """A training step, as package.module:function of (model, ids), to check that the router biases move."""
     data: tuple[str, ...] = ()
     """Training text: `builtin`, files or folders, or package.module:function that returns training and validation
-    texts. The default is a run's own text."""
+    texts. The default is the text of the run."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     tokenizer: str | None = None
@@ -37,18 +37,18 @@ class AuditArgs:
     eos_id: int | None = None
     """Id of the end token."""
     reported_loss: float | None = None
-    """A training loss to check, in nats per token. The default is a run's own."""
+    """A training loss to check, in nats per token. The default is the loss of the run."""
     reported_tokens: float | None = option(None, least=1)
     """Training tokens after which this loss was reached."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto is the file's."""
+    """Number format of the weights; auto is the format of the file."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
 
 def audit(argv: Sequence[str]) -> None:
     """Carry out `smolseek audit TARGET`."""
-    # --fix-hints is accepted as before: the hints are always printed now.
+    # The old flag --fix-hints is still accepted, although the hints are now always printed.
     args = parse(AuditArgs, "audit", without_flag(argv, "--fix-hints"))
     from smolseek.audit.check import failures, lines
     from smolseek.audit.runner import audit

@@ -21,7 +21,7 @@ class InspectOptim:
     """The optimizer."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """Optimizer state per weight: two numbers for adamw, one for muon's hidden matrices."""
+    """Optimizer. adamw stores two numbers per weight, and muon one per weight of hidden matrices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class InspectArgs(StepConfig):
     target: str
     """A preset, a run folder, a model folder, a .gguf file or `smollm2`."""
     memory: bool = False
-    """Show the peak memory of `smolseek train` with the other options, part by part."""
+    """Show the parts of the peak memory of `smolseek train` with these options."""
     optim: InspectOptim = InspectOptim()
     """Optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """With one of these options: the memory and traffic of each process."""
+    """With any of these options, the memory and traffic of each process are shown."""
     interconnect: Literal["nvlink", "infiniband", "ethernet"] = "infiniband"
     """Network between the processes."""
 
@@ -87,7 +87,7 @@ class ConvertArgs(Conversion):
     out: str
     """Folder to write; if it exists, it must be empty."""
     no_verify: bool = False
-    """Skip opening the result and comparing it with the source."""
+    """Do not open the result and compare it with the source."""
 
 
 def convert(argv: Sequence[str]) -> None:
@@ -114,7 +114,7 @@ class _Measuring:
 
 def _say(args: _Measuring, record: dict[str, Any], lines: Iterable[str]) -> None:
     if args.json:
-        console.stream(f"{json.dumps(record)}\n")  # in one line on a terminal, too
+        console.stream(f"{json.dumps(record)}\n")  # also in one line on a terminal
         return
     for line in lines:
         console.say(line)
@@ -133,9 +133,9 @@ class CompareArgs(_Measuring):
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     tokens: int = option(16_384, least=1)
-    """Tokens to predict, at most."""
+    """Largest number of tokens to predict."""
     seq_len: int = option(1024, least=1)
-    """Tokens per window, limited to the models' context."""
+    """Tokens per sequence, at most the context of both models."""
     engine: Literal["native", "transformers"] = "native"
     """Library that runs the models: smolseek (native) or stock transformers."""
 
@@ -155,7 +155,7 @@ def compare(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class EvalArgs(_Measuring):
-    """Score a model on tasks of lm-eval, with their standard settings.
+    """Score a model on tasks of lm-eval, with the standard settings of the tasks.
 
     Needs the extra `eval`.
     """
@@ -165,9 +165,9 @@ class EvalArgs(_Measuring):
     tasks: str = "hellaswag,piqa,arc_easy"
     """Names of tasks, separated by commas."""
     fewshot: int | None = option(None, least=0)
-    """Examples in the prompt; None is the task's own number."""
+    """Number of examples in the prompt; None is the default of the task."""
     limit: int | None = option(None, least=1)
-    """Questions per task, at most; None is all."""
+    """Largest number of questions per task; None is all questions."""
     batch_size: int = option(8, least=1)
     """Requests per batch."""
     task_folders: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Tokenizing text once: `smolseek prepare`."""
+"""Command `smolseek prepare`, which tokenizes text once."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from smolseek.errors import SmolseekError
 class PrepareArgs:
     """Tokenize text once, then train with smolseek train PRESET --data OUT.
 
-    Interrupted, the same command resumes where it stopped.
+    After an interruption, the same command continues where it stopped.
     """
 
     out: str
@@ -23,20 +23,20 @@ class PrepareArgs:
     data: tuple[str, ...] = ("builtin",)
     """Text as in `smolseek train --data`: builtin, files, folders or hub data sets."""
     tokens: int | None = option(None, least=1)
-    """Tokens in all, at most; None is all text."""
+    """Largest number of tokens; None is all text."""
     tokenizer: str = "smollm2"
-    """`smollm2`, a hub name, a folder or a .gguf file."""
+    """Tokenizer: `smollm2`, a hub name, a folder or a .gguf file."""
     eos_id: int = 0
     """Id of the token that ends each document: the model's eos_token_id."""
     init: str | None = None
-    """Model that the training will start from (train --init): its tokenizer and end token are used, and documents
-    begin with BOS if its tokenizer adds it."""
+    """Model that the training will start from (train --init). Its tokenizer and end token are used, and documents begin
+    with BOS if this tokenizer adds BOS."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     document_separator: str | None = None
-    """Separator of the documents in a text file, such as "<|endoftext|>"; None makes each file one document."""
+    """Separator of the documents in a text file, such as "<|endoftext|>"; with None, each file is one document."""
     give_up_after: float = option(1800.0, least=0, may_be_infinite=True)
-    """Seconds without an answer from the hub after which to stop."""
+    """Stop after this many seconds without an answer from the hub."""
 
 
 def prepare(argv: Sequence[str]) -> None:
@@ -89,7 +89,7 @@ def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
     """Return the tokenizer's name and the end token of the model `init`.
 
     Raises:
-        SmolseekError: if there is no such model, it has no tokenizer or no end token, or one is given beside it.
+        SmolseekError: if the model does not exist or has no tokenizer or end token, or if another one is given.
     """
     from smolseek.storage.hf_folder import read_config, resolve
 

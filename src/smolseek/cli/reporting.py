@@ -1,4 +1,4 @@
-"""The HTML page of a run: `smolseek report`."""
+"""Command `smolseek report`, which writes the HTML page of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from smolseek.cli.arguments import parse
 
 @dataclass(frozen=True)
 class ReportArgs:
-    """Write an HTML page about a run, or comparing several runs.
+    """Write an HTML page about a run, or a comparison of several runs.
 
-    It shows curves, expert load, samples, the audit and the configuration.
+    The page shows curves, expert load, samples, the audit and the configuration.
     """
 
     runs: tuple[str, ...]
     """Run folders; a run may still be training."""
     out: str | None = None
-    """File to write. Default: report.html in the run folder; for several runs, comparison.html here."""
+    """File to write. Default: report.html in the run folder; for several runs, comparison.html in this folder."""
 
 
 def report(argv: Sequence[str]) -> None:

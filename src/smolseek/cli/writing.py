@@ -1,4 +1,4 @@
-"""Generating text: `smolseek generate` and `chat`."""
+"""Commands `smolseek generate` and `chat`, which generate text."""
 
 import json
 import sys
@@ -20,12 +20,13 @@ class _ModelArgs:
     model: str
     """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
     tokenizer: str | None = None
-    """Tokenizer to use, for a .gguf file whose own is not supported."""
+    """Another tokenizer, for a .gguf file with a tokenizer that is not supported."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto is the file's, but bfloat16 for float32 files if the CPU has AVX512_BF16."""
+    """Number format of the weights. auto is the format of the file, but bfloat16 instead of float32 if the CPU has
+    AVX512_BF16."""
 
     def load(self) -> "Model":
-        """Load the model onto the GPU, where there is one."""
+        """Load the model, onto the GPU if there is one."""
         import torch
 
         from smolseek.api import load
@@ -43,7 +44,7 @@ class GenerateArgs(_ModelArgs, GenerationOptions):
     greedy: bool = False
     """Greedy decoding, the same as --temperature 0."""
     json: bool = False
-    """Print a line of JSON for each continuation: text, tokens, log-probabilities, stop reason, times."""
+    """Print one line of JSON for each continuation, with text, tokens, log-probabilities, stop reason and times."""
     stats: bool = False
     """Print tokens per second, the number format and the size of the cache."""
 
@@ -55,7 +56,7 @@ class ChatArgs(_ModelArgs, SamplingOptions):
     system: str | None = None
     """System message."""
     max_tokens: int = option(400, least=1)
-    """Tokens of an answer, at most."""
+    """Largest number of tokens in an answer."""
     temperature: float = option(0.7, least=0)
     top_p: float | None = option(0.95, above=0, most=1)
 
@@ -92,14 +93,14 @@ def generate(argv: Sequence[str]) -> None:
 
 
 def _options(args: GenerateArgs | ChatArgs, argv: Sequence[str], model: "Model") -> dict[str, Any]:
-    """Return the options in `argv`; the verb's defaults fill in what neither it nor the model sets."""
+    """Return the options in `argv`. For options that neither `argv` nor the model sets, use the command's defaults."""
     names = {field.name for field in fields(GenerationOptions)} & {field.name for field in fields(args)}
     names -= {name for name in model.sampling_defaults if option_value(argv, f"--{name.replace('_', '-')}") is None}
     return {name: getattr(args, name) for name in names}
 
 
 def _say_stats(results: Sequence[Any], number_format: str) -> None:
-    """Print the speed of a call on stderr. The prompt was read once, and its time is in every result."""
+    """Print the speed of a call to stderr. All results have the same prompt time, since the prompt was read once."""
     first, generated = results[0], sum(len(result.tokens) for result in results)
     seconds = max(result.decode_seconds for result in results)
     console.to_stderr(

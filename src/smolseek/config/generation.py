@@ -1,4 +1,4 @@
-"""The options of a generation: one source for Python, the command line and a chat's /params. Imports no torch."""
+"""The options of text generation, shared by Python, the command line and a chat's /params. Imports no torch."""
 
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,25 +18,25 @@ class SamplingOptions:
     """
 
     temperature: float = option(0.8, least=0)
-    """Divides the logits; 0 takes the likeliest token (greedy)."""
+    """Divides the logits; 0 takes the most likely token (greedy)."""
     top_k: int | None = option(None, least=1)
-    """Keep the k likeliest tokens."""
+    """Keep the k most likely tokens."""
     top_p: float | None = option(None, above=0, most=1)
-    """Keep the fewest likeliest tokens whose probabilities sum to this (1904.09751)."""
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least this (1904.09751)."""
     min_p: float | None = option(None, least=0, most=1)
-    """Keep tokens at least this share as likely as the likeliest (2407.01082)."""
+    """Keep tokens with at least this share of the most likely token's probability (2407.01082)."""
     typical_p: float | None = option(None, above=0, most=1)
-    """Keep the tokens nearest to the expected surprise whose probabilities sum to this (2202.00666)."""
+    """Keep the tokens nearest to the expected surprise whose probabilities sum to at least this (2202.00666)."""
     repetition_penalty: float = option(1.0, least=1e-30, most=1e30)
-    """Divides the positive logits of tokens seen, multiplies the negative ones (1909.05858); 1 is none, 1.1 usual."""
+    """Divides positive logits of tokens seen, multiplies negative ones (1909.05858); 1 is no penalty, 1.1 is usual."""
     presence_penalty: float = option(0.0, least=-1e30, most=1e30)
-    """Subtracted from the logits of tokens generated so far."""
+    """Is subtracted from the logits of tokens generated so far."""
     frequency_penalty: float = option(0.0, least=-1e30, most=1e30)
-    """Subtracted from the logits of tokens generated so far, once for each time."""
+    """Is subtracted from the logits of tokens generated so far, once for each occurrence."""
     no_repeat_ngram: int = option(0, least=0)
-    """No n-gram of this length comes twice; 0 allows it."""
+    """No n-gram of this length is generated twice; 0 allows repeated n-grams."""
     min_tokens: int = option(0, least=0)
-    """New tokens before which no stop token may come."""
+    """Number of new tokens before a stop token is allowed."""
     seed: int = 0
     """Seed of the random numbers."""
 
@@ -49,32 +49,32 @@ class GenerationOptions(SamplingOptions):
     """How tokens are sampled, what the text may contain, and when it ends."""
 
     max_tokens: int | None = option(100, least=1)
-    """New tokens, at most; None goes on to the end of the context."""
+    """Largest number of new tokens; None continues to the end of the context."""
     stop: tuple[str, ...] = ()
-    """Strings before which the text ends."""
+    """Strings that end the text; the text stops before such a string."""
     stop_tokens: tuple[str, ...] = ()
-    """Tokens that end the text besides the model's own, by name."""
+    """Names of tokens that end the text, besides the model's own end tokens."""
     max_time: float | None = option(None, above=0, may_be_infinite=True)
-    """Seconds, at most."""
+    """Largest time in seconds."""
     bad_words: tuple[str, ...] = ()
     """Words that are never generated."""
     prefix: str = ""
     """Text that the continuation begins with."""
     n: int = option(1, least=1)
-    """Continuations of each prompt."""
+    """Number of continuations of each prompt."""
     beams: int = option(1, least=1)
-    """Beam search with this many beams instead of sampling, printed at its end; 1 is none."""
+    """Beam search with this many beams instead of sampling; texts are printed at its end. 1 is no beam search."""
     length_penalty: float = option(1.0, least=-1000, most=1000)
-    """Beam search: above 0 favours long texts."""
+    """Beam search: a value above 0 favours long texts."""
     early_stopping: bool = False
-    """Beam search: end when as many texts are finished as there are beams."""
+    """Beam search: stop when the number of finished texts equals the number of beams."""
 
 
 class Options(TypedDict, total=False):
-    """The fields of `GenerationOptions` and their names in transformers, as Python takes them.
+    """The options that Python takes: the fields of `GenerationOptions`, and transformers' names of them.
 
-    None is an option that is not given, unless the field takes None itself. `stop_tokens` may be numbers, `prefix` and
-    `bad_words` token ids. `early_stopping="never"` goes on until no better text is possible.
+    None means that an option is not given, unless None is a value of the field. `stop_tokens` may also be token ids,
+    and so may `prefix` and `bad_words`. `early_stopping="never"` continues until no better text is possible.
     """
 
     temperature: float | None
@@ -116,9 +116,9 @@ ALIASES = {
     "num_return_sequences": "n",
     "num_beams": "beams",
 }
-"""transformers' names of options that mean the same here."""
+"""Names in transformers of options with the same meaning here."""
 PYTHON_ALIASES = ALIASES | {"bad_words_ids": "bad_words"}
-"""The same with those of options that a command line cannot give."""
+"""The same names, and those of options that a command line cannot give."""
 _ELSEWHERE = {
     "max_length": "it counts the prompt too, so use max_tokens",
     "eos_token_id": "the model's own end tokens always count, so add others with stop_tokens",
@@ -137,13 +137,13 @@ _TEXTS = {
 
 
 def generation_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
-    """Return `options`, which may have transformers' names, over `defaults`.
+    """Return the options of a generation: `defaults`, changed by `options`, which may have transformers' names.
 
-    `do_sample=False` is temperature 0, as in transformers. A string stands for a tuple of one, and None for an option
-    that is not given unless the option takes None.
+    `do_sample=False` is temperature 0, as in transformers. A string means a tuple with this string. None means that an
+    option is not given, unless None is a value of the option.
 
     Raises:
-        SmolseekError: for an unknown option, one given twice, a value of a wrong kind, or a number out of range.
+        SmolseekError: for an unknown option, an option given twice, a value of a wrong kind, or a number out of range.
     """
     known = {field.name for field in fields(GenerationOptions)}
     hints = typing.get_type_hints(GenerationOptions) | {"do_sample": bool}
@@ -173,8 +173,8 @@ def token_ids(value: Any) -> tuple[int, ...] | None:
 
 
 def _checked(alias: str, name: str, value: Any, kinds: Sequence[Any]) -> Any:
-    """Return the value of an option with strings as tuples, or raise SmolseekError for one of a wrong kind."""
-    value = value.tolist() if hasattr(value, "tolist") else value  # of NumPy and PyTorch
+    """Return the value of an option, with a string as a tuple. Raise SmolseekError for a value of a wrong kind."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # NumPy and PyTorch numbers
     if name in _TEXTS:
         good, what = _text(name, value), _TEXTS[name]
     elif name == "early_stopping":
@@ -190,7 +190,7 @@ def _checked(alias: str, name: str, value: Any, kinds: Sequence[Any]) -> Any:
 
 
 def _text(name: str, value: Any) -> Any:
-    """Return an option of text, a tuple unless it is a prefix; None for a value of a wrong kind."""
+    """Return the value of a text option, as a tuple except for `prefix`; None for a value of a wrong kind."""
     if name == "prefix":
         return value if isinstance(value, str) else token_ids(value)
     if isinstance(value, str) or (name == "stop_tokens" and _is_integer(value)):

@@ -7,11 +7,12 @@ from typing import Any, Literal
 from smolseek.errors import SmolseekError
 
 Change = Literal["never", "always", "resume", "path"]
-"""Whether an existing run may get another value.
+"""Whether an existing run may get another value of an option.
 
-`always`: the option changes no weight, and the data go on at the next token. `resume`: a resumed run may change it for
-the remaining steps, and logs the change. `path`: a file or folder that may have moved; its content must be the same,
-which a digest in the checkpoint verifies.
+`always`: the option may always change; existing weights stay valid, and the data continue at the next token. `resume`:
+a resumed run may change the option for the remaining steps, and logs the change. `path`: the option names a file or
+folder that may have moved. Its content must be the same, which a digest in the checkpoint verifies. `never`: the value
+must stay the same.
 """
 
 
@@ -25,17 +26,17 @@ def option(
     may_be_infinite: bool = False,
     old_name: str | None = None,
 ) -> Any:
-    """Return a dataclass field with these bounds, which hold for each number of a tuple."""
+    """Return a dataclass field with these bounds. If the value is a tuple, the bounds hold for each of its numbers."""
     metadata = {"change": change, "least": least, "above": above, "most": most, "may_be_infinite": may_be_infinite}
     return field(default=default, metadata=metadata | {"old_name": old_name})
 
 
 def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
-    """Refuse numbers that are out of their bounds, not finite, or integers beyond 64 bits.
+    """Refuse numbers that are out of their bounds or not finite, and integers beyond 64 bits.
 
     Raises:
-        SmolseekError: for the first such number. `prefix` is put before its name (`--` spells it as an option), and
-            `remedy` behind a violated bound.
+        SmolseekError: for the first such number. The message puts `prefix` in front of the number's name (`--` makes it
+            the name of an option), and `remedy` after a violated bound.
     """
     for f in fields(config):
         value, name = getattr(config, f.name), f"{prefix}{f.name}"

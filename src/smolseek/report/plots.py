@@ -1,7 +1,7 @@
 """Charts as SVG text: lines over the steps, and the load of the experts as a heat map.
 
 Colours are CSS classes (`c0`, `c1`, ...; `over`, `under`), so that a chart suits a light and a dark page. A line chart
-carries its points as JSON, from which the page's script shows the values under the pointer.
+contains its points as JSON, so that the script of the page can show the values under the pointer.
 """
 
 import json
@@ -13,9 +13,9 @@ from html import escape
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 26
 POINTS = 500
-"""Points drawn of a line, at most; more would share pixels."""
+"""Largest number of points drawn for a line; more points would share pixels."""
 COLUMNS = 60
-"""Evaluations shown in a heat map, at most."""
+"""Largest number of evaluations shown in a heat map."""
 
 Point = tuple[float, float]
 
@@ -31,7 +31,7 @@ class Line:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers between `low` and `high`: multiples of 1, 2 or 5 times a power of ten."""
+    """Return round numbers between `low` and `high` for an axis: multiples of 1, 2 or 5 times a power of ten."""
     span = high - low
     if span <= 0:
         return [low]
@@ -43,7 +43,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Return a short form of a value: 12k, 3.5, 0.0012, 1e-05."""
+    """Return a short form of a value, such as 12k, 3.5, 0.0012 or 1e-05."""
     size = abs(value)
     for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= max(limit, 1e4):
@@ -54,7 +54,7 @@ def number(value: float) -> str:
 def line_chart(lines: Sequence[Line], *, end: int, from_zero: bool = False) -> str:
     """Return an SVG of `lines` over steps 0 to `end`, with the points for the page's script in `data-lines`.
 
-    Values that are not finite are left out. `from_zero` begins the vertical axis at 0.
+    Values that are not finite are left out. With `from_zero` the vertical axis begins at 0.
     """
     finite = [[(x, y) for x, y in line.points if math.isfinite(y)] for line in lines]
     strides = [max(1, -(-len(points) // POINTS)) for points in finite]
@@ -105,14 +105,16 @@ def line_chart(lines: Sequence[Line], *, end: int, from_zero: bool = False) -> s
 def heat_map(loads: Sequence[tuple[int, Sequence[Sequence[int]]]], first_layer: int = 0) -> str:
     """Return a row of SVGs, one per layer: experts downwards, evaluations to the right, colour by load.
 
+    An expert with an equal share of the tokens has no colour. Twice this share or more has full colour of one kind, and
+    no token has full colour of the other kind.
+
     Args:
-        loads: for each evaluation its step and the tokens of each expert in each layer [L, E]. An equal share has no
-            colour; twice as much or more has the strongest of one colour, nothing the strongest of the other.
+        loads: for each evaluation, its step and the number of tokens of each expert in each layer [L, E].
         first_layer: number of the first layer with experts.
     """
     chosen = [loads[n] for n in sorted({*range(0, len(loads), -(-len(loads) // COLUMNS)), len(loads) - 1})]
     layers, experts = len(loads[0][1]), len(loads[0][1][0])
-    # Wide cells for few evaluations, tall ones for few experts.
+    # Cells are wide if there are few evaluations, and tall if there are few experts.
     w, h = max(3.0, 120 / len(chosen)), max(3.0, min(12.0, 96 / experts))
     out = []
     for layer in range(layers):

@@ -1,7 +1,7 @@
-"""A run as its folder records it: everything that the page shows, without the model.
+"""The record of a run in its folder: everything that the page shows, read without the model.
 
-The source is `metrics.jsonl`. The keys of a record say what it is: `loss` (training), `val_loss` (validation), `audit`,
-`machine` (where a run was started or resumed), and events.
+The source is `metrics.jsonl`. The kind of a record follows from its keys: `loss` (training), `val_loss` (validation),
+`audit`, `machine` (start or resume of a run), and keys of events.
 """
 
 import math
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """A training run as recorded."""
+    """The record of a training run."""
 
     name: str
     config: TrainConfig
@@ -27,17 +27,17 @@ class Run:
     validation: list[Record]
     """One record for each evaluation."""
     audits: dict[str, Record]
-    """The audits' records, by `start` and `end`."""
+    """Records of the audits, with the keys `start` and `end`."""
     origins: list[Record]
     """Machine, versions and size of the model, for each start and resume that recorded them."""
     events: list[tuple[int, str]]
-    """Resumes, skipped steps, returns to a checkpoint, failed saves: step and text."""
+    """Step and text of each resume, skipped step, rollback to a checkpoint, and failed save."""
     samples: dict[int, dict[str, str]]
-    """By step what the model wrote: prompts and continuations. After a resume only the last ones of a step."""
+    """By step, the prompts and the continuations that the model generated. A repeated step has its last samples."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has ended."""
+        """Whether the run has finished, including its final audit."""
         return is_complete(self.audits.values(), self.config.steps)
 
 
@@ -45,7 +45,7 @@ def read_run(path: str | Path) -> Run:
     """Return the run in the folder `path`.
 
     Raises:
-        SmolseekError: if there is no run, nothing was logged yet, or a record is damaged.
+        SmolseekError: if the folder has no run, nothing was logged yet, or a record is damaged.
     """
     folder = RunFolder(path)
     config = folder.read_config()
@@ -90,7 +90,7 @@ _EXAMPLE: Record = {
     "audit_counts": {"pass": 0, "fail": 0, "skip": 0},
     "audit_findings": [{"check": "", "done": "", "status": ""}],
 }
-"""What the page shows of a record: 0 stands for any number that is finite, 0.0 for any number."""
+"""Example of a record with all keys that the page shows: 0 stands for a finite number, 0.0 for any number."""
 _REQUIRED = {
     "loss": ("step", "tokens", "tokens_per_second", "peak_memory"),
     "val_loss": ("step", "val_perplexity", "val_bits_per_byte"),
@@ -98,11 +98,11 @@ _REQUIRED = {
     "parameters": ("active",),
     "samples": ("step",),
 }
-"""Keys that a record with another key must have."""
+"""Keys that a record must also have if it has the first key."""
 
 
 def _problem(record: Record) -> str | None:
-    """Return what is wrong with a record, None if the page can show it."""
+    """Return what is wrong with a record, or None if the page can show it."""
     for key, example in _EXAMPLE.items():
         if key in record and not _is_like(record[key], example):
             return f"{key} {str(record[key])[:80]!r}"
@@ -121,15 +121,15 @@ def _is_like(value: Any, example: Any) -> bool:
             return number and (abs(value) <= 1e18 or (isinstance(example, float) and not math.isfinite(value)))
         case dict():
             return isinstance(value, dict) and all(k in value and _is_like(value[k], v) for k, v in example.items())
-        case tuple():  # a list of so many
+        case tuple():  # a list of this length
             return isinstance(value, list) and len(value) == len(example) and all(map(_is_like, value, example))
-        case [item]:  # a list of any length, but not of no numbers
+        case [item]:  # a list of any length, but a list of numbers must not be empty
             return isinstance(value, list) and (value or item != 0) and all(_is_like(v, item) for v in value)
     return isinstance(value, type(example))
 
 
 def _events(record: Record) -> list[tuple[int, str]]:
-    """Return the events in a record: step and text."""
+    """Return step and text of each event in a record."""
     texts = []
     if "resumed" in record:
         texts.append(f"resumed from {record['resumed']}")
