@@ -19,7 +19,7 @@ from smolseek.audit.check import Check
 from smolseek.audit.probe import Subject
 
 TOKENS = 48
-"""Length of the test sequences. It is short enough to be fast, and long enough to fill the capacity of experts."""
+"""Length of the test sequences, which is short enough to be fast and long enough to fill the capacity of experts."""
 
 CHANGED = Check(
     name="causality: later tokens changed",
@@ -118,8 +118,8 @@ def _changes(
     base = probe.call(model, ids_1T).double()
     changes = [change_later(ids_1T, base, t, seed) for seed, t in enumerate(positions)]
     if not exact:
-        # Take the median, because in a coarse number format rounding can change one router's choice. A leak shows at
-        # every t.
+        # Take the median: a leak shows at every t, but in a coarse number format rounding can change one router's
+        # choice.
         yield CHANGED, sorted(changes)[len(changes) // 2]
         return
     yield CHANGED, max(changes)
@@ -145,7 +145,7 @@ def _changes(
 
 
 def _gradient_to_later(model: nn.Module, embedding: nn.Embedding, ids_1T: torch.Tensor, t: int) -> float:
-    """Return the size of the gradient of the logits up to t to later embeddings, relative to earlier embeddings."""
+    """Return the largest gradient of the logits up to t to later embeddings, relative to earlier embeddings."""
     leaves: list[torch.Tensor] = []
 
     def detach(_: nn.Module, __: object, x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Targets: which token is the target of each position in the loss, and what is its weight?
 
 The loss function is called with known sequences of distinct tokens, and with a model that returns chosen logits. At
-uniform logits, d loss / d logits[b, t] = w (1/V - [target]). So the most negative entry of this gradient is the target,
-and w is its weight.
+uniform logits, d loss / d logits[b, t] = w (1/V - [target]). So the most negative entry of the gradient is at the
+target, and w is the weight of the position.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -62,7 +62,7 @@ MEAN = Check(
 
 
 class PlantedModel(nn.Module):
-    """Returns chosen logits for the known sequences `ids_BT`.
+    """A fake model that returns chosen logits for the known sequences `ids_BT`.
 
     At position t, the model predicts the token at t + `shift` with near certainty. If `shift` is None, the logits are
     uniform.

@@ -75,7 +75,7 @@ def _digest(text: str) -> bytes:
 
 
 def _ngrams(text: str) -> np.ndarray:
-    """Return a 64-bit hash of each 13-gram of words. Only letters and digits count."""
+    """Return a 64-bit hash of each 13-gram of words, where words consist of letters and digits only."""
     matches = re.findall(r"[a-z0-9]+", text.lower())
     codes = np.array([zlib.crc32(word.encode()) for word in matches] or [0], np.uint64)
     return np.convolve(codes, _FACTORS, "valid") if len(codes) >= N else codes[:0]

@@ -1,11 +1,14 @@
 """Plausibility: is a loss too low to be true, given the text and the number of training tokens?
 
-Limit: half of the lowest of three baselines.
-1. A 5-gram model of the training text, on held-out text. Neural models reach 0.8 of the nats of a Kneser-Ney 5-gram on
-   a billion words (1602.02410: perplexity 30 against 67.6), and 0.6 on WikiText-103 after many epochs.
-2. xz on held-out text after training text, which exploits repeated text as a model can.
-3. What D training tokens allow a model of any size: 1.69 + 410.7 / D^0.28 nats (2203.15556, equation 10, with an
-   infinite model), which is 4.7 at 41M tokens.
+The limit is half of the lowest of three baselines:
+
+1. The loss of a 5-gram model of the training text on validation text. Neural models reach 0.8 times the loss of a
+Kneser-Ney 5-gram model on a billion words (1602.02410: perplexity 30 against 67.6), and 0.6 times on WikiText-103 after
+many epochs. 2. The xz-compressed size of validation text that follows training text. Like a language model, xz exploits
+repeated
+   text.
+3. The loss that D training tokens allow a model of any size: 1.69 + 410.7 / D^0.28 nats (2203.15556, equation 10, with
+an infinite model). For 41M tokens, this loss is 4.7 nats.
 
 Shapes: N tokens.
 """

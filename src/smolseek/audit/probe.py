@@ -1,6 +1,6 @@
 """The audited model, and functions that call, copy and perturb it.
 
-A model is a torch module that maps ids (int64 [B, T]) to logits [B, T, V]. It returns the logits directly, or as
+A model is a torch module that maps ids (int64 [B, T]) to logits [B, T, V]. A model returns the logits directly, or as
 `.logits` of its output. Shapes: B batch, T tokens, V vocabulary, D embedding features.
 """
 
@@ -41,7 +41,7 @@ class Subject:
     sequences: torch.Tensor | None = None
     """Token ids [N, T] of text that the model reads."""
     trained: bool | None = None
-    """Whether the model is trained. If this is None, the audit decides by the loss on `sequences`."""
+    """Whether the model is trained. If `trained` is None, the audit decides by the loss on `sequences`."""
     balanced_steps: int = 0
     """Number of training steps in which the router biases were updated."""
     run: RunFolder | None = None

@@ -1,7 +1,7 @@
 """Routing: is the load balanced, does the router learn, and does the router bias affect only the choice of experts?
 
-MaxVio is the largest load divided by the mean load, minus 1 (2408.15664). Its limit is 2, or 0.8 of the largest
-possible MaxVio if this is less.
+MaxVio is the largest load divided by the mean load, minus 1 (2408.15664). The limit of MaxVio is 2, or 0.8 of the
+largest possible MaxVio if this is less.
 
 Shapes: B batch, T tokens, N all tokens, K experts per token, E experts, L layers with experts.
 """
@@ -119,7 +119,7 @@ def _check_load(subject: Subject, model: nn.Module, routers: dict[str, nn.Module
         K = float(load_LE[0].sum()) / max(1, tokens)
         violation_L = load_LE.amax(dim=1) / load_LE.mean(dim=1) - 1
         largest = int(violation_L.argmax())
-        # MaxVio is at most E/K - 1, which means that every token chooses the same K experts.
+        # MaxVio is at most E/K - 1, namely if every token chooses the same K experts.
         uneven = replace(MAX_VIO, limit=min(2.0, 0.8 * (E / max(K, 1e-9) - 1))).judge(
             float(violation_L.mean()),
             f"largest load over mean load, minus 1, mean of {L} layers over {tokens:,} tokens "
@@ -206,8 +206,7 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
             return
         shares[name] = 0.0
         draw = torch.rand(bias.shape, generator=torch.Generator().manual_seed(9)).to(bias)
-        # Nearly equal changes of the biases alter few choices. Their small differences still affect normalised gate
-        # weights.
+        # Nearly equal changes of the biases alter few choices, but still affect normalised gate weights.
         change = (1 + draw) * 1e-4
         bias += change
         before, after = (

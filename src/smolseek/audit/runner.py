@@ -31,7 +31,7 @@ TRAIN_CHARACTERS, TEST_CHARACTERS = 4_000_000, 200_000
 def audit_model(subject: Subject, *, thorough: bool = True) -> list[Check]:
     """Check a model and its loss: causality, target, copying, routing, decoding.
 
-    If `thorough` is False, one set of weights is checked, and decoding is left out. This is faster, and used at the
+    If `thorough` is False, one set of weights is checked, and decoding is left out. This faster audit is made at the
     start of a training run.
     """
     device = probe.device_of(subject.model)
@@ -102,13 +102,15 @@ def _check_losses(
     train_ids = encode(train)
     baselines = text_baselines(train_ids, encode(test), train, test, vocab)
     size = None
-    if corpus.sample_of is None:  # a sample does not show the size of the full data
+    if corpus.sample_of is None:  # a sample does not tell the size of the full data
         size = sum(map(len, train_ids)) / sum(map(len, train)) * sum(map(len, corpus.train))
     return check_plausibility(losses, tokens=tokens, corpus_tokens=size, baselines=baselines)
 
 
 def text_sequences(documents: Sequence[str], encode: Encode, vocab: int, context: int) -> torch.Tensor | None:
-    """Return up to 16 sequences of 128 tokens, each from one document. Sequences are shorter if all documents are.
+    """Return up to 16 sequences of 128 tokens, each from one document.
+
+    If no document has 128 tokens, the sequences are shorter.
 
     Raises:
         SmolseekError: if the text has tokens beyond the model's vocabulary.

@@ -40,7 +40,7 @@ class Corpus:
     report: ReadReport = field(default_factory=ReadReport)
     """What was left out while reading."""
     cut: Cut | None = None
-    """How long documents were cut into parts, if there were too few documents for both sides of the split."""
+    """How documents were cut into parts, if there were too few documents for both sides of the split."""
     unused: int = 0
     """Validation documents of the split that `data.val_sources` replaces."""
     unspelled: float = 0.0
@@ -108,7 +108,7 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
     The commit is taken from `saved`, the settings with which a run began, or is the newest commit.
 
     Raises:
-        SmolseekError: as `hub.find_shards`.
+        SmolseekError: for the reasons of `hub.find_shards`.
     """
     names = parse_names(data.sources)
     if not names or all(name.revision and len(name.revision) == 40 for name in names):
@@ -123,14 +123,14 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
 def open_dataset(
     data: DataConfig, eval_tokens: int = 65_536, tokenizer: "PreTrainedTokenizerFast | None" = None
 ) -> Corpus:
-    """Return the training and validation documents of `data`; for streamed data, only a sample of each.
+    """Return the training and validation documents of `data`, or only a sample if the data is streamed.
 
     The sample has enough validation text for `eval_tokens`. The documents of `data.val_sources` replace the validation
     side. `tokenizer` decodes prepared tokens to text.
 
     Raises:
-        SmolseekError: as `read_corpus`, `hub.find_shards` and `shards.PreparedDataset`, or for prepared tokens without
-            their tokenizer.
+        SmolseekError: for the reasons of `read_corpus`, `hub.find_shards` and `shards.PreparedDataset`, or for prepared
+            tokens without their tokenizer.
     """
     names = parse_names(data.sources)
     if names:

@@ -19,7 +19,7 @@ from smolseek.data.shards import Document, checksum, text_documents
 from smolseek.errors import SmolseekError, reason
 
 SHORT_NAMES = {name: f"HuggingFaceTB/smollm-corpus:{name}" for name in ("cosmopedia-v2", "fineweb-edu-dedup")}
-"""The configurations of SmolLM's corpus that contain text. Its third configuration, python-edu, contains none."""
+"""The configurations of SmolLM's corpus that contain text. The third configuration, python-edu, contains no text."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _may_be_repo(text: str) -> bool:
 
 @dataclass(frozen=True)
 class HubShards:
-    """The files of one split of a hub dataset at one commit. Their documents are texts."""
+    """The files of one split of a hub dataset at one commit. The documents of these files are texts."""
 
     name: HubName
     commit: str
@@ -123,7 +123,7 @@ class HubDataset:
     """One or more hub datasets, streamed: their files are read during training.
 
     Raises:
-        HubUnavailable, SmolseekError: as `find_shards`.
+        HubUnavailable, SmolseekError: for the reasons of `find_shards`.
     """
 
     def __init__(self, names: Sequence[HubName], data: DataConfig) -> None:
@@ -258,7 +258,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 class _RemoteFile(AbstractBufferedFile):
-    """A shard as a seekable file. It caches the last range, so that a small file is downloaded only once."""
+    """A shard as a seekable file, which caches its last range so that a small file is downloaded only once."""
 
     def __init__(self, shards: HubShards, shard: int, stop: threading.Event) -> None:
         self._shards, self._stop = shards, stop
@@ -283,8 +283,8 @@ class _RemoteFile(AbstractBufferedFile):
 def _request_range(repo: str, commit: str, path: str, size: int, start: int, stop: int) -> bytes:
     """Return bytes `start` to `stop` (exclusive) of a file of `size` bytes, in one request.
 
-    `HfFileSystem` is not used, because it does not check that a response has the requested range. It also repeats
-    requests after `data.give_up_after` seconds, or when the run should stop.
+    `HfFileSystem` is not used, because it does not check that a response has the requested range. `HfFileSystem` also
+    repeats requests after `data.give_up_after` seconds, and when the run should stop.
 
     Raises:
         RetryableError: for timeouts, connection resets, HTTP 408, 429 and 5xx, and for a response with another range,

@@ -1,4 +1,4 @@
-"""`smolseek prepare`: tokenizes text once and writes the tokens in parts, so that it can continue when interrupted."""
+"""`smolseek prepare`: tokenizes text once and writes the tokens in parts; an interrupted call can be continued."""
 
 import dataclasses
 import hashlib
@@ -135,7 +135,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
     _write_index(to.path, index)
     named = {f"{part.name}.{kind}" for source in index.sources for part in source.parts for kind in KINDS}
     for file in to.path.iterdir():
-        left_over = file.name.startswith(UNFINISHED) or file.suffix == ".tmp"  # .tmp: from earlier releases
+        left_over = file.name.startswith(UNFINISHED) or file.suffix == ".tmp"  # earlier releases wrote .tmp
         if left_over or (file.suffix in (".tokens", ".documents") and file.name not in named):
             file.unlink()
     return index
@@ -234,7 +234,8 @@ def _write_source(
 def _documents(source: TextSource, entry: SourceEntry, to: Target, read: Any) -> Iterator[Document]:
     """Return the remaining documents of the entry's current shard.
 
-    Text that may change is read and hashed from the beginning of the shard, to compare it with the earlier call.
+    Text that may change is read and hashed from the beginning of the shard, to compare its hash with that of the
+    earlier call.
     """
     at = entry.at
     documents = source.texts.documents(at.shard, 0 if source.may_change else at.row, threading.Event())
@@ -284,7 +285,7 @@ class LocalShard:
     If there is only one document and it is long, it is cut into parts, as for training on unprepared text.
 
     Raises:
-        SmolseekError: for a source that cannot be read. This is checked before anything is written.
+        SmolseekError: for a source that cannot be read, before anything is written.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -326,7 +327,7 @@ def open_texts(data: DataConfig) -> list[TextSource]:
     """Return the text sources that `data` names.
 
     Raises:
-        SmolseekError: as `hub.find_shards`, and for a folder that contains prepared tokens already.
+        SmolseekError: for the reasons of `hub.find_shards`, or for a folder that contains prepared tokens already.
     """
     if any(map(is_prepared, data.sources)):
         raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")

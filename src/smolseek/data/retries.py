@@ -13,14 +13,15 @@ from smolseek.errors import Stopped
 T = TypeVar("T")
 
 FIRST_PAUSE = 0.5
-"""Seconds to wait before the first retry. The time doubles with each further retry."""
+"""Seconds to wait before the first retry. The waiting time doubles with each further retry."""
 LONGEST_PAUSE = 60.0
 
 
 class HubUnavailable(Stopped):
     """The hub gave no valid response for `data.give_up_after` seconds, or the run stopped waiting for data.
 
-    No work is lost, because the same command continues later. `what` is the message without this advice.
+    No work is lost, because the same command continues later. `what` is the message without the advice to run the same
+    command again.
     """
 
     def __init__(self, what: str) -> None:

@@ -1,6 +1,6 @@
 """Packs documents into sequences without padding, with EOS after each document.
 
-All tokens form one long stream. Sequence n contains the tokens nT to (n+1)T of the stream, inclusive. These are T
+All tokens form one long stream. Sequence n contains the tokens nT to (n+1)T of the stream, inclusive. A sequence has T
 inputs and T targets, so that every token is predicted once.
 """
 

@@ -34,7 +34,7 @@ class Document(NamedTuple):
     number: int
     """Index of the document in its shard."""
     key: int
-    """Decides on the side of the split: training or validation (`split.text_key`)."""
+    """Hash that decides on training or validation (`split.text_key`)."""
     content: Any
     """Text, or tokens with EOS at the end; None for a document that is left out because it is blank or a copy."""
 

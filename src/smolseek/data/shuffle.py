@@ -1,4 +1,4 @@
-"""The order of the training documents, which depends only on the seed. A few numbers describe a position in it.
+"""The order of the training documents, which depends only on the seed. A few numbers describe a position in this order.
 
 Documents in memory are shuffled again every epoch. For a streamed source, the shards are shuffled every epoch, and then
 the documents within blocks of `BLOCK` documents. So a resumed run reads at most one block again.
@@ -30,9 +30,9 @@ class Position(NamedTuple):
     block: int = 0
     """Index of the block in its epoch."""
     shard: int = 0
-    """Index of the block's first shard in the order of the epoch."""
+    """Index of the block's first shard in the shuffled order of shards."""
     row: int = 0
-    """Number of the block's first document in that shard."""
+    """Number of the block's first document within its shard."""
     document: int = 0
     """Index of the next document in the shuffled block, or in the shuffled epoch for texts in memory."""
 
@@ -118,6 +118,6 @@ class ShuffledShards:
 
 def _shuffled(n: int, seed: int, *key: int) -> np.ndarray:
     """Return a permutation of the numbers below `n` that depends only on `seed` and `key`."""
-    # Raw PCG64 numbers are the same in every numpy release. Generator.permutation does not promise this.
+    # Raw PCG64 numbers are the same in every numpy release, but those of Generator.permutation may change.
     draw = np.random.PCG64(np.random.SeedSequence([seed % 2**64, *key])).random_raw(n)
     return np.argsort(draw, kind="stable")

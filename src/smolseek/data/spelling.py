@@ -54,7 +54,7 @@ class Spelling:
                 self._lost.update(character for character in text if not missing.isdisjoint(character.encode()))
 
     def _unspelled(self, text: str) -> Iterable[str]:
-        """Return the characters of a text that no token covers, or only the unknown token."""
+        """Return the characters of a text that no token covers, except the unknown token."""
         encoding = self._backend.encode(text, add_special_tokens=False)
         spelled = bytearray(len(text))
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):

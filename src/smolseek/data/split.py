@@ -9,7 +9,7 @@ from smolseek.errors import SmolseekError
 SHORTEST, LONGEST = 1000, 16_384
 """Shortest and longest length of a part in characters."""
 CHUNKS_PER_DOCUMENT = 50
-"""A document is cut into about this many parts, if their lengths are between `SHORTEST` and `LONGEST`."""
+"""A document is cut into about this many parts, if each part then has `SHORTEST` to `LONGEST` characters."""
 BORDERS = {"paragraph": "\n\n", "line": "\n", "sentence": ". ", "word": " "}
 """Borders at which a document may be cut, best first, with the string that precedes the cut."""
 
@@ -77,7 +77,8 @@ def split(documents: Sequence[str], fraction: float, needs_validation: bool = Tr
     """Split distinct documents by their hashes. If one side would be empty, cut the documents into parts first.
 
     Raises:
-        EmptySide: when the training side is still empty, or with `needs_validation` the validation side.
+        EmptySide: if the training side is still empty, or if `needs_validation` is set and the validation side is still
+            empty.
     """
     sides = _by_key([Chunk(text, text_key(text)) for text in documents], fraction, None)
     if sides.train and sides.validation:

@@ -110,7 +110,8 @@ class Dispatched(NamedTuple):
 class LocalDispatcher:
     """Permutes tokens into the order of their experts on this device, and permutes the results back.
 
-    The order is deterministic. Expert parallelism replaces this class by a dispatcher with the same two methods.
+    The order of the slots is deterministic. Expert parallelism replaces this class by a dispatcher with the same two
+    methods.
     """
 
     def dispatch(self, x_ND: torch.Tensor, experts_NK: torch.Tensor, n_experts: int) -> Dispatched:

@@ -1,9 +1,10 @@
 """Activation checkpointing: which results of a layer are saved for the backward pass, and which are recomputed.
 
 `full` saves only a layer's input. `selective` saves the result of attention and the matrix multiplications of the
-feed-forward layer. It recomputes norms, RoPE, activations, permutations and the projections before attention, because
-these need much memory and little computation (Korthikanti et al. 2205.05198). DeepSeek-V3 recomputes norms, MLA's
-up-projections and SwiGLU (2412.19437, section 3.2.3). Recomputed results are bit for bit those of the forward pass.
+feed-forward layer. `selective` recomputes norms, RoPE, activations, permutations and the projections before attention,
+because their results need much memory and little computation (Korthikanti et al. 2205.05198). DeepSeek-V3 recomputes
+norms, MLA's up-projections and SwiGLU (2412.19437, section 3.2.3). Recomputed results are bit for bit those of the
+forward pass.
 """
 
 from collections.abc import Callable

@@ -14,10 +14,11 @@ from smolseek.config import RopeConfig
 def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Tensor:
     """Return the rotation angle per position of each frequency [P] in float32, P = dim / 2.
 
-    `default` frequencies are theta^(-2i/dim). `linear` divides all of them by `factor` (2306.15595). `llama3` divides
-    the low frequencies by `factor`, keeps the high ones, and interpolates in between (Llama 3.1, 2407.21783). `yarn`
-    interpolates along a ramp over the number of rotations (2309.00071, section 3.2). `longrope` divides each frequency
-    by an entry of a list (2402.13753); with `beyond`, of the list for positions beyond the original context.
+    `default` frequencies are theta^(-2i/dim). `linear` divides all frequencies by `factor` (2306.15595). `llama3`
+    divides the low frequencies by `factor`, keeps the high ones, and interpolates in between (Llama 3.1, 2407.21783).
+    `yarn` interpolates along a ramp over the number of rotations (2309.00071, section 3.2). `longrope` divides each
+    frequency by an entry of a list (2402.13753). With `beyond`, this is the list for positions beyond the original
+    context.
     """
     ladder = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     inverse, context = 1.0 / ladder, rope.original_max_position_embeddings or 0
@@ -93,7 +94,7 @@ class Rope(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        """Compute the frequencies. Call this again after building the model on the meta device."""
+        """Compute the frequencies. Call this method again after building the model on the meta device."""
         if self.short_P.device.type != "meta":
             self.short_P.copy_(frequencies(self.rope, self.dim))
             self.long_P.copy_(frequencies(self.rope, self.dim, beyond=True))

@@ -59,7 +59,8 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 
     Each active weight in a matrix multiplication counts as 2 FLOPs. The head is a matrix multiplication, and the
     embedding is a look-up. In causal attention, each query-key pair of tokens costs 2 FLOPs for each feature of a query
-    and of a value, and a token has (context + 1) / 2 pairs on average. A training step costs three times as much.
+    and of a value, and a token has (context + 1) / 2 pairs on average. A training step costs three times as many FLOPs
+    as a forward pass.
     """
     counts = count(config)
     products = counts.active - counts.balancing - counts.norm
@@ -71,8 +72,8 @@ def flops_per_token(config: ModelConfig, context: int) -> int:
 def cache_bytes(config: ModelConfig, bytes_per_number: int = 2) -> dict[str, int]:
     """Return the cached bytes per token of this model, and of MHA and GQA models with the same heads.
 
-    If the model is MLA, the GQA model has a quarter of its heads as key-value heads (8/2 in the seed experiment).
-    Otherwise GQA has the model's own key-value heads.
+    For a model with MLA, the GQA model has a quarter as many key-value heads as query heads (8/2 in the seed
+    experiment). For other models, GQA has the model's own key-value heads.
     """
     heads = config.num_attention_heads
     size = config.v_head_dim if config.is_mla else config.qk_head_dim

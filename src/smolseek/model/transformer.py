@@ -103,7 +103,7 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the embedding with the head if the configuration says so; call it again after assigning weights."""
+        """Share the embedding with the head if the configuration says so. Call this again after assigning weights."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -124,8 +124,8 @@ class CausalLM(nn.Module):
         Args:
             ids_BT: token ids (int64).
             cache: the cache with the earlier tokens; the new tokens are appended to it.
-            last: return only the hidden states of this many final tokens. The last layer computes queries for these
-                tokens only.
+            last: number of final tokens whose hidden states are returned; None returns all hidden states. The last
+                layer computes queries for these final tokens only.
             accumulate: on a CPU, the backward pass adds the gradients of experts and embedding to their `.grad` in
                 place. Autograd does not see these gradients, so use `accumulate` only with `backward()` and not with
                 `torch.autograd.grad`.

@@ -1,4 +1,4 @@
-"""The two audits of a training run: before the first step, and of the trained model and its samples."""
+"""The two audits of a training run: one before the first step, and one of the trained model."""
 
 import shlex
 from dataclasses import replace
@@ -25,7 +25,7 @@ def audit_start(t: Training) -> None:
 
 
 def audit_end(t: Training, datasets: Datasets) -> None:
-    """Write the last samples and audit the run."""
+    """Write the last samples, and audit the trained model."""
     config, step = t.config, t.progress.step
     model = _full_model(t, t.run.checkpoint_path(step))
     checks: list[Check] = []
@@ -50,7 +50,7 @@ def _subject(model: CausalLM) -> Subject:
 def _full_model(t: Training, path: Path | None) -> CausalLM | None:
     """Return the full model.
 
-    If several processes share the model, this is a new model with the weights in `path`, or None if memory is short.
+    If several processes share the model, return a new model with the weights in `path`, or None if memory is short.
     """
     if t.distributed.size == 1:
         return t.model

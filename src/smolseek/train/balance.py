@@ -20,8 +20,8 @@ class Balancer:
     """Moves the selection bias of each expert by gamma towards an equal load, after every optimizer step.
 
     The update is b_i += gamma * sign(mean load - load_i), with the loads of all tokens of the step. The forward pass
-    returns the load of each micro-batch, and the caller passes it to `add`. So recomputation and evaluation are not
-    counted.
+    returns the load of each micro-batch, and the caller passes it to `add`. So the load of recomputation and evaluation
+    is not counted.
     """
 
     def __init__(self, model: CausalLM, gamma: float) -> None:
@@ -47,8 +47,9 @@ class Balancer:
         device, so the host does not wait for the GPU.
 
         With `calibrate` the update is proportional: b_i += factor * gamma * (1 - load_i / mean load). The sign update
-        balances an expert's median load over the steps, and not its mean load. The two differ if a step has few tokens:
-        an expert that serves only a few documents, but all of their tokens, has a small median and a large mean.
+        balances an expert's median load over the steps, and not its mean load. Median and mean differ if a step has few
+        tokens: an expert that serves only a few documents, but all of their tokens, has a small median and a large
+        mean.
         """
         if not self.routers:
             return torch.zeros(0)

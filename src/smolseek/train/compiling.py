@@ -18,10 +18,10 @@ from smolseek.train.forward_backward import ForwardBackward
 
 BACKEND = "inductor"
 STEPS = 1000
-"""Runs with fewer steps are not compiled: compiling takes a minute or two, which a short run does not win back."""
+"""`--compile auto` compiles no run with fewer steps, because compiling takes a minute or two."""
 TOLERANCE = 0.02
-"""Largest relative difference of loss and gradient norm that is accepted. Summing bfloat16 numbers in another order
-changes them by less, and wrong code by more."""
+"""Largest relative difference of loss and gradient norm that is accepted. Another summation order in bfloat16 causes
+smaller differences, and wrong code causes larger differences."""
 
 
 def should_compile(config: TrainConfig, device: torch.device, processes: int) -> bool:
@@ -34,8 +34,8 @@ def should_compile(config: TrainConfig, device: torch.device, processes: int) ->
 def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
     """Compile the layers, and capture the micro-batches as CUDA graphs, where that makes the run faster.
 
-    The compiled layers and the CUDA graphs are compared with plain PyTorch on random tokens. If one of the two fails or
-    changes the loss or gradient norm, the run goes on without it, and a one-line warning says so.
+    The compiled layers and the CUDA graphs are compared with plain PyTorch on random tokens. If compiling or capturing
+    fails, or changes the loss or the gradient norm, the run goes on without it, and a one-line warning says so.
     """
     model, single = forward_backward.model, processes == 1
     compiles = should_compile(config, device, processes)
@@ -76,7 +76,7 @@ def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torc
 
 
 def _loss_and_norm(forward_backward: ForwardBackward, sequences: torch.Tensor) -> tuple[float, float]:
-    """Return the loss and gradient norm of up to two micro-batches. The gradients are dropped."""
+    """Return the loss and gradient norm of up to two micro-batches, and drop the gradients."""
     for _ in range(min(2, forward_backward.grad_accum)):
         out = forward_backward(sequences)
     model = forward_backward.model

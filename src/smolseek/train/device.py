@@ -42,8 +42,8 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     """Check the number of processes that torchrun started, and return their distributed context.
 
     Raises:
-        SmolseekError: if mesh sizes and number of processes do not divide each other, or if an option needs a single
-            process or unsharded weights.
+        SmolseekError: if the mesh does not fit the number of processes, the experts or the batch, or if an option needs
+            a single process or unsharded weights.
     """
     size = launch.world_size()
     mesh = choose(config.mesh, config.model, size, config.batch_size)

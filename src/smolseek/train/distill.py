@@ -60,7 +60,8 @@ def source_of_model(model: str) -> str:
     """Return the model that `model` was converted from, according to the model card or the configuration of the run.
 
     Raises:
-        SmolseekError: if neither names a source model, or the source model does not exist any more.
+        SmolseekError: if neither the model card nor the run names a source model, or if the source model does not exist
+            any more.
     """
     path = resolve(model)
     source, run = source_of(path), RunFolder(path.parent.parent)

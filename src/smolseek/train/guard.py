@@ -11,7 +11,7 @@ from smolseek import console
 from smolseek.config import GuardConfig, from_dict
 
 WINDOW = 128
-"""A spike is judged against this many previous steps (the rule and window of OLMo-core's SkipStepOptimizer)."""
+"""Loss and gradient norm are compared with this many previous steps (as in OLMo-core's SkipStepOptimizer)."""
 VAIN_RETURNS = 3
 """The run gives up after this many rollbacks (returns to a checkpoint) without new progress."""
 AT_ONCE = ("SIGINT", "SIGTERM")
@@ -25,7 +25,7 @@ SIGUSR2 before their time limit. SIGXCPU means that the CPU-time limit was reach
 class Guard:
     """Decides before each weight update whether the step is bad and must be skipped.
 
-    Every checkpoint contains all counts. A rollback to a checkpoint does not reset them.
+    Every checkpoint contains all counts. A rollback to a checkpoint does not reset the counts.
     """
 
     config: GuardConfig
@@ -103,11 +103,10 @@ class StopRequest:
 
     A second SIGINT or SIGTERM goes to the previous handler, which usually ends the process at once. A SIGHUP (the
     terminal was closed) ends a run only if its output is a terminal; otherwise the run saves and goes on. Signals that
-    were ignored before, as by `nohup`, stay ignored.
+    were ignored before (for example by `nohup`) stay ignored.
 
-    A process of a distributed run (`single` is False) stores repeated signals too, without a message. Such a process
-    often gets a signal twice, from the terminal and from torchrun. torchrun also kills processes that do not end in
-    time.
+    In a distributed run (`single` is False), a repeated signal is stored without a message, because the terminal and
+    torchrun often send the same signal. A process that does not end in time is killed by torchrun.
     """
 
     def __init__(self, single: bool = True) -> None:

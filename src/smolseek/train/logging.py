@@ -105,7 +105,7 @@ class Clock:
     def restart(self) -> None:
         """Begin a new interval, in which `steps` counts from 0.
 
-        After a resume in the middle of a log interval, `steps` is therefore less than the number of losses.
+        After a resume in the middle of a log interval, `steps` is less than the number of losses in the interval.
         """
         self.started, self.paused, self.steps = time.perf_counter(), 0.0, 0
 

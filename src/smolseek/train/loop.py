@@ -29,13 +29,13 @@ from smolseek.train.step import StepResult, train_step
 def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
     """Train a model as `config` says and return its last checkpoint.
 
-    With `resume`, the run continues from its newest valid checkpoint. On a CPU, its losses are then bit for bit those
-    of a run that never stopped. `auto` resumes a run that exists, and otherwise starts a new one.
+    With `resume`, the run continues from its newest valid checkpoint. On a CPU, the losses of a resumed run are bit for
+    bit those of a run that never stopped. `auto` resumes a run that exists, and otherwise starts a new one.
 
     Raises:
-        SmolseekError: for data, sizes or a run folder that do not fit, before anything is written; or if bad steps or a
-            failed save end the run.
-        Stopped: when a signal or unavailable data ended the run, which has saved a checkpoint.
+        SmolseekError: if data, sizes or the run folder do not fit (nothing is written in this case), or if bad steps or
+            a failed save end the run.
+        Stopped: if a signal or unavailable data ended the run, after the run has saved a checkpoint.
     """
     device = choose_device(config.device)
     if device.type == "cpu":

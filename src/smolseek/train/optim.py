@@ -1,6 +1,6 @@
 """The optimizers: AdamW, or Muon for the hidden matrices with AdamW for all other parameters.
 
-`torch.optim.Muon` accepts 2-D tensors only. This Muon also updates stacked experts [E, out, in], in one batched
+`torch.optim.Muon` accepts 2-D tensors only. `MuonAdamW` also updates stacked experts [E, out, in], in one batched
 iteration. Shapes: M matrices, R rows, C columns.
 """
 
@@ -39,8 +39,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     A parameter in a Muon group is a matrix [R, C] or a stack of matrices [M, R, C]. The key `matrices` is the number of
     matrices that are concatenated along R (2 for fused gate and up). Every matrix is orthogonalized by itself. The
-    update is scaled by 0.2 sqrt(max(R, C)), which gives it the usual root mean square of an AdamW update (2502.16982,
-    section 2.2). So Muon and AdamW use the same learning rate and weight decay.
+    update of a matrix is scaled by 0.2 sqrt(max(R, C)), so that its root mean square is that of a usual AdamW update
+    (2502.16982, section 2.2). Thanks to this scaling, Muon and AdamW use the same learning rate and weight decay.
     """
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
 """Where a run starts: at step 0, or from its newest checkpoint.
 
 The paths of text, tokenizer, teacher and first weights may change before a resume, but their contents must not. A
-checkpoint identifies the training text by the fingerprint in the data stream's state. It identifies the tokenizer, the
-teacher and the validation text by `Training.input_digests`.
+checkpoint identifies the training text by the fingerprint in the data stream's state. `Training.input_digests`
+identifies the tokenizer, the teacher and the validation text of a checkpoint.
 """
 
 import dataclasses
@@ -107,7 +107,7 @@ def _relocated(config: TrainConfig, previous: TrainConfig) -> TrainConfig:
 def newest_checkpoint(
     run: RunFolder, distributed: SingleProcess, below: int | None = None
 ) -> tuple[Path | None, list[tuple[str, str]]]:
-    """Return the newest valid checkpoint, and the name and the damage of each newer checkpoint.
+    """Return the newest valid checkpoint, and (name, reason) for each newer checkpoint that is not valid.
 
     Only the main process reads the checkpoints. With `below`, checkpoints at step `below` or later are ignored.
     """
@@ -152,7 +152,7 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
 def check_inputs(digests: dict[str, str], start: Start) -> None:
     """Compare the digests of the run's inputs with the digests in its checkpoint, if the checkpoint has any.
 
-    Older releases wrote no digests.
+    The checkpoints of older releases have no digests.
 
     Raises:
         SmolseekError: if the tokenizer or the teacher has changed. A changed validation text only gives a warning.

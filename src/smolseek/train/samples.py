@@ -32,7 +32,7 @@ def write_samples(
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         if len(ids) >= model.config.max_position_embeddings:
-            ids = ids[-(model.config.max_position_embeddings // 2) :]  # a long prompt must not end the run
+            ids = ids[-(model.config.max_position_embeddings // 2) :]  # so that a long prompt does not end the run
         generator = Generator(model, [ids], sampling, max_tokens, stop_ids=model.config.eos_ids)
         text = TextStream(generator, tokenizer).finish()[0].strip()
         lines += [f"**{prompt}** {text}", ""]

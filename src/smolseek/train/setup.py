@@ -69,7 +69,7 @@ class Training(TrainState):
     run: RunFolder
     device: torch.device
     datasets: Datasets | None
-    """None on processes other than the main process."""
+    """Datasets of the main process; None on all other processes."""
     val_sequences: torch.Tensor
     """Validation text, int64 [N, T+1], on every process."""
     val_bytes: int
@@ -162,7 +162,7 @@ def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, re
     Args:
         config: the run's settings.
         tokenizer_copy: a folder with the tokenizer of a resumed run, used if `config.tokenizer` has moved.
-        resumed: whether the run is resumed. Warnings about its text are then not repeated.
+        resumed: whether the run is resumed, so that warnings about the text are not repeated.
 
     Raises:
         SmolseekError: for data that cannot be read or are too short, and for a tokenizer that is larger than the

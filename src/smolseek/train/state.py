@@ -79,7 +79,7 @@ class TrainState:
         load_weights(self.model, path, self.distributed.local_shards(self.model))
 
     def reset(self, seed: int, init: str | None) -> None:
-        """Go back to step 0 and the first weights, but not to the first data.
+        """Go back to step 0 and the first weights, but keep the position in the data.
 
         The first weights are those of the model `init`, or random weights from `seed`.
         """
@@ -109,8 +109,8 @@ class TrainState:
     def restore(self, path: Path, *, data: bool) -> dict[str, Any]:
         """Restore weights, optimizer and progress from the checkpoint `path`, and return its JSON state.
 
-        With `data`, the data stream and the guard are restored as well. Without it, the stream keeps its position, so
-        the run does not read the same data again.
+        With `data`, the data stream and the guard are restored as well. Without `data`, the stream keeps its position,
+        so the run does not read the same data again.
         """
         shards = self.distributed.local_shards(self.model)
         with report_damage(path / STATE_TENSORS, "use an older checkpoint"):

@@ -90,7 +90,7 @@ def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
 def _go_back(t: Training) -> None:
     """Roll back to the last checkpoint, without going back in the data.
 
-    If no step has succeeded since the previous rollback, the checkpoint before that one is used.
+    If no step has succeeded since the previous rollback, use an older checkpoint than for that rollback.
 
     Raises:
         SmolseekError: after too many rollbacks without new progress.
