@@ -6,7 +6,7 @@ from typing import Literal
 
 from smolseek.errors import SmolseekError
 
-Format = Literal["gguf"]
+Format = Literal["gguf", "hf"]
 Quantize = Literal["f32", "bf16", "f16", "q8_0", "q5_1", "q4_1", "q4_0"]
 
 
@@ -15,13 +15,36 @@ class Export:
     """What is written."""
 
     format: Format = "gguf"
-    """gguf is one file for llama.cpp and the programs that are built on it."""
-    quantize: Quantize = "bf16"
-    """Number format of the matrices (gguf). Norms, routers and biases are always float32."""
+    """gguf is one file for llama.cpp and the programs that are built on it; hf is a folder for transformers, vLLM and
+    mlx-lm."""
+    quantize: Quantize | None = None
+    """Number format of the matrices in a GGUF file, bf16 by default. Norms, routers and biases are always float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Number format of the weights in a folder, float32 by default."""
+    pad_deepseek: bool = False
+    """Pad the attention of a folder to DeepSeek's own sizes (latent 512, rotary 64, heads 128), for kernels that take
+    no others. The model computes the same, with a larger cache."""
+    push_to_hub: str | None = None
+    """Repository OWNER/NAME on the Hugging Face hub to upload the export to, with a model card. A repository that does
+    not exist is created, private."""
+    public: bool = False
+    """Make the created repository public."""
+    license: str | None = None
+    """Licence in the model card, in the hub's spelling, such as apache-2.0; by default that of the source's card."""
     tokenizer: str | None = None
     """Another tokenizer than the model's own: a folder, a .gguf file or a hub name of the same model."""
 
-    def check_out(self, out: Path) -> None:
-        """Raise SmolseekError if `out` cannot be the name of what is written."""
+    def check(self, out: Path) -> None:
+        """Raise SmolseekError for options that do not go together, and if `out` cannot be what is written."""
+        other = {"gguf": ("dtype", "pad_deepseek"), "hf": ("quantize",)}[self.format]
+        for name in other:
+            if getattr(self, name):
+                raise SmolseekError(
+                    f"--{name.replace('_', '-')} does not belong to --format {self.format}: leave it out"
+                )
+        if self.public and self.push_to_hub is None:
+            raise SmolseekError("--public without --push-to-hub: name the repository, or leave it out")
         if self.format == "gguf" and out.suffix != ".gguf":
-            raise SmolseekError(f"{out}: the name of a GGUF file ends in .gguf: use {out.with_suffix('.gguf').name}")
+            raise SmolseekError(
+                f"{out}: the name of a GGUF file ends in .gguf: use {out.with_suffix('.gguf').name}, or --format hf"
+            )

@@ -1,49 +1,95 @@
-"""From a model to a file, which is written completely or not at all."""
+"""From a model to a file or folder, which is written completely or not at all."""
 
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 from smolseek import console
 from smolseek.errors import SmolseekError, Stopped
-from smolseek.export import gguf
+from smolseek.export import gguf, hf, hub
+from smolseek.export.card import model_card
 from smolseek.export.options import Export
 from smolseek.export.source import open_source
-from smolseek.files import atomic_file
+from smolseek.files import atomic_file, atomic_folder, is_vacant
+from smolseek.model.summary import count
+from smolseek.storage.hf_folder import load_model, read_config
 
 
 def export(target: str, out: str | Path, options: Export) -> Path:
-    """Export the model `target` (as `load_model` takes it) to the file `out`, and return `out`.
+    """Export the model `target` (as `load_model` takes it) to the file or folder `out`, and return `out`.
 
     `out` appears complete or not at all. Options, model, tokenizer, `out` and disk space are checked before anything
     is written.
 
     Raises:
-        SmolseekError: if the model cannot be expressed in the format, `out` exists, or it cannot be written.
+        SmolseekError: if the model cannot be expressed in the format, `out` exists, it cannot be written, or it cannot
+            be uploaded.
         Stopped: for a KeyboardInterrupt; nothing is left.
     """
     out = Path(out)
-    options.check_out(out)
-    if out.exists() or out.is_symlink():
+    options.check(out)
+    if options.push_to_hub is not None:
+        hub.check(options.push_to_hub)
+    if out.is_symlink() or not is_vacant(out) or (options.format == "gguf" and out.exists()):
         raise SmolseekError(f"{out} exists: choose another name, or delete it")
     try:
-        source = open_source(target, options.tokenizer)
-        plan = gguf.plan(source, options.quantize, out.stem)
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _require_space(out, plan.nbytes)
-            with atomic_file(out) as part:
-                gguf.write(part, plan)
-        except OSError as error:
-            raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
+        (_export_gguf if options.format == "gguf" else _export_folder)(target, out, options)
     except KeyboardInterrupt:
         raise Stopped(f"interrupted: {out} was not written", 130) from None
-    console.say(f"Wrote {out}: {out.stat().st_size / 1e6:,.0f} MB ({plan.description})")
     return out
 
 
-def _require_space(out: Path, needed: int) -> None:
-    """Raise SmolseekError if the disk of `out` has less than `needed` bytes free."""
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
-        raise SmolseekError(f"no space left for {out}: {sizes}: free some, or choose another disk")
+def _export_gguf(target: str, out: Path, options: Export) -> None:
+    source = open_source(target, options.tokenizer)
+    plan = gguf.plan(source, options.quantize or "bf16", out.stem)
+    with _writing(out, plan.nbytes), atomic_file(out) as part:
+        gguf.write(part, plan)
+    console.say(f"Wrote {out}: {out.stat().st_size / 1e6:,.0f} MB ({plan.description})")
+    if options.push_to_hub is not None:
+        title = options.push_to_hub.rpartition("/")[2]
+        card = model_card(
+            source.path, source.config, title, license_name=options.license, gguf=out.name, plain_rope=True
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / out.name).symlink_to(out.resolve())
+            (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            _push(Path(folder), out, options)
+
+
+def _export_folder(target: str, out: Path, options: Export) -> None:
+    config = hf.exported_config(read_config(target), options)
+    opened = load_model(target, tokenizer=options.tokenizer)
+    if not hf.runs_anywhere(config):
+        console.say("Note: only smolseek and transformers compute this model: its RoPE has frequencies of its own")
+    nbytes = count(config).total * getattr(torch, options.dtype or "float32").itemsize
+    title = options.push_to_hub or out.name
+    with _writing(out, nbytes), atomic_folder(out, last="config.json") as folder:
+        hf.write(folder, opened, options, title)
+    console.say(f"Wrote {out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.0f} MB")
+    if options.push_to_hub is not None:
+        _push(out, out, options)
+
+
+@contextmanager
+def _writing(out: Path, needed: int) -> Iterator[None]:
+    """Check that the disk of `out` has `needed` bytes free, and turn its errors into one line."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed:
+            sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
+            raise SmolseekError(f"no space left for {out}: {sizes}: free some, or choose another disk")
+        yield
+    except OSError as error:
+        raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
+
+
+def _push(folder: Path, out: Path, options: Export) -> None:
+    """Upload what was exported to the repository that the options name."""
+    assert options.push_to_hub is not None
+    console.say(f"Uploading to {options.push_to_hub}")
+    console.say(f"Uploaded: {hub.push(folder, options.push_to_hub, public=options.public, written=out)}")

@@ -1,0 +1,49 @@
+"""A Hugging Face folder that other engines read, with a model card."""
+
+from pathlib import Path
+
+import torch
+
+from smolseek.config import ModelConfig
+from smolseek.export import padding
+from smolseek.export.card import model_card
+from smolseek.export.options import Export
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.hf_folder import LoadedModel, write_metadata
+from smolseek.storage.latent_norm import folded
+from smolseek.storage.safetensors_file import write_shards
+from smolseek.storage.weights import file_views, with_head
+
+_ROUTER_BIAS = "e_score_correction_bias"
+
+
+def exported_config(config: ModelConfig, options: Export) -> ModelConfig:
+    """Return the configuration of the exported model. Raises SmolseekError if it cannot be padded."""
+    return padding.padded_config(config) if options.pad_deepseek else config
+
+
+def runs_anywhere(config: ModelConfig) -> bool:
+    """Return whether other engines than transformers and smolseek compute the model."""
+    portable = config.rope_parameters.rope_type == "default" and config.qk_nope_head_dim > 0
+    return config.model_type == "llama" or (config.is_mla and portable)
+
+
+def write(folder: Path, opened: LoadedModel, options: Export, name: str) -> None:
+    """Write the model into the empty `folder`, tensor by tensor. Raises OSError if it cannot be written."""
+    model: CausalLM = opened.model
+    dtype = getattr(torch, options.dtype or "float32")
+    # Only float32 holds a norm of the latent that reading removes to the last bit.
+    tensors = folded(file_views(model).items(), opened.config, reversible=dtype == torch.float32)
+    if options.pad_deepseek:
+        tensors = padding.padded(tensors, opened.config)
+    config = exported_config(opened.config, options)
+    # bfloat16 would round the router biases to steps larger than a training's updates.
+    stored = (
+        (key, tensor if key.endswith(_ROUTER_BIAS) else tensor.to(dtype)) for key, tensor in with_head(tensors, config)
+    )
+    write_shards(folder, stored)
+    write_metadata(folder, config, dtype, opened.tokenizer)
+    card = model_card(
+        opened.path, config, name, license_name=options.license, gguf=None, plain_rope=runs_anywhere(config)
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")

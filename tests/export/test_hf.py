@@ -1,0 +1,145 @@
+"""Folders exported for other engines: stock transformers computes the same, padded or not, and the card tells how."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+from smolseek.config import ModelConfig, RopeConfig
+from smolseek.model.transformer import new_model
+from smolseek.storage.hf_folder import load_model, save_folder
+
+SHAPE = ModelConfig(
+    vocab_size=101,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    kv_lora_rank=24,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=16,
+    v_head_dim=20,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=20,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    tie_word_embeddings=True,
+    eos_token_id=0,
+)
+IDS = torch.arange(60).reshape(2, 30)
+
+
+def saved(path, **changes):
+    """Return a folder of a random model, and its logits in float32."""
+    torch.manual_seed(0)
+    model = new_model(replace(SHAPE, **changes)).eval()
+    save_folder(model, path)
+    with torch.no_grad():
+        return path, model(IDS)
+
+
+def stock_logits(path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": 28},
+        {"rope_interleave": False},
+        {"latent_norm": False},
+        {"attention_bias": True, "q_lora_rank": 28},
+    ],
+    ids=["plain", "query rank", "not interleaved", "no latent norm", "biases"],
+)
+@pytest.mark.parametrize("padding", [(), ("--pad-deepseek",)], ids=["", "padded"])
+def test_transformers_computes_the_exported_model(tmp_path, run_cli, changes, padding):
+    source, expected = saved(tmp_path / "source", **changes)
+    out = tmp_path / "out"
+    result = run_cli("export", source, out, "--format", "hf", *padding)
+    assert result.code == 0, result.err
+    assert (stock_logits(out) - expected).abs().max() < 1e-5 * expected.std()
+    values = json.loads((out / "config.json").read_text())
+    if padding:
+        sizes = [values[key] for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")]
+        assert sizes == [512, 128, 64, 128]
+
+
+def test_bfloat16_keeps_router_biases_in_float32(tmp_path, run_cli):
+    source, expected = saved(tmp_path / "source")
+    assert run_cli("export", source, tmp_path / "out", "--format", "hf", "--dtype", "bfloat16").code == 0
+    exported = load_model(tmp_path / "out", dtype="auto").model
+    assert exported.lm_head.weight.dtype == torch.bfloat16
+    difference = (stock_logits(tmp_path / "out") - expected).abs().max()
+    assert 0 < difference < 0.1 * expected.std()
+
+
+def test_the_card_of_a_converted_model_is_kept_and_gets_commands(tmp_path, run_cli):
+    source, _ = saved(tmp_path / "source")
+    (source / "README.md").write_text(
+        "---\nlicense: apache-2.0\nbase_model: a/b\ntags:\n- x\n---\n\n# B\n\n- Mode: m\n"
+    )
+    assert run_cli("export", source, tmp_path / "out", "--format", "hf").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = card.split("---\n")[1]
+    assert "license: apache-2.0\n" in front and "base_model: a/b\n" in front
+    assert "- Mode: m" in card and "vllm serve out" in card and "mlx_lm.generate --model out" in card
+    # Exporting the export does not repeat a section.
+    assert run_cli("export", tmp_path / "out", tmp_path / "again", "--format", "hf", "--license", "mit").code == 0
+    again = (tmp_path / "again" / "README.md").read_text()
+    assert again.count("## How to run it") == 1 and "license: mit\n" in again and "apache" not in again
+
+
+def test_the_card_of_a_run_has_its_figures(tmp_path, run_cli):
+    run = tmp_path / "run"
+    options = ["--steps", "2", "--log-every", "1", "--eval-tokens", "256", "--sample-tokens", "0", "--batch-size", "1"]
+    sizes = ["--seq-len", "32", "--model.num-hidden-layers", "1", "--eval-every", "2", "--save-every", "1"]
+    assert run_cli("train", "tiny", "--data", "builtin", "--run", run, *options, *sizes).code == 0
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert run_cli("export", run, tmp_path / "out", "--format", "hf").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    loss = next(record["val_loss"] for record in reversed(records) if "val_loss" in record)
+    assert f"| validation loss | {loss:.4f} |" in card and "for 2 of 2 steps" in card
+    assert re.search(r"Audit of the run: \d+ checks passed, 0 checks failed", card)
+    # An earlier checkpoint has the figures of its own step.
+    assert run_cli("export", run / "checkpoints" / "step-000001", tmp_path / "early", "--format", "hf").code == 0
+    early = (tmp_path / "early" / "README.md").read_text()
+    assert "for 1 of 2 steps" in early and "not audited at this step" in early and f"{loss:.4f}" not in early
+
+
+REFUSED = [
+    ({}, ["out", "--format", "hf", "--quantize", "f32"], "--quantize does not belong to --format hf: leave it out"),
+    ({}, ["out.gguf", "--dtype", "bfloat16"], "--dtype does not belong to --format gguf: leave it out"),
+    ({}, ["out", "--format", "hf", "--public"], "--public without --push-to-hub"),
+    ({"kv_lora_rank": 513}, ["out", "--format", "hf", "--pad-deepseek"], "kv_lora_rank 513 is above DeepSeek's 512"),
+    ({"qk_rope_head_dim": 24}, ["out", "--format", "hf", "--pad-deepseek"], "24 does not divide 64"),
+    (
+        {"rope_parameters": RopeConfig(rope_type="linear", factor=2.0)},
+        ["out", "--format", "hf", "--pad-deepseek"],
+        "linear",
+    ),
+]
+
+
+@pytest.mark.parametrize("changes, arguments, words", REFUSED, ids=[words for *_, words in REFUSED])
+def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, run_cli, changes, arguments, words):
+    source, _ = saved(tmp_path / "source", **changes)
+    name, *options = arguments
+    result = run_cli("export", source, tmp_path / name, *options)
+    assert result.code == 2 and words in result.err and result.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_an_existing_folder_is_not_replaced(tmp_path, run_cli):
+    source, _ = saved(tmp_path / "source")
+    result = run_cli("export", source, source, "--format", "hf")
+    assert result.code == 2 and "exists: choose another name" in result.err
