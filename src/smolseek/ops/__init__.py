@@ -1,1 +1,1 @@
-"""What model and loss compute through kernels: one folder an operation, PyTorch's definition in its `reference.py`."""
+"""Operations of the model and the loss with their kernels. The `reference.py` of an operation defines it in PyTorch."""

@@ -1,6 +1,6 @@
 """Chooses the backend of an operation: C on a CPU, Triton on a GPU, else PyTorch (`reference`).
 
-SMOLSEEK_BACKEND=reference, cpu or triton turns off the other kernels.
+The environment variable SMOLSEEK_BACKEND=reference, cpu or triton disables all other kernels.
 """
 
 import ctypes
@@ -19,7 +19,10 @@ from smolseek.ops import build
 
 VARIABLE = "SMOLSEEK_BACKEND"
 TRITON: bool | None = None
-"""Whether Triton's kernels run here; None until tried. A global, since dynamo cannot trace through a cache."""
+"""Whether Triton's kernels run on this machine; None before the first try.
+
+The variable is global, because dynamo cannot trace through a cached function.
+"""
 
 
 @functools.cache
@@ -37,25 +40,25 @@ def override() -> str | None:
 
 
 def compiled(*sources: Path) -> ctypes.CDLL | None:
-    """Return the C files `sources` as one library, or None if they are turned off or cannot be built."""
+    """Return the C files `sources` as one library, or None if C files are disabled or cannot be built."""
     return build.library(*sources) if override() in (None, "cpu") else None
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Return the C files of all operations, or None."""
+    """Return the compiled C files of all operations, or None without C files."""
     return compiled(*sorted(Path(__file__).parent.glob("*/cpu.c")))
 
 
 @functools.cache
 def has_bf16_products() -> bool:
-    """Return whether the C files also take bfloat16: the processor has a dot product of it (AVX512_BF16)."""
+    """Return whether the C files support bfloat16. This needs the processor's bfloat16 dot product (AVX512_BF16)."""
     functions = library()
     return functions is not None and bool(functions.has_bf16_products())
 
 
 def c_supports(x: torch.Tensor) -> bool:
-    """Return whether the C files support `x`: on a CPU, float32, or bfloat16 with a multiple of 16 features."""
+    """Return whether the C files support `x`: a CPU tensor of float32, or of bfloat16 with 16 n features."""
     if x.device.type != "cpu" or x.stride(-1) != 1 or torch.compiler.is_compiling():
         return False
     if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a FakeTensor, for example, has no memory
@@ -66,20 +69,21 @@ def c_supports(x: torch.Tensor) -> bool:
 
 
 def c_infers(x: torch.Tensor) -> bool:
-    """Return whether the C files for reading prompts support `x`: bfloat16, in inference mode."""
-    # The mode comes last: dynamo cannot trace it, and `c_supports` is False in compiled code.
+    """Return whether the C files for reading prompts support `x`. They need bfloat16 and inference mode."""
+    # The inference mode is checked last, because dynamo cannot trace this check. In compiled code `c_supports` is
+    # False.
     return x.dtype == torch.bfloat16 and c_supports(x) and torch.is_inference_mode_enabled()
 
 
 def triton_supports(x: torch.Tensor) -> bool:
-    """Return whether the Triton kernels support `x`: on a GPU, and not float64, since they compute in float32."""
+    """Return whether the Triton kernels support `x`, a GPU tensor. float64 is excluded: the kernels use float32."""
     if not x.is_cuda or x.dtype == torch.float64:
         return False
     return triton_runs(x.device) if TRITON is None else TRITON
 
 
 def triton_runs(device: torch.device) -> bool:
-    """Try a kernel on `device`, and warn once if it fails: Triton may lack a C compiler or not support the GPU."""
+    """Try a kernel on `device`, and warn once if it fails, for example without a C compiler or on an old GPU."""
     global TRITON
     TRITON = False
     if importlib.util.find_spec("triton") is not None and override() in (None, "triton"):
@@ -94,9 +98,10 @@ def triton_runs(device: torch.device) -> bool:
 
 
 def triton_operator(allocate: Callable[..., Any]) -> Callable[..., Any]:
-    """Make an operator of a Triton kernel, which torch.compile does not trace.
+    """Make a PyTorch operator of a Triton kernel, so that torch.compile does not trace the kernel.
 
-    `allocate` returns the empty results; the function of its name in the `triton.py` of its folder fills them.
+    `allocate` returns empty tensors for the results. The function of the same name in `triton.py` of the same folder
+    fills these tensors.
     """
     name = allocate.__name__
 
@@ -113,18 +118,18 @@ def triton_operator(allocate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def product_type(x: torch.Tensor) -> torch.dtype:
-    """Return the number format of matrix products with `x`: autocast's if it is on."""
+    """Return the number format of matrix multiplications with `x`: autocast's if autocast is enabled, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def triton_warps(numbers: int) -> int:
-    """Return the number of warps for a program over `numbers`: eight numbers a thread, rounded up to a power of two."""
+    """Return the number of warps for a program over `numbers` numbers: a power of two, about eight numbers a thread."""
     return min(16, 1 << (max(1, numbers // 256) - 1).bit_length())
 
 
 def call(name: str, *arguments: torch.Tensor | int | float | None) -> None:
-    """Call a C function: tensors become pointers, int becomes int64_t; the number of threads is added at the end."""
+    """Call a C function. Tensors become pointers, ints become int64_t, and the number of threads is added last."""
     functions = library()
     assert functions is not None
     getattr(functions, name)(*map(_c_argument, (*arguments, torch.get_num_threads())))
@@ -139,11 +144,11 @@ def _c_argument(x: torch.Tensor | int | float | None) -> object:
 
 
 def gradient_to_add_to(weight: torch.Tensor, accumulate: bool) -> torch.Tensor | None:
-    """Return the `.grad` to which a backward pass may add the gradient of `weight`, or None to leave that to autograd.
+    """Return the `.grad` to which a backward pass may add the gradient of `weight`, or None if autograd must add it.
 
-    Autograd allocates each micro-batch's gradient and then adds it to `.grad`. For stacked experts and the embedding
-    this memory traffic takes longer than their products. Autograd does not see such a gradient, so the caller must
-    ask for it with `accumulate`.
+    Autograd allocates the gradient of each micro-batch and then adds it to `.grad`. For stacked experts and the
+    embedding this memory traffic takes longer than the matrix multiplications. Autograd does not see a gradient that a
+    backward pass adds itself, so the caller must request this with `accumulate`.
     """
     if not (accumulate and weight.is_leaf and weight.requires_grad and weight.device.type == "cpu"):
         return None

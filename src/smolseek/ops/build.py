@@ -1,4 +1,4 @@
-"""Builds C files of the package with the machine's compiler, once: the library is kept in the user's cache folder."""
+"""Builds the package's C files with the machine's compiler, and keeps the library in the user's cache folder."""
 
 import contextlib
 import ctypes
@@ -16,21 +16,23 @@ from smolseek import console
 from smolseek.files import write_atomically
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-# Flags that some compilers do not support (Apple's clang: OpenMP). All flags are tried first, then without each group.
+# Groups of flags that some compilers do not support; Apple's clang, for example, has no OpenMP. The compiler is tried
+# with all flags first, then without each group.
 _OPTIONAL = ((), ("-fopenmp",), ("-march=native",), ("-fopenmp", "-march=native"))
 _FOLDER = Path(__file__).parent
 
 
 class _BuildFailed(Exception):
-    """No compiler builds the files; the message is one line."""
+    """No compiler can build the files. The message is one line."""
 
 
 @functools.cache
 def library(*sources: Path) -> ctypes.CDLL | None:
-    """Return the compiled `sources` as one library, or None if they cannot be built; PyTorch then does the work.
+    """Return the compiled `sources` as one library, or None if they cannot be built. Then PyTorch is used instead.
 
-    The file name has a hash of sources, headers, flags and processor, so a machine builds it once (a few seconds). If
-    the cache folder is not writable, each process builds its own. The reason of a failure is logged once.
+    The library's file name contains a hash of sources, headers, flags and processor. So a machine builds the library
+    only once, in a few seconds. If the cache folder is not writable, each process builds its own library. The reason
+    for a failure is logged once.
     """
     if os.name != "posix":
         return None
@@ -66,7 +68,7 @@ def _cache_folder() -> Path:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    """Warn once in a process, and not again in later ones while the reason is the same."""
+    """Warn once in a process. Later processes do not warn again as long as the reason is the same."""
     with contextlib.suppress(OSError, RuntimeError):
         note = _cache_folder() / "no-library.txt"
         if note.exists() and note.read_text(encoding="utf-8", errors="replace") == reason:
@@ -77,7 +79,7 @@ def _warn_once(reason: str) -> None:
 
 
 def _processor() -> str:
-    """Return what -march=native depends on, since different machines may share a cache folder."""
+    """Return the processor's features, because -march=native depends on them and machines may share a cache folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -87,7 +89,7 @@ def _processor() -> str:
 
 
 def _compilers() -> list[list[str]]:
-    """Return the commands to try: the one in CC, which may have arguments, or the usual ones."""
+    """Return the compiler commands to try: the command in CC, which may have arguments, or else cc, gcc and clang."""
     command = shlex.split(os.environ.get("CC", ""))
     if command and shutil.which(command[0]):
         return [command]
@@ -96,7 +98,7 @@ def _compilers() -> list[list[str]]:
 
 
 def _is_complete(path: Path) -> bool:
-    """Return whether the library is there and undamaged: loading a truncated one ends the process."""
+    """Return whether the library exists and is undamaged. Loading a truncated library would end the process."""
     try:
         return path.with_suffix(".sha256").read_text() == hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError):
@@ -104,10 +106,10 @@ def _is_complete(path: Path) -> bool:
 
 
 def _build(sources: tuple[Path, ...], path: Path) -> None:
-    """Compile into a temporary folder, then write atomically: several processes may build at the same time.
+    """Compile into a temporary folder, then write atomically, because several processes may build at the same time.
 
     Raises:
-        _BuildFailed: with the reason of the first compiler with all flags.
+        _BuildFailed: with the reason why the first compiler fails with all flags.
         OSError: if the folder cannot be written.
     """
     reason = None
@@ -128,7 +130,7 @@ def _build(sources: tuple[Path, ...], path: Path) -> None:
 
 
 def _run(command: list[str]) -> str | None:
-    """Run a compiler; return None, or one line on its failure. Raises _BuildFailed after a timeout."""
+    """Run a compiler. Return None, or one line that says why it fails. Raises _BuildFailed after a timeout."""
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
     except subprocess.CalledProcessError as error:

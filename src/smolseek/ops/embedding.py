@@ -1,4 +1,4 @@
-"""Embedding whose gradient is added to the rows of its tokens only."""
+"""An embedding whose backward pass adds gradients only to the rows of the tokens that occur."""
 
 from typing import Any
 

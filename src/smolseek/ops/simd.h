@@ -1,7 +1,8 @@
-/* Vectors of float32, loaded from and stored to float32 or bfloat16, for every C file of the package.
+/* Float32 vectors for all C files of the package. In memory the numbers are float32 or bfloat16.
 
-   `bfloat16` is the number format in memory. Callers pass it as a constant, so one source serves both formats. A `vec`
-   has 16 lanes on every processor, so its sum has one order everywhere; a `lanes` has as many as a register. */
+   The argument `bfloat16` selects the number format in memory. Callers pass a constant, so that one source file is
+   compiled for both formats. A `vec` has 16 lanes on every processor, so that the order of its sum is the same
+   everywhere. A `lanes` has as many lanes as a register. */
 
 #include <stdint.h>
 #include <string.h>
@@ -63,8 +64,8 @@ INLINE float load1(const void *w, int64_t i, int64_t bfloat16) {
     return out;
 }
 
-/* The first n numbers, at most LANES, then zeros. Rows of bfloat16 are multiples of 16: `c_supports` (backend.py) takes
-   no others, and none without BF16_PRODUCTS. */
+/* Load the first n numbers, at most LANES, and then zeros. For bfloat16, `c_supports` in backend.py accepts only rows of
+   a multiple of 16 numbers, and only with BF16_PRODUCTS. */
 INLINE lanes load_some(const void *w, int64_t i, int64_t n, int64_t bfloat16) {
 #ifdef BF16_PRODUCTS
     if (bfloat16) return load(w, i, 1);
@@ -85,9 +86,9 @@ INLINE void store1(void *w, int64_t i, float value, int64_t bfloat16) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     if (value != value)
-        bits = 0x7FC00000; /* rounding the bits of a NaN could make a number of it */
+        bits = 0x7FC00000; /* rounding the bits of a NaN could give a number */
     else
-        bits += 0x7FFF + ((bits >> 16) & 1); /* to the nearest, ties to even */
+        bits += 0x7FFF + ((bits >> 16) & 1); /* round to nearest, ties to even */
     ((bf16 *)w)[i] = (bf16)(bits >> 16);
 }
 
@@ -128,7 +129,7 @@ INLINE float sum(vec v) {
     return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
-/* For bfloat16 in the order of `sum`, for float32 one lane after the other. */
+/* Return the sum of all lanes: for bfloat16 in the order of `sum`, for float32 one lane after the other. */
 INLINE float sum_lanes(lanes v, int64_t bfloat16) {
 #ifdef BF16_PRODUCTS
     if (bfloat16) return sum(v);
@@ -160,8 +161,8 @@ INLINE lanes floor_lanes(lanes x) {
 #endif
 }
 
-/* e^x for x <= 0, to about two units in the last place, exactly 0 below -87, NaN for NaN: 2^n times a polynomial on
-   [-ln2/2, ln2/2]. */
+/* Return e^x for x <= 0, computed as 2^n times a polynomial on [-ln2/2, ln2/2]. The error is about two units in the last
+   place. The result is exactly 0 below -87, and NaN for NaN. */
 INLINE lanes exp_lanes(lanes x) {
     lanes n = floor_lanes(x * 1.44269504f + 0.5f);
     lanes r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -176,15 +177,15 @@ INLINE lanes exp_lanes(lanes x) {
     return (lanes)((int_lanes)y & ~(x < -87.0f));
 }
 
-/* 1 / (1 + e^-x), through e^-|x|. */
+/* Return 1 / (1 + e^-x), computed from e^-|x|. */
 INLINE lanes sigmoid(lanes x) {
     lanes small = exp_lanes(-(lanes)((int_lanes)x & 0x7fffffff)), one = (lanes){0} + 1.0f;
     int_lanes below = x < 0.0f;
     return (lanes)(((int_lanes)small & below) | ((int_lanes)one & ~below)) / (one + small);
 }
 
-/* Rotate the R features of x. Angle i turns features 2i and 2i + 1 when `interleaved`, else i and i + R/2. The result
-   is not interleaved, as in ops/rotary.py. */
+/* Rotate the R features of x. Angle i rotates the features 2i and 2i + 1 if `interleaved`, else i and i + R/2. The
+   result is never interleaved, as in ops/rotary.py. */
 INLINE void rotate(const void *x, const float *cos, const float *sin, int64_t R, int64_t interleaved, void *y,
                    int64_t bfloat16) {
     for (int64_t i = 0; i < R / 2; i++) {
@@ -200,7 +201,8 @@ INLINE void rotate(const void *x, const float *cos, const float *sin, int64_t R,
 
 typedef int32_t bf16x2 __attribute__((may_alias)); /* two bfloat16 */
 
-/* sums = a b of a tile. a[r]: row of `depth` pairs, `step` apart. b: [depth, 16 * vectors] pairs, rows `stride` apart. */
+/* Multiply the matrices of a tile: sums = a b. a[r] is a row of `depth` pairs, which are `step` apart. b has
+   [depth, 16 * vectors] pairs, in rows that are `stride` apart. */
 INLINE void tile(const bf16x2 *const *a, int64_t step, int64_t depth, const uint32_t *b, int64_t stride, const int rows,
                  const int vectors, __m512 sums[TILE_ROWS][4]) {
     __m512 s[TILE_ROWS][4] = {{{0}}};
@@ -222,7 +224,7 @@ INLINE void tile(const bf16x2 *const *a, int64_t step, int64_t depth, const uint
         for (int v = 0; v < vectors; v++) sums[r][v] = s[r][v];
 }
 
-/* `tile` for a number of rows that is no constant. */
+/* `tile` for a number of rows that is not a constant. */
 INLINE void tile_rows(const bf16x2 *const *a, int64_t step, int64_t depth, const uint32_t *b, int64_t stride,
                       int64_t rows, const int vectors, __m512 sums[TILE_ROWS][4]) {
     switch (rows) {

@@ -11,7 +11,7 @@ from smolseek.ops.backend import c_infers, call
 
 
 def causal_mask(new: int, seen: int, device: torch.device) -> torch.Tensor:
-    """Return [T, S], true where new token t attends to token s: s <= S - T + t."""
+    """Return a mask [T, S] that is true where new token t attends to token s, that is for s <= S - T + t."""
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 
@@ -22,7 +22,10 @@ def causal_attention(
     scale: float,
     unseen_B1S: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return the attention of the last T of S tokens [B, T, H*V]; `unseen_B1S` masks sequences of unlike lengths."""
+    """Return the attention outputs [B, T, H*V] of the last T of S tokens.
+
+    For sequences of different lengths, `unseen_B1S` is true for the positions that a sequence does not have.
+    """
     if (
         unseen_B1S is None
         and len(q_BHTQ) == 1
@@ -51,9 +54,10 @@ def c_attention(
     cos_sin: tuple[torch.Tensor, torch.Tensor] | None = None,
     interleave: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return attention in C [B, T, H*V] and the logarithms of the softmax's sums [B, H, T], in float32.
+    """Return the attention outputs [B, T, H*V], computed in C, and the log-sum-exps of the scores [B, H, T] in float32.
 
-    `pe_BSR` are the last features of the keys, shared by all heads. They and the queries' last R are rotated here.
+    `pe_BSR` are the last R features of the keys, which all heads share. This function rotates `pe_BSR` and the last R
+    features of the queries.
     """
     (B, T, H, _), (_, S, G, N), V = q_BTHQ.shape, k_BSGN.shape, v_BSGV.shape[3]
     out_BTX, log_BHT = q_BTHQ.new_empty(B, T, H * V), q_BTHQ.new_empty(B, H, T, dtype=torch.float32)

@@ -1,10 +1,11 @@
-"""The head and its loss: cross-entropy of the next token, or KL divergence from a teacher, without all logits at once.
+"""The output head with its loss, computed in chunks of tokens: cross-entropy, or KL divergence from a teacher.
 
-For each chunk of tokens the forward pass computes the loss and both gradients, while the logits are in the processor's
-caches. Products use autocast's number format, everything else float32.
+For each chunk of tokens the forward pass computes the loss and the gradients of hidden states and weights, while the
+logits are in the processor's caches. Matrix multiplications use autocast's number format. All other operations use
+float32.
 
-Shapes: N tokens, C of a chunk, S of a block (tokens whose gradients of the logits are kept for one product), D
-hidden_size, V vocab_size.
+Shapes: N tokens, C tokens of a chunk, S tokens of a block (one matrix multiplication gives the weight gradient of a
+block), D hidden_size, V vocab_size.
 """
 
 import math
@@ -18,17 +19,18 @@ from smolseek.ops.cross_entropy.objectives import CrossEntropy, Divergence
 
 __all__ = ["Means", "linear_cross_entropy", "linear_kl", "logits_bytes"]
 
-# Columns of the logits of one float32 product on a CPU: MKL is a fifth slower with all 49,152 at once.
+# Columns of the logits that one float32 multiplication computes on a CPU. MKL is a fifth slower with all 49,152
+# columns.
 _VOCAB_CHUNK = 1024
 
 
 class Means(NamedTuple):
-    """Means over the tokens, in nats, float32 scalars."""
+    """Means over the tokens in nats, as float32 scalars."""
 
     objective: torch.Tensor
     """The loss, which is differentiable."""
     next_token: torch.Tensor
-    """The cross-entropy of the text's next token, not differentiable."""
+    """The cross-entropy of the text's next token. It is not differentiable."""
 
 
 def linear_cross_entropy(
@@ -44,18 +46,18 @@ def linear_cross_entropy(
 
     Args:
         h_ND: hidden states.
-        w_VD: the head.
-        targets_N: int64; no value is ignored.
-        z_loss: weight of the mean of log^2 Z, Z being the softmax's sum, which keeps the logits from drifting (PaLM,
-            2204.02311, section 5).
+        w_VD: the weights of the output head.
+        targets_N: the next tokens, in int64. There is no special value for tokens to ignore.
+        z_loss: weight of the z-loss, the mean of log^2 Z, where Z is the sum in the softmax. It keeps the logits from
+            drifting (PaLM, 2204.02311, section 5).
         accumulate: on a CPU, add the head's gradient to its `.grad` in place.
-        factor: the gradient that the backward pass will get, if it is known. With `accumulate` the forward pass then
-            adds the head's gradient to `.grad` already, and does not keep it in memory.
+        factor: the gradient that the backward pass will get, if it is known. With `accumulate` and a known factor,
+            already the forward pass adds the head's gradient to `.grad`, and needs no memory for the gradient.
 
     Raises:
         IndexError: on a CPU for a target outside the vocabulary.
     """
-    # On CUDA the check would synchronize: there such a target's loss is NaN, or the device raises an error.
+    # On CUDA this check would synchronize, so it is left out. A wrong target gives a loss of NaN, or a device error.
     if h_ND.device.type == "cpu" and len(targets_N):
         least, most = (int(number) for number in targets_N.aminmax())
         if least < 0 or most >= len(w_VD):
@@ -82,19 +84,19 @@ class _LinearHead(torch.autograd.Function):
         w_VD: torch.Tensor,
         objective: CrossEntropy | Divergence,
         chunks: tuple[int, int],
-        grad_enabled: bool,  # of the caller: grad mode is disabled inside forward
+        grad_enabled: bool,  # the caller's, since grad mode is disabled inside forward
         accumulate: bool,
         factor: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         h_wanted, w_wanted = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         ctx.weight, ctx.accumulate = w_VD, accumulate
         (N, _), V, dtype = h_ND.shape, w_VD.shape[0], product_type(h_ND)
-        # Cast here: autograd would round the weight's gradient to the type of the cast.
+        # The cast is made here, because autograd would round the weight's gradient to the type of a traced cast.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         weight_grad = gradient_to_add_to(ctx.weight, accumulate) if w_wanted and factor is not None else None
         ctx.added = None if weight_grad is None else factor
-        # Allocated once for all chunks: new memory pages would cost more than the arithmetic. The gradients of the
-        # logits overwrite them.
+        # Allocated once for all chunks, because new memory pages would take longer than the arithmetic. The gradients
+        # of the logits overwrite the logits.
         chunk, block = chunks
         d_SV = h_ND.new_empty(min(N, block), V)
         dh_ND, dw_VD = torch.empty_like(h_ND) if h_wanted else None, None
@@ -125,13 +127,13 @@ class _LinearHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        # Not kept, since the weight's gradient is scaled in place.
+        # The gradients are released, because the weight's gradient is scaled in place and cannot be used again.
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
         dh_ND = None if dh_ND is None else dh_ND * grad
         if ctx.added is not None:
             factor = grad.item()
-            if not math.isfinite(factor):  # as the loss was: the sum with earlier gradients is NaN, too
+            if not math.isfinite(factor):  # the sum with earlier gradients is NaN, too
                 ctx.weight.grad.fill_(math.nan)
             elif not math.isclose(factor, ctx.added, rel_tol=1e-5):
                 raise RuntimeError(f"the head's gradient was added times {ctx.added}, but backward got {factor}")
@@ -152,7 +154,7 @@ def _logits(h_CD: torch.Tensor, w_VD: torch.Tensor, out_CV: torch.Tensor) -> tor
 
 
 def _add(sum_VD: torch.Tensor | None, product_VD: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """Add factor times `product_VD` to `sum_VD` in place and return it; without a sum return the product in float32."""
+    """Add `factor * product_VD` to `sum_VD` in place and return it. Without a sum return the product in float32."""
     if sum_VD is None:
         return product_VD.float()
     chunk = SLICE if sum_VD.device.type == "cpu" else len(sum_VD)
@@ -162,7 +164,7 @@ def _add(sum_VD: torch.Tensor | None, product_VD: torch.Tensor, factor: float = 
 
 
 def _add_product(sum_VD: torch.Tensor, d_VS: torch.Tensor, h_SD: torch.Tensor, factor: float) -> None:
-    """Add `factor * d_VS @ h_SD` to `sum_VD` in place; with equal types `addmm` does both at once."""
+    """Add `factor * d_VS @ h_SD` to `sum_VD` in place, with a single `addmm` if the types are equal."""
     if d_VS.dtype == sum_VD.dtype:
         torch.addmm(sum_VD, d_VS, h_SD, alpha=factor, out=sum_VD)
     else:

@@ -1,10 +1,11 @@
-/* The cross-entropy of a chunk of logits, and its gradient, written over them. Shapes: N tokens, V vocabulary. */
+/* The cross-entropy of a chunk of logits, and its gradient, which overwrites the logits. Shapes: N tokens, V logits of a
+   token. */
 
 #include "simd.h"
 
 #include <math.h>
 
-#define PART 1024 /* numbers summed in float32; the sums of the parts are summed in float64 */
+#define PART 1024 /* number of terms of a float32 sum; such sums are added in float64 */
 
 INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
     lanes tops[4];
@@ -22,7 +23,7 @@ INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
     return best;
 }
 
-/* The sum of e^(x - top). Logits in bfloat16 are too coarse to need float64. */
+/* Return the sum of e^(x - top). Logits in bfloat16 are so coarse that their sum does not need float64. */
 INLINE double exponentials(const void *x, int64_t at, int64_t V, float top, int64_t bfloat16) {
     if (bfloat16) {
         lanes sums[4] = {{0}};
@@ -54,7 +55,7 @@ INLINE void row(const void *x, int64_t at, int64_t target, int64_t V, float fact
     double total = exponentials(x, at, V, top, bfloat16);
     *loss = bfloat16 ? logf(total) + top - target_logit : (float)(log(total) + ((double)top - target_logit));
     if (!d) return;
-    /* The row is still in the L1 or L2 cache: computing the exponentials again costs less than storing them. */
+    /* The row is still in the L1 or L2 cache, and computing the exponentials again is cheaper than storing them. */
     float share = (float)(factor / total);
     int64_t v = 0;
     for (; v + LANES <= V; v += LANES) probabilities(x, at + v, LANES, top, share, d, bfloat16);
@@ -62,7 +63,8 @@ INLINE void row(const void *x, int64_t at, int64_t target, int64_t V, float fact
     store1(d, at + target, (float)((exp((double)target_logit - top) / total - 1.0) * factor), bfloat16);
 }
 
-/* losses[n] = log sum_v e^x[n, v] - x[n, target]; with d: d[n] = (softmax - one at the target) * factor. d may be x. */
+/* losses[n] = log sum_v e^x[n, v] - x[n, target]. If d is not NULL, d[n] = (softmax - one-hot target) * factor. d may be
+   x. */
 void cross_entropy(const void *x, const int64_t *targets, int64_t N, int64_t V, float factor, float *losses, void *d,
                    int64_t bfloat16, int64_t threads) {
 #pragma omp parallel for num_threads(threads)

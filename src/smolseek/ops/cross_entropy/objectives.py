@@ -1,4 +1,7 @@
-"""The losses of a chunk's logits; the gradient overwrites the logits. Shapes as in __init__.py; R tokens at a time."""
+"""Computes the losses of a chunk, and overwrites its logits with their gradient.
+
+Shapes: see __init__.py; R tokens that are computed at a time.
+"""
 
 import torch
 
@@ -8,14 +11,14 @@ from smolseek.ops.cross_entropy.chunks import CHUNK, tokens_at_once
 
 
 class CrossEntropy:
-    """The next token's cross-entropy, and `z_loss` times log^2 Z, Z being the softmax's sum."""
+    """The cross-entropy of the next token, plus `z_loss` times log^2 Z, where Z is the sum in the softmax."""
 
     def __init__(self, targets_N: torch.Tensor, z_loss: float) -> None:
         self.targets_N, self.z_loss = targets_N.contiguous(), z_loss
         self.loss, self.squares = _zeros(targets_N)
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
-        """Add the losses of a chunk from token `begin` on; d loss / d logits = (softmax - one-hot) / N."""
+        """Add the losses of a chunk that starts at token `begin`. d loss / d logits is (softmax - one-hot) / N."""
         targets_C = self.targets_N[begin : begin + len(logits_CV)]
         options = 1 / len(self.targets_N), self.z_loss, differentiate
         if not self.z_loss and c_supports(logits_CV):
@@ -42,19 +45,19 @@ class CrossEntropy:
 
 
 class Divergence:
-    """KL(p || q) of p = softmax(teacher_ND teacher_VD^T) and the model's q, and the next token's cross-entropy."""
+    """KL(p || q) of the teacher's p = softmax(teacher_ND teacher_VD^T) and the model's q, and the cross-entropy."""
 
     def __init__(self, teacher_ND: torch.Tensor, teacher_VD: torch.Tensor, targets_N: torch.Tensor) -> None:
         self.teacher_ND, self.teacher_VD, self.targets_N = teacher_ND, teacher_VD, targets_N
         self.kl, self.loss = _zeros(targets_N)
-        # Allocated once for all chunks: new memory pages would cost more than the arithmetic.
+        # Allocated once for all chunks, because new memory pages would take longer than the arithmetic.
         N, V = len(targets_N), len(teacher_VD)
         self.teacher_CV = teacher_ND.new_empty(min(N, CHUNK), V)
         R = min(N, tokens_at_once(targets_N.device))
         self.buffers = [teacher_ND.new_empty(R, V, dtype=torch.float32) for _ in range(3)]
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
-        """Add the divergence of a chunk from token `begin` on; d KL / d logits = (q - p) / N."""
+        """Add the divergence of a chunk that starts at token `begin`. d KL / d logits is (q - p) / N."""
         end = begin + len(logits_CV)
         teacher_CV = torch.mm(self.teacher_ND[begin:end], self.teacher_VD.T, out=self.teacher_CV[: len(logits_CV)])
         chunks = (x.split(len(self.buffers[0])) for x in (logits_CV, teacher_CV, self.targets_N[begin:end]))

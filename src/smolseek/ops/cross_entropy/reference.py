@@ -6,9 +6,9 @@ import torch
 def cross_entropy(
     logits_RV: torch.Tensor, targets_R: torch.Tensor, factor: float, z_loss: float, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses [R] and the logarithms of the softmax's sums [R], in float32.
+    """Return the losses [R] and the log-sum-exps of the logits [R], in float32.
 
-    With `differentiate` the logits become factor * d (loss + z_loss * log_sum^2) / d logits.
+    With `differentiate` the logits are overwritten with the gradient factor * d (loss + z_loss * log_sum^2) / d logits.
     """
     targets_R1 = targets_R[:, None]
     top_R1 = logits_RV.amax(dim=1, keepdim=True).float()

@@ -1,7 +1,7 @@
 """The softmax and the cross-entropy of a chunk of logits in one Triton kernel.
 
 PyTorch's operations read or write a chunk's logits about ten times. The kernel reads each row twice, the second time
-from the GPU's cache, and overwrites it with its gradient.
+from the GPU's cache, and overwrites the row with its gradient.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 _BLOCK = 16384
-"""Logits that one program holds in registers at a time; a third of SmolLM2's 49,152."""
+"""Number of logits that one program holds in registers at a time, a third of SmolLM2's 49,152."""
 _WARPS = 32
-"""Two programs fill a multiprocessor, so the rows of all of them stay in the cache between the two readings."""
+"""With 32 warps two programs fill a multiprocessor, so the rows of all programs stay cached until the second read."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -21,8 +21,8 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     logits, targets, losses, log_sums, vocab, factor, z_loss,
     differentiate: tl.constexpr, unmasked: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    # Instructions for every logit take the time. So exponentials are exp2, a GPU's instruction, masks exist only if the
-    # last block is not full, and the target's gradient is written after all others.
+    # The instructions for every logit take most of the time. Therefore exponentials are computed with exp2, which is a
+    # GPU instruction, masks are used only if the last block is not full, and the target's gradient is written last.
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocab
     target = tl.load(targets + row)
@@ -63,10 +63,10 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
 def cross_entropy(
     logits_CV: torch.Tensor, targets_C: torch.Tensor, factor: float, z_loss: float, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the losses [C] and the logarithms of the softmax's sums [C] of contiguous `logits_CV`, in float32.
+    """Return the losses [C] and the log-sum-exps [C] of contiguous `logits_CV`, in float32.
 
-    With `differentiate` the logits become factor * d (loss + z_loss * log_sum^2) / d logits. The loss of a target
-    outside the vocabulary is NaN.
+    With `differentiate` the logits are overwritten with the gradient factor * d (loss + z_loss * log_sum^2) / d logits.
+    The loss of a target outside the vocabulary is NaN.
     """
     assert logits_CV.is_contiguous() and targets_C.is_contiguous()
     C, V = logits_CV.shape

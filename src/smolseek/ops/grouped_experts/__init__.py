@@ -1,4 +1,4 @@
-"""The routed experts: each applies its two products to its slots. Shapes as in reference.py."""
+"""Computes the routed experts: each expert multiplies its slots by its two matrices. Shapes: see reference.py."""
 
 import torch
 
@@ -13,14 +13,14 @@ __all__ = ["Weights", "grouped_experts"]
 def grouped_experts(
     x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool, padded: bool, accumulate: bool = False
 ) -> torch.Tensor:
-    """Apply expert e to its `counts_E[e]` slots of `x_MD` -> [M, D].
+    """Apply each expert e to its `counts_E[e]` slots of `x_MD`, and return the results [M, D].
 
     Args:
         x_MD: tokens sorted by expert.
-        counts_E: slots of each expert.
-        weights: of all experts.
-        gated: SwiGLU, else SiLU.
-        padded: a token's result must not change with the number of other tokens of its expert, to the last bit.
+        counts_E: number of slots of each expert.
+        weights: stacked weights of all experts.
+        gated: true for SwiGLU, false for SiLU.
+        padded: whether the bits of a token's result must not depend on the number of other tokens of its expert.
         accumulate: on a CPU, add the weights' gradients to their `.grad` in place.
     """
     device, dtype = x_MD.device.type, product_type(x_MD)

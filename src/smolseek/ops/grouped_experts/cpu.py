@@ -1,8 +1,9 @@
-"""SwiGLU experts of a training step on a CPU; each writes its gradients into a slice. Shapes as in reference.py.
+"""Computes the SwiGLU experts of a training step on a CPU. Shapes: see reference.py.
 
-Autograd over slices would keep every cast weight and every intermediate, and stack the experts' gradients again. Here a
-weight is cast just before its product, while it is in the processor's cache. Only the first product is kept; what
-follows is elementwise and is recomputed.
+Autograd over slices of the stacked weights would keep every cast weight and every intermediate result, and stack the
+experts' gradients again. Here each expert writes its gradients into a slice of the stack. A weight is cast just before
+its matrix multiplication, so that it is in the processor's cache. For the backward pass only the result of the first
+multiplication is kept. The elementwise operations that follow it are recomputed.
 """
 
 from typing import Any
@@ -19,9 +20,9 @@ from smolseek.ops.swiglu import packed_backward, packed_forward
 def _forward(
     x_MD: torch.Tensor, up_EXD: torch.Tensor, down_EDF: torch.Tensor, counts: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the experts' results [M, D] and their first products [M, 2F].
+    """Return the experts' results [M, D], and the results of their first matrices [M, 2F].
 
-    It is an operator so that selective recomputation can keep its results (`model/recompute.py`).
+    This function is a PyTorch operator, so that selective recomputation can keep its results (`model/recompute.py`).
     """
     M = x_MD.shape[0]
     h_MX = x_MD.new_empty(round_up(M) + SLOT_MULTIPLE, up_EXD.shape[1])
@@ -29,7 +30,7 @@ def _forward(
     begin = 0
     for e, count in enumerate(counts):
         if count:
-            # The padding is the next expert's slots, which that expert overwrites.
+            # The padding consists of the next expert's slots, which the next expert overwrites.
             part = slice(begin, begin + round_up(count))
             torch.mm(padded_slots(x_MD, begin, round_up(count)), up_EXD[e].to(x_MD.dtype).T, out=h_MX[part])
             torch.mm(packed_forward(h_MX[part]), down_EDF[e].to(x_MD.dtype).T, out=y_MD[part])
@@ -47,18 +48,19 @@ class GroupedSwiGLU(torch.autograd.Function):
         """Return the experts' results [M, D]."""
         y_MD, h_MX = _forward(x_MD, up_EXD, down_EDF, counts)
         ctx.save_for_backward(x_MD, h_MX)
-        # Not saved tensors: with recomputation those would be other objects, without a `.grad`.
+        # The weights are not saved tensors, because with recomputation a saved tensor is another object without
+        # `.grad`.
         ctx.weights, ctx.counts, ctx.accumulate = (up_EXD, down_EDF), counts, accumulate
         return y_MD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_MD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        """Return the gradients that are needed and not accumulated."""
+        """Return the gradients that are needed and were not added to `.grad`."""
         (x_MD, h_MX), (up_EXD, down_EDF) = ctx.saved_tensors, ctx.weights
         M, dy_MD = x_MD.shape[0], dy_MD.contiguous()
         dx_MD = x_MD.new_empty(round_up(M) + SLOT_MULTIPLE, x_MD.shape[1]) if ctx.needs_input_grad[0] else None
-        # The tensor for each weight's gradient, None if it is not needed, and whether to add to its contents.
+        # For each weight: the tensor for the gradient (None if not needed), and whether to add to the tensor.
         targets: list[tuple[torch.Tensor | None, bool]] = []
         for weight, needed in zip(ctx.weights, ctx.needs_input_grad[1:3], strict=True):
             grad = gradient_to_add_to(weight, ctx.accumulate)
@@ -73,7 +75,7 @@ class GroupedSwiGLU(torch.autograd.Function):
             padded = round_up(count)
             x, dy, h = (padded_slots(t, begin, padded) for t in (x_MD, dy_MD, h_MX))
             dh, a = packed_backward(h, dy @ down_EDF[e].to(dy.dtype))
-            dh[count:], a[count:] = 0, 0  # the padding is the next expert's slots
+            dh[count:], a[count:] = 0, 0  # the padding consists of the next expert's slots
             for (target, add), left, right in zip(targets, (dh.T, dy.T), (x, a), strict=True):
                 if target is not None:
                     write_product(left, right, target[e], add)
@@ -85,7 +87,7 @@ class GroupedSwiGLU(torch.autograd.Function):
 
 
 def write_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> None:
-    """Write a b into `out`, or add it; with equal types the product itself adds."""
+    """Write the matrix product a b into `out`, or add it to `out`, with a single `addmm` if the types are equal."""
     if a.dtype != out.dtype:
         out.add_(a @ b) if add else out.copy_(a @ b)
     elif add:

@@ -1,4 +1,4 @@
-"""All experts in one grouped product; the counts stay on the device. Shapes as in reference.py."""
+"""Computes all experts with grouped matrix multiplications; `counts_E` stays on the GPU. Shapes: see reference.py."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from smolseek.ops.grouped_experts.reference import Weights, activate
 
 
 def grouped_experts(x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool) -> torch.Tensor:
-    """Return each expert's results for its slots [M, D], in the type of `x_MD`."""
+    """Return the results [M, D] of the experts for their slots, in the type of `x_MD`."""
     up_EXD, down_EDF, up_bias_EX, down_bias_ED = weights
     offsets_E = counts_E.cumsum(0).to(torch.int32)
     dtype, D, size = x_MD.dtype, *down_EDF.shape[1:]
     first, last = up_EXD.to(dtype), down_EDF.to(dtype)
     more_D, more_F = missing(D, dtype), missing(size, dtype)
-    if more_D or more_F:  # features and neurons of zeros change no result
+    if more_D or more_F:  # padding with zeros does not change the results
         first = F.pad(first.unflatten(1, (-1, size)), (0, more_D, 0, more_F)).flatten(1, 2)
         last, x_MD = F.pad(last, (0, more_F, 0, more_D)), F.pad(x_MD, (0, more_D))
     h = F.grouped_mm(x_MD, first.transpose(1, 2), offs=offsets_E)
@@ -30,12 +30,12 @@ def grouped_experts(x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights
 
 
 def missing(features: int, dtype: torch.dtype) -> int:
-    """Return how many features to add for `F.grouped_mm`, whose rows must be multiples of 16 bytes."""
+    """Return how many features to add for `F.grouped_mm`, which requires rows of a multiple of 16 bytes."""
     return -features % (16 // dtype.itemsize)
 
 
 class _BiasOfExpert(torch.autograd.Function):
-    """b[expert] with a product as backward pass, which adds in a fixed order; that of an index adds with atomics."""
+    """b[expert] with a deterministic backward pass: a matrix multiplication, while indexing would add with atomics."""
 
     @staticmethod
     def forward(ctx: Any, b_EF: torch.Tensor, expert_M: torch.Tensor) -> torch.Tensor:

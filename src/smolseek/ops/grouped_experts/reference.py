@@ -1,4 +1,4 @@
-"""The experts one after the other, in PyTorch.
+"""Computes the experts one after the other in PyTorch.
 
 Shapes: M slots sorted by expert, D hidden_size, E experts, F neurons of an expert, X = 2F for SwiGLU experts, else F.
 """
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from smolseek.ops.swiglu import swiglu_packed
 
-# An expert's products have a multiple of this many slots. oneDNN compiles a kernel for each shape (milliseconds, up to
-# half a megabyte) and caches a thousand; with the exact counts nearly every product would have a new shape. Below 12
-# rows the float32 products of oneDNN and MKL use other kernels, which round differently.
+# The slots of an expert are padded to a multiple of this number. oneDNN compiles a kernel for each shape (milliseconds,
+# up to half a megabyte) and caches a thousand kernels. Without padding nearly every matrix multiplication would have a
+# new shape. Below 12 rows, oneDNN and MKL use other float32 kernels, which round differently.
 SLOT_MULTIPLE = 16
 
 
@@ -20,7 +20,7 @@ class Weights(NamedTuple):
     """The weights of all experts, stacked."""
 
     up_EXD: torch.Tensor
-    """First matrices; for SwiGLU the gate's rows, then the up-projection's."""
+    """First matrices; for SwiGLU the rows of the gate projection, then the rows of the up projection."""
     down_EDF: torch.Tensor
     up_bias_EX: torch.Tensor | None = None
     down_bias_ED: torch.Tensor | None = None
@@ -32,22 +32,22 @@ def round_up(count: int) -> int:
 
 
 def padded_slots(x_MX: torch.Tensor, begin: int, count: int) -> torch.Tensor:
-    """Return `count` slots from `begin` on; zeros beyond the last."""
+    """Return `count` slots from `begin` on, with zeros beyond the last slot."""
     missing = begin + count - x_MX.shape[0]
     return x_MX[begin : begin + count] if missing <= 0 else F.pad(x_MX[begin:], (0, 0, 0, missing))
 
 
 def activate(h_MX: torch.Tensor, gated: bool) -> torch.Tensor:
-    """Return SwiGLU of [gate; up], or SiLU [M, F]."""
+    """Return the activations [M, F]: SwiGLU of the packed [gate; up] if `gated`, else SiLU."""
     return swiglu_packed(h_MX) if gated else F.silu(h_MX)
 
 
 def grouped_experts(
     x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, *, gated: bool, padded: bool
 ) -> torch.Tensor:
-    """Return each expert's results for its slots [M, D]."""
+    """Return the results [M, D] of the experts for their slots."""
     linear = _padded_linear if padded else F.linear
-    # `unbind` once: the gradient of indexing has the full size for each expert.
+    # `unbind` is used because the gradient of indexing would have the full size of the stack for each expert.
     unbound = ((None,) * len(counts_E) if w is None else w.unbind() for w in weights)
     results = []
     for x_XD, w_up, w_down, b_up, b_down in zip(x_MD.split(counts_E.tolist()), *unbound, strict=True):

@@ -1,8 +1,8 @@
-/* Products with weights in bfloat16, with float32 sums, for inference (reading a prompt).
+/* Matrix multiplications with bfloat16 weights and float32 sums, for inference (reading a prompt).
 
-   Weights keep the layout of the checkpoint. Each thread packs 64 columns for the dot-product instruction just before
-   it uses them; from about ten rows of input on, that costs little beside the products. A result does not depend on
-   the other rows or on the number of threads.
+   Weights keep the layout of the checkpoint. Each thread packs 64 columns of the weights for the dot-product instruction
+   just before it uses these columns. From about ten input rows on, packing takes little time beside the multiplication.
+   The result of a row does not depend on the other rows or on the number of threads.
 
    Shapes: M rows, E matrices. */
 
@@ -16,8 +16,8 @@
 
 /* y[m] = W_e x[m] for the rows m from offsets[e - 1] to offsets[e]; with `up`, y[m] = silu(W_e x) * (U_e x).
 
-   x: [M, in]. w, up: E matrices [out, in], `stride` numbers apart. y: [M, out]. `in` is a multiple of 32, `out` of 16,
-   with `up` of 32. */
+   x: [M, in]. w, up: E matrices [out, in], `stride` numbers apart. y: [M, out]. `in` is a multiple of 32. `out` is a
+   multiple of 16, or of 32 with `up`. */
 void linear(const bf16 *x, const int64_t *offsets, int64_t E, const bf16 *w, const bf16 *up, int64_t stride, int64_t in,
             int64_t out, bf16 *y, int64_t threads) {
     int64_t columns = up ? TILE_COLUMNS / 2 : TILE_COLUMNS, tiles = (out + columns - 1) / columns;

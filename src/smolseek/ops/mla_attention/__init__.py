@@ -1,8 +1,9 @@
-"""Multi-head latent attention (DeepSeek-V2, 2405.04434, section 2.1) between its projections.
+"""The part of multi-head latent attention between the projections (DeepSeek-V2, 2405.04434, section 2.1).
 
-In training, C computes all of it in bfloat16; Triton rotates and packs queries and keys in one kernel, and PyTorch's
-attention follows. Shapes: B sequences, T queries (of the last tokens), S tokens, H query heads, N and R features of a
-head without and with position, Q = N + R, V features of a value, X features of all heads, P = R/2 angles.
+In training in bfloat16, a C kernel computes this part on a CPU. On a GPU a Triton kernel rotates and packs queries and
+keys, and then PyTorch's attention is called. Shapes: B sequences, T queries (of the last tokens), S tokens, H query
+heads, N features of a head without RoPE, R features with RoPE, Q = N + R, V features of a value, X features of all
+heads, P = R/2 angles.
 """
 
 from typing import Any
@@ -19,7 +20,7 @@ __all__ = ["CosSin", "absorbed_attention", "c_supports_heads", "mla_attention", 
 
 
 def c_supports_heads(q_BTX: torch.Tensor, nope: int, rope: int, value: int) -> bool:
-    """Return whether the C kernel supports these queries: bfloat16, and sizes of a head that fill its vectors."""
+    """Return whether the C kernel supports these queries: it needs bfloat16 and head sizes that fill its vectors."""
     fills = nope % 16 == 0 and (nope + rope) % 32 == 0 and value % 32 == 0
     return fills and q_BTX.dtype == torch.bfloat16 and c_supports(q_BTX)
 
@@ -36,13 +37,13 @@ def mla_attention(
     """Return causal attention [B, T, H*V] of queries [q_nope; RoPE(q_pe)] to keys [k_nope; RoPE(k_pe)].
 
     Args:
-        q_BTX: [q_nope; q_pe] of every head, of the last T of S tokens.
+        q_BTX: [q_nope; q_pe] of every head for the last T of S tokens.
         kv_BSX: [k_nope; value] of every head.
         pe_BSR: k_pe, shared by all heads, not yet rotated.
-        cos_sin: of the angles [S, P] of all S tokens.
+        cos_sin: cosines and sines of the angles [S, P] of all S tokens.
         sizes: H, N and V.
         scale: factor on the scores.
-        interleave: angle i rotates features (2i, 2i+1), else (i, i + P).
+        interleave: if true, angle i rotates the features (2i, 2i+1), else (i, i + P).
     """
     arguments = q_BTX, kv_BSX, pe_BSR, *cos_sin, sizes
     _, nope, value = sizes
@@ -87,9 +88,9 @@ class _Attention(torch.autograd.Function):
     " -> (Tensor, Tensor)",
 )
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the result and the logarithms of the softmax's sums [B, H, T].
+    """Return the attention outputs and the log-sum-exps of the scores [B, H, T].
 
-    It is an operator so that selective recomputation can keep its results (`model/recompute.py`).
+    This function is a PyTorch operator, so that selective recomputation can keep its results (`model/recompute.py`).
     """
     q_BTX, kv_BSX, pe_BSR, cos_SP, sin_SP, (heads, *features), scale, interleave = arguments
     q_BTHQ, kv_BSHX = (x.unflatten(2, (heads, -1)) for x in (q_BTX, kv_BSX))
@@ -120,7 +121,7 @@ def rope_and_pack(
     sizes: list[int],
     interleave: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return queries and keys, rotated, [B, T, H, Q], and values [B, T, H, V]; arguments as in `mla_attention`."""
+    """Return rotated queries and keys [B, T, H, Q], and values [B, T, H, V]. Arguments: see `mla_attention`."""
     (B, T, _), (H, N, V), R = q_BTX.shape, sizes, pe_BTR.shape[2]
     return q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, N + R), q_BTX.new_empty(B, T, H, V)
 
@@ -129,6 +130,6 @@ def rope_and_pack(
 def rope_and_pack_backward(
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, cos_TP: torch.Tensor, sin_TP: torch.Tensor, interleave: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of `rope_and_pack`'s first three arguments for those of its results."""
+    """Return the gradients of the first three arguments of `rope_and_pack`, from the gradients of its results."""
     (B, T, H, Q), V, R = dq.shape, dv.shape[3], 2 * cos_TP.shape[1]
     return dq.new_empty(B, T, H * Q), dq.new_empty(B, T, H * (Q - R + V)), dq.new_empty(B, T, R)

@@ -1,12 +1,14 @@
-/* Latent attention in bfloat16, forward and backward: rotation, scores, softmax and sums of one head after the other,
-   without a full tensor of scores. Products accumulate in float32.
+/* Latent attention in bfloat16, forward and backward. Rotation, scores, softmax and weighted sums are computed for one
+   head after the other, without a full tensor of scores. Matrix multiplications accumulate in float32.
 
-   Shapes: B sequences, T tokens, H heads, N and R features of a head without and with position, Q = N + R, V features
-   of a value, P = R / 2 angles. Scores are stored transposed, [keys, queries of a block]: the softmax then runs along
-   the vector registers, and the products with values and keys read it in order.
+   Shapes: B sequences, T tokens, H heads, N features of a head without RoPE, R features with RoPE, Q = N + R, V features
+   of a value, P = R / 2 angles. Scores are stored transposed, as [keys, queries of a block]. In this layout each lane of
+   a vector register holds one query's softmax, and the matrix multiplications with values and keys read the scores in
+   order.
 
-   The dot-product instruction multiplies pairs of bfloat16. `_vnni` marks a matrix [rows, columns] stored for it as
-   [rows / 2, columns] pairs of neighbouring rows (oneDNN's VNNI layout), `_transposed` the same of the transpose. */
+   The dot-product instruction multiplies pairs of bfloat16 numbers. The suffix `_vnni` marks a matrix [rows, columns]
+   that is stored for this instruction as [rows / 2, columns] pairs of neighbouring rows (oneDNN's VNNI layout). The
+   suffix `_transposed` marks the transpose of a matrix in the same layout. */
 
 #include "simd.h"
 
@@ -17,7 +19,7 @@
 
 #define BLOCK 64 /* queries of a block */
 
-/* The scores of `rows` keys, at most TILE_ROWS, with BLOCK queries `b`, packed and transposed. */
+/* Compute the scores of `rows` keys (at most TILE_ROWS) with BLOCK queries `b`, which are packed and transposed. */
 static void scores(const bf16 *keys, int64_t stride, int64_t rows, int64_t size, const uint32_t *b,
                    __m512 sums[TILE_ROWS][4]) {
     const bf16x2 *a[TILE_ROWS];
@@ -25,8 +27,8 @@ static void scores(const bf16 *keys, int64_t stride, int64_t rows, int64_t size,
     tile_rows(a, 1, size / 2, b, BLOCK, rows, 4, sums);
 }
 
-/* to = a b, or to += a b with `add`. a: [rows, depth] pairs, `stride` from row to row and `step` within a row.
-   b: [depth, size] pairs. to: [rows, size]. */
+/* Multiply matrices: to = a b, or to += a b with `add`. a has [rows, depth] pairs, which are `stride` apart from row to
+   row and `step` apart within a row. b has [depth, size] pairs. to is [rows, size]. */
 static void product(const bf16x2 *a_in, int64_t stride, int64_t step, int64_t rows, int64_t depth, const uint32_t *b,
                     int64_t size, float *to, int add) {
     for (int64_t first = 0; first < rows; first += TILE_ROWS) {
@@ -36,7 +38,7 @@ static void product(const bf16x2 *a_in, int64_t stride, int64_t step, int64_t ro
         for (int64_t n = 0, vectors; n < size; n += 16 * vectors) {
             __m512 sums[TILE_ROWS][4];
             int64_t left = (size - n) / 16;
-            vectors = left == 6 || left == 3 ? 3 : left >= 4 ? 4 : left; /* 96 columns as 48 and 48 */
+            vectors = left == 6 || left == 3 ? 3 : left >= 4 ? 4 : left; /* 96 columns are 48 + 48 */
             switch (vectors) {
             case 1: tile_rows(a, step, depth, b + n, size, count, 1, sums); break;
             case 2: tile_rows(a, step, depth, b + n, size, count, 2, sums); break;
@@ -58,7 +60,7 @@ static void pack_block_transposed(const bf16 *w, int64_t stride, int64_t rows, i
         pack_vnni_transposed(w + (first < rows ? first : 0) * stride, stride, rows - first, size, to + first, BLOCK);
 }
 
-/* Pack `rows` rows of `size` numbers, a multiple of 16; zeros take the place of an odd row's neighbour. */
+/* Pack `rows` rows of `size` numbers, a multiple of 16. If `rows` is odd, the last row is paired with zeros. */
 static void pack_vnni(const bf16 *w, int64_t stride, int64_t rows, int64_t size, uint32_t *to) {
     for (int64_t i = 0; i < rows; i += 2, to += size)
         for (int64_t n = 0; n < size; n += 16) {
@@ -68,7 +70,7 @@ static void pack_vnni(const bf16 *w, int64_t stride, int64_t rows, int64_t size,
         }
 }
 
-/* A mask of the queries in vector `v` of the block from `first` on that may attend to `key`. */
+/* Return which queries may attend to `key`, as a mask over vector `v` of the block that starts at query `first`. */
 INLINE __mmask16 seen(int64_t key, int64_t first, int v) {
     int64_t hidden = key - first - 16 * v;
     return hidden <= 0 ? 0xffff : hidden >= 16 ? 0 : (__mmask16)(0xffff << hidden);
@@ -81,7 +83,7 @@ INLINE void rotate_back(const float *d, const float *cos, const float *sin, int6
     }
 }
 
-/* One head's queries or keys, rotated: [T, N + R]. */
+/* Write the rotated queries or keys [T, N + R] of one head. */
 static void pack(const bf16 *nope, int64_t nope_stride, const bf16 *rope, int64_t rope_stride, const float *cos,
                  const float *sin, int64_t interleaved, int64_t T, int64_t N, int64_t R, bf16 *to) {
     for (int64_t t = 0; t < T; t++, to += N + R) {
@@ -94,9 +96,10 @@ int64_t has_bf16_products(void) { return 1; }
 
 static void *alloc(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
-/* Attention of the last A of T tokens; H / G query heads share the keys and values of a group. `_stride_t` and
-   `_stride_h` count the numbers from token to token and from head to head. The keys' last R features are those of pe,
-   [B, T, R]; both they and the queries' are rotated here. cos, sin: [T, P], out: [B, A, H, V], log_sums: [B, H, A]. */
+/* Attention of the last A of T tokens. H / G query heads share the keys and values of a group. `_stride_t` and
+   `_stride_h` are the distances, in numbers, from token to token and from head to head. pe [B, T, R] holds the last R
+   features of the keys. This function rotates pe and the last R features of the queries. cos, sin: [T, P],
+   out: [B, A, H, V], log_sums: [B, H, A]. */
 void mla_attention(const bf16 *q_in, int64_t q_stride_t, int64_t q_stride_h, const bf16 *key, int64_t key_stride_t,
                    int64_t key_stride_h, const bf16 *value, int64_t value_stride_t, int64_t value_stride_h,
                    const bf16 *pe, int64_t pe_stride_t, const float *cos, const float *sin, int64_t interleaved,
@@ -161,7 +164,8 @@ void mla_attention(const bf16 *q_in, int64_t q_stride_t, int64_t q_stride_h, con
     }
 }
 
-/* The dot product of each query's output and its gradient, rows `stride` numbers apart; 0 beyond the last query. */
+/* Compute the dot product of each query's output and the output's gradient, whose rows are `stride` numbers apart. Dot
+   products beyond the last query are 0. */
 static void output_dots(const bf16 *dout, const bf16 *out, int64_t stride, int64_t queries, int64_t V, float *dots) {
     memset(dots, 0, BLOCK * sizeof *dots);
     for (int64_t t = 0; t < queries; t++) {
@@ -172,8 +176,9 @@ static void output_dots(const bf16 *dout, const bf16 *out, int64_t stride, int64
     }
 }
 
-/* The gradients of attention with as many queries as tokens and key heads as query heads. q: [B, T, H, Q],
-   kv: [B, T, H, N + V], the others as above. dq, dkv, dpe have the shapes of q, kv, pe. dpe_h: scratch [B, H, T, R]. */
+/* The gradients of attention in training, where all tokens are queries and every query head has its own keys.
+   q: [B, T, H, Q], kv: [B, T, H, N + V]. The other arguments are as in mla_attention. dq, dkv and dpe have the shapes of
+   q, kv and pe. dpe_h is scratch memory [B, H, T, R]. */
 void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, int64_t pe_stride_t, const float *cos,
                             const float *sin, int64_t interleaved, int64_t B, int64_t T, int64_t H, int64_t N,
                             int64_t R, int64_t V, float scale, const bf16 *out, const float *log_sums,
@@ -200,7 +205,7 @@ void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, in
                 const bf16 *dout = dout_in + ((b * T + first) * H + h) * V;
                 float dots[BLOCK], logs[BLOCK];
                 output_dots(dout, out + ((b * T + first) * H + h) * V, H * V, queries, V, dots);
-                for (int64_t t = 0; t < BLOCK; t++) /* beyond the end: weights of 0 */
+                for (int64_t t = 0; t < BLOCK; t++) /* queries beyond the end get weights of 0 */
                     logs[t] = t < queries ? log_sums[(b * H + h) * T + first + t] : INFINITY;
                 pack_block_transposed(q + first * Q, Q, queries, Q, q_transposed);
                 pack_block_transposed(dout, H * V, queries, V, dout_transposed);
@@ -244,7 +249,7 @@ void mla_attention_backward(const bf16 *q_in, const bf16 *kv, const bf16 *pe, in
         free(k_vnni), free(ds_vnni), free(dk), free(dv), free(dq);
         float *sum = alloc(R * 4);
 #pragma omp for
-        for (int64_t n = 0; n < B * T; n++) { /* all heads share the keys' features with position */
+        for (int64_t n = 0; n < B * T; n++) { /* all heads share the rotary features of the keys */
             int64_t b = n / T, t = n % T;
             memset(sum, 0, R * sizeof *sum);
             for (int64_t h = 0; h < H; h++)

@@ -1,6 +1,6 @@
-"""Multi-head latent attention by PyTorch's operations, expanded and absorbed (DeepSeek-V2, 2405.04434, section 2.1).
+"""Multi-head latent attention in PyTorch, in the expanded and the absorbed form (DeepSeek-V2, 2405.04434, section 2.1).
 
-Shapes as in __init__.py; L features of a latent.
+Shapes: see __init__.py; L features of a latent.
 """
 
 import torch
@@ -33,7 +33,7 @@ def mla_attention(
     scale: float,
     interleave: bool,
 ) -> torch.Tensor:
-    """Return causal attention [B, T, H*V] to the keys and values that every head makes of the latents."""
+    """Return causal attention [B, T, H*V] to the keys and values that every head computes from the latents."""
     (heads, nope, value), T, R = sizes, q_BTX.shape[1], pe_BSR.shape[2]
     cos_SP, sin_SP = cos_sin
     q_BHTQ = rotated_queries(q_BTX, (cos_SP[-T:], sin_SP[-T:]), heads, R, interleave)
@@ -53,10 +53,10 @@ def absorbed_attention(
     scale: float,
     interleave: bool,
 ) -> torch.Tensor:
-    """Return causal attention to the latents themselves [B, T, H*V]: W_UK and W_UV are absorbed (section 2.1.2).
+    """Return causal attention [B, T, H*V] to the latents themselves, with W_UK and W_UV absorbed (section 2.1.2).
 
-    W_UK multiplies the query and W_UV the weighted sum. `cached_BSF` has [latent; RoPE(k_pe)] of the S tokens,
-    `w_kv_XL` [W_UK; W_UV] of every head.
+    W_UK multiplies the queries, and W_UV multiplies the weighted sums of latents. `cached_BSF` holds
+    [latent; RoPE(k_pe)] of the S tokens, and `w_kv_XL` holds [W_UK; W_UV] of every head.
     """
     (heads, nope, value), L = sizes, w_kv_XL.shape[1]
     B, T, S = *q_BTX.shape[:2], cached_BSF.shape[1]

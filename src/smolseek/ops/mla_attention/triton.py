@@ -1,4 +1,4 @@
-"""Queries and keys, rotated, and values in the layout of PyTorch's attention, and back. Shapes as in __init__.py."""
+"""Rotates queries and keys, and packs them and the values for PyTorch's attention. Shapes: see __init__.py."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         tl.store(q + at_q + nope + second, b.to(q.dtype.element_ty), mask=mask_p)
         tl.store(kv + at_kv + n, tl.load(k_packed + at_q + n, mask=mask_n), mask=mask_n)
         tl.store(kv + at_kv + nope + v, tl.load(v_packed + at_v + v, mask=mask_v), mask=mask_v)
-        # All heads share the key's features with position.
+        # All heads share the rotary features of the key.
         a = tl.sum(tl.load(k_packed + at_q + nope + p, mask=mask_p, other=0.0).to(tl.float32), axis=0)[None, :]
         b = tl.sum(tl.load(k_packed + at_q + nope + angles + p, mask=mask_p, other=0.0).to(tl.float32), axis=0)[None, :]
         a, b = _rotate(a, b, c, -s)
@@ -71,7 +71,10 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 
 def _run(plain: list[torch.Tensor], packed: list[torch.Tensor], cos_sin: list[torch.Tensor], *options: bool) -> None:
-    """Fill `packed` (q, k, v) from `plain` (q, kv, pe), or backward the other way; `options`: backward, interleave."""
+    """Fill `packed` (q, k, v) from `plain` (q, kv, pe), or in the backward pass fill `plain` from `packed`.
+
+    `options` are the two flags backward and interleave.
+    """
     (B, T, H, Q), V, R, stride = packed[0].shape, packed[2].shape[3], plain[2].shape[2], plain[2].stride(1)
     if B * T:
         sizes = T, stride, options[0], H, Q - R, R, V, options[1]
@@ -82,7 +85,7 @@ def _run(plain: list[torch.Tensor], packed: list[torch.Tensor], cos_sin: list[to
 
 
 def rope_and_pack(*arguments: Any) -> None:
-    """Fill the results, the last three arguments; the operator of the same name describes them."""
+    """Fill the last three arguments with the results. The operator of the same name describes all arguments."""
     q, kv, pe, cos, sin, _, interleave, *packed = arguments
     if pe.stride(2) != 1 or pe.stride(0) != pe.shape[1] * pe.stride(1):
         pe = pe.contiguous()
@@ -90,7 +93,7 @@ def rope_and_pack(*arguments: Any) -> None:
 
 
 def rope_and_pack_backward(*arguments: Any) -> None:
-    """Fill the gradients, the last three arguments; the operator of the same name describes them."""
+    """Fill the last three arguments with the gradients. The operator of the same name describes all arguments."""
     *inputs, interleave, dq, dkv, dpe = arguments
     inputs = [x.contiguous() for x in inputs]
     _run([dq, dkv, dpe], inputs[:3], inputs[3:], True, interleave)

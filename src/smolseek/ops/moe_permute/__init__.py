@@ -16,21 +16,21 @@ __all__ = ["inverse", "permute", "unpermute"]
 
 
 def permute(x_ND: torch.Tensor, order_M: torch.Tensor, top_k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return the tokens sorted by expert [M, D] in `dtype`: slot m has token order[m] // K.
+    """Return the tokens sorted by expert [M, D] in `dtype`. Slot m holds token order[m] // K.
 
     The gradients of a token's K slots are added in float32 and in a fixed order. The backward pass of plain indexing
-    would add them with atomics.
+    would add the gradients with atomics, in a random order.
     """
     return _Permute.apply(x_ND, order_M, top_k, dtype)
 
 
 def unpermute(y_MD: torch.Tensor, order_M: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of each token's experts [N, D], in the type of `y_MD`, always in the same order."""
+    """Return the weighted sum [N, D] of each token's expert results, added in a fixed order, in the type of `y_MD`."""
     supported = (c_supports(y_MD) and y_MD.is_contiguous()) or triton_supports(y_MD)
     supported = supported and (torch.is_grad_enabled() or c_infers(y_MD))
     if supported and weights_NK.dtype == torch.float32:
         return _Unpermute.apply(y_MD, inverse(order_M), weights_NK.contiguous())
-    # `permute` rather than indexing, whose backward pass would add with atomics.
+    # `permute` is used here, because the backward pass of indexing would add with atomics.
     return reference.weighted_sum(permute(y_MD, inverse(order_M), 1, y_MD.dtype), weights_NK)
 
 
@@ -91,8 +91,9 @@ class _Unpermute(torch.autograd.Function):
 def unpermute_backward(
     y_MD: torch.Tensor, slots_M: torch.Tensor, weights_NK: torch.Tensor, d_ND: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of the experts' results [M, D] and of their float32 weights [N, K] for that of their sum.
+    """Return the gradients of the experts' results [M, D] and of the float32 weights [N, K], given `d_ND`.
 
-    Slot (n, k) is row `slots_M[n K + k]` of `y_MD`.
+    `d_ND` is the gradient of the weighted sums. The result of the k-th expert of token n is row `slots_M[n K + k]` of
+    `y_MD`.
     """
     return y_MD.new_empty(y_MD.shape), weights_NK.new_empty(weights_NK.shape)

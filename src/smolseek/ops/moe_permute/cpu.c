@@ -1,5 +1,6 @@
-/* The permutation of tokens to their experts, and back. Shapes: N tokens, D features, K experts of a token, M = N * K
-   slots sorted by expert. Slot (n, k) is row slots[n K + k]. Sums are float32, always in the same order. */
+/* Permutes tokens into the order of their experts, and back. Shapes: N tokens, D features, K experts of a token,
+   M = N * K slots sorted by expert. The slot of token n and its k-th expert is row slots[n K + k]. Sums are computed in
+   float32 and in a fixed order. */
 
 #include "simd.h"
 
@@ -15,7 +16,7 @@ void permute(const float *x, const int64_t *order, int64_t M, int64_t K, int64_t
     for (int64_t m = 0; m < M; m++) TYPED(copy, x + order[m] / K * D, D, y, m * D);
 }
 
-/* y[to..] = the sum of the token's rows of x, times their weights if there are any. Without weights y is float32. */
+/* Write the sum of a token's K rows of x to y[to..]. `weights` are factors of the rows; if NULL, y is float32. */
 INLINE void gather(const void *x, const int64_t *slots, const float *weights, int64_t K, int64_t D, void *y, int64_t to,
                    int64_t bfloat16) {
     for (int64_t d = 0; d < D; d += LANES) {

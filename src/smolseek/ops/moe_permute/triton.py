@@ -1,6 +1,6 @@
-"""The gradient of the experts' weighted sum in one Triton kernel. Shapes as in __init__.py.
+"""The gradient of the experts' weighted sum in one Triton kernel. Shapes: see __init__.py.
 
-torch.compile would read the experts' results twice.
+Code compiled by torch.compile would read the experts' results twice.
 """
 
 import torch
@@ -32,7 +32,7 @@ def unpermute_backward(
     dy_MD: torch.Tensor,
     dw_NK: torch.Tensor,
 ) -> None:
-    """Fill `dy_MD` and `dw_NK`; the operator of the same name describes them."""
+    """Fill `dy_MD` and `dw_NK`. The operator of the same name describes all arguments."""
     y_MD, d_ND, weights_NK = y_MD.contiguous(), d_ND.contiguous(), weights_NK.contiguous()
     (N, K), D = weights_NK.shape, y_MD.shape[1]
     if N:

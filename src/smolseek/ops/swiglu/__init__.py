@@ -1,6 +1,6 @@
 """The elementwise part of SwiGLU (2002.05202): silu(gate) * up.
 
-Gate and up are two tensors, or packed in one as [gate; up]. Shapes: M tokens or slots, F neurons, X = 2F.
+Gate and up are two tensors, or one packed tensor [gate; up]. Shapes: M tokens or slots, F neurons, X = 2F.
 """
 
 from typing import Any
@@ -20,20 +20,20 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_packed(h_MX: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [M, F] of [gate; up]."""
+    """Return silu(gate) * up [M, F] of the packed [gate; up]."""
     if torch.is_grad_enabled() and triton_supports(h_MX):
         return _PackedSwiGLU.apply(h_MX)
     return reference.swiglu(*h_MX.chunk(2, dim=-1))
 
 
 def packed_forward(h_MX: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up [M, F] of [gate; up], without autograd."""
+    """Return silu(gate) * up [M, F] of the packed [gate; up], without autograd."""
     gate, up = h_MX.chunk(2, dim=-1)
     return _forward(gate, up, h_MX.stride(0)) if c_supports(gate) else reference.swiglu(gate, up)
 
 
 def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of `h_MX`, and `packed_forward(h_MX)` again."""
+    """Return the gradient of `h_MX`, and the recomputed `packed_forward(h_MX)`."""
     gate, up = h_MX.chunk(2, dim=-1)
     if not (c_supports(gate) and dy_MF.is_contiguous() and h_MX.is_contiguous()):
         return reference.packed_backward(h_MX, dy_MF)
@@ -51,7 +51,7 @@ def _forward(gate: torch.Tensor, up: torch.Tensor, step: int) -> torch.Tensor:
 def _backward(
     gate: torch.Tensor, up: torch.Tensor, step: int, dy: torch.Tensor, d_gate: torch.Tensor, d_up: torch.Tensor
 ) -> torch.Tensor:
-    """Fill `d_gate` and `d_up` for the gradient `dy`, and return silu(gate) * up again."""
+    """Fill `d_gate` and `d_up`, given the gradient `dy`, and return the recomputed silu(gate) * up."""
     y, size = torch.empty_like(dy), gate.shape[-1]
     inputs = gate, up, step, y.numel() // size, size, dy, d_gate, d_up
     call("swiglu_backward", *inputs, y, y.dtype == torch.bfloat16)
@@ -87,5 +87,5 @@ class _PackedSwiGLU(torch.autograd.Function):
 
 @triton_operator
 def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> torch.Tensor:
-    """Return the gradient of `h_MX`, [gate; up], for that of silu(gate) * up [M, F]."""
+    """Return the gradient of `h_MX`, the packed [gate; up], given the gradient `dy_MF` of silu(gate) * up."""
     return h_MX.new_empty(h_MX.shape)

@@ -20,14 +20,14 @@ INLINE void backward(const void *gate, const void *up, int64_t at, int64_t F, co
     }
 }
 
-/* Rows of gate and up are `stride` numbers apart, those of y are F. */
+/* The rows of gate and up are `stride` numbers apart, the rows of y are F numbers apart. */
 void swiglu(const void *gate, const void *up, int64_t stride, int64_t M, int64_t F, void *y, int64_t bfloat16,
             int64_t threads) {
 #pragma omp parallel for num_threads(threads)
     for (int64_t m = 0; m < M; m++) TYPED(forward, gate, up, m * stride, F, y, m * F);
 }
 
-/* From dy: dgate and dup, with rows as gate and up have, and y again. */
+/* Compute dgate, dup and again y from dy. The rows of gate, up, dgate and dup are `stride` numbers apart. */
 void swiglu_backward(const void *gate, const void *up, int64_t stride, int64_t M, int64_t F, const void *dy,
                      void *dgate, void *dup, void *y, int64_t bfloat16, int64_t threads) {
 #pragma omp parallel for num_threads(threads)

@@ -1,4 +1,4 @@
-"""SwiGLU in PyTorch. Shapes as in __init__.py."""
+"""SwiGLU in PyTorch. Shapes: see __init__.py."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def packed_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradient of `h_MX`, and silu(gate) * up again."""
+    """Return the gradient of `h_MX`, and the recomputed silu(gate) * up."""
     gate, up = h_MX.chunk(2, dim=-1)
     dh_MX, silu = torch.empty_like(h_MX), F.silu(gate)
     d_gate, d_up = dh_MX.chunk(2, dim=-1)

@@ -1,6 +1,6 @@
 """The gradient of SwiGLU in one Triton kernel.
 
-torch.compile would concatenate the gradients of gate and up, and read every input twice.
+Code compiled by torch.compile would concatenate the gradients of gate and up, and read every input twice.
 """
 
 import torch
@@ -25,7 +25,7 @@ def _swiglu_back(h, dy, dh, count, size: tl.constexpr, block: tl.constexpr):  # 
 
 
 def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor, dh_MX: torch.Tensor) -> None:
-    """Fill `dh_MX`; the operator of the same name describes it."""
+    """Fill `dh_MX`. The operator of the same name describes all arguments."""
     h_MX, dy_MF, count = h_MX.contiguous(), dy_MF.contiguous(), dy_MF.numel()
     if count:
         with torch.cuda.device_of(h_MX):
