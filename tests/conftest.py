@@ -1,4 +1,4 @@
-"""What all tests share: no network, two threads or SMOLSEEK_TEST_THREADS, and a command line in this process."""
+"""Setup of all tests: no network, SMOLSEEK_TEST_THREADS threads (default 2), and a command line in this process."""
 
 import os
 
@@ -24,7 +24,7 @@ from smolseek.ops import backend, build
 
 
 class Result(NamedTuple):
-    """What a command line left behind."""
+    """The result of a command: exit code and output."""
 
     code: int
     out: str
@@ -33,13 +33,13 @@ class Result(NamedTuple):
 
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> None:
-    """Losses depend on how sums are split among threads, so the tests do not depend on the machine's cores."""
+    """Fix the number of threads, because losses depend on how sums are split among threads."""
     torch.set_num_threads(int(os.environ.get("SMOLSEEK_TEST_THREADS", "2")))
 
 
 @pytest.fixture(scope="session")
 def fork_server() -> Iterator[ForkServer]:
-    """Start processes that have PyTorch loaded already."""
+    """Return a server that starts processes in which PyTorch is already loaded."""
     server = ForkServer()
     yield server
     server.close()
@@ -60,7 +60,7 @@ def run_cli(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> C
 
 @pytest.fixture(scope="session")
 def llama_config() -> Callable[..., ModelConfig]:
-    """Return a function that gives the shape of a small Llama, but for its arguments."""
+    """Return a function that returns the configuration of a small Llama; its arguments override values."""
     shape = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
     shape |= {"max_position_embeddings": 64, "initializer_range": 0.3, "eos_token_id": 0}
@@ -74,10 +74,10 @@ def _emulated(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Callable[..., None]]:
-    """Return a function that chooses the operations' backend by its name; None is what the machine has.
+    """Return a function that chooses the operations' backend by name; None chooses the machine's default.
 
-    With `bfloat16` the C files use dot products of bfloat16; on a processor without them they are emulated lane
-    by lane (tests/bf16_intrinsics), slowly.
+    With `bfloat16`, the C files use bfloat16 dot products. On a processor without this instruction, the dot products
+    are emulated slowly (tests/bf16_intrinsics).
     """
     caches = build.library, backend.override, backend.library, backend.has_bf16_products, cpu_decode.library
 
@@ -107,5 +107,5 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Cal
 
 @pytest.fixture
 def bf16_products(use_backend: Callable[..., None]) -> None:
-    """The C files with dot products of bfloat16."""
+    """Use the C files with bfloat16 dot products."""
     use_backend("cpu", bfloat16=True)

@@ -1,4 +1,4 @@
-"""Text in, text out: streaming, stop strings, batches, scores and the chat."""
+"""The Python API for text: streaming, stop strings, batches, scores and chat."""
 
 import math
 import subprocess
@@ -24,7 +24,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[ass
 
 @pytest.fixture(scope="module")
 def model():
-    """A random model over bytes."""
+    """A random byte-level model."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

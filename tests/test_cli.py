@@ -20,7 +20,7 @@ from smolseek.presets import tiny
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Return the list of (config, resume) that `smolseek train` asked to train; nothing is trained."""
+    """Return the list of (config, resume) that `smolseek train` would train, without training."""
     from smolseek.train import loop
 
     calls = []
@@ -216,7 +216,7 @@ def test_inspect_says_when_processes_need_a_larger_batch(run_cli):
 
 @pytest.fixture
 def small_model(monkeypatch):
-    """Let the name `small` stand for a random model with SmolLM2's tokenizer, and return what was asked of it."""
+    """Make `small` the name of a random model with SmolLM2's tokenizer, and return the list of its requests."""
     from smolseek.model.transformer import new_model
     from smolseek.storage import hf_folder
     from smolseek.tokenizer import load_tokenizer

@@ -1,4 +1,4 @@
-"""The terminal: plain lines where there is none, a live bar where there is one."""
+"""Console output: plain lines without a terminal, and a progress bar on a terminal."""
 
 import os
 import pty

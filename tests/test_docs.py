@@ -1,7 +1,8 @@
-"""README and docs: commands can be pasted word for word, their options exist, and links lead somewhere.
+"""README and docs: commands can be copied and run, their options exist, and links have targets.
 
-A block of code after `<!-- run: quick -->` or `<!-- run: soak -->` is run, and its other lines must be among what it
-prints: any number matches any number, and `...` any text. `<!-- run: quick, exit 1 -->` expects that exit code.
+A block of code after `<!-- run: quick -->` or `<!-- run: soak -->` is run. Its other lines must be in the output of the
+commands, where any number matches any number, and `...` matches any text. `<!-- run: quick, exit 1 -->` expects that
+exit code.
 """
 
 import importlib
@@ -27,7 +28,7 @@ WORDS |= {"chat": 1, "audit": 1, "report": 2}
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Return the words of the commands in the page's blocks of code, as a shell would split them."""
+    """Return the commands in a page's code blocks, split into words as by a shell."""
     fenced, lines = False, []
     for line in page.read_text(encoding="utf-8").replace("\\\n", "").splitlines():
         fenced ^= line.startswith("```")
@@ -144,7 +145,7 @@ def test_the_map_of_the_code_names_files_that_are_there():
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """Return tools/docs.py, which has copied the pages of the site to its STAGED."""
+    """Return the module tools/docs.py, after it has copied the pages of the site to STAGED."""
     spec = importlib.util.spec_from_file_location("docs", ROOT / "tools" / "docs.py")
     docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(docs)
@@ -175,7 +176,7 @@ def test_the_site_refuses_a_dead_link_and_a_page_outside_the_navigation(site):
 
 
 class Block(NamedTuple):
-    """A block of code that is run."""
+    """A code block that the tests run."""
 
     level: str
     exit_code: int
@@ -190,7 +191,7 @@ def runnable(page: Path) -> list[Block]:
 
 
 def commands_with_output(code: str) -> list[tuple[str, list[str]]]:
-    """Return the commands of a console block, each with the lines that it prints."""
+    """Return the commands of a console block, and the lines that each command prints."""
     parts = re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]
     return [(part.splitlines()[0], [line for line in part.splitlines()[1:] if line.strip()]) for part in parts]
 
@@ -199,7 +200,7 @@ NUMBER = r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?"
 
 
 def pattern(line: str) -> re.Pattern:
-    """Return what a printed line must look like to match a line of the page."""
+    """Return a pattern that printed lines must match to equal a line of the page."""
     parts = re.split(rf"(\.\.\.|\s+|{NUMBER})", line.strip())
     kinds = {"...": ".*"}
     return re.compile(
@@ -212,7 +213,7 @@ def pattern(line: str) -> re.Pattern:
 
 
 def require_printed(expected: list[str], printed: str, command: str) -> None:
-    """Assert that the lines `expected` are printed, in this order."""
+    """Assert that the lines `expected` are printed in the same order."""
     lines = iter(printed.splitlines())
     for line in expected:
         assert any(pattern(line).fullmatch(one.strip()) for one in lines), f"{command}\n{line}\n{printed}"
@@ -231,7 +232,7 @@ def with_level(level: str) -> list[Path]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    """Return an empty folder with the examples, which is the current one."""
+    """Return a new current folder that contains the examples."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path

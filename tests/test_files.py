@@ -1,4 +1,4 @@
-"""Files that must outlast a crash, and folders that one process at a time may write."""
+"""Files that must survive a crash, and folders that only one process at a time may write."""
 
 import errno
 import fcntl

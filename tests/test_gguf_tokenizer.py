@@ -1,4 +1,4 @@
-"""Tokenizers out of GGUF files: the ids are those of the tokenizer that the file was made of."""
+"""Tokenizers read from GGUF files give the same ids as the tokenizer from which the file was made."""
 
 import itertools
 import json
@@ -118,7 +118,7 @@ def test_the_file_says_whether_a_text_begins_with_a_token(tmp_path):
 
 
 def sentencepiece() -> tuple[list[str], list[int], list[float]]:
-    """A vocabulary as sentencepiece's BPE trains one: control tokens, bytes, merged pieces by rank, characters."""
+    """Return a vocabulary like sentencepiece's BPE: control tokens, bytes, merged pieces by rank, characters."""
     pieces = Tokenizer(models.BPE())
     pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     pieces.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, show_progress=False))
@@ -133,7 +133,7 @@ def sentencepiece() -> tuple[list[str], list[int], list[float]]:
 
 
 def merged(text: str, tokens: list[str], types: list[int], scores: list[float]) -> list[int]:
-    """What sentencepiece does: the neighbours whose union has the highest score are merged, the leftmost first."""
+    """Merge as sentencepiece does: first the neighbours whose union has the highest score, the leftmost first."""
     known = {t: i for i, t in enumerate(tokens) if types[i] == 1}
     parts = list("\u2581" + text.replace(" ", "\u2581"))
     while True:

@@ -1,4 +1,4 @@
-"""malloc keeps what is freed: a tensor made again costs no new pages."""
+"""malloc keeps freed memory, so that a tensor of the same size needs no new pages."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""What pyproject.toml promises is what the code imports, and what was tested lies within it."""
+"""pyproject.toml lists the packages that the code imports, and its version ranges include the tested versions."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ def name_of(requirement: str) -> str:
 
 
 def imported(folder: Path) -> dict[str, str]:
-    """Return the packages that are imported or looked for by name, each with a file that does."""
+    """Return the packages that the code imports or looks for by name, each with a file that does so."""
     found = {}
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

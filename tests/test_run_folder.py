@@ -1,4 +1,4 @@
-"""The run folder: one configuration a folder, and metrics that survive a crash."""
+"""The run folder: one configuration per folder, and metrics that survive a crash."""
 
 import json
 import os

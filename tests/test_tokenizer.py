@@ -1,4 +1,4 @@
-"""The tokenizer: SmolLM2's out of its GGUF, encoding of training text, text out of single tokens."""
+"""The tokenizer: SmolLM2's tokenizer from its GGUF file, encoding of training text, and decoding of single tokens."""
 
 import struct
 from pathlib import Path
@@ -31,7 +31,7 @@ def smollm2() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """A tokenizer of Llama's older kind: spaces written as U+2581, unknown characters as byte tokens."""
+    """A tokenizer like those of older Llamas: spaces become U+2581, and unknown characters become byte tokens."""
     words = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "c", "\u2581a", "bc"]
     bpe = models.BPE(
         {word: i for i, word in enumerate(words)},

@@ -1,4 +1,4 @@
-"""Leaks that show with other weights or in training mode only, and compiled models."""
+"""Leaks that appear only with other weights or only in training mode, and compiled models."""
 
 from types import ModuleType
 
@@ -30,7 +30,7 @@ def test_a_leak_behind_a_projection_of_zeros_is_found() -> None:
 
 
 class NaNWhenCut(nn.Module):
-    """Causal, but its logits for a shorter sequence are NaN once its weights are others."""
+    """A causal model whose logits for shorter sequences become NaN after its weights have changed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_nan_fails_whatever_the_other_weights_gave() -> None:
 
 
 class BatchNorm(nn.Module):
-    """Normalises by the statistics of the whole batch, in training only."""
+    """A model that normalises by the statistics of the full batch, in training mode only."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How outcomes are printed."""
+"""Printed outcomes of the audit's checks."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Models that repeat the token they have just read."""
+"""The copying check on models that repeat the token that they have just read."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 class Echo(nn.Module):
-    """Predicts the token it has just read, with some noise: what unshifted labels lead to."""
+    """A model that predicts the token it has just read, with some noise, as after training with unshifted labels."""
 
     def __init__(self, sure: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses that divide by the wrong number of tokens."""
+"""The target checks on losses that divide by the wrong number of tokens."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Losses that are too low for their tokens."""
+"""The plausibility check on losses that are too low for the number of training tokens."""
 
 import pytest
 

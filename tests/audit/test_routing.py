@@ -1,4 +1,4 @@
-"""Routers without a gradient, biases that are never updated, experts that are never chosen."""
+"""Routing checks: routers without a gradient, biases that are never updated, experts that are never chosen."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""The audit finds every planted leak by the right check, and nothing in models that have none."""
+"""The audit finds every planted leak with the right check, and no leak in models without one."""
 
 import importlib
 import json
@@ -29,7 +29,7 @@ SMALL = {"num_hidden_layers": 2, "vocab_size": 256}
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The leaks are imported as a user in the repository imports them; one thread is faster for such small models."""
+    """Import the planted leaks as a user in the repository does, with one thread, which is faster for small models."""
     monkeypatch.chdir(ROOT)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def failed(checks: list[Check]) -> set[str]:
 
 
 def right_audit(name: str) -> list[Check]:
-    """Audit a leak's file; what it does not define comes from `right.py`."""
+    """Audit a file with a planted leak. Functions that the file does not define are taken from `right.py`."""
     module, right = leak(name), leak("right")
     subject = Subject(
         model=module.model(),

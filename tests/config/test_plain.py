@@ -1,4 +1,4 @@
-"""A configuration file's values: each wrong one is refused in one line that names its key."""
+"""Each wrong value in a configuration file is refused with one line that names its key."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What the tests of a conversion share: small Llamas with random weights, token sequences, and a refusal."""
+"""Fixtures for the conversion tests: small Llamas with random weights, token sequences, and refused commands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from smolseek.storage.hf_folder import save_folder
 
 @pytest.fixture(scope="session")
 def save_llama(llama_config, tmp_path_factory) -> Callable[..., Path]:
-    """Return a function that writes a Llama; its arguments change the shape."""
+    """Return a function that writes a small Llama; its arguments override the configuration."""
 
     def save(**changes) -> Path:
         path = tmp_path_factory.mktemp("source") / "llama"
@@ -25,19 +25,19 @@ def save_llama(llama_config, tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def six_heads(llama_config) -> ModelConfig:
-    """Three key heads of eight features, read by two heads each: a cache of 48 features."""
+    """A model with six query heads and three key heads of eight features, which caches 48 features."""
     return llama_config(hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
 
 
 @pytest.fixture(scope="session")
 def sequences() -> Callable[..., torch.Tensor]:
-    """Return a function that gives random tokens [n, length + 1]."""
+    """Return a function that returns random tokens [n, length + 1]."""
     return lambda n, length: torch.randint(61, (n, length + 1), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="session")
 def assemble() -> Callable[..., CausalLM]:
-    """Return a function that gives the Llama `model` the attention `layers` that `compress` made for it."""
+    """Return a function that puts the attention `layers` from `compress` into the Llama `model`."""
 
     def make(model: CausalLM, config: ModelConfig, layers: list[dict[str, torch.Tensor]]) -> CausalLM:
         tensors = {name: tensor for name, tensor in model.state_dict().items() if "self_attn" not in name}
@@ -52,7 +52,7 @@ def assemble() -> Callable[..., CausalLM]:
 
 @pytest.fixture
 def refused(run_cli, tmp_path) -> Callable[..., None]:
-    """Return a function that runs `smolseek convert`, which must say one line and leave nothing behind."""
+    """Return a function that runs `smolseek convert`, which must print one error line and write nothing."""
 
     def refuse(message: str, source: Path, *options: str, code: int = 2) -> None:
         before = set(tmp_path.iterdir())

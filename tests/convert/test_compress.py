@@ -1,4 +1,4 @@
-"""A smaller cache: exact where nothing is left out, near where little is, and refused where it cannot be."""
+"""Conversions with a smaller cache are exact if no information is lost, close if little is lost, or refused."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def text(sequences):
 
 
 def features(count, method="smolseek", **changes):
-    """A conversion whose cache holds `count` features, of 48."""
+    """Convert the model to a cache of `count` features instead of 48."""
     return Conversion(mode="compress", cache=count / 48, method=method, **changes)
 
 

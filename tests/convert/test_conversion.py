@@ -1,4 +1,4 @@
-"""Options that do not go together, or do not fit the source, are refused in one line, and nothing is written."""
+"""Conversion options that contradict each other or the source model are refused in one line; nothing is written."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Conversions of GGUF files: their tensors are read twice where two models are made, and their text is known first."""
+"""Conversions of GGUF files: tensors are read twice if two models are written, and the text is read first."""
 
 import json
 
@@ -26,7 +26,7 @@ EXPERTS = ["--mode", "compress", "--experts", "8", "--shared", "4", "--active", 
 
 
 def write(path, pre):
-    """Write a Llama of 258 tokens."""
+    """Write a Llama with a vocabulary of 258 tokens."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in SIZES.items():

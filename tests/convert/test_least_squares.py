@@ -1,4 +1,4 @@
-"""The least squares of a smaller cache: each round is nearer, and the values make up for lost attention."""
+"""Least-squares fit of a smaller cache: each round reduces the error, and values compensate for changed attention."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from smolseek.ops.rotary import rotate
 
 @pytest.fixture
 def fitted(six_heads, sequences):
-    """Return a function that gives a model, the shape of a smaller cache, and its attention before and after."""
+    """Return a function that returns a model, a configuration with a smaller cache, and attention before and after."""
 
     def fit(features):
         model, conversion = new_model(six_heads).eval(), Conversion(mode="compress", cache=features / 48)
@@ -63,13 +63,13 @@ def test_only_the_values_change(fitted):
 
 
 def turning(angle):
-    """The matrix of e^(-i angle) on a pair (re, im)."""
+    """Return the matrix that multiplies a pair (re, im) by e^(-i angle)."""
     c, s = torch.cos(angle), torch.sin(angle)
     return torch.stack((torch.stack((c, s)), torch.stack((-s, c))))
 
 
 def rotation(w_F, slots, distance):
-    """Rot(distance): pairs for the first `slots` features, the identity for the others."""
+    """Return Rot(distance): rotations for the first `slots` features, and the identity for the other features."""
     out = torch.eye(len(w_F)).double()
     for n in range(0, slots, 2):
         out[n : n + 2, n : n + 2] = turning(w_F[n] * distance)
@@ -90,7 +90,7 @@ def test_mean_rotations_are_those_of_matrices():
 
 
 def key_error(layer, w_S, fit):
-    """The keys' error that the fit minimises, by rotating matrices one distance after the other."""
+    """Return the key error that the fit minimises, computed by rotating matrices for one distance at a time."""
     root = torch.linalg.cholesky(layer.moment_DD + 1e-9 * torch.eye(48).double())
     w_F = torch.cat((w_S.repeat_interleave(2), torch.zeros(len(fit.cached_FD) - 2 * len(w_S)))).double()
     out = 0.0

@@ -1,4 +1,4 @@
-"""OUT appears complete or not at all, and what cannot be converted is refused by name."""
+"""OUT is written completely or not at all, and a model that cannot be converted is refused with its name."""
 
 import json
 import shutil
@@ -151,7 +151,7 @@ def test_a_link_is_followed(llama, there, capsys):
 
 
 def no_work(monkeypatch):
-    """No layer may be made: what is told, is told before."""
+    """Fail the test if a layer is converted, because errors must be reported before the conversion starts."""
 
     def work(*_, **__):
         raise AssertionError("the work began")
@@ -182,7 +182,7 @@ def test_too_little_calibration_text_is_refused_before_the_work(llama, options, 
 
 
 def tokenizer(folder):
-    """Give the model of 61 tokens a tokenizer of 60 characters."""
+    """Add a tokenizer of 60 characters to the model with 61 tokens."""
     letters = {chr(33 + i): i for i in range(1, 61)} | {"?": 0}
     backend = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="?"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="?").save_pretrained(folder)

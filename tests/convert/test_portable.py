@@ -1,4 +1,4 @@
-"""The portable profile: DeepSeek's own ladder of frequencies and epsilon, in stock transformers and here alike."""
+"""The portable profile (DeepSeek's RoPE frequencies, epsilon): the same logits in stock transformers and smolseek."""
 
 import dataclasses
 import json

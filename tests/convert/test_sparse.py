@@ -1,4 +1,4 @@
-"""Fewer neurons, pruned or as sparse experts: exact where the idle ones do nothing; stock transformers opens them."""
+"""Conversions with pruned neurons or sparse experts, which are exact if the unused neurons are zero."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A loopback stand-in for the hub: answers `huggingface_hub` and `datasets`, with faults on request."""
+"""A local HTTP server in place of the hub, for `huggingface_hub` and `datasets`. The tests can request faults."""
 
 import hashlib
 import json
@@ -17,9 +17,10 @@ KINDS = ("timeout", "reset", "429", "500", "short", "long", "whole", "wrong rang
 
 
 class StandInHub:
-    """Serves `files` (path -> bytes) as the data set `repo`; `fault(number)` names the fault of a request for data.
+    """Serves `files` (path -> bytes) as the dataset `repo`; `fault(number)` names the fault of data request `number`.
 
-    `more` holds further repositories, such as "models/owner/name" -> files; of those in `gated` it gives no file.
+    `more` has further repositories, for example "models/owner/name" -> files. Files of the repositories in `gated` are
+    refused.
     """
 
     def __init__(self, repo: str, files: Mapping[str, bytes], fault: Callable[[int], str | None] = lambda n: None):

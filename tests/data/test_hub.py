@@ -1,4 +1,4 @@
-"""Hub data sets read from a loopback stand-in, with faults."""
+"""Hub datasets, read from a local server that can produce faults."""
 
 import gzip
 import importlib.util
@@ -52,7 +52,7 @@ configs:
 
 
 def shard(start: int, n: int) -> bytes:
-    """Parquet of Cosmopedia's columns."""
+    """Return a parquet file with Cosmopedia's columns."""
     texts = [f"document {i} " + " ".join(str(i * k % 977) for k in range(i % 60)) for i in range(start, start + n)]
     same = {name: ["x"] * n for name in ("prompt", "audience", "format", "seed_data")}
     table = pa.table({**same, "text": texts, "token_length": [len(text) for text in texts]})
@@ -92,14 +92,14 @@ def hub(fork_server) -> Iterator:
 
 
 def settings(hub, home: Path, **more: str) -> dict[str, str]:
-    """Environment of a process that reads from the stand-in; one thread is quicker for so small a model."""
+    """Return the environment of a process that reads from the local hub, with one thread."""
     env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     env["OMP_NUM_THREADS"] = "1"
     return env | more
 
 
 def run(hub, home: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess:
-    """Run Python in a process of its own, because `huggingface_hub` reads its settings when it is imported."""
+    """Run Python in a new process, because `huggingface_hub` reads its settings during import."""
     return hub.fork_server.run(*arguments, env=settings(hub, home, **more))
 
 
@@ -303,7 +303,7 @@ for text in sys.argv[1:]:
 
 
 def configurations(**paths: str) -> bytes:
-    """A README that names a configuration for each pattern of files, in the split before the double underscore."""
+    """Return a README that has a configuration for each file pattern, with the split before the double underscore."""
     lines = ["---", "configs:"]
     for name, path in paths.items():
         split, _, config = name.partition("__")

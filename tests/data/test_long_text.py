@@ -33,7 +33,7 @@ KINDS = {
 
 
 def nasty(n: int) -> str:
-    """Text whose words, spaces, signs and line breaks meet in every order."""
+    """Return text in which words, spaces, punctuation and line breaks follow each other in every order."""
     draw = random.Random(n)
     parts = [
         "river",

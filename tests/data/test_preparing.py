@@ -1,4 +1,4 @@
-"""Tokens prepared once: the same sequences as the stream's, complete after any interruption, verified when read."""
+"""Prepared tokens: same sequences as without preparing, complete after any interruption, verified when read."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def encode(texts: list[str]) -> list[list[int]]:
 
 
 class ListShards:
-    """Texts held in memory, which cannot be read at `unavailable_at`, a (shard, row)."""
+    """Texts in memory; reading the row `unavailable_at` (shard, row) fails."""
 
     def __init__(self, name: str, sizes: tuple[int, ...]) -> None:
         self.texts = [[f"{name} {s}.{i} " + "word " * (i % 9) for i in range(n)] for s, n in enumerate(sizes)]
@@ -58,7 +58,7 @@ def sources() -> list[TextSource]:
 
 
 class Loses(Spelling):
-    """A tokenizer without tokens for the bytes of some characters."""
+    """A tokenizer that has no tokens for the bytes of some characters."""
 
     def __init__(self, characters: str = "") -> None:
         self._name, self._missing, self._seen, self._lost = "bytes", characters.encode(), 0, Counter()
@@ -270,7 +270,7 @@ def write_lines(path: Path, n: int, key: str = "text") -> None:
 
 
 class Interrupted:
-    """The texts of a source, whose reader is interrupted after some documents."""
+    """Texts of a source whose reader is interrupted after some documents."""
 
     def __init__(self, shards: Shards, after: int) -> None:
         self.shards, self.after = shards, after

@@ -1,4 +1,4 @@
-"""Shuffling in blocks, mixing and the position of streamed data."""
+"""Streamed data: shuffling in blocks, mixing of sources, and the saved position."""
 
 import functools
 import hashlib
@@ -24,12 +24,12 @@ VAL = 0.1
 
 
 def encode(texts: list[str]) -> list[list[int]]:
-    """One token a byte, so that sequences can be read back."""
+    """Encode each byte as one token, so that sequences can be read back."""
     return [list(text.encode()) for text in texts]
 
 
 class ListShards:
-    """Shards held in memory; `unavailable_at` is a (shard, row) that cannot be read while it is set."""
+    """Shards in memory; while `unavailable_at` (shard, row) is set, reading this row fails."""
 
     def __init__(self, texts: list[list[str | None]]) -> None:
         self.texts = texts

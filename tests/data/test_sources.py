@@ -1,4 +1,4 @@
-"""Documents from files, folders and the running Python."""
+"""Reading documents from files, folders and the running Python."""
 
 import argparse
 import bz2

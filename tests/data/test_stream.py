@@ -1,4 +1,4 @@
-"""The split, the packing and the position of the training stream."""
+"""The training stream: split, packing and saved position."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ EOS = 0
 
 
 def encode(texts: list[str]) -> list[list[int]]:
-    """One token a byte, so that sequences can be read back."""
+    """Encode each byte as one token, so that sequences can be read back."""
     return [list(text.encode()) for text in texts]
 
 
@@ -38,13 +38,13 @@ def stream(texts: Sequence[str] | None = None, seq_len: int = 16, seed: int = 3,
 
 
 def flat(sequences: torch.Tensor) -> list[int]:
-    """Undo the packing: the first sequence, then each further one without the token it shares."""
+    """Undo the packing: concatenate the sequences without the token that each shares with the previous sequence."""
     assert torch.equal(sequences[1:, 0], sequences[:-1, -1])
     return sequences[0].tolist() + sequences[1:, 1:].flatten().tolist()
 
 
 def texts_of(tokens: list[int]) -> list[str]:
-    """The documents of a token sequence that EOS ended."""
+    """Return the documents in a token sequence that are complete, which means followed by EOS."""
     return [part.decode() for part in bytes(tokens).split(b"\0")[:-1]]
 
 

@@ -1,4 +1,4 @@
-"""Steps of a small model by several processes are those of one: losses, norms, weights, also through checkpoints."""
+"""Several processes compute the same losses, norms and weights as one process, also after loading a checkpoint."""
 
 import json
 import os
@@ -40,7 +40,7 @@ CONFIG = TrainConfig(model=MODEL, run="unused", batch_size=4, grad_accum=2, seq_
 
 
 class RandomSequences:
-    """A stream of random sequences, at a position that can be saved."""
+    """A stream of random sequences, whose position can be saved."""
 
     def __init__(self):
         self.at = 0
@@ -60,7 +60,7 @@ class RandomSequences:
 
 
 def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, resume: int = 0) -> dict:
-    """Take `steps` steps, after those of the checkpoint `resume` if given, save, and return the measurements."""
+    """Train for `steps` steps, from the checkpoint `resume` if it is given, save, and return the measurements."""
     model = distributed.build_model(MODEL, 3, torch.device("cpu"))
     trained = distributed.optimizer_parameters(model)
     optimizer = make_optimizer(model, OptimConfig(kind=kind), trained)
@@ -95,7 +95,7 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
 
 
 def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: int, kind: str, resume: int) -> None:
-    """Train in one of the processes and write the results to a file."""
+    """Train in one of several processes, and write the results to a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with (
@@ -109,7 +109,7 @@ def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: 
 
 
 def timeouts(distributed: SingleProcess) -> list[float]:
-    """Return after how many seconds a collective of each group gives up."""
+    """Return the timeout of collectives in seconds, for each process group."""
     if not isinstance(distributed, DistributedContext):
         return []
     meshes = [mesh for mesh in distributed.meshes if mesh is not None]
@@ -119,7 +119,7 @@ def timeouts(distributed: SingleProcess) -> list[float]:
 
 
 def run_processes(size: int, folder: Path, steps: int, resume: int = 0, kind: str = "adamw", **mesh: int) -> list[dict]:
-    """Train with `size` processes and return the results of each."""
+    """Train with `size` processes, and return the results of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,7 +132,7 @@ def run_processes(size: int, folder: Path, steps: int, resume: int = 0, kind: st
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
-    """Four steps by one process."""
+    """The results of four steps with one process."""
     folder = tmp_path_factory.mktemp("single")
     return RunFolder(folder), run_processes(1, folder, 4)[0]
 

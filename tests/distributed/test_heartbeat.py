@@ -1,4 +1,4 @@
-"""After a failed collective, every other process names the same missing one."""
+"""After a failed collective, every remaining process names the same missing process."""
 
 import time
 from threading import Thread
@@ -26,7 +26,7 @@ def heartbeats(store):
 
 
 def begin_step(heartbeats):
-    """Count a step that begins now: no collective has waited for long."""
+    """Record that a step begins now, so that no collective seems to have waited for long."""
     for heartbeat in heartbeats:
         heartbeat.begin_step()
 

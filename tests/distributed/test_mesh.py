@@ -1,4 +1,4 @@
-"""Sizes of a mesh: valid ones, and errors that name the valid ones."""
+"""Valid mesh sizes, and errors for other sizes, which name the valid sizes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Processes of one launch find one another in a store that earlier launches have used."""
+"""Processes of one launch find each other in a store that earlier launches have used."""
 
 from threading import Thread
 
@@ -10,7 +10,7 @@ from smolseek.errors import PeerLost, Stopped
 
 
 def launch(store, word, ranks=(0, 1, 2)):
-    """Start these processes as threads; each leaves `word` and returns what the others left."""
+    """Start the processes as threads; each thread stores `word` and returns the words of the other threads."""
     words = {}
 
     def join(rank):

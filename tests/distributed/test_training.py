@@ -1,4 +1,4 @@
-"""Many processes train as one does: the same losses, balancing biases and weights, and a checkpoint that one reads."""
+"""Several processes train like one: same losses, router biases and weights, and a checkpoint for one process."""
 
 import launch as runs
 import pytest

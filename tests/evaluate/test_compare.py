@@ -11,7 +11,7 @@ from smolseek.storage.hf_folder import save_folder
 
 @pytest.fixture
 def models(llama_config):
-    """A model, and one with slightly other weights."""
+    """A model, and a copy with slightly changed weights."""
     a, b = (new_model(llama_config()).eval() for _ in range(2))
     with torch.no_grad():
         for parameter in b.parameters():

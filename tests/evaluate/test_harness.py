@@ -1,4 +1,4 @@
-"""lm-eval on our models: its log-likelihoods against plain ones, and a local task from the command line."""
+"""lm-eval on smolseek models: its log-likelihoods are those of the model; a local task on the command line."""
 
 import json
 import sys

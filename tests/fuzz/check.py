@@ -1,4 +1,4 @@
-"""What must be true of the outcome of every case."""
+"""Checks the outcome of every fuzz case."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ GOOD_CODES = (0, 2, 75, 130, 141, 143)
 
 
 def options_of(nursery: sandbox.Nursery, folder: Path) -> mutations.Options:
-    """Return the options of each verb as its help tells them."""
+    """Return the options of each verb, read from its help text."""
     options = mutations.Options()
     for verb in VERBS:
         texts = [nursery.run([verb, *arguments], folder).out for arguments in (["--help"], ["tiny", "--help-model"])]
@@ -23,7 +23,7 @@ def options_of(nursery: sandbox.Nursery, folder: Path) -> mutations.Options:
 def carry_out(
     nursery: sandbox.Nursery, seed: str, number: int, folder: Path, options: mutations.Options
 ) -> tuple[mutations.Case, sandbox.Outcome, list[str]]:
-    """Draw a case into `folder`, carry it out, and return it, its outcome, and what is wrong with that."""
+    """Draw a case into `folder` and run it. Return the case, its outcome, and what is wrong with the outcome."""
     case = mutations.draw(seed, folder, options, number)
     before = mutations.snapshot(folder)
     outcome = nursery.run(
@@ -33,12 +33,12 @@ def carry_out(
 
 
 def failed_audit(arguments: list[str], outcome: sandbox.Outcome) -> bool:
-    """Return whether exit code 1 is the verdict of an audit."""
+    """Return whether exit code 1 means that an audit failed."""
     return arguments[:1] == ["audit"] and outcome.code == 1 and not outcome.err
 
 
 def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: dict) -> list[str]:
-    """Return what is wrong with an outcome; `before` and `after` are what lay in the folder."""
+    """Return what is wrong with an outcome; `before` and `after` are the contents of the folder."""
     wrong = []
     if "Traceback (most recent call last)" in outcome.out + outcome.err:
         wrong.append("traceback")
@@ -61,7 +61,7 @@ def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: 
 
 
 def _goes_on(case: mutations.Case, outcome: sandbox.Outcome, changed: list[str]) -> bool:
-    """Return whether what changed is a run or a preparation that had begun: it is gone on from."""
+    """Return whether the changed files are a run, a chat or prepared tokens that the command can continue."""
     verb = case.arguments[0] if case.arguments else ""
     if verb in ("train", "heal"):
         return "\nstep " in outcome.out or any(name.endswith("metrics.jsonl") for name in changed)

@@ -1,7 +1,7 @@
-"""Good command lines, and what is done to them and to their files: what a hand, a disk or a program can get wrong.
+"""Valid commands, and mutations of commands and files: errors that people, disks and other programs make.
 
-A case is drawn from a seed alone. It takes a good command, and one to three mutations of its arguments, its files, or
-its environment: variables, standard input, the terminal's encoding.
+A case depends only on its seed. It is a valid command with one to three mutations of its arguments, its files or its
+environment (variables, standard input, encoding of the terminal).
 """
 
 import contextlib
@@ -232,7 +232,7 @@ JSON_VALUES: list[Any] = [
 
 @dataclass
 class Case:
-    """A command line in its folder, and what surrounds it."""
+    """A command with its folder and its environment."""
 
     arguments: list[str]
     stdin: bytes = STDIN.encode()
@@ -245,16 +245,16 @@ class Case:
 
 
 class Options(dict[str, list[str]]):
-    """The options of each verb; of a word that is no verb those of training."""
+    """The options of each verb; for a word that is no verb, the options of `train`."""
 
     def __missing__(self, verb: str) -> list[str]:
         return self["train"]
 
 
 def draw(seed: str, folder: Path, options: dict[str, list[str]], number: int) -> Case:
-    """Return the case of `seed`, whose files in `folder` are mutated by now.
+    """Return the case of `seed`, after mutating its files in `folder`.
 
-    `options` are those of each verb. Kinds of mutations take turns over `number`, so that few cases have them all.
+    `options` has the options of each verb. The kind of mutation depends on `number`, so that few cases cover all kinds.
     """
     rng = random.Random(seed)
     case = Case(rng.choice(COMMANDS).split())
@@ -269,7 +269,7 @@ def draw(seed: str, folder: Path, options: dict[str, list[str]], number: int) ->
 
 
 def _option_value(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
-    """Give an option, there already or not, a value at the edge."""
+    """Set an option, present or not, to an edge value."""
     names = options[case.arguments[0] if case.arguments else "train"]
     there = [i for i, word in enumerate(case.arguments[:-1]) if word.startswith("--")]
     value = rng.choice(NUMBERS if rng.random() < 0.6 else TEXTS if rng.random() < 0.6 else PLACES)
@@ -286,7 +286,7 @@ def _option_value(rng: random.Random, case: Case, folder: Path, options: dict[st
 
 
 def _word(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
-    """Drop, double, swap, cut, recase or replace a word, or put one in."""
+    """Drop, double, swap, cut, recase, replace or insert a word."""
     if not case.arguments:
         return
     at = rng.randrange(len(case.arguments))
@@ -313,7 +313,7 @@ def _word(rng: random.Random, case: Case, folder: Path, options: dict[str, list[
 
 
 def _target(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
-    """Put another place where one is named: a file for a folder, a run for a model, an output that is there."""
+    """Replace a path by another path: a file for a folder, a run for a model, an existing output."""
     places = [i for i, word in enumerate(case.arguments) if word in ("new", "page.html") or (folder / word).exists()]
     if not places:
         return _word(rng, case, folder, options)
@@ -328,14 +328,14 @@ def _target(rng: random.Random, case: Case, folder: Path, options: dict[str, lis
 
 
 def _environment(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
-    """Set variables as other programs leave them."""
+    """Set environment variables to values that other programs may set."""
     variables = rng.choice(ENVIRONMENT)
     case.environment |= variables
     case.done.append(str(variables))
 
 
 def _input(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
-    """Change standard input, or the encoding of the terminal."""
+    """Change standard input or the encoding of the terminal."""
     if rng.random() < 0.5:
         case.encoding = rng.choice(ENCODINGS)
         case.done.append(case.encoding)
@@ -372,7 +372,7 @@ def _file(rng: random.Random, case: Case, folder: Path, options: dict[str, list[
 
 
 def _named(case: Case, folder: Path) -> list[Path]:
-    """Return the files that a command reads. The small ones, which decide most, come as often as many others."""
+    """Return the files that a command reads. Files whose kind matters most are repeated in the list."""
     files: list[Path] = []
     for word in case.arguments[1:]:
         with contextlib.suppress(OSError, ValueError):
@@ -385,7 +385,7 @@ def _named(case: Case, folder: Path) -> list[Path]:
 
 
 def _sign(checkpoint: Path) -> None:
-    """Let the manifest name the files as they are, so that they are read."""
+    """Update the manifest to the present files, so that they pass verification."""
     files = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
@@ -394,7 +394,7 @@ def _sign(checkpoint: Path) -> None:
 
 
 def _bytes(rng: random.Random, path: Path) -> str:
-    """Do to a file what disks, editors and people do to any."""
+    """Damage the bytes of a file as disks, editors and people do."""
     data = path.read_bytes()
     text = data.decode("utf-8", "replace")
     kind = rng.choice(
@@ -454,7 +454,7 @@ def _dump(value: Any) -> str:
 
 
 def _json(rng: random.Random, path: Path) -> str:
-    """Change the values of a JSON file, or its text in ways that few writers think of."""
+    """Change the values of a JSON file, or its text in unusual ways."""
     text = path.read_text(encoding="utf-8")
     kind = rng.choice(("value", "value", "value", "value", "key", "key", "whole", "text"))
     if kind == "text":
@@ -488,7 +488,7 @@ def _json(rng: random.Random, path: Path) -> str:
 
 
 def _places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
-    """Return (container, key) of what lies in a JSON value; few of a long list."""
+    """Return (container, key) of the values in a JSON value, and only a few for a long list."""
     items = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     values = []
     for key, inner in items[:40]:
@@ -499,7 +499,7 @@ def _places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
 
 
 def _change(rng: random.Random, value: Any, kind: str = "value") -> str:
-    """Change one place of a JSON value."""
+    """Change one value within a JSON value."""
     places = _places(value)
     if not places:
         return "unchanged"
@@ -539,7 +539,7 @@ def _json_line(rng: random.Random, path: Path) -> str:
 
 
 def _safetensors(rng: random.Random, path: Path) -> str:
-    """Change the header of a safetensors file, or its numbers."""
+    """Change the header or the numbers of a safetensors file."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + length]), bytearray(data[8 + length :])
@@ -573,7 +573,7 @@ def _safetensors(rng: random.Random, path: Path) -> str:
 
 
 def _gguf(rng: random.Random, path: Path) -> str:
-    """Write an edge value somewhere into the header, where counts, lengths, types and sizes stand, or into the rest."""
+    """Write an edge value into a GGUF header (counts, lengths, types, sizes) or into the rest of the file."""
     data = bytearray(path.read_bytes())
     if rng.random() < 0.5:  # behind the name of a setting: its type and its value
         keys = [
@@ -604,7 +604,7 @@ DEEP: dict[str, Callable[[random.Random, Path], str]] = {
 
 
 def _output(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
-    """Let something lie where the command writes."""
+    """Create something at the place where the command writes."""
     outputs = [word for word in case.arguments if word in ("new", "page.html", "tokens")] or ["new"]
     place = folder / outputs[0]
     kind = rng.choice(
@@ -643,7 +643,7 @@ KINDS: dict[str, Mutation] = {
 
 
 def snapshot(folder: Path) -> dict[str, tuple[Any, ...]]:
-    """Return what lies in a folder: for each path what it is, and the contents of files."""
+    """Return the contents of a folder: the kind of each path, and the contents of each file."""
     contents: dict[str, tuple[Any, ...]] = {}
     for place, folders, files in os.walk(folder):
         for name in [*folders, *files]:

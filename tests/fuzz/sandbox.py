@@ -1,7 +1,7 @@
 """A folder of small models, runs and texts, and a server that runs command lines in copies of it.
 
-Each command is forked from a process that has loaded all modules: it takes a fraction of a second, has its own
-environment, limits and streams, and may crash without ending the tests.
+Each command is forked from a process that has loaded all modules. So a command takes a fraction of a second, has its
+own environment, limits and streams, and may crash without ending the tests.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ os._exit(code)
 
 
 class Outcome(NamedTuple):
-    """What a command line left behind."""
+    """The result of a command."""
 
     code: int
     """Exit code; the signal's number, below 0, for a process that a signal ended."""
@@ -70,10 +70,10 @@ class Outcome(NamedTuple):
 
 
 class Nursery:
-    """Runs command lines, one at a time, each in a process of its own that is forked from one with all modules."""
+    """Runs one command at a time, each in a process forked from a process that has loaded all modules."""
 
     def __init__(self, folder: Path) -> None:
-        """Keep input and temporary files in `folder`."""
+        """Use `folder` for input and temporary files."""
         self.folder, self._server = folder, ForkServer()
 
     def run(
@@ -86,7 +86,7 @@ class Nursery:
         encoding: str = "utf-8",
         seconds: float = 4.0,
     ) -> Outcome:
-        """Run `smolseek *words` in `folder`; None removes a variable from the environment."""
+        """Run `smolseek *words` in `folder`; an environment value of None removes the variable."""
         variables = {**home(self.folder), **(environment or {})}
         modules = self.folder / "modules"
         imported = json.loads(modules.read_text()) if modules.exists() else []
@@ -115,7 +115,7 @@ class Nursery:
 
 
 def home(folder: Path) -> dict[str, str]:
-    """Return an environment whose folders lie in `folder`, but for the cache of what the C compiler has made."""
+    """Return an environment whose folders are in `folder`, except the cache of compiled C files."""
     made = {name: folder / name for name in ("home", "tmp", "hf")}
     for path in made.values():
         path.mkdir(exist_ok=True)
@@ -135,7 +135,7 @@ def home(folder: Path) -> dict[str, str]:
 
 
 def build(folder: Path, nursery: Nursery) -> None:
-    """Fill `folder` with everything that the good commands name: models of each kind, texts, runs, tokens."""
+    """Fill `folder` with everything that the valid commands name: all kinds of models, texts, runs and tokens."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
@@ -174,7 +174,7 @@ def build(folder: Path, nursery: Nursery) -> None:
 
 
 def tokenizer_of(texts: list[str]):  # type: ignore[no-untyped-def]
-    """Return a byte-level tokenizer with a chat template, which splits text as SmolLM2's does."""
+    """Return a byte-level tokenizer with a chat template, which splits text like SmolLM2's tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -196,7 +196,7 @@ def tokenizer_of(texts: list[str]):  # type: ignore[no-untyped-def]
 
 
 def write_gguf(path: Path, llama: Path, tokenizer) -> None:  # type: ignore[no-untyped-def]
-    """Write the model in the folder `llama` as llama.cpp does, but for the order of the rows of queries and keys."""
+    """Write the model in the folder `llama` as GGUF like llama.cpp, except for the row order of queries and keys."""
     import gguf
     from safetensors.numpy import load_file
 

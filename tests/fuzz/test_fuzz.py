@@ -1,6 +1,6 @@
-"""The command line under damage: never a traceback, never exit code 1, never half a result.
+"""Damaged commands and files: never a traceback, never exit code 1, never an incomplete result.
 
-`make test` tries 60 cases, `make soak` 400 others and writes its figures where FUZZ_RESULT says.
+`make test` runs 60 cases. `make soak` runs 400 other cases, and writes its figures to the file in FUZZ_RESULT.
 """
 
 import importlib.util
@@ -36,7 +36,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
 
 @pytest.fixture(scope="module")
 def world(nursery, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one good file of each kind."""
+    """A folder with one valid file of each kind."""
     folder = tmp_path_factory.mktemp("world")
     sandbox.build(folder, nursery)
     return folder
@@ -48,7 +48,7 @@ def options(nursery, world):
 
 
 def carry_out(nursery, world: Path, folder: Path, options, seed: str, cases: int) -> dict:
-    """Carry out the cases of a seed; return the figures, and in `wrong` what must not be."""
+    """Run the cases of a seed, and return the figures, with the failures in `wrong`."""
     codes: Counter[int] = Counter()
     figures = {"cases": cases, "commands": 0, "files": 0, "interrupted": 0, "tracebacks": 0}
     wrong = []

@@ -1,4 +1,4 @@
-"""What cpu_decode.c does with numbers that are none."""
+"""cpu_decode.c with NaN and infinite numbers."""
 
 from dataclasses import replace
 

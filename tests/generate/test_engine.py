@@ -1,4 +1,4 @@
-"""The engine: a step in C equals the forward pass, a batch equals its single runs, and every stop reason."""
+"""The engine: a decode step in C equals the forward pass, a batch equals single sequences, and stop reasons."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Reading a prompt: the forward pass with queries for the last tokens only, and its kernels for inference."""
+"""Prefill: the forward pass with queries for the last tokens only, and the kernels for inference."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ SIZES = [(1, 1), (2, 2), (40, 1), (40, 3), (150, 150)]
 
 
 def varied(config) -> CausalLM:
-    """A model whose norms and biases are not all alike."""
+    """Return a model whose norms and biases have different values."""
     model = new_model(config, seed=3)
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -33,7 +33,7 @@ def small(name: str):
 
 
 def even(name: str):
-    """Sizes that the kernels for inference take."""
+    """Return a configuration with sizes that the kernels for inference support."""
     config = replace(preset(name), vocab_size=120, num_hidden_layers=3, max_position_embeddings=200)
     if name == "smollm2_135m":
         return replace(config, hidden_size=192, num_attention_heads=6, num_key_value_heads=2, intermediate_size=160)

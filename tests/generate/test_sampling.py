@@ -1,4 +1,4 @@
-"""Draws have the distribution that transformers' own chain of warpers gives, and wrong numbers are refused."""
+"""Samples follow the distribution of transformers' logits warpers, and invalid parameters are refused."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ LOGITS = torch.randn(80, generator=torch.Generator().manual_seed(1)) * 2
 
 
 def expected(sampling: SamplingParams, logits_V: torch.Tensor) -> torch.Tensor:
-    """The probabilities [V] by transformers' classes in transformers' order."""
+    """Return the probabilities [V] that transformers' warpers compute in their order."""
     chain = [hf.TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
         chain.append(hf.TopKLogitsWarper(sampling.top_k))

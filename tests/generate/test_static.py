@@ -1,4 +1,4 @@
-"""The step of fixed shapes: the same logits as the step whose shapes follow the lengths."""
+"""The decode step with fixed shapes gives the same logits as the step whose shapes follow the lengths."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Text from tokens: stop strings over several tokens, several sequences, and what is held back at the end."""
+"""Text from tokens: stop strings over several tokens, several sequences, and text that is held back until the end."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ def tokenizer():
 
 
 class Script:
-    """Stands in for a generator that writes what it is told to, until a sequence is stopped."""
+    """A fake generator that returns given tokens until a sequence is stopped."""
 
     def __init__(self, *sequences):
         self.sequences, self.stopped = sequences, []

@@ -1,8 +1,9 @@
-"""Forks processes that have loaded PyTorch already, for tests of processes: each starts at once.
+"""Forks processes that have PyTorch already loaded, so that tests can start processes quickly.
 
 Modules that read the environment when they are imported, such as huggingface_hub, are imported after the fork, unless
-`modules` names them. The server takes requests on a socket: `{"argv": ..., "env": ..., "modules": ...}` and the
-descriptors of stdin, stdout, stderr and of a pipe, to which it writes the process's id and, at its end, its status.
+`modules` names them. The server receives requests on a socket: `{"argv": ..., "env": ..., "modules": ...}`, with the
+descriptors of stdin, stdout, stderr and a pipe. The server writes the id of the process to the pipe, and its status
+when the process ends.
 """
 
 import contextlib
@@ -37,11 +38,11 @@ class ForkedProcess:
         self._ended: int | None = None
 
     def poll(self) -> int | None:
-        """Return the exit code of a process that has ended; a signal's number is below 0."""
+        """Return the exit code if the process has ended; a signal has the negative of its number."""
         return self._code(0)
 
     def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code, at most `timeout` seconds later."""
+        """Wait up to `timeout` seconds, and return the exit code."""
         code = self._code(timeout)
         if code is None:
             assert timeout is not None
@@ -54,7 +55,7 @@ class ForkedProcess:
             os.kill(self.pid, number)
 
     def finish(self, timeout: float) -> subprocess.CompletedProcess:
-        """Wait for the end and return what came out, as text; a process that takes longer is killed."""
+        """Wait for the end, and return the output as text. A process that takes too long is killed."""
         try:
             code = self.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -73,7 +74,7 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The server, started at the first use."""
+    """The fork server, which starts at its first use."""
 
     def __init__(self) -> None:
         self._socket: socket.socket | None = None
@@ -87,7 +88,7 @@ class ForkServer:
     ) -> ForkedProcess:
         """Run `python *argv`, which begins with `-c CODE` or `-m MODULE`.
 
-        `output` is a file for stdout and stderr; `modules` are imported by the server, before it forks.
+        `output` is a file for stdout and stderr. The server imports `modules` before it forks.
         """
         if self._socket is None:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -100,7 +101,7 @@ class ForkServer:
     def run(
         self, *argv: object, env: Mapping[str, str] | None = None, timeout: float = 240
     ) -> subprocess.CompletedProcess:
-        """Run `python *argv` to its end."""
+        """Run `python *argv` and wait for its end."""
         return self.start(*argv, env=env).finish(timeout)
 
     def close(self) -> None:
@@ -111,7 +112,7 @@ class ForkServer:
 
 
 def serve(requests: socket.socket) -> None:
-    """Fork a process for each request, and another one that waits for it and reports its status."""
+    """Fork a process for each request, and a second process that waits for the first and reports its status."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
         message, files, _, _ = socket.recv_fds(requests, 1 << 18, 4)

@@ -1,4 +1,4 @@
-"""Starts training runs as torchrun does, and compares what they leave behind."""
+"""Starts training runs as torchrun does, and reads their metrics."""
 
 import json
 import os
@@ -16,7 +16,7 @@ STOPPER = Path(__file__).with_name("stopper.py")
 
 
 def arguments(run: Path, data: Path, *extra: str) -> list[str]:
-    """Return those of `smolseek` that train `tiny`, smaller still."""
+    """Return the arguments of `smolseek` that train a reduced `tiny`."""
     return ["train", "tiny", "--data", str(data), "--run", str(run), *SMALL.split(), *extra]
 
 
@@ -29,9 +29,9 @@ def launch(
     restarts: int = 0,
     timeout: float = 120,
 ) -> subprocess.CompletedProcess:
-    """Train with that many processes, more than one, and return how it ended.
+    """Train with several processes, and return how the training ended.
 
-    `stop` is a step and the signal that the last process gets after it.
+    `stop` is a step, and the signal that the last process gets after this step.
     """
     start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node"]
     # `--`, since torchrun would otherwise take --run for an option of its own.

@@ -1,6 +1,7 @@
-"""Stands before `smolseek`: after STEP steps, or before it begins, the last process comes to grief. Words: STEP WHAT.
+"""Runs `smolseek`, and makes the last process fail after STEP steps, or before it begins.
 
-WHAT is a signal that it sends itself, `sleep` for one that lives and does nothing, or `raise` for a fault of ours.
+Arguments: STEP WHAT. WHAT is a signal that the process sends itself, `sleep` for a process that hangs, or `raise` for
+an exception in smolseek.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Texts to train on."""
+"""Generated texts for training."""
 
 import json
 import random
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_words(path: Path, documents: int) -> Path:
-    """Write documents of 60 drawn words as JSON lines: the same ones each time, and of fewer documents the first."""
+    """Write `documents` documents of 60 random words as JSON lines; the words are always the same."""
     rng = random.Random(0)
     words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
     lines = (json.dumps({"text": " ".join(rng.choices(words, k=60))}) for _ in range(documents))

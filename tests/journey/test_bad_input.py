@@ -1,4 +1,4 @@
-"""Every mistake of the issue: one clear line on stderr, exit status 2, and nothing written."""
+"""User mistakes: each gives one clear line on stderr, exit status 2, and writes nothing."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ def corpus(tmp_path) -> Path:
 
 
 def small(tmp_path: Path, corpus: Path, *extra: str) -> list[str]:
-    """A run that would take a second or two."""
+    """Arguments of a run that would take one or two seconds."""
     sizes = "--model.num-hidden-layers 1 --model.hidden-size 16 --seq-len 16 --batch-size 1 --eval-tokens 32"
     rest = "--steps 2 --save-every 1 --sample-tokens 0 --data.val-fraction 0.2"
     return [

@@ -1,4 +1,4 @@
-"""Files whose contents do not fit, and numbers at the edge of their types: one line that names them, exit status 2."""
+"""Damaged files, and numbers at the limits of their types: one error line that names them, exit status 2."""
 
 import dataclasses
 import importlib.util
@@ -45,7 +45,7 @@ def refuse(result, *texts: str) -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A text, and a run of two steps on it whose last checkpoint is gone."""
+    """A text, and a run of two steps on this text whose last checkpoint has been deleted."""
     folder = tmp_path_factory.mktemp("made")
     sandbox.tokenizer_of(["The quick brown fox jumps."]).save_pretrained(folder / "tokenizer")
     lines = (json.dumps({"text": f"Document {i}. " + "The quick brown fox jumps. " * 30}) for i in range(60))
@@ -64,7 +64,7 @@ def run(made, tmp_path) -> Path:
 
 
 def sign(checkpoint: Path) -> None:
-    """Let the manifest name the files as they are, so that they are read."""
+    """Update the manifest to the present files, so that they pass verification."""
     files = [path for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST]
     text = manifest_text({p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in files})
     (checkpoint / MANIFEST).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A run can always go on: what it reads may move, it may get more steps, and one command begins and resumes it."""
+"""Resuming a run: its inputs may have moved, it may get more steps, and one command starts or resumes it."""
 
 import json
 import os
@@ -28,7 +28,7 @@ VOCABULARY = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """No audits, which have tests of their own, and one thread, which is faster for so small a model."""
+    """Switch audits off, because other tests cover them, and use one thread, which is faster for small models."""
     from smolseek.train import audits
 
     monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
@@ -40,7 +40,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Byte-level pairs of some words: quicker to load than SmolLM2's."""
+    """A byte-level tokenizer with few merges, which loads faster than SmolLM2's tokenizer."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -53,7 +53,7 @@ def tokenizer():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, tokenizer):
-    """The current folder, with documents of drawn words in a.jsonl and a tokenizer in words."""
+    """The current folder, with documents of random words in a.jsonl, and a tokenizer in the folder `words`."""
     monkeypatch.chdir(tmp_path)
     tokenizer.save_pretrained("words")
     rng = random.Random(0)
@@ -91,7 +91,7 @@ def final(run):
 
 
 def interrupted(run, step):
-    """Leave a run as if it had been killed after the checkpoint of `step`."""
+    """Create a run that looks as if it had been killed after the checkpoint at `step`."""
     for path in RunFolder(run).checkpoint_paths():
         if int(path.name.removeprefix("step-")) > step:
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""What a model folder says about its text - BOS, end tokens, template, vocabulary, settings - holds in every verb."""
+"""Every verb respects a model folder's settings: BOS, end tokens, template, vocabulary, generation settings."""
 
 import io
 import json
@@ -44,7 +44,7 @@ TRAIN += ["--data.val-fraction", "0.2"]
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """`m`: a Llama over bytes whose tokenizer begins a text with <s>; `text.jsonl` beside it."""
+    """A folder with `m`, a byte-level Llama whose tokenizer begins a text with <s>, and with `text.jsonl`."""
     folder = tmp_path_factory.mktemp("folders")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<|endoftext|>": 0, "<s>": BOS, "<|im_end|>": END} | {c: i + 3 for i, c in enumerate(alphabet)}
@@ -62,7 +62,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def m(base, tmp_path):
-    """A copy of `m` to change."""
+    """A copy of `m` that a test may change."""
     return shutil.copytree(base / "m", tmp_path / "m")
 
 

@@ -1,4 +1,4 @@
-"""Killing a run with SIGKILL and resuming it changes nothing: the same losses, bit for bit."""
+"""A run that is killed with SIGKILL and resumed has the same losses, bit for bit."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def command(run, data, *extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Forty documents: enough for several epochs in twelve steps."""
+    """Forty documents, so that twelve steps are several epochs."""
     return write_words(tmp_path_factory.mktemp("data") / "text.jsonl", 40)
 
 

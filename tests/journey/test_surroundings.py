@@ -1,4 +1,4 @@
-"""What surrounds a command: terminals of other encodings, variables that other programs left, signs in names."""
+"""The environment of a command: terminals with other encodings, environment variables, unusual characters in names."""
 
 import io
 import sys

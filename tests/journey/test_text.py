@@ -1,4 +1,4 @@
-"""Text as people have it, from the command line: what is trained on, what is left out, and that both are told."""
+"""Users' text on the command line: what is trained on, what is left out, and that the log reports both."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ REST = "--steps 1 --sample-tokens 0 --data.val-fraction 0.2 --tokenizer tok --mo
 
 
 def write_tokenizer(path: Path, pre_tokenizer: pre_tokenizers.PreTokenizer, alphabet: list[str]) -> None:
-    """Train a small one, so that a training takes no second."""
+    """Train a small tokenizer, so that a training run takes less than a second."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizer
     trainer = trainers.BpeTrainer(
@@ -27,7 +27,7 @@ def write_tokenizer(path: Path, pre_tokenizer: pre_tokenizers.PreTokenizer, alph
 
 @pytest.fixture
 def train(run_cli, tmp_path: Path, monkeypatch):
-    """Return a function that trains for a step in an empty folder."""
+    """Return a function that trains one step in an empty folder."""
     monkeypatch.chdir(tmp_path)
     write_tokenizer(tmp_path / "tok", pre_tokenizers.ByteLevel(False), pre_tokenizers.ByteLevel.alphabet())
 

@@ -1,4 +1,4 @@
-"""The experts against a plain loop in float64, and the router's bias."""
+"""The experts compared with a plain loop in float64, and the router bias."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def make(config=CONFIG) -> MoE:
 
 
 def computed(by, experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Return the experts' results by one backend."""
+    """Return the experts' results from one backend."""
     first = experts.gate_up_proj if experts.gated else experts.up_proj
     weights = Weights(first, experts.down_proj, experts.up_bias, experts.down_bias)
     options = {"padded": True} if by is reference else {}
@@ -27,7 +27,7 @@ def computed(by, experts: Experts, x: torch.Tensor, counts: torch.Tensor) -> tor
 
 
 def plain(moe: MoE, x: torch.Tensor) -> torch.Tensor:
-    """The mixture written as its definition: every token, one after the other, in float64."""
+    """Compute the mixture of experts by its definition, one token after the other, in float64."""
     moe, x = moe.double(), x.double()
     out = torch.zeros_like(x)
     for b in range(x.shape[0]):
@@ -111,7 +111,7 @@ def test_the_grouped_product_equals_the_loop(biased):
 
 
 def expert_gradients(dtype: torch.dtype, run: str) -> list[torch.Tensor]:
-    """Output and gradients of the experts by `run`, for counts with an empty expert and few slots."""
+    """Return output and gradients of the experts from `run`; one expert has no slots, others have few."""
     config = replace(CONFIG, n_routed_experts=8)
     generator = torch.Generator().manual_seed(0)
     experts = Experts(config).to(torch.float64 if run == "exact" else torch.float32)

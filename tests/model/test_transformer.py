@@ -1,4 +1,4 @@
-"""The model: causality to the last bit, the cache, and the presets' sizes."""
+"""The model: bit-exact causality, the cache, and the sizes of the presets."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ RUNNABLE = [name for name in PRESETS if name != "deepseek_v3_671b"]
 
 
 def thin(name: str):
-    """The preset with its real widths and few layers, so that the largest fits a test."""
+    """Return the preset with its real sizes but few layers, so that the largest preset fits into memory."""
     config = preset(name)
     return replace(config, num_hidden_layers=2, vocab_size=512, max_position_embeddings=512)
 

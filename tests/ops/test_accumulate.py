@@ -1,4 +1,4 @@
-"""Gradients accumulated in place equal autograd's, and only appear with `accumulate`."""
+"""Gradients that are accumulated in place equal those of autograd, and exist only with `accumulate`."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ def step(
     factor: float | None = None,
     freeze=None,
 ) -> CausalLM:
-    """Accumulate two micro-batches."""
+    """Accumulate the gradients of two micro-batches."""
     model = new_model(config)
     model.grad_checkpointing = how
     for name, p in model.named_parameters():

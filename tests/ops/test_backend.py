@@ -12,7 +12,7 @@ from smolseek.ops.backend import c_supports
 
 
 class Broken:
-    """As ops/swiglu/triton.py where Triton finds no C compiler."""
+    """Acts like ops/swiglu/triton.py on a machine where Triton finds no C compiler."""
 
     @staticmethod
     def swiglu_backward(h, dy, dh):
@@ -20,7 +20,7 @@ class Broken:
 
 
 class Works:
-    """As ops/swiglu/triton.py on a GPU."""
+    """Acts like ops/swiglu/triton.py on a GPU."""
 
     @staticmethod
     def swiglu_backward(h, dy, dh):

@@ -1,4 +1,4 @@
-"""The C files: they are all packaged, when they are built again, and the fallback if they cannot be built."""
+"""The C files: all are packaged, they are rebuilt when needed, and PyTorch replaces files that cannot be built."""
 
 import os
 import tomllib
@@ -43,7 +43,7 @@ def test_a_changed_header_is_built_again(tmp_path, monkeypatch):
 
 @pytest.fixture
 def one(tmp_path, monkeypatch):
-    """A function that builds a small C file as a new process would, in an empty cache folder."""
+    """Return a function that builds a small C file as a new process would, in an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("CC", raising=False)
     source = tmp_path / "one.c"
@@ -61,7 +61,7 @@ def one(tmp_path, monkeypatch):
 
 
 def a_compiler(path, line):
-    """Write a program that is called as a C compiler is."""
+    """Write a program that stands in for a C compiler."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)

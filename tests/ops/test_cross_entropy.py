@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one: the same value and gradients, in bfloat16 more exact."""
+"""The chunked loss has the value and the gradients of the plain loss; in bfloat16 it is more exact."""
 
 import pytest
 import torch

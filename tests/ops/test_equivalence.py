@@ -1,4 +1,4 @@
-"""Every operation, by every backend, in both number formats: no further from float64 than PyTorch's operations."""
+"""Every operation, backend and number format is at least as close to float64 as PyTorch's operations."""
 
 import importlib.util
 from collections.abc import Callable
@@ -20,7 +20,7 @@ WITH_TRITON = swiglu, moe_permute, mla_attention, cross_entropy.objectives
 
 
 class Case(NamedTuple):
-    """An operation, its inputs' sizes, and which of them are float32 in every number format."""
+    """An operation, the sizes of its inputs, and the inputs that are always float32."""
 
     run: Callable[..., torch.Tensor]
     sizes: list[tuple[int, ...]]
@@ -90,7 +90,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
 
 
 def gradients(case: Case, inputs: list[torch.Tensor], device: str = "cpu") -> list[torch.Tensor]:
-    """Result and gradients of the inputs, in float64 on the CPU."""
+    """Return the result and the gradients of the inputs, converted to float64 on the CPU."""
     inputs = [x.detach().clone().to(device).requires_grad_() for x in inputs]
     y = case.run(*inputs)
     y.backward(draw(y.shape, 9).to(y) if y.ndim else torch.tensor(0.5).to(y))

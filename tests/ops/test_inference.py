@@ -1,4 +1,4 @@
-"""The bfloat16 kernels of inference mode: no further from float64 than PyTorch's operations."""
+"""The bfloat16 kernels for inference are at least as close to float64 as PyTorch's operations."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The C kernels at the ends of their range and with rows of any length, and the fallback to PyTorch."""
+"""The C kernels with extreme numbers and rows of any length, and the fallback to PyTorch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def dtype(request, use_backend) -> torch.dtype:
 
 
 def near(dtype: torch.dtype) -> float:
-    """A relative error of rounding once or twice."""
+    """Return the relative error of one or two roundings."""
     return 4e-3 if dtype == torch.bfloat16 else 1e-6
 
 
@@ -26,7 +26,7 @@ def numbers(*size: int, dtype: torch.dtype, seed: int = 0, spread: float = 3.0) 
 
 
 def gradients(run, inputs: list[torch.Tensor], dy: torch.Tensor) -> list[torch.Tensor]:
-    """Result of `run` and the gradients of its inputs."""
+    """Return the result of `run` and the gradients of its inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     y = run(*inputs)
     y.backward(dy.to(y.dtype))

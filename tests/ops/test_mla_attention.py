@@ -1,4 +1,4 @@
-"""MLA in C: as near to float64 as PyTorch's operations, deterministic and causal."""
+"""MLA in C is as close to float64 as PyTorch's operations, deterministic and causal."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("bf16_products")
 
 
 def attention(name: str, length: int, how: str, use_backend) -> dict[str, torch.Tensor]:
-    """Result and gradients of one layer's attention: `c`, `plain` under autocast, or `exact` in float64."""
+    """Return result and gradients of one attention layer: `c`, `plain` under autocast, or `exact` in float64."""
     config = replace(CONFIGS[name], num_hidden_layers=1, vocab_size=32)
     model = new_model(config, seed=1)
     layer, generator = model.model.layers[0].self_attn, torch.Generator().manual_seed(2)

@@ -1,4 +1,4 @@
-"""Stock transformers is the oracle: a Llama and the DeepSeek model made of it give the same logits."""
+"""In stock transformers, a Llama and the DeepSeek model converted from it give the same logits."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
 
 
 def random_llama(path, heads, groups, head_dim, rope, tied, *, layers=2, hidden=120, neurons=96, context=256):
-    """Write a Llama whose attention looks far, whose norms matter and whose values are no smaller than usual."""
+    """Write a Llama with long-range attention, norms that differ from 1, and values of the usual size."""
     torch.manual_seed(heads)
     config = LlamaConfig(
         vocab_size=211,
@@ -56,7 +56,7 @@ def random_llama(path, heads, groups, head_dim, rope, tied, *, layers=2, hidden=
 
 
 def far_apart(model, other, tokens=200):
-    """Return the largest difference of their logits, in standard deviations of the first one's."""
+    """Return the largest difference of two models' logits, in standard deviations of the first model's logits."""
     ids = torch.randint(211, (2, tokens), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         a, b = (m(ids) if not hasattr(m, "generate") else m(ids).logits for m in (model, other))

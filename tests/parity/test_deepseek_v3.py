@@ -1,4 +1,4 @@
-"""Stock transformers is the oracle: the same logits from the same weights, in both directions."""
+"""smolseek and stock transformers give the same logits from the same weights, whichever of them wrote the weights."""
 
 import random
 
@@ -44,7 +44,7 @@ def random_rope(rng: random.Random, dim: int, kind: str) -> RopeConfig:
 
 
 def random_config(seed: int) -> ModelConfig:
-    """A small DeepSeek-V3; the seed walks through every value of every choice, then the rest is drawn."""
+    """Return a small DeepSeek-V3 configuration. Successive seeds cover all choices; other settings are random."""
     rng = random.Random(seed)
     groups, top_groups, experts = rng.choice([(1, 1, 4), (1, 1, 7), (2, 1, 8), (4, 2, 8)])
     heads = rng.choice([2, 3, 4])
@@ -83,7 +83,7 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def lively(model: torch.nn.Module, seed: int) -> None:
-    """Give norms and biases values that matter, so that a weight put in a wrong place shows."""
+    """Give norms and biases values that affect the logits, so that a misplaced weight is noticed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -1,7 +1,7 @@
-"""Model folders as they are published: we make of each what stock transformers makes of it, or one line refuses.
+"""Model folders as people publish them: smolseek reads each like stock transformers, or refuses it in one line.
 
-Each row of the two tables changes a plain folder. A folder of the first has the same prompt ids, weights, end tokens
-and greedy text as in transformers; one of the second is refused before any work.
+Each row of the two tables changes a plain folder. A folder of the first table has the same prompt ids, weights, end
+tokens and greedy text as in transformers. A folder of the second table is refused before any work.
 """
 
 import json
@@ -53,7 +53,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny models: threads would only wait for one another."""
+    """Use one thread, because with tiny models threads would only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -62,7 +62,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A plain folder: a random Llama with a byte-level tokenizer that adds nothing."""
+    """A plain folder: a random Llama with a byte-level tokenizer that adds no tokens."""
     folder = tmp_path_factory.mktemp("folders") / "plain"
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
@@ -74,7 +74,7 @@ Change = Callable[[Path], Any]
 
 
 def rewrite(name: str, change: Callable[[Any], Any]) -> Change:
-    """Change a JSON file: `change` gets its content and returns the new one."""
+    """Change a JSON file: `change` receives the old content and returns the new content."""
 
     def apply(folder: Path) -> None:
         file = folder / name
@@ -85,7 +85,7 @@ def rewrite(name: str, change: Callable[[Any], Any]) -> Change:
 
 
 def config(**values: Any) -> Change:
-    """Set keys of config.json; None as a value is null, `...` takes the key out."""
+    """Set keys of config.json. The value None means null, and `...` removes the key."""
     return rewrite("config.json", lambda old: {k: v for k, v in (old | values).items() if v is not ...})
 
 
@@ -94,7 +94,7 @@ def generation(**values: Any) -> Change:
 
 
 def ends_at(place: int, file: str = "generation_config.json", **others: Any) -> Change:
-    """Make the token that the model writes at `place` an end token too."""
+    """Make the token that the model generates at `place` another end token."""
 
     def apply(folder: Path) -> None:
         ids = AutoTokenizer.from_pretrained(folder)(PROMPT, return_tensors="pt")
@@ -118,12 +118,12 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
 
 
 def cast(kind: torch.dtype, *parts: str) -> Change:
-    """Store the tensors whose names hold one of `parts` in another number format; all of them without `parts`."""
+    """Store the tensors whose names contain one of `parts`, or all tensors, in another number format."""
     return weights(lambda t: t.update({n: x.to(kind) for n, x in t.items() if not parts or any(p in n for p in parts)}))
 
 
 def shape(**values: Any) -> Change:
-    """Another random model."""
+    """Replace the model by another random model."""
 
     def apply(folder: Path) -> None:
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def tokenizer(change: Callable[[Tokenizer], Any], **options: Any) -> Change:
 
 
 def adds(template: str) -> Change:
-    """A tokenizer that adds special tokens to a text."""
+    """Make the tokenizer add special tokens to a text."""
     special = [("<s>", 1), (END, 2)]
     return tokenizer(
         lambda t: setattr(t, "post_processor", processors.TemplateProcessing(single=template, special_tokens=special))
@@ -163,7 +163,7 @@ def adds(template: str) -> Change:
 
 
 def vocabulary_files(settings: dict[str, Any] | None) -> Change:
-    """The tokenizer as vocab.json and merges.txt."""
+    """Store the tokenizer as vocab.json and merges.txt."""
 
     def apply(folder: Path) -> None:
         model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -183,7 +183,7 @@ def sharded(folder: Path) -> None:
 
 
 def twice_in_shards(folder: Path) -> None:
-    """The embedding in two shards, differing: the last file has it."""
+    """Store different embeddings in two shards, of which the last file is used."""
     sharded(folder)
     last = max(folder.glob("model-*.safetensors"))
     tensors = load_file(last)
@@ -191,7 +191,7 @@ def twice_in_shards(folder: Path) -> None:
 
 
 def beside_an_index(folder: Path) -> None:
-    """Shards of another model, which model.safetensors goes before."""
+    """Add the shards of another model, which model.safetensors overrides."""
     shutil.copy(folder / "model.safetensors", folder / "kept")
     shape(rms_norm_eps=1e-3)(folder)
     sharded(folder)

@@ -1,4 +1,4 @@
-"""Stock transformers' `generate` is the oracle: the same tokens from the same folder, in float32."""
+"""smolseek and transformers' `generate` give the same tokens from the same folder, in float32."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ STOPS = (0, 7)
 
 
 def small(name: str):
-    """A small relative of each kind of attention and feed-forward layer."""
+    """Return a small configuration for each kind of attention and feed-forward layer."""
     mla = replace(preset("tiny"), vocab_size=211, num_hidden_layers=3, max_position_embeddings=256, eos_token_id=STOPS)
     if name == "mla":
         # Large weights make sharp distributions, so that no two tokens are as good as equal.
@@ -31,7 +31,7 @@ def small(name: str):
 
 @pytest.fixture(scope="module", params=["mla", "mla_groups", "llama"])
 def pair(request, tmp_path_factory):
-    """Our model and transformers' on the same folder."""
+    """The same folder opened by smolseek and by transformers."""
     folder = tmp_path_factory.mktemp(request.param)
     config = small(request.param)
     model = new_model(config, seed=5)
@@ -47,7 +47,7 @@ def prompt_of(n: int, seed: int = 4) -> list[int]:
 
 
 def theirs(oracle, ids: list[int], max_tokens: int, **options) -> list[list[int]]:
-    """transformers' continuations, without the stop token and what fills up behind it."""
+    """Return transformers' continuations, without the stop token and the padding after it."""
     out = oracle.generate(
         torch.tensor([ids]), max_new_tokens=max_tokens, eos_token_id=list(STOPS), pad_token_id=0, **options
     )
@@ -61,7 +61,7 @@ def ours(model: CausalLM, ids: list[int], max_tokens: int, **options) -> list[in
 
 
 class Shift(LogitsProcessor):
-    """A user's own: favours the tokens that come soon after the last one."""
+    """A user's logits processor, which favours token ids shortly after the last token id."""
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()

@@ -1,4 +1,4 @@
-"""The page about a run, made from files alone."""
+"""The HTML page about a run, which is made from the files of the run only."""
 
 import html
 import json
@@ -19,7 +19,7 @@ from smolseek.report.read import read_run
 
 
 def a_run(path, *, lr=1e-3, steps=40, logged=40, experts=True):
-    """Write a run folder as training leaves it."""
+    """Write a run folder like that of a finished training."""
     path.mkdir()
     config = TrainConfig(model=tiny(), run=str(path), steps=steps)
     config = replace(config, optim=replace(config.optim, lr=lr))
@@ -59,7 +59,7 @@ def add(run, *records):
 
 
 class Strict(HTMLParser):
-    """Counts tags, and finds the ones that are left open."""
+    """Counts HTML tags, and finds tags that are not closed."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Ten SIGKILLs of one of two processes at random moments, and processes that are missing. `make soak` runs it."""
+"""One of two processes is killed ten times at random moments; missing processes. `make soak` runs this file."""
 
 import json
 import os
@@ -147,7 +147,7 @@ def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
 
 
 def connects(at: str) -> bool:
-    """Return whether something listens there."""
+    """Return whether a server listens at the address."""
     host, port = at.split(":")
     with socket.socket() as one:
         return one.connect_ex((host, int(port))) == 0

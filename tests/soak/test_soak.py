@@ -1,4 +1,4 @@
-"""Twenty SIGKILLs of one run at random moments, and a disk that is really full. `make soak` runs it."""
+"""One run is killed twenty times at random moments; a disk that is really full. `make soak` runs this file."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ MODULES = ("smolseek.cli", "smolseek.train.loop", "transformers", "datasets")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ForkServer]:
-    """Start processes that have loaded everything: a second each, and not five."""
+    """Return a server for processes with all modules loaded, which start in one second and not five."""
     server = ForkServer()
     yield server
     server.close()
@@ -42,13 +42,13 @@ def begin(server: ForkServer, log: Path, command: list[str]) -> ForkedProcess:
 
 
 def finish(server: ForkServer, log: Path, command: list[str]) -> None:
-    """Run `smolseek *command` to its end, which is a success."""
+    """Run `smolseek *command` to its end, and require success."""
     assert begin(server, log, command).wait() == 0, log.read_text()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of drawn words: several epochs."""
+    """Documents of random words, which are read for several epochs."""
     rng = random.Random(0)
     words = [f"{a}{b}" for a in ("re", "un", "over", "fore", "") for b in ("run", "see", "do", "call", "told", "name")]
     path = tmp_path_factory.mktemp("data") / "text.jsonl"
@@ -69,12 +69,12 @@ def records(run: Path) -> list[dict]:
 
 
 def logged_steps(log: Path) -> int:
-    """Steps in the log of a process."""
+    """Return the steps in the log of a process."""
     return log.read_text().count("\nstep ") if log.exists() else 0
 
 
 def unfinished(run: RunFolder) -> set[tuple[str, int]]:
-    """Checkpoints that were being written: names, and numbers that tell one from another of the same name."""
+    """Return unfinished checkpoints: their names, and numbers that distinguish folders of the same name."""
     return {(path.name, path.stat().st_ino) for path in run.checkpoints.glob(".tmp-step-*")}
 
 
@@ -154,7 +154,7 @@ def whole(server: ForkServer, data: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 96 MB; a checkpoint takes some 13 and four are there for a moment."""
+    """A tmpfs of 96 MB. A checkpoint has about 13 MB, and up to four exist at the same time."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(disk)]
@@ -165,7 +165,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Write until nothing more fits."""
+    """Write until the disk is full."""
     ballast = disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("ab", buffering=0) as file:
         while file.write(b"x" * 65536):
@@ -213,7 +213,7 @@ def test_a_full_disk(
 
 
 def report(name: str, **figures: object) -> None:
-    """Print the figures, and write them to the file in SOAK_RESULT, if it is set."""
+    """Print the figures, and write them to the file in SOAK_RESULT if this variable is set."""
     print(name, figures)
     to = os.environ.get("SOAK_RESULT")
     if to:

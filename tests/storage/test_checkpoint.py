@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, and every damaged byte is found."""
+"""A checkpoint exists completely or not at all, and every damaged byte is detected."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""GGUF files: transformers' own reader is the oracle on small ones, SmolLM2 itself on the real one."""
+"""GGUF files: small files are compared with transformers' reader, and the real file with SmolLM2."""
 
 import gguf
 import numpy as np
@@ -30,7 +30,7 @@ def write(
     end_of_turn=None,
     **extra,
 ):
-    """Write a Llama of width 64 with llama.cpp's names; every row of q and k is its own, so their order shows."""
+    """Write a Llama of hidden size 64 with llama.cpp's names. All rows of q and k differ, to show their order."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, arch, split_max_tensors=split)
     numbers = {

@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's form: stock transformers is the oracle, both ways."""
+"""Hugging Face folders: smolseek reads what stock transformers writes, and the other way round."""
 
 import json
 from dataclasses import replace
@@ -97,7 +97,7 @@ IDS = torch.randint(0, 101, (2, 40), generator=torch.Generator().manual_seed(1))
 
 
 def random_model(config: ModelConfig) -> CausalLM:
-    """A model whose norms and biases are random too: ones and zeros would hide a mix-up."""
+    """Return a model with random norms and biases, because ones and zeros would hide mistakes."""
     model = new_model(config, seed=3).eval()
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The published rule, token for token: b_i += gamma * sign(mean - count_i) over the whole global batch."""
+"""The published update rule of the router biases: b_i += gamma * sign(mean - count_i), over the full global batch."""
 
 import json
 import shutil

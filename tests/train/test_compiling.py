@@ -1,4 +1,4 @@
-"""Compiled layers compute what plain ones do, and a failure leaves the model as it was."""
+"""Compiled layers compute the same as plain layers, and a failed compilation does not change the model."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
-    """No C++ compiler: what dynamo and autograd make of the layers is run as it is."""
+    """Use a backend without a C++ compiler, which runs the graphs of dynamo and autograd directly."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
@@ -53,7 +53,7 @@ def gradients(model, context=None):
 
 
 class Triton:
-    """What the Triton kernels compute, by PyTorch."""
+    """Computes the results of the Triton kernels with PyTorch."""
 
     @staticmethod
     def swiglu_backward(h, dy, dh):

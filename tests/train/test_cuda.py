@@ -1,4 +1,4 @@
-"""What only a GPU can show: micro-batches against float64 on a CPU, captured against plain ones, whole trainings."""
+"""Tests that need a GPU: micro-batches compared with float64 on a CPU, CUDA graphs, and full training runs."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ def sequences_of(run: TrainConfig, seed: int) -> torch.Tensor:
 def gradients(
     forward_backward: ForwardBackward, batches: list[torch.Tensor]
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Return losses and gradients of a step, which are then dropped."""
+    """Return the losses and the gradients of a step, and clear the gradients of the model."""
     actual = [float(forward_backward(sequences).total) for sequences in batches]
     grads = {n: p.grad.cpu().double() for n, p in forward_backward.model.named_parameters() if p.grad is not None}
     forward_backward.model.zero_grad(set_to_none=True)
@@ -42,7 +42,7 @@ def gradients(
 
 
 def far(actual: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
-    """Return the relative error of the whole gradient."""
+    """Return the relative error of all gradients together."""
     off = sum(float((actual[n] - g).square().sum()) for n, g in exact.items())
     return (off / sum(float(g.square().sum()) for g in exact.values())) ** 0.5
 

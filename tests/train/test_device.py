@@ -1,4 +1,4 @@
-"""Which GPU a process takes, and when it takes none."""
+"""The GPU that each process uses, and errors if there is none."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The chunked divergence against the plain one, and a model that learns from another."""
+"""Distillation: the chunked KL divergence compared with the plain one, and a model that learns from a teacher."""
 
 import json
 
@@ -86,7 +86,7 @@ TEXT = "".join(json.dumps({"text": f"Line {n} of some text, and {n * n} more to 
 
 @pytest.fixture(scope="session")
 def small(llama_config):
-    """Return a function that makes a Llama with that many tokens."""
+    """Return a function that writes a Llama with the given vocabulary size."""
     shape = {"eos_token_id": 2, "initializer_range": 0.2, "max_position_embeddings": 256}
     return lambda vocab_size=64, **changes: new_model(llama_config(vocab_size=vocab_size, **shape, **changes))
 
@@ -188,7 +188,7 @@ def test_the_source_writes_text_to_learn_from(compressed):
 
 @pytest.fixture(scope="module")
 def tiny(small, tmp_path_factory):
-    """A model of few tokens, half of its cache, and text: what is checked before a healing needs no more."""
+    """A small model, its conversion to half of the cache, and text, for checks before a recovery training."""
     base = tmp_path_factory.mktemp("tiny")
     backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pre_tokenizers.ByteLevel.alphabet())}, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

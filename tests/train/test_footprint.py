@@ -1,4 +1,4 @@
-"""The predicted memory of a training run against what runs took on a CPU and a GPU, and the count of the allocator."""
+"""The predicted memory of training runs, compared with measured runs on a CPU and a GPU and with the allocator."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Bad steps are skipped; after too many in a row the run returns to a checkpoint, and a kill changes none of this."""
+"""Bad steps are skipped, too many in a row cause a rollback to a checkpoint, and a kill does not change this."""
 
 import builtins
 import contextlib
@@ -36,7 +36,7 @@ real_losses = setup.losses
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, which is faster for so small a model, and no audits, which have tests of their own."""
+    """Use one thread, which is faster for small models, and no audits, because other tests cover them."""
     monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
     monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
     threads = torch.get_num_threads()
@@ -60,9 +60,10 @@ def config(run, text, steps=8, **options) -> TrainConfig:
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Return a function that makes the loss of the given steps' data (numbered from 0 in the data's order) not finite.
+    """Return a function that multiplies the loss on the data of the given steps by `value`, which is NaN by default.
 
-    Which data a step has is told by its rows; resumed and returned runs count on where the data are, as it should be.
+    Steps are numbered from 0 in the order of the data, and recognised by their sequences. So the numbers are also right
+    after a resume or a rollback.
     """
 
     def plant(bad: set[int], value: float = math.nan) -> None:
@@ -90,7 +91,7 @@ def plant(monkeypatch):
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory):
-    """The run that nothing happens to."""
+    """A run without bad steps and signals."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audits, "audit", lambda *_, **__: [])
         patch.setattr(audits, "audit_model", lambda *_, **__: [])
@@ -271,7 +272,7 @@ def test_a_spike_is_skipped_only_with_the_option():
 
 
 def at_step(monkeypatch, step, number):
-    """Have the process send itself a signal in the given step."""
+    """Make the process send itself a signal in the given step."""
     real, left = Guard.judge, [step]
 
     def judge(*arguments):
@@ -285,7 +286,7 @@ def at_step(monkeypatch, step, number):
 
 @pytest.fixture
 def default_hangup():
-    """The default handler of SIGHUP, also where the suite was started by nohup, which ignores it."""
+    """Set the default handler of SIGHUP, because the tests may run under nohup, which ignores SIGHUP."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -367,7 +368,7 @@ def test_a_signal_finishes_the_step_and_saves(text, undisturbed, tmp_path, monke
 
 @pytest.fixture
 def python_answers_interrupts():
-    """Python's own handler of SIGINT, also where the suite was started in the background, which ignores it."""
+    """Set Python's handler of SIGINT, because the tests may run in the background, where SIGINT is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""`smolseek train --init`: a training goes on from a model's weights, exact conversions included."""
+"""`smolseek train --init` continues training from a model's weights, including those of exact conversions."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def train(base, run, *arguments):
 
 @pytest.fixture(scope="module")
 def checkpoints(grown):
-    """Those of a training that goes on from the grown model."""
+    """The checkpoints of a run that starts from the grown model."""
     assert train(grown, "run", "--init", str(grown / "grown"), "--optim.lr", "1e-2") == 0
     return grown / "run" / "checkpoints"
 

@@ -1,4 +1,4 @@
-"""A line of the log fits a terminal of 80 columns."""
+"""The lines of the log fit a terminal of 80 columns."""
 
 from smolseek.train.logging import train_line, validation_line
 

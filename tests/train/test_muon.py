@@ -1,4 +1,4 @@
-"""Muon on stacks of matrices, against torch.optim.Muon on each matrix alone."""
+"""Muon on stacks of matrices, compared with torch.optim.Muon on each single matrix."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Parameter groups, schedules and the optimizer's state on its way through a checkpoint."""
+"""Parameter groups, schedules, and the optimizer's state after saving and loading a checkpoint."""
 
 from dataclasses import replace
 

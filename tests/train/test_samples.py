@@ -1,4 +1,4 @@
-"""Samples as they grow: seen, and without a trace in the training."""
+"""Text samples of a run are shown, and do not change the training."""
 
 import json
 from dataclasses import replace

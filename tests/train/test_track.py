@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl says, and are asked for before anything is written."""
+"""Trackers receive the records of metrics.jsonl, and a missing tracker is reported before anything is written."""
 
 import importlib
 import sys
@@ -13,7 +13,7 @@ from smolseek.train.track import Tracker
 
 
 class StandIn(types.ModuleType):
-    """Has the interface that Trackio and Weights & Biases share, and remembers."""
+    """A fake tracker with the interface of Trackio and Weights & Biases, which stores its calls."""
 
     def __init__(self, name):
         super().__init__(name)
@@ -102,7 +102,7 @@ def test_tensorboard_shows_the_same_figures(tmp_path):
 
 
 class Broken(StandIn):
-    """A tracker whose server goes away."""
+    """A tracker whose server becomes unavailable."""
 
     def log(self, figures, step):
         raise ConnectionError("no route\nto host")

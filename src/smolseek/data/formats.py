@@ -1,4 +1,4 @@
-"""Reads the documents of one file, local or on the hub: text, JSON, csv or parquet, also compressed."""
+"""Reads the documents of one file, local or on the hub. Text, JSON, csv and parquet files may be compressed."""
 
 import codecs
 import csv

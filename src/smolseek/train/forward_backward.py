@@ -113,7 +113,7 @@ class ForwardBackward:
 
     def _to_device(self, sequences: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cuda" and sequences.device.type == "cpu":
-            sequences = sequences.pin_memory()  # from other memory, the host would wait for the copy
+            sequences = sequences.pin_memory()  # only a copy from pinned memory lets the host go on
         return sequences.to(self._device, non_blocking=True)
 
     def _losses(self, sequences: torch.Tensor, accumulate: bool = False, factor: float | None = None) -> Losses:

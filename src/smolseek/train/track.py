@@ -20,7 +20,7 @@ PROJECT = "smolseek"
 
 
 class Tracker:
-    """Forwards the records that a run appends to metrics.jsonl to the tracker `kind`, unless that is `none`."""
+    """Forwards the records of a run's metrics.jsonl to the tracker `kind`; for `none`, it does nothing."""
 
     def __init__(self, kind: str, run: RunFolder, settings: dict[str, Any]) -> None:
         """Import the tracker, without writing anything; `settings` are the run's settings with dotted keys.
