@@ -2,8 +2,8 @@
 
     RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
 
-A checkpoint is a model folder with `training_state.safetensors`, `training_state.json` and `manifest.json`. The
-manifest holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes a checkpoint, and
+A checkpoint is a model folder. Its subfolder `training` holds `training_state.safetensors`, `training_state.json` and
+`manifest.json`. The manifest holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes a checkpoint, and
 `storage/manifest.py` verifies it.
 """
 

@@ -172,7 +172,7 @@ def test_a_hub_that_stays_unavailable_saves_and_stops_and_the_run_goes_on_later(
 
 def test_resume_at_another_batch_size_and_accumulation_goes_on_at_the_next_token(hub, tmp_path: Path) -> None:
     def data(name: str, step: int) -> dict:
-        text = (tmp_path / name / f"checkpoints/step-{step:06d}/training_state.json").read_text()
+        text = (tmp_path / name / f"checkpoints/step-{step:06d}/training/training_state.json").read_text()
         return json.loads(text)["data"]
 
     plain = run(hub, tmp_path, *train_words(tmp_path / "a", 4, 4, 1))

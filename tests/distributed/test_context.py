@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from old_folders import make_old_checkpoint
 
 from smolseek.config import MeshConfig, OptimConfig, TrainConfig
 from smolseek.distributed.context import DistributedContext
@@ -20,6 +21,7 @@ from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import verify
+from smolseek.storage.safetensors_file import INDEX, SafetensorsFiles
 from smolseek.storage.saver import Saver
 from smolseek.train.balance import Balancer
 from smolseek.train.evaluate import evaluate
@@ -149,6 +151,11 @@ def check_same(results, expected, first=0):
 def check_checkpoint(run, other, step):
     path, expected = run.checkpoint_path(step), other.checkpoint_path(step)
     assert verify(path) is None
+    weight_files = sorted(path.glob("*.safetensors"))
+    if len(weight_files) > 1:
+        index = json.loads((path / INDEX).read_text())["weight_map"]
+        assert index == {name: file.name for file in weight_files for name in SafetensorsFiles([file])}
+        assert "lm_head.weight" in index  # tied, and written for other engines
     models = []
     for folder in (path, expected):
         models.append(SingleProcess().build_model(MODEL, 0, torch.device("cpu")))
@@ -185,6 +192,7 @@ def test_saved_by_four_it_goes_on_with_two_and_then_with_one(single, tmp_path):
     run, expected = single
     folder = tmp_path / "run"
     first = run_processes(4, folder, 2, data=2, expert=2, shard=4)
+    make_old_checkpoint(RunFolder(folder).checkpoint_path(2))
     second = run_processes(2, folder, 1, resume=2, shard=2)
     third = run_processes(1, folder, 1, resume=3)
     assert first[0]["losses"] + second[0]["losses"] + third[0]["losses"] == pytest.approx(expected["losses"], rel=1e-5)

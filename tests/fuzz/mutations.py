@@ -17,7 +17,7 @@ from typing import Any
 
 import sandbox
 
-from smolseek.storage.manifest import MANIFEST, digest, manifest_text
+from smolseek.storage.manifest import MANIFEST, TRAINING, digest, manifest_text
 
 FIT = "--calibration text.jsonl --calibration-tokens 64"
 READ = "--data text.jsonl --tokens 64 --seq-len 16"
@@ -365,7 +365,7 @@ def _file(rng: random.Random, case: Case, folder: Path, options: dict[str, list[
     case.files += 1
     case.done.append(f"{path.relative_to(folder)}: {what}")
     for parent in path.parents:
-        if (parent / MANIFEST).is_file() and path.name != MANIFEST and rng.random() < 0.7:
+        if (parent / TRAINING / MANIFEST).is_file() and path.name != MANIFEST and rng.random() < 0.7:
             _sign(parent)
             case.done.append("signed")
     return None
@@ -390,7 +390,7 @@ def _sign(checkpoint: Path) -> None:
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
             files[path.relative_to(checkpoint).as_posix()] = {"size": path.stat().st_size, "sha256": digest(path)}
-    (checkpoint / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+    (checkpoint / TRAINING / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
 
 
 def _bytes(rng: random.Random, path: Path) -> str:

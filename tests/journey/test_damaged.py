@@ -25,7 +25,7 @@ from smolseek.generate.sampling import SamplingParams
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.presets import tiny
 from smolseek.storage.hf_folder import save_folder
-from smolseek.storage.manifest import MANIFEST, digest, manifest_text
+from smolseek.storage.manifest import MANIFEST, TRAINING, manifest_entry, manifest_text
 from smolseek.tokenizer import load_tokenizer
 
 _spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).parents[1] / "fuzz" / "sandbox.py")
@@ -65,9 +65,9 @@ def run(made, tmp_path) -> Path:
 
 def sign(checkpoint: Path) -> None:
     """Update the manifest to the present files, so that they pass verification."""
-    files = [path for path in sorted(checkpoint.iterdir()) if path.name != MANIFEST]
-    text = manifest_text({p.name: {"size": p.stat().st_size, "sha256": digest(p)} for p in files})
-    (checkpoint / MANIFEST).write_text(text, encoding="utf-8")
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST]
+    text = manifest_text({path.relative_to(checkpoint).as_posix(): manifest_entry(path) for path in files})
+    (checkpoint / TRAINING / MANIFEST).write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -118,11 +118,20 @@ def test_json_of_any_kind_is_an_error_of_its_text(text):
     [
         ("config.json", "[" * 100_000),
         ("config.json", '{"run": "a\\u0000b", "model": 3}'),
-        ("checkpoints/step-000001/manifest.json", "[" * 100_000),
-        ("checkpoints/step-000001/training_state.json", "[]"),
-        ("checkpoints/step-000001/training_state.json", '{"progress": {"step": "x"}, "data": {}, "guard": {}}'),
-        ("checkpoints/step-000001/training_state.json", '{"progress": {}, "data": {}, "guard": {}, "files": {}}'),
-        ("checkpoints/step-000001/training_state.json", '{"progress": {"interval": 3}, "data": {}, "guard": {}}'),
+        ("checkpoints/step-000001/training/manifest.json", "[" * 100_000),
+        ("checkpoints/step-000001/training/training_state.json", "[]"),
+        (
+            "checkpoints/step-000001/training/training_state.json",
+            '{"progress": {"step": "x"}, "data": {}, "guard": {}}',
+        ),
+        (
+            "checkpoints/step-000001/training/training_state.json",
+            '{"progress": {}, "data": {}, "guard": {}, "files": {}}',
+        ),
+        (
+            "checkpoints/step-000001/training/training_state.json",
+            '{"progress": {"interval": 3}, "data": {}, "guard": {}}',
+        ),
     ],
 )
 def test_a_run_whose_files_say_something_else(run_cli, run, file, text):
@@ -138,11 +147,11 @@ def test_a_file_where_the_checkpoints_go(run_cli, tmp_path):
 
 
 def test_moments_of_another_shape(run_cli, run):
-    path = run / "checkpoints/step-000001/training_state.safetensors"
+    path = run / "checkpoints/step-000001/training/training_state.safetensors"
     tensors = load_file(path)
     name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
     save_file(tensors | {name: tensors[name].T.contiguous()}, path)
-    sign(path.parent)
+    sign(path.parents[1])
     refuse(run_cli("train", "--run", run, "--resume"), path.name, name, "older checkpoint")
 
 

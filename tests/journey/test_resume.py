@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+from old_folders import make_old_checkpoint
 from safetensors.torch import load_file
 from texts import write_words
 
@@ -103,6 +104,21 @@ def test_killed_at_a_chosen_place_it_ends_the_same(where, call, data, undisturbe
     assert sum("samples" in record for record in resumed) == bool(extra)
     if extra:
         assert (run / "samples.md").read_text(encoding="utf-8").count(f"## Step {STEPS}") == 1
+
+
+def test_a_run_with_checkpoints_in_their_old_form_resumes_alike(data, undisturbed, fork_server, tmp_path):
+    run, last = tmp_path / "old", f"checkpoints/step-{STEPS:06d}"
+    shutil.copytree(undisturbed, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        make_old_checkpoint(checkpoint)
+    assert not list(run.glob("checkpoints/*/training")) and "lm_head.weight" not in load_file(
+        run / last / "model.safetensors"
+    )
+    shutil.rmtree(run / last)
+    fork_server.run(*command(run, data, "--resume")).check_returncode()
+    assert records(run) == records(undisturbed)
+    for name in ("model.safetensors", "training/training_state.safetensors"):
+        assert (run / last / name).read_bytes() == (undisturbed / last / name).read_bytes(), name
 
 
 def test_an_altered_checkpoint_is_named_and_the_one_before_is_used(data, undisturbed, fork_server, tmp_path):

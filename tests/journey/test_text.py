@@ -86,7 +86,7 @@ def test_a_run_inside_its_data_folder_resumes(train, run_cli, tmp_path: Path) ->
     arguments = ["--data", ".", "--run", "runs/a", "--save-every", "1"]
     assert train(*arguments).code == 0
     for path in (tmp_path / "runs/a/checkpoints").iterdir():  # so that there is something left to do
-        (path / "manifest.json").unlink()
+        (path / "training" / "manifest.json").unlink()
         path.rename(path.with_name("broken"))
     resumed = run_cli("train", "--run", "runs/a", "--resume")
     assert resumed.code == 0, resumed

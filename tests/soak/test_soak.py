@@ -80,7 +80,7 @@ def unfinished(run: RunFolder) -> set[tuple[str, int]]:
 
 def final_files(run: Path, steps: int) -> list[bytes]:
     path = RunFolder(run).checkpoint_path(steps)
-    return [(path / name).read_bytes() for name in ("model.safetensors", "training_state.safetensors")]
+    return [(path / name).read_bytes() for name in ("model.safetensors", "training/training_state.safetensors")]
 
 
 def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint exists completely or not at all, and every damaged byte is detected."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from old_folders import make_old_checkpoint
 
 from smolseek import files
 from smolseek.config import DataConfig, ModelConfig, TrainConfig
@@ -18,7 +20,7 @@ from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
 from smolseek.storage.checkpoint import CheckpointWriter, load_state
 from smolseek.storage.hf_folder import load_model, load_weights, read_config
-from smolseek.storage.manifest import newest_valid, verify
+from smolseek.storage.manifest import newest_valid, training_folder, verify
 from smolseek.storage.weights import file_tensors
 
 MODEL = ModelConfig(
@@ -62,29 +64,58 @@ def run(tmp_path):
     return run
 
 
-def save(run, step=7, seed=0):
-    writer, model = CheckpointWriter(run, step), new_model(MODEL, seed)
+def save(run, step=7, seed=0, layout="new", config=MODEL):
+    writer, model = CheckpointWriter(run, step), new_model(config, seed)
     assert writer.begin() is None
-    writer.write_shard(dict(file_tensors(MODEL, full_tensors(model))), TENSORS)
-    writer.finish(MODEL, {"special_tokens_map.json": b"{}"}, STATE)
+    writer.write_shard(dict(file_tensors(config, full_tensors(model))), TENSORS)
+    writer.finish(config, {"special_tokens_map.json": b"{}"}, STATE)
+    if layout == "old":
+        make_old_checkpoint(run.checkpoint_path(step))
     return run.checkpoint_path(step)
 
 
-def test_a_saved_checkpoint_loads_unchanged(run):
-    path = save(run)
+def names(path):
+    """The files of a checkpoint."""
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+
+
+both_layouts = pytest.mark.parametrize("layout", ["new", "old"])
+
+
+@both_layouts
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"latent_norm": False}])
+def test_a_saved_checkpoint_loads_unchanged(run, layout, changes):
+    config = dataclasses.replace(MODEL, **changes)
+    path = save(run, layout=layout, config=config)
     assert path == run.checkpoint_path(7) and path.name == "step-000007"
     assert verify(path) is None and newest_valid(run) == (path, [])
     tensors, state = load_state(path)
     assert state == STATE and set(tensors) == set(TENSORS)
     for name, value in TENSORS.items():
         assert tensors[name].dtype == value.dtype and torch.equal(tensors[name], value), name
-    other = new_model(MODEL, 1)
+    assert read_config(path) == config
+    other = new_model(config, 1)
     load_weights(other, path)
     with torch.no_grad():
-        expected = new_model(MODEL, 0)(IDS)
+        expected = new_model(config, 0)(IDS)
         assert torch.equal(other(IDS), expected)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(path)(IDS).logits
     assert (theirs - expected).abs().max() <= 2e-5
+
+
+def test_only_files_of_the_model_are_beside_the_folder_of_the_training(run):
+    path = save(run)
+    assert [name for name in names(path) if "/" not in name] == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "special_tokens_map.json",
+    ]
+    assert [name for name in names(path) if "/" in name] == [
+        "training/manifest.json",
+        "training/training_state.json",
+        "training/training_state.safetensors",
+    ]
 
 
 def test_a_run_folder_stands_for_its_newest_complete_checkpoint(run):
@@ -104,10 +135,11 @@ def test_a_run_folder_stands_for_its_newest_complete_checkpoint(run):
     assert read_config(run.path) == MODEL
 
 
-def test_every_flipped_bit_is_found_and_named_and_the_previous_checkpoint_is_used(run):
+@both_layouts
+def test_every_flipped_bit_is_found_and_named_and_the_previous_checkpoint_is_used(run, layout):
     before = save(run, step=5)
-    path = save(run)
-    files = sorted(p.name for p in path.iterdir())
+    path = save(run, layout=layout)
+    files = names(path)
     assert len(files) == 7
     generator = torch.Generator().manual_seed(0)
     for name in files:
@@ -127,26 +159,28 @@ def test_every_flipped_bit_is_found_and_named_and_the_previous_checkpoint_is_use
         assert newest_valid(run) == (path, [])
 
 
-def test_truncated_files_are_named(run):
-    path = save(run)
-    for file in sorted(path.iterdir()):
-        original = file.read_bytes()
+@both_layouts
+def test_truncated_files_are_named(run, layout):
+    path = save(run, layout=layout)
+    for name in names(path):
+        original = (path / name).read_bytes()
         for size in (0, len(original) // 2, len(original) - 1):
-            file.write_bytes(original[:size])
-            assert str(verify(path)).startswith(f"{file.name} "), (file.name, size)
-        file.write_bytes(original)
+            (path / name).write_bytes(original[:size])
+            assert str(verify(path)).startswith(f"{name} "), (name, size)
+        (path / name).write_bytes(original)
 
 
-def test_for_inference_the_training_state_is_not_read(run):
-    path = save(run)
-    file = path / "training_state.safetensors"
+@both_layouts
+def test_for_inference_the_training_state_is_not_read(run, layout):
+    path = save(run, layout=layout)
+    file = training_folder(path) / "training_state.safetensors"
     damaged = bytearray(file.read_bytes())
     damaged[-1] ^= 1
     file.write_bytes(damaged)
     assert verify(path, model_only=True) is None and "training_state" in str(verify(path))
     load_model(path)
     file.unlink()
-    assert verify(path, model_only=True) == "training_state.safetensors is missing"
+    assert verify(path, model_only=True) == f"{file.relative_to(path)} is missing"
     with pytest.raises(SmolseekError, match=r"holds no training_state\.safetensors"):
         load_state(path)
 
@@ -220,7 +254,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
 
 
 def test_tensors_lie_at_multiples_of_their_item_size(run):
-    file = save(run) / "training_state.safetensors"
+    file = save(run) / "training" / "training_state.safetensors"
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         start = opened.tell()
@@ -231,5 +265,5 @@ def test_tensors_lie_at_multiples_of_their_item_size(run):
 
 def test_the_manifest_lists_every_file(run):
     path = save(run)
-    listed = json.loads((path / "manifest.json").read_text())["files"]
-    assert set(listed) == {p.name for p in path.iterdir()} - {"manifest.json"}
+    listed = json.loads((path / "training" / "manifest.json").read_text())["files"]
+    assert set(listed) == set(names(path)) - {"training/manifest.json"}

@@ -316,7 +316,7 @@ def test_a_closed_terminal_saves_a_run_that_writes_to_a_file_and_it_goes_on(text
     monkeypatch.setattr(console, "on_terminal", lambda: False)
     at_step(monkeypatch, 3, signal.SIGHUP)
     assert weights(loop.train(config(run, text))) == weights(undisturbed)
-    assert (RunFolder(run).checkpoint_path(3) / "manifest.json").exists()
+    assert (RunFolder(run).checkpoint_path(3) / "training" / "manifest.json").exists()
     assert "SIGHUP: step 3 is saved, and the run goes on" in (run / "train.log").read_text()
 
 

@@ -1,7 +1,7 @@
 """Checkpoints are written atomically, and verified before they are used.
 
-A checkpoint is a model folder that Hugging Face tools can open. Beside the weights it holds the training state and a
-manifest with the SHA-256 of every file. A checkpoint is written under a temporary name, flushed to disk, and renamed.
+A checkpoint is a model folder that Hugging Face tools can open. Its subfolder `training` holds the training state and
+a manifest with the SHA-256 of every file. A checkpoint is written under a temporary name, flushed to disk, and renamed.
 With several processes, each process writes its own shard, and an index lists the files of all shards. docs/scale.md
 says why torch.distributed.checkpoint is not used.
 """
@@ -25,7 +25,16 @@ from smolseek.model.local_shards import LocalShard
 from smolseek.run_folder import RunFolder
 from smolseek.storage import safetensors_file
 from smolseek.storage.hf_folder import write_metadata
-from smolseek.storage.manifest import MANIFEST, STATE_JSON, STATE_PATTERN, STATE_TENSORS, manifest_entry, manifest_text
+from smolseek.storage.manifest import (
+    MANIFEST,
+    STATE_JSON,
+    STATE_PATTERN,
+    STATE_TENSORS,
+    TRAINING,
+    manifest_entry,
+    manifest_text,
+    training_folder,
+)
 from smolseek.storage.safetensors_file import SafetensorsFiles, shard_name, write_index
 
 _POLL = 0.02
@@ -63,7 +72,7 @@ class CheckpointWriter:
         try:
             for left_over in self.run.checkpoints.glob(f"{UNFINISHED}*"):
                 shutil.rmtree(left_over, ignore_errors=True)
-            begin_folder(self.run.checkpoint_path(self.step))
+            (begin_folder(self.run.checkpoint_path(self.step)) / TRAINING).mkdir()
         except OSError as error:
             return str(error.strerror or error)
         return None
@@ -76,7 +85,8 @@ class CheckpointWriter:
             state: the tensors of the training state (moments, states of random generators) or their shards, on any
                 device, under the names that `state_name` gives.
         """
-        names = shard_name(self.rank, self.size), shard_name(self.rank, self.size, Path(STATE_TENSORS).stem)
+        state_file = shard_name(self.rank, self.size, Path(STATE_TENSORS).stem)
+        names = shard_name(self.rank, self.size), f"{TRAINING}/{state_file}"
         files: dict[str, dict[str, Any]] = {}
         try:
             for name, tensors in zip(names, (weights, state), strict=True):
@@ -108,12 +118,13 @@ class CheckpointWriter:
             write_metadata(folder, config, torch.float32, None)
             for name, content in tokenizer_files.items():
                 (folder / name).write_bytes(content)
-            (folder / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
+            (folder / TRAINING / STATE_JSON).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
             for rank in range(self.size):
                 (folder / f".shard-{rank}.json").unlink()
             files = {name: entry for record in records for name, entry in record["files"].items()}
-            files |= {path.name: manifest_entry(path) for path in folder.iterdir() if path.name not in files}
-            (folder / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+            paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+            files |= {name: manifest_entry(path) for name, path in paths.items() if name not in files}
+            (folder / TRAINING / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
             publish(folder, self.run.checkpoint_path(self.step))
         except OSError as error:
             raise self.failure(str(error.strerror or error)) from None
@@ -165,7 +176,7 @@ def load_state(
     model folder that is no checkpoint), if the training state is damaged, or if a shard is missing.
     """
     state, path = load_progress(path), Path(path)
-    paths = sorted(path.glob(STATE_PATTERN))
+    paths = sorted(training_folder(path).glob(STATE_PATTERN))
     if not paths:
         raise SmolseekError(f"{path} holds no {STATE_TENSORS}: training resumes from checkpoints only")
     tensors: dict[str, torch.Tensor] = {}
@@ -191,7 +202,7 @@ def load_state(
 
 def load_progress(path: str | Path) -> dict[str, Any]:
     """Return the JSON part of a checkpoint's training state. Raises SmolseekError if it is missing or damaged."""
-    file = Path(path) / STATE_JSON
+    file = training_folder(Path(path)) / STATE_JSON
     if not file.exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: training resumes from checkpoints only")
     with report_damage(file, "use an older checkpoint"):

@@ -9,11 +9,25 @@ from typing import Any
 from smolseek.config import parse_json
 from smolseek.run_folder import RunFolder, step_of
 
+TRAINING = "training"
+"""Subfolder of a checkpoint with the training state and the manifest.
+
+Beside it are only the files of the model: vLLM loads every safetensors file at the top of a model folder.
+"""
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.safetensors"
 STATE_PATTERN = "training_state*.safetensors"
 """Pattern of the names of all files with shards of the training state."""
 STATE_JSON = "training_state.json"
+
+
+def training_folder(checkpoint: Path) -> Path:
+    """Return the folder with the training state and the manifest of a checkpoint.
+
+    It is the subfolder `training`. In older checkpoints it is the checkpoint's folder itself.
+    """
+    folder = checkpoint / TRAINING
+    return folder if folder.is_dir() else checkpoint
 
 
 def digest(path: Path) -> str:
@@ -28,7 +42,10 @@ def manifest_entry(file: Path) -> dict[str, Any]:
 
 
 def manifest_text(files: dict[str, dict[str, Any]]) -> str:
-    """Return the text of `manifest.json` for `files` (name -> size and SHA-256), with a digest of these entries."""
+    """Return the text of `manifest.json` for `files` (path -> size and SHA-256), with a digest of these entries.
+
+    The paths are relative to the checkpoint.
+    """
     inner = json.dumps(files, sort_keys=True)
     sha256 = hashlib.sha256(inner.encode()).hexdigest()
     return json.dumps({"files": files, "sha256": sha256}, sort_keys=True, indent=1) + "\n"
@@ -40,25 +57,27 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
     Every file must have the size and SHA-256 that the manifest lists. With `model_only` only the size of the training
     state is checked, because the training state is twice as large as the model.
     """
-    name = MANIFEST
+    manifest = training_folder(path) / MANIFEST
+    name = manifest_name = manifest.relative_to(path).as_posix()
     try:
-        text = (path / MANIFEST).read_text(encoding="utf-8")
+        text = manifest.read_text(encoding="utf-8")
         files = parse_json(text)["files"]
         if manifest_text(files) != text:
-            return f"{MANIFEST} is altered"
+            return f"{manifest_name} is altered"
         for name, expected in files.items():
             size = (path / name).stat().st_size
             if size != expected["size"]:
                 kind = "truncated" if size < expected["size"] else "altered"
                 return f"{name} is {kind} ({size} bytes, not {expected['size']})"
-            if not (model_only and fnmatch(name, STATE_PATTERN)) and digest(path / name) != expected["sha256"]:
+            unread = model_only and fnmatch(Path(name).name, STATE_PATTERN)
+            if not unread and digest(path / name) != expected["sha256"]:
                 return f"{name} is altered (its SHA-256 is not the manifest's)"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is altered"
+        return f"{manifest_name} is altered"
     return None
 
 

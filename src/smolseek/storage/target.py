@@ -9,7 +9,7 @@ from smolseek.errors import SmolseekError, nearest
 from smolseek.gguf_tokenizer import smollm2_gguf
 from smolseek.presets import PRESETS
 from smolseek.run_folder import RunFolder
-from smolseek.storage.manifest import MANIFEST, newest_valid, verify
+from smolseek.storage.manifest import MANIFEST, newest_valid, training_folder, verify
 from smolseek.storage.safetensors_file import INDEX, WEIGHTS, indexed_files
 from smolseek.tokenizer import SMOLLM2_HUB
 
@@ -47,7 +47,7 @@ def resolve(target: str | Path, *, config_only: bool = False) -> Path:
         if path.suffix == ".gguf":
             return path
         raise SmolseekError(f"{path} is a file: a model is {MODEL_MAY_BE}")
-    if (path / MANIFEST).exists():
+    if (training_folder(path) / MANIFEST).exists():
         reason = verify(path, model_only=True)
         if reason:
             raise SmolseekError(f"checkpoint {path} is damaged: {reason}: use another checkpoint of the run")

@@ -14,7 +14,7 @@ from smolseek.errors import report_damage
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.checkpoint import load_state, state_name
 from smolseek.storage.hf_folder import load_weights
-from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS
+from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS, training_folder
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
@@ -51,8 +51,8 @@ def progress_of(saved: dict[str, Any], path: Path) -> Progress:
     Raises:
         SmolseekError: if the progress, the data position, the guard's counts or the file sizes are missing or damaged.
     """
-    with report_damage(path / STATE_JSON, "use an older checkpoint"):
-        progress = from_dict(Progress, saved["progress"], f"{path / STATE_JSON}: progress")
+    with report_damage(training_folder(path) / STATE_JSON, "use an older checkpoint"):
+        progress = from_dict(Progress, saved["progress"], f"{training_folder(path) / STATE_JSON}: progress")
         files = saved.get("files", {})
         if not all(isinstance(part, dict) for part in (saved["data"], saved["guard"], files, saved.get("inputs", {}))):
             raise ValueError("data, guard, files or inputs is not an object")
@@ -112,18 +112,18 @@ class TrainState:
         With `data`, the data stream and the guard are restored as well. Without `data`, the stream keeps its position,
         so the run does not read the same data again.
         """
-        shards = self.distributed.local_shards(self.model)
-        with report_damage(path / STATE_TENSORS, "use an older checkpoint"):
+        shards, folder = self.distributed.local_shards(self.model), training_folder(path)
+        with report_damage(folder / STATE_TENSORS, "use an older checkpoint"):
             tensors, saved = load_state(path, lambda name: shards[self._parameter(name)[1]].slice)
         self.load_weights(path)
         device = self.model.lm_head.weight.device
-        with report_damage(path / STATE_TENSORS, "use an older checkpoint"):
+        with report_damage(folder / STATE_TENSORS, "use an older checkpoint"):
             for name, value in tensors.items():
                 shape = shards[self._parameter(name)[1]].tensor.shape
                 if value.ndim and value.shape != shape:
                     raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
             load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
-        with report_damage(path / STATE_JSON, "use an older checkpoint"):
+        with report_damage(folder / STATE_JSON, "use an older checkpoint"):
             self.progress = progress_of(saved, path)
             if data:
                 self.stream.load_state_dict(saved["data"])
