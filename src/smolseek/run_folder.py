@@ -3,8 +3,8 @@
     RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
 
 A checkpoint is a model folder. Its subfolder `training` holds `training_state.safetensors`, `training_state.json` and
-`manifest.json`. The manifest holds the size and SHA-256 of every other file. `storage/checkpoint.py` writes a checkpoint, and
-`storage/manifest.py` verifies it.
+`manifest.json`. The manifest lists the size and SHA-256 of every other file. `storage/checkpoint.py` writes
+checkpoints, and `storage/manifest.py` verifies them.
 """
 
 import contextlib
