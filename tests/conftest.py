@@ -15,7 +15,7 @@ import torch
 from fork_server import ForkServer
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, where there is one
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this during its import
 
 from smolseek.cli import main
 from smolseek.config import ModelConfig

@@ -149,7 +149,7 @@ def test_exit_status(run_cli, monkeypatch, raised, code, said):
         raise raised
 
     monkeypatch.setattr("smolseek.cli.models.inspect", fail)
-    monkeypatch.setattr(os, "dup2", lambda *_: None)  # the output of the tests themselves has to stay
+    monkeypatch.setattr(os, "dup2", lambda *_: None)  # the output of pytest must stay open
     assert run_cli("inspect") == (code, "", said)
 
 

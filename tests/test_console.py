@@ -82,7 +82,7 @@ def test_lines_stand_above_the_bar_on_a_terminal():
         while True:
             try:
                 piece = os.read(ours, 65536)
-            except OSError:  # Linux tells the end this way
+            except OSError:  # on Linux, this error means the end of the output
                 break
             if not piece:
                 break

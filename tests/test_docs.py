@@ -271,6 +271,6 @@ def test_all_commands_do_what_the_page_says(page, folder):
         for command, expected in commands_with_output(block.code):
             result = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True)
             printed = result.stdout + result.stderr
-            code = result.returncode if result.returncode >= 0 else 128 - result.returncode  # by a signal
+            code = result.returncode if result.returncode >= 0 else 128 - result.returncode  # ended by a signal
             assert code == block.exit_code, f"{command}\n{printed}"
             require_printed(expected, printed, command)

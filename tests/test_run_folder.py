@@ -50,7 +50,7 @@ def test_another_configuration_is_refused_with_both_values(run):
         assert "optim.eps 1e-08, not 0.002; seed 0, not 500" in str(caught.value)
         assert "another --run" in str(caught.value) and "\n" not in str(caught.value)
         assert "delete" not in str(caught.value)
-    with pytest.raises(SmolseekError, match="steps 300, not 500"):  # a new run is not what is there
+    with pytest.raises(SmolseekError, match="steps 300, not 500"):  # a new run with other settings
         run.create(config(run, steps=500), resume=False)
     assert run.config.read_text() == before
     many = config(run, steps=1, precision="float32", tokenizer="t", seq_len=8, seed=1)
@@ -83,7 +83,7 @@ def test_what_moves_no_weight_may_change_on_resume(run, change):
 
 def test_checkpoints_are_not_trained_over(run):
     run.create(config(run), resume=False)
-    run.create(config(run), resume=False)  # nothing saved yet: a fresh start is no loss
+    run.create(config(run), resume=False)  # a new start is allowed, because nothing is saved yet
     run.checkpoint_path(5).mkdir(parents=True)
     with pytest.raises(SmolseekError, match=r"step-000005.*add --resume"):
         run.create(config(run), resume=False)

@@ -51,11 +51,11 @@ def test_smollm2_from_its_gguf(smollm2: PreTrainedTokenizerFast) -> None:
     assert len(smollm2) == 49_152
     assert (smollm2.bos_token, smollm2.eos_token, smollm2.unk_token) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     assert smollm2.pad_token_id == 2 and smollm2.model_max_length == 8192
-    # The ids that transformers gives when it reads the same file (compared on 326k tokens of prose besides).
+    # The ids of transformers for the same file. The ids were also compared on 326k tokens of prose.
     sample = "Hello world \U0001f600 你好 <|im_end|>\n\tdef f(x): return x's"
     expected = [19556, 905, 40303, 218, 216, 18645, 250, 48392, 138, 216, 2, 198, 197, 1604, 275, 24, 104, 727, 1003]
     assert smollm2(sample).input_ids == [*expected, 1792, 506]
-    # transformers leaves out SmolLM2's split into digits, which takes the spaces before a number apart from it.
+    # transformers omits SmolLM2's split into digits, which separates a number from the spaces before it.
     assert smollm2("a  12 b").input_ids == [81, 256, 33, 34, 278]
     chat = smollm2.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
@@ -117,7 +117,7 @@ def test_token_bytes(smollm2: PreTrainedTokenizerFast, sentencepiece: PreTrained
         assert lengths[ids].sum() == len(text.encode())
     lengths = token_bytes(sentencepiece)
     text = "abc 你 a"
-    assert lengths[encoder(sentencepiece)([text])[0]].sum() == len(text.encode()) + 1  # the space put in front
+    assert lengths[encoder(sentencepiece)([text])[0]].sum() == len(text.encode()) + 1  # plus the added space
     assert lengths[:2].sum() == 0
 
 
@@ -135,7 +135,7 @@ def test_text_stream_gives_the_whole_text(kind: str, request: pytest.FixtureRequ
 
 def test_text_stream_of_any_tokens(smollm2: PreTrainedTokenizerFast) -> None:
     rng = np.random.default_rng(0)
-    for low, high in ((0, 49_152), (17, 300)):  # the lower ids are single bytes: mostly broken UTF-8
+    for low, high in ((0, 49_152), (17, 300)):  # the lower ids are single bytes, mostly invalid UTF-8
         ids = rng.integers(low, high, 2000).tolist()
         stream = Detokenizer(smollm2)
         assert "".join([stream.push(i) for i in ids] + [stream.finish()]) == smollm2.decode(ids)
@@ -219,7 +219,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 def test_tokens_before_a_text(smollm2):
     assert begin_ids(smollm2) == []
-    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "好": 2}, merges=[]))  # it cannot spell an "a"
+    backend = Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1, "好": 2}, merges=[]))  # has no token for "a"
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(["<s>", "</s>"])
     assert begin_ids(PreTrainedTokenizerFast(tokenizer_object=backend)) == []

@@ -25,7 +25,7 @@ def test_a_leak_behind_a_projection_of_zeros_is_found() -> None:
             nn.init.zeros_(parameter)
     ids = torch.arange(8)[None]
     later = torch.cat((ids[:, :4], ids[:, 4:] + 9), dim=1)
-    assert torch.equal(model(ids)[:, :4], model(later)[:, :4])  # nothing to see as it is
+    assert torch.equal(model(ids)[:, :4], model(later)[:, :4])  # no leak with the original weights
     assert failed(check_causality(Subject(model=model, vocab=512, context=64), thorough=False)) == SMOOTH
 
 
@@ -35,7 +35,7 @@ class NaNWhenCut(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.head, self.length = nn.Embedding(64, 16), nn.Linear(16, 64), 0
-        self.weights = [self.embedding.weight.detach().clone()]  # no parameter: the audit leaves it as it is
+        self.weights = [self.embedding.weight.detach().clone()]  # a list, so that the audit does not randomize it
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         self.length = max(self.length, ids.shape[1])

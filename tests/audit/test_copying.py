@@ -29,7 +29,7 @@ class Echo(nn.Module):
 
 
 def test_a_model_that_copies_is_found() -> None:
-    # Five kinds of tokens and no repeats: even one that only echoes is better than chance, and so counts as trained.
+    # With five token ids and no repeats, even a model that only repeats is better than chance, so it counts as trained.
     steps = torch.randint(1, 5, (8, 40), generator=torch.Generator().manual_seed(1))
     sequences = steps.cumsum(dim=1) % 5
     honest, echo = Echo(-9.0), Echo(2.5)

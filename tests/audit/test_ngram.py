@@ -11,7 +11,7 @@ def test_probabilities_sum_to_one(order: int) -> None:
     history = [1, 2, 3, 4]
 
     def p(token: int) -> float:
-        # The whole cross-entropy with this last token, less that of what stands before it.
+        # The total cross-entropy with this last token, minus the total cross-entropy of the tokens before it.
         text = np.array([*history, token])
         return float(np.exp(-(ngram_nats(train, text, 9, order) * 5 - ngram_nats(train, text[:4], 9, order) * 4)))
 
@@ -19,7 +19,7 @@ def test_probabilities_sum_to_one(order: int) -> None:
 
 
 def test_unigram_is_witten_bell_by_hand() -> None:
-    # 4 tokens, 2 kinds: p(0) = (3 + 2/4) / 6, p(1) = (1 + 2/4) / 6, p(2) = (0 + 2/4) / 6
+    # 4 tokens with 2 distinct ids: p(0) = (3 + 2/4) / 6, p(1) = (1 + 2/4) / 6, p(2) = (0 + 2/4) / 6
     nats = ngram_nats(np.array([0, 0, 0, 1]), np.array([0, 1, 2]), 4, 1)
     assert nats == pytest.approx(-np.mean(np.log(np.array([3.5, 1.5, 0.5]) / 6)))
 

@@ -71,7 +71,7 @@ def test_dead_experts_and_uneven_load_are_found_on_trained_weights() -> None:
 
 
 def test_copies_of_the_model_are_freed_at_once(monkeypatch) -> None:
-    """A float64 copy that only the garbage collector finds doubles what a training run holds."""
+    """A float64 copy that waits for the garbage collector would double the memory of a training run."""
     copies, precise_copy = [], probe.precise_copy
 
     def recorded(*arguments):

@@ -50,13 +50,13 @@ def test_statistics_are_those_of_a_plain_attention(llama, text):
     layer_stats = statistics(model, tokens)[1]
     torch.testing.assert_close(layer_stats.moment_DD, sum(x.T @ x for x in inputs) / 64, rtol=1e-5, atol=1e-6)
     assert layer_stats.distance_HT.shape == (6, 32)
-    # Every query spreads a weight of 1, of which the first token's share is left out.
+    # The attention weights of a query sum to 1; the weight of the first token is left out.
     assert 0 < float(layer_stats.distance_HT.sum()) < 6 * 64
 
 
 @pytest.mark.parametrize("method", ["smolseek", "transmla"])
 def test_a_cache_of_full_size_is_exact(llama, text, assemble, method):
-    """All components keep their position, and the latent holds all values: 48 features of 48, and 24 of 24."""
+    """All components keep RoPE (48 of 48 features), and the latent contains all values (24 of 24 features)."""
     model = load_model(llama).model
     attentions = [block.self_attn for block in model.model.layers]
     layers = [
@@ -141,7 +141,7 @@ def test_self_calibration_is_seeded_and_held_out_text_differs(llama):
 
 
 def test_interleave_makes_neighbouring_pairs():
-    """Guards what the components are built on: pairs and frequencies in the order of the exact conversion."""
+    """The components rely on the order of pairs and frequencies in the exact conversion."""
     weight = torch.arange(8.0)[:, None]
     assert interleaved(weight, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
 

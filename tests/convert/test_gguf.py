@@ -61,7 +61,7 @@ def text(tmp_path):
 
 
 def test_a_control_beside_the_model(tmp_path, text, capsys):
-    """The README's sparse command: both are made of the file's tensors, which come in the order that each asks for."""
+    """The sparse command of the README writes two models from one file; each reads the tensors in its own order."""
     file = write(tmp_path / "m.gguf", "smollm")
     assert main(["convert", str(file), str(tmp_path / "sparse"), *EXPERTS, *text]) == 0
     assert "Control, --prune 0.75 instead: Distance: mean KL" in capsys.readouterr().out

@@ -24,7 +24,7 @@ def fitted(six_heads, sequences):
 
 @torch.no_grad()
 def test_it_is_the_least_squares_solution(fitted, sequences, assemble):
-    """The gradient vanishes: features times error is ridge times change, for each head of the first layer."""
+    """The gradient is zero: features times error equals ridge times change, for each head of the first layer."""
     model, shape, layers, new = fitted(24)
     smaller = assemble(model, shape, new)
     rank, seen = shape.kv_lora_rank, {}
@@ -33,7 +33,7 @@ def test_it_is_the_least_squares_solution(fitted, sequences, assemble):
         attention.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(f"{name} input", inputs[:2]))
         attention.o_proj.register_forward_pre_hook(lambda _, inputs, name=name: seen.setdefault(name, inputs[0]))
         one.hidden(sequences(16, 32)[:, :-1])
-    # The latents that each head mixes, by their definition.
+    # The latents that each head combines, computed by definition.
     attention, (x, (cos, sin)) = smaller.model.layers[0].self_attn, seen["smaller input"]
     q_nope, q_pe = attention.q_proj(x).unflatten(2, (6, -1)).transpose(1, 2).split([8, shape.qk_rope_head_dim], dim=-1)
     c, k_pe = attention.kv_a_proj_with_mqa(x).split([rank, shape.qk_rope_head_dim], dim=-1)
@@ -105,7 +105,7 @@ def key_error(layer, w_S, fit):
 
 @torch.no_grad()
 def test_every_round_lowers_the_error(six_heads, sequences, monkeypatch):
-    """Slots of frequencies that the source does not have, so that something is to be fitted."""
+    """The slots have frequencies that the source does not have, so that the fit has an error to reduce."""
     model = new_model(six_heads).eval()
     stats = statistics(model, sequences(8, 32))[0]
     layer = components.analyse(six_heads, model.model.layers[0].self_attn, stats, "smolseek", 1)
@@ -125,6 +125,4 @@ def test_every_round_lowers_the_error(six_heads, sequences, monkeypatch):
     assert errors[1] < 0.98 * errors[0] and errors[2] < errors[1] and errors[3] < errors[2], errors
     monkeypatch.setattr(least_squares, "_ROUNDS", 1)
     again = least_squares.alternate(layer, w_S, least_squares.alternate(layer, w_S, start))
-    assert key_error(layer, w_S, again) < errors[1] * (
-        1 + 1e-6
-    )  # the queries' step is a minimum: nothing is left to gain
+    assert key_error(layer, w_S, again) < errors[1] * (1 + 1e-6)  # the step of the queries reaches the minimum

@@ -32,7 +32,7 @@ def test_every_slot_has_the_frequencies_of_the_source(rope):
     for beyond in (False, True):
         slots = frequencies(config.rope_parameters, config.rope_dim, beyond=beyond).unflatten(0, (3, -1))
         for slot in slots:
-            # One last bit is left where no float32 number has the frequency as its reciprocal.
+            # The last bit may differ, because for some frequencies no float32 number has them as its reciprocal.
             assert torch.allclose(slot, wanted, rtol=1.2e-7, atol=0)
             if rope.rope_type == "default":
                 assert torch.equal(slot, wanted)

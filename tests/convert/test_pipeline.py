@@ -119,7 +119,7 @@ def test_a_folder_that_is_not_empty(llama, capsys):
 
 
 def test_an_empty_folder_is_filled_and_not_replaced(llama):
-    """It may be a mount point, which cannot be renamed over."""
+    """The folder may be a mount point, which cannot be replaced by renaming."""
     out = llama.parent / "out"
     out.mkdir()
     before = out.stat().st_ino

@@ -24,7 +24,7 @@ def llama(save_llama):
     shape = {"hidden_size": 96, "head_dim": 32, "intermediate_size": 64, "initializer_range": 0.2}
     return save_llama(
         **shape, rms_norm_eps=1e-2, tie_word_embeddings=True
-    )  # an epsilon so large that a wrong one shows
+    )  # a large epsilon, so that a wrong epsilon is noticed
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +81,12 @@ def test_one_epsilon_is_the_same_function(llama, text, tied):
 
 
 def test_slots_take_the_components_of_their_frequency(llama, text):
-    """One slot for each of the source's frequencies: each is given the component there that loses the most."""
+    """Each frequency of the source has one slot, which gets the component of this frequency with the largest loss."""
     model = load_model(llama).model
     layer = analyse(model.config, model.model.layers[0].self_attn, statistics(model, text)[0], "smolseek", 1)
     chosen, energy = assign_slots(layer, layer.w_J)
     assert len(set(chosen.tolist())) == 16 and 0 < energy <= float(layer.loss_C.sum())
-    fast = layer.w_J > 0.1  # the slow ones hardly turn within 48 tokens, so any of them will do
+    fast = layer.w_J > 0.1  # slow components hardly rotate within 48 tokens, so their slots do not matter
     assert torch.equal(layer.w_J[layer.frequency_C[chosen]][fast], layer.w_J[fast])
     at_its_frequency = layer.losses(layer.w_J)[torch.arange(32), layer.frequency_C]
     torch.testing.assert_close(at_its_frequency / layer.total(), torch.zeros(32).double(), atol=1e-9, rtol=0)

@@ -34,15 +34,15 @@ def shape_with(model, experts, shared, active):
 
 @torch.no_grad()
 def test_neurons_of_different_tokens_become_different_experts(model):
-    """Half of the routed neurons answer to one kind of token and half to another: the gate has to learn which."""
+    """Half of the routed neurons are active for one kind of token and half for another. The gate must learn which."""
     mlp = model.model.layers[0].mlp
     x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
     kind = torch.where(x[:, 0] > 0, 1.0, -1.0)
     x[:, 0] = kind * 8
-    shape = shape_with(model, 2, 1, 1)  # 16 neurons shared, 16 of 32 routed
+    shape = shape_with(model, 2, 1, 1)  # 16 shared neurons, and 16 active of 32 routed neurons
     gate = mlp.gate_proj.weight.detach().clone()
     gate[:, 0] = 0
-    gate[16:32, 0], gate[32:, 0] = 5, -5  # silu(-40) is nothing
+    gate[16:32, 0], gate[32:, 0] = 5, -5  # silu(-40) is almost 0
     up, down = mlp.up_proj.weight.detach(), mlp.down_proj.weight.detach().clone()
     down[:, :16] *= 100
     h = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
@@ -110,7 +110,8 @@ def test_the_fit_is_the_least_squares_solution():
     down = torch.randn(5, 12, generator=generator).double()
     layer, error = prune_layer(FeedForward(torch.arange(12.0)[:, None], torch.zeros(12, 1), down), h.T @ h, 8)
     chosen, new = layer.gate_ID[:, 0].long(), layer.down_DI
-    # The ridge as more tokens: towards the first output matrix, weighted with a tenth of the mean energy.
+    # The ridge acts like more tokens that pull towards the first output matrix, with a tenth of the mean energy as
+    # weight.
     z, y = h[:, chosen], h @ down.T
     root = (0.1 * z.square().sum(dim=0).mean()).sqrt() * torch.eye(8).double()
     expected = torch.linalg.lstsq(torch.cat((z, root)), torch.cat((y, root @ down[:, chosen].T))).solution.T

@@ -167,7 +167,7 @@ class StandInHub:
     def _reset(self, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
         handler.wfile.flush()
-        # Lingering for 0 seconds makes closing send RST.
+        # With a linger time of 0 seconds, closing the connection sends RST.
         handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         handler.connection.shutdown(socket.SHUT_RD)
         handler.connection.close()

@@ -125,7 +125,7 @@ def test_hundred_faults_and_an_outage_change_no_token(hub, tmp_path: Path) -> No
     assert json.loads(faulty.stdout) == json.loads(plain.stdout)
 
 
-# Few documents ahead of the model, so that it soon notices that the hub has gone.
+# Prefetch few documents, so that the run soon notices that the hub is unavailable.
 TRAIN = """
 import os, sys
 from smolseek.cli import main
@@ -181,10 +181,10 @@ def test_resume_at_another_batch_size_and_accumulation_goes_on_at_the_next_token
     for step in (8, 10):
         shutil.rmtree(tmp_path / f"b/checkpoints/step-{step:06d}")
     arguments = [*train_words(tmp_path / "b", 10, 4, 1), "--resume", "--save-every", 2]
-    # Also with one thread that encodes instead of as many as there are cores.
+    # Encode with one thread instead of all cores.
     resumed = run(hub, tmp_path, *arguments, RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
     assert resumed.returncode == 0, resumed.stderr
-    # 4 steps of 2 sequences and 2 of 4 are 16, and so are 4 of 4.
+    # 4 steps of 2 sequences and 2 steps of 4 are 16 sequences, and so are 4 steps of 4.
     assert data("b", 6) == data("a", 4) and data("a", 4)["tokens"] == 16 * 128
 
 
@@ -205,7 +205,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("how", ["unavailable", "silent"])
 def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: Path, how: str) -> None:
-    """In a pause of five minutes, or in a request that would time out after as long."""
+    """The signal comes in a pause of five minutes, or in a request with a timeout of five minutes."""
     metrics, waiting = tmp_path / "run/metrics.jsonl", threading.Event()
 
     def fault(number: int) -> str | None:
@@ -220,7 +220,7 @@ def test_a_signal_while_the_hub_is_waited_for_ends_the_run_saved(hub, tmp_path: 
     process = hub.fork_server.start(*arguments, env=env)
     try:
         assert waiting.wait(200)
-        time.sleep(2)  # what was read before is trained on, and then the data are waited for
+        time.sleep(2)  # the run trains on the prefetched data, and then waits for more
         process.send_signal(signal.SIGINT)
         stopped = process.finish(60)
     finally:
@@ -318,7 +318,7 @@ def dictionary(texts: list[str | None]) -> bytes:
 
 
 def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
-    """Without a configuration, compressed JSON, other splits, dictionary columns; and what is refused, and why."""
+    """Datasets without configuration, with compressed JSON, other splits, dictionary columns, and refused datasets."""
     jsonl = "".join(json.dumps({"text": text}) + "\n" for text in ("zero", "one", "two")).encode()
     rows = [[1, "one"], [2, "two"]]
     hub.more |= {
@@ -394,7 +394,7 @@ def test_a_missing_path_is_not_asked_of_the_hub() -> None:
 
 
 def test_of_a_model_only_what_is_read_is_fetched(hub, tmp_path: Path) -> None:
-    """Its shape for `inspect`, and no other copies of the weights in any case."""
+    """`inspect` downloads only the configuration, and no verb downloads other copies of the weights."""
     torch.manual_seed(0)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **shape))

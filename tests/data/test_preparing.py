@@ -133,7 +133,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_files(
     assert is_prepared(tmp_path / "out")
     with pytest.raises(SmolseekError, match="not finished"):
         PreparedDataset(tmp_path / "out")
-    # What a kill may leave behind: a part begun, and one that the index does not name yet.
+    # A kill may leave an unfinished part, and a part that is not yet in the index.
     for name in ("00-00000-000099.tokens", "00-00000-000098.tokens.tmp", ".tmp-9-index.json"):
         (tmp_path / "out" / name).write_bytes(b"half")
     prepare(sources(), target(tmp_path / "out"))

@@ -202,7 +202,7 @@ def test_broken_compressed_files(tmp_path: Path, ending: str) -> None:
     whole = compressed(("".join(f"line {i} of the text\n" for i in range(20_000))).encode(), ending)
     middle = len(whole) // 2
     damaged = whole[:middle] + bytes(40) + whole[middle + 40 :]
-    # This zstd has no checksum.
+    # This zstd file has no checksum.
     for data in (whole[:-20], b"no archive at all", whole + b"more", *(() if ending == ".zst" else (damaged,))):
         (tmp_path / f"a.txt{ending}").write_bytes(data)
         assert f"a.txt{ending} is not a valid" in refused(tmp_path)
@@ -233,7 +233,7 @@ def test_json_lines_that_are_not_utf_8(tmp_path: Path, damage: bytes) -> None:
 
 
 def test_utf_16(tmp_path: Path) -> None:
-    """As PowerShell and Notepad write it."""
+    """Read UTF-16 as PowerShell and Notepad write it."""
     for name, data in FILES.items():
         (tmp_path / name).write_text(data.decode(), encoding="utf-16", newline="")
         assert read(tmp_path / name) == TEXTS[name]
@@ -315,7 +315,7 @@ def test_runs_and_models_inside_a_data_folder_are_no_data(tmp_path: Path) -> Non
 
 
 def test_a_text_named_like_tokens_is_data(tmp_path: Path) -> None:
-    """WikiText's own names, beside an index that is not ours."""
+    """WikiText's files are named like token files, next to an index.json that smolseek did not write."""
     (tmp_path / "wikitext").mkdir()
     (tmp_path / "wikitext/index.json").write_text("{}")
     (tmp_path / "wikitext/wiki.train.tokens").write_text("no ending that we know")
@@ -329,7 +329,7 @@ def test_folders_that_cannot_be_read(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "locked").mkdir()
     scandir = os.scandir
 
-    def refusing(path: str) -> object:  # root may read everything
+    def refusing(path: str) -> object:  # simulated, because root may read every file
         if str(path).endswith("locked"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)

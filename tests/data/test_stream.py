@@ -125,7 +125,7 @@ def test_resume_begins_to_encode_at_its_document() -> None:
     resumed = TrainStream.of_texts(documents(), watched, EOS, 16, 3)
     resumed.load_state_dict(before.state_dict())
     first = texts_of(flat(resumed.next_batch(40)))
-    # The first document is cut off at its front; the others of its epoch follow in the order they are encoded in.
+    # The first document lacks its beginning. The other documents of the epoch follow in the order of encoding.
     assert len(calls[0]) == 200 - before.state_dict()["document"] and calls[0][0].endswith(first[0])
     assert calls[0][1 : len(first)] == first[1:]
 
@@ -143,7 +143,7 @@ def test_text_is_encoded_in_a_thread_that_ends() -> None:
     at.close()
     assert names == {"data"} and threading.active_count() == before
     stream_once = stream().next_batch(6)
-    assert torch.equal(torch.cat((first, at.next_batch(3))), stream_once)  # and begins anew where it is needed
+    assert torch.equal(torch.cat((first, at.next_batch(3))), stream_once)  # the stream restarts its thread when needed
 
 
 def test_what_the_thread_raises_comes_out() -> None:
@@ -226,14 +226,14 @@ def test_split_stays_as_it_was_in_earlier_releases() -> None:
 
 
 def test_other_text_takes_the_place_of_the_validation_side(tmp_path: Path) -> None:
-    """So the audit judges the text that the reported loss is on."""
+    """The audit then uses the same validation text as the reported loss."""
     for name, words in (("mine", "trained on"), ("other", "validated on")):
         lines = (json.dumps({"text": f"Document {n} is {words}. " + 40 * "word "}) + "\n" for n in range(200))
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     data = DataConfig(sources=(str(tmp_path / "mine.jsonl"),), val_sources=(str(tmp_path / "other.jsonl"),))
     corpus, split = open_dataset(data, 1_000_000), read_corpus(data)
     assert len(corpus.validation) == 200 and all("validated" in text for text in corpus.validation)
-    assert corpus.train == split.train and len(corpus.train) < 200  # the split holds on
+    assert corpus.train == split.train and len(corpus.train) < 200  # the training side does not change
     few = open_dataset(data, 100).validation
     assert few == corpus.validation[: len(few)] and 600 <= sum(map(len, few)) < 1200
     sequences = [build_sequences(texts, encode, EOS, 8, 96) for texts in (few, corpus.validation)]
@@ -282,7 +282,7 @@ def test_one_long_document_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
     assert told in corpus.summary()
     assert len(read_corpus(DataConfig(sources=(str(path),), val_fraction=1e-9)).validation) == 1
 
-    # Also beside another text to validate on, and two documents.
+    # Also with a separate validation text, and with two documents.
     path.with_name("b.txt").write_text("Validated on. " * 40)
     data = DataConfig(sources=(str(path),), val_fraction=0.1, val_sources=(str(path.with_name("b.txt")),))
     other = open_dataset(data, 1000)

@@ -127,7 +127,7 @@ def run_processes(size: int, folder: Path, steps: int, resume: int = 0, kind: st
         port = free.getsockname()[1]
     folder.mkdir(exist_ok=True)
     arguments = (size, port, MeshConfig(**mesh), str(folder), steps, kind, resume)
-    # Forked, since each would need seconds to import what is loaded here; so this process must not use autograd.
+    # Fork, because importing takes each process several seconds. So this process must not have used autograd before.
     mp.start_processes(work, arguments, nprocs=size, start_method="fork")
     return [json.loads((folder / f"results-{rank}.json").read_text()) for rank in range(size)]
 

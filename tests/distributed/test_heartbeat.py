@@ -35,7 +35,7 @@ def test_a_process_without_heartbeats_is_named_by_all(heartbeats):
     heartbeats[2].close(left=False)
     begin_step(heartbeats)
     assert heartbeats[0].lost() == "no heartbeat from process 2"
-    heartbeats[0].close(left=False)  # it knows the reason, and is not missing itself
+    heartbeats[0].close(left=False)  # process 0 knows the reason, and does not count as missing
     assert heartbeats[1].lost() == "no heartbeat from process 2"
 
 
@@ -51,7 +51,7 @@ def test_a_finished_process_is_not_missing(heartbeats):
 
 
 def test_a_process_that_never_calls_the_collective_is_named(heartbeats):
-    time.sleep(heartbeats[0].timeout)  # a collective's end
+    time.sleep(heartbeats[0].timeout)  # wait for the timeout of a collective
     other = Thread(target=heartbeats[1].lost)
     other.start()
     assert heartbeats[0].lost().startswith("process 2 did not reach the same collective in ")

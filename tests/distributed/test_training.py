@@ -44,7 +44,7 @@ def check_same(run, single, first=1):
 
 
 def test_the_losses_are_those_of_one_process(data, single, tmp_path):
-    """Two processes, each with half the experts and half the weights."""
+    """Two processes train, each with half of the experts and half of the weights."""
     run = tmp_path / "run"
     mesh = ("--mesh.expert", "2", "--mesh.shard", "2")
     done = runs.launch(2, run, data, *STEPS, *mesh)
@@ -58,7 +58,7 @@ def test_the_losses_are_those_of_one_process(data, single, tmp_path):
 
 
 def test_when_one_dies_every_other_names_it_in_one_line(data, tmp_path):
-    """Killed in the middle of a run, while the others wait for it in a collective."""
+    """A process is killed in the middle of a run, while the other processes wait for it in a collective."""
     done = runs.launch(3, tmp_path / "run", data, *STEPS, "--mesh.shard", "3", stop=(2, "SIGKILL"))
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -103,7 +103,7 @@ def test_rolling_counts_every_token_once(adapter):
     (total,) = adapter.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
     T = adapter.max_length
     expected = 0.0
-    for begin in range(0, len(ids) - T, T):  # whole windows
+    for begin in range(0, len(ids) - T, T):  # complete windows
         window = [adapter.prefix_token_id, *ids][begin : begin + T + 1]
         expected += float(logps(adapter, window).gather(1, torch.tensor(window[1:])[:, None]).sum())
     left = len(ids) % T or T  # the last window has a full context

@@ -110,7 +110,7 @@ def test_the_card_of_a_run_has_its_figures(tmp_path, run_cli):
     loss = next(record["val_loss"] for record in reversed(records) if "val_loss" in record)
     assert f"| validation loss | {loss:.4f} |" in card and "for 2 of 2 steps" in card
     assert re.search(r"Audit of the run: \d+ checks passed, 0 checks failed", card)
-    # An earlier checkpoint has the figures of its own step.
+    # The card of an earlier checkpoint has the figures of its own step.
     assert run_cli("export", run / "checkpoints" / "step-000001", tmp_path / "early", "--format", "hf").code == 0
     early = (tmp_path / "early" / "README.md").read_text()
     assert "for 1 of 2 steps" in early and "not audited at this step" in early and f"{loss:.4f}" not in early

@@ -54,7 +54,7 @@ def faults(case: mutations.Case, outcome: sandbox.Outcome, before: dict, after: 
     if outcome.code == 2 and noise:
         wrong.append(f"noise {noise[0][:80]!r}")
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    changed = [name for name in changed if not name.endswith(".lock")]  # of a folder that was there already
+    changed = [name for name in changed if not name.endswith(".lock")]  # the lock of a folder that existed before
     if outcome.code not in (0, 1) and changed and not _goes_on(case, outcome, changed):
         wrong.append(f"left behind {changed[:5]}")
     return wrong
@@ -66,5 +66,5 @@ def _goes_on(case: mutations.Case, outcome: sandbox.Outcome, changed: list[str])
     if verb in ("train", "heal"):
         return "\nstep " in outcome.out or any(name.endswith("metrics.jsonl") for name in changed)
     if verb == "chat":
-        return all(name == "talk.json" for name in changed)  # what was said until then was asked for
+        return all(name == "talk.json" for name in changed)  # the conversation so far is saved on purpose
     return verb == "prepare" and any(name.endswith("index.json") for name in changed)

@@ -324,7 +324,7 @@ def _target(rng: random.Random, case: Case, folder: Path, options: dict[str, lis
     return None
 
 
-# -- what surrounds a command
+# -- environment of a command
 
 
 def _environment(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:
@@ -360,7 +360,7 @@ def _file(rng: random.Random, case: Case, folder: Path, options: dict[str, list[
     change = DEEP.get(path.suffix, _bytes) if rng.random() < 0.7 else _bytes
     try:
         what = change(rng, path)
-    except (LookupError, TypeError, ValueError, struct.error):  # an earlier mutation left no such file
+    except (LookupError, TypeError, ValueError, struct.error):  # an earlier mutation removed the file or its format
         what = _bytes(rng, path)
     case.files += 1
     case.done.append(f"{path.relative_to(folder)}: {what}")
@@ -503,7 +503,7 @@ def _change(rng: random.Random, value: Any, kind: str = "value") -> str:
     places = _places(value)
     if not places:
         return "unchanged"
-    # A place of the upper levels as often as one of the many below.
+    # Choose values of the top level as often as the many values below it.
     at, key = rng.choice(places if rng.random() < 0.5 else [place for place in places if place[0] is value])
     if kind == "key" and isinstance(at, dict):
         held = at.pop(key)
@@ -575,7 +575,7 @@ def _safetensors(rng: random.Random, path: Path) -> str:
 def _gguf(rng: random.Random, path: Path) -> str:
     """Write an edge value into a GGUF header (counts, lengths, types, sizes) or into the rest of the file."""
     data = bytearray(path.read_bytes())
-    if rng.random() < 0.5:  # behind the name of a setting: its type and its value
+    if rng.random() < 0.5:  # after the name of a setting: its type and its value
         keys = [
             i
             for i in range(min(len(data), 12_000))
@@ -600,7 +600,7 @@ DEEP: dict[str, Callable[[random.Random, Path], str]] = {
     ".safetensors": _safetensors,
     ".gguf": _gguf,
 }
-"""Mutations that know what a file is made of."""
+"""Mutations for each file format."""
 
 
 def _output(rng: random.Random, case: Case, folder: Path, options: dict[str, list[str]]) -> None:

@@ -62,11 +62,11 @@ class Outcome(NamedTuple):
     """The result of a command."""
 
     code: int
-    """Exit code; the signal's number, below 0, for a process that a signal ended."""
+    """Exit code, or the negative number of the signal that ended the process."""
     out: str
     err: str
     interrupted: bool
-    """Whether it was interrupted because it took long."""
+    """Whether the command was interrupted because it took too long."""
 
 
 class Nursery:
@@ -95,12 +95,12 @@ class Nursery:
         process = self._server.start(
             *("-c", RUN, folder, self.folder / "stdin", modules, encoding, 3 << 30, *words),
             env={name: value for name, value in variables.items() if value is not None},
-            modules=imported,  # the next command has what this one had to import
+            modules=imported,  # modules that this command imported are loaded for the next one
         )
         interrupted = False
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
-        if process.poll() is None:  # a valid command may take days: an interrupt ends it
+        if process.poll() is None:  # a valid command may take days, so interrupt it
             interrupted = True
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -169,7 +169,7 @@ def build(folder: Path, nursery: Nursery) -> None:
     ):
         done = nursery.run(command.split(), folder, seconds=60)
         assert done.code == 0, (command, done)
-    # As if it had been killed after its third step.
+    # Make the run look as if it had been killed after its third step.
     shutil.rmtree(folder / "run/checkpoints/step-000004")
 
 

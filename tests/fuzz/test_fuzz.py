@@ -72,7 +72,7 @@ def carry_out(nursery, world: Path, folder: Path, options, seed: str, cases: int
 @pytest.mark.parametrize("command", mutations.COMMANDS)
 @pytest.mark.soak
 def test_the_good_commands_are_good(nursery, world, tmp_path, command):
-    """A case shows something only if its command would work without the damage."""
+    """A fuzz case is only useful if its command works without the damage."""
     shutil.copytree(world, tmp_path / "case", symlinks=True)
     result = nursery.run(command.split(), tmp_path / "case", stdin=b"river\n", seconds=60)
     if command.startswith("eval") and importlib.util.find_spec("lm_eval") is None:

@@ -13,7 +13,7 @@ from smolseek.presets import tiny
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_nan_stays_in_its_sequence_and_in_memory(groups, use_backend):
-    """Experts that are chosen by NaN are as many and as unlike as any: 200 sequences to 3 experts are 600 slots."""
+    """NaN scores still choose distinct experts: 200 sequences with 3 experts each have 600 slots."""
     if library() is None:
         pytest.skip("no C compiler")
     chosen = {"num_experts_per_tok": 3, "n_group": groups, "topk_group": min(2, groups)}
@@ -33,7 +33,7 @@ def test_nan_stays_in_its_sequence_and_in_memory(groups, use_backend):
     assert Decoder(model, batch, 4).step([3] * batch).isnan().all()
     with torch.no_grad():
         model.model.embed_tokens.weight[3] = 0.0
-        model.model.layers[1].mlp.gate.weight[2] = torch.nan  # one expert's score alone
+        model.model.layers[1].mlp.gate.weight[2] = torch.nan  # only the score of one expert is NaN
     assert Decoder(model, batch, 4).step(tokens).isnan().all()
     use_backend("reference")
     assert Decoder(model, batch, 4).step(tokens).isnan().all()

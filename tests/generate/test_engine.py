@@ -80,7 +80,7 @@ def test_a_batch_of_different_lengths_equals_its_single_runs(model, backend, use
         single = Generator(model, [ids], sampling, 24, stop_ids=(5,)).finish()[0]
         assert (single.tokens, single.stop_reason) == (result.tokens, result.stop_reason)
         if backend == "cpu":
-            assert single.logprobs == result.logprobs  # to the last bit
+            assert single.logprobs == result.logprobs  # bit for bit
         else:
             assert single.logprobs == pytest.approx(result.logprobs, abs=1e-4)
 

@@ -72,7 +72,7 @@ def test_presence_and_frequency_count_what_was_written():
     for token in (1, 1, 2):
         sampler.ids.append(token)
     logits_V = torch.tensor([0.0, 2.1, 1.4, 0.0])
-    # 1: 2.1 - 1 - 2 * 0.5 = 0.1; 2: 1.4 - 1 - 0.5 = -0.1; 3 is of the prompt and keeps its 0.
+    # Token 1: 2.1 - 1 - 2 * 0.5 = 0.1. Token 2: 1.4 - 1 - 0.5 = -0.1. Token 3 is in the prompt and keeps its 0.
     assert sampler.sample(logits_V) == 1
     sampler.ids.append(1)
     assert sampler.sample(logits_V) in (0, 3)

@@ -40,7 +40,7 @@ class Script:
 def test_stop_strings_over_several_tokens(tokenizer):
     script = Script(["x", "a", "b", "b", "dabc", "x"])
     assert list(TextStream(script, tokenizer, ["abc", "bd"])) == ["x", "ab"] and script.stopped == [0]
-    assert list(TextStream(Script(["x", "a", "b"]), tokenizer, ["abc"])) == ["x", "ab"]  # what is held back comes last
+    assert list(TextStream(Script(["x", "a", "b"]), tokenizer, ["abc"])) == ["x", "ab"]  # held-back text comes last
 
 
 def test_each_sequence_ends_at_its_stop_string(tokenizer):

@@ -142,7 +142,7 @@ def serve(requests: socket.socket) -> None:
             os.close(file)
         os.environ.clear()
         os.environ.update(request["env"])
-        del sys.path[0]  # this file's folder
+        del sys.path[0]  # the folder of this file
         kind, program, *arguments = request["argv"]
         sys.argv = [kind, *arguments]
         if kind == "-c":

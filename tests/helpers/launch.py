@@ -34,7 +34,7 @@ def launch(
     `stop` is a step, and the signal that the last process gets after this step.
     """
     start = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", str(restarts), "--nproc-per-node"]
-    # `--`, since torchrun would otherwise take --run for an option of its own.
+    # `--`, because otherwise torchrun would read --run as its own option.
     program = ["-m", "--", "smolseek"] if stop is None else ["--", str(STOPPER), *map(str, stop)]
     command = [sys.executable, *start, str(processes), *program, *arguments(run, data, *extra)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -137,7 +137,7 @@ def test_model_tokenizer_and_run_folder_elsewhere(run_cli, here, llama):
     assert code == 0 and "the tokenizer of this run, m, does not exist any more: using its copy" in err
     assert final("new place") == final("whole")
 
-    # Without a checkpoint the first weights are needed, and may lie elsewhere.
+    # A run without a checkpoint needs its first weights, which may have moved.
     interrupted("new place", 0)
     code, _, err = run_cli("train", "--run", "new place", "--resume")
     assert code == 2 and "add --init with its new place" in err and err.count("\n") == 1
@@ -191,7 +191,7 @@ def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
 
 
 def test_more_steps_for_a_run_that_has_ended(run_cli, here):
-    """With a constant learning rate the longer run is the one that would have been made at once."""
+    """With a constant learning rate, the extended run equals a run of this length from the start."""
     constant = ["--schedule.kind", "constant", "--precision", "float32", "--sample-tokens", "1"]
     begin(run_cli, "whole", "--steps", "6", "--eval-every", "3", *constant)
     begin(run_cli, "run", "--steps", "3", *constant)
@@ -204,7 +204,7 @@ def test_more_steps_for_a_run_that_has_ended(run_cli, here):
     assert "follows the schedule (constant) of a run of 6 steps from here on: 1.00e-03 in step 4, after 1.00e-03" in out
     records = RunFolder("run").read_metrics()
     assert [r["step"] for r in records if "loss" in r] == [1, 2, 3, 4, 5, 6]
-    assert [r["step"] for r in records if "samples" in r] == [3, 6]  # what was said at the first end stays
+    assert [r["step"] for r in records if "samples" in r] == [3, 6]  # the samples of the first end are kept
     assert [r["step"] for r in records if r.get("audit") == "end"] == [3, 6]
     assert RunFolder("run").read_config().steps == 6
     code, _, err = run_cli("train", "--run", "run", "--resume", "--steps", "5")
@@ -219,7 +219,7 @@ def test_a_decayed_learning_rate_is_said(run_cli, here):
 
 
 def test_a_preset_beside_resume_changes_nothing_that_was_not_said(run_cli, here):
-    """Steps and learning rate of the run stay, though the preset has others; another model is refused."""
+    """The run keeps its steps and learning rate, although the preset has others. Another model is refused."""
     begin(run_cli, "run", "--steps", "4", "--save-every", "2", "--optim.lr", "5e-4")
     interrupted("run", 2)
     same = ["--run", "run", "--resume", *SIZES]
@@ -257,7 +257,7 @@ def test_a_second_process_is_refused(run_cli, here):
         began = time.monotonic()
         code, _, err = run_cli("train", "--run", "run", "--resume")
         assert code == 2 and err.count("\n") == 1 and f"process {first.pid} on " in err, began
-        first.stdout.close()  # nobody reads on, and it ends saved all the same
+        first.stdout.close()  # the run saves and ends even if its output is closed
         first.terminate()
     assert first.returncode == 143 and len(RunFolder("run").checkpoint_paths()) == 1
     assert run_cli("train", "--run", "run", "--resume", "--steps", str(steps_done("run"))).code == 0

@@ -122,7 +122,7 @@ def test_documents_begin_with_bos_where_the_model_did(base, run_cli):
     flat = opened(base, source, init="m").stream.next_batch(16)[:, :-1].flatten().tolist()
     assert flat[0] == BOS and flat.count(BOS) > 3
     assert all((flat[i + 1] == BOS) == (flat[i] == END) for i in range(len(flat) - 1))
-    # From scratch the end token is the only special one, and the tokenizer that is kept adds nothing.
+    # For a new model, EOS is the only special token, and the saved tokenizer adds no tokens.
     text = opened(base, source)
     text.tokenizer.save_pretrained(base / "scratch")
     assert BOS not in text.stream.next_batch(16) and END in text.stream.next_batch(16)

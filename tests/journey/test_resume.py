@@ -31,10 +31,10 @@ def records(run) -> list[dict]:
     timing = {"tokens_per_second", "memory", "peak_memory"}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     all_records = [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
-    return [record for record in all_records if "machine" not in record]  # where and when it was started or resumed
+    return [record for record in all_records if "machine" not in record]  # leave out the time and machine of each start
 
 
-# Stands before `smolseek train` and kills it on the call numbered sys.argv[1] of one of its functions.
+# Runs `smolseek train`, and kills it at call number sys.argv[1] of one of its functions.
 KILLER = """
 import os, signal, sys
 from smolseek.{module} import {place} as place
@@ -69,7 +69,7 @@ def test_killed_twice_it_ends_with_the_same_losses_and_weights(data, undisturbed
         while process.poll() is None:
             done = [r["step"] for r in records(run)] if metrics.exists() else []
             if done and max(done) >= until:
-                time.sleep(rng.uniform(0, 0.1))  # anywhere: between micro-batches, while saving
+                time.sleep(rng.uniform(0, 0.1))  # at any moment, for example between micro-batches or during a save
                 process.send_signal(signal.SIGKILL)
                 break
             time.sleep(0.002)

@@ -68,11 +68,12 @@ def test_one_text_file_trains_and_resumes(train, run_cli, tmp_path: Path) -> Non
     assert "1 document cut into parts at paragraph borders, the last ones held out" in line
     resumed = run_cli("train", "--run", "run", "--resume")
     assert resumed.code == 0 and "The run is complete" in resumed.out, resumed
-    # The audit goes by a part's place in its document, too: by their texts, a third of these would be for validation.
+    # The audit, too, decides by a part's position in its document. By their text, a third of the parts would be for
+    # validation.
     audited = train("--data", "one.txt", "--data.val-fraction", "0.3", "--run", "audited")
     assert audited.code == 0 and "FAIL  data: validation" not in audited.out, audited
     assert "PASS  data: validation never trained on" in run_cli("audit", "audited").out
-    # Also beside other text to validate on, and prepared.
+    # Also with a separate validation text, and with prepared tokens.
     (tmp_path / "other.txt").write_text("Validated on this. " * 30)
     line = data_line(train("--data", "one.txt", "--data.val-sources", "other.txt", "--run", "other"))
     assert "and 1 validation documents; 1 document cut" in line and "of --data.val-fraction" in line
@@ -85,7 +86,7 @@ def test_a_run_inside_its_data_folder_resumes(train, run_cli, tmp_path: Path) ->
     (tmp_path / "a.jsonl").write_text(lines("a", 60))
     arguments = ["--data", ".", "--run", "runs/a", "--save-every", "1"]
     assert train(*arguments).code == 0
-    for path in (tmp_path / "runs/a/checkpoints").iterdir():  # so that there is something left to do
+    for path in (tmp_path / "runs/a/checkpoints").iterdir():  # so that the run is not complete
         (path / "training" / "manifest.json").unlink()
         path.rename(path.with_name("broken"))
     resumed = run_cli("train", "--run", "runs/a", "--resume")
@@ -103,7 +104,7 @@ def test_separated_documents_are_offered_and_taken(train, run_cli, tmp_path: Pat
 
 
 def test_a_tokenizer_that_cannot_spell_the_text_is_refused(train, run_cli, tmp_path: Path) -> None:
-    # Without a byte alphabet and an unknown token, what it does not know is dropped.
+    # A tokenizer without byte tokens and unknown token drops the characters that it does not know.
     write_tokenizer(tmp_path / "tok", pre_tokenizers.Whitespace(), [])
     arguments = ["--data", "a.jsonl", "--run", "run"]
     russian = "\u0441\u0442\u0430\u0440\u0430\u044f \u0440\u0435\u043a\u0430 " * 5

@@ -53,7 +53,7 @@ def test_experts_equal_the_definition():
     assert load.counts_E.sum() == 2 * 30 * 2
 
 
-@pytest.mark.parametrize("top_k", [2, 5])  # with one, the router has no gradient
+@pytest.mark.parametrize("top_k", [2, 5])  # with top-1, the router has no gradient
 def test_gradients_equal_those_of_the_definition(top_k):
     moe = make(replace(CONFIG, num_experts_per_tok=top_k))
     x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -72,7 +72,7 @@ def test_the_bias_changes_the_choice_but_not_the_weights():
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = moe.gate(x)
-        moe.gate.e_score_correction_bias += 5.0  # the same for all: nothing may change, the weights least of all
+        moe.gate.e_score_correction_bias += 5.0  # an equal change for all experts must not change anything
         after = moe.gate(x)
         assert torch.equal(before.weights_NK, after.weights_NK)
         moe.gate.e_score_correction_bias[3] += 10.0
@@ -192,7 +192,7 @@ def test_products_without_gradients_have_multiples_of_16_rows(monkeypatch):
 @pytest.mark.parametrize(("hidden", "neurons"), [(64, 12), (60, 20), (64, 16)])
 @pytest.mark.parametrize("gated", [True, False])
 def test_grouped_products_support_experts_of_any_size(hidden, neurons, gated):
-    """`F.grouped_mm` rejects rows that are no multiple of 16 bytes: 12 neurons in bfloat16 are 24."""
+    """`F.grouped_mm` rejects rows whose size is no multiple of 16 bytes; 12 neurons in bfloat16 have 24 bytes."""
     assert [cuda.missing(size, torch.bfloat16) for size in (12, 16, 60)] == [4, 0, 4] and cuda.missing(
         12, torch.float32
     ) == 0
@@ -215,7 +215,8 @@ def test_grouped_products_support_experts_of_any_size(hidden, neurons, gated):
 
 
 def test_a_decode_step_of_several_sequences_pads_the_experts(use_backend):
-    # So a sequence's logits do not change with the others that chose its experts. A prompt is read alone, unpadded.
+    # With padding, a sequence's logits do not depend on other sequences with the same experts. A prompt needs no
+    # padding.
     use_backend("reference")
     moe = make(replace(CONFIG, hidden_size=512, moe_intermediate_size=384))
     x_B1D = torch.randn(5, 1, 512, generator=torch.Generator().manual_seed(0))

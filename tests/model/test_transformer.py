@@ -116,7 +116,7 @@ def test_the_seed_has_159_019_568_parameters():
 def test_deepseek_v3_counts_671_billion_and_its_active_part():
     counts = count(preset("deepseek_v3_671b"))
     assert counts.total == pytest.approx(671e9, rel=0.01)
-    # DeepSeek's README_WEIGHTS gives 36.7B activated; "37B" is that, rounded.
+    # DeepSeek's README_WEIGHTS gives 36.7B activated parameters, which are rounded to "37B" elsewhere.
     assert counts.active == pytest.approx(36.7e9, rel=0.01)
 
 

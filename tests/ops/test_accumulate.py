@@ -111,7 +111,7 @@ def attention(model: CausalLM) -> None:
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_training_only_attention_computes_no_other_gradient(monkeypatch, autocast, accumulate):
-    """The other gradients are not computed, and those of attention have the same bits."""
+    """Gradients of frozen parameters are not computed, and those of attention are bit for bit the same."""
     computed = []
     for module, name in ((cpu, "write_product"), (cross_entropy, "_add"), (cross_entropy, "_add_product")):
         plain = getattr(module, name)

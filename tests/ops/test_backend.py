@@ -70,7 +70,7 @@ def test_the_override_is_logged_and_turns_the_kernels_off(monkeypatch, use_backe
 def test_which_tensors_the_c_files_support(dtype, use_backend):
     use_backend("cpu", bfloat16=dtype == torch.bfloat16)
     assert c_supports(torch.zeros(2, 16, dtype=dtype))
-    assert c_supports(torch.zeros(2, 24, dtype=dtype)) == (dtype == torch.float32)  # bfloat16 needs multiples of 16
+    assert c_supports(torch.zeros(2, 24, dtype=dtype)) == (dtype == torch.float32)  # bfloat16 needs a multiple of 16
     assert not c_supports(torch.zeros(2, 32, dtype=dtype)[:, ::2]) and not c_supports(torch.zeros(2, 16).double())
 
 

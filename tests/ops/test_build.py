@@ -82,7 +82,7 @@ def test_a_failing_compiler_is_one_warning(one, tmp_path, monkeypatch, capsys):
     assert one() is None
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no cc1" in error and "PyTorch's operations" in error
-    assert one() is None and capsys.readouterr().err == ""  # a later start, the same failure
+    assert one() is None and capsys.readouterr().err == ""  # a later start fails the same way, silently
     monkeypatch.setenv("CC", "false -x")  # with arguments
     assert one() is None and "false -x fails (exit code 1)" in capsys.readouterr().err
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
@@ -101,7 +101,7 @@ def test_a_damaged_library_is_built_again(one, tmp_path):
     one()
     (built,) = (tmp_path / "cache").rglob("*.so")
     content = built.read_bytes()
-    built.unlink()  # not changed where it lies: this process has it open
+    built.unlink()  # a new file, because this process has loaded the old one
     built.write_bytes(content[: len(content) // 2])
     assert one().one() == 1 and built.read_bytes() != content[: len(content) // 2]
 

@@ -39,7 +39,7 @@ def test_value_and_gradients_equal_the_plain_loss(n):
 
 
 def test_the_chunks_of_a_gpu(monkeypatch):
-    """Each is also a block, and the last of 300 tokens is smaller."""
+    """On a GPU, a chunk is also a block. With 300 tokens, the last chunk is smaller."""
     monkeypatch.setattr(cross_entropy, "sizes", lambda *_: (128, 128))
     assert_equals_the_plain_loss(300)
 
@@ -81,7 +81,7 @@ def test_the_reference_backend(use_backend):
 
 
 @pytest.mark.usefixtures("bf16_products")
-@pytest.mark.parametrize("vocab", [1000, 1008])  # through PyTorch's operations, and through C
+@pytest.mark.parametrize("vocab", [1000, 1008])  # with PyTorch's operations, and with C
 def test_under_autocast_it_is_no_further_from_float64_than_the_plain_loss(vocab):
     h, w, targets = inputs(300, vocab)
     exact_h, exact_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
@@ -112,7 +112,7 @@ def test_without_grad_mode_no_gradient_is_computed(vocab, monkeypatch):
         with torch.no_grad():
             value = linear_cross_entropy(h, w, targets)
     assert value.requires_grad is False and torch.equal(value, expected)
-    assert products == [(64, vocab)]  # the logits, and neither gradient
+    assert products == [(64, vocab)]  # one matrix multiplication for the logits, and none for gradients
 
 
 @pytest.mark.parametrize("n", [16, 300, 1100])

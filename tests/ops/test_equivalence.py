@@ -115,7 +115,7 @@ def test_values_and_gradients(name, backend, dtype, use_backend, monkeypatch):
     elif backend == "triton":
         if not CUDA and importlib.util.find_spec("triton") is None:
             pytest.skip("neither a CUDA device nor Triton's interpreter")
-        # Triton's interpreter cuts bits off where a GPU rounds.
+        # Triton's interpreter truncates numbers that a GPU rounds.
         device, slack = ("cuda", 1.1) if CUDA else ("cpu", 2.5)
         for module in WITH_TRITON:
             monkeypatch.setattr(module, "triton_supports", lambda x: True)

@@ -76,7 +76,7 @@ def test_results_do_not_depend_on_threads_or_later_tokens(name):
 
 def test_which_weights_c_supports():
     x, w = torch.zeros(2, 64, dtype=torch.bfloat16), torch.zeros(32, 64, dtype=torch.bfloat16)
-    assert not c_supports_weights(x, w)  # gradients may be wanted
+    assert not c_supports_weights(x, w)  # outside of inference mode, gradients may be needed
     with torch.inference_mode():
         assert c_supports_weights(x, w)
         assert not c_supports_weights(x, w[:30]) and not c_supports_weights(x[:, :48], w[:, :48])

@@ -26,7 +26,7 @@ def attention(name: str, length: int, how: str, use_backend) -> dict[str, torch.
     layer, generator = model.model.layers[0].self_attn, torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in layer.parameters():
-            if p.ndim > 1:  # large enough for scores that differ
+            if p.ndim > 1:  # large enough for attention scores that differ
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.08)
     x, dy = (torch.randn(2, length, config.hidden_size, generator=generator) for _ in range(2))
     if how == "exact":
@@ -48,7 +48,7 @@ def test_it_is_no_further_from_float64_than_pytorchs_operations(name, length, us
     for tensor, exact in runs["exact"].items():
         error = {how: float((runs[how][tensor].double() - exact).norm()) for how in ("c", "plain")}
         assert error["plain"] < 0.05 * exact.norm(), tensor
-        # The latent norm's gradient has few numbers, so its error is more by chance.
+        # The gradient of the latent norm has few numbers, so its error is more random.
         slack = 1.1 if length > 33 and "norm" not in tensor else 1.5
         assert error["c"] <= slack * error["plain"], tensor
 

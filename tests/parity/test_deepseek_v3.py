@@ -31,7 +31,7 @@ def random_rope(rng: random.Random, dim: int, kind: str) -> RopeConfig:
         return RopeConfig(rope_type="yarn", rope_theta=theta, factor=4.0, original_max_position_embeddings=32, **extra)
     if kind == "longrope":
         factors = tuple(1 + 0.5 * i for i in range(dim // 2))
-        original = rng.choice([16, 128])  # the text of 48 tokens lies beyond the one and within the other
+        original = rng.choice([16, 128])  # the 48 tokens of the text are beyond 16 and within 128
         return RopeConfig(
             rope_type="longrope",
             rope_theta=theta,

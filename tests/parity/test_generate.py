@@ -20,7 +20,7 @@ def small(name: str):
     """Return a small configuration for each kind of attention and feed-forward layer."""
     mla = replace(preset("tiny"), vocab_size=211, num_hidden_layers=3, max_position_embeddings=256, eos_token_id=STOPS)
     if name == "mla":
-        # Large weights make sharp distributions, so that no two tokens are as good as equal.
+        # Large weights give sharp distributions, so that no two tokens have almost equal probability.
         return replace(mla, initializer_range=0.2, first_k_dense_replace=1)
     if name == "mla_groups":
         extra = {"q_lora_rank": 40, "n_group": 4, "topk_group": 2, "attention_bias": True, "v_head_dim": 24}

@@ -54,7 +54,7 @@ def test_ten_kills_change_nothing(tmp_path):
     )
     begun, killed = time.monotonic(), []
     try:
-        # Each life gets past a few more steps, so that the ten moments are spread over the run.
+        # After each restart, the run does a few more steps, so that the ten kills are spread over the run.
         for kill in range(KILLS):
             until = (kill + 1) * STEPS // (KILLS + 2)
             while process.poll() is None and time.monotonic() < begun + 900:
@@ -115,7 +115,7 @@ def test_one_that_is_missing_is_named_by_every_other(after, what, seconds, says,
 
 
 def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
-    """Two torchruns with two processes each; one gets a SIGKILL with its own, as if the power had failed."""
+    """Two torchruns run two processes each. One torchrun and its processes get a SIGKILL, as in a power failure."""
     data, run = write_words(tmp_path / "text.jsonl", 60), tmp_path / "run"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -129,7 +129,7 @@ def test_a_machine_that_goes_is_named_by_the_processes_of_the_other(tmp_path):
             command = [sys.executable, "-m", "torch.distributed.run", *start, "-m", "--", "smolseek", *words]
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             machines.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-            while len(machines) == 1 and not connects(at):  # the one with the store is the first
+            while len(machines) == 1 and not connects(at):  # the first torchrun has the store
                 time.sleep(0.1)
         until = time.monotonic() + 120
         while not (run / "metrics.jsonl").exists() or len(runs.trained(run)) < 3:

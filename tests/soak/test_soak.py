@@ -94,13 +94,13 @@ def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Pa
     kills = during_save = before_first_step = 0
     while kills < KILLS:
         expected, skipped = newest_valid(run)
-        # Not one that is named as a checkpoint may be less than whole, whenever the kill came.
+        # Every folder with a checkpoint's name must be complete, whenever the kill came.
         assert not skipped and all(verify(path) is None for path in run.checkpoint_paths())
         log, before = tmp_path / f"{kills}.log", unfinished(run)
         resume = ["--resume"] if run.config.exists() else []
         process = begin(server, log, arguments(run.path, data, STEPS, *resume))
         kind = ("steps", "saving", "steps", "saving", "anywhere")[kills % 5]
-        if kind == "anywhere":  # while it loads and resumes, too
+        if kind == "anywhere":  # also while the run loads and resumes
             time.sleep(rng.uniform(0, 1.5))
         else:
             goal = rng.randint(1, 4)
@@ -177,7 +177,7 @@ def fill(disk: Path) -> Path:
 def test_a_full_disk(
     server: ForkServer, data: Path, tmp_path: Path, small_disk: Path, whole: Path, mended: bool
 ) -> None:
-    """Full in the middle of the run and empty again before its end; or full until the end, and mended after it."""
+    """The disk is full in the middle of the run and then has space again, or is full until the run ends."""
     steps = 24
     run, log = RunFolder(small_disk / "run"), tmp_path / "run.log"
     process = begin(server, log, arguments(run.path, data, steps))
@@ -186,9 +186,9 @@ def test_a_full_disk(
     ballast = fill(small_disk)
     kept = {path: verify(path) for path in run.checkpoint_paths()}
     while process.poll() is None and (not mended or "Training goes on, but" not in log.read_text()):
-        fill(small_disk)  # also what a failed save has given back
+        fill(small_disk)  # also use the space that a failed save has freed
         time.sleep(0.01)
-    # The older ones are still there and whole; no half of the new one is left.
+    # The older checkpoints still exist and are complete; no part of the new checkpoint is left.
     assert kept and all(verify(path) is None for path in kept)
     if mended:
         ballast.unlink()

@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(run, monkeypatch):
 
 
 def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
-    """Cut the save off after each of its disk syncs: what is found is always a whole checkpoint."""
+    """Stop a save after each of its disk syncs. There is always a complete checkpoint."""
     save(run, 5)
     real, left = files.sync, [0]
 
@@ -234,7 +234,7 @@ def test_a_crash_at_any_write_leaves_a_valid_newest(run, monkeypatch):
         real(path)
 
     monkeypatch.setattr(files, "sync", sync)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # a crash cleans nothing up
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # after a crash, nothing is cleaned up
     survived = syncs = 0
     while not survived:
         left[0], syncs = syncs, syncs + 1

@@ -88,7 +88,7 @@ def write(
 def test_small_files_read_as_transformers_reads_them(kind, tied, tmp_path):
     path = write(tmp_path / "m.gguf", kind=kind, tied=tied)
     ours = load_model(path)
-    # What from_pretrained(gguf_file=...) does, without the package accelerate that it asks for.
+    # Does the same as from_pretrained(gguf_file=...), which would require the package accelerate.
     config = transformers.LlamaConfig(**load_gguf_checkpoint(path)["config"])
     theirs = transformers.LlamaForCausalLM(config).eval()
     tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)["tensors"]
@@ -115,7 +115,7 @@ def test_linear_scaling(tmp_path):
 
 @torch.no_grad()
 def test_llama_3_scaling_is_what_transformers_computes(tmp_path):
-    """llama.cpp stores the divisors of the frequencies, and not what they are made of."""
+    """llama.cpp stores the divisors of the frequencies, and not the settings from which they are computed."""
     plain = {"rope_theta": 12_345.0, "rope_type": "default"}
     scaled = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaled |= {"rope_theta": 12_345.0, "original_max_position_embeddings": 64}
@@ -236,5 +236,5 @@ def test_smollm2_knows_the_capital_of_france():
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(plain)
     theirs.tie_weights()
     logits = model(ids)
-    assert (theirs.eval()(ids).logits - logits).abs().max() <= 1e-3  # of logits around 20
+    assert (theirs.eval()(ids).logits - logits).abs().max() <= 1e-3  # the logits are around 20
     assert tokenizer.decode(logits[0, -1:].argmax(-1)) == " Paris"

@@ -127,7 +127,8 @@ def test_stock_transformers_opens_a_saved_folder(name, tmp_path, caplog):
 
 @pytest.mark.parametrize("name", CASES)
 def test_we_open_what_transformers_saves(name, tmp_path):
-    # Values from our folder, so that nothing is at its initial value; transformers' own writing of it is then read.
+    # smolseek writes random values, so that none is an initial value. transformers then saves the model, and smolseek
+    # reads it.
     save_folder(random_model(CASES[name]), tmp_path / "a")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     theirs.save_pretrained(tmp_path / "b")
@@ -158,7 +159,7 @@ def test_a_tied_deepseek_head_is_written_for_other_engines_and_tied_again(latent
     assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
     assert values["tie_word_embeddings"] is False and values["smolseek_tied_embeddings"] is True
     assert read_config(tmp_path) == load_model(tmp_path).config == config
-    # Older folders have no head, and say that it is tied.
+    # Older folders have no head tensor, and their configuration says that the head is tied.
     rewrite(tmp_path, lambda t: t.pop("lm_head.weight"))
     del values["smolseek_tied_embeddings"], values["rope_theta"], values["rope_scaling"]
     (tmp_path / "config.json").write_text(json.dumps(values | {"tie_word_embeddings": True}))
@@ -262,7 +263,7 @@ def test_tensors_that_do_not_match_are_named(tmp_path):
     rewrite(tmp_path, lambda t: t.update({"model.layers.3.x": torch.ones(4)}))
     with pytest.raises(SmolseekError, match=r"unknown tensor model\.layers\.3\.x"):
         load_model(tmp_path)
-    # One MTP layer announced: the same tensor is that layer's.
+    # If the configuration has one MTP layer, the same tensor belongs to this layer.
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"num_nextn_predict_layers": 1}))
     load_model(tmp_path)
@@ -285,7 +286,7 @@ def test_a_head_that_contradicts_the_tie_is_taken(tmp_path):
     ours, theirs = load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert not ours.config.tie_word_embeddings and read_config(tmp_path) == ours.config
     assert (logits(theirs) - logits(ours.model)).abs().max() <= 2e-5
-    with pytest.raises(SmolseekError, match=r"lm_head\.weight differs"):  # a model that is told to be tied
+    with pytest.raises(SmolseekError, match=r"lm_head\.weight differs"):  # a model whose configuration ties the head
         load_weights(new_model(LLAMA), tmp_path)
     rewrite(tmp_path, lambda t: t.pop("model.embed_tokens.weight"))
     ours, theirs = load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -379,7 +380,7 @@ OLD_LLAMA = {
 def test_old_style_configs_mean_what_transformers_reads(values):
     ours = config_from_hf(values, "x")
     theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(values))).to_dict()
-    assert theirs["rope_parameters"].pop("type", "yarn") == "yarn"  # the old name, kept beside rope_type
+    assert theirs["rope_parameters"].pop("type", "yarn") == "yarn"  # the old name is kept next to rope_type
     mine = config_to_hf(ours)
     for name in set(mine) & set(theirs) - {"dtype", "num_nextn_predict_layers"}:
         assert mine[name] == theirs[name], name
@@ -389,7 +390,7 @@ def test_old_style_configs_mean_what_transformers_reads(values):
 def test_a_missing_original_context_is_the_context():
     scaling = {"type": "yarn", "factor": 4.0}
     rope = config_from_hf(OLD_DEEPSEEK | {"rope_scaling": scaling}, "x").rope_parameters
-    assert rope.original_max_position_embeddings == 163_840  # as transformers has it
+    assert rope.original_max_position_embeddings == 163_840  # the same value as in transformers
     assert scaling == {"type": "yarn", "factor": 4.0}
 
 

@@ -94,7 +94,7 @@ def training(text, run, *, steps: int = 2, save_every: int = 500, **balance: flo
 
 def test_in_a_training_gamma_falls_with_the_learning_rate(text, tmp_path):
     model = load_model(str(loop.train(training(text, tmp_path / "run")))).model
-    # A cosine over two steps without a warm-up: one half after the first, nothing after the second.
+    # A cosine over two steps without warm-up gives the factor one half after the first step, and 0 after the second.
     sizes = {round(float(b), 6) for router in model.routers for b in router.e_score_correction_bias.abs()}
     assert sizes <= {0.0, 0.125}
     assert 0.125 in sizes
@@ -109,8 +109,8 @@ def test_calibration_steps_change_only_the_biases_and_are_resumed_to_the_last_bi
     moved = {name for name in short if not torch.equal(short[name], calibrated[name])}
     bias = "model.layers.0.mlp.gate.e_score_correction_bias"
     assert moved == {bias}
-    assert abs(float((calibrated[bias] - short[bias]).sum())) < 1e-4  # in proportion: what one gains, the others lose
-    assert len(load_state(last)[1]["guard"]["norms"]) == 2  # a norm of 0 says nothing of spikes
+    assert abs(float((calibrated[bias] - short[bias]).sum())) < 1e-4  # proportional updates sum to 0
+    assert len(load_state(last)[1]["guard"]["norms"]) == 2  # the norm 0 of a frozen step is not used
     shutil.rmtree(last)
     again = load_model(str(loop.train(config, resume=True))).model.state_dict()
     assert all(torch.equal(again[name], calibrated[name]) for name in calibrated)
@@ -119,7 +119,7 @@ def test_calibration_steps_change_only_the_biases_and_are_resumed_to_the_last_bi
 
 
 def test_a_line_is_logged_where_the_weights_are_frozen(text, tmp_path):
-    """So no line's loss, speed or tokens are of both kinds of steps."""
+    """So no log line mixes steps with trained and with frozen weights."""
     config = training(text, tmp_path / "run", steps=5, calibration_steps=2, save_every=5)
     loop.train(replace(config, log_every=4))
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -137,7 +137,7 @@ def test_over_frozen_weights_gamma_begins_with_ten_and_falls_with_the_number_of_
 
 
 def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full():
-    """Expert 0 is called by one step in four, with all of it: its load is equal in the mean, and its median is none."""
+    """Expert 0 gets all tokens of every fourth step. Its mean load is an equal share, and its median load is 0."""
     model = new_model(CONFIG)
     some, burst = torch.full((2, 8), 4), torch.zeros(2, 8, dtype=torch.long)
     some[:, 0], some[:, 1:5] = 0, 5
@@ -153,12 +153,12 @@ def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full
         moved[calibrate] = model.routers[1].e_score_correction_bias.clone()
         for router in model.routers:
             router.e_score_correction_bias.zero_()
-    assert moved[False][0] == 0.25  # up, though it gets its share
+    assert moved[False][0] == 0.25  # the bias rises, although the expert has its share
     assert moved[True].abs().max() < 1e-6
 
 
 def test_calibration_evens_out_the_loads():
-    """The biases of a router at rest, moved as in the last steps of a run, halve its MaxVio many times over."""
+    """Calibrating the biases of a frozen router, as in the last steps of a run, reduces its MaxVio many times."""
     model, calibration = new_model(CONFIG), 400
     with torch.no_grad():
         for router in model.routers:

@@ -93,7 +93,7 @@ class Triton:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny on a GPU", "seed_159m on a GPU"])
 def test_gradients_are_those_of_plain_layers(monkeypatch, use_backend, name):
-    """Also through all that CUDA takes, in bfloat16: grouped products, kernels and few experts' choice."""
+    """Includes the operations of CUDA in bfloat16: grouped matrix multiplications, kernels, top-k as reductions."""
     grouped = name.endswith("GPU")
     context = torch.autocast("cpu", torch.bfloat16) if grouped else None
     shape = replace(preset(name.split()[0]), hidden_size=128, num_hidden_layers=2, vocab_size=64)
@@ -116,11 +116,11 @@ def test_gradients_are_those_of_plain_layers(monkeypatch, use_backend, name):
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0
     if grouped:
-        assert not torch._dynamo.utils.counters["graph_break"]  # a layer is one piece
+        assert not torch._dynamo.utils.counters["graph_break"]  # a layer is one graph
     for name, actual in gradients(model, context).items():
         far = (actual - expected[name]).norm() / expected[name].norm()
         assert far < (2e-2 if grouped else 1e-5), name
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all layers, each time, are one code
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs  # all layers use the same compiled code
 
 
 def fails(graph, inputs):
@@ -136,7 +136,7 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_the_model_as_it_was(monk
     monkeypatch.setattr(compiling, "BACKEND", code)
     model = new_model(CONFIG.model)
     expected = gradients(model)
-    capsys.readouterr()  # SMOLSEEK_BACKEND, where it is set, is said there
+    capsys.readouterr()  # a message about SMOLSEEK_BACKEND, if it is set
     compiled(model)
     error = capsys.readouterr().err
     assert model.call_block is call_block and says in error
@@ -178,7 +178,7 @@ def test_a_training_is_the_same(tmp_path):
             eval_tokens=64,
             log_every=1,
             sample_tokens=0,
-            precision="float32",  # on every processor: bfloat16 sums in another order differ by far more
+            precision="float32",  # because bfloat16 sums in another order differ by far more
             compile=how,
         )
         model = load_model(str(train(config))).model

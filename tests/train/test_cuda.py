@@ -75,7 +75,7 @@ def test_captured_and_compiled_micro_batches_are_the_plain_ones(name, how, capsy
     assert capsys.readouterr().err == ""
     assert forward_backward.captured
     assert (forward_backward.model.call_block is not call_block) == (how == "compiled")
-    for _ in range(2):  # the second time gradients have been dropped in between
+    for _ in range(2):  # between the two calls, the gradients are dropped
         actual, grads = gradients(forward_backward, batches)
         assert actual == pytest.approx(values, rel=2e-3)
         if how == "graph":
@@ -85,7 +85,7 @@ def test_captured_and_compiled_micro_batches_are_the_plain_ones(name, how, capsy
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_captured_micro_batch_sees_what_the_run_changes(accumulation):
-    """Weights that the optimizer moved and biases that the balancing did, in a step's first and later micro-batches."""
+    """A replayed graph sees updated weights and router biases, in the first and in later micro-batches of a step."""
     run = replace(config("deepseek_159m"), grad_accum=accumulation)
     batches = [sequences_of(run, seed) for seed in range(accumulation)]
     forward_backward = ForwardBackward(
@@ -107,7 +107,7 @@ def test_a_captured_micro_batch_sees_what_the_run_changes(accumulation):
     loads = [[each(sequences).load_LE.clone() for sequences in batches] for each in (forward_backward, plain)]
     for captured, expected in zip(*loads, strict=True):
         assert torch.equal(captured, expected)
-        assert (captured[:, 3] == run.batch_size * run.seq_len).all()  # every token chooses it
+        assert (captured[:, 3] == run.batch_size * run.seq_len).all()  # every token chooses expert 3
     actual, expected = (
         [p.grad for p in each.model.parameters() if p.grad is not None] for each in (forward_backward, plain)
     )

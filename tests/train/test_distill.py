@@ -68,7 +68,7 @@ def test_without_gradients_none_are_made(monkeypatch):
     monkeypatch.setattr(torch, "mm", lambda a, b, **options: products.append(b.shape) or real(a, b, **options))
     with torch.no_grad():
         actual = linear_kl(h, w, taught, v, targets).objective
-    assert torch.equal(actual, expected) and products == [(64, 1000), (64, 1000)]  # both models' logits
+    assert torch.equal(actual, expected) and products == [(64, 1000), (64, 1000)]  # the logits of both models
 
 
 def test_under_autocast_it_stays_near():
@@ -200,7 +200,7 @@ def tiny(small, tmp_path_factory):
 
 
 def test_the_text_that_the_source_writes_is_enough_to_train_and_to_validate_on(tiny):
-    """However little is asked for, and wherever its few documents fall in the split."""
+    """The text is enough even for few requested tokens, and for any split of its few documents."""
     run = tiny / "from-self"
     arguments = ["--calibration", "self", "--tokens", "64", "--seq-len", "32", "--held-out-tokens", "64"]
     assert main(["heal", str(tiny / "half"), "--run", str(run), *arguments]) == 0

@@ -23,13 +23,13 @@ def test_peaks_of_runs_are_predicted(name):
     _, model, sizes, how = name.split()
     batch, length, accumulation = map(int, sizes.split("x"))
     options = {"batch_size": batch, "seq_len": length, "grad_accum": accumulation, "grad_checkpointing": how}
-    sizes = footprint(preset(model), Run(bfloat16=False, **options))  # on a processor without bfloat16 products
+    sizes = footprint(preset(model), Run(bfloat16=False, **options))  # as without bfloat16 multiplication
     measured = RESULTS[name]["bytes"] + RESULTS[name]["program_bytes"]
     assert sum(sizes.values()) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(
-    ("name", "batch", "accumulation", "measured"),  # what PyTorch reserved on an H200 (docs/performance.md)
+    ("name", "batch", "accumulation", "measured"),  # memory that PyTorch reserved on an H200 (docs/performance.md)
     [("deepseek_159m", 4, 4, 4.0e9), ("seed_159m", 4, 4, 4.0e9), ("deepseek_159m", 16, 1, 4.73e9)],
 )
 def test_peaks_on_a_gpu_are_predicted(name, batch, accumulation, measured):

@@ -128,7 +128,7 @@ def test_one_bad_batch_is_skipped_and_named(text, tmp_path, plant):
 
 
 def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monkeypatch):
-    """The weights after skipping data are those of a run that never had these data."""
+    """A run that skips data has the same weights as a run that never had these data."""
     plant({1})
     skipping = loop.train(config(tmp_path / "skipping", text, steps=4))
     monkeypatch.undo()
@@ -144,7 +144,7 @@ def test_a_skipped_step_leaves_no_trace_in_the_model(text, tmp_path, plant, monk
 
 
 def test_after_three_bad_batches_the_run_returns_to_the_checkpoint_and_goes_on_with_later_data(text, tmp_path, plant):
-    plant({5, 6, 7})  # after five good steps; the checkpoint is that of step 4
+    plant({5, 6, 7})  # after five good steps, with a checkpoint at step 4
     run = tmp_path / "run"
     last = loop.train(config(run, text))
     [returned] = [(r["step"], r["returned"]) for r in records(run) if "returned" in r]
@@ -156,13 +156,13 @@ def test_after_three_bad_batches_the_run_returns_to_the_checkpoint_and_goes_on_w
     assert saved["guard"]["returns"] == 1 and saved["guard"]["skipped_steps"] == 3
     assert saved["progress"]["tokens"] == 8 * STEP_TOKENS and saved["guard"]["skipped_tokens"] == 4 * STEP_TOKENS
     assert saved["data"]["tokens"] == 12 * STEP_TOKENS and math.isfinite(saved["progress"]["loss"])
-    # Undone steps leave no record behind.
+    # Undone steps have no record in the metrics.
     assert [r["step"] for r in records(run) if "lr" in r] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("kill_after_skips", [1, 2, 4])
 def test_killed_between_bad_batches_it_has_the_same_weights(text, tmp_path, plant, monkeypatch, kill_after_skips):
-    """One kill after the first and second of three bad batches, and one after the return that the third brings."""
+    """Kill the run after the first or second of three bad batches, or after the rollback that follows the third."""
     plant({5, 6, 7, 10})
     undisturbed = loop.train(config(tmp_path / "whole", text))
 
@@ -190,7 +190,7 @@ def test_killed_between_bad_batches_it_has_the_same_weights(text, tmp_path, plan
 
 
 def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monkeypatch):
-    """SIGTERM after the second of three: the checkpoint holds two, so the third after the resume leads back."""
+    """SIGTERM comes after two of three bad batches. The checkpoint counts two, so the third causes a rollback."""
     plant({5, 6, 7})
     undisturbed = loop.train(config(tmp_path / "whole", text))
     real = Guard.skip
@@ -211,7 +211,7 @@ def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monke
     last = loop.train(config(run, text), resume=True)
     log = (run / "train.log").read_text()
     assert log.count("is skipped") == 3
-    # It goes back to the checkpoint of the stop, at step 5, where the undisturbed run has only that of step 4.
+    # The rollback goes to step 5, where the stopped run saved. The undisturbed run goes back to step 4.
     assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [5]
     assert state(last)["guard"]["skipped_steps"] == state(undisturbed)["guard"]["skipped_steps"] == 3
 
@@ -233,7 +233,7 @@ def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, 
 
 
 def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(text, tmp_path, plant):
-    plant(set(range(4, 10)))  # three bad steps after step 4, and three more after the return to it
+    plant(set(range(4, 10)))  # three bad steps after step 4, and three more after the rollback to step 4
     run = tmp_path / "run"
     last = loop.train(config(run, text, steps=6))
     assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [4]
@@ -261,7 +261,7 @@ def test_a_spike_is_skipped_only_with_the_option():
     assert calm.judge(30.0, 1.0) is None and calm.losses == []
     assert "loss is 30" in str(strict.judge(30.0, 1.0)) and "gradient norm is 9" in str(strict.judge(3.0, 9.0))
     assert strict.judge(3.2, 1.1) is None and strict.judge(0.1, 0.1) is None
-    for step in range(WINDOW + 1, 3 * WINDOW):  # the weights rest: no gradients to measure later ones against
+    for step in range(WINDOW + 1, 3 * WINDOW):  # frozen weights: later gradient norms are not compared with these steps
         strict.passed(step, 3.0, None)
     assert strict.judge(3.2, 1.1) is None and strict.furthest == 3 * WINDOW - 1
     other = Guard(GuardConfig(spike=6))
@@ -341,7 +341,7 @@ def test_after_a_batch_systems_signal_the_first_sigterm_waits_for_the_save():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_and_saves(text, undisturbed, tmp_path, monkeypatch, number):
-    """Also one that comes in an evaluation, which is made up for after the resume."""
+    """The signal may also come during an evaluation, which the resumed run repeats."""
     handler = signal.getsignal(number)
     for place, name, calls in (("Guard", "judge", 3), ("loop", "evaluate", 1)):
         run = tmp_path / place
@@ -446,7 +446,7 @@ def test_log_and_samples_are_cut_back_with_the_metrics(text, tmp_path):
 
     def steps(text):
         lines = [line for line in text.splitlines() if line.startswith(("step ", "val ", "Audit"))]
-        return [line.rsplit("  ", 1)[0] if line.startswith("step ") else line for line in lines]  # without tok/s
+        return [line.rsplit("  ", 1)[0] if line.startswith("step ") else line for line in lines]  # without tokens/s
 
     again = (run / "train.log").read_text()
     assert steps(again) == steps(log) and again.count("Resuming ") == 1 and "a torn li" not in again
@@ -460,12 +460,12 @@ def test_only_the_last_checkpoints_and_every_mth_stay(text, tmp_path):
 
 
 def test_a_disk_that_is_full_for_a_while(text, undisturbed, tmp_path, monkeypatch, capsys):
-    """Nothing can be written in the middle of the run: it goes on, and everything is there in the end."""
+    """In the middle of the run nothing can be written. The run goes on, and nothing is missing at its end."""
     run = tmp_path / "run"
     real_write, real_open = safetensors_file.write, builtins.open
     full = []
 
-    def write(path, entries):  # by the checkpoint's name: its thread may still write when the next steps are done
+    def write(path, entries):  # fails by name, because the saving thread may still write during the next steps
         real_write(path, entries)
         if path.parent.name.endswith(("step-000004", "step-000006")):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -523,7 +523,7 @@ def test_a_bug_in_the_writing_thread_surfaces(text, tmp_path, monkeypatch):
 
 
 def test_the_training_does_not_wait_for_the_disk(text, tmp_path, monkeypatch):
-    """Steps are made while a checkpoint is being written; the next save waits for it."""
+    """Training continues while a checkpoint is written, and the next save waits for it."""
     real, passed = CheckpointWriter.write_shard, Guard.passed
     during, step_done = [], threading.Event()
 

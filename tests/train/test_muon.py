@@ -27,7 +27,7 @@ def test_a_stack_moves_as_its_slices_do_under_torchs_muon(matrices):
     ours = MuonAdamW([{"params": [stack], "matrices": matrices}], lr=0.01, weight_decay=0.1, fused=True)
     theirs = torch.optim.Muon(slices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(4):
-        # Slices of very different size: one norm over the stack would show.
+        # The slices have very different scales, so that one common norm of the stack would be noticed.
         grad = torch.randn(3, 32, 24, generator=draw) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
         stack.grad = grad
         for p, g in zip(slices, grad.reshape(3 * matrices, 32 // matrices, 24), strict=True):
@@ -36,7 +36,7 @@ def test_a_stack_moves_as_its_slices_do_under_torchs_muon(matrices):
         theirs.step()
     expected = torch.stack([p.detach() for p in slices]).reshape(start.shape)
     moved = (expected - start).norm()
-    # Batched and single products round bfloat16 differently.
+    # Batched and single matrix multiplications round bfloat16 differently.
     assert (stack.detach() - expected).norm() < 0.02 * moved
     assert torch.equal(stack.grad, grad)
 

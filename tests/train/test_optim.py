@@ -57,7 +57,8 @@ def test_schedules_are_those_of_transformers(kind):
             optimizer, warmup, 100, num_training_steps=steps, min_lr_ratio=minimum, decay_type="linear"
         ).lr_lambdas[0]
     schedule = ScheduleConfig(kind=kind, warmup_steps=warmup, final_factor=minimum, decay_fraction=0.2)
-    # Theirs is asked before the first step and begins at 0, ours says what step t takes. Their wsd warms up from floor.
+    # transformers' schedule starts at 0 before the first step, and ours gives the rate of step t. Their wsd warms up
+    # from the floor.
     for step in range(0 if kind == "cosine" else warmup - 1, steps):
         assert Schedule(config=schedule, steps=steps).lr(step) == pytest.approx(theirs(step + 1), abs=1e-9), step
 

@@ -21,7 +21,7 @@ TEXT = "The sea is wide and the wind is free. Ships go over the sea and come hom
 
 
 def a_training(path, text, **settings):
-    # 49,152 tokens are the tokenizer's; everything else is as small as it goes.
+    # The tokenizer needs 49,152 tokens; all other sizes are as small as possible.
     shape = replace(tiny(), num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16)
     return TrainConfig(
         model=shape,
@@ -57,7 +57,7 @@ def test_samples_grow_and_change_no_bit_of_the_training(tmp_path):
     assert [record["step"] for record in records] == [2, 4, 6]
     assert [record["step"] for record in RunFolder(tmp_path / "without").read_metrics() if "samples" in record] == [6]
 
-    # A resume writes none twice, and the last ones are those of a run that was never stopped.
+    # A resumed run writes no sample twice, and its last samples are those of a run that never stopped.
     for path in (tmp_path / "with" / "checkpoints").glob("step-000006"):
         path.rename(path.with_name("set-aside"))
     loop.train(a_training(tmp_path / "with", text, sample_every=2), resume=True)

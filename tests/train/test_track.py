@@ -45,7 +45,7 @@ def test_figures_arrive_in_order_and_once(tmp_path, monkeypatch, kind):
     run.append_metrics({"step": 0, "machine": {"cores": 2}})
     with Tracker(kind, run, flatten(to_dict(config))) as tracker:
         tracker.open(0)
-        run.append_metrics({"step": 0, "val_kl": 0.5})  # a healing says where it began
+        run.append_metrics({"step": 0, "val_kl": 0.5})  # a recovery logs the divergence at its start
         run.append_metrics({"step": 10, "loss": 9.5, "maxvio_layers": [1, 2], "finished": True, "note": "x"})
         tracker.follow()
         tracker.follow()
@@ -134,7 +134,7 @@ def test_a_tracker_that_cannot_begin_does_not_stop_the_run(tmp_path, monkeypatch
 
 
 def test_a_file_that_a_return_has_cut_is_not_read(tmp_path, monkeypatch):
-    """Records of the new beginning may end in the middle of a line of the old file."""
+    """After a rollback, new records may end in the middle of a line of the old file."""
     module = StandIn("trackio")
     monkeypatch.setitem(sys.modules, "trackio", module)
     run, config = a_run(tmp_path / "mine")
