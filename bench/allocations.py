@@ -1,4 +1,4 @@
-"""Bytes allocated by torch's CPU allocator, by its own count; the memory tests import this too."""
+"""Counts the bytes that torch's CPU allocator allocates. The memory tests import this file, too."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,14 +8,14 @@ from torch._C._profiler import _EventType
 
 
 class AllocatedBytes(NamedTuple):
-    """Bytes in addition to those allocated before."""
+    """Numbers of bytes, beyond the bytes that were allocated before."""
 
     peak: int
     end: int
 
 
 def allocations(run: Callable[[], object]) -> AllocatedBytes:
-    """Return what `run` allocates, at its peak and at its end."""
+    """Return how many bytes are allocated at the peak and at the end of `run`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()  # held until the profile ends
     samples, events = [], list(profile.profiler.kineto_results.experimental_event_tree())

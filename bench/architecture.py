@@ -1,15 +1,15 @@
-"""The size and shape of the code: lines, longest files and functions, repeated lines, import circles.
+"""Measures the code: its lines, its longest files and functions, its repeated lines and its import circles.
 
     python bench/architecture.py                              this checkout, as "after"
     python bench/architecture.py --at OTHER --as before       another checkout
     python bench/architecture.py --tests                      and how long `make test` takes there
     python bench/architecture.py --check                      writes nothing, exits with 1 if a limit is passed
 
-Counted are Python, C, templates and what a page loads, in src/smolseek. Repeated lines: every run of six lines that are
-neither blank nor an import is hashed, without white space; a place is a part of a file in which every such run also
-occurs elsewhere. A module's imports are all of its import statements, also within functions, except those for type
-checkers; a circle is a set of modules that import each other, directly or not. Writes
-docs/results/architecture.json.
+The lines of Python, C, templates and files that a page loads are counted, in src/smolseek. To find repeated lines,
+every run of six lines is hashed without white space, blank lines and imports. A place is a part of a file in which
+every such run also occurs elsewhere. All import statements of a module count, also those within functions, but not
+those for type checkers. An import circle is a set of modules that import each other, directly or indirectly. The
+results are written to docs/results/architecture.json.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def python_functions(file: str, text: str) -> Iterator[Function]:
 
 
 def c_functions(file: str, text: str) -> Iterator[Function]:
-    """A function starts at a brace of depth 0 after a parenthesis; macros, comments and strings are left out."""
+    """Yield the functions of a C file: a function starts at a brace of depth 0 after a parenthesis."""
 
     def blank(match: re.Match) -> str:
         return re.sub(r"[^\n]", " ", match[0])
@@ -119,7 +119,7 @@ def circles(sources: dict[str, str]) -> list[list[str]]:
 
 
 def measure(root: Path) -> dict:
-    """Return the figures of the checkout `root`."""
+    """Return the measurements of the checkout `root`."""
     source = root / "src"
     files = read([p for p in (source / "smolseek").rglob("*") if p.suffix in SUFFIXES], source)
     python = {file: text for file, text in files.items() if file.endswith(".py")}
@@ -160,7 +160,7 @@ def commit(root: Path) -> str:
 
 
 def broken_limits(figures: dict) -> list[str]:
-    """Return what `make check` refuses, one line each."""
+    """Return a line for each limit that the code exceeds, which makes `make check` fail."""
     return [
         *(f"{file} lines: a file has at most {FILE_LINES}" for file in figures["files_above_350"]),
         *(f"{name} lines: a function has at most {FUNCTION_LINES}" for name in figures["functions_above_80"]),

@@ -1,4 +1,4 @@
-"""Time of the audit, and proof that correct models of full size pass.
+"""Measures the time of the audit, and checks that correct models of full size pass it.
 
     python bench/audit.py                     the presets up to 159M, and SmolLM2 where it is installed
     python bench/audit.py /tmp/converted      also another model folder
@@ -34,7 +34,7 @@ def compiled_deepseek_159m() -> torch.nn.Module:
 
 
 def main() -> None:
-    from machine import describe  # beside this file: found when it runs, not when the audit imports it for its models
+    from machine import describe  # found only if this file is run as a script, not if it is imported
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*")

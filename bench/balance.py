@@ -1,4 +1,4 @@
-"""Global MaxVio of `tiny` with and without loss-free balancing, on the same data.
+"""Measures the global MaxVio of `tiny` with and without loss-free balancing, on the same data.
 
     python bench/balance.py            300 steps each, about three minutes a run on two cores
 

@@ -1,13 +1,13 @@
-"""Decoding and prefill speed of smolseek and transformers, with the same weights, dtype and threads.
+"""Measures decoding and prefill speed of smolseek and transformers, with the same weights, dtype and threads.
 
     python bench/decode.py                       about five minutes on two cores
     python bench/decode.py --rounds 3 --model deepseek_159m --batch 1
     smolseek convert smollm2 FOLDER; python bench/decode.py --model FOLDER --name smollm2_exact
     OMP_NUM_THREADS=2 taskset -c 0,1 python bench/decode.py --generate smollm2      what --dtype auto gains, one minute
 
-The two alternate within each round. A round is the median over `--steps` tokens, and the table shows the median round
-and the range. Prints a table and writes docs/results/decode.json, where a new result replaces that of the same case;
-the others stay, each with its date, commit and command.
+smolseek and transformers alternate within each round. The result of a round is the median over `--steps` tokens. The
+table shows the median and the range of the rounds. The results are also written to docs/results/decode.json. A new
+result replaces the old result of the same case; all other results stay, each with its date, commit and command.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def median(values):
 
 
 def bandwidth() -> float:
-    """Return the bytes per second of a copy of 128 MB, read and written."""
+    """Return the bytes per second that are read and written in a copy of 128 MB."""
     a = torch.ones(32 * 2**20)
     b = torch.empty_like(a)
     times = []
@@ -93,7 +93,7 @@ def prefills(model, oracle, tokens: int, rounds: int) -> tuple[list[float], list
 
 
 def best_setting(oracle, batch: int, cached: int) -> tuple[str | None, bool]:
-    """Try transformers' implementations of the experts and its two caches once each; return the fastest."""
+    """Try transformers' implementations of the experts with its two caches once each. Return the fastest setting."""
     timed = []
     for experts in EXPERTS if hasattr(oracle.config, "n_routed_experts") else (None,):
         for static in (False, True):
@@ -111,7 +111,7 @@ def best_setting(oracle, batch: int, cached: int) -> tuple[str | None, bool]:
 
 @torch.inference_mode()
 def best_for_prompts(oracle, tokens: int) -> str | None:
-    """Try transformers' implementations of the experts on a prompt, twice each; leave it at the fastest."""
+    """Try each of transformers' implementations of the experts twice on a prompt, and select the fastest."""
     if not hasattr(oracle.config, "n_routed_experts"):
         return None
     timed, ids = [], torch.randint(1000, (1, tokens))
@@ -136,7 +136,7 @@ def bytes_per_token(config, itemsize: int, batch: int, cached: int) -> int:
 
 
 def command(args) -> str:
-    """Return the command, without paths of this machine."""
+    """Return the command line of this benchmark, without paths of this machine."""
     models = ["FOLDER" if Path(target).is_dir() else target for target in args.model]
     arguments = ["--model", *models, "--batch", *args.batch, "--cached", *args.cached, "--prompt", *args.prompt]
     arguments += ["--dtype", *args.dtype, "--rounds", args.rounds, "--steps", args.steps, "--threads", args.threads]
@@ -162,7 +162,7 @@ def generate(target: str, dtype: str) -> tuple[str, float]:
 
 
 def number_formats(target: str, rounds: int) -> dict:
-    """Decode from the command line in float32 and in the format that `auto` selects, alternating."""
+    """Run `smolseek generate` in float32 and in the number format that `auto` selects, alternately."""
     rates: dict[str, list[float]] = {"float32": [], "auto": []}
     auto_dtype = ""
     for _ in range(rounds):
@@ -194,7 +194,7 @@ def write(out: Path, steps: list[dict], prompts: list[dict], formats: list[dict]
         ("prompt", prompts, ("model", "dtype", "tokens")),
         ("generate", formats, ("model", "auto")),
     ):
-        # Older files have date and machine once for all results.
+        # Older files have only one date and machine for all results.
         measured = {tuple(row[key] for key in keys): {**common, **row} for row in before.get(part, [])}
         measured |= {tuple(row[key] for key in keys): row for row in new}
         result[part] = list(measured.values())

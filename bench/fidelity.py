@@ -1,9 +1,10 @@
-"""The error of the exact conversion of SmolLM2-135M-Instruct: the first figures of docs/conversion.md.
+"""Measures the error of the exact conversion of SmolLM2-135M-Instruct, for the first table of docs/conversion.md.
 
     python bench/fidelity.py --data FILE_OR_FOLDER     held-out text; `builtin` is the default
 
-Stock transformers opens the original GGUF file and each converted folder; native is our own engine. Prints a line for
-each figure and writes docs/results/conversion.json after each, so that an interrupted run keeps its results.
+Stock transformers opens the original GGUF file and each converted folder. Cases named `native` use smolseek's own
+engine. A line is printed for each result. docs/results/conversion.json is written after each result, so that an
+interrupted run keeps its results.
 """
 
 import argparse
@@ -39,7 +40,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Measured:
-    """The hidden states of a model on some text, without the model."""
+    """The hidden states of a model on some text, which are kept without the model."""
 
     def __init__(self, model: torch.nn.Module, sequences: torch.Tensor) -> None:
         self.sequences = sequences
@@ -47,20 +48,20 @@ class Measured:
         self.head = model.lm_head.weight.detach().float()
 
     def first(self, count: int) -> "Measured":
-        """Return what was measured on the first sequences."""
+        """Return the hidden states of the first sequences only."""
         out = copy.copy(self)
         out.sequences, out.states = self.sequences[:count], self.states[:count]
         return out
 
     def against(self, other: "Measured", start: int = 0) -> dict:
-        """Compare, this one being A, from position `start` of each sequence on."""
+        """Compare this model (A) with another model (B), from position `start` of each sequence on."""
         a, b = [s[start:] for s in self.states], [s[start:] for s in other.states]
         return asdict(compare_states(a, self.head, b, other.head, self.sequences[:, start:]))
 
 
 @torch.inference_mode()
 def continuations(model: torch.nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """Greedy continuations by transformers; the end token does not stop them, so all have one length."""
+    """Return greedy continuations by transformers. The end token does not stop them, so all have the same length."""
     written = []
     for ids in prompts:
         prompt = torch.tensor([ids])

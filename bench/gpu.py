@@ -1,14 +1,15 @@
-"""Training steps (at the original experiment's batch and larger ones) and decoding on a GPU, with a profile.
+"""Measures and profiles training steps and decoding on a GPU.
 
     python bench/gpu.py                          all parts, about four minutes; docs/results/gpu.json
     python bench/gpu.py --device cpu --model tiny --batches 2x2 --modes plain     the same code on a CPU, to test it
 
-A step is that of the training loop: `grad_accum` micro-batches of `batch` x 256 random tokens, clipping, the guard's
-check of loss and norm, fused AdamW and the router biases. Modes: `plain` (eager PyTorch), `graph` (forward and backward
-as a CUDA graph), `auto` (compiled layers as well, the default for runs of 1,000 steps or more), `recompute` (as in the
-original, --grad-checkpointing full), `transformers` (stock modeling code, grouped matrix products, bfloat16 autocast,
-fused AdamW). Utilisation is the active floating point operations over the
-peak of an 8,192^3 bfloat16 product in the same process.
+A training step is the same as in the training loop: `grad_accum` micro-batches of `batch` x 256 random tokens, gradient
+clipping, the guard's check of loss and norm, fused AdamW, and the update of the router biases. The batch sizes are that
+of the original experiment and larger ones. The modes are `plain` (eager PyTorch), `graph` (forward and backward as a
+CUDA graph), `auto` (a CUDA graph of compiled layers, the default for runs of 1,000 steps or more), `recompute` (as in
+the original experiment, --grad-checkpointing full), and `transformers` (stock modeling code, grouped matrix
+multiplications, bfloat16 autocast, fused AdamW). Utilisation is the rate of active floating point operations divided by
+the peak rate of an 8,192^3 bfloat16 matrix multiplication in the same process.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def copy_rate(device: str) -> float:
 
 
 class Trainer:
-    """A model with everything for a step of the training loop."""
+    """A model with everything that a step of the training loop needs."""
 
     def __init__(self, name: str, batch: int, accum: int, mode: str, device: str) -> None:
         model = preset(name)
@@ -125,7 +126,7 @@ class Trainer:
         return result
 
     def profile(self, path: Path) -> None:
-        """Write the device time by kernel."""
+        """Write the device time of each kernel."""
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
@@ -138,7 +139,7 @@ class Trainer:
 
 
 class Theirs(Trainer):
-    """Transformers' model of the same shape, in the loop that its documentation shows."""
+    """Transformers' model of the same shape, in the training loop that transformers' documentation shows."""
 
     def __init__(self, name: str, batch: int, accum: int, mode: str, device: str) -> None:
         from transformers import AutoModelForCausalLM
@@ -173,7 +174,7 @@ class Theirs(Trainer):
 
 
 def train_worker(args: argparse.Namespace) -> None:
-    """Measure the batches and modes of one model; a JSON line for each."""
+    """Measure all batch sizes and modes of one model, and print a JSON line for each."""
     peak = gemm_peak(args.device)
     name = args.model[0]
     flops = 3 * flops_per_token(preset(name), 256)
@@ -199,7 +200,7 @@ def train_worker(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def decode_worker(args: argparse.Namespace) -> None:
-    """Time decode steps, as a CUDA graph and eager; a JSON line for each."""
+    """Time decoding steps as a CUDA graph and in eager mode, and print a JSON line for each."""
     from smolseek.generate.engine import Decoder
 
     for name in args.model:

@@ -1,14 +1,15 @@
-"""The loader beside the model: tokens a second of the data alone, of a training step alone, and of both together.
+"""Measures the tokens per second of the data loader alone, of training steps alone, and of both together.
 
     python bench/loader.py            a minute and a half on two cores
     python bench/loader.py --serve    the stand-in for the hub alone, for trying the commands that read from it
 
-The text is the English of the running Python, cut into documents of Cosmopedia's length, several numbered copies of it
-in parquet shards of Cosmopedia's columns. It is streamed from a stand-in for the hub on loopback (tests/data), a
-process of its own on the same cores, and read once more as `smolseek prepare` wrote it. The model is deepseek_159m in
-bfloat16, 4 sequences of 256 tokens a step, as in `smolseek train`; it is measured on fixed sequences
-and then fed by each loader, so that it should never wait. "First batch" is a fresh process: tokenizer, corpus,
-split, first sequences. Writes docs/results/loader.json.
+The text is the English text in the running Python, cut into documents of Cosmopedia's length. Several numbered copies
+of the text are written to parquet shards with Cosmopedia's columns. These shards are streamed from a stand-in for the
+hub on loopback (tests/data), which is a separate process on the same cores. The same text is also read from a folder
+that `smolseek prepare` wrote. The model is deepseek_159m in bfloat16 with 4 sequences of 256 tokens a step, as in
+`smolseek train`. It is measured on fixed sequences, and then on the sequences of each loader, for which the model
+should never wait. "First batch" is the time that a new process needs for tokenizer, corpus, split and first sequences.
+The results are written to docs/results/loader.json.
 """
 
 import argparse
@@ -43,7 +44,7 @@ configs:
 
 
 def parquet_shards() -> dict[str, bytes]:
-    """The files of the stand-in: path -> bytes, 1,000 rows a row group as in Cosmopedia."""
+    """Return the files of the stand-in for the hub (path -> bytes). A row group has 1,000 rows, as in Cosmopedia."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -64,7 +65,7 @@ def parquet_shards() -> dict[str, bytes]:
 
 
 def serve() -> None:
-    """Serve the shards until stdin ends, and print the settings that lead there as a line of JSON."""
+    """Serve the shards until stdin ends. Print the environment variables that select this server as a line of JSON."""
     spec = importlib.util.spec_from_file_location("stand_in_hub", ROOT / "tests/data/stand_in_hub.py")
     assert spec and spec.loader
     stand_in = importlib.util.module_from_spec(spec)
@@ -76,7 +77,7 @@ def serve() -> None:
 
 
 def open_stream(source: str):
-    """The training sequences of `source`, as the training loop opens them."""
+    """Return the training sequences of `source`, opened as in the training loop."""
     from smolseek.config import DataConfig
     from smolseek.data import datasets
     from smolseek.presets import preset
@@ -98,18 +99,18 @@ def open_stream(source: str):
 
 
 def first_batch() -> None:
-    """Print when the first sequences of the built-in corpus were read."""
+    """Print how long it takes until the first sequences of the built-in corpus are read."""
     sequences = open_stream("builtin").next_batch(BATCH)
     print(json.dumps({"shape": list(sequences.shape), "at": time.time()}))
 
 
 def loader(source: str, seconds: float) -> None:
-    """Print the tokens a second of the loader alone, and the time to its first sequence."""
+    """Print the tokens per second of the loader alone, and the time to its first sequence."""
     begun = time.perf_counter()
     stream = open_stream(source)
     stream.next_batch(BATCH)
     first = time.perf_counter() - begun
-    while time.perf_counter() - begun < first + 2:  # what was in the queue
+    while time.perf_counter() - begun < first + 2:  # the queue was filled before
         stream.next_batch(BATCH)
     begun, tokens = time.perf_counter(), 0
     while (spent := time.perf_counter() - begun) < seconds:
@@ -119,7 +120,7 @@ def loader(source: str, seconds: float) -> None:
 
 
 def model(sources: list[str], seconds: float) -> None:
-    """Print the tokens a second of training steps on fixed sequences and on those of each source, in turns."""
+    """Print the tokens per second of training steps, alternately on fixed sequences and on those of each source."""
     import torch
 
     from smolseek.config import OptimConfig
@@ -137,7 +138,7 @@ def model(sources: list[str], seconds: float) -> None:
     streams = {source: open_stream(source) for source in sources}
 
     def step(next_batch) -> tuple[float, float]:
-        """Seconds of a step, and of them the seconds that the model waited for its batch."""
+        """Return the seconds of a step, and the seconds that the model waited for its batch during this step."""
         begun = time.perf_counter()
         rows = next_batch()
         waited = time.perf_counter() - begun
@@ -173,7 +174,7 @@ def model(sources: list[str], seconds: float) -> None:
 
 
 def ask(*arguments: object, env: dict[str, str] | None = None) -> dict:
-    """Run this file's part named by `arguments` in a process of its own and return what it printed."""
+    """Run this script with `arguments` in a new process, and return what it prints."""
     done = subprocess.run([sys.executable, __file__, *map(str, arguments)], env=env, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 

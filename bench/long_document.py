@@ -1,10 +1,11 @@
-"""One document of 20 MB against the same text in 3,000 documents: time, memory and tokens of `smolseek prepare`.
+"""Compares `smolseek prepare` on one document of 20 MB and on the same text in 3,000 documents: time, memory, tokens.
 
     python bench/long_document.py        a minute and a half on two cores
 
-The text is the English of the running Python, several numbered copies of it, cut in front of line breaks, where the
-tokenizer cuts, too. Both are prepared in turns, each by a process of its own, whose time and peak memory the kernel
-tells. Their tokens must be the same but for the end tokens. Writes docs/results/long_document.json.
+The text consists of several numbered copies of the English text in the running Python. It is cut in front of line
+breaks, where the tokenizer also splits a text. Both versions of the text are prepared alternately, each in a new
+process, whose time and peak memory the operating system reports. Except for end tokens, both versions must give the
+same tokens. The results are written to docs/results/long_document.json.
 """
 
 import argparse
@@ -26,7 +27,7 @@ EOS = 0
 
 
 def cut_text() -> list[str]:
-    """The text, cut into `DOCUMENTS` documents."""
+    """Return the text, cut into `DOCUMENTS` documents."""
     from smolseek.data.sources import read_documents
 
     text = "\n\n".join(read_documents(["builtin"], "text"))
@@ -43,7 +44,7 @@ def cut_text() -> list[str]:
 
 
 def prepare(source: Path, out: Path) -> dict[str, float]:
-    """Seconds, processor seconds and peak memory in bytes of `smolseek prepare`."""
+    """Run `smolseek prepare`, and return its seconds, processor seconds and peak memory in bytes."""
     command = [sys.executable, "-m", "smolseek", "prepare", str(out), "--data", str(source)]
     begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"})
@@ -54,7 +55,7 @@ def prepare(source: Path, out: Path) -> dict[str, float]:
 
 
 def tokens(out: Path) -> np.ndarray:
-    """All tokens of a prepared folder but the end tokens."""
+    """Return all tokens of a prepared folder except the end tokens."""
     ids = np.concatenate([np.fromfile(path, "<u2") for path in sorted(out.glob("*.tokens"))])
     return ids[ids != EOS]
 
@@ -67,7 +68,7 @@ def main() -> None:
     measured: dict[str, list[dict[str, float]]] = {"one document": [], "3,000 documents": []}
     with tempfile.TemporaryDirectory() as name:
         folder, texts = Path(name), cut_text()
-        # A second document, or a single one would be cut for the split.
+        # A second document is added, because a single document would be cut for the validation split.
         for kind, documents in (
             ("one document", ["".join(texts), "The end."]),
             ("3,000 documents", [*texts, "The end."]),

@@ -1,4 +1,4 @@
-"""Date, machine, versions and commit of a result, and a timer."""
+"""Describes date, machine, versions and commit of a result, and measures times."""
 
 import subprocess
 import time
@@ -14,7 +14,7 @@ def git(*arguments: str) -> str:
 
 
 def describe() -> dict:
-    """Return date, machine, versions and commit, as JSON types; changed results do not make the commit dirty."""
+    """Return date, machine, versions and commit as JSON types. Changes in docs/results do not make a commit dirty."""
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs/results")
     return logging.describe() | {"commit": (git("describe", "--always") + ("-dirty" if changed else "")) or None}
 

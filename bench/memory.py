@@ -1,20 +1,23 @@
-"""Memory of training: the savings of recomputation and the chunked loss, and the error of the predicted peak.
+"""Measures the memory of training: the savings of recomputation and chunked loss, and the error of the predicted peak.
 
     python bench/memory.py --quick                      `tiny` alone, about a minute on two cores
     python bench/memory.py                              everything, about eight minutes
     python bench/memory.py --part layers --preset seed_159m      one part of it
 
-Each measurement has its own process.
+Each measurement runs in its own process.
 
-- layers: a training step with recomputation none, selective and full. Memory: torch's allocations at the peak of
-  forward and backward of the layers only, without weights and gradients. Time: full steps, alternating in a process.
-- head: the chunked loss compared with torch's cross_entropy of all logits, forward and backward; memory as above.
-- runs: `smolseek train` for six steps with a checkpoint after the second, compared with `smolseek inspect --memory`. On
-  a CPU: the resident memory of the process, minus that before the model was made.
+- layers: a training step with recomputation none, selective and full. The memory is what torch has allocated at the
+  peak of the layers' forward and backward passes, without weights and gradients. The time is the time of full steps,
+  which alternate in one process.
+- head: forward and backward pass of the chunked loss, compared with torch's cross_entropy of all logits. The memory is
+  measured in the same way as for the layers.
+- runs: the peak memory of `smolseek train` for six steps with a checkpoint after the second step, compared with the
+  prediction of `smolseek inspect --memory`. On a CPU the peak is the resident memory of the process, minus the resident
+  memory before the model was made.
 
-What torch has allocated is torch.cuda.max_memory_allocated on CUDA, and the same count of its allocator on a CPU.
+Allocated memory is torch.cuda.max_memory_allocated on CUDA, and the same count of torch's allocator on a CPU.
 
-Writes docs/results/memory.json (not with --quick), where a run replaces only its own results.
+The results are written to docs/results/memory.json (not with --quick). A run replaces only its own results.
 """
 
 import argparse
@@ -63,7 +66,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def allocated(run: Callable[[], object]) -> int:
-    """Bytes that torch has allocated at the peak of `run`, beyond what it had before."""
+    """Return how many more bytes torch has allocated at the peak of `run` than before `run`."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -73,7 +76,7 @@ def allocated(run: Callable[[], object]) -> int:
 
 
 def resident(name: str) -> int:
-    """Bytes of this process in memory: VmRSS, or VmHWM for the peak."""
+    """Return the resident memory of this process in bytes, which Linux reports as VmRSS (now) or VmHWM (peak)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
@@ -115,7 +118,7 @@ def layers_time(name: str, batch: int, length: int, rounds: str) -> dict:
                 total = losses(model, sequences).total
             total.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            if n == 0:  # before any step is taken, so all three have the same weights
+            if n == 0:  # before the first update, so that all three have the same weights
                 gradients[how] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
             else:
                 optimizer.step()
@@ -151,13 +154,13 @@ def head_memory(kind: str, tokens: str) -> dict:
 
     peak = allocated(both)
     assert w.grad is not None and h.grad is not None
-    # Both need memory for the gradients themselves.
+    # Both ways to compute the loss need memory for the gradients themselves.
     gradients = 4 * (h.numel() + w.numel())
     return {"bytes": peak, "without_gradients": peak - gradients, "norms": [float(w.grad.norm()), float(h.grad.norm())]}
 
 
 def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
-    """Train. On a CPU, the memory before the model is made is that of the program and the text."""
+    """Train, and measure the memory. On a CPU, the memory before the model is made belongs to program and text."""
     before = 0
     make = single_process.new_model
 
@@ -192,7 +195,7 @@ KINDS = {f.__name__: f for f in (layers_memory, layers_time, head_memory, run_me
 
 
 def measure(kind: str, *arguments: object) -> dict:
-    """Measure in a new process."""
+    """Run a measurement in a new process."""
     command = [sys.executable, __file__, "--child", kind, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

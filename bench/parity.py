@@ -4,9 +4,10 @@
     python bench/parity.py FOLDER
     python bench/parity.py FOLDER --tokens 20 --only beams
 
-Greedy, each logits processor, beam search of 2 to 8 beams with length penalties, and n-gram blocking, each over
-several prompts; a case counts as equal when every token of every returned text is the same. Prints a line for each
-case and writes docs/results/parity.json after each, so that an interrupted run keeps its results.
+The cases are greedy decoding, each logits processor, beam search with 2 to 8 beams and length penalties, and n-gram
+blocking, each over several prompts. A case counts as equal if every token of every returned text is the same. A line is
+printed for each case. docs/results/parity.json is written after each case, so that an interrupted run keeps its
+results.
 """
 
 import argparse

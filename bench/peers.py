@@ -1,10 +1,12 @@
-"""Models of other trainers, of the same size as one of ours, for bench/train_step.py --against.
+"""Opens models of other trainers with the size of one of our models, for bench/train_step.py --against.
 
-nanochat (92d63d4 was tried) trains dense models only. Its GPT gets our width and heads, and as many layers as take the
-same number of operations a token. It is no package: its clone must be on PYTHONPATH.
+nanochat (92d63d4 was tried) trains dense models only. Its GPT gets the width and heads of our model, and a number of
+layers that takes the same number of operations per token. nanochat is not a package, so a clone of its repository must
+be on PYTHONPATH.
 
-litgpt (0.5.13 was tried) has multi-head latent attention and DeepSeek's experts, but no query without a latent and no
-sigmoid router without groups. Its query gets a latent of a size that takes as many operations, its router a softmax.
+litgpt (0.5.13 was tried) has multi-head latent attention and DeepSeek's experts. But it supports neither queries
+without a latent nor a sigmoid router without groups. Therefore its queries get a latent whose size takes the same
+number of operations, and its router uses a softmax.
 
 torchtitan (0.3.0) cannot be measured on a CPU: its language models use FlexAttention or variable-length flash
 attention, for which PyTorch has no backward pass on a CPU.
@@ -37,19 +39,19 @@ def unable(peer: str, device: str) -> str | None:
 
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
-"""Of sequences [B, T+1], as in the peer's trainer."""
+"""Computes the loss of sequences [B, T+1] as the peer's trainer does."""
 
 
 def open_peer(peer: str, config: ModelConfig, device: str, length: int, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
     """Return the peer's model, newly initialised, and its loss of sequences of `length` tokens.
 
-    Its matrix products are of the type `dtype`.
+    The model multiplies matrices in the type `dtype`.
     """
     return _nanochat(config, device, length, dtype) if peer == "nanochat" else _litgpt(config, device)
 
 
 def nanochat_layers(config: ModelConfig, length: int) -> int:
-    """Return how many layers of nanochat's GPT take the operations of a token of our model.
+    """Return how many layers of nanochat's GPT take as many operations per token as our model.
 
     A layer has four attention matrices [D, D] and two MLP matrices [D, 4D], and attends to `length` / 2 tokens.
     """
@@ -92,7 +94,7 @@ def _litgpt(config: ModelConfig, device: str) -> tuple[nn.Module, Loss]:
         n_embd=D,
         n_head=config.num_attention_heads,
         latent_attention={
-            # x W_a W_b takes r (D + queries) products a token, x W takes D * queries.
+            # x W_a W_b takes r (D + queries) multiplications per token, x W takes D * queries.
             "q_lora_rank": config.q_lora_rank or D * queries // (D + queries) // 16 * 16,
             "kv_lora_rank": config.kv_lora_rank,
             "qk_nope_head_dim": config.qk_nope_head_dim,

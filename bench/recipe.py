@@ -1,4 +1,4 @@
-"""Training recipes at equal tokens, on small models: Muon against AdamW, experts against a dense model, balancing.
+"""Compares training recipes for small models at equal tokens: Muon and AdamW, experts and a dense model, balancing.
 
     python bench/recipe.py muon --data FILES       three learning rates of each, two more seeds of the best
     python bench/recipe.py dense --data FILES      experts against a Llama of equal active parameters, three seeds
@@ -7,9 +7,10 @@
     python bench/recipe.py speed                   tokens/s of the experts and of the dense model
     python bench/recipe.py show                    the tables of all results
 
-With loss-free balancing, 1,500 more steps with frozen weights calibrate the router biases; speeds leave them out. Each
-run is written to docs/results/recipe.json when it ends and is not repeated, so an interrupted series continues.
-`--jobs 2` trains two models at a time, with one thread each; this changes speeds, but no losses.
+With loss-free balancing, 1,500 more steps with frozen weights calibrate the router biases. Speeds do not include these
+steps. Each run is written to docs/results/recipe.json when it ends. A run with results is not repeated, so that an
+interrupted series can continue. `--jobs 2` trains two models at a time with one thread each, which changes speeds, but
+not losses.
 """
 
 import argparse
@@ -37,22 +38,22 @@ GAMMA = 3e-3  # 200 steps are too few for the published 1e-3
 SHORT, LONG, SETTLING = 200, 1500, 1500
 FINAL_TOKENS = 65_536
 LOAD_TOKENS = 262_144
-"""MaxVio needs more tokens: expert loads vary by 10% from one sample of 4,096 tokens to the next."""
+"""Number of tokens for MaxVio. Samples of 4,096 tokens would be too small: their expert loads vary by 10%."""
 
 
 def moe() -> ModelConfig:
-    """`deepseek_159m` scaled down, with its 16 experts of which 3 are chosen, and 1 shared."""
+    """Return `deepseek_159m` scaled down, with the same 16 routed experts (3 used per token) and 1 shared expert."""
     return replace(preset("tiny"), n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=160)
 
 
 def seed() -> ModelConfig:
-    """`seed_159m` scaled down in the same way: two key-value heads, four biased experts, an untied head."""
+    """Return `seed_159m` scaled down likewise: two key-value heads, four experts with biases, an untied head."""
     small = replace(preset("seed_159m"), hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
     return replace(small, moe_intermediate_size=512, max_position_embeddings=1024)
 
 
 def dense() -> ModelConfig:
-    """SmolLM2's architecture with as many active neurons as `moe`: 3 chosen experts and 1 shared one, of 160 each."""
+    """Return SmolLM2's architecture with as many active neurons as `moe`, whose tokens use 4 experts of 160 neurons."""
     return replace(
         preset("smollm2_135m"),
         hidden_size=128,
@@ -70,7 +71,7 @@ SHAPES = {"moe": moe, "seed": seed, "dense": dense}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run; its name gives all of its settings."""
+    """One training run. Its name contains all of its settings."""
 
     shape: str = "moe"
     kind: str = "adamw"
@@ -80,7 +81,7 @@ class Run:
     seed: int = 0
     steps: int = SHORT
     settle: int = 0
-    """More steps, which calibrate the router biases only."""
+    """Number of additional steps that calibrate only the router biases."""
 
     @property
     def name(self) -> str:
@@ -107,7 +108,7 @@ class Run:
 
 
 def execute(run: Run, data: list[str], threads: int) -> dict:
-    """Train, and return what the tables need: losses over few validation tokens, final figures over many."""
+    """Train, and return the results for the tables. Losses use few validation tokens, final results use many."""
     import torch
 
     from smolseek.data.datasets import open_dataset
@@ -154,7 +155,7 @@ def execute(run: Run, data: list[str], threads: int) -> dict:
 
 
 def speed(rounds: int = 5, steps: int = 6) -> dict:
-    """Return tokens/s of the experts and of the dense model, which alternate, in batches of 4 x 256 tokens."""
+    """Return tokens/s of the model with experts and of the dense model, alternately with batches of 4 x 256 tokens."""
     import torch
 
     from smolseek.memory import keep_freed_memory
@@ -188,14 +189,14 @@ def speed(rounds: int = 5, steps: int = 6) -> dict:
 
 
 class Series:
-    """The runs in the results file; missing ones are trained."""
+    """The runs in the results file. Missing runs are trained."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
 
     def do(self, wanted: list[Run]) -> list[dict]:
-        """Train the missing runs, and return all."""
+        """Train the missing runs, and return all runs."""
         missing = [run for run in wanted if run.name not in self.results["runs"]]
         threads = max(1, (multiprocessing.cpu_count() or 1) // self.args.jobs)
         spawn = multiprocessing.get_context("spawn")
@@ -218,7 +219,7 @@ class Series:
         return min(zip(runs, self.do(runs), strict=True), key=lambda pair: pair[1]["final"]["val_loss"])[0]
 
     def plan(self, name: str) -> dict[str, list[Run]]:
-        """Return the columns of a plan's table: three seeds of each."""
+        """Return the columns of a plan's table, with three seeds in each column."""
         adamw = self.best("adamw")
         if name == "muon":
             columns = {"AdamW": adamw, "Muon": self.best("muon")}
@@ -237,7 +238,7 @@ class Series:
 
 
 def tokens_to(curve: list, loss: float) -> float | None:
-    """Return the tokens at which a validation curve first is at `loss`, on a line between its points; None if never."""
+    """Return after how many tokens a validation curve first reaches `loss`, by linear interpolation, or None."""
     for (t0, l0), (t1, l1) in itertools.pairwise(curve):
         if l1 <= loss:
             return t0 + (t1 - t0) * min(1.0, max(0.0, (l0 - loss) / (l0 - l1))) if l0 > l1 else t1
@@ -282,7 +283,7 @@ def show(name: str, columns: dict[str, list[dict]]) -> None:
 
 
 def cached(model: ModelConfig) -> int:
-    """Return the bytes that the cache keeps of one token in bfloat16."""
+    """Return the size of the cache for one token, in bytes, in bfloat16."""
     return list(summary.cache_bytes(model).values())[-1]
 
 

@@ -1,4 +1,4 @@
-"""Share of repeated 4-grams with and without repetition handling, over the five prompts of train/samples.py.
+"""Measures the share of repeated 4-grams with and without repetition handling, on the five prompts of train/samples.py.
 
     python bench/repetition.py                 SmolLM2-135M-Instruct, 200 tokens a prompt
     python bench/repetition.py --model runs/tiny --tokens 100
@@ -28,7 +28,7 @@ CASES = {
 
 
 def repeated(tokens: list[int], n: int = 4) -> float:
-    """Share of the n-grams that came before in the same text."""
+    """Return the share of the n-grams that have occurred before in the same text."""
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 

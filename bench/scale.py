@@ -1,8 +1,9 @@
-"""Many processes against one: losses, what each holds, and the bytes that each sends, against `smolseek inspect`.
+"""Compares training on several processes with one process and with `smolseek inspect`: losses, memory, sent bytes.
 
     python bench/scale.py            50 steps of a small `tiny` in float32, about twenty minutes on two cores
 
-Prints a table and writes docs/results/scale.json. Bytes are counted by wrapping the collectives, as a ring sends them.
+Prints a table and writes docs/results/scale.json. The sent bytes are counted by wrapping the collective operations, for
+a ring algorithm.
 """
 
 import argparse
@@ -44,7 +45,7 @@ ENDS = {
 
 
 def worker(out: Path, arguments: list[str]) -> int:
-    """Train as `smolseek` does and write how much this process holds and sends in a step."""
+    """Train as `smolseek` does, and write how many bytes this process holds, and sends in a step."""
     import torch.distributed as dist
 
     from smolseek.cli import main
@@ -64,18 +65,18 @@ def worker(out: Path, arguments: list[str]) -> int:
 
         def collective(*args, **kwargs):
             group = kwargs.get("group") or dist.group.WORLD
-            if args[0].numel() * args[0].element_size() > 64 or kind != "all-reduce":  # no signals and norms
+            if args[0].numel() * args[0].element_size() > 64 or kind != "all-reduce":  # ignore signals and norms
                 sent[kind] = sent.get(kind, 0) + bytes_sent(group.size(), *args)
             return real(*args, **kwargs)
 
         setattr(dist, name, collective)
 
     def elsewhere(n: int, out: torch.Tensor, x: torch.Tensor, taken=None, sent_counts=None, **_) -> float:
-        if sent_counts is None:  # the counts
+        if sent_counts is None:  # the exchange of token counts
             return 0
         return (x.numel() - sent_counts[dist.get_rank() % n] * x[:1].numel()) * x.element_size()
 
-    # FSDP2 calls them by these names from PyTorch 2.13 on, by the second ones before.
+    # FSDP2 uses the first names from PyTorch 2.13 on, and the second names before.
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     real_gather, real_scatter = getattr(dist, gather), getattr(dist, scatter)
@@ -115,7 +116,7 @@ def worker(out: Path, arguments: list[str]) -> int:
 
     TrainState.capture = capture
     code = main(arguments)
-    # Between the second step and the tenth: no evaluation, no checkpoint.
+    # Measured between the second and the tenth step, when there is no evaluation and no checkpoint.
     per_step = {kind: (steps[9].get(kind, 0) - steps[1].get(kind, 0)) / 8 for kind in steps[9]}
     rank = int(os.environ["RANK"])
     record = {"parameters": sizes["parameters"], "moments": sizes["moments"], "sent": per_step}
@@ -140,7 +141,7 @@ def main() -> None:
     shape = replace(preset("tiny"), **SHAPE)
     whole = count(shape).total - count(shape).balancing
     run = Run.planned(batch_size=ROWS, grad_accum=ACCUM, seq_len=LENGTH, precision="float32", device="cpu")
-    # Once, before the file changes that git looks at.
+    # `describe` is called before the results file changes, because it asks git for changed files.
     result: dict = {
         **describe(),
         "command": "python bench/scale.py",
@@ -208,7 +209,7 @@ def main() -> None:
 
 
 def beside_transformers(folder: Path) -> float:
-    """Return how far transformers' logits of the exported folder are from ours, at most."""
+    """Return the largest difference between transformers' logits for the exported folder and our logits."""
     from transformers import AutoModelForCausalLM
 
     from smolseek.storage.hf_folder import load_model

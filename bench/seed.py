@@ -1,4 +1,4 @@
-"""The original experiment at small scale: a model with its bugs and a correct one, on the same tokens.
+"""Repeats the original experiment at small scale: a model with its bugs and a correct model learn from the same tokens.
 
     python bench/seed.py                       about 15 minutes on two cores
     python bench/seed.py --data FILES --steps 300 --out /tmp/seed.json --plot ""
@@ -32,7 +32,7 @@ PROMPTS = ("The function returns", "If the argument is", "A module that", "This 
 
 
 def chunks(documents: list[str], characters: int) -> list[str]:
-    """Cut documents at blank lines into chunks of at least `characters`, the documents of the small run."""
+    """Cut texts at blank lines into chunks of at least `characters` characters, the documents of the small run."""
     cut_documents = []
     for text in documents:
         chunk = ""
@@ -56,7 +56,7 @@ def cut(encoded: list[list[int]], T: int) -> torch.Tensor:
 
 @torch.no_grad()
 def leak(model: SeedModel, T: int) -> float:
-    """Return the largest change of early logits when later tokens change."""
+    """Return the largest change of the logits at early positions when later tokens change."""
     ids = random_ids(4, T, VOCAB, 0)
     changed = ids.clone()
     changed[:, T // 2 :] = replace_ids(ids[:, T // 2 :], VOCAB, 1)
@@ -65,7 +65,7 @@ def leak(model: SeedModel, T: int) -> float:
 
 @torch.no_grad()
 def blind_loss(model: SeedModel, sequences: torch.Tensor) -> float:
-    """Return the loss of the last token of each prefix, which the model cannot see: its true prediction loss."""
+    """Return the true prediction loss: the loss of the token after each prefix, which the model cannot see."""
     nats, count = 0.0, 0
     for t in range(4, sequences.shape[1] - 1, 4):
         target = sequences[:, t]
@@ -89,7 +89,7 @@ def write(model: SeedModel, prompt: list[int], T: int, new: int = 40) -> list[in
 
 
 def run(honest: bool, sequences: torch.Tensor, args: argparse.Namespace) -> tuple[SeedModel, dict]:
-    """Train one model and return it with its curve."""
+    """Train one model, and return the model with its loss curve."""
     torch.manual_seed(0)
     T = sequences.shape[1]
     model = SeedModel(VOCAB, args.d, args.layers, args.heads, 1, 4, 2 * args.d, honest=honest)

@@ -1,4 +1,4 @@
-"""Times by number of experts and by sequence length, of smolseek only: the last part of bench/train_step.py."""
+"""Measures smolseek's times by number of experts and by sequence length, for the last part of bench/train_step.py."""
 
 import statistics
 from dataclasses import replace
@@ -16,7 +16,7 @@ TOKENS = 1024
 
 
 def layer_times(device: str, precision: str) -> dict:
-    """Seconds of an expert layer: 4 to 32 experts at equal active parameters, and a skewed router."""
+    """Return the seconds of a layer with 4 to 32 experts at equal active parameters, and with a skewed router."""
 
     def one(n_experts: int, top_k: int, skew: bool):
         config = replace(
@@ -30,7 +30,7 @@ def layer_times(device: str, precision: str) -> dict:
             torch.nn.init.normal_(p, std=0.02)
         slots = TOKENS * top_k
         counts = torch.full((n_experts,), slots // n_experts)
-        if skew:  # nine tenths to one expert
+        if skew:  # nine tenths of the slots go to one expert
             counts = torch.full((n_experts,), slots // 10 // (n_experts - 1))
             counts[0] += slots - int(counts.sum())
         x = torch.randn(slots, config.hidden_size, device=device).requires_grad_()
@@ -43,7 +43,7 @@ def layer_times(device: str, precision: str) -> dict:
 
         return run
 
-    # Of 4, 8, 16 or 32 experts; the active and the total neurons stay the same.
+    # Layers of 4, 8, 16 or 32 experts with the same number of active neurons and of total neurons.
     runs = {n: one(n, n // 4, False) for n in (4, 8, 16, 32)} | {"even": one(16, 1, False), "skewed": one(16, 1, True)}
     times: dict = {name: [] for name in runs}
     for _ in range(12):
@@ -58,7 +58,7 @@ def layer_times(device: str, precision: str) -> dict:
 
 
 def sequence_times(device: str, precision: str) -> dict:
-    """Seconds of a micro-batch of 2,048 tokens as 8 x 256 and as 1 x 2,048."""
+    """Return the seconds of a micro-batch of 2,048 tokens as 8 x 256 and as 1 x 2,048."""
     model = new_model(preset("deepseek_159m"), device=device)
     times: dict[int, list[float]] = {256: [], 2048: []}
     for _ in range(5):

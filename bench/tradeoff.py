@@ -1,18 +1,18 @@
-"""The trade-off curve: KL divergence from SmolLM2-135M-Instruct against the size of the KV cache, for both methods.
+"""Measures the trade-off curve of both methods: KL divergence from SmolLM2-135M-Instruct against the KV cache size.
 
     python bench/tradeoff.py --data FILE ...                      held-out text of several domains, one for each file
     python bench/tradeoff.py --data FILE ... --calibration self   calibrated on text that the original wrote itself
-    python bench/tradeoff.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that is there already
+    python bench/tradeoff.py --data FILE ... --shares --models "1/2 healed=FOLDER"      a model that exists already
     python bench/tradeoff.py --conversion                         seconds and memory of the command
     python bench/tradeoff.py --plot docs/tradeoff.png             the chart of docs/results/tradeoff.json, domains.json
 
-`smolseek convert` makes every model, calibrated on `--calibration` (built-in text unless it is given). Stock
-transformers opens its folder and the original, and both are compared: weights in float32, matrix products of the layers
-in bfloat16 where the processor has it (which adds to all divergences alike, about 1e-3), the head's in float32. The
-published method gets the FreqFold that is best on the first `--trial-tokens`, an equal share of each file. Text is
-measured in sequences of 512 tokens, spread evenly over each file; standard errors are taken over these sequences. It
-prints a line for each model and writes the results after each. A model with results is not measured again, so a run
-that was interrupted goes on.
+`smolseek convert` makes every model and calibrates it on `--calibration` (built-in text by default). Stock transformers
+opens the model's folder and the original. Weights are in float32. Matrix multiplications of the layers are in bfloat16
+if the processor supports it, which adds about 1e-3 to all divergences; those of the output head are in float32. The
+published method gets the FreqFold that is best on the first `--trial-tokens` tokens, which are an equal share of each
+file. The text is measured in sequences of 512 tokens, spread evenly over each file. Standard errors are computed over
+these sequences. A line is printed for each model, and the results are written after each model. A model with results is
+not measured again, so that an interrupted run can continue.
 """
 
 import argparse
@@ -47,7 +47,7 @@ PANELS = {
     "agreement": "same next token as SmolLM2\n(higher is better)",
 }
 DRAWN = {"transmla": ("TransMLA (our copy)", "#c2410c"), "smolseek": ("smolseek", "#15803d")}
-"""Methods with their names and colours; neither trains."""
+"""Methods with their names and colours in the chart. Neither method trains a model."""
 LINES = {
     "manuals": ("o-", "docs/results/tradeoff.json"),
     "other text": ("o--", "docs/results/domains.json"),
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def conversion_cost(tokens: int) -> dict:
-    """Return what the command takes to halve the cache, without its closing comparison."""
+    """Return the time and memory that `smolseek convert` takes to halve the cache, without the final verification."""
     options = ["--mode", "compress", "--cache", "0.5", "--calibration-tokens", str(tokens), "--no-verify"]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.perf_counter()
@@ -240,7 +240,7 @@ def measure(args: argparse.Namespace, results: dict) -> None:
 
 
 def measure_method(name: str, share: str, method: str, reference: Reference, args: argparse.Namespace) -> dict:
-    """Convert by one method, the published one with its best FreqFold, and compare."""
+    """Convert by one method, and compare. The published method is used with its best FreqFold."""
     published = method == "transmla"
     options = {"cache": SHARES[share], "profile": "portable" if method == "portable" else "hf-exact"}
     options |= {"method": "transmla" if published else "smolseek", "calibration": args.calibration}

@@ -4,12 +4,13 @@
     python bench/train_step.py                   both shapes, accumulation 4, parts, layers and sequences: ten minutes
     python bench/train_step.py --precision float32       for a processor without bfloat16 products
 
-Each contender has its own process, so that allocator settings and memory are separate; they alternate. A step is
-`--accumulation` micro-batches of 4 x 256 tokens, clipping and fused AdamW. Utilisation is the active floating point
-operations over the peak of a matrix product in the same format, measured between the rounds. bfloat16 is autocast,
-float32 plain; auto, as in training, is bfloat16 where the device multiplies in it. The parts are timed separately,
-forward and backward, on inputs of the step's shape; "rest" is the step minus the parts. Writes
-docs/results/train_step.json (not with --quick), where a run replaces only its own results.
+Each contender has its own process, so that allocator settings and memory are separate. The contenders alternate. A step
+consists of `--accumulation` micro-batches of 4 x 256 tokens, gradient clipping and fused AdamW. Utilisation is the rate
+of active floating point operations divided by the peak rate of a matrix multiplication in the same format, which is
+measured between the rounds. `--precision bfloat16` means autocast, and `float32` means no autocast. As in training,
+`auto` means bfloat16 if the device multiplies in bfloat16. The parts of a step are timed separately, forward and
+backward, on inputs of the same shapes as in the step. "rest" is the time of the step minus the times of all parts. The
+results are written to docs/results/train_step.json (not with --quick). A run replaces only its own results.
 """
 
 import argparse
@@ -50,14 +51,14 @@ def config_of(name: str):
 
 
 def gemm_peak(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large product: the best of a few."""
+    """Return the operations per second of a large matrix multiplication, the best of a few tries."""
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(6))
 
 
 def number_format(precision: str, device: str) -> torch.dtype:
-    """Return the type of the products: what `--precision` says, as in training."""
+    """Return the type of matrix multiplications that `--precision` selects, as in training."""
     with autocast(precision, torch.device(device)):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
 
@@ -91,13 +92,16 @@ class Contender:
         self.sequences = torch.randint(self.model.config.vocab_size, (BATCH, LENGTH + 1), generator=generator)
         self.sequences = self.sequences.to(self.device)
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here, without loading
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak, so that loading does not count
 
     def context(self):
         return autocast(self.precision, torch.device(self.device))
 
     def step(self) -> dict:
-        """One optimizer step: seconds, of them clipping and the optimizer, and the loss of the last micro-batch."""
+        """Run one optimizer step.
+
+        Return its seconds, the seconds of clipping and optimizer in it, and the loss of the last micro-batch.
+        """
         loss = torch.zeros(())
 
         def micro_batches():
@@ -114,7 +118,7 @@ class Contender:
                 (loss / self.accumulation).backward()
                 loss = (
                     loss.detach()
-                )  # as training loops do: otherwise this graph stays in memory during the next micro-batch
+                )  # as in training loops; otherwise this graph stays in memory during the next micro-batch
 
         def update():
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -126,7 +130,10 @@ class Contender:
         return {"seconds": spent + updating, "optimizer": updating, "loss": float(loss)}
 
     def parts(self) -> dict:
-        """Seconds of attention, experts and head of a step: each timed apart, times layers and micro-batches."""
+        """Return the seconds of attention, experts and head in a step.
+
+        Each part is timed separately. The time is multiplied by the number of layers and micro-batches.
+        """
         config, layer = self.model.config, self.decoder.layers[-1]
         x = torch.randn(BATCH, LENGTH, config.hidden_size, device=self.device).requires_grad_()
         positions = torch.arange(LENGTH, device=self.device)
@@ -210,7 +217,7 @@ class Worker:
 
 
 def part_flops(config) -> dict[str, float]:
-    """Operations of a training step per token by part, forward and backward."""
+    """Return the operations per token that each part takes in a training step, forward and backward."""
     total = 3 * flops_per_token(config, LENGTH)
     head = 3 * 2 * config.vocab_size * config.hidden_size
     neurons = config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
@@ -219,7 +226,7 @@ def part_flops(config) -> dict[str, float]:
 
 
 def compare(name: str, args: argparse.Namespace) -> dict:
-    """Time the contenders, alternating; transformers with its fastest implementation of the experts."""
+    """Time the contenders alternately. transformers uses its fastest implementation of the experts."""
     config = config_of(name)
     tokens = BATCH * LENGTH * args.accumulation
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +275,7 @@ def compare(name: str, args: argparse.Namespace) -> dict:
 
 
 def show(row: dict, against: list[str]) -> None:
-    """Print the contenders, and ours over each of the others; transformers comes last."""
+    """Print the results of all contenders, and the ratios of ours to the others. transformers comes last."""
     for who in ("ours", *against, "transformers"):
         figures = row[who]
         by_part = ", ".join(f"{n} {s:.2f}" for n, s in figures.get("parts_seconds", {}).items())

@@ -1,9 +1,9 @@
-"""Build the documentation as a site: `make docs`. Any dead link and any page outside the navigation ends it.
+"""Builds the documentation site (`make docs`). The build fails for a dead link or a page outside the navigation.
 
-The pages are those of docs/ and the README. They are copied to build/docs, where
+The pages are the files of docs/ and the README. They are copied to build/docs with these changes:
 
-- the README becomes the first page, and CONTRIBUTING and CHANGELOG pages;
-- a link to any other file of the repository leads to a copy of it;
+- the README becomes the first page, and CONTRIBUTING and CHANGELOG become pages, too;
+- a link to any other file of the repository leads to a copy of this file;
 - `<!-- generated: options -->` becomes the options of all commands, from what their `--help` prints;
 - `<!-- generated: python -->` becomes the Python interface, from its docstrings (mkdocstrings).
 
@@ -39,7 +39,7 @@ INTERFACE = {
     "Model folders": ["smolseek.storage.hf_folder.load_model"],
 }
 CHANGES = {"always": "yes", "resume": "yes", "path": "if moved"}
-"""What `change` of a configuration's field means for a resumed run (`config/option.py`)."""
+"""Whether a resumed run may change an option, for each value of the option's `change` (`config/option.py`)."""
 
 
 def main() -> None:
@@ -63,9 +63,9 @@ def stage() -> None:
 
 
 def with_links(page: Path) -> str:
-    """Return the page's text with its links as they are on the site.
+    """Return the text of a page with the links that it needs on the site.
 
-    A dead link ends the program: Zensical checks only links from page to page.
+    A dead link ends the program. Zensical itself checks only links from page to page.
     """
     lines, in_code = page.read_text(encoding="utf-8").splitlines(keepends=True), False
     for number, line in enumerate(lines):
@@ -76,7 +76,7 @@ def with_links(page: Path) -> str:
 
 
 def site_link(page: Path, link: str) -> str:
-    """Return a link of a page of the repository as it is on the site."""
+    """Return the link on the site that corresponds to a link in a page of the repository."""
     file, hash_sign, anchor = link.partition("#")
     if not file or "://" in file:
         return link
@@ -91,7 +91,7 @@ def site_link(page: Path, link: str) -> str:
 
 
 def site_path(file: Path) -> Path:
-    """Return the path on the site of a file of the repository."""
+    """Return the path that a file of the repository has on the site."""
     path = file.relative_to(ROOT)
     if str(path) in MOVED:
         return Path(MOVED[str(path)])
@@ -99,7 +99,7 @@ def site_path(file: Path) -> Path:
 
 
 def check_navigation() -> None:
-    """End the program for a page outside the navigation, and for an entry without a page."""
+    """End the program if a page is not in the navigation, or if an entry of the navigation has no page."""
     config = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
     listed = set(navigation_pages(config["project"]["nav"]))
     pages = {str(page.relative_to(STAGED)) for page in STAGED.rglob("*.md")}
@@ -153,7 +153,10 @@ def help_text(*words: str) -> str:
 
 
 def option_tables(text: str, changes: dict[str, str] | None) -> list[str]:
-    """Return the boxes of a help text as Markdown tables; with `changes`, a column says what a resumed run takes."""
+    """Return the boxes of a help text as Markdown tables.
+
+    With `changes`, a column says whether a resumed run may change an option.
+    """
     blocks = []
     for title, box in re.findall(r"╭─ (.*?) ─+╮\n(.*?)╰─+╯", text, re.DOTALL):
         entries: list[list[str]] = []
@@ -164,7 +167,7 @@ def option_tables(text: str, changes: dict[str, str] | None) -> list[str]:
             elif line and not line.startswith("─"):
                 name, _, summary = line.partition("  ")
                 entries.append([name, summary.strip()])
-            if line.startswith("─"):  # what stood before it describes the group
+            if line.startswith("─"):  # the text before this line describes the group
                 entries.clear()
         rows = [table_row(name, summary, changes) for name, summary in entries if name != "-h, --help"]
         if rows:
@@ -188,7 +191,7 @@ def table_row(name: str, summary: str, changes: dict[str, str] | None) -> str:
 
 
 def option_changes(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the names of a configuration's options, and what a resumed run may do with each."""
+    """Yield the name of each option of a configuration, and whether a resumed run may change the option."""
     for field in fields(config):
         default = field.default_factory() if callable(field.default_factory) else None
         if is_dataclass(default):

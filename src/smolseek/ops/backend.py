@@ -58,7 +58,7 @@ def has_bf16_products() -> bool:
 
 
 def c_supports(x: torch.Tensor) -> bool:
-    """Return whether the C files support `x`: a CPU tensor of float32, or of bfloat16 with 16 n features."""
+    """Return whether the C files support `x`: CPU tensors of float32, or bfloat16 with a multiple of 16 features."""
     if x.device.type != "cpu" or x.stride(-1) != 1 or torch.compiler.is_compiling():
         return False
     if type(x) not in (torch.Tensor, torch.nn.Parameter):  # a FakeTensor, for example, has no memory
