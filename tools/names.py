@@ -83,6 +83,7 @@ EXCEPTIONS: dict[str, str] = {
     "CheckpointWriter": "like StorageWriter of torch.distributed.checkpoint",
     "bad_words": "transformers' and vLLM's option",
     "bad_words_ids": "transformers' option",
+    "blocks": "the blocks of a quantised matrix (ggml)",
     "parts": "a key of prepared data's index.json, which earlier releases wrote",
     "heal": "the command",
     "HealArgs": "arguments of the command `heal`",

@@ -149,7 +149,7 @@ def test_tensors_are_read_by_name_in_any_order_and_again(tmp_path):
     for _ in range(2):
         for tensor in reversed(theirs.tensors):
             if "attn_q" not in tensor.name and "attn_k" not in tensor.name:
-                name = next(n for n, info in file._tensors.items() if info.start == tensor.data_offset)
+                name = next(n for n, location in file._tensors.items() if location.info.start == tensor.data_offset)
                 expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
                 assert np.array_equal(file[name].numpy(), expected) and file.shape(name) == expected.shape
 

@@ -110,6 +110,9 @@ class ModelConfig:
     """Features of a value head (MLA)."""
     latent_norm: bool = True
     """Normalise the latent (MLA). False for models converted from Llamas, whose files have a norm without effect."""
+    latent_norm_eps: float = option(1e-6, least=0)
+    """Epsilon of the RMS norms of the latents (MLA). transformers always uses 1e-6; a GGUF file has one epsilon for all
+    norms."""
     attention_bias: bool = False
     """Biases on q_a_proj, kv_a_proj_with_mqa and o_proj, as in DeepSeek-V3."""
     n_routed_experts: int = option(0, least=0)

@@ -175,7 +175,7 @@ class CpuDecoder:
             "C": capacity,
             "widest": widest,
             "eps": float(c.rms_norm_eps),
-            "latent_eps": 1e-6,
+            "latent_eps": float(c.latent_norm_eps),
             "factor": float(c.routed_scaling_factor),
             "scale": block.self_attn.scale,
             "embedding": decoder.embed_tokens.weight,

@@ -33,16 +33,15 @@ class MLA(nn.Module):
         self.interleave = config.rope_interleave
         self.scale = softmax_scale(config.rope_parameters, config.qk_head_dim)
         D, bias = config.hidden_size, config.attention_bias
-        # As in transformers, the two latent norms have epsilon 1e-6, and not rms_norm_eps.
         if config.q_lora_rank is None:
             self.q_proj = Linear(D, self.heads * config.qk_head_dim, bias=False)
         else:
             self.q_a_proj = Linear(D, config.q_lora_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.latent_norm_eps)
             self.q_b_proj = Linear(config.q_lora_rank, self.heads * config.qk_head_dim, bias=False)
         self.compressed_query = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(D, self.rank + self.rope, bias=bias)
-        self.kv_a_layernorm = RMSNorm(self.rank) if config.latent_norm else nn.Identity()
+        self.kv_a_layernorm = RMSNorm(self.rank, config.latent_norm_eps) if config.latent_norm else nn.Identity()
         self.kv_b_proj = Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = Linear(self.heads * self.value, D, bias=bias)
 

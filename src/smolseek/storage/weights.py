@@ -14,7 +14,7 @@ from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
-from smolseek.storage.latent_norm import folded, unfolded
+from smolseek.storage.latent_norm import EPS, folded, rescaled, unfolded
 from smolseek.storage.safetensors_file import FLOAT_TYPES
 
 T = TypeVar("T")
@@ -31,9 +31,10 @@ def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Itera
     """Yield the tensors that a file stores for `shards`. Only the shards of expert stacks may be partial.
 
     A model without a norm of the latent gets a norm in the file that has no effect. Reading the file removes this norm
-    exactly.
+    exactly. The latents of a model with another `latent_norm_eps` are scaled to the epsilon of transformers.
     """
-    return with_head(folded(_views(shards), config, reversible=True), config)
+    tensors = rescaled(_views(shards), config, config.latent_norm_eps, EPS)
+    return with_head(folded(tensors, config, reversible=True), config)
 
 
 def with_head(tensors: Iterable[tuple[str, torch.Tensor]], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
