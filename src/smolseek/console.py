@@ -17,8 +17,8 @@ from smolseek.files import sync
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-# Time when a line was last printed; global, since there is one terminal. Without a progress bar, progress is printed as
-# a line, but only after a while without other lines.
+# Time when a line was last printed; global, since there is one terminal. Without a progress bar, the progress is
+# printed as a line if no other line was printed for a while.
 _last_said = time.monotonic()
 
 _LONG = 300
@@ -33,8 +33,8 @@ _unattended = _lost_output = False
 def unattended() -> Iterator[None]:
     """Context in which work continues when stdout is closed or full: lines are dropped, with one warning on stderr.
 
-    It is meant for long jobs that write their result to files. Outside this context, a line that cannot be printed
-    raises BrokenPipeError or SmolseekError.
+    The context is meant for long jobs that write their result to files. Outside the context, a line that cannot be
+    printed raises BrokenPipeError or SmolseekError.
     """
     global _unattended
     before, _unattended = _unattended, True
@@ -128,7 +128,7 @@ def _print(text: str, file: TextIO) -> None:
 def printable(text: str) -> str:
     """Return `text` as one line for a message, with control characters escaped and long words shortened.
 
-    This is needed because file names and option values may contain anything.
+    File names and option values may contain anything, so messages need this function.
     """
     size = _LONG // 2
     short = " ".join(word if len(word) <= _LONG else f"{word[:size]}...{word[-size:]}" for word in text.split())
@@ -136,7 +136,7 @@ def printable(text: str) -> str:
 
 
 def alert(line: str) -> None:
-    """Write a line to stderr from a signal handler. `print` is not safe there: the signal may have interrupted it."""
+    """Write a line to stderr from a signal handler, which may have interrupted a `print` and so must not print."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
 
@@ -230,8 +230,8 @@ class Bar:
 def progress(total: int, description: str, interval: float = 10.0) -> Iterator[Bar]:
     """Show the progress of `total` steps; call `bar.update(done, text)`.
 
-    On a terminal this is a live bar below the printed lines, which is removed at the end. In a file or pipe, a line
-    with the progress is printed whenever no line was printed for `interval` seconds.
+    On a terminal, the progress is a live bar below the printed lines, which is removed at the end. In a file or pipe, a
+    line with the progress is printed whenever no line was printed for `interval` seconds.
     """
     live = None
     if on_terminal() and os.environ.get("TERM") != "dumb":

@@ -9,7 +9,7 @@ class SmolseekError(ValueError):
 
 
 class PeerLost(SmolseekError):
-    """Another process of the run is missing. Every process that notices prints this error, not only the main one."""
+    """Another process of the run is missing. Not only the main process, but every process prints this error."""
 
 
 class Stopped(Exception):
@@ -24,7 +24,8 @@ class Stopped(Exception):
 def report_damage(file: object, hint: str) -> Iterator[None]:
     """Context that turns an exception caused by the contents of `file` into a SmolseekError that names the file.
 
-    Use it only around the few lines that interpret a file from outside. A bug of ours must stay visible as a bug.
+    Use this context only around the few lines that interpret a file from outside, since a bug of ours must stay visible
+    as a bug.
     """
     try:
         yield

@@ -26,7 +26,7 @@ _UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 def sync(file: int | str | os.PathLike[str]) -> None:
     """Force a file, or a folder's list of files, to the disk. A file is given by its path or its open handle.
 
-    On file systems that do not support this, nothing is done.
+    On file systems that cannot force files to the disk, nothing is done.
 
     Raises:
         OSError: if the path cannot be opened, or the disk is full or broken.
@@ -44,7 +44,7 @@ def sync(file: int | str | os.PathLike[str]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Context with the name of a file to write, which is renamed to `path` at the end. After an error it is deleted.
+    """Context with the name of a file to write, which is renamed to `path` at the end, or deleted after an error.
 
     After a crash or power cut, `path` has either its old or its new contents, never a mixture.
 
@@ -66,7 +66,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
-    """Replace the contents of the file `path` by `data`, in the way of `atomic_file`.
+    """Replace the contents of the file `path` by `data`, completely or not at all.
 
     Raises:
         OSError: if the file cannot be written; the old file stays.
@@ -76,7 +76,7 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Return where the folder `path` is written until it is complete: beside it, or inside it if it is an empty folder.
+    """Return where the folder `path` is written until it is complete: beside `path`, or inside if `path` is empty.
 
     An empty folder is filled and not replaced, since it may be a mount point, or be in a folder without write
     permission.
@@ -122,7 +122,7 @@ def publish(part: Path, path: Path, last: str = "") -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
-    """Context with an empty folder to fill, which becomes `path` at the end (`publish`). After an error it is deleted.
+    """Context with an empty folder to fill, which becomes `path` at the end (`publish`), or is deleted after an error.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -137,7 +137,7 @@ def atomic_folder(path: Path, last: str = "") -> Iterator[Path]:
 
 
 def delete_folder(path: Path) -> None:
-    """Delete a folder. It is renamed first, so that a crash leaves no incomplete folder. Errors are ignored."""
+    """Rename a folder and then delete it, so that a crash leaves no incomplete folder. Errors are ignored."""
     old = path.with_name(f"{UNFINISHED}old-{path.name}")
     with contextlib.suppress(OSError):
         path.rename(old)

@@ -3,10 +3,11 @@
 Layout (GGUF specification, versions 2 and 3, little endian):
 - The file begins with the magic "GGUF", u32 version, u64 number of tensors, and u64 number of key-value pairs.
 - Each pair has a string key, a u32 type and a value. A string is its u64 length and its UTF-8 bytes. An array is the
-  u32 type of its items, their u64 number, and the items. - Each tensor has a string name, u32 number of dimensions, u64
-  dimensions (the fastest first), u32 number format and u64 offset. The data of the tensors follow, aligned.
+  u32 type of its items, their u64 number, and the items.
+- The table of tensors has for each tensor a string name, u32 number of dimensions, u64 dimensions (the fastest first),
+  u32 number format and u64 offset. After the table, the data of the tensors follow, each tensor aligned.
 
-The `gguf` package makes numpy views of every item of every array, which takes seconds for a vocabulary. This reader
+The `gguf` package makes numpy views of every item of every array, which takes seconds for a vocabulary. Our reader
 takes a tenth of a second.
 """
 
@@ -53,7 +54,7 @@ def read_header(path: str | Path) -> Header:
     """Read the header of the GGUF file `path`. If a model is split over several files, `path` is the first of them.
 
     Raises SmolseekError for a file that is missing, is no GGUF file, has another version, ends inside its header, or is
-    not the first of several files. Also if another file of the model is missing.
+    not the first of several files. It also raises SmolseekError if another file of the model is missing.
     """
     path = Path(path)
     header = _read(path)

@@ -13,8 +13,8 @@ def deepseek_159m() -> ModelConfig:
     Input and head share one embedding (25.2M), which leaves 120M for the experts. A layer has 16 routed experts and 1
     shared expert of 384 neurons each. A token uses 3 routed experts and the shared one, which are 1536 neurons, as in
     SmolLM2-135M. Query and key heads of 64 + 32 features and value heads of 96 have equal sizes, as flash attention
-    requires. The latent and the rotary key of 128 + 32 features cache 160 numbers per token and layer. The seed's two
-    key-value heads would cache 256, full heads 1,536.
+    requires. The latent and the rotary key of 128 + 32 features cache 160 numbers per token and layer. The two
+    key-value heads of `seed_159m` would cache 256 numbers, and full heads 1,536.
     """
     return ModelConfig(
         hidden_size=512,
@@ -58,7 +58,7 @@ def tiny() -> ModelConfig:
 def seed_159m() -> ModelConfig:
     """The model that the seed experiment describes: GQA 8/2, four biased two-matrix experts, top-2, untied head.
 
-    It has 159,019,568 parameters, including the four balancing biases of each layer (docs/model.md has the sum).
+    The model has 159,019,568 parameters, including the four balancing biases of each layer (docs/model.md has the sum).
     """
     return ModelConfig(
         model_type="smolseek_gqa_moe",

@@ -78,8 +78,8 @@ class RunFolder:
     def check(self, config: TrainConfig, resume: bool) -> None:
         """Raise SmolseekError if the run cannot be started (or resumed) in this folder; write nothing.
 
-        Refused are another configuration, existing checkpoints without `resume`, and `resume` without a run. Each
-        option says whether it may differ (`config/option.py`).
+        A run is refused if its configuration differs, if there are checkpoints and `resume` is false, or if `resume` is
+        true and there is no run. Each option says whether its value may differ (`config/option.py`).
         """
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
@@ -215,7 +215,7 @@ def is_complete(records: Iterable[dict[str, Any]], steps: int) -> bool:
 
 
 def _parse(text: str) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the records of `metrics.jsonl` and the numbers of damaged lines. A cut last line is in neither list."""
+    """Return the records of `metrics.jsonl` and the numbers of damaged lines. A last line without an end is ignored."""
     records, damaged = [], []
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):

@@ -28,7 +28,7 @@ Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 CHUNK = 1 << 15
 """Characters in a chunk of a long text, if the tokenizer allows the text to be cut."""
 BATCH = 1 << 21
-"""Characters given to the tokenizers library in one call, or one longer chunk. It needs some 200 bytes a character."""
+"""Characters given to the tokenizers library in one call, or one longer chunk. A character takes some 200 bytes."""
 CONTEXT = 256
 """Characters on each side of a cut that are encoded with and without the cut, to check it."""
 CANDIDATES = 32
@@ -81,7 +81,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
 
 
 def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
-    """Load a tokenizer from a folder or the hub. If this fails, `problem` is the beginning of the error message."""
+    """Load a tokenizer from a folder or the hub. If loading fails, `problem` is the beginning of the error message."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -107,8 +107,8 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
 def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrainedTokenizerFast":
     """Return a copy of the tokenizer for a model trained from scratch.
 
-    `eos_id` is the copy's only special token, and it has no chat template. The copy adds no tokens to a text, even if
-    the original does.
+    The copy has `eos_id` as its only special token and no chat template. The copy adds no tokens to a text, even if the
+    original does.
 
     Raises:
         SmolseekError: if the tokenizer has no token `eos_id`, or this token is ordinary text.
@@ -160,8 +160,9 @@ def encoder(tokenizer: "PreTrainedTokenizerFast") -> Encode:
     token that is written out in a text ("<|im_end|>") is encoded with ordinary tokens, so that a document cannot end
     itself. All cores are used.
 
-    A long text is encoded in chunks, which needs a fraction of the memory. The ids are the same, because the text is
-    cut only where the tokenizer itself splits it. The ids of a long text are an array, a tenth as large as a list.
+    A long text is encoded in chunks, which needs a fraction of the memory. Chunks give the same ids, because a text is
+    cut only where the tokenizer itself splits the text. The ids of a long text are an array, a tenth as large as a
+    list.
     """
     from tokenizers import Tokenizer
 
@@ -213,9 +214,9 @@ def _chunks(backend: "Tokenizer", text: str) -> Iterator[str]:
 def _can_cut(backend: "Tokenizer", text: str, position: int) -> bool:
     """Return whether a cut at `position` leaves the ids of `text` unchanged.
 
-    This is the case if the pre-tokenizer ends a word at `position`, because a tokenizer's model never looks beyond a
-    word. The characters around `position` are encoded as one text and as two. Words and ids must be the same. Without a
-    pre-tokenizer a text is one word, and is never cut.
+    A cut changes no id if the pre-tokenizer ends a word at `position`, because a tokenizer's model never looks beyond a
+    word. To check this, the characters around `position` are encoded as one text and as two texts, which must give the
+    same words and ids. Without a pre-tokenizer a text is one word, and is never cut.
     """
     pre_tokenizer, normalizer = backend.pre_tokenizer, backend.normalizer
     if pre_tokenizer is None:

@@ -47,7 +47,7 @@ smolseek COMMAND --help lists a command's options. --version prints the version,
 --debug the traceback of an error."""
 
 JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit"})
-"""Commands whose result is in files or in the exit code. They continue if nobody reads their output."""
+"""Commands whose result is in files or in the exit code. These commands continue if nobody reads their output."""
 
 
 def run_verb(argv: Sequence[str]) -> None:

@@ -58,7 +58,7 @@ def _set_help_texts(kind: type) -> None:
 
 
 _TEXTS = {"prompt", "prefix", "system", "stop", "bad_words", "stop_tokens", "tasks"}
-"""Arguments that are text. They may be empty, or are checked where they are used."""
+"""Arguments that are text. Texts may be empty, or are checked where they are used."""
 
 
 def _require_names(args: Any, prefix: str = "") -> None:
@@ -78,7 +78,7 @@ def _error_line(box: str, verb: str) -> str:
     """Return the message in tyro's box as one line, with the option that tyro suggests.
 
     A box has a title, and sections separated by rules: the error, similar options, and where to find help. The box is
-    drawn in Unicode. If stdout is not UTF-8, it has only a title, rules and margins.
+    drawn in Unicode. If stdout is not UTF-8, the box has only a title, rules and margins.
     """
     lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
     drawn = bool(lines) and lines[0].startswith("╭")
@@ -128,7 +128,7 @@ def option_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def renamed(argv: Sequence[str], aliases: Mapping[str, str]) -> list[str]:
-    """Return `argv` with old names of options, and names from other tools, replaced by ours. No help lists these."""
+    """Return `argv` with old names of options, and names from other tools, replaced by our names."""
     options = {f"--{alias}".replace("_", "-"): f"--{name}".replace("_", "-") for alias, name in aliases.items()}
     before, behind = _split(argv)
     split = (argument.partition("=") for argument in before)

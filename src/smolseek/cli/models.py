@@ -31,7 +31,7 @@ class InspectArgs(StepConfig):
     target: str
     """A preset, a run folder, a model folder, a .gguf file or `smollm2`."""
     memory: bool = False
-    """Show the parts of the peak memory of `smolseek train` with these options."""
+    """Show the peak memory of a training with these options, and its parts."""
     optim: InspectOptim = InspectOptim()
     """Optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -87,7 +87,7 @@ class ConvertArgs(Conversion):
     out: str
     """Folder to write; if it exists, it must be empty."""
     no_verify: bool = False
-    """Do not open the result and compare it with the source."""
+    """Do not compare the converted model with its source at the end."""
 
 
 def convert(argv: Sequence[str]) -> None:

@@ -29,8 +29,8 @@ class PrepareArgs:
     eos_id: int = 0
     """Id of the token that ends each document: the model's eos_token_id."""
     init: str | None = None
-    """Model that the training will start from (train --init). Its tokenizer and end token are used, and documents begin
-    with BOS if this tokenizer adds BOS."""
+    """Model that the training will start from (train --init). The tokenizer and end token of this model are used, and
+    documents begin with BOS if the tokenizer adds BOS."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     document_separator: str | None = None
@@ -89,7 +89,8 @@ def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
     """Return the tokenizer's name and the end token of the model `init`.
 
     Raises:
-        SmolseekError: if the model does not exist or has no tokenizer or end token, or if another one is given.
+        SmolseekError: if the model does not exist, if it has no tokenizer or end token, or if `args` has another
+            tokenizer or end token.
     """
     from smolseek.storage.hf_folder import read_config, resolve
 

@@ -101,8 +101,8 @@ def train(argv: Sequence[str]) -> None:
 def _defaults(name: str | None, options: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
     """Return the configuration that the options change: of a run, of the model of --init, or of the preset `name`.
 
-    The second result is the run to resume, if another source is named as well. The configuration of the run is then
-    used.
+    The second result is the run to resume, if the command line also names another source. The run's own configuration
+    is then used.
     """
     run, init, resume = (option_value(options, key) for key in ("--run", "--init", "--resume"))
     source = RunFolder(Path(name).parent) if name is not None and Path(name).name == "config.json" else None
@@ -163,9 +163,9 @@ def _from_model(init: str, tokenizer: str | None = None) -> TrainConfig:
 class HealArgs(StepConfig, Resumable):
     """Recover a compressed model's quality by distillation from its source.
 
-    Only the attention matrices are trained. MODEL itself is not changed.
+    Only the attention matrices are trained. The folder MODEL is not changed.
 
-    RUN is a run folder like that of `smolseek train`. Its newest checkpoint is the recovered model.
+    RUN is a run folder like that of `smolseek train`. The newest checkpoint in RUN is the recovered model.
     """
 
     model: str
@@ -187,8 +187,8 @@ class HealArgs(StepConfig, Resumable):
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""
     lr: float = option(1e-4, above=0)
-    """Peak learning rate. The better the model already is, the lower it should be: 3e-5 for two thirds of the cache,
-    1e-4 for a half, 3e-4 for a third."""
+    """Peak learning rate. A better model needs a lower rate: 3e-5 for two thirds of the cache, 1e-4 for a half, 3e-4
+    for a third."""
     batch_size: int = option(2, least=1)
     seq_len: int = option(512, least=1)
     evaluations: int = option(4, least=1)

@@ -40,13 +40,13 @@ class GenerateArgs(_ModelArgs, GenerationOptions):
     """Continue a prompt and print the text as it is generated."""
 
     prompt: str
-    """Text to continue; `-` reads it from stdin."""
+    """Text to continue; `-` reads the text from stdin."""
     greedy: bool = False
     """Greedy decoding, the same as --temperature 0."""
     json: bool = False
     """Print one line of JSON for each continuation, with text, tokens, log-probabilities, stop reason and times."""
     stats: bool = False
-    """Print tokens per second, the number format and the size of the cache."""
+    """Print tokens per second, the number format and the size of the KV cache to stderr."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def _options(args: GenerateArgs | ChatArgs, argv: Sequence[str], model: "Model")
 
 
 def _say_stats(results: Sequence[Any], number_format: str) -> None:
-    """Print the speed of a call to stderr. All results have the same prompt time, since the prompt was read once."""
+    """Print the speed of a call to stderr. All results share the time of reading the prompt."""
     first, generated = results[0], sum(len(result.tokens) for result in results)
     seconds = max(result.decode_seconds for result in results)
     console.to_stderr(

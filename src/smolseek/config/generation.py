@@ -46,7 +46,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(SamplingOptions):
-    """How tokens are sampled, what the text may contain, and when it ends."""
+    """How tokens are sampled, what the text may contain, and when the text ends."""
 
     max_tokens: int | None = option(100, least=1)
     """Largest number of new tokens; None continues to the end of the context."""
@@ -73,8 +73,8 @@ class GenerationOptions(SamplingOptions):
 class Options(TypedDict, total=False):
     """The options that Python takes: the fields of `GenerationOptions`, and transformers' names of them.
 
-    None means that an option is not given, unless None is a value of the field. `stop_tokens` may also be token ids,
-    and so may `prefix` and `bad_words`. `early_stopping="never"` continues until no better text is possible.
+    None means that an option was not given, except for fields with None among their values. `stop_tokens` may also be
+    token ids, and so may `prefix` and `bad_words`. `early_stopping="never"` continues until no better text is possible.
     """
 
     temperature: float | None
@@ -118,7 +118,7 @@ ALIASES = {
 }
 """Names in transformers of options with the same meaning here."""
 PYTHON_ALIASES = ALIASES | {"bad_words_ids": "bad_words"}
-"""The same names, and those of options that a command line cannot give."""
+"""The names in `ALIASES`, and names of options that a command line cannot give."""
 _ELSEWHERE = {
     "max_length": "it counts the prompt too, so use max_tokens",
     "eos_token_id": "the model's own end tokens always count, so add others with stop_tokens",
@@ -137,10 +137,10 @@ _TEXTS = {
 
 
 def generation_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> GenerationOptions:
-    """Return the options of a generation: `defaults`, changed by `options`, which may have transformers' names.
+    """Return `defaults`, changed by the `options` of a generation, which may have transformers' names.
 
-    `do_sample=False` is temperature 0, as in transformers. A string means a tuple with this string. None means that an
-    option is not given, unless None is a value of the option.
+    `do_sample=False` is temperature 0, as in transformers. Where an option is a tuple, a single string means a tuple
+    with this string. None means that an option was not given, except for options with None among their values.
 
     Raises:
         SmolseekError: for an unknown option, an option given twice, a value of a wrong kind, or a number out of range.

@@ -11,8 +11,8 @@ Change = Literal["never", "always", "resume", "path"]
 
 `always`: the option may always change; existing weights stay valid, and the data continue at the next token. `resume`:
 a resumed run may change the option for the remaining steps, and logs the change. `path`: the option names a file or
-folder that may have moved. Its content must be the same, which a digest in the checkpoint verifies. `never`: the value
-must stay the same.
+folder that may have moved. The content of this file must be the same, which a digest in the checkpoint verifies.
+`never`: the value must stay the same.
 """
 
 
@@ -35,8 +35,8 @@ def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
     """Refuse numbers that are out of their bounds or not finite, and integers beyond 64 bits.
 
     Raises:
-        SmolseekError: for the first such number. The message puts `prefix` in front of the number's name (`--` makes it
-            the name of an option), and `remedy` after a violated bound.
+        SmolseekError: for the first such number. Its message puts `prefix` in front of the number's name (`--` makes
+            the name that of an option), and `remedy` after a violated bound.
     """
     for f in fields(config):
         value, name = getattr(config, f.name), f"{prefix}{f.name}"

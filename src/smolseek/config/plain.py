@@ -1,7 +1,7 @@
 """Conversion of dataclasses to plain JSON types and back, with a check of every type. Imports no torch.
 
-Only types are checked here. Bounds are not, because the progress in a checkpoint is read here too, and its losses may
-be NaN. Configurations check the bounds of their numbers themselves (`option.check_numbers`).
+Only types are checked here. Bounds are not checked, since these functions also read the progress in a checkpoint, whose
+losses may be NaN. Configurations check the bounds of their numbers themselves (`option.check_numbers`).
 """
 
 import contextlib

@@ -174,7 +174,7 @@ class StepConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(StepConfig):
-    """The settings of a training run. `RUN/config.json` holds them, and can start the same run again."""
+    """The settings of a training run. `RUN/config.json` holds these settings, and can start the same run again."""
 
     model: ModelConfig
     """Shape of the model; the preset gives the defaults."""
@@ -208,11 +208,11 @@ class TrainConfig(StepConfig):
     log_every: int = option(10, change="always", least=1)
     """Steps between log lines."""
     eval_every: int = option(100, change="always", least=1)
-    """Steps between evaluations on the validation documents; there is always one after the last step."""
+    """Steps between evaluations on the validation documents; the last step is always followed by an evaluation."""
     eval_tokens: int = option(65_536, change="always")
     """Largest number of validation tokens per evaluation."""
     save_every: int = option(100, change="always", least=1)
-    """Steps between checkpoints; there is always one after the last step."""
+    """Steps between checkpoints; the last step is always followed by a checkpoint."""
     keep_last: int = option(0, change="always", least=0)
     """Number of newest checkpoints to keep; older checkpoints are deleted. 0 keeps all."""
     keep_every: int = option(0, change="always", least=0)

@@ -1,4 +1,4 @@
-"""Many processes, as torchrun starts them: the methods of `SingleProcess`, by collectives.
+"""The methods of `SingleProcess` for many processes, which torchrun starts and which communicate by collectives.
 
 Sequences, signals and decisions are on the CPU and are sent by gloo, so that no process waits for a GPU. Objects are
 sent as JSON, because `broadcast_object_list` would pickle them.
@@ -50,7 +50,7 @@ class DistributedContext(SingleProcess):
         """Connect to the other processes within `timeout` seconds, which is also the time limit of collectives.
 
         Raises:
-            PeerLost: if processes are missing. Every process that is there raises it and names the missing ones.
+            PeerLost: in every process that is alive, if other processes are missing; it names the missing processes.
         """
         self.mesh = mesh
         self.rank, self.size = launch.number("RANK", 0), mesh.size
@@ -93,7 +93,7 @@ class DistributedContext(SingleProcess):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Leave the process group. If an error ends the run, one process prints it; a missing process is named by all.
+        """Leave the process group. One process prints an error that ends the run; all processes name a missing process.
 
         Raises:
             PeerLost: instead of the error of a failed collective, if another process is missing.
@@ -202,7 +202,7 @@ class DistributedContext(SingleProcess):
         return ((micro[: counts[self.rank]], counts[self.rank] / batch_size) for micro in local_batch)
 
     def shard_batch(self, batch: torch.Tensor) -> tuple[torch.Tensor, float]:
-        """Return this process's sequences; without any, one with share 0, since all processes must join collectives."""
+        """Return this process's sequences. If there are none, return a sequence with share 0 for the collectives."""
         share = batch.tensor_split(self.size)[self.rank]
         return (share, len(share) / len(batch)) if len(share) else (batch[:1], 0.0)
 
@@ -268,7 +268,7 @@ class DistributedContext(SingleProcess):
         return shard.length > 0 and shard.replica == number % shard.replicas
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
-        """Yield the weights that this process writes; copy each before the next one. All processes iterate together.
+        """Yield the weights that this process writes; the caller copies each at once. All processes iterate together.
 
         Experts are written as shards. All other tensors are gathered one at a time, and each is written by one process.
         So no process ever holds more than its shards and one full tensor.

@@ -1,7 +1,7 @@
 """Expert parallelism: each process holds some experts.
 
-One all-to-all sends the tokens to their experts, and another sends the results back. Shapes are as in `model/moe.py`;
-X is the number of slots (token, expert) that this process computes.
+One all-to-all sends the tokens to their experts, and another all-to-all sends the results back. Shapes are as in
+`model/moe.py`; X is the number of slots (token, expert) that this process computes.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from smolseek.ops.moe_permute import inverse, permute
 
 
 class _Permutation(NamedTuple):
-    """How the slots were sorted and sent, so that this can be undone for the results."""
+    """How the slots were sorted and sent. For the results, both steps are undone."""
 
     order_M: torch.Tensor
     """Indices that sort this process's slots by expert."""
@@ -27,7 +27,7 @@ class _Permutation(NamedTuple):
 
 
 class ExpertDispatcher(LocalDispatcher):
-    """Sends each token to the process that holds its expert, and the result back, by one all-to-all each.
+    """Sends each token to the process that holds its expert, and sends the result back, by one all-to-all each.
 
     The processes exchange the numbers of slots first, so no token is dropped. The experts are split into as many
     contiguous ranges as there are processes, and process r holds range r.

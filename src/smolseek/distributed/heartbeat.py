@@ -72,7 +72,8 @@ class Heartbeat:
     def lost(self) -> str | None:
         """Return which process is missing after a failed collective or a SIGTERM; None if no process is missing.
 
-        This takes a few intervals. All processes return what the first of them finds, since that process ends as well.
+        This method takes a few intervals between heartbeats. All processes return the finding of the first one, since
+        this process ends as well.
         """
         self._failed = True
         try:
@@ -87,7 +88,8 @@ class Heartbeat:
         waited = time.monotonic() - self._since
         first, deadline = self._read(), time.monotonic() + _MISSED * self.interval
         silent = [rank for rank, other in enumerate(first) if rank != self.rank and other.number != _LEFT]
-        # All are alive and a collective has timed out: a process without a failed collective never called it.
+        # If all processes are alive after a time-out, a process without a failed collective never called the
+        # collective.
         absent = silent if waited >= self.timeout else []
         while (silent or absent) and time.monotonic() < deadline and not self.store.check(["lost"]):
             time.sleep(self.interval / 4)
@@ -124,7 +126,7 @@ class Heartbeat:
         return [_Heartbeat(*map(int, value.split())) for value in self.store.multi_get(self._keys)]
 
     def _warn(self, first: list[_Heartbeat], now: list[_Heartbeat], waited: float) -> None:
-        """Warn about processes that are silent or behind. Only the first of the remaining processes does so."""
+        """Warn about processes that are silent or behind, if this is the first of the remaining processes."""
         silent = [rank for rank, other in enumerate(now) if other.number == first[rank].number]
         behind = [rank for rank, other in enumerate(now) if other.steps < self._steps and rank not in silent]
         others = {*range(len(now))} - {*silent} - {*behind}

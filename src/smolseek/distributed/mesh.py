@@ -43,10 +43,10 @@ class Mesh:
 
 
 def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size: int | None = None) -> Mesh:
-    """Return the mesh of `size` processes; if `size` is None, of as many processes as `config` requests.
+    """Return the mesh of `size` processes. If `size` is None, `config` determines the number of processes.
 
     Raises:
-        SmolseekError: for sizes that do not divide; the message names sizes that would divide.
+        SmolseekError: if the sizes of the mesh do not divide the number of processes; the message names possible sizes.
     """
     requested = max(1, config.data) * config.expert
     if size is None:

@@ -1,9 +1,9 @@
 """How the processes of one launch find each other in a store that also has entries of dead processes.
 
 torchrun keeps one TCPStore over all restarts, and its restart count differs between machines. So a new process could
-read the address of a dead process. To prevent this, process 0 gives each launch a new name, and answers every request
-under a key of its own. `monitored_barrier` cannot say which process is missing, because it needs a process group, which
-connects only when all processes exist.
+read the address of a dead process. To prevent such mistakes, process 0 gives each launch a new name, and answers every
+request under a key of its own. `monitored_barrier` cannot say which process is missing, because it needs a process
+group, which connects only when all processes exist.
 """
 
 import time
@@ -21,7 +21,8 @@ _POLL = 0.02
 def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> dist.Store:
     """Return the part of `store` for the `size` processes of this launch; earlier launches did not write to it.
 
-    It has the first heartbeat of each process. The store is polled, since no signal would end a wait inside the store.
+    The first heartbeat of each process is in this part. The store is polled, since no signal would end a wait inside
+    the store.
 
     Raises:
         PeerLost: in every process, after `timeout` seconds or on a SIGTERM; it names the missing processes.

@@ -34,7 +34,7 @@ class SingleProcess:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Leave the process group; with one process there is nothing to do."""
+        """Leave the process group of the run; a single process has no process group."""
 
     def describe(self, device: torch.device) -> str:
         """Return a few words about the device and the processes that compute."""
@@ -93,7 +93,7 @@ class SingleProcess:
         return x
 
     def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
-        """Scale the full gradient down to the norm `max_norm`, and return its norm before."""
+        """Scale the full gradient down to the norm `max_norm`, and return the norm that the gradient had before."""
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def optimizer_parameters(self, model: CausalLM) -> Named:
@@ -111,10 +111,10 @@ class SingleProcess:
     def writes_shard(self, name: str, number: int) -> bool:
         """Return whether this process writes its shard of the parameter `name`, number `number`, into checkpoints.
 
-        Several processes may hold the same shard. One of them writes it, a different one for each number.
+        If several processes hold the same shard, `number` decides which of these processes writes the shard.
         """
         return True
 
     def checkpoint_shards(self, model: CausalLM) -> Iterator[tuple[str, LocalShard]]:
-        """Yield the weights that this process writes; copy each before the next one. All processes iterate together."""
+        """Yield the weights that this process writes; the caller copies each at once. All processes must iterate."""
         yield from full_tensors(model).items()

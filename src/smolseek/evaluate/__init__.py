@@ -1,1 +1,1 @@
-"""Judging models: losses, and how far two models are apart."""
+"""Evaluation of models: losses, and the difference between two models."""

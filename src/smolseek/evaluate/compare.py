@@ -104,7 +104,7 @@ def compare_states(
 
 
 def compare(a: Any, b: Any, sequences: torch.Tensor) -> Comparison:
-    """Compare the models A and B on `sequences` [N, T+1]. They may be ours or transformers' models.
+    """Compare the models A and B, which may be ours or transformers' models, on `sequences` [N, T+1].
 
     Raises:
         SmolseekError: if the logits of a model are not finite.
@@ -247,8 +247,7 @@ def open_model(path: Path, engine: str, dtype: str) -> Any:
         return load_causal_lm(path, dtype=dtype)
     with tempfile.TemporaryDirectory() as folder:
         if path.is_file():
-            # transformers needs another package for GGUF files. A Llama folder with the same weights is written
-            # instead.
+            # transformers needs another package for GGUF files, so a Llama folder with the same weights is written.
             save_folder(load_causal_lm(path), folder)
         opened = Path(folder) if path.is_file() else path
         return open_with_transformers(opened, getattr(torch, dtype), str(path), "try --engine native")

@@ -35,7 +35,7 @@ def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> 
 
     Args:
         paths: run folders.
-        out: the page to write. By default it is `report.html` in the run folder, or, for several runs,
+        out: the page to write. The default is `report.html` in the run folder, or, for several runs,
             `comparison.html` in the current folder.
 
     Raises:
@@ -145,7 +145,7 @@ def samples_by_prompt(samples: Mapping[int, Mapping[str, str]]) -> list[tuple[st
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings: dotted name and the value of each run. With several runs, only differing settings."""
+    """Return the settings: dotted name and the value of each run. With several runs, only settings that differ."""
     configs = [flatten(to_dict(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     settings = [(key, [_shown(config.get(key)) for config in configs]) for key in keys]

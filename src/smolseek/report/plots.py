@@ -105,8 +105,8 @@ def line_chart(lines: Sequence[Line], *, end: int, from_zero: bool = False) -> s
 def heat_map(loads: Sequence[tuple[int, Sequence[Sequence[int]]]], first_layer: int = 0) -> str:
     """Return a row of SVGs, one per layer: experts downwards, evaluations to the right, colour by load.
 
-    An expert with an equal share of the tokens has no colour. Twice this share or more has full colour of one kind, and
-    no token has full colour of the other kind.
+    An expert with an equal share of the tokens has no colour. An expert with twice this share or more has the strongest
+    colour of one kind, and an expert without tokens the strongest colour of the other kind.
 
     Args:
         loads: for each evaluation, its step and the number of tokens of each expert in each layer [L, E].

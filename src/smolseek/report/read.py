@@ -1,7 +1,7 @@
 """The record of a run in its folder: everything that the page shows, read without the model.
 
-The source is `metrics.jsonl`. The kind of a record follows from its keys: `loss` (training), `val_loss` (validation),
-`audit`, `machine` (start or resume of a run), and keys of events.
+The source is `metrics.jsonl`. The keys of a record say what it is: `loss` (training), `val_loss` (validation), `audit`,
+`machine` (start or resume of a run), or an event.
 """
 
 import math
@@ -98,7 +98,7 @@ _REQUIRED = {
     "parameters": ("active",),
     "samples": ("step",),
 }
-"""Keys that a record must also have if it has the first key."""
+"""Key of a record -> other keys that the record must also have."""
 
 
 def _problem(record: Record) -> str | None:
