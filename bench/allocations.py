@@ -8,7 +8,7 @@ from torch._C._profiler import _EventType
 
 
 class AllocatedBytes(NamedTuple):
-    """Numbers of bytes, beyond the bytes that were allocated before."""
+    """Numbers of allocated bytes, without the bytes that were allocated before."""
 
     peak: int
     end: int

@@ -5,10 +5,10 @@
     python bench/architecture.py --tests                      and how long `make test` takes there
     python bench/architecture.py --check                      writes nothing, exits with 1 if a limit is passed
 
-The lines of Python, C, templates and files that a page loads are counted, in src/smolseek. To find repeated lines,
+The counted files are Python, C, templates and files that a web page loads, in src/smolseek. To find repeated lines,
 every run of six lines is hashed without white space, blank lines and imports. A place is a part of a file in which
-every such run also occurs elsewhere. All import statements of a module count, also those within functions, but not
-those for type checkers. An import circle is a set of modules that import each other, directly or indirectly. The
+every run of six lines also occurs elsewhere. All import statements of a module count, also those within functions, but
+not those for type checkers. An import circle is a set of modules that import each other, directly or indirectly. The
 results are written to docs/results/architecture.json.
 """
 

@@ -4,10 +4,10 @@
     python bench/gpu.py --device cpu --model tiny --batches 2x2 --modes plain     the same code on a CPU, to test it
 
 A training step is the same as in the training loop: `grad_accum` micro-batches of `batch` x 256 random tokens, gradient
-clipping, the guard's check of loss and norm, fused AdamW, and the update of the router biases. The batch sizes are that
-of the original experiment and larger ones. The modes are `plain` (eager PyTorch), `graph` (forward and backward as a
-CUDA graph), `auto` (a CUDA graph of compiled layers, the default for runs of 1,000 steps or more), `recompute` (as in
-the original experiment, --grad-checkpointing full), and `transformers` (stock modeling code, grouped matrix
+clipping, the guard's check of loss and norm, fused AdamW, and the update of the router biases. The smallest batch size
+is that of the original experiment. The modes are `plain` (eager PyTorch), `graph` (forward and backward as a CUDA
+graph), `auto` (a CUDA graph of compiled layers, the default for runs of 1,000 steps or more), `recompute` (as in the
+original experiment, --grad-checkpointing full), and `transformers` (stock modeling code, grouped matrix
 multiplications, bfloat16 autocast, fused AdamW). Utilisation is the rate of active floating point operations divided by
 the peak rate of an 8,192^3 bfloat16 matrix multiplication in the same process.
 """

@@ -7,7 +7,7 @@ The text is the English text in the running Python, cut into documents of Cosmop
 of the text are written to parquet shards with Cosmopedia's columns. These shards are streamed from a stand-in for the
 hub on loopback (tests/data), which is a separate process on the same cores. The same text is also read from a folder
 that `smolseek prepare` wrote. The model is deepseek_159m in bfloat16 with 4 sequences of 256 tokens a step, as in
-`smolseek train`. It is measured on fixed sequences, and then on the sequences of each loader, for which the model
+`smolseek train`. The model is measured on fixed sequences, and then on the sequences of each loader, for which it
 should never wait. "First batch" is the time that a new process needs for tokenizer, corpus, split and first sequences.
 The results are written to docs/results/loader.json.
 """

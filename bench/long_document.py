@@ -2,7 +2,7 @@
 
     python bench/long_document.py        a minute and a half on two cores
 
-The text consists of several numbered copies of the English text in the running Python. It is cut in front of line
+The text consists of several numbered copies of the English text in the running Python. The text is cut in front of line
 breaks, where the tokenizer also splits a text. Both versions of the text are prepared alternately, each in a new
 process, whose time and peak memory the operating system reports. Except for end tokens, both versions must give the
 same tokens. The results are written to docs/results/long_document.json.

@@ -1,11 +1,11 @@
 """Opens models of other trainers with the size of one of our models, for bench/train_step.py --against.
 
-nanochat (92d63d4 was tried) trains dense models only. Its GPT gets the width and heads of our model, and a number of
-layers that takes the same number of operations per token. nanochat is not a package, so a clone of its repository must
-be on PYTHONPATH.
+nanochat (92d63d4 was tried) trains dense models only. nanochat's GPT gets the width and heads of our model, and a
+number of layers that takes the same number of operations per token. nanochat is not a package, so a clone of its
+repository must be on PYTHONPATH.
 
-litgpt (0.5.13 was tried) has multi-head latent attention and DeepSeek's experts. But it supports neither queries
-without a latent nor a sigmoid router without groups. Therefore its queries get a latent whose size takes the same
+litgpt (0.5.13 was tried) has multi-head latent attention and DeepSeek's experts. But litgpt supports neither queries
+without a latent nor a sigmoid router without groups. Therefore litgpt's queries get a latent whose size takes the same
 number of operations, and its router uses a softmax.
 
 torchtitan (0.3.0) cannot be measured on a CPU: its language models use FlexAttention or variable-length flash

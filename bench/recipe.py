@@ -7,10 +7,10 @@
     python bench/recipe.py speed                   tokens/s of the experts and of the dense model
     python bench/recipe.py show                    the tables of all results
 
-With loss-free balancing, 1,500 more steps with frozen weights calibrate the router biases. Speeds do not include these
-steps. Each run is written to docs/results/recipe.json when it ends. A run with results is not repeated, so that an
-interrupted series can continue. `--jobs 2` trains two models at a time with one thread each, which changes speeds, but
-not losses.
+With loss-free balancing, 1,500 more steps with frozen weights calibrate the router biases. Speeds do not include the
+calibration steps. Each run is written to docs/results/recipe.json when it ends. A run with results is not repeated, so
+that an interrupted series can continue. `--jobs 2` trains two models at a time with one thread each, which changes
+speeds, but not losses.
 """
 
 import argparse
@@ -108,7 +108,7 @@ class Run:
 
 
 def execute(run: Run, data: list[str], threads: int) -> dict:
-    """Train, and return the results for the tables. Losses use few validation tokens, final results use many."""
+    """Train, and return the results for the tables. Losses use fewer validation tokens than final results."""
     import torch
 
     from smolseek.data.datasets import open_dataset

@@ -45,7 +45,7 @@ ENDS = {
 
 
 def worker(out: Path, arguments: list[str]) -> int:
-    """Train as `smolseek` does, and write how many bytes this process holds, and sends in a step."""
+    """Train as `smolseek` does, and write how many bytes this process holds and how many it sends in a step."""
     import torch.distributed as dist
 
     from smolseek.cli import main
@@ -76,7 +76,7 @@ def worker(out: Path, arguments: list[str]) -> int:
             return 0
         return (x.numel() - sent_counts[dist.get_rank() % n] * x[:1].numel()) * x.element_size()
 
-    # FSDP2 uses the first names from PyTorch 2.13 on, and the second names before.
+    # FSDP2 calls `all_gather_single` and `reduce_scatter_single` from PyTorch 2.13 on.
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     scatter = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     real_gather, real_scatter = getattr(dist, gather), getattr(dist, scatter)

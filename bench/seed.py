@@ -1,4 +1,4 @@
-"""Repeats the original experiment at small scale: a model with its bugs and a correct model learn from the same tokens.
+"""Repeats the original experiment at small scale: a model with the bugs and a correct model learn from the same tokens.
 
     python bench/seed.py                       about 15 minutes on two cores
     python bench/seed.py --data FILES --steps 300 --out /tmp/seed.json --plot ""

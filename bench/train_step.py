@@ -1,4 +1,4 @@
-"""The training step of smolseek and transformers, with the same weights, tokens and number format.
+"""Compares the training step of smolseek and transformers, with the same weights, tokens and number format.
 
     python bench/train_step.py --quick           under a minute on two cores: one shape, no accumulation
     python bench/train_step.py                   both shapes, accumulation 4, parts, layers and sequences: ten minutes

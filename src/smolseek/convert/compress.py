@@ -34,7 +34,7 @@ class Plan(NamedTuple):
     w_S: torch.Tensor
     """Frequencies of the slots."""
     components_S: torch.Tensor | None
-    """Components that keep RoPE, one for each slot and the same in every layer. If None, each layer chooses its own."""
+    """Components that keep RoPE, one for each slot and the same in every layer. If None, layers choose separately."""
 
     def config(self, source: ModelConfig) -> ModelConfig:
         """Return the configuration of the compressed model."""
@@ -141,7 +141,7 @@ def compress(
     """Fit the smaller cache of `conversion` to the Llama `model` and its statistics.
 
     Returns:
-        The new configuration, and the attention tensors of each layer in float32. Their names lack the prefix
+        The new configuration, and the attention tensors of each layer in float32. The tensors' names lack the prefix
         `model.layers.N.self_attn.`.
 
     Raises:
@@ -193,8 +193,8 @@ def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str,
     """Return an equivalent layer in which the weights before and after each cached feature have the same size.
 
     The layer computes the same function if the weights before a cached feature are multiplied by a factor and the
-    weights after it are divided by this factor. After fitting, the two sizes differ by a factor of about a thousand. An
-    optimizer like Adam, which changes all weights by similar amounts, would destroy the smaller weights.
+    weights after it are divided by this factor. Fitted weights before and after a feature differ by a factor of about a
+    thousand. An optimizer like Adam, which changes all weights by similar amounts, would destroy the smaller weights.
     """
     down, k_pe = tensors["kv_a_proj_with_mqa.weight"].split([config.kv_lora_rank or 0, config.qk_rope_head_dim])
     up = tensors["kv_b_proj.weight"]
@@ -213,8 +213,8 @@ def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str,
 
 
 def _ratio(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Return the factor by which weights are multiplied (mean square `down`) and divided (`up`) to get the same size.
+    """Return the factor f that gives f times the `down` weights and 1/f times the `up` weights the same size.
 
-    The factor is 1 if either mean square is 0.
+    The arguments are mean squares of these weights. The factor is 1 if either mean square is 0.
     """
     return torch.where((up > 0) & (down > 0), (up / down).nan_to_num(1.0).pow(0.25), 1.0)

@@ -12,7 +12,7 @@ Method = Literal["smolseek", "transmla"]
 Profile = Literal["hf-exact", "portable"]
 
 _LEAST_HEAD = 32
-"""Smallest number of features without RoPE in a head that other engines support; it equals the source's head size."""
+"""Smallest head size of a source for other engines, because a compressed head has as many features without RoPE."""
 _CACHE_OPTIONS = ("rope_dim", "profile", "method", "freq_fold")
 _FITTED = ("cache", "kv_rank", "prune", "active", "calibration", "calibration_tokens", "text_column", *_CACHE_OPTIONS)
 _MODE_OF = {"top_k": "grow", "neurons": "exact", **dict.fromkeys(_FITTED, "compress")}

@@ -57,8 +57,8 @@ def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
     cached features are rotated at the frequencies of their slots; the R features of the latent are not rotated. A
     token's input x and its distance D are treated as independent. Then the error of the keys, E |k(D) - B_h z(D)|^2
     over the distances that the head attends to, is quadratic in B_h for a fixed A. For fixed B_h the error is quadratic
-    in A. In this second case the error is weighted by the queries and by the heads' outputs, and the error of the
-    values is added. Both problems have closed-form solutions, and the function alternates between the two.
+    in A, where it is weighted by the queries and by the heads' outputs, and the error of the values is added. This
+    function alternates between the closed-form solutions for B_h and for A.
     """
     G, d, _ = layer.v_GdD.shape
     heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD

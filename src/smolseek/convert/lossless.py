@@ -69,8 +69,8 @@ def attention(
     """Return the tensors of MLA for the projections of one layer of the Llama `config`.
 
     The names lack the prefix `model.layers.N.self_attn.`. The query of a head in group g is in slot g of the rotary
-    features, and the other slots of the query are zeros. The values of this head are slot g of the latent. The output
-    projection does not change.
+    features, and the other slots of the query are zeros. The values of a head in group g are slot g of the latent. The
+    output projection does not change.
     """
     heads, groups, size = config.num_attention_heads, config.num_key_value_heads, config.qk_head_dim
     group_of_head = torch.arange(heads) // (heads // groups)

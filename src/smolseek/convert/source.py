@@ -1,4 +1,4 @@
-"""Opens the model to be converted. Its configuration is read at once, its tensors are read one by one later."""
+"""Opens the model to be converted. The configuration is read at once, and the tensors are read one by one later."""
 
 import re
 from pathlib import Path

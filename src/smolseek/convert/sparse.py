@@ -29,9 +29,7 @@ _GATE_RIDGE = 1e-2
 _SMALL_ENERGY = 1e-3
 """Share of the mean energy that is added to an expert's energy before the logarithm is taken."""
 _LOGIT_STD = 0.1
-"""Standard deviation of the router's logits. It is small, so that sigmoid is nearly linear and the routing weights are
-nearly equal.
-"""
+"""Standard deviation of the router's logits: small, so that sigmoid is nearly linear and the weights nearly equal."""
 
 
 def active_neurons(config: ModelConfig) -> int:
@@ -121,7 +119,7 @@ def sparse_layer(
 
     Neuron i adds the vector h_i d_i to the output, whose norm is |h_i| |d_i|. The neurons with the largest mean square
     of this norm go into the shared experts. For every other neuron, a linear regression predicts the norm from the
-    layer's input, because a router is linear, too. These neurons are clustered by their regression coefficients. The
+    layer's input, because a router is linear, too. The neurons are clustered by their regression coefficients. The
     router's logit for an expert is a linear regression of the logarithm of the energy of the expert's output. At last,
     all output matrices are fitted together to the dense layer's output under this routing, by least squares. `config`
     comes from `with_experts`, and `h_TI` are the neurons' activations on the inputs `x_TD`.

@@ -43,8 +43,8 @@ def beam_search(
 
     The score of a finished hypothesis is its summed log-probability divided by length ** length_penalty; the length
     includes the stop token. With `early_stopping` true the search ends when `beams` hypotheses are finished. Otherwise
-    it ends when no running hypothesis can reach a better score. The best score that a running hypothesis can reach is
-    estimated from its current length, or from the maximum length if `early_stopping` is "never".
+    the search ends when no running hypothesis can reach a better score. The best score that a running hypothesis can
+    reach is estimated from its current length, or from the maximum length if `early_stopping` is "never".
 
     Args:
         model: the model.
@@ -72,7 +72,7 @@ def beam_search(
     logits_WV = decoder.prefill(0, ids).expand(beams, -1)
     decoder.reorder_cache([0] * beams)
     decoding = time.perf_counter()
-    # All beams start from the same prompt. Only the first may win, because all would find the same continuations.
+    # All beams start from the same prompt. A low score keeps all but the first from finding the same continuations.
     running = [_Hypothesis([], [], -1e9 if beam else 0.0) for beam in range(beams)]
     finished: list[_Hypothesis] = []
     for length in range(1, most + 1):

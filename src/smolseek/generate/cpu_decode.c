@@ -35,7 +35,7 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
         choice[e] = scores[e] + l->router_bias[e];
     }
     if (m->groups > 1) {
-        for (int64_t g = 0; g < m->groups; g++) { /* a group's score: its two best experts */
+        for (int64_t g = 0; g < m->groups; g++) { /* the score of a group is the sum over its two best experts */
             float a = -INFINITY, b = -INFINITY, none = 0;
             for (int64_t e = g * size; e < (g + 1) * size; e++) {
                 if (choice[e] > a)

@@ -56,8 +56,8 @@ static inline void wait_for_all(Barrier *barrier, int all) {
         if (spins > 4000) sched_yield();
 }
 
-/* Load numbers that are read only once. Here the compiler's own conversion of bfloat16 makes a step a tenth faster than
-   the single instruction that `load` uses (AMD EPYC, GCC). */
+/* Load numbers that are read only once. With the compiler's own conversion of bfloat16 a decoding step is a tenth faster
+   than with the single instruction that `load` uses (AMD EPYC, GCC). */
 INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
     if (!bfloat16) return load(w, i, 0);
     short_vec bits;

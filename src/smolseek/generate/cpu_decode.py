@@ -1,9 +1,8 @@
 """Runs a decoding step on a CPU with cpu_decode.c, which reads the weights of the model's modules in place.
 
 The rule that the forward pass is written only once has two exceptions, and this file is the first. A decoding step
-takes as long as reading the weights, and PyTorch would add the overhead of some hundred small operations. `bind`
-returns None without a C compiler, for another number format, or on another device. Then the engine uses the model's
-forward pass.
+takes as long as reading the weights, and PyTorch would add the overhead of some hundred small operations. Without a C
+compiler, for another number format, or on another device, the engine uses the model's forward pass.
 """
 
 import ctypes

@@ -52,7 +52,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def has_bf16_products() -> bool:
-    """Return whether the C files support bfloat16. This needs the processor's bfloat16 dot product (AVX512_BF16)."""
+    """Return whether the C files support bfloat16, which needs the processor's bfloat16 dot product (AVX512_BF16)."""
     functions = library()
     return functions is not None and bool(functions.has_bf16_products())
 
@@ -69,7 +69,7 @@ def c_supports(x: torch.Tensor) -> bool:
 
 
 def c_infers(x: torch.Tensor) -> bool:
-    """Return whether the C files for reading prompts support `x`. They need bfloat16 and inference mode."""
+    """Return whether the C files for reading prompts support `x`, which must be bfloat16, in inference mode."""
     # The inference mode is checked last, because dynamo cannot trace this check. In compiled code `c_supports` is
     # False.
     return x.dtype == torch.bfloat16 and c_supports(x) and torch.is_inference_mode_enabled()

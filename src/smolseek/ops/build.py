@@ -28,7 +28,7 @@ class _BuildFailed(Exception):
 
 @functools.cache
 def library(*sources: Path) -> ctypes.CDLL | None:
-    """Return the compiled `sources` as one library, or None if they cannot be built. Then PyTorch is used instead.
+    """Return the compiled `sources` as one library, or None if they cannot be built and PyTorch must be used.
 
     The library's file name contains a hash of sources, headers, flags and processor. So a machine builds the library
     only once, in a few seconds. If the cache folder is not writable, each process builds its own library. The reason
@@ -130,7 +130,7 @@ def _build(sources: tuple[Path, ...], path: Path) -> None:
 
 
 def _run(command: list[str]) -> str | None:
-    """Run a compiler. Return None, or one line that says why it fails. Raises _BuildFailed after a timeout."""
+    """Run a compiler, and return why it fails in one line, or None. Raises _BuildFailed after a timeout."""
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=300, stdin=subprocess.DEVNULL)
     except subprocess.CalledProcessError as error:

@@ -1,6 +1,6 @@
 """Checkpoints are written atomically, and verified before they are used.
 
-A checkpoint is a model folder that Hugging Face tools can open. Its subfolder `training` holds the training state and
+A checkpoint is a model folder that Hugging Face tools can open. The subfolder `training` holds the training state and
 a manifest with the SHA-256 of every file. A checkpoint is written under a temporary name, flushed to disk, and renamed.
 With several processes, each process writes its own shard, and an index lists the files of all shards. docs/scale.md
 says why torch.distributed.checkpoint is not used.
@@ -201,7 +201,7 @@ def load_state(
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint's training state. Raises SmolseekError if it is missing or damaged."""
+    """Return the JSON part of a checkpoint's training state. Raises SmolseekError if this is missing or damaged."""
     file = training_folder(Path(path)) / STATE_JSON
     if not file.exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: training resumes from checkpoints only")

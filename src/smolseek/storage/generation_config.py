@@ -23,7 +23,7 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty"), ()),
     **dict.fromkeys(("constraints", "force_words_ids", "dola_layers", "watermarking_config"), ()),
 }
-"""Unsupported settings, with the values that have no effect. Other values would change the text, and are refused."""
+"""Unsupported settings, with their values that have no effect. A setting with another value is refused."""
 
 
 def write(path: Path, config_json: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ def write(path: Path, config_json: Mapping[str, Any]) -> None:
 
 
 def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings in the `generation_config.json` of the model folder `path`; without that file `config_json`.
+    """Return the settings of the model folder `path`: its `generation_config.json` if it exists, else `config_json`.
 
     Raises SmolseekError for a file that is not a JSON object.
     """
@@ -45,10 +45,10 @@ def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tuple[int, ...]:
-    """Return the end tokens that `eos_token_id` in `values` names, as transformers reads it; without it none.
+    """Return the end tokens in the `eos_token_id` of `values`, as transformers reads it.
 
-    The first end token of config.json separates documents in training. If it is among the end tokens, it is returned
-    first. Raises SmolseekError for ids that are not in the model's vocabulary.
+    The first end token of config.json separates documents in training. If `eos_token_id` holds this token, too, it is
+    returned first. Raises SmolseekError for ids that are not in the model's vocabulary.
     """
     eos = values.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -1,4 +1,4 @@
-"""llama.cpp's names of tensors beside those of a Hugging Face folder. Imports no torch."""
+"""llama.cpp's names of tensors, with the names in a Hugging Face folder. Imports no torch."""
 
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -20,7 +20,7 @@ LLAMA = _SHARED | {
     "attn_k.weight": "self_attn.k_proj.weight",
     "attn_v.weight": "self_attn.v_proj.weight",
 }
-"""Tensors of a Llama's layer, without `blk.N.` and `model.layers.N.`."""
+"""Tensors of a Llama layer; the names lack the prefixes `blk.N.` and `model.layers.N.`."""
 
 DEEPSEEK2 = _SHARED | {
     "attn_q_a.weight": "self_attn.q_a_proj.weight",
@@ -35,17 +35,18 @@ DEEPSEEK2 = _SHARED | {
     "ffn_up_shexp.weight": "mlp.shared_experts.up_proj.weight",
     "ffn_down_shexp.weight": "mlp.shared_experts.down_proj.weight",
 }
-"""Tensors of a layer with MLA that are the same in both. `attn_kv_b` is in older files only (`KEY_UP`, `VALUE_UP`)."""
+"""Tensors of a layer with MLA. Only older files have `attn_kv_b`; newer files have `KEY_UP` and `VALUE_UP` instead."""
 
 KEY_UP, VALUE_UP = "attn_k_b.weight", "attn_v_b.weight"
-"""kv_b_proj's parts per head: [heads, rank, nope], the transpose of its rows, and [heads, v, rank]."""
+"""The two parts of kv_b_proj: each head's transposed rows for keys [heads, rank, nope] and rows for values
+[heads, v, rank]."""
 
 EXPERTS = {
     "ffn_gate_exps.weight": "gate_proj",
     "ffn_up_exps.weight": "up_proj",
     "ffn_down_exps.weight": "down_proj",
 }
-"""The routed experts, stacked [experts, rows, columns]."""
+"""The routed experts, as stacks of matrices [experts, rows, columns]."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor in which llama.cpp stores the scaled RoPE of Llama 3.1 and later: a divisor for each frequency."""

@@ -42,7 +42,7 @@ _DEEPSEEK = (
 # Settings in which DeepSeek models differ. smolseek and transformers' DeepseekV3 support only these values.
 _DEEPSEEK_FIXED = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}
 _TIED = "smolseek_tied_embeddings"
-"""Key of smolseek for a tied head. The folder holds both matrices, as other engines do not tie a DeepSeek head."""
+"""smolseek's key for a tied head. Folders hold both matrices, because other engines do not tie a DeepSeek head."""
 # Keys of a config.json that do not belong to the model's configuration.
 _BOOKKEEPING = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 
@@ -84,13 +84,14 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     # MLA has one key and value head per query head. transformers' head_dim is the number of rotary features.
     out |= {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim}
     out |= {"qk_head_dim": config.qk_head_dim, "num_nextn_predict_layers": 0}
-    # mlx-lm reads only the old names of the RoPE settings. Without them it silently uses theta 10,000.
+    # mlx-lm reads only the old names of the RoPE settings. Without these names mlx-lm silently uses theta 10,000.
     rope = values["rope_parameters"]
     out |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
     if config.tie_word_embeddings:
         out |= {"tie_word_embeddings": False, _TIED: True}
     if not config.latent_norm:
-        # A key of smolseek alone. transformers keeps the key, and computes the norm whose weights are in the file.
+        # Only smolseek uses this key. transformers ignores the key, and computes the norm whose weights are in the
+        # file.
         out["latent_norm"] = False
     return out | _DEEPSEEK_FIXED
 

@@ -178,7 +178,7 @@ def _filled(
 def load_weights(model: CausalLM, path: str | Path, shards: Mapping[str, LocalShard] | None = None) -> None:
     """Copy the weights in the folder `path` into an existing model, which keeps its types and device.
 
-    `shards` are this process's shards of the model's parameters; None means that it has the full tensors. Raises
+    `shards` are this process's shards of the model's parameters; None means full tensors. Raises
     SmolseekError if a tensor is missing, unknown or of another shape, or if a file is damaged.
     """
     path = Path(path)

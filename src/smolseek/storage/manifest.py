@@ -12,7 +12,7 @@ from smolseek.run_folder import RunFolder, step_of
 TRAINING = "training"
 """Subfolder of a checkpoint with the training state and the manifest.
 
-Beside it are only the files of the model: vLLM loads every safetensors file at the top of a model folder.
+All other files of a checkpoint are model files, because vLLM loads every safetensors file at the top of a model folder.
 """
 MANIFEST = "manifest.json"
 STATE_TENSORS = "training_state.safetensors"
@@ -24,7 +24,7 @@ STATE_JSON = "training_state.json"
 def training_folder(checkpoint: Path) -> Path:
     """Return the folder with the training state and the manifest of a checkpoint.
 
-    It is the subfolder `training`. In older checkpoints it is the checkpoint's folder itself.
+    This folder is the subfolder `training`, or in older checkpoints the checkpoint's folder itself.
     """
     folder = checkpoint / TRAINING
     return folder if folder.is_dir() else checkpoint

@@ -20,8 +20,8 @@ from smolseek.storage.weights import file_tensors
 class Saver:
     """Saves a run's checkpoints one at a time, and deletes checkpoints that are no longer needed.
 
-    From the first save on, the copies stay in memory. They are as large as this process's shard of the weights and of
-    the optimizer's state. Leaving the `with` block waits for the checkpoint in progress, except after a
+    From the first save on, the copies stay in memory. The copies are as large as this process's shard of the weights
+    and of the optimizer's state. Leaving the `with` block waits for the checkpoint in progress, except after a
     KeyboardInterrupt.
     """
 
@@ -55,7 +55,7 @@ class Saver:
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> None:
         """Copy the weights and `tensors`, and start writing them with `state` as the checkpoint after `step` steps.
 
-        All processes call `save` together. It waits for the previous checkpoint, and returns when the copy is made.
+        All processes call `save` together. `save` waits for the previous checkpoint, and returns when the copy is made.
         """
         self.wait()
         checkpoint = CheckpointWriter(self.run, step, self.distributed.rank, self.distributed.size, self.timeout)
@@ -93,7 +93,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an unexpected error a process and its shard may be missing, so several processes do not wait.
+        # After an unexpected error, one of several processes may be missing with its shard. Then nobody waits for it.
         waits = kind is None or issubclass(kind, SmolseekError) or self.distributed.size == 1
         if waits and not (kind is not None and issubclass(kind, KeyboardInterrupt)):
             self.wait()

@@ -78,8 +78,8 @@ def _unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tupl
 def computed(tensors: Iterable[tuple[str, T]], values: Mapping[str, Any]) -> Iterator[tuple[str, T]]:
     """Leave out tensors that other programs store and smolseek does not use: RoPE tables and MTP layers.
 
-    `values` is the content of config.json. MTP layers follow the other layers. Only as many layers are left out as
-    config.json announces MTP layers, so that a wrong number of layers is still detected.
+    `values` is the content of config.json. MTP layers follow the other layers. The number of layers that are left
+    out is the number of MTP layers in config.json, so that a wrong number of layers is still detected.
     """
     layers = values.get("num_hidden_layers") or 0
     extra = values.get("num_nextn_predict_layers") or values.get("num_mtp_layers") or 0
@@ -112,7 +112,7 @@ def check_shape(path: Path, name: str, shape: Sequence[int], expected: Sequence[
 
 
 def check_shapes(config: ModelConfig, shapes: Mapping[str, Sequence[int]], path: Path) -> None:
-    """Raise SmolseekError if the tensors in the files of `path`, whose `shapes` these are, are not those of a model.
+    """Raise SmolseekError if the names or `shapes` of the tensors in the files of `path` do not match `config`.
 
     A tied embedding may be stored under the name of the head, or under both names.
     """

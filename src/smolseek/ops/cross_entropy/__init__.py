@@ -48,11 +48,11 @@ def linear_cross_entropy(
         h_ND: hidden states.
         w_VD: the weights of the output head.
         targets_N: the next tokens, in int64. There is no special value for tokens to ignore.
-        z_loss: weight of the z-loss, the mean of log^2 Z, where Z is the sum in the softmax. It keeps the logits from
-            drifting (PaLM, 2204.02311, section 5).
+        z_loss: weight of the z-loss, the mean of log^2 Z, where Z is the sum in the softmax. The z-loss keeps the
+            logits from drifting (PaLM, 2204.02311, section 5).
         accumulate: on a CPU, add the head's gradient to its `.grad` in place.
-        factor: the gradient that the backward pass will get, if it is known. With `accumulate` and a known factor,
-            already the forward pass adds the head's gradient to `.grad`, and needs no memory for the gradient.
+        factor: the gradient that the backward pass will get, if it is known. With `accumulate` and a known factor, the
+            forward pass already adds the head's gradient to `.grad`, so that this gradient needs no memory of its own.
 
     Raises:
         IndexError: on a CPU for a target outside the vocabulary.

@@ -5,7 +5,7 @@
 
 #include <math.h>
 
-#define PART 1024 /* number of terms of a float32 sum; such sums are added in float64 */
+#define PART 1024 /* numbers that are added in float32; the sums of all parts are added in float64 */
 
 INLINE float largest(const void *x, int64_t at, int64_t V, int64_t bfloat16) {
     lanes tops[4];

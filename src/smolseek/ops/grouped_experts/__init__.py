@@ -35,7 +35,7 @@ def grouped_experts(
     return reference.grouped_experts(x_MD, counts_E, weights, gated=gated, padded=padded and device != "cuda")
 
 
-@torch.compiler.disable  # a compiled backward pass would not see that it adds to `.grad`
+@torch.compiler.disable  # a compiled backward pass would ignore the additions to `.grad`
 def _trained(x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, accumulate: bool) -> torch.Tensor:
     with torch.autocast("cpu", enabled=False):
         return cpu.GroupedSwiGLU.apply(x_MD, *weights[:2], counts_E.tolist(), accumulate)

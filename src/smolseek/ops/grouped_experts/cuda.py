@@ -35,7 +35,7 @@ def missing(features: int, dtype: torch.dtype) -> int:
 
 
 class _BiasOfExpert(torch.autograd.Function):
-    """b[expert] with a deterministic backward pass: a matrix multiplication, while indexing would add with atomics."""
+    """Selects b[expert]. The gradient is a matrix multiplication, since the gradient of indexing would use atomics."""
 
     @staticmethod
     def forward(ctx: Any, b_EF: torch.Tensor, expert_M: torch.Tensor) -> torch.Tensor:

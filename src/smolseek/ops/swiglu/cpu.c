@@ -27,7 +27,7 @@ void swiglu(const void *gate, const void *up, int64_t stride, int64_t M, int64_t
     for (int64_t m = 0; m < M; m++) TYPED(forward, gate, up, m * stride, F, y, m * F);
 }
 
-/* Compute dgate, dup and again y from dy. The rows of gate, up, dgate and dup are `stride` numbers apart. */
+/* Compute dgate and dup from dy, and compute y again. The rows of gate, up, dgate and dup are `stride` numbers apart. */
 void swiglu_backward(const void *gate, const void *up, int64_t stride, int64_t M, int64_t F, const void *dy,
                      void *dgate, void *dup, void *y, int64_t bfloat16, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
