@@ -42,12 +42,12 @@ LOAD_TOKENS = 262_144
 
 
 def moe() -> ModelConfig:
-    """Return `deepseek_159m` scaled down, with the same 16 routed experts (3 used per token) and 1 shared expert."""
+    """Return a smaller `deepseek_159m` with the same 16 routed experts (3 used per token) and 1 shared expert."""
     return replace(preset("tiny"), n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=160)
 
 
 def seed() -> ModelConfig:
-    """Return `seed_159m` scaled down likewise: two key-value heads, four experts with biases, an untied head."""
+    """Return a smaller `seed_159m` with two key-value heads, four experts with biases, and an untied head."""
     small = replace(preset("seed_159m"), hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
     return replace(small, moe_intermediate_size=512, max_position_embeddings=1024)
 

@@ -30,7 +30,7 @@ def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
 def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that a file stores for `shards`. Only the shards of expert stacks may be partial.
 
-    A model without a norm of the latent gets a norm in the file that has no effect. Reading the file removes this norm
+    If a model has no norm of the latent, the file gets a norm that has no effect. Reading the file removes this norm
     exactly. The latents of a model with another `latent_norm_eps` are scaled to the epsilon of transformers.
     """
     tensors = rescaled(_views(shards), config, config.latent_norm_eps, EPS)
