@@ -32,7 +32,7 @@ class Source(NamedTuple):
     """Tokenizer of the model; None for a folder without a tokenizer."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in float32. Raises SmolseekError if its values are quantised or not finite."""
+        """Return a tensor in float32. Raises SmolseekError for a tensor that is quantised or not finite."""
         tensor = self.tensors[name]
         check_dtype(self.path, name, tensor)
         if not tensor.isfinite().all():

@@ -1,1 +1,1 @@
-"""A model in the formats of other engines."""
+"""Exports a model in the formats of other engines."""

@@ -1,4 +1,4 @@
-"""The model card of an exported model: README.md with the front matter that the hub reads."""
+"""Makes the model card of an exported model: README.md with the front matter that the hub reads."""
 
 import re
 from pathlib import Path
@@ -19,12 +19,12 @@ def model_card(
     """Return the text of README.md for the model from `path`, a model folder, checkpoint or .gguf file.
 
     Args:
-        path: where the model came from. The card of a converted model is kept, and a run's figures are read.
+        path: where the model came from. The card of a converted model is kept; for a run, its results are added.
         config: configuration of the exported model.
         name: the model's title, for example its name on the hub.
-        license_name: licence in the hub's spelling; None takes the one of the card in `path`, if any.
+        license_name: licence in the hub's spelling; None takes the licence in the card of `path`, if any.
         gguf: name of the GGUF file; None for a Hugging Face folder.
-        plain_rope: whether engines without longrope compute the model.
+        plain_rope: whether engines without longrope support the model.
     """
     old = _read(path)
     front, body = _split(old)
@@ -45,13 +45,13 @@ def _read(path: Path) -> str:
 
 
 def _split(card: str) -> tuple[str, str]:
-    """Return the front matter of a card, and its text."""
+    """Return the front matter and the text of a card."""
     match = _FRONT.match(card)
     return (match[1], card[match.end() :].strip()) if match else ("", card.strip())
 
 
 def _front(front: str, config: ModelConfig, license_name: str | None, gguf: str | None) -> str:
-    """Return the front matter: licence and base model of the source's card, and what the hub's filters need."""
+    """Return the front matter: licence and base model from the source's card, and tags for the hub's filters."""
     inherited = [line for line in front.splitlines() if re.match(r"(license|base_model|base_model_relation):", line)]
     if license_name is not None:
         inherited = [f"license: {license_name}", *(line for line in inherited if not line.startswith("license:"))]
@@ -68,7 +68,7 @@ def _front(front: str, config: ModelConfig, license_name: str | None, gguf: str 
 
 
 def _run_of(path: Path) -> Run | None:
-    """Return the training run that wrote the checkpoint `path`, None if there is none, or nothing was logged."""
+    """Return the training run that wrote the checkpoint `path`; None without a run, or if nothing was logged."""
     if path.parent.name != "checkpoints":
         return None
     try:
@@ -78,7 +78,7 @@ def _run_of(path: Path) -> Run | None:
 
 
 def _trained(run: Run, path: Path, config: ModelConfig, name: str) -> str:
-    """Return the text about a trained model: data, size, and the figures at the exported step."""
+    """Return the text about a trained model: its data, its size, and the results at the exported step."""
     step = int(path.name.rpartition("-")[2])
     run.training[:] = [record for record in run.training if record["step"] <= step] or run.training[:1]
     run.validation[:] = [record for record in run.validation if record["step"] <= step]
@@ -120,7 +120,7 @@ def _sizes(config: ModelConfig) -> str:
 
 
 def _usage(config: ModelConfig, name: str, gguf: str | None, plain_rope: bool) -> str:
-    """Return how to run the model in each engine that computes it."""
+    """Return how to run the model in each engine that supports it."""
     if gguf:
         return f"""{_RUN}
 

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file that describe the model's shape."""
+"""The metadata of a GGUF file that describe the model's configuration."""
 
 from typing import Any, NamedTuple
 
@@ -17,21 +17,21 @@ _FILE_TYPES = {
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 _SIGMOID = 2
-"""llama.cpp's number of sigmoid routers; softmax is its default."""
+"""llama.cpp's number for a sigmoid router; llama.cpp's default is softmax."""
 
 
 class Entry(NamedTuple):
-    """One key and its value."""
+    """A key with its value."""
 
     key: str
     value: Any
     kind: gguf.GGUFValueType
     item: gguf.GGUFValueType | None = None
-    """The items' type of an array."""
+    """For an array, the type of its items."""
 
 
 def entry(key: str, value: Any) -> Entry:
-    """Return the entry of a string, bool, float, unsigned number, or list of strings, floats or numbers."""
+    """Return the entry for a string, bool, float, unsigned number, or list of strings, floats or numbers."""
     kinds = {
         str: gguf.GGUFValueType.STRING,
         bool: gguf.GGUFValueType.BOOL,
@@ -45,7 +45,7 @@ def entry(key: str, value: Any) -> Entry:
 
 
 def shape_entries(config: ModelConfig, architecture: str, epsilon: float, quantize: Quantize, name: str) -> list[Entry]:
-    """Return the general entries, and the sizes of the model; `epsilon` is that of all norms."""
+    """Return the general entries and the entries with the model's sizes; `epsilon` is the epsilon of all norms."""
     c = config
     general: dict[str, Any] = {"type": "model", "name": name, "file_type": int(_FILE_TYPES[quantize])}
     general["quantization_version"] = gguf.GGML_QUANT_VERSION
@@ -76,14 +76,14 @@ def _llama(c: ModelConfig) -> dict[str, Any]:
 def _deepseek2(c: ModelConfig) -> dict[str, Any]:
     rank = c.kv_lora_rank or 0
     sizes: dict[str, Any] = {
-        "attention.head_count_kv": 1,  # the latent is one head for all queries
+        "attention.head_count_kv": 1,  # the latent counts as one key/value head
         "attention.q_lora_rank": c.q_lora_rank or 0,
         "attention.kv_lora_rank": rank,
         "attention.key_length": rank + c.qk_rope_head_dim,
         "attention.value_length": rank,
         "attention.key_length_mla": c.qk_head_dim,
         "attention.value_length_mla": c.v_head_dim,
-        # llama.cpp reads these three of a dense model, too.
+        # llama.cpp reads these three entries of a dense model, too.
         "leading_dense_block_count": c.num_hidden_layers - c.n_moe_layers,
         "expert_feed_forward_length": c.moe_intermediate_size if c.n_moe_layers else c.intermediate_size,
         "expert_shared_count": max(1, c.n_shared_experts),

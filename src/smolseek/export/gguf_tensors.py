@@ -1,4 +1,4 @@
-"""The tensors of a model as llama.cpp has them, each computed when it is written."""
+"""Converts the tensors of a model to llama.cpp's form. Each tensor is computed when it is written."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,20 +19,20 @@ class Tensor(NamedTuple):
     """A tensor to be written."""
 
     name: str
-    """llama.cpp's name."""
+    """Name of the tensor in llama.cpp."""
     shape: tuple[int, ...]
-    """The slowest dimension first, as in PyTorch."""
+    """Shape of the tensor in PyTorch's order of dimensions."""
     compute: Callable[[], torch.Tensor]
-    """Reads the tensor and brings it to llama.cpp's form, in float32."""
+    """Reads the tensor and converts it to llama.cpp's form, in float32."""
 
     @property
     def is_matrix(self) -> bool:
-        """Whether the tensor is stored in the number format of the file; norms, routers and biases are not."""
+        """Whether the tensor is stored in the number format of the file. Norms, routers and biases are in float32."""
         return len(self.shape) > 1 and not self.name.endswith("ffn_gate_inp.weight")
 
 
 def llama(source: Source) -> Iterator[Tensor]:
-    """Yield a Llama's tensors; the rows of queries and keys are interleaved, as llama.cpp rotates them."""
+    """Yield a Llama's tensors. The rows of queries and keys are interleaved for llama.cpp's RoPE."""
     c = source.config
     if c.rope_parameters.rope_type in ("llama3", "longrope"):
         factors = _rope_factors(c)
@@ -48,7 +48,7 @@ def llama(source: Source) -> Iterator[Tensor]:
 
 
 def _rope_factors(config: ModelConfig) -> torch.Tensor:
-    """Return the divisors of the frequencies [P]."""
+    """Return llama.cpp's divisors of the RoPE frequencies [P]."""
     rope = config.rope_parameters
     if rope.short_factor is not None:
         return torch.tensor(rope.short_factor, dtype=torch.float32)
@@ -65,7 +65,7 @@ def deepseek2(source: Source, scales: Scales) -> Iterator[Tensor]:
 
 
 def _outside(source: Source, stream: float) -> Iterator[Tensor]:
-    """Yield what is outside the layers. A head that is the embedding is written only beside a scaled embedding."""
+    """Yield the tensors outside the layers. A tied head is written only if the embedding is scaled."""
     for name, file_name in names.OUTSIDE.items():
         if name == "token_embd.weight":
             yield _scaled(_reader(source, file_name), stream)._replace(name=name)
@@ -76,7 +76,7 @@ def _outside(source: Source, stream: float) -> Iterator[Tensor]:
 
 
 def attention(source: Source, n: int, scales: Scales) -> Iterator[Tensor]:
-    """Yield the tensors of layer `n` that belong to attention, without `blk.N.`, and both norms of the layer."""
+    """Yield the attention tensors and both norms of layer `n`. The names lack the prefix `blk.N.`."""
     c, prefix = source.config, f"model.layers.{n}."
     H, nope, v, rank = c.num_attention_heads, c.qk_nope_head_dim, c.v_head_dim, c.kv_lora_rank or 0
 
@@ -84,7 +84,7 @@ def attention(source: Source, n: int, scales: Scales) -> Iterator[Tensor]:
         return _reader(source, prefix + names.DEEPSEEK2[name])._replace(name=name)
 
     def rotated(weight: torch.Tensor, heads: int, before: int) -> torch.Tensor:
-        """Interleave the rotary rows of each head, which follow its `before` other rows."""
+        """Interleave the rotary rows of each head, which follow the head's `before` other rows."""
         if c.rope_interleave:
             return weight
         plain, rotary = weight.unflatten(0, (heads, -1)).split([before, c.qk_rope_head_dim], dim=1)
@@ -125,7 +125,7 @@ def attention(source: Source, n: int, scales: Scales) -> Iterator[Tensor]:
 
 
 def feed_forward(source: Source, n: int, stream: float) -> Iterator[Tensor]:
-    """Yield the tensors of layer `n` after attention, without `blk.N.`; `stream` scales what the layer writes."""
+    """Yield the feed-forward tensors of layer `n`; `stream` scales the output. The names lack the prefix `blk.N.`."""
     c = source.config
     D, F, E = c.hidden_size, c.moe_intermediate_size, c.n_routed_experts
 
@@ -144,7 +144,7 @@ def feed_forward(source: Source, n: int, stream: float) -> Iterator[Tensor]:
     for name in ("ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight"):
         if c.n_shared_experts:
             yield read(name)
-        else:  # llama.cpp needs a shared expert: one of zeros changes nothing
+        else:  # llama.cpp needs a shared expert, so zeros are written
             zeros = (D, F) if "down" in name else (F, D)
             yield Tensor(name, zeros, partial(torch.zeros, zeros))
 

@@ -17,11 +17,11 @@ _PROBE = (
     "naïve café Ünïcödé, \u1e9b\u0323 日本語のテスト русский текст العربية 🚀🚀 x=[1,2]{a:b} <tag/> // ### ___ $100!?",
     " CamelCase snake_case UPPER I'M 'S ½ ² Ⅷ ١٢٣   \n   \n end ",
 )
-"""Texts on which the rules differ: letters, digits, spaces, line breaks, contractions, symbols, other scripts."""
+"""Texts on which the splitting rules differ: letters, digits, spaces, line breaks, contractions, symbols, scripts."""
 
 
 def vocabulary_entries(source: Source) -> list[Entry]:
-    """Return the entries of the model's tokenizer; those of a .gguf file are copied from it.
+    """Return the entries of the model's tokenizer. For a .gguf file the entries are copied from the file.
 
     Raises SmolseekError for a model without a tokenizer, and for a tokenizer that llama.cpp does not know.
     """
@@ -42,13 +42,13 @@ def vocabulary_entries(source: Source) -> list[Entry]:
 
 
 def _ordered_rules() -> list[str]:
-    """Return the names of the rules without synonyms, SmolLM2's first."""
+    """Return the names of llama.cpp's splitting rules without synonyms, with SmolLM2's rule first."""
     names = {rule: name for name, rule in reversed(RULES.items())}
     return sorted(names.values(), key=lambda name: name != "smollm")
 
 
 def _vocabulary(source: Source) -> dict[str, Any]:
-    """Return the keys of a byte-level BPE tokenizer, without its rule."""
+    """Return the entries of a byte-level BPE tokenizer, without its splitting rule."""
     tokenizer, config = source.tokenizer, source.config
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE" or not is_byte_level(tokenizer):
@@ -77,7 +77,7 @@ def _vocabulary(source: Source) -> dict[str, Any]:
 
 
 def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
-    """Return the ids of the special tokens: those that the model's configuration names, then the tokenizer's."""
+    """Return the ids of the special tokens in the model's configuration, or else those in the tokenizer."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{token}_id") for name, token in SPECIAL_IDS.items()}
     for name, value in (("bos", config.bos_token_id), ("padding", config.pad_token_id)):
         ids[f"{name}_token_id"] = ids[f"{name}_token_id"] if value is None else value

@@ -1,4 +1,4 @@
-"""A Hugging Face folder that other engines read, with a model card."""
+"""Writes a Hugging Face folder with a model card, for other engines."""
 
 from pathlib import Path
 
@@ -18,26 +18,26 @@ _ROUTER_BIAS = "e_score_correction_bias"
 
 
 def exported_config(config: ModelConfig, options: Export) -> ModelConfig:
-    """Return the configuration of the exported model. Raises SmolseekError if it cannot be padded."""
+    """Return the configuration of the exported model. Raises SmolseekError if the model cannot be padded."""
     return padding.padded_config(config) if options.pad_deepseek else config
 
 
 def runs_anywhere(config: ModelConfig) -> bool:
-    """Return whether other engines than transformers and smolseek compute the model."""
+    """Return whether other engines than transformers and smolseek support the model."""
     portable = config.rope_parameters.rope_type == "default" and config.qk_nope_head_dim > 0
     return config.model_type == "llama" or (config.is_mla and portable)
 
 
 def write(folder: Path, opened: LoadedModel, options: Export, name: str) -> None:
-    """Write the model into the empty `folder`, tensor by tensor. Raises OSError if it cannot be written."""
+    """Write the model into the empty `folder`, tensor by tensor. Raises OSError if the folder cannot be written."""
     model: CausalLM = opened.model
     dtype = getattr(torch, options.dtype or "float32")
-    # Only float32 holds a norm of the latent that reading removes to the last bit.
+    # Only with float32 can reading the folder remove the norm of the latent exactly.
     tensors = folded(file_views(model).items(), opened.config, reversible=dtype == torch.float32)
     if options.pad_deepseek:
         tensors = padding.padded(tensors, opened.config)
     config = exported_config(opened.config, options)
-    # bfloat16 would round the router biases to steps larger than a training's updates.
+    # The router biases stay float32, because training changes them in steps below the precision of bfloat16.
     stored = (
         (key, tensor if key.endswith(_ROUTER_BIAS) else tensor.to(dtype)) for key, tensor in with_head(tensors, config)
     )

@@ -1,4 +1,4 @@
-"""Uploading an export to the Hugging Face hub."""
+"""Uploads an export to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from smolseek.errors import SmolseekError, reason
 
 
 def check(repo: str) -> None:
-    """Raise SmolseekError if `repo` is no name of a repository, or there is no token. Contacts nobody."""
+    """Raise SmolseekError if `repo` is not a repository name, or if there is no token. The hub is not contacted."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -25,7 +25,8 @@ def check(repo: str) -> None:
 def push(folder: Path, repo: str, *, public: bool, written: Path) -> str:
     """Upload the files in `folder` as one commit to the model repository `repo`, and return its address.
 
-    A repository that does not exist is created, private unless `public`; an existing one keeps its visibility.
+    If the repository does not exist, it is created, private unless `public`. An existing repository keeps its
+    visibility.
 
     Raises:
         SmolseekError: if the hub refuses or cannot be reached. The export stays in `written`.

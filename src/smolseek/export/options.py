@@ -12,7 +12,7 @@ Quantize = Literal["f32", "bf16", "f16", "q8_0", "q5_1", "q4_1", "q4_0"]
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What is written."""
+    """The options of an export."""
 
     format: Format = "gguf"
     """gguf is one file for llama.cpp and the programs that are built on it; hf is a folder for transformers, vLLM and
@@ -22,20 +22,20 @@ class Export:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Number format of the weights in a folder, float32 by default."""
     pad_deepseek: bool = False
-    """Pad the attention of a folder to DeepSeek's own sizes (latent 512, rotary 64, heads 128), for kernels that take
-    no others. The model computes the same, with a larger cache."""
+    """Pad the attention of a folder to DeepSeek's own sizes (latent 512, rotary 64, heads 128), for kernels that
+    support only these sizes. The model computes the same function with a larger cache."""
     push_to_hub: str | None = None
     """Repository OWNER/NAME on the Hugging Face hub to upload the export to, with a model card. A repository that does
     not exist is created, private."""
     public: bool = False
     """Make the created repository public."""
     license: str | None = None
-    """Licence in the model card, in the hub's spelling, such as apache-2.0; by default that of the source's card."""
+    """Licence in the model card, in the hub's spelling, such as apache-2.0; by default the licence of the source."""
     tokenizer: str | None = None
-    """Another tokenizer than the model's own: a folder, a .gguf file or a hub name of the same model."""
+    """Folder, .gguf file or hub name of the same model, whose tokenizer replaces the model's own."""
 
     def check(self, out: Path) -> None:
-        """Raise SmolseekError for options that do not go together, and if `out` cannot be what is written."""
+        """Raise SmolseekError for options that do not fit together, or that do not fit the type of `out`."""
         other = {"gguf": ("dtype", "pad_deepseek"), "hf": ("quantize",)}[self.format]
         for name in other:
             if getattr(self, name):

@@ -1,8 +1,8 @@
-"""A model in the sizes of DeepSeek's own models, for kernels that accept only those sizes.
+"""Pads a model to the sizes of DeepSeek's own models, for kernels that accept only these sizes.
 
 RMSNorm over a latent of r features and 512 - r zeros divides by sqrt(r / 512) of the root mean square. So the
 latent is multiplied by sqrt(512 / r), which restores the mean square, and the weight of the norm by sqrt(r / 512).
-Rotary pair j of d/2 pairs has the frequency theta^(-2j/d). This is the frequency of pair j * 64/d of 32 pairs.
+Among d/2 rotary pairs, pair j has the frequency theta^(-2j/d). Among 32 pairs, pair j * 64/d has the same frequency.
 Attention divides the scores by the square root of the features of a head, so the queries are multiplied by
 sqrt(192 / features). All other new weights are zeros. The padded model computes the same function, up to rounding. Its
 KV cache is larger.
@@ -56,7 +56,7 @@ def padded(tensors: Tensors, config: ModelConfig) -> Iterator[tuple[str, torch.T
 
 
 def _padded(module: str, tensor: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Return a tensor of the attention: a matrix [out, in], a bias [out], or a norm's weight."""
+    """Return a padded tensor of the attention: a matrix [out, in], a bias [out], or a norm's weight."""
     heads, rank = config.num_attention_heads, config.kv_lora_rank or 0
     nope, rope = config.qk_nope_head_dim, config.qk_rope_head_dim
     if module in ("q_proj", "q_b_proj"):
@@ -79,16 +79,16 @@ def _padded(module: str, tensor: torch.Tensor, config: ModelConfig) -> torch.Ten
 
 
 def _extended(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
-    """Return `tensor` with zeros behind its features in `dim`, `size` features in all."""
+    """Return `tensor` with zeros appended in the dimension `dim`, so that this dimension has `size` features."""
     zeros = list(tensor.shape)
     zeros[dim] = size - tensor.shape[dim]
     return torch.cat([tensor, tensor.new_zeros(zeros)], dim)
 
 
 def _padded_rotary(tensor: torch.Tensor, dim: int, interleaved: bool) -> torch.Tensor:
-    """Return rotary features at the places of the same frequencies among `ROPE` features, and zeros between them.
+    """Return `ROPE` rotary features: each given feature at the position of its frequency, and zeros in between.
 
-    Pair j has features 2j and 2j + 1 if `interleaved`, else j and j + d/2.
+    Pair j consists of the features 2j and 2j + 1 if `interleaved`, else of j and j + d/2.
     """
     features = tensor.shape[dim]
     first = torch.arange(features // 2, device=tensor.device)

@@ -1,4 +1,4 @@
-"""From a model to a file or folder, which is written completely or not at all."""
+"""Exports a model to a file or folder. The file or folder is written completely or not at all."""
 
 import shutil
 import tempfile
@@ -20,15 +20,15 @@ from smolseek.storage.hf_folder import load_model, read_config
 
 
 def export(target: str, out: str | Path, options: Export) -> Path:
-    """Export the model `target` (as `load_model` takes it) to the file or folder `out`, and return `out`.
+    """Export the model `target` (see `load_model`) to the file or folder `out`, and return `out`.
 
-    `out` appears complete or not at all. Options, model, tokenizer, `out` and disk space are checked before anything
-    is written.
+    `out` is written completely or not at all. Options, model, tokenizer, `out` and disk space are checked before
+    anything is written.
 
     Raises:
-        SmolseekError: if the model cannot be expressed in the format, `out` exists, it cannot be written, or it cannot
-            be uploaded.
-        Stopped: for a KeyboardInterrupt; nothing is left.
+        SmolseekError: if the format does not support the model, `out` exists, or the export cannot be written or
+            uploaded.
+        Stopped: for a KeyboardInterrupt; no files are left.
     """
     out = Path(out)
     options.check(out)
@@ -76,7 +76,7 @@ def _export_folder(target: str, out: Path, options: Export) -> None:
 
 @contextmanager
 def _writing(out: Path, needed: int) -> Iterator[None]:
-    """Check that the disk of `out` has `needed` bytes free, and turn its errors into one line."""
+    """Check that the disk of `out` has `needed` bytes free, and turn errors of the disk into one line."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -89,7 +89,7 @@ def _writing(out: Path, needed: int) -> Iterator[None]:
 
 
 def _push(folder: Path, out: Path, options: Export) -> None:
-    """Upload what was exported to the repository that the options name."""
+    """Upload the export to the repository that the options name."""
     assert options.push_to_hub is not None
     console.say(f"Uploading to {options.push_to_hub}")
     console.say(f"Uploaded: {hub.push(folder, options.push_to_hub, public=options.public, written=out)}")

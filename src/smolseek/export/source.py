@@ -1,4 +1,4 @@
-"""The model to be exported: its shape is read at once, its tensors one by one."""
+"""Opens the model to be exported. The configuration is read at once, and the tensors are read one by one later."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,18 +19,18 @@ class Source(NamedTuple):
     """An opened model."""
 
     path: Path
-    """Its folder or .gguf file."""
+    """Folder or .gguf file of the model."""
     config: ModelConfig
-    """Its shape."""
+    """Configuration of the model."""
     tensors: SafetensorsFiles | GgufFile
-    """`tensors[name]` reads the tensor with the name `name` in a folder."""
+    """`tensors[name]` reads the tensor whose Hugging Face name is `name`."""
     tokenizer: Any
-    """Its tokenizer; None for a folder without one."""
+    """Tokenizer of the model; None for a folder without a tokenizer."""
     replaced_tokenizer: bool
-    """Whether the tokenizer is another one than the model's own."""
+    """Whether another tokenizer replaces the model's own."""
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor in float32. Raises SmolseekError if its numbers are quantised, or not finite."""
+        """Return a tensor in float32. Raises SmolseekError for a tensor that is quantised or not finite."""
         if name == EMBEDDING and self.config.tie_word_embeddings and name not in set(self.tensors):
             name = HEAD  # tied matrices may be stored under either name
         tensor = self.tensors[name]
@@ -40,7 +40,7 @@ class Source(NamedTuple):
         return tensor.float()
 
     def stack(self, layer: int, matrix: str) -> torch.Tensor:
-        """Return a matrix of the routed experts of a layer in float32 [E, rows, columns], its experts one by one."""
+        """Return the stacked matrices [E, rows, columns] of a layer's routed experts in float32."""
         names = [f"model.layers.{layer}.mlp.experts.{n}.{matrix}.weight" for n in range(self.config.n_routed_experts)]
         stacked = torch.empty(len(names), *self.tensors.shape(names[0]))
         for expert, name in zip(stacked, names, strict=True):
@@ -49,9 +49,9 @@ class Source(NamedTuple):
 
 
 def open_source(target: str, tokenizer_name: str | None = None) -> Source:
-    """Open the model `target`; reads no weights yet. `tokenizer_name` replaces the model's own tokenizer.
+    """Open the model `target` without reading weights. `tokenizer_name` replaces the model's own tokenizer.
 
-    Raises SmolseekError if there is no such model, it is damaged, or the tokenizer cannot be loaded.
+    Raises SmolseekError if there is no such model, if the model is damaged, or if the tokenizer cannot be loaded.
     """
     path = resolve(target)
     config, tensors = open_files(path)

@@ -1,4 +1,4 @@
-"""The shape of a model as a GGUF file's metadata describe it. Imports no torch."""
+"""Reads the configuration of a model from the metadata of a GGUF file. Imports no torch."""
 
 import dataclasses
 from pathlib import Path
@@ -13,29 +13,29 @@ from smolseek.model.llama import llama_config
 from smolseek.storage.gguf_names import ROPE_FACTORS
 
 _SIGMOID = 2
-"""llama.cpp's number of sigmoid routers."""
+"""llama.cpp's number for a sigmoid router."""
 
 
 class _Metadata:
-    """The keys of one architecture."""
+    """The metadata of a GGUF file, with the keys of the model's architecture."""
 
     def __init__(self, header: Header, path: Path) -> None:
         self.header, self.path = header, path
         self.architecture = header.metadata.get("general.architecture")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of the architecture's key."""
+        """Return the value of `key`, to which the architecture is prefixed."""
         return self.header.metadata.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str, default: float) -> float:
-        """Return a number. A float32 becomes the shortest decimal that rounds to it: 1e-05, not 9.99999974e-06."""
+        """Return a number; a float32 as the shortest decimal that rounds to it, for example 1e-05."""
         value = self.get(key, default)
         if not isinstance(value, int | float):
             self.refuse(f"{self.architecture}.{key} {value!r}")
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
     def refuse(self, what: str) -> NoReturn:
-        """Raise SmolseekError for what our transformer does not compute."""
+        """Raise SmolseekError for a setting that smolseek does not support."""
         raise SmolseekError(
             f"{self.path}: {what} is not supported: give the GGUF file of a plain Llama or of a DeepSeek model with "
             "sigmoid routing, or a Hugging Face folder"
@@ -110,7 +110,7 @@ def _llama(meta: _Metadata, rope_factors: list[float] | None) -> ModelConfig:
 
 
 def _deepseek2(meta: _Metadata) -> ModelConfig:
-    """Return the configuration of a model with MLA. All its norms have one epsilon."""
+    """Return the configuration of a model with MLA. All norms of the model have the same epsilon."""
     values = meta.common()
     scaling = meta.get("rope.scaling.type", "none")
     if scaling != "none":
@@ -118,7 +118,7 @@ def _deepseek2(meta: _Metadata) -> ModelConfig:
     experts, rotary = meta.get("expert_count", 0), meta.get("rope.dimension_count", 0)
     if experts and meta.get("expert_gating_func") != _SIGMOID:
         meta.refuse("a softmax router (deepseek2.expert_gating_func is not 2)")
-    # Files from before llama.cpp stored k_b and v_b have the sizes of a head in the keys without `_mla`.
+    # Older files, which lack the tensors k_b and v_b, have the sizes of a head in the keys without `_mla`.
     head = meta.get("attention.key_length_mla") or meta.get("attention.key_length") or 0
     layers = (values["num_hidden_layers"] or 0) - meta.get("nextn_predict_layers", 0)
     values |= {

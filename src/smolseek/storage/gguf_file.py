@@ -1,4 +1,4 @@
-"""Reads llama.cpp's GGUF files of Llamas and DeepSeek models, quantised or not, by Hugging Face's names of tensors."""
+"""Reads llama.cpp's GGUF files of Llamas and DeepSeek models, quantised or not, with Hugging Face's tensor names."""
 
 import math
 import re
@@ -17,7 +17,7 @@ from smolseek.storage.gguf_names import DEEPSEEK2, EXPERTS, KEY_UP, LLAMA, OUTSI
 from smolseek.storage.rope_layout import halves
 
 _QUANTISED = (gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q4_1)
-"""The number formats that `GgufFile.blocks` gives."""
+"""The number formats that `GgufFile.blocks` supports."""
 _KV_UP = "self_attn.kv_b_proj.weight"
 
 
@@ -26,13 +26,13 @@ class _Location(NamedTuple):
 
     info: TensorInfo
     first: int = 0
-    """The first of its rows."""
+    """First row of the tensor."""
     shape: tuple[int, ...] = ()
-    """Its shape; that of `info` if it is empty."""
+    """Shape of the tensor. An empty shape means the shape in `info`."""
     heads: int = 0
-    """Heads whose rows are interleaved in the file and not in the model; 0 if the order is the same."""
+    """Number of heads if their rows are interleaved in the file but not in the model; 0 if the order is the same."""
     value_up: TensorInfo | None = None
-    """For kv_b_proj the part of the values; `info` has that of the keys."""
+    """For kv_b_proj, the tensor with the part of the values; then `info` is the tensor with the part of the keys."""
 
 
 class GgufFile(Mapping[str, torch.Tensor]):
@@ -58,7 +58,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
             self._tensors = dict(self._located(header))
 
     def _located(self, header: Header) -> Iterator[tuple[str, _Location]]:
-        """Yield Hugging Face's name and the place of every tensor. Raises SmolseekError for an unknown tensor."""
+        """Yield Hugging Face's name and the location of every tensor. Raises SmolseekError for an unknown tensor."""
         c = self.config
         in_layer = DEEPSEEK2 if c.is_mla else LLAMA
         for name, info in header.tensors.items():
@@ -68,7 +68,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
             match = re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)
             layer, inner = (int(match[1]), match[2]) if match else (0, "")
             if c.is_mla and c.num_hidden_layers <= layer < header.metadata["deepseek2.block_count"]:
-                continue  # multi-token prediction
+                continue  # layers for multi-token prediction
             prefix = f"model.layers.{layer}."
             if inner in in_layer:
                 interleaved = {"attn_q.weight": c.num_attention_heads, "attn_k.weight": c.num_key_value_heads}
@@ -106,8 +106,8 @@ class GgufFile(Mapping[str, torch.Tensor]):
     def blocks(self, name: str) -> tuple[torch.Tensor, gguf.GGMLQuantizationType] | None:
         """Return a matrix as its quantised blocks (uint8 [rows, bytes of a row]) and their number format.
 
-        None if the matrix is not stored in Q8_0, Q4_0 or Q4_1, or its blocks do not lie along the rows of the model's
-        matrix (kv_b_proj).
+        Return None if the matrix is not stored in Q8_0, Q4_0 or Q4_1. Also return None for kv_b_proj, whose blocks do
+        not lie along the rows of the model's matrix.
         """
         location = self._tensors[name]
         kind = gguf.GGMLQuantizationType(location.info.format)
@@ -152,7 +152,7 @@ def _check(name: str, info: TensorInfo) -> None:
     try:
         kind, size = gguf.GGMLQuantizationType(info.format), math.prod(_stored_shape(info))
         empty = np.zeros((1, *gguf.quant_shape_to_byte_shape((256,), kind)), np.uint8)
-        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError where there is no such function
+        gguf.quants.dequantize(empty, kind)  # raises NotImplementedError for an unsupported format
     except (NotImplementedError, ValueError) as error:
         raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
     if info.start + size > info.file.stat().st_size:

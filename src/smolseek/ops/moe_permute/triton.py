@@ -32,7 +32,7 @@ def unpermute_backward(
     dy_MD: torch.Tensor,
     dw_NK: torch.Tensor,
 ) -> None:
-    """Fill `dy_MD` and `dw_NK`. The operator of the same name describes all arguments."""
+    """Fill `dy_MD` and `dw_NK`. The operator `unpermute_backward` in __init__.py describes all arguments."""
     y_MD, d_ND, weights_NK = y_MD.contiguous(), d_ND.contiguous(), weights_NK.contiguous()
     (N, K), D = weights_NK.shape, y_MD.shape[1]
     if N:

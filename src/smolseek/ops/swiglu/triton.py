@@ -25,7 +25,7 @@ def _swiglu_back(h, dy, dh, count, size: tl.constexpr, block: tl.constexpr):  # 
 
 
 def swiglu_backward(h_MX: torch.Tensor, dy_MF: torch.Tensor, dh_MX: torch.Tensor) -> None:
-    """Fill `dh_MX`. The operator of the same name describes all arguments."""
+    """Fill `dh_MX`. The operator `swiglu_backward` in __init__.py describes all arguments."""
     h_MX, dy_MF, count = h_MX.contiguous(), dy_MF.contiguous(), dy_MF.numel()
     if count:
         with torch.cuda.device_of(h_MX):
