@@ -185,7 +185,7 @@ def number_formats(target: str, rounds: int) -> dict:
 
 
 def write(out: Path, steps: list[dict], prompts: list[dict], formats: list[dict]) -> None:
-    """Replace earlier results of the same cases, and keep the others."""
+    """Replace earlier results of the same cases, and keep all other results."""
     before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     common = {key: before[key] for key in ("date", "machine", "versions", "commit", "command") if key in before}
     result = {}

@@ -71,7 +71,7 @@ SHAPES = {"moe": moe, "seed": seed, "dense": dense}
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run. Its name contains all of its settings."""
+    """One training run, whose name contains all settings of the run."""
 
     shape: str = "moe"
     kind: str = "adamw"

@@ -8,7 +8,7 @@
 
 `smolseek convert` makes every model and calibrates it on `--calibration` (built-in text by default). Stock transformers
 opens the model's folder and the original. Weights are in float32. Matrix multiplications of the layers are in bfloat16
-if the processor supports it, which adds about 1e-3 to all divergences; those of the output head are in float32. The
+if the processor supports it, which adds about 1e-3 to all divergences. The output head uses float32. The
 published method gets the FreqFold that is best on the first `--trial-tokens` tokens, which are an equal share of each
 file. The text is measured in sequences of 512 tokens, spread evenly over each file. Standard errors are computed over
 these sequences. A line is printed for each model, and the results are written after each model. A model with results is
@@ -151,7 +151,7 @@ def evenly_spaced(sequences: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class Reference:
-    """The original's hidden states on some text, kept without the model."""
+    """The original's hidden states on some text, which are kept without the model."""
 
     def __init__(self, files: list[str], tokens: int, trial_tokens: int) -> None:
         tokenizer, per_file = load_tokenizer("smollm2"), tokens // len(files)

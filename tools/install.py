@@ -2,8 +2,8 @@
 
 `tools/install.py docs` also installs what `make docs` needs.
 
-If the running Python already has torch (2.11 or later), this torch is used. Then the environment sees the installed
-packages of this Python, and torch and its dependencies are not changed.
+If the running Python already has torch (2.11 or later), this torch is used. For this, the environment can see the
+installed packages of this Python. torch and its dependencies are not changed.
 """
 
 import os

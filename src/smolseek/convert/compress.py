@@ -1,4 +1,4 @@
-"""Compresses the KV cache: some components of the keys keep RoPE, and a low-rank latent holds the rest and the values.
+"""Compresses the KV cache: some components of the keys keep RoPE, and a low-rank latent holds the others and the values.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, C components of the key, S slots with
 RoPE, R kv_lora_rank. docs/conversion.md derives the method.
@@ -72,8 +72,8 @@ def portable_rope(source: ModelConfig, rope: int, layers: list[Layer]) -> RopeCo
     """Return the default RoPE of `rope` features whose base preserves the positions in `layers` best.
 
     Three bases are tried. With the first base, the slots have frequencies of the source, one slot for each frequency.
-    With the other bases, the steps between frequencies are a half or a third as wide. Then two or three slots are at
-    or near each frequency of the source, but no slots are left for the lowest frequencies, which hardly rotate the keys
+    With the other bases, the steps between frequencies are a half or a third as wide. These bases put two or three
+    slots at or near each frequency of the source, but no slots at the lowest frequencies, which hardly rotate the keys
     within a text.
     """
     theta = source.rope_parameters.rope_theta

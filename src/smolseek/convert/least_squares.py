@@ -55,10 +55,10 @@ def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
     At distance D, head h of the source has the score q' k(D), where the key k(D) is rotated at the source's
     frequencies. The compressed head has the score q' B_h z(D), where z = A x are the cached features. The first 2S
     cached features are rotated at the frequencies of their slots; the R features of the latent are not rotated. A
-    token's input x and its distance D are treated as independent. Then the error of the keys, E |k(D) - B_h z(D)|^2
-    over the distances that the head attends to, is quadratic in B_h for a fixed A. For fixed B_h the error is quadratic
-    in A, where it is weighted by the queries and by the heads' outputs, and the error of the values is added. This
-    function alternates between the closed-form solutions for B_h and for A.
+    token's input x and its distance D are treated as independent. The error of the keys, E |k(D) - B_h z(D)|^2 over the
+    distances that the head attends to, is quadratic in B_h for a fixed A. For fixed B_h the error is quadratic in A,
+    where it is weighted by the queries and by the heads' outputs, and the error of the values is added. This function
+    alternates between the closed-form solutions for B_h and for A.
     """
     G, d, _ = layer.v_GdD.shape
     heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD
@@ -114,7 +114,7 @@ def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, i
 
 
 def _solve(system: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return system^-1 target with a small ridge penalty, with which features without energy do not change."""
+    """Return system^-1 target with a small ridge penalty, which keeps features without energy unchanged."""
     energy = system.diagonal(dim1=-2, dim2=-1)
     ridge = _RIDGE * energy + 1e-12 * energy.mean(dim=-1, keepdim=True) + 1e-300
     return torch.linalg.solve(system + torch.diag_embed(ridge), target)
@@ -126,9 +126,10 @@ def refit_values(
 ) -> list[dict[str, torch.Tensor]]:
     """Return the compressed `layers` of the Llama `model` with new W_UV, fitted on `sequences` [N, T+1].
 
-    Both models get the inputs of the original. Head h of the original outputs A = P V. The compressed head has its own
-    attention weights P' and outputs Z W, where c is the latent, Z = P' c, and W replaces W_UV. The new W minimises
-    |A - Z W|^2 + ridge |W - W_UV|^2. In this way the values also compensate for a part of the change from P to P'.
+    The compressed model gets the same inputs as the original. In the original, head h computes the output A = P V. The
+    compressed head has its own attention weights P' and outputs Z W, where c is the latent, Z = P' c, and W replaces
+    W_UV. The new W minimises |A - Z W|^2 + ridge |W - W_UV|^2. The new W also compensates for a part of the change from
+    P to P'.
     """
     modules: Any = model.model.layers
     H, d, R, T = config.num_attention_heads, config.v_head_dim, config.kv_lora_rank or 0, sequences.shape[1] - 1

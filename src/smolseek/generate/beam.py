@@ -42,9 +42,9 @@ def beam_search(
     """Return the `returned` best continuations found by a search with `beams` running hypotheses, best first.
 
     The score of a finished hypothesis is its summed log-probability divided by length ** length_penalty; the length
-    includes the stop token. With `early_stopping` true the search ends when `beams` hypotheses are finished. Otherwise
-    the search ends when no running hypothesis can reach a better score. The best score that a running hypothesis can
-    reach is estimated from its current length, or from the maximum length if `early_stopping` is "never".
+    includes the stop token. With `early_stopping` true the search ends when `beams` hypotheses are finished. With
+    another value it ends when no running hypothesis can reach a better score. The best score that a running hypothesis
+    can reach is estimated from its current length, or from the maximum length if `early_stopping` is "never".
 
     Args:
         model: the model.

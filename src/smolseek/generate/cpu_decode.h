@@ -43,7 +43,7 @@ typedef struct {
 } Barrier;
 
 /* Wait until all threads have arrived. OpenMP's own barrier spins for a long time. On a busy machine the spinning
-   threads take the core from the thread for which they wait. Therefore this barrier soon yields its core. */
+   threads take the core from the thread for which they wait. This barrier therefore soon yields its core. */
 static inline void wait_for_all(Barrier *barrier, int all) {
     if (all == 1) return;
     int now = atomic_load(&barrier->round);

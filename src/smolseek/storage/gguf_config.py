@@ -28,7 +28,7 @@ class _Metadata:
         return self.header.metadata.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str, default: float) -> float:
-        """Return a number; a float32 as the shortest decimal that rounds to it, for example 1e-05."""
+        """Return the number at `key`. A float32 number becomes the shortest decimal that rounds to it, as 1e-05."""
         value = self.get(key, default)
         if not isinstance(value, int | float):
             self.refuse(f"{self.architecture}.{key} {value!r}")

@@ -41,8 +41,8 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
     """Return the matrix for the file, with its first `rank` rows scaled down, and the norm's weights [rank].
 
     By default the scale of the matrix contains the factor sqrt(eps) = 1e-3, so that the norm's weights are a power of
-    two, which bfloat16 represents exactly. With `reversible` the norm's weights contain the factor sqrt(eps) instead.
-    Then the matrix is scaled by a power of two, and `unfolded` restores the matrix bit for bit.
+    two, which bfloat16 represents exactly. With `reversible` the norm's weights contain the factor sqrt(eps) instead,
+    and the matrix is scaled by a power of two, so that `unfolded` restores the matrix bit for bit.
     """
     scale, norm = (2.0**-30, _ROOT * 2.0**30) if reversible else (_ROOT * 2.0**-20, 2.0**20)
     stored = matrix.detach().clone()

@@ -93,7 +93,8 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After an unexpected error, one of several processes may be missing with its shard. Then nobody waits for it.
+        # After an unexpected error several processes do not wait for each other's shards, since a process may be
+        # missing.
         waits = kind is None or issubclass(kind, SmolseekError) or self.distributed.size == 1
         if waits and not (kind is not None and issubclass(kind, KeyboardInterrupt)):
             self.wait()

@@ -85,7 +85,7 @@ def _run(plain: list[torch.Tensor], packed: list[torch.Tensor], cos_sin: list[to
 
 
 def rope_and_pack(*arguments: Any) -> None:
-    """Fill the last three arguments with the results. The operator `rope_and_pack` describes all arguments."""
+    """Fill the last three arguments with the results. The arguments are those of the operator in __init__.py."""
     q, kv, pe, cos, sin, _, interleave, *packed = arguments
     if pe.stride(2) != 1 or pe.stride(0) != pe.shape[1] * pe.stride(1):
         pe = pe.contiguous()
@@ -93,7 +93,7 @@ def rope_and_pack(*arguments: Any) -> None:
 
 
 def rope_and_pack_backward(*arguments: Any) -> None:
-    """Fill the last three arguments with the gradients. The operator `rope_and_pack_backward` describes the others."""
+    """Fill the last three arguments with the gradients. The arguments are those of the operator in __init__.py."""
     *inputs, interleave, dq, dkv, dpe = arguments
     inputs = [x.contiguous() for x in inputs]
     _run([dq, dkv, dpe], inputs[:3], inputs[3:], True, interleave)
