@@ -1,4 +1,4 @@
-"""Compresses the KV cache: some components of the keys keep RoPE, and a low-rank latent holds the others and the values.
+"""Compresses the KV cache: some components of the keys keep RoPE, a low-rank latent holds the others and the values.
 
 Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, C components of the key, S slots with
 RoPE, R kv_lora_rank. docs/conversion.md derives the method.

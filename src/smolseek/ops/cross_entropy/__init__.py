@@ -91,7 +91,8 @@ class _LinearHead(torch.autograd.Function):
         h_wanted, w_wanted = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         ctx.weight, ctx.accumulate = w_VD, accumulate
         (N, _), V, dtype = h_ND.shape, w_VD.shape[0], product_type(h_ND)
-        # The cast is made here, because autograd would round the weight's gradient to the type of a traced cast.
+        # The cast is inside `forward`, because autograd would round the weight's gradient to the type of a cast
+        # outside.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         weight_grad = gradient_to_add_to(ctx.weight, accumulate) if w_wanted and factor is not None else None
         ctx.added = None if weight_grad is None else factor
