@@ -1,9 +1,9 @@
-# make install, demo, test, soak, check, docs, bench. `make PYTHON=python3.12 test` picks another Python.
+# make install, demo, test, soak, check, docs, bench, engines. `make PYTHON=python3.12 test` picks another Python.
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: install demo test machines soak check docs bench format clean
+.PHONY: install demo test machines soak check docs bench engines format clean
 .DEFAULT_GOAL := demo
 
 # Made once; again only when what is to be installed has changed.
@@ -51,6 +51,12 @@ bench: $(STAMP)
 	$(PY) bench/decode.py
 	$(PY) bench/balance.py
 	$(PY) bench/loader.py
+
+# llama.cpp, mlx-lm and vLLM beside stock transformers, into docs/results/engines.json: the first time about 30 minutes and
+# 5 GB in build/engines.
+engines: $(STAMP)
+	$(PY) tools/engines.py
+	HF_HUB_OFFLINE=1 $(PY) bench/engines.py
 
 format: $(STAMP)
 	.venv/bin/ruff format

