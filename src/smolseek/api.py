@@ -158,7 +158,7 @@ class Model:
         """Return each token of `text` with its log-probability in nats, given the previous tokens. The first has nan.
 
         The score is computed in the file's number format. If `load` has rounded float32 weights to bfloat16, the first
-        call loads the float32 weights again.
+        call of `score` loads the float32 weights again.
 
         Raises:
             SmolseekError: for a text that is empty or beyond the context.

@@ -116,7 +116,7 @@ ALIASES = {
     "num_return_sequences": "n",
     "num_beams": "beams",
 }
-"""Names in transformers of options with the same meaning here."""
+"""Options of transformers with the same meaning as an option of smolseek: name in transformers -> name here."""
 PYTHON_ALIASES = ALIASES | {"bad_words_ids": "bad_words"}
 """The names in `ALIASES`, and names of options that a command line cannot give."""
 _ELSEWHERE = {
@@ -173,7 +173,7 @@ def token_ids(value: Any) -> tuple[int, ...] | None:
 
 
 def _checked(alias: str, name: str, value: Any, kinds: Sequence[Any]) -> Any:
-    """Return the value of an option, with a string as a tuple. Raise SmolseekError for a value of a wrong kind."""
+    """Return the value of an option; a single string becomes a tuple. A wrong kind of value raises SmolseekError."""
     value = value.tolist() if hasattr(value, "tolist") else value  # NumPy and PyTorch numbers
     if name in _TEXTS:
         good, what = _text(name, value), _TEXTS[name]

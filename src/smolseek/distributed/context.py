@@ -263,7 +263,7 @@ class DistributedContext(SingleProcess):
         return shards | {name: full_tensor(b) for name, b in biases.items()}
 
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process writes its shard: its index among the replicas is `number` modulo their count."""
+        """Return whether this process writes its shard: replica `number`, modulo the number of replicas, does."""
         shard = self.shards[name]
         return shard.length > 0 and shard.replica == number % shard.replicas
 
