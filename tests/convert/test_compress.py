@@ -29,7 +29,7 @@ def text(sequences):
 
 def features(count, method="smolseek", **changes):
     """Convert the model to a cache of `count` features instead of 48."""
-    return Conversion(mode="compress", cache=count / 48, method=method, **changes)
+    return Conversion(mode="compress", cache=count / 48, method=method, profile="hf-exact", **changes)
 
 
 def test_attention_by_distance():
@@ -64,7 +64,10 @@ def test_a_cache_of_full_size_is_exact(llama, text, assemble, method):
         for stats, attention in zip(statistics(model, text), attentions, strict=True)
     ]
     chosen = compress.plan(
-        model.config, layers, Conversion(mode="compress", kv_rank=24, rope_dim=24, method=method), 24
+        model.config,
+        layers,
+        Conversion(mode="compress", kv_rank=24, rope_dim=24, method=method, profile="hf-exact"),
+        24,
     )
     config = chosen.config(model.config)
     assert (config.kv_lora_rank, config.qk_rope_head_dim) == (24, 24)
@@ -108,7 +111,18 @@ def test_a_larger_cache_is_nearer_and_ours_nearer_than_the_published_one(llama, 
 
 def test_the_folder_opens_in_stock_transformers(llama, text, tmp_path, capsys):
     out = tmp_path / "out"
-    options = ["--mode", "compress", "--cache", "0.67", "--calibration", "self", "--calibration-tokens", "630"]
+    options = [
+        "--mode",
+        "compress",
+        "--cache",
+        "0.67",
+        "--profile",
+        "hf-exact",
+        "--calibration",
+        "self",
+        "--calibration-tokens",
+        "630",
+    ]
     assert main(["convert", str(llama), str(out), *options]) == 0
     said = capsys.readouterr().out
     assert "Distance: mean KL" in said and "peak memory" in said and "Cache:" in said
@@ -127,7 +141,8 @@ def test_the_folder_opens_in_stock_transformers(llama, text, tmp_path, capsys):
 
 
 def test_deterministic(llama, tmp_path):
-    conversion = Conversion(mode="compress", kv_rank=20, rope_dim=12, calibration="self", calibration_tokens=126)
+    size = {"kv_rank": 20, "rope_dim": 12, "profile": "hf-exact"}
+    conversion = Conversion(mode="compress", **size, calibration="self", calibration_tokens=126)
     one, two = (convert(str(llama), tmp_path / name, conversion) for name in ("one", "two"))
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     config = json.loads((one / "config.json").read_text())
@@ -162,7 +177,7 @@ def test_an_interrupt_while_calibrating_leaves_nothing(llama, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "statistics", interrupt)
-    conversion = Conversion(mode="compress", cache=0.5, calibration="self", calibration_tokens=63)
+    conversion = Conversion(mode="compress", cache=0.5, profile="hf-exact", calibration="self", calibration_tokens=63)
     with pytest.raises(Stopped, match="interrupted"):
         convert(str(llama), tmp_path / "out", conversion)
     assert list(tmp_path.iterdir()) == []

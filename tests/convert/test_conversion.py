@@ -5,6 +5,7 @@ import pytest
 from smolseek.convert.conversion import Conversion
 
 SELF = ["--calibration", "self"]
+EXACT = ["--profile", "hf-exact"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def llama(save_llama):
         (["--cache", "0.5"], "--mode compress"),
         (["--prune", "0.5"], "--mode compress"),
         (["--experts", "8", "--active", "2"], "--mode compress"),
-        (["--profile", "portable"], "--mode compress"),
+        (["--profile", "hf-exact"], "--mode compress"),
     ],
 )
 def test_exact_and_grow(llama, refused, options, message):
@@ -44,14 +45,15 @@ def test_exact_and_grow(llama, refused, options, message):
         (["--cache", "0.5", "--rope-dim", "7"], "even"),
         (["--cache", "0.5", "--freq-fold", "3"], "does not divide"),
         (["--cache", "0.5", "--calibration-tokens", "0"], "below 1"),
-        (["--cache", "0.5"], "no tokenizer"),
-        (["--cache", "0.8", "--method", "transmla", "--rope-dim", "12", *SELF], "multiple of 8"),
+        (["--cache", "0.5", *EXACT], "no tokenizer"),
+        (["--cache", "0.8", "--method", "transmla", "--rope-dim", "12", *EXACT, *SELF], "multiple of 8"),
+        (["--cache", "0.5", *SELF], "32 features or more, and the source's have 8: add --profile hf-exact"),
         (["--cache", "0.5", "--profile", "portable", *SELF], "32 features or more, and the source's have 8"),
-        (["--cache", "0.5", "--method", "transmla", "--profile", "portable"], "leave one"),
+        (["--cache", "0.5", "--method", "transmla"], "no portable profile: add --profile hf-exact"),
         (["--kv-rank", "40", "--rope-dim", "7", "--profile", "portable"], "even"),
         (["--prune", "1.5"], "between 0 and 1"),
         (["--prune", "0.5", "--rope-dim", "8"], "--cache"),
-        (["--prune", "0.5", "--profile", "portable"], "needs a smaller cache"),
+        (["--prune", "0.5", *EXACT], "--profile needs a smaller cache"),
         (["--cache", "0.5", "--experts", "3"], "--experts"),
         (["--experts", "8"], "--active"),
         (["--active", "2"], "--experts"),

@@ -15,7 +15,10 @@ def fitted(six_heads, sequences):
     """Return a function that returns a model, a configuration with a smaller cache, and attention before and after."""
 
     def fit(features):
-        model, conversion = new_model(six_heads).eval(), Conversion(mode="compress", cache=features / 48)
+        model, conversion = (
+            new_model(six_heads).eval(),
+            Conversion(mode="compress", cache=features / 48, profile="hf-exact"),
+        )
         shape, layers = compress.compress(model, conversion, statistics(model, sequences(16, 32)))
         return model, shape, layers, least_squares.refit_values(model, shape, layers, sequences(16, 32))
 

@@ -18,6 +18,8 @@ from smolseek.model.transformer import CausalLM, new_model
 from smolseek.storage.hf_folder import load_model, read_config
 from smolseek.storage.weights import file_views
 
+OPTIONS = ["--mode", "compress", "--calibration", "self", "--calibration-tokens", "630"]
+
 
 @pytest.fixture(scope="module")
 def llama(save_llama):
@@ -35,8 +37,7 @@ def text(sequences):
 @pytest.fixture(scope="module")
 def converted(llama, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "portable"
-    options = ["--cache", "0.6", "--profile", "portable", "--calibration", "self", "--calibration-tokens", "630"]
-    assert main(["convert", str(llama), str(out), "--mode", "compress", *options]) == 0
+    assert main(["convert", str(llama), str(out), "--cache", "0.6", *OPTIONS]) == 0
     return out
 
 
@@ -51,7 +52,7 @@ def test_the_folder_has_deepseeks_own_settings(converted):
     assert (values["topk_method"], values["scoring_func"]) == ("noaux_tc", "sigmoid")
     assert values["kv_lora_rank"] + values["qk_rope_head_dim"] == round(0.6 * 128)
     card = (converted / "README.md").read_text()
-    assert "longrope" not in card and "--profile portable" in card
+    assert "longrope" not in card and "- Profile: portable" in card and "mlx-lm and vLLM" in card
 
 
 @torch.no_grad()
@@ -63,6 +64,24 @@ def test_stock_transformers_turns_by_the_ladder_and_gives_our_logits(converted, 
     torch.testing.assert_close(ours.model.model.rope.short_P, ladder)
     ids = text[:2, :-1]
     torch.testing.assert_close(stock(ids).logits, ours.model(ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_sparse_experts_can_be_portable_too(llama, text, tmp_path):
+    experts = ["--experts", "6", "--shared", "2", "--active", "3", "--cache", "0.6"]
+    assert main(["convert", str(llama), str(tmp_path / "out"), *OPTIONS, *experts]) == 0
+    stock, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), load_model(tmp_path / "out")
+    assert ours.config.rms_norm_eps == 1e-6 and ours.config.tie_word_embeddings and ours.config.n_routed_experts == 6
+    torch.testing.assert_close(stock(text[:2, :-1]).logits, ours.model(text[:2, :-1]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("more", [["--prune", "0.5"], ["--cache", "0.6", "--profile", "hf-exact"]])
+def test_the_other_models_keep_longrope_and_their_epsilon_and_say_so(llama, tmp_path, more):
+    assert main(["convert", str(llama), str(tmp_path / "out"), *OPTIONS, *more]) == 0
+    config = read_config(tmp_path / "out")
+    assert config.rms_norm_eps == 1e-2 and config.rope_parameters.rope_type == "longrope"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- Profile: hf-exact" in card and "transformers and smolseek only" in card
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -72,7 +72,7 @@ def test_nearer_than_the_control_on_its_text(model, sequences):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("more", [[], ["--cache", "0.7"]])
+@pytest.mark.parametrize("more", [[], ["--cache", "0.7", "--profile", "hf-exact"]])
 def test_from_the_command_line_to_stock_transformers(llama, tmp_path, capsys, more):
     assert main(["convert", str(llama), str(tmp_path / "few"), *OPTIONS, *EXPERTS, *more]) == 0
     said = capsys.readouterr().out
@@ -140,7 +140,7 @@ def test_pruning_from_the_command_line(llama, tmp_path, capsys):
     for name, more in (
         ("few", ["--prune", "0.5"]),
         ("most", ["--prune", "0.9"]),
-        ("both", ["--prune", "0.9", "--cache", "0.7"]),
+        ("both", ["--prune", "0.9", "--cache", "0.7", "--profile", "hf-exact"]),
     ):
         assert main(["convert", str(llama), str(tmp_path / name), *options, *more]) == 0
         said = capsys.readouterr().out

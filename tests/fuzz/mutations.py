@@ -51,7 +51,7 @@ COMMANDS = [
     "convert llama new",
     "convert llama new --experts 3 --dtype bfloat16",
     "convert model.gguf new --mode grow --experts 2 --top-k 1",
-    f"convert llama new --mode compress --cache 0.5 {FIT}",
+    f"convert llama new --mode compress --cache 0.5 --profile hf-exact {FIT}",
     f"convert llama new --mode compress --experts 3 --shared 1 --active 1 {FIT}",
     "heal half --teacher llama --run new --tokens 32 --batch-size 1 --seq-len 16 --calibration text.jsonl "
     "--held-out-tokens 32",

@@ -163,7 +163,8 @@ def build(folder: Path, nursery: Nursery) -> None:
 
     for command in (
         "convert llama deep --no-verify",
-        "convert llama half --mode compress --cache 0.5 --calibration text.jsonl --calibration-tokens 64 --no-verify",
+        "convert llama half --mode compress --cache 0.5 --profile hf-exact --calibration text.jsonl "
+        "--calibration-tokens 64 --no-verify",
         f"train tiny --data text.jsonl --run run --tokenizer llama {SMALL} {SHAPE} --steps 4 --save-every 2",
         "prepare tokens --data text.jsonl --tokenizer llama",
     ):

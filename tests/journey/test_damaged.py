@@ -255,7 +255,7 @@ def test_an_audit_with_a_token_that_there_is_not(run_cli, run, option):
         refuse(run_cli("audit", run, option, number), option[2:], number)
 
 
-@pytest.mark.parametrize("mode", [(), ("--mode", "compress", "--cache", "0.75")])
+@pytest.mark.parametrize("mode", [(), ("--mode", "compress", "--cache", "0.75", "--profile", "hf-exact")])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_source_whose_weights_are_no_numbers(run_cli, made, tmp_path, mode, value):
     folder = tmp_path / "llama"

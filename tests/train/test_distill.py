@@ -93,6 +93,7 @@ def small(llama_config):
 
 def compress(base, text, **options):
     """Convert `base`/llama to half of its cache in `base`/half."""
+    options = {"profile": "hf-exact"} | options
     conversion = Conversion(mode="compress", cache=0.5, calibration=str(text), **options)
     convert(str(base / "llama"), base / "half", conversion)
 
@@ -177,6 +178,23 @@ def test_heal_logs_its_progress_and_a_resumed_one_has_the_same_weights(compresse
     assert run_heal(compressed, "parts", "--resume") == 0
     one, two = (load_model(compressed / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@needs_tokenizer
+def test_a_portable_model_is_healed_and_stays_portable(compressed, small, tmp_path):
+    shape = {"head_dim": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}
+    save_folder(small(49_152, **shape), tmp_path / "llama", load_tokenizer("smollm2"))
+    (tmp_path / "text.jsonl").write_text(TEXT)
+    (tmp_path / "other.txt").write_text((compressed / "other.txt").read_text())
+    compress(tmp_path, tmp_path / "text.jsonl", calibration_tokens=256, profile="portable")
+    assert run_heal(tmp_path, "healed") == 0
+    before, after = (load_model(tmp_path / name).model for name in ("half", "healed"))
+    assert before.config == after.config and after.config.tie_word_embeddings
+    assert (after.config.rope_parameters.rope_type, after.config.rms_norm_eps) == ("default", 1e-6)
+    assert torch.equal(after.lm_head.weight, before.lm_head.weight)
+    records = [json.loads(line) for line in (tmp_path / "healed" / "metrics.jsonl").read_text().splitlines()]
+    kl = [record["val_kl"] for record in records if "val_kl" in record]
+    assert kl[-1] < kl[0]
 
 
 @needs_tokenizer

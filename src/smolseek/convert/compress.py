@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope: int) -> Plan:
     """Divide the cache between the latent and `rope` rotary features for the components that need RoPE the most."""
     rank, first = conversion.cache_features(source) - rope, layers[0]
-    if conversion.profile == "portable":
+    if conversion.portable:
         parameters = portable_rope(source, rope, [layers[n] for n in _tried(len(layers))])
         return Plan(rank, parameters, frequencies(parameters, rope).double(), None)
     if conversion.method == "smolseek":

@@ -43,9 +43,9 @@ class Conversion:
     rope_dim: int | None = None
     """Number of rotary features; by default the best is searched, and transmla keeps as many as one head has
     (compress)."""
-    profile: Profile = "hf-exact"
-    """portable avoids longrope, for engines that support only the default RoPE and one epsilon for all norms
-    (compress)."""
+    profile: Profile = "portable"
+    """portable is for all engines: a smaller cache with the default RoPE and one epsilon for all norms; hf-exact uses
+    longrope, which keeps more at two thirds of the cache, for transformers and smolseek only (compress)."""
     method: Method = "smolseek"
     """How the cache is compressed: transmla is the published method, for comparisons (compress)."""
     freq_fold: int = 1
@@ -100,7 +100,7 @@ class Conversion:
                 if name in self._changed():
                     raise SmolseekError(f"{_option(name)} needs a smaller cache: add --cache SHARE")
         if self.profile == "portable" and self.method == "transmla":
-            raise SmolseekError("--profile portable belongs to --method smolseek: leave one of them out")
+            raise SmolseekError("--method transmla has no portable profile: add --profile hf-exact")
         for name, example in (("cache", "0.5 halves the cache"), ("prune", "0.75 keeps three quarters")):
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
@@ -128,12 +128,17 @@ class Conversion:
             raise SmolseekError(f"transmla keeps whole ladders: --rope-dim must be a multiple of {ladder}")
         if self.profile == "portable" and size < _LEAST_HEAD:
             needed = f"heads of {_LEAST_HEAD} features or more, and the source's have {size}"
-            raise SmolseekError(f"--profile portable needs {needed}: leave it out")
+            raise SmolseekError(f"--profile portable, the default, needs {needed}: add --profile hf-exact")
 
     @property
     def smaller_cache(self) -> bool:
         """Whether the cache gets smaller."""
         return self.cache is not None or self.kv_rank is not None
+
+    @property
+    def portable(self) -> bool:
+        """Whether the result has the portable profile. A model with a cache of full size needs longrope."""
+        return self.smaller_cache and self.profile == "portable"
 
     @property
     def shared_experts(self) -> int:
@@ -158,7 +163,7 @@ class Conversion:
             experts = f"{self.shared_experts} shared and {self.experts} routed experts, {self.neurons} neurons"
             return "exact, dense feed-forward layers" if self.experts is None else f"exact, {experts}, all active"
         steps: list[str] = [self.method] if self.smaller_cache else []
-        steps += ["portable"] if self.profile == "portable" else []
+        steps += [self.profile] if self.smaller_cache else []
         steps += [] if self.prune is None else [f"{self.prune:.0%} of the neurons"]
         if self.experts is not None:
             steps.append(f"{self.shared_experts} shared and {self.active} of {self.experts} routed experts a token")

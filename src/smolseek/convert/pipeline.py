@@ -205,7 +205,7 @@ def _with_neurons(model: _Model, neurons: int, layers: list[tuple[FeedForward, f
 def _write_model(folder: Path, opened: Source, model: _Model, conversion: Conversion) -> ModelConfig:
     """Write weights, configuration files and tokenizer, and return the configuration of the written model."""
     config, tensors = model.config, _tensors(opened, model)
-    if conversion.profile == "portable":
+    if conversion.portable:
         config, tensors = lossless.one_epsilon(config, tensors)
     dtype, bias = getattr(torch, conversion.dtype), "e_score_correction_bias"
     # The router biases stay float32, because training changes them in steps below the precision of bfloat16.
