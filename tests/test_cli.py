@@ -97,10 +97,10 @@ MISTAKES = [
     (["train", "tiny", "--steps"], "missing value for argument '--steps'"),
     (["train", "tiny", "--steps", "0"], "steps 0 must be 1 or more"),
     (["train", "tiny", "--optim.lr", "-1"], "optim.lr -1.0 must be above 0"),
-    (["train", "tiny", "--seq-len", "9999"], "seq-len 9999 is beyond the model's max_position_embeddings 1024"),
+    (["train", "tiny", "--seq-len", "9999"], "seq-len 9999 is above the model's max_position_embeddings 1024"),
     (["train", "tiny", "--model.hidden-size", "0"], "hidden_size 0 must be 1 or more"),
     (["train", "tiny", "--schedule.kind", "cosin"], "invalid choice 'cosin' for argument '--schedule.kind'"),
-    (["train", "tiny", "--data"], "no data: give --data builtin"),
+    (["train", "tiny", "--data"], "no data is given: give --data builtin"),
 ]
 
 
@@ -137,7 +137,7 @@ def test_debug_adds_the_traceback(run_cli):
         (
             FileNotFoundError(2, "No such file", "a.txt"),
             2,
-            "error: a.txt: No such file: check that path, or give another\n",
+            "error: a.txt: No such file: check this path, or give another path\n",
         ),
         (RuntimeError("two\nlines"), 1, "error: RuntimeError: two lines (--debug shows the traceback)\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -209,8 +209,11 @@ def test_inspect_says_what_a_run_will_hold(run_cli):
 
 def test_inspect_says_when_processes_need_a_larger_batch(run_cli):
     arguments = ("inspect", "tiny", "--mesh.data", "8", "--batch-size")
-    assert "Batch size 8, not 4: each of 8 processes needs a sequence" in run_cli(*arguments, "4").out
-    assert "Batch size" not in run_cli(*arguments, "8").out
+    assert (
+        "Assuming a batch size of 8 instead of 4, because each of 8 processes needs a "
+        "sequence" in run_cli(*arguments, "4").out
+    )
+    assert "batch size" not in run_cli(*arguments, "8").out
     assert run_cli("inspect", "tiny", "--mesh.timeout", "9").out == run_cli("inspect", "tiny").out
 
 

@@ -111,7 +111,9 @@ class Model:
         """
         chosen = generation_options(options, self.sampling_defaults)
         if chosen.beams != 1 or chosen.n != 1:
-            raise SmolseekError("a stream is one continuation without beams: use generate for beams or an n above 1")
+            raise SmolseekError(
+                "stream returns only one text and has no beam search: use generate for beams or n above 1"
+            )
         sampling = self._sampling(chosen, processors)
         return TextStream(self._generator([self._ids(prompt)], [sampling], chosen), self.tokenizer, chosen.stop)
 
@@ -138,7 +140,7 @@ class Model:
         chosen = generation_options(options, self.sampling_defaults)
         all_prompts: Any = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(all_prompts, Iterable):
-            raise SmolseekError(f"prompts {all_prompts!r} is not text or a list of prompts")
+            raise SmolseekError(f"prompts {all_prompts!r} is neither a text nor a list of prompts: give one of these")
         all_prompts = list(all_prompts)
         if not all_prompts:
             return []
@@ -166,7 +168,9 @@ class Model:
         ids = self.tokens(text)
         context = self.config.max_position_embeddings
         if len(ids) > context:
-            raise SmolseekError(f"the text has {len(ids)} tokens, the model's context {context}: shorten the text")
+            raise SmolseekError(
+                f"the text has {len(ids)} tokens, but the model's context is {context}: shorten the text"
+            )
         # Not in inference mode, whose kernels round differently: the scores must equal those of evaluation.
         with torch.no_grad():
             model = self._scoring
@@ -198,7 +202,7 @@ class Model:
             reason = " ".join(str(error).split()) or type(error).__name__
             system = any(message.get("role") == "system" for message in messages)
             hint = "leave out the system message" if system else "change the messages, or use generate"
-            raise SmolseekError(f"{self.name}: its chat template refuses these messages ({reason}): {hint}") from error
+            raise SmolseekError(f"{self.name}: its chat template rejects these messages ({reason}): {hint}") from error
         # The template itself adds BOS if the model needs it.
         return self.stream(self.tokens(text, special=False), processors=processors, **options)
 
@@ -209,14 +213,15 @@ class Model:
         for token in tokens:
             number = token if isinstance(token, int) else vocabulary.get(token)
             if number is None or not 0 <= number < self.config.vocab_size:
-                raise SmolseekError(f"stop token {token!r} is not in the vocabulary: use stop for strings")
+                raise SmolseekError(f"stop token {token!r} is not in the vocabulary: use the option stop for strings")
             ids.append(number)
         return sorted(set(ids))
 
     def _ids(self, prompt: str | Sequence[int]) -> list[int]:
         ids = self.tokens(prompt) if isinstance(prompt, str) else token_ids(prompt)
         if ids is None:
-            raise SmolseekError(f"prompt {' '.join(repr(prompt).split())[:80]} is not text or a list of token ids")
+            shown = " ".join(repr(prompt).split())[:80]
+            raise SmolseekError(f"prompt {shown} is neither a text nor a list of token ids: give one of these")
         return list(ids)
 
     def _sampling(self, chosen: GenerationOptions, processors: Sequence[Processor]) -> SamplingParams:
@@ -231,7 +236,7 @@ class Model:
         wrong = next((i for word in ids for i in word if not 0 <= i < vocabulary), None)
         if wrong is not None:
             raise SmolseekError(
-                f"token {wrong} is not among the model's {vocabulary}: leave it out of prefix or bad words"
+                f"token id {wrong} is not among the model's {vocabulary} tokens: remove it from prefix or bad words"
             )
         return SamplingParams(
             **{field.name: getattr(chosen, field.name) for field in fields(SamplingOptions)},
@@ -248,7 +253,9 @@ class Model:
 
     def _search(self, prompt: list[int], sampling: SamplingParams, chosen: GenerationOptions) -> list[Result]:
         if chosen.stop or chosen.prefix or chosen.max_time is not None:
-            raise SmolseekError("beam search takes no stop strings, prefix or max-time: leave them out, or the beams")
+            raise SmolseekError(
+                "beam search does not support stop strings, prefix or max-time: remove these options or beams"
+            )
         context = self.config.max_position_embeddings
         return beam_search(
             self.model,

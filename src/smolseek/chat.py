@@ -74,7 +74,7 @@ class Chat:
             return ", ".join(f"{key} {option}" for key, option in self.options.items()) or "the defaults"
         if name == "/save":
             if not value:
-                raise SmolseekError("/save needs a file: /save talk.json")
+                raise SmolseekError("/save needs a file name: for example /save talk.json")
             text = json.dumps(self.messages, indent=2, ensure_ascii=False)
             try:
                 Path(value).expanduser().write_text(text + "\n", encoding="utf-8", errors="replace")
@@ -83,7 +83,7 @@ class Chat:
             return f"saved {len(self.messages)} messages to {value}"
         if name == "/help":
             return HELP
-        raise SmolseekError(f"unknown command {name}: /help lists them")
+        raise SmolseekError(f"unknown command {name}: /help lists the commands")
 
     def _changed(self, arguments: str) -> dict[str, Any]:
         changed = dict(self.options)
@@ -92,7 +92,7 @@ class Chat:
             name = name.replace("-", "_")
             name = ALIASES.get(name, name)
             if name not in SETTABLE:
-                raise SmolseekError(f"unknown parameter {name!r}: {', '.join(SETTABLE)}")
+                raise SmolseekError(f"unknown parameter {name!r}: use one of {', '.join(SETTABLE)}")
             try:
                 changed[name] = parse_json(value)
             except ValueError:

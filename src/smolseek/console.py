@@ -59,7 +59,7 @@ def stream(text: str) -> None:
             ) from None
         if not _lost_output:
             _lost_output = True
-            warn(f"standard output cannot be written ({error.strerror}): work continues without it")
+            warn(f"standard output cannot be written ({error.strerror}): the work continues without output")
         if error.errno != errno.ENOSPC:  # a full disk may get space again; a closed pipe or terminal does not come back
             discard_output()
 

@@ -61,7 +61,7 @@ def read_header(path: str | Path) -> Header:
     for other in _others(path, header.metadata):
         tensors = _read(other).tensors
         if twice := header.tensors.keys() & tensors.keys():
-            raise SmolseekError(f"{other}: {min(twice)} is in another of the model's files, too: download them again")
+            raise SmolseekError(f"{other} and another file of the model contain {min(twice)}: download all files again")
         header.tensors.update(tensors)
     return header
 
@@ -74,13 +74,16 @@ def _others(path: Path, metadata: dict[str, Any]) -> list[Path]:
     match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})\.gguf", path.name)
     if match is None or int(match[3]) != count:
         raise SmolseekError(
-            f"{path} is one of {count} files of a model: their names must end in -00001-of-{count:05d}.gguf and so on"
+            f"{path} is one of {count} files of a model: rename them so that the first ends in "
+            f"-00001-of-{count:05d}.gguf"
         )
     first, *others = (path.with_name(f"{match[1]}{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1))
     if path != first:
-        raise SmolseekError(f"{path} is file {int(match[2])} of {count} of a model: give the first, {first.name}")
+        raise SmolseekError(f"{path} is file {int(match[2])} of {count} of a model: give the first file, {first.name}")
     if missing := next((other for other in others if not other.is_file()), None):
-        raise SmolseekError(f"{path} is one of {count} files of a model, and {missing.name} is missing: fetch it, too")
+        raise SmolseekError(
+            f"{path} is one of {count} files of a model, but {missing.name} is missing: download it to the same folder"
+        )
     return others
 
 
@@ -91,9 +94,9 @@ def _read(path: Path) -> Header:
     except OSError as error:
         raise SmolseekError(f"{path} cannot be read ({error.strerror}): give the path of a .gguf file") from None
     except _Damaged as error:
-        raise SmolseekError(f"{path} {error}: it is damaged or incomplete, so download it again") from None
+        raise SmolseekError(f"{path} is damaged or incomplete (it {error}): download it again") from None
     except RecursionError:
-        raise SmolseekError(f"{path} has arrays in arrays: it is damaged, so download it again") from None
+        raise SmolseekError(f"{path} is damaged (it has arrays in arrays): download it again") from None
 
 
 class _Damaged(Exception):
@@ -108,7 +111,7 @@ class _Reader:
 
     def header(self, path: Path) -> Header:
         if self.left < 4 or self.read(4) != b"GGUF":
-            raise SmolseekError(f"{path} is not a GGUF file: it does not begin with GGUF")
+            raise SmolseekError(f"{path} is not a GGUF file (it does not begin with GGUF): give a .gguf file")
         version = self.number("I")
         if version not in (2, 3):
             swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
@@ -124,7 +127,7 @@ class _Reader:
         begin = -(-self.file.tell() // alignment) * alignment
         tensors = {name: TensorInfo(shape, kind, path, begin + offset) for name, shape, kind, offset in table}
         if len(tensors) < count or len(metadata) < len(entries):
-            raise _Damaged("has two tensors or two keys of one name")
+            raise _Damaged("has two tensors or two keys with the same name")
         return Header(metadata, tensors)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -151,7 +154,7 @@ class _Reader:
         try:
             return self.read(self.number("Q")).decode("utf-8")
         except UnicodeDecodeError:
-            raise _Damaged("has a name or text that is no UTF-8") from None
+            raise _Damaged("has a name or a text that is not valid UTF-8") from None
 
     def value(self, kind: int) -> Any:
         if kind in _NUMBERS:

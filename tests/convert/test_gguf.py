@@ -64,7 +64,7 @@ def test_a_control_beside_the_model(tmp_path, text, capsys):
     """The sparse command of the README writes two models from one file; each reads the tensors in its own order."""
     file = write(tmp_path / "m.gguf", "smollm")
     assert main(["convert", str(file), str(tmp_path / "sparse"), *EXPERTS, *text]) == 0
-    assert "Control, --prune 0.75 instead: Distance: mean KL" in capsys.readouterr().out
+    assert "Control model, --prune 0.75: Distance: mean KL" in capsys.readouterr().out
     save_folder(load_causal_lm(file), tmp_path / "llama", load_model(file).tokenizer)
     assert main(["convert", str(tmp_path / "llama"), str(tmp_path / "same"), *EXPERTS, *text]) == 0
     one, two = (load_causal_lm(tmp_path / name).state_dict() for name in ("sparse", "same"))

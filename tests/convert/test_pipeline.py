@@ -97,7 +97,7 @@ def test_tensors_that_a_llama_does_not_have(llama, refused, name, message):
 
 def test_a_model_that_is_converted_already(llama, refused):
     convert(str(llama), llama.parent / "deepseek", Conversion())
-    refused("only Llama models", llama.parent / "deepseek")
+    refused("give a Llama model", llama.parent / "deepseek")
 
 
 def test_truncated_weights(llama, refused):

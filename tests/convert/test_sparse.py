@@ -77,8 +77,8 @@ def test_from_the_command_line_to_stock_transformers(llama, tmp_path, capsys, mo
     assert main(["convert", str(llama), str(tmp_path / "few"), *OPTIONS, *EXPERTS, *more]) == 0
     said = capsys.readouterr().out
     assert "Experts: 36 of 48 neurons" in said and "Distance: mean KL" in said
-    assert "Control, --prune 0.75 instead: Distance: mean KL" in said
-    assert "Control, --prune 0.75" in (tmp_path / "few" / "README.md").read_text()
+    assert "Control model, --prune 0.75: Distance: mean KL" in said
+    assert "Control model, --prune 0.75" in (tmp_path / "few" / "README.md").read_text()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".tmp-")] == []
     from transformers import AutoModelForCausalLM
 

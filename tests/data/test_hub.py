@@ -199,7 +199,7 @@ def test_names() -> None:
     for word in ("cosmopedia-v2=none", "cosmopedia-v2=0", "cosmopedia-v2=-1", "cosmopedia-v2=inf"):
         with pytest.raises(SmolseekError, match="is not a weight"):
             parse_names([word])
-    with pytest.raises(SmolseekError, match="only one of the two"):
+    with pytest.raises(SmolseekError, match="only local data or only data from the hub"):
         parse_names(["cosmopedia-v2", "builtin"])
 
 
@@ -353,7 +353,7 @@ def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
     assert default == ["a/default:default@COMMIT", [rows]]
     assert one == ["a/several:one@COMMIT", [[[1, "one"], [2, None]]]]
     assert two == ["a/several:two:test@COMMIT", [rows]], "the only split"
-    assert no_split.startswith("data a/several:one:test has no split test, only train: give one as in ")
+    assert no_split.startswith("data a/several:one:test has no split test, only train: give a split as in ")
     assert several == "data a/several has several configurations (one, two): add one, as in a/several:one"
     assert (
         pictures
@@ -364,7 +364,7 @@ def test_data_sets_of_every_form(hub, tmp_path: Path) -> None:
         assert "/datasets/a/closed and log in (hf auth login)" in message
     assert nothing == (
         "data a/nothing is not a file or folder here, and is not a public dataset on the hub (HTTP 401): "
-        "check the name or, if it is private, log in (hf auth login)"
+        "check the name, or log in (hf auth login) if it is private"
     )
 
 

@@ -195,7 +195,7 @@ def test_other_data_or_tokenizers_are_refused(tmp_path: Path) -> None:
         (sources(), target(tmp_path / "out", eos_id=1), None),
         (sources(), target(tmp_path / "out"), 5000),
     ):
-        with pytest.raises(SmolseekError, match="has other data"):
+        with pytest.raises(SmolseekError, match="was begun with other data"):
             prepare(texts, to, tokens)
     assert contents(tmp_path / "out") == before
     (tmp_path / "mine").mkdir()
@@ -203,7 +203,7 @@ def test_other_data_or_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SmolseekError, match="not empty"):
         prepare(sources(), target(tmp_path / "mine"))
     assert (tmp_path / "mine/letter.tokens").exists()
-    with pytest.raises(SmolseekError, match="does not restore a text"):
+    with pytest.raises(SmolseekError, match="does not decode tokens to exactly the same text"):
         prepare(sources(), target(tmp_path / "lossy", decode=lambda ids: bytes(ids).decode().upper()))
 
 
@@ -248,7 +248,7 @@ def test_prepared_text_trains_and_is_audited(tmp_path: Path, run_cli) -> None:
         (["--data", "text.jsonl", "--tokens", "0"], "tokens 0 must be 1 or more"),
         (["--data", "text.jsonl", "--eos-id", "99999999"], "99999999"),
         (["--data", "cosmopedia-v2=much"], "'much' is not a weight"),
-        (["--data", "text.jsonl", "cosmopedia-v2"], "only one of the two"),
+        (["--data", "text.jsonl", "cosmopedia-v2"], "only local data or only data from the hub"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, run_cli, monkeypatch, arguments, message) -> None:
@@ -370,5 +370,5 @@ def test_what_only_later_documents_lose_is_found(tmp_path: Path) -> None:
     prepare(local(tmp_path / "a.jsonl"), target(tmp_path / "out", spelling=spelling))
     assert spelling.lost == 0
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "plain"}) + "\n" + json.dumps({"text": "\u00e9" * 9}))
-    with pytest.raises(SmolseekError, match="the tokenizer bytes cannot spell 64% of the text's characters"):
+    with pytest.raises(SmolseekError, match="the tokenizer bytes cannot encode 64% of the text's characters"):
         prepare(local(tmp_path / "b.jsonl"), target(tmp_path / "lossy", spelling=Loses("\u00e9")))

@@ -216,7 +216,7 @@ def test_columns_of_tables(tmp_path: Path) -> None:
     assert read(path, text_column="body") == ["one"]
     assert "a.csv has no column 'text', only 'id', 'body': set --text-column" in refused(path)
     path.write_text("id,text\n1,one\n2,two, and more\n")
-    assert "line 3 has 3 fields and the header 2" in refused(path)
+    assert "line 3 has 3 fields, but the header has 2" in refused(path)
     path.write_text('id,text\n1,"one\n2,two\n')
     assert "cannot be read as a table" in refused(path)
     path.write_text(f"id,text\n1,{'long ' * 100_000}\n")
@@ -343,7 +343,11 @@ def test_separated_documents(tmp_path: Path) -> None:
     path = tmp_path / "stories.txt"
     path.write_text("One day.\n<|endoftext|>\nTwo days.\n\n<|endoftext|>\n \n<|endoftext|>\nThree.\n")
     documents, report = counted(path)
-    assert len(documents) == 1 and "holds <|endoftext|> 3 times: --data.document-separator" in report.separator_hint()
+    assert (
+        len(documents) == 1
+        and "contains <|endoftext|> 3 times: to split it there, add --data.document-separator"
+        in report.separator_hint()
+    )
     documents, report = counted(path, "<|endoftext|>")
     assert documents == ["One day.", "Two days.", "Three."] and report.left_out == {"blank": 1}
     assert not report.separator_hint()

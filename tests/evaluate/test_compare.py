@@ -99,8 +99,8 @@ def test_different_vocabularies(folders, capsys):
     [
         (["--seq-len", "257"], "--seq-len 257 is not between 1 and 256"),
         (["--seq-len", "0"], "--seq-len 0 must be 1 or more"),
-        (["--seq-len", "64", "--tokens", "63"], "--tokens 63 do not fill a sequence of 64"),
-        (["--seq-len", "256"], "give more, or lower --seq-len"),
+        (["--seq-len", "64", "--tokens", "63"], "--tokens 63 is below the length of a sequence, 64"),
+        (["--seq-len", "256"], "give more text, or lower --seq-len"),
         (["--data", "nowhere.txt", "--seq-len", "64"], "nowhere.txt"),
     ],
 )

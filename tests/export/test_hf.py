@@ -117,9 +117,13 @@ def test_the_card_of_a_run_has_its_figures(tmp_path, run_cli):
 
 
 REFUSED = [
-    ({}, ["out", "--format", "hf", "--quantize", "f32"], "--quantize does not belong to --format hf: leave it out"),
-    ({}, ["out.gguf", "--dtype", "bfloat16"], "--dtype does not belong to --format gguf: leave it out"),
-    ({}, ["out", "--format", "hf", "--public"], "--public without --push-to-hub"),
+    (
+        {},
+        ["out", "--format", "hf", "--quantize", "f32"],
+        "--quantize is not an option of --format hf: leave out this option",
+    ),
+    ({}, ["out.gguf", "--dtype", "bfloat16"], "--dtype is not an option of --format gguf: leave out this option"),
+    ({}, ["out", "--format", "hf", "--public"], "--public needs --push-to-hub"),
     ({"kv_lora_rank": 513}, ["out", "--format", "hf", "--pad-deepseek"], "kv_lora_rank 513 is above DeepSeek's 512"),
     ({"qk_rope_head_dim": 24}, ["out", "--format", "hf", "--pad-deepseek"], "24 does not divide 64"),
     (

@@ -113,7 +113,7 @@ def test_a_refused_upload_leaves_the_export_and_says_how_to_go_on(tmp_path, run_
     hub.refuses = True
     result = run_cli("export", source, tmp_path / "out", "--format", "hf", "--push-to-hub", "owner/name")
     assert result.code == 2 and result.err.count("\n") == 1
-    assert re.search(r"owner/name was not uploaded, HTTP 403 .*: hf upload owner/name \S+out", result.err)
+    assert re.search(r"owner/name was not uploaded \(HTTP 403 .*\): .* hf upload owner/name \S+out", result.err)
     assert (tmp_path / "out" / "config.json").exists()
 
 
@@ -121,8 +121,8 @@ def test_a_refused_upload_leaves_the_export_and_says_how_to_go_on(tmp_path, run_
     "repo, token, words",
     [
         ("owner/name", None, "needs a Hugging Face token"),
-        ("name", "hf_test", "the name of a repository is OWNER/NAME"),
-        ("a/b/c", "hf_test", "the name of a repository is OWNER/NAME"),
+        ("name", "hf_test", "is not the name of a repository: use OWNER/NAME"),
+        ("a/b/c", "hf_test", "is not the name of a repository: use OWNER/NAME"),
     ],
 )
 def test_without_token_or_name_nothing_is_written(tmp_path, run_cli, monkeypatch, source, repo, token, words):

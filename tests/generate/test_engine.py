@@ -140,8 +140,8 @@ def test_beams_that_need_more_than_the_vocabulary_still_end():
     ("ids", "options", "message"),
     [
         ([], {}, "prompt is empty"),
-        ([1] * 200, {}, "200 tokens, the model's context 200"),
-        ([120], {}, "token 120"),
+        ([1] * 200, {}, "200 tokens, but the model's context is 200"),
+        ([120], {}, "token id 120"),
         ([1], {"max_tokens": 0}, "max_tokens 0 must be 1 or more"),
     ],
 )

@@ -96,7 +96,7 @@ def test_a_seed_gives_the_same_draws():
         ({"min_p": -1.0}, "min_p -1.0 must be 0 or more"),
         ({"repetition_penalty": 0.0}, "repetition_penalty 0.0 must be 1e-30 or more"),
         ({"no_repeat_ngram": -1}, "no_repeat_ngram -1 must be 0 or more"),
-        ({"bad_words": ((),)}, "one of them is empty"),
+        ({"bad_words": ((),)}, "bad words has an empty entry"),
     ],
 )
 def test_numbers_out_of_range_are_refused_in_one_line(options, message):

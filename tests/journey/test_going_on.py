@@ -106,7 +106,9 @@ def test_the_same_data_elsewhere(run_cli, here):
 
     code, _, err = run_cli("train", "--run", "run", "--resume")
     assert (
-        code == 2 and "a.jsonl of this run does not exist: if it has moved, add --data" in err and err.count("\n") == 1
+        code == 2
+        and "a.jsonl of this run does not exist: if it has moved, give its new path by --data" in err
+        and err.count("\n") == 1
     )
 
     (here / "a.jsonl").write_text('{"text": "another"}\n' * 3 + '{"text": "and one more"}\n')
@@ -117,12 +119,12 @@ def test_the_same_data_elsewhere(run_cli, here):
     with open(here / "a.jsonl", "a") as file:
         file.write('{"text": "a document that came later"}\n')
     code, _, err = run_cli("train", "--run", "run", "--resume")
-    assert code == 2 and "not the checkpoint's" in err and "--data" in err and "--init RUN" in err
+    assert code == 2 and "has changed since the checkpoint" in err and "--data" in err and "--init RUN" in err
     assert (here / "run" / "config.json").read_bytes() == before
 
     code, out, err = run_cli("train", "--run", "run", "--resume", "--data", "b/moved text.jsonl")
     assert code == 0, err
-    assert "data.sources is now b/moved text.jsonl, and was a.jsonl" in out
+    assert "data.sources is now b/moved text.jsonl (was a.jsonl)" in out
     assert final("run") == final("whole")
 
 
@@ -140,9 +142,9 @@ def test_model_tokenizer_and_run_folder_elsewhere(run_cli, here, llama):
     # A run without a checkpoint needs its first weights, which may have moved.
     interrupted("new place", 0)
     code, _, err = run_cli("train", "--run", "new place", "--resume")
-    assert code == 2 and "add --init with its new place" in err and err.count("\n") == 1
+    assert code == 2 and "give its new path by --init" in err and err.count("\n") == 1
     code, out, _ = run_cli("train", "--run", "new place", "--resume", "--init", "m2")
-    assert code == 0 and "init is now m2, and was m" in out
+    assert code == 0 and "init is now m2 (was m)" in out
     assert final("new place") == final("whole")
 
 
@@ -171,10 +173,10 @@ def test_a_teacher_elsewhere_and_text_in_a_run_folder_that_moved(run_cli, here, 
     (here / "run").rename(here / "moved")
     (here / "m").rename(here / "m2")
     code, _, err = run_cli("train", "--run", "moved", "--resume", "--distill.teacher", "other")
-    assert code == 2 and "the teacher other is not the model that the run has learned from so far" in err
+    assert code == 2 and "the teacher other differs from the teacher of the checkpoint" in err
     code, out, err = run_cli("train", "--run", "moved", "--resume", "--distill.teacher", "m2")
     assert code == 0, err
-    assert "distill.teacher is now m2, and was m" in out and "data.sources is now moved/own.jsonl" in out
+    assert "distill.teacher is now m2 (was m)" in out and "data.sources is now moved/own.jsonl" in out
 
 
 def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
@@ -208,7 +210,7 @@ def test_more_steps_for_a_run_that_has_ended(run_cli, here):
     assert [r["step"] for r in records if r.get("audit") == "end"] == [3, 6]
     assert RunFolder("run").read_config().steps == 6
     code, _, err = run_cli("train", "--run", "run", "--resume", "--steps", "5")
-    assert code == 2 and "has done 6 steps, and --steps is 5" in err
+    assert code == 2 and "has done 6 steps, but --steps is 5" in err
     assert "The run is complete: 6 of 6" in run_cli("train", "--run", "run", "--resume").out
 
 

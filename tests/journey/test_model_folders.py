@@ -186,9 +186,7 @@ def test_a_token_beyond_the_vocabulary_is_named(base, m, run_cli):
     with pytest.raises(SmolseekError, match=named):
         load(str(m)).score("a <think> b")
     arguments = ("train", "--init", m, "--run", m.parent / "run", "--data", base / "text.jsonl", *TRAIN)
-    assert one_line(
-        run_cli(*arguments), f"'<think>' is the first one beyond): give a --tokenizer of at most {SIZE} tokens"
-    )
+    assert one_line(run_cli(*arguments), f"'<think>' does not fit): give a --tokenizer of at most {SIZE} tokens")
     assert run_cli(*arguments, "--tokenizer", base / "m").code == 0
     assert run_cli("generate", m, "a", "--max-tokens", "2").code == 0
 

@@ -86,4 +86,4 @@ def test_too_little_memory_is_no_fault_of_ours(run_cli, monkeypatch, error):
 
 def test_a_path_that_no_file_system_takes(run_cli, tmp_path):
     refuse(run_cli("report", "x" * 300), "File name too long")
-    refuse(run_cli("inspect", "x" * 300), "File name too long: check that path")
+    refuse(run_cli("inspect", "x" * 300), "File name too long: check this path")

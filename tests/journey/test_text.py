@@ -65,7 +65,7 @@ def test_a_folder_of_everything(train, tmp_path: Path) -> None:
 def test_one_text_file_trains_and_resumes(train, run_cli, tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("\n\n".join(f"Paragraph {i} of the only text." * 3 for i in range(400)))
     line = data_line(train("--data", "one.txt", "--run", "run"))
-    assert "1 document cut into parts at paragraph borders, the last ones held out" in line
+    assert "1 document cut into parts at paragraph borders, with the last parts for validation" in line
     resumed = run_cli("train", "--run", "run", "--resume")
     assert resumed.code == 0 and "The run is complete" in resumed.out, resumed
     # The audit, too, decides by a part's position in its document. By their text, a third of the parts would be for
@@ -96,7 +96,10 @@ def test_a_run_inside_its_data_folder_resumes(train, run_cli, tmp_path: Path) ->
 def test_separated_documents_are_offered_and_taken(train, run_cli, tmp_path: Path) -> None:
     (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(f"Story {i} of a river. " * 20 for i in range(40)))
     offered = train("--data", "stories.txt", "--run", "a")
-    assert "holds <|endoftext|> 39 times: --data.document-separator '<|endoftext|>'" in offered.err
+    assert (
+        "contains <|endoftext|> 39 times: to split it there, add --data.document-separator "
+        "'<|endoftext|>'" in offered.err
+    )
     taken = train("--data", "stories.txt", "--run", "b", "--data.document-separator", "<|endoftext|>")
     line = data_line(taken)
     assert int(line.split()[1]) + int(line.split()[4]) == 40 and "cut" not in line and not taken.err
@@ -112,12 +115,12 @@ def test_a_tokenizer_that_cannot_spell_the_text_is_refused(train, run_cli, tmp_p
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     refused = train(*arguments)
     assert refused.code == 2 and refused.err.count("\n") == 1 and not (tmp_path / "run").exists()
-    assert "the tokenizer tok cannot spell" in refused.err and "% of the text's characters ('" in refused.err
+    assert "the tokenizer tok cannot encode" in refused.err and "% of the text's characters ('" in refused.err
     texts = [f"the old river runs a {'abcdefghijklmnopqrst' * (i % 7 + 9)} {i % 7 * 'x'}\u00df" for i in range(60)]
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": f"{'y' * i}{t}"}) + "\n" for i, t in enumerate(texts))
     )
-    assert "% of the characters, which the tokenizer cannot spell" in data_line(train(*arguments))
+    assert "% of the characters, which the tokenizer cannot encode" in data_line(train(*arguments))
 
 
 def test_a_broken_archive_is_one_line(train, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_failing_compiler_is_one_warning(one, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", "echo error: no cc1 >&2; echo stop >&2; exit 1")))
     assert one() is None
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "no cc1" in error and "PyTorch's operations" in error
+    assert error.count("\n") == 1 and "no cc1" in error and "PyTorch's slower operations" in error
     assert one() is None and capsys.readouterr().err == ""  # a later start fails the same way, silently
     monkeypatch.setenv("CC", "false -x")  # with arguments
     assert one() is None and "false -x fails (exit code 1)" in capsys.readouterr().err

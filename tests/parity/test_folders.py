@@ -327,12 +327,12 @@ REFUSED: dict[str, tuple[list[Change], str]] = {
     "damaged generation_config.json": ([text("generation_config.json", "{")], "generation_config.json cannot be read"),
     "generation_config.json, a list": ([text("generation_config.json", "[]")], "is not a JSON object"),
     "end token beyond the vocabulary": ([generation(eos_token_id=[0, 4000])], "eos_token_id 4000 is not a token"),
-    "end token no number": ([generation(eos_token_id="</s>")], "eos_token_id '</s>' is not a token"),
+    "end token no number": ([generation(eos_token_id="</s>")], "eos_token_id '</s>' is not among the model's"),
     "forced end": ([generation(forced_eos_token_id=2)], "forced_eos_token_id 2 is not supported"),
     "beams": ([generation(num_beams=4)], "num_beams 4 is not supported"),
     "a temperature that is none": ([generation(do_sample=True, temperature="warm")], "temperature cannot be 'warm'"),
-    "a ban that is none": ([generation(suppress_tokens=["x"])], "no token ids"),
-    "a ban that is no list": ([generation(suppress_tokens=5)], "no token ids"),
+    "a ban that is none": ([generation(suppress_tokens=["x"])], "values that are not token ids"),
+    "a ban that is no list": ([generation(suppress_tokens=5)], "values that are not token ids"),
     "config.json, no model_type": ([config(model_type=...)], "model_type None"),
 }
 

@@ -185,7 +185,7 @@ def test_a_full_disk(
         time.sleep(0.005)
     ballast = fill(small_disk)
     kept = {path: verify(path) for path in run.checkpoint_paths()}
-    while process.poll() is None and (not mended or "Training goes on, but" not in log.read_text()):
+    while process.poll() is None and (not mended or "Training continues, but" not in log.read_text()):
         fill(small_disk)  # also use the space that a failed save has freed
         time.sleep(0.01)
     # The older checkpoints still exist and are complete; no part of the new checkpoint is left.
@@ -193,7 +193,7 @@ def test_a_full_disk(
     if mended:
         ballast.unlink()
     code, said = process.wait(), log.read_text()
-    assert "No space left on device" in said and "Training goes on, but the checkpoint of step" in said
+    assert "No space left on device" in said and "Training continues, but the checkpoint of step" in said
     if mended:
         assert code == 0, said
     else:

@@ -34,7 +34,9 @@ def test_each_process_of_a_machine_takes_another_gpu(four_gpus, monkeypatch):
 
 def test_more_processes_than_gpus_are_refused_with_their_number(four_gpus, monkeypatch):
     under_torchrun(monkeypatch, 0, 8, 8)
-    with pytest.raises(SmolseekError, match=r"8 processes on this machine and 4 CUDA devices: .*--nproc-per-node 4"):
+    with pytest.raises(
+        SmolseekError, match=r"8 processes run on this machine, but it has only 4 CUDA devices: .*--nproc-per-node 4"
+    ):
         choose_device("auto")
     assert not four_gpus
 
@@ -52,7 +54,7 @@ def test_one_process_of_each_machine_prints_the_error_of_all(local, lines, monke
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", str(local))
     assert main(["train", "tiny", "--device", "cuda", "--run", "unused"]) == 2
-    assert capsys.readouterr().err.count("no CUDA device is visible") == lines
+    assert capsys.readouterr().err.count("needs a CUDA device, but none is visible") == lines
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])

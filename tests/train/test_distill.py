@@ -247,7 +247,7 @@ def test_the_source_writes_under_the_key_of_the_other_text(tiny):
     [
         (["--tokens", "0"], "tokens 0 must be 1 or more"),
         (["--seq-len", "1000"], "max_position_embeddings"),
-        (["--teacher", "{}/other"], "its hidden_size is 32, and the other's 16"),
+        (["--teacher", "{}/other"], "the hidden_size of the former is 32, that of the latter 16"),
         (["--teacher", "{}/nowhere"], "nowhere"),
         (["--calibration", "{}/nowhere.txt", "self"], "nowhere.txt"),
         (["--calibration", "{}/few.jsonl"], "--held-out"),
@@ -278,7 +278,7 @@ def test_a_model_that_does_not_name_its_source(tiny, capsys):
         card.write_text(text.replace(str(tiny / "llama"), str(tiny / "moved")))
         assert main(["heal", str(tiny / "half"), "--run", str(tiny / "refused")]) == 2
         said = capsys.readouterr().err
-        assert "moved" in said and "give --teacher, the path of that model" in said and said.count("\n") == 1
+        assert "moved" in said and "give the path of this model by --teacher" in said and said.count("\n") == 1
         card.unlink()
         assert main(["heal", str(tiny / "half"), "--run", str(tiny / "refused")]) == 2
         assert "give --teacher" in capsys.readouterr().err

@@ -151,7 +151,7 @@ def test_after_three_bad_batches_the_run_returns_to_the_checkpoint_and_goes_on_w
     assert returned[0] == 4 and returned[1]["from"] == 5 and returned[1]["undone_tokens"] == STEP_TOKENS
     assert [d["tokens"] // STEP_TOKENS for d in returned[1]["data"]] == [5, 6, 7]
     log = (run / "train.log").read_text()
-    assert "3 bad steps in a row: the run returns from step 5 to step-000004" in log and log.count("is skipped") == 3
+    assert "3 bad steps in a row: the run rolls back from step 5 to step-000004" in log and log.count("is skipped") == 3
     saved = state(last)
     assert saved["guard"]["returns"] == 1 and saved["guard"]["skipped_steps"] == 3
     assert saved["progress"]["tokens"] == 8 * STEP_TOKENS and saved["guard"]["skipped_tokens"] == 4 * STEP_TOKENS
@@ -219,7 +219,7 @@ def test_a_stop_between_bad_batches_keeps_the_count(text, tmp_path, plant, monke
 def test_without_a_checkpoint_it_goes_back_to_the_first_weights(text, tmp_path, plant, monkeypatch):
     plant({1, 2, 3})
     again = loop.train(config(tmp_path / "again", text, steps=2, save_every=4))
-    assert "returns from step 1 to the first weights" in (tmp_path / "again" / "train.log").read_text()
+    assert "rolls back from step 1 to the first weights" in (tmp_path / "again" / "train.log").read_text()
     assert any(record.get("audit") == "start" for record in records(tmp_path / "again"))
     monkeypatch.undo()
     real_init = TrainStream.__init__
@@ -238,7 +238,7 @@ def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(text, tmp_pa
     last = loop.train(config(run, text, steps=6))
     assert [r["returned"]["from"] for r in records(run) if "returned" in r] == [4]
     log = (run / "train.log").read_text()
-    assert "returns from step 4 to step-000004" in log and "returns from step 4 to step-000002" in log
+    assert "rolls back from step 4 to step-000004" in log and "rolls back from step 4 to step-000002" in log
     assert state(last)["guard"]["returns"] == 2 and state(last)["progress"]["step"] == 6
 
 
@@ -317,7 +317,7 @@ def test_a_closed_terminal_saves_a_run_that_writes_to_a_file_and_it_goes_on(text
     at_step(monkeypatch, 3, signal.SIGHUP)
     assert weights(loop.train(config(run, text))) == weights(undisturbed)
     assert (RunFolder(run).checkpoint_path(3) / "training" / "manifest.json").exists()
-    assert "SIGHUP: step 3 is saved, and the run goes on" in (run / "train.log").read_text()
+    assert "SIGHUP: step 3 is saved, and the run continues" in (run / "train.log").read_text()
 
 
 def test_what_nohup_ignores_stays_ignored():
@@ -380,7 +380,10 @@ def test_a_second_signal_stops_at_once(capfd, python_answers_interrupts):
         assert stop.received is signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("still here")
-    assert "SIGINT: this step is finished and saved; a second SIGINT or SIGTERM stops at once" in capfd.readouterr().err
+    assert (
+        "SIGINT: the run will finish and save this step; a second SIGINT or SIGTERM stops at once"
+        in capfd.readouterr().err
+    )
 
 
 def test_elsewhere_than_in_the_main_thread_no_handlers_are_set():
@@ -492,7 +495,7 @@ def test_a_disk_that_is_full_for_a_while(text, undisturbed, tmp_path, monkeypatc
     assert [r for r in records(run) if "save_failed" not in r] == records(undisturbed.parents[1])
     out, err = capsys.readouterr()
     assert err.count("metrics.jsonl cannot be written") == 1 and err.count("train.log cannot be written") == 1
-    assert out.count("Training goes on, but the checkpoint of step 4") == 1
+    assert out.count("Training continues, but the checkpoint of step 4") == 1
 
 
 def test_a_last_save_that_fails_is_the_outcome(text, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def _variants(model: nn.Module, ids_1T: torch.Tensor, thorough: bool) -> Iterato
 def _changes(
     model: nn.Module, ids_1T: torch.Tensor, vocab: int, positions: list[int], exact: bool
 ) -> Iterator[tuple[Check, float]]:
-    """Yield changes that must be zero. Without `exact`, compare only inputs of the same shape."""
+    """Yield the changes of early logits, which are zero without a leak. Without `exact`, all inputs have one shape."""
 
     def change_later(ids: torch.Tensor, base: torch.Tensor, t: int, seed: int) -> float:
         changed = ids.clone()

@@ -25,13 +25,13 @@ ARG_MAX = Check(
     unit="of positions",
     meaning="the model predicts the token that it has just read",
     look="unshifted labels (target: shift) or a missing mask (causality)",
-    hint="fix the failure listed above this one, and train again",
+    hint="fix the failed checks listed above this check, and train again",
 )
 SAMPLES = replace(
     ARG_MAX,
     name="copying: samples",
     unit="of sampled tokens",
-    meaning='the model repeats itself when it writes ("how how how")',
+    meaning='the model repeats itself when it generates text ("how how how")',
 )
 
 
@@ -49,7 +49,9 @@ def check_copying(subject: Subject) -> list[Check]:
     loss, copies, repeats = _read(subject.model, ids_BT)
     log_vocab = math.log(subject.vocab)
     if not loss < 0.85 * log_vocab:
-        reason = f"the weights are untrained: {loss:.2f} nats per token, uniform logits have {log_vocab:.2f}"
+        reason = (
+            f"the weights are untrained: the loss is {loss:.2f} nats per token, that of uniform logits {log_vocab:.2f}"
+        )
         return [ARG_MAX.skip(reason), SAMPLES.skip(reason)]
     limit, in_text = max(5 * repeats, repeats + 0.1), f"the text itself has {repeats:.2%}"
     prompts_BT = ids_BT[:4, : max(2, min(PROMPT_TOKENS, subject.context // 2))]
@@ -60,7 +62,7 @@ def check_copying(subject: Subject) -> list[Check]:
         ),
         replace(SAMPLES, limit=limit).judge(
             _repeats_in_samples(subject.model, prompts_BT, subject.context),
-            f"share of {4 * NEW_TOKENS} tokens sampled at temperature 1 that repeat the one before; {in_text}",
+            f"share of {4 * NEW_TOKENS} tokens sampled at temperature 1 that repeat the previous token; {in_text}",
         ),
     ]
 

@@ -34,7 +34,7 @@ BATCH = replace(
     name="decoding: batch equals single",
     meaning="the logits of a sequence depend on the other sequences of its batch",
     look="norms over the batch, experts of limited capacity, a capacity computed from the batch size",
-    hint="route each token by its own scores, and drop none",
+    hint="route each token by its own scores, and drop no token",
 )
 RELOADED = Check(
     name="decoding: saved and reloaded",
@@ -119,7 +119,9 @@ def _check_reloaded(model: nn.Module, ids: torch.Tensor, build: Callable[[], nn.
             try:
                 reloaded.load_state_dict(model.state_dict())
             except RuntimeError as error:
-                raise SmolseekError(f"the model's state_dict does not load into a second model: {error}") from None
+                raise SmolseekError(
+                    f"the model's state_dict does not load into a second copy of the model: {error}"
+                ) from None
             how = "loading its state_dict into a second model"
         else:
             return RELOADED.skip("a second model of this architecture cannot be built")

@@ -27,9 +27,10 @@ SHIFTS = range(-1, 4)
 SHIFT = Check(
     name="target: shift",
     unit="tokens off",
-    meaning="some positions are compared with another token than the next one",
-    look="what shifts the labels: exactly one of data loader, model (Hugging Face's, if given labels) and loss must",
-    hint="loss = cross_entropy(logits[:, :-1], ids[:, 1:]) with ids that nothing else has shifted",
+    meaning="the loss compares some positions with a token that is not the next token",
+    look="what shifts the labels: exactly one of data loader, model (Hugging Face's, if given labels) and "
+    "loss must do it",
+    hint="loss = cross_entropy(logits[:, :-1], ids[:, 1:]) with ids that are not shifted elsewhere",
 )
 WRONG_SHIFTS = {
     0: "the labels are not shifted: each position is compared with the token it has just read, and learns to copy it",
@@ -48,7 +49,7 @@ END_OF_TEXT = Check(
     least=True,
     unit="x mean weight",
     meaning="the end of a text does not count in the loss: the model will not learn to stop",
-    look="padding and end token with one id, which the loss ignores",
+    look="padding and end token with the same id, which the loss ignores",
     hint="mask padding by position (the attention mask), not by id",
 )
 MEAN = Check(
@@ -86,7 +87,9 @@ class PlantedModel(nn.Module):
         starts = range(T - t + 1) if ids.shape[0] == B else ()
         begin = next((i for i in starts if torch.equal(ids.cpu(), self.ids_BT[:, i : i + t])), None)
         if begin is None:
-            raise ValueError(f"it calls the model with ids {list(ids.shape)} that are no part of those it was given")
+            raise ValueError(
+                f"it calls the model with ids {list(ids.shape)}, which are not a part of the ids that it received"
+            )
         logits = torch.zeros(B, t, self.vocab)
         for i in range(t):
             if self.shift is not None and 0 <= begin + i + self.shift < T:
@@ -136,8 +139,9 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
     tokens = "token t" if shift == 0 else f"token t{shift:+d}"
     shift_check = replace(SHIFT, meaning=WRONG_SHIFTS.get(shift, SHIFT.meaning)).judge(
         abs(shift - 1) + (0.0 if all(position.shift == shift for position in positions) else 0.5),
-        f"position t is compared with {tokens}, by the gradient (0.5 more if not everywhere); loss of logits that are "
-        "sure of " + ", ".join(f"t{k:+d}: {values[k]:.2f}" for k in SHIFTS),
+        f"position t is compared with {tokens}, according to the gradient (0.5 is added if other positions "
+        "differ); loss "
+        "of logits that predict only token " + ", ".join(f"t{k:+d}: {values[k]:.2f}" for k in SHIFTS),
     )
     padding = PADDING.skip("no padding token (--pad-id)")
     end = END_OF_TEXT.skip("no end token (--eos-id)")
@@ -161,8 +165,9 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
     missing = 0.0 if judged_above else abs(len(positions) / expected - 1)
     mean = MEAN.judge(
         max(abs(total - 1), uneven, missing),
-        f"largest error of: {len(positions)} of {expected} tokens count, their weights sum to {total:.4f} and differ "
-        f"by {uneven:.1%}",
+        f"largest of three errors: {len(positions)} of {expected} tokens are counted, their weights sum to "
+        f"{total:.4f}, "
+        f"and the weights differ by {uneven:.1%}",
     )
     return [shift_check, padding, end, mean]
 

@@ -33,14 +33,14 @@ OVERLAP = replace(
     name=f"data: {N}-gram overlap",
     limit=0.1,
     unit="of documents",
-    meaning="much of the validation text is in the training text: the validation loss is partly recall",
+    meaning="much of the validation text is in the training text: the validation loss partly measures memorisation",
 )
 NEVER_TRAINED_ON = Check(
     name="data: validation never trained on",
     unit="documents",
-    meaning="the run trained on validation documents, or on other text than its configuration names",
+    meaning="the run trained on validation documents, or on text that is not the text in its configuration",
     look="data.sources and data.val_fraction in RUN/config.json; files that have changed since",
-    hint="train again, or audit where the files are as they were",
+    hint="train again, or restore the original files and audit again",
 )
 
 
@@ -60,12 +60,13 @@ def check_data(train: Sequence[str], validation: Sequence[str], sampled: bool = 
     return [
         DUPLICATES.judge(
             sum(_digest(text) in digests for text in validation),
-            f"of {len(validation):,} validation documents those that are among {where}, but for case and white space",
+            f"number of the {len(validation):,} validation documents that are among {where}, ignoring case "
+            "and white space",
         ),
         OVERLAP.judge(
             sum(share > 0.5 for share in shares) / max(1, len(validation)),
-            f"share of the validation documents with more than half of their {N}-word sequences in {where} (on "
-            f"average {np.mean(shares or [0.0]):.2%} of a document's sequences)",
+            f"share of the validation documents with more than half of their {N}-grams of words in {where} "
+            f"(on average {np.mean(shares or [0.0]):.2%} of a document's {N}-grams)",
         ),
     ]
 
@@ -98,8 +99,9 @@ def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Che
     differs = state.get("fingerprint") != corpus.fingerprint()
     return NEVER_TRAINED_ON.judge(
         wrong + differs,
-        f"of {'' if corpus.sample_of is None else 'a sample of '}{len(corpus.train):,} training documents those that "
-        "the split holds out; one more if the checkpoint has the fingerprint of other documents",
+        f"number of the {'' if corpus.sample_of is None else 'sampled '}{len(corpus.train):,} training "
+        "documents that the "
+        "split assigns to validation, plus 1 if the checkpoint has the fingerprint of other documents",
     )
 
 

@@ -32,7 +32,7 @@ LOSS = Check(
     name="plausibility: loss",
     least=True,
     unit="nats/token",
-    meaning="the loss is lower than such text allows: it measures something other than prediction",
+    meaning="the loss is lower than this text allows: it measures something other than prediction",
     look="the causality and target checks first, then padding and repeated documents in the data",
     hint="sample from the model: repeated words together with such a loss prove a leak",
 )
@@ -136,7 +136,7 @@ def check_plausibility(
     if tokens:
         known[f"scaling law for {tokens:,.0f} tokens"] = scaling_law_nats(tokens)
     limit = 0.5 * min((value for name, value in known.items() if name != "unigram"), default=0.0)
-    done = "the limit is half of the lowest baseline but the unigram's: "
+    done = "the limit is half of the lowest baseline except the unigram model: "
     done += ", ".join(f"{value:.2f} ({name})" for name, value in known.items())
     checks = []
     for name, loss in losses.items():
@@ -145,7 +145,7 @@ def check_plausibility(
         if not limit:
             checks.append(check.skip("no text (--data) and no number of training tokens"))
         elif name == "training" and epochs > EPOCHS:
-            checks.append(check.skip(f"{epochs:.1f} epochs: a training loss falls by memorisation"))
+            checks.append(check.skip(f"the run has {epochs:.1f} epochs, so memorisation lowers the training loss"))
         else:
             checks.append(check.judge(loss if math.isfinite(loss) else float("nan"), done))
     return checks

@@ -53,7 +53,7 @@ GRADIENT = Check(
     unit="routers without one",
     meaning="the router does not learn which experts to choose",
     look="gate weights that are detached, rounded, replaced by ones, or normalised with top-1 (always 1)",
-    hint="multiply each expert's output by its score, and let that score keep its gradient",
+    hint="multiply each expert's output by its score, and do not detach the score",
 )
 BIAS_IN_WEIGHTS = Check(
     name="routing: bias in the weights",
@@ -109,11 +109,13 @@ def _check_load(subject: Subject, model: nn.Module, routers: dict[str, nn.Module
     elif not subject.trained:
         reason = "needs trained weights and text (--data)"
     elif 0 < subject.balanced_steps < BALANCED:
-        reason = f"needs {BALANCED} steps of balancing, and the run has {subject.balanced_steps}"
+        reason = f"needs {BALANCED} steps of balancing, but the run has {subject.balanced_steps}"
     else:
         L, E = load_LE.shape
         tokens = ids.numel()
-        dead = DEAD.judge(int((load_LE == 0).sum()), f"of {L * E} experts those that none of {tokens:,} tokens chose")
+        dead = DEAD.judge(
+            int((load_LE == 0).sum()), f"number of the {L * E} experts that none of {tokens:,} tokens chose"
+        )
         if float(load_LE.mean()) < 20:
             dead = DEAD.skip(f"{tokens} tokens are too few for {E} experts")
         K = float(load_LE[0].sum()) / max(1, tokens)
@@ -171,7 +173,8 @@ def _check_gradient(model: nn.Module, routers: dict[str, nn.Module], ids: torch.
         return GRADIENT.skip(
             "the routers have no weight matrices"
             if active
-            else "the routed experts return zeros (new ones of --mode grow do), so no gradient reaches the router yet"
+            else "the routed experts return zeros (like new experts of --mode grow), so no gradient reaches "
+            "the router yet"
         )
     frozen = [p for p in weights if not p.requires_grad]
     try:
@@ -186,7 +189,7 @@ def _check_gradient(model: nn.Module, routers: dict[str, nn.Module], ids: torch.
             p.requires_grad_(False)
     return GRADIENT.judge(
         sum(gradient is None or not bool(gradient.any()) for gradient in gradients),
-        f"of {len(active)} routers those whose weights get no gradient from the next-token loss",
+        f"number of the {len(active)} routers whose weights get no gradient from the next-token loss",
     )
 
 
@@ -227,8 +230,8 @@ def _check_weights(model: nn.Module, biased: list[str], vocab: int) -> Check:
         return BIAS_IN_WEIGHTS.skip("the layers around the routers are not called as modules")
     return BIAS_IN_WEIGHTS.judge(
         max(shares.values()),
-        "share of the tokens whose expert output changes when the router biases change by 1e-4 to 2e-4 (at the border "
-        f"between two experts it may), largest of {len(shares)} layers",
+        "share of the tokens whose expert output changes when the router biases change by 1e-4 to 2e-4 (tokens at the "
+        f"border between two experts may change), largest of {len(shares)} layers",
     )
 
 
@@ -240,7 +243,9 @@ def _check_update(subject: Subject, model: nn.Module, biased: list[str]) -> Chec
             subject.step(trained, probe.random_ids(4, 48, subject.vocab, 10 + n).to(probe.device_of(trained)))
         before, after = ([_bias(m.get_submodule(name)) for name in biased] for m in (model, trained))
         constant = sum(torch.equal(a, b) for a, b in zip(before, after, strict=True))  # type: ignore[arg-type]
-        return BIASES_MOVE.judge(constant, f"of {len(biased)} layers those whose biases {STEPS} steps do not change")
+        return BIASES_MOVE.judge(
+            constant, f"number of the {len(biased)} layers whose biases do not change in {STEPS} steps"
+        )
     if not subject.balanced_steps:
         return BIASES_MOVE.skip("no training step (--step) and no run")
     constant = 0
@@ -251,5 +256,5 @@ def _check_update(subject: Subject, model: nn.Module, biased: list[str]) -> Chec
         # If every token chooses every expert, the loads are equal, and the biases rightly stay at zero.
         constant += not bool(bias.any()) and getattr(router, "top_k", 0) < len(bias)
     return BIASES_MOVE.judge(
-        constant, f"of {len(biased)} layers those whose biases are zero after {subject.balanced_steps:,} steps"
+        constant, f"number of the {len(biased)} layers whose biases are zero after {subject.balanced_steps:,} steps"
     )

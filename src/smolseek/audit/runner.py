@@ -124,6 +124,7 @@ def text_sequences(documents: Sequence[str], encode: Encode, vocab: int, context
     ids_NT = torch.tensor([list(ids) for ids in sequences[:: max(1, len(sequences) // SEQUENCES)][:SEQUENCES]])
     if int(ids_NT.max()) >= vocab:
         raise SmolseekError(
-            f"the text has token {int(ids_NT.max())}, but the model's vocabulary has {vocab}: give its own --tokenizer"
+            f"the text has token id {int(ids_NT.max())}, but the model's vocabulary has only {vocab} tokens: give the "
+            "model's own tokenizer by --tokenizer"
         )
     return ids_NT

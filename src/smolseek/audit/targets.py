@@ -89,7 +89,7 @@ def open_subject(target: str, dtype: str = "auto") -> Subject:
 
 def _open_stock(target: str, path: Path, dtype: str) -> Subject:
     """Open a model folder of another architecture with transformers, without remote code and pickles."""
-    model = open_with_transformers(path, dtype, target, "copy or download it anew")
+    model = open_with_transformers(path, dtype, target, "copy or download it again")
     try:
         tokenizer = load_tokenizer(str(path))
     except SmolseekError:
@@ -151,6 +151,6 @@ def open_text(data: Sequence[str], text_column: str = "text") -> Corpus:
             raise TypeError
     except (TypeError, ValueError):
         raise SmolseekError(
-            f"{data[0]}() must return two lists of texts, training and validation, neither of them empty"
+            f"{data[0]}() must return two lists of texts (training and validation), both not empty"
         ) from None
     return Corpus(train, validation)

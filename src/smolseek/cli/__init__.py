@@ -117,11 +117,11 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
         return "out of memory: use a smaller model, batch or text, or close other programs"
     if isinstance(error, UnicodeEncodeError) and "surrogates" in error.reason:
-        return f"{error.object!r} is not UTF-8 text: correct that name or text"
+        return f"{error.object!r} is not UTF-8 text: correct this name or text"
     if isinstance(error, ValueError) and str(error).startswith("embedded null"):
         return "a name contains a NUL character, which no file system allows: correct it"
     if isinstance(error, OSError):
         if error.filename is None or error.strerror is None:
             return str(error) or type(error).__name__
-        return f"{os.fsdecode(error.filename)}: {error.strerror}: check that path, or give another"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}: check this path, or give another path"
     return None

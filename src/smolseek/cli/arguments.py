@@ -20,7 +20,7 @@ def parse(kind: type[T], verb: str, argv: Sequence[str], default: T | None = Non
     """Build `kind` from a command line; `--help` prints the help and raises SystemExit(0).
 
     Raises:
-        SmolseekError: for wrong arguments; its one line is made from the box that tyro prints.
+        SmolseekError: for wrong arguments. The message is one line, made from the error box that tyro prints.
     """
     import tyro
 
@@ -71,7 +71,7 @@ def _require_names(args: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             _require_names(value, f"{name}.")
         elif field.name not in _TEXTS and "" in (value if isinstance(value, tuple) else (value,)):
-            raise SmolseekError(f"{name} is empty: give a name (. is the current folder), or leave it out")
+            raise SmolseekError(f"{name} is empty: give a name (. is the current folder), or leave out the option")
 
 
 def _error_line(box: str, verb: str) -> str:
@@ -97,7 +97,7 @@ def _error_line(box: str, verb: str) -> str:
             if similar and heading in ("Perhaps you meant:", f"Arguments similar to {name}:"):
                 option = similar[0].split()[0].rstrip(",")
                 if option == name:
-                    return f"{name} comes after --, where options are not read: put it before"
+                    return f"{name} comes after --, where options are not read: put {name} before --"
                 return f"unknown option {name} (did you mean {option}?)"
         return (f"unknown option {name}" if name.startswith("-") else f"unexpected {name!r}") + see
     if message.startswith("Missing from "):

@@ -68,8 +68,8 @@ def audit(argv: Sequence[str]) -> None:
             continue
         if not 0 <= number < subject.vocab:
             raise SmolseekError(
-                f"{name.replace('_', '-')} {number} is not among the model's {subject.vocab:,} tokens: "
-                "give the number of one, or leave it out"
+                f"--{name.replace('_', '-')} {number} is not the id of a token: the model has the ids 0 to "
+                f"{subject.vocab - 1}, so give one of these ids, or leave out the option"
             )
         setattr(subject, name, number)
     if loss is None and isinstance(subject.model, CausalLM):

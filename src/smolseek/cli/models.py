@@ -63,12 +63,14 @@ def inspect(argv: Sequence[str]) -> None:
         mesh = choose(args.mesh, config, None)
         if args.optim.kind != "adamw":
             raise SmolseekError(
-                f"--optim.kind {args.optim.kind} with --mesh: the memory of processes is known for adamw only: "
-                "leave one of them out"
+                f"--optim.kind {args.optim.kind} does not support the --mesh options, whose memory is estimated only "
+                "for adamw: leave out --optim.kind or the --mesh options"
             )
         if args.batch_size < mesh.size:
             console.say(
-                f"Batch size {mesh.size}, not {args.batch_size}: each of {mesh.size} processes needs a sequence"
+                f"Assuming a batch size of {mesh.size} instead of {args.batch_size}, because each of "
+                f"{mesh.size} processes "
+                "needs a sequence"
             )
             step["batch_size"] = mesh.size
         for line in scale.lines(config, mesh, footprint.Run.planned(**step), args.interconnect):
@@ -179,7 +181,7 @@ def evaluate(argv: Sequence[str]) -> None:
     args = parse(EvalArgs, "eval", argv)
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
-        raise SmolseekError("no task: give --tasks hellaswag,piqa")
+        raise SmolseekError("no task is given: give tasks, for example --tasks hellaswag,piqa")
     if importlib.util.find_spec("lm_eval") is None:
         raise SmolseekError("eval needs lm-eval, which is not installed: pip install '.[eval]' in a clone of smolseek")
     from smolseek.evaluate import harness

@@ -81,8 +81,10 @@ def prepare(argv: Sequence[str]) -> None:
             if notes := texts.last_read.notes():
                 console.say(f"{' '.join(args.data)}: {notes}")
     if spelling.lost:
-        console.say(f"The tokenizer cannot encode {spelling.lost:.2%} of the characters: they are left out")
-    console.say(f"{args.out} holds {tokens:,} tokens: smolseek train PRESET --data {shlex.quote(args.out)}")
+        console.say(f"The tokenizer cannot encode {spelling.lost:.2%} of the characters; these are left out")
+    console.say(
+        f"{args.out} holds {tokens:,} tokens. To train on them: smolseek train PRESET --data {shlex.quote(args.out)}"
+    )
 
 
 def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
@@ -95,7 +97,9 @@ def _text_of(init: str, args: PrepareArgs) -> tuple[str, int]:
     from smolseek.storage.hf_folder import read_config, resolve
 
     if (args.tokenizer, args.eos_id) != (PrepareArgs.tokenizer, PrepareArgs.eos_id):
-        raise SmolseekError(f"--init {init} has a tokenizer and an end token: leave out --tokenizer and --eos-id")
+        raise SmolseekError(
+            f"--init {init} already defines the tokenizer and the end token: leave out --tokenizer and --eos-id"
+        )
     eos_ids = read_config(init).eos_ids
     if not eos_ids:
         raise SmolseekError(f"--init {init} has no end token: set eos_token_id in its generation_config.json")

@@ -27,6 +27,6 @@ def report(argv: Sequence[str]) -> None:
     from smolseek.report.page import write_report
 
     if not args.runs:
-        raise SmolseekError("no run: give one run folder, or several to compare them")
+        raise SmolseekError("no run is given: give one run folder, or several run folders to compare")
     path = write_report(args.runs, args.out)
     console.say(f"Wrote {path} ({path.stat().st_size / 1e3:,.0f} kB): open it in a browser")

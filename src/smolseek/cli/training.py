@@ -123,7 +123,8 @@ def _defaults(name: str | None, options: Sequence[str]) -> tuple[TrainConfig, Ru
     if run is not None and resume == "yes":
         return RunFolder(run).read_config(), None
     raise SmolseekError(
-        f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, or --run RUN --resume to go on"
+        f"train needs a preset as its first word ({', '.join(PRESETS)}), --init MODEL, or --run RUN --resume "
+        "to continue a run"
     )
 
 
@@ -209,7 +210,9 @@ def heal(argv: Sequence[str]) -> None:
     distill.check_teacher(teacher, args.model)
     config = _heal_config(args, run.path, teacher)
     if not config.model.eos_ids:
-        raise SmolseekError(f"{args.model} has no eos_token_id to separate documents: set it in its config.json")
+        raise SmolseekError(
+            f"{args.model} has no eos_token_id, which separates documents: set eos_token_id in its config.json"
+        )
     data = dataclasses.replace(config.data, val_sources=_held_out(args, config, begun))
     config = dataclasses.replace(config, data=data)
     run.check(config, resume)
@@ -258,8 +261,8 @@ def _held_out(args: HealArgs, config: TrainConfig, begun: TrainConfig | None) ->
     if args.held_out:
         if not distill.fills_validation(config, args.held_out, all_of_it=True):
             raise SmolseekError(
-                f"--held-out {' '.join(args.held_out)} does not fill {args.seq_len:,} tokens: give more text, or lower "
-                "--seq-len"
+                f"--held-out {' '.join(args.held_out)} has fewer than {args.seq_len:,} tokens, the length of one "
+                "sequence: give more text, or lower --seq-len"
             )
         return args.held_out
     generated = str(Path(config.run) / "held-out.jsonl")
@@ -270,7 +273,7 @@ def _held_out(args: HealArgs, config: TrainConfig, begun: TrainConfig | None) ->
         return ()
     if "self" not in args.calibration:
         raise SmolseekError(
-            f"the calibration text is too short to hold out {args.seq_len:,} tokens of it: give --held-out FILES, or "
-            "lower --seq-len"
+            f"the calibration text is too short: no {args.seq_len:,} tokens can be held out for validation, so give "
+            "--held-out FILES, or lower --seq-len"
         )
     return (generated,)

@@ -151,7 +151,7 @@ def generation_options(options: Mapping[str, Any], defaults: Mapping[str, Any]) 
     for alias, value in options.items():
         name = PYTHON_ALIASES.get(alias, alias)
         if name != alias and name in options:
-            raise SmolseekError(f"{alias} and {name} are the same option: give one of them")
+            raise SmolseekError(f"{alias} and {name} are names of the same option: give only one of them")
         if name not in known | {"do_sample"}:
             hint = f": {_ELSEWHERE[name]}" if name in _ELSEWHERE else nearest(name, known) or ": see GenerationOptions"
             raise SmolseekError(f"unknown option {alias}{hint}")

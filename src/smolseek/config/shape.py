@@ -64,11 +64,11 @@ class RopeConfig:
             raise SmolseekError(f"rope_type {self.rope_type!r} needs {', '.join(missing)}: set them, or use 'default'")
         if self.low_freq_factor is not None and self.low_freq_factor == self.high_freq_factor:
             raise SmolseekError(
-                f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}: raise the latter"
+                f"low_freq_factor and high_freq_factor are both {self.low_freq_factor}: raise high_freq_factor"
             )
         # With longrope the base may be 1, since its factors alone can define all frequencies.
         if self.rope_theta < 1 or (self.rope_theta == 1 and self.rope_type != "longrope"):
-            raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: 10000 is the usual value")
+            raise SmolseekError(f"rope_theta {self.rope_theta} must be above 1: use for example 10000")
 
 
 ModelType = Literal["deepseek_v3", "llama", "smolseek_gqa_moe"]
@@ -216,9 +216,9 @@ def _wrong_limits(c: ModelConfig) -> Iterator[str]:
     width, experts = c.qk_head_dim * c.num_attention_heads, 2 * c.n_routed_experts * c.moe_intermediate_size
     largest = c.hidden_size * max(c.vocab_size, c.intermediate_size, width, experts)
     if largest > 10**11:
-        yield f"the sizes make a matrix of {largest:,} numbers: no machine has that much memory, so make them smaller"
+        yield f"a matrix of the model would have {largest:,} numbers, too many for any machine: use smaller sizes"
     if any(not 0 <= end < c.vocab_size for end in c.eos_ids):
-        yield f"eos_token_id {c.eos_token_id} is not below vocab_size {c.vocab_size}: use a token of the vocabulary"
+        yield f"eos_token_id {c.eos_token_id} is not a token id below vocab_size {c.vocab_size}: use the id of a token"
 
 
 def _wrong_attention(c: ModelConfig) -> Iterator[str]:
@@ -231,7 +231,7 @@ def _wrong_attention(c: ModelConfig) -> Iterator[str]:
     if c.is_mla and (c.v_head_dim < 1 or c.qk_head_dim < 1):
         yield (
             f"v_head_dim {c.v_head_dim}, qk_nope_head_dim {c.qk_nope_head_dim}, qk_rope_head_dim "
-            f"{c.qk_rope_head_dim} are not all positive, as MLA needs: use positive sizes"
+            f"{c.qk_rope_head_dim} must give positive head sizes: use a v_head_dim and a query size above 0"
         )
     if not c.is_mla and c.head_dim is None and c.hidden_size % c.num_attention_heads:
         yield f"hidden_size {c.hidden_size} is not a multiple of {heads}: change one of them, or set head_dim"
@@ -245,33 +245,36 @@ def _wrong_attention(c: ModelConfig) -> Iterator[str]:
 
 def _wrong_layers(c: ModelConfig) -> Iterator[str]:
     if c.n_moe_layers < c.num_hidden_layers and c.intermediate_size < 1:
-        yield f"intermediate_size {c.intermediate_size} is below 1: dense layers need neurons"
-    ours = "or use model_type smolseek_gqa_moe, which opens only here"
+        yield f"intermediate_size {c.intermediate_size} is below 1: a dense layer needs at least one neuron"
+    ours = "or use model_type smolseek_gqa_moe, which only smolseek opens"
     if c.model_type == "deepseek_v3" and (not c.is_mla or not c.mlp_gated):
         yield (
-            f"model_type deepseek_v3 with kv_lora_rank {c.kv_lora_rank} and mlp_gated {c.mlp_gated}: DeepSeek-V3 has "
-            f"MLA and gated experts: set them, {ours}"
+            f"model_type deepseek_v3 does not allow kv_lora_rank {c.kv_lora_rank} with mlp_gated {c.mlp_gated}: set a "
+            f"kv_lora_rank above 0 and mlp_gated True, {ours}"
         )
     if c.model_type == "llama" and (c.is_mla or c.n_moe_layers or c.attention_bias):
         yield (
-            f"model_type llama with kv_lora_rank {c.kv_lora_rank}, n_routed_experts {c.n_routed_experts}, "
-            f"attention_bias {c.attention_bias}: a Llama has none of them: leave them out, {ours}"
+            f"model_type llama does not allow MLA, experts or attention biases (kv_lora_rank {c.kv_lora_rank}, "
+            f"n_routed_experts {c.n_routed_experts}, attention_bias {c.attention_bias}): leave them out, {ours}"
         )
     if c.mlp_bias and c.mlp_gated:
-        yield "mlp_bias True with mlp_gated True: only the two-matrix experts have biases: set mlp_gated False"
+        yield (
+            "mlp_bias True needs mlp_gated False, because only experts with two matrices have biases: set "
+            "mlp_gated False"
+        )
     if not c.mlp_gated and c.n_shared_experts:
-        yield f"mlp_gated False with n_shared_experts {c.n_shared_experts}: shared experts are gated: use 0"
+        yield f"n_shared_experts {c.n_shared_experts} needs mlp_gated True, because shared experts are gated: use 0"
     if c.n_moe_layers == 0:
         return
     if c.moe_intermediate_size < 1:
         yield f"moe_intermediate_size {c.moe_intermediate_size} is below 1: an expert needs at least one neuron"
     per_group, experts = c.n_routed_experts // c.n_group, f"n_routed_experts {c.n_routed_experts}"
     if c.n_routed_experts % c.n_group:
-        yield f"{experts} is not a multiple of n_group {c.n_group}: make the groups equal in size"
+        yield f"{experts} is not a multiple of n_group {c.n_group}: all groups must have the same size"
     if per_group < 2:
         yield (
-            f"{experts} in n_group {c.n_group} leaves {per_group} expert a group: a group's score is that of its two "
-            "best experts, so use at least 2 a group"
+            f"{experts} in n_group {c.n_group} gives {per_group} expert per group: use at least 2 experts per group, "
+            "because a group's score is the sum of its two best experts"
         )
     if not 1 <= c.topk_group <= c.n_group:
         yield f"topk_group {c.topk_group} is not between 1 and n_group {c.n_group}: lower topk_group"

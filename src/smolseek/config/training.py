@@ -35,11 +35,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "data.")
         if not 0 < self.val_fraction < 1:
-            raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: 0.02 is usual")
+            raise SmolseekError(f"data.val_fraction {self.val_fraction} is not between 0 and 1: use for example 0.02")
         if self.document_separator is not None and not self.document_separator.strip(" "):
-            raise SmolseekError("data.document_separator is empty: give the text between two documents")
+            raise SmolseekError("data.document_separator is empty: give the string that separates two documents")
         if not self.sources:
-            raise SmolseekError("no data: give --data builtin, or files or folders")
+            raise SmolseekError("no data is given: give --data builtin, or files or folders")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise SmolseekError(f"optim.betas {self.betas} must lie in [0, 1)")
+            raise SmolseekError(f"optim.betas {self.betas} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ class ScheduleConfig:
         check_numbers(self, "schedule.")
         if not 0 <= self.final_factor <= 1 or not 0 < self.decay_fraction <= 1:
             raise SmolseekError(
-                f"schedule.final_factor {self.final_factor} and schedule.decay_fraction {self.decay_fraction} "
-                "are shares: use numbers between 0 and 1"
+                f"schedule.final_factor {self.final_factor} or schedule.decay_fraction {self.decay_fraction} is out of "
+                "range: use numbers between 0 and 1, and a decay_fraction above 0"
             )
 
 
@@ -105,8 +105,8 @@ class BalanceConfig:
         check_numbers(self, "balance.")
         if self.calibration_steps and not self.gamma:
             raise SmolseekError(
-                f"--balance.calibration-steps {self.calibration_steps} with --balance.gamma 0, which disables bias "
-                "updates: leave one out"
+                f"--balance.calibration-steps {self.calibration_steps} needs bias updates, which --balance.gamma 0 "
+                "disables: leave out one of the two options"
             )
 
 
@@ -239,26 +239,30 @@ class TrainConfig(StepConfig):
         seq_len, context, calibration = self.seq_len, self.model.max_position_embeddings, self.balance.calibration_steps
         if seq_len > context:
             yield (
-                f"seq-len {seq_len} is beyond the model's max_position_embeddings {context}: lower --seq-len or raise "
+                f"seq-len {seq_len} is above the model's max_position_embeddings {context}: lower --seq-len or raise "
                 "--model.max-position-embeddings"
             )
         if self.eval_tokens < seq_len:
             yield f"eval-tokens {self.eval_tokens} is below seq-len {seq_len}: raise --eval-tokens"
         if self.compile == "on" and self.grad_checkpointing != "none":
             yield (
-                f"--compile on with --grad-checkpointing {self.grad_checkpointing}: recomputed layers are not "
-                "compiled: leave one of them out"
+                f"--compile on does not support --grad-checkpointing {self.grad_checkpointing}, because recomputed "
+                "layers are not compiled: leave out one of the two options"
             )
         if calibration >= self.steps:
             yield (
-                f"--balance.calibration-steps {calibration} are the last of --steps {self.steps}, so no step is left "
-                "to train: raise --steps"
+                f"--balance.calibration-steps {calibration} leaves no step of --steps {self.steps} to train "
+                "the weights: "
+                "raise --steps"
             )
         if calibration and not self.model.n_routed_experts:
-            yield f"--balance.calibration-steps {calibration} without experts: leave it out"
+            yield f"--balance.calibration-steps {calibration} needs a model with experts: leave out this option"
         if self.distill.teacher is not None and self.optim.z_loss:
-            yield f"optim.z_loss {self.optim.z_loss} with a teacher, whose loss has no z-loss: leave it out"
+            yield f"optim.z_loss {self.optim.z_loss} has no effect with a teacher: leave out --optim.z-loss"
         if self.sample_every and not self.sample_tokens:
-            yield f"sample-every {self.sample_every} with sample-tokens 0: raise --sample-tokens"
+            yield f"sample-every {self.sample_every} needs sample-tokens above 0: raise --sample-tokens"
         if self.keep_every and not self.keep_last:
-            yield f"keep-every {self.keep_every} without keep-last, which keeps all: add --keep-last 3"
+            yield (
+                f"keep-every {self.keep_every} needs keep-last above 0, since 0 keeps all checkpoints: add --keep-last "
+                "3"
+            )

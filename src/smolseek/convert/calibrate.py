@@ -99,7 +99,7 @@ def observe(
             stack.callback(hook.remove)
         for done, sequence in enumerate(sequences, 1):
             if not model.hidden(sequence[None, :-1]).hidden_BTD.isfinite().all():
-                raise SmolseekError("what the source computes is not finite: copy or download it again")
+                raise SmolseekError("the source model computes numbers that are not finite: copy or download it again")
             bar.update(done)
 
 
@@ -134,7 +134,7 @@ def calibration_sequences(
         return written_sequences(load_causal_lm(path), tokenizer, tokens, seed + 1 if held_out else seed)
     config = read_config(path)
     if tokenizer is None:
-        raise SmolseekError(f"{path} has no tokenizer to read text with: put its tokenizer.json there")
+        raise SmolseekError(f"{path} has no tokenizer for the calibration text: put its tokenizer.json into the folder")
     length = min(_WINDOW, config.max_position_embeddings - 1, tokens)
     documents = [
         t for t in read_documents([calibration], text_column) if is_validation(t, _VALIDATION_SHARE) == held_out
@@ -144,8 +144,8 @@ def calibration_sequences(
     except TooFewTokens:
         share = "the held-out tenth" if held_out else "nine tenths"
         raise SmolseekError(
-            f"--calibration {calibration} is too short: {share} of its documents do not fill one window of {length:,} "
-            "tokens: give more documents, or use builtin"
+            f"--calibration {calibration} is too short: {share} of its documents contain fewer tokens than one "
+            f"window ({length:,} tokens), so give more documents, or use builtin"
         ) from None
     require_known(int(sequences.max()), tokenizer, config.vocab_size)
     return sequences
@@ -159,7 +159,7 @@ def written_sequences(model: CausalLM, tokenizer: Any, tokens: int, seed: int) -
     length = min(_WINDOW, model.config.max_position_embeddings - 1, tokens)
     start = (begin_ids(tokenizer) if tokenizer else []) or [*model.config.eos_ids, 0][:1]
     count = max(tokens // length, 1)
-    console.say(f"The source writes {count * length:,} tokens to calibrate with")
+    console.say(f"The source model generates {count * length:,} tokens of calibration text")
     params = [SamplingParams(temperature=1.0, seed=seed * 100_003 + n) for n in range(count)]  # seeds differ
     sequences: list[list[int]] = []
     with console.progress(count, "writing") as bar:

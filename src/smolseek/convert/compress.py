@@ -114,7 +114,7 @@ def _search(model: CausalLM, layers: list[Layer], stats: Sequence[Statistics], c
     most = min(features // 2, 2 * len(layers[0].loss_C), features - 8)
     plans = [plan(model.config, layers, conversion, rope) for rope in range(step, most + 1, step)]
     if not plans:
-        raise SmolseekError(f"{features} features of cache are too few to search: set --kv-rank and --rope-dim")
+        raise SmolseekError(f"a cache of {features} features is too small for the search: set --kv-rank and --rope-dim")
     errors = []
     with console.progress(len(plans), "searching") as bar:
         for done, tried in enumerate(plans, 1):

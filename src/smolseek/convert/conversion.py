@@ -75,7 +75,10 @@ class Conversion:
         changed = self._changed()
         for name in changed:
             if _MODE_OF.get(name, self.mode) != self.mode:
-                raise SmolseekError(f"{_option(name)} belongs to --mode {_MODE_OF[name]}: add that, or leave it out")
+                raise SmolseekError(
+                    f"{_option(name)} needs --mode {_MODE_OF[name]}: add --mode {_MODE_OF[name]}, or leave out "
+                    f"{_option(name)}"
+                )
         for name, other, example in _NEEDS:
             if name in changed and other not in changed:
                 raise SmolseekError(f"{_option(name)} needs {_option(other)}: for example {_option(other)} {example}")
@@ -86,22 +89,30 @@ class Conversion:
 
     def _check_compression(self) -> None:
         if self.experts is not None and self.active is None:
-            why = "the routed experts that a token uses: with all of them it is --mode exact"
-            raise SmolseekError(f"--mode compress --experts needs --active A, {why}")
+            raise SmolseekError(
+                "--mode compress with --experts needs the number of active routed experts per token: add "
+                "--active A, or "
+                "use --mode exact, in which all experts are active"
+            )
         if self.experts is not None and self.prune is not None:
-            raise SmolseekError("--prune and --experts both leave neurons out: choose one of them")
+            raise SmolseekError(
+                "--prune and --experts cannot be combined, because both leave neurons out: choose one of them"
+            )
         if self.cache is not None and self.kv_rank is not None:
-            raise SmolseekError("--cache and --kv-rank say the same: leave one of them out")
+            raise SmolseekError("--cache and --kv-rank both set the size of the cache: leave out one of them")
         if not self.smaller_cache:
             if self.prune is None and self.experts is None:
-                ways = "--cache SHARE, --kv-rank R with --rope-dim D, --prune SHARE or --experts E: --cache 0.5"
+                ways = (
+                    "--cache SHARE, --kv-rank R with --rope-dim D, --prune SHARE or --experts E: for "
+                    "example --cache 0.5"
+                )
                 raise SmolseekError(f"--mode compress needs {ways}")
             for name in _CACHE_OPTIONS:
                 if name in self._changed():
-                    raise SmolseekError(f"{_option(name)} needs a smaller cache: add --cache SHARE")
+                    raise SmolseekError(f"{_option(name)} works only with a smaller cache: add --cache SHARE")
         if self.profile == "portable" and self.method == "transmla":
             raise SmolseekError("--method transmla has no portable profile: add --profile hf-exact")
-        for name, example in (("cache", "0.5 halves the cache"), ("prune", "0.75 keeps three quarters")):
+        for name, example in (("cache", "use 0.5 to halve the cache"), ("prune", "use 0.75 to keep three quarters")):
             share = getattr(self, name)
             if share is not None and not 0 < share < 1:
                 raise SmolseekError(f"--{name} {share} is not a share between 0 and 1: {example}")
@@ -115,19 +126,26 @@ class Conversion:
         features, rope = self.cache_features(source), self.rotary_features(source)
         before, size = source.cache_features, source.qk_head_dim
         if features >= before:
-            raise SmolseekError(f"{features} features of cache are no fewer than the source's {before}: use fewer")
+            raise SmolseekError(
+                f"a cache of {features} features is not smaller than the source's {before}: use a smaller cache"
+            )
         if features < 16:
-            raise SmolseekError(f"{features} features of cache are too few: keep at least 16 of {before}")
+            raise SmolseekError(f"a cache of {features} features is too small: keep at least 16 of {before} features")
         most = min(before // 2, features - 8)
         if rope is not None and (rope % 2 or not 2 <= rope <= most):
-            raise SmolseekError(f"--rope-dim {rope} does not fit {features} features: 2 to {most}, even")
+            raise SmolseekError(
+                f"--rope-dim {rope} does not fit a cache of {features} features: use an even number from 2 to {most}"
+            )
         if (size // 2) % self.freq_fold:
-            raise SmolseekError(f"--freq-fold {self.freq_fold} does not divide the {size // 2} frequencies of a head")
+            frequencies = f"the {size // 2} frequencies of a head"
+            raise SmolseekError(
+                f"--freq-fold {self.freq_fold} does not divide {frequencies}: use a divisor of {size // 2}"
+            )
         ladder = size // self.freq_fold
         if self.method == "transmla" and (rope or 0) % ladder:
-            raise SmolseekError(f"transmla keeps whole ladders: --rope-dim must be a multiple of {ladder}")
+            raise SmolseekError(f"--rope-dim {rope} does not fit --method transmla: use a multiple of {ladder}")
         if self.profile == "portable" and size < _LEAST_HEAD:
-            needed = f"heads of {_LEAST_HEAD} features or more, and the source's have {size}"
+            needed = f"heads of at least {_LEAST_HEAD} features, but the source's heads have {size}"
             raise SmolseekError(f"--profile portable, the default, needs {needed}: add --profile hf-exact")
 
     @property

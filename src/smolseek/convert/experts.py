@@ -54,19 +54,21 @@ def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
     if experts is None:
         return config
     if experts < 2:
-        raise SmolseekError(f"--experts {experts} is below 2: transformers rates a group by its two best experts")
+        raise SmolseekError(
+            f"--experts {experts} is below 2: use at least 2, because a router scores a group by its two best experts"
+        )
     grown = conversion.mode == "grow"
     if shared < grown:
-        raise SmolseekError(f"--shared {shared} is below {grown:d}: use a larger --shared")
+        raise SmolseekError(f"--shared {shared} is below the minimum of {grown:d}: use a larger --shared")
     of_one_size = shared if grown else experts + shared
     if neurons % of_one_size:
         kinds = f"{shared} shared" if grown else f"{shared} shared and {experts} routed"
         raise SmolseekError(
-            f"{neurons} neurons do not divide into {kinds} experts: change --experts or --shared so that {of_one_size} "
-            "becomes a divisor"
+            f"{neurons} neurons cannot be divided equally among {kinds} experts: change --experts or --shared so that "
+            f"the number of these experts (now {of_one_size}) divides {neurons}"
         )
     if conversion.active == experts:
-        raise SmolseekError(f"--active {experts} is all routed experts: use fewer, or --mode exact")
+        raise SmolseekError(f"--active {experts} activates all routed experts: lower --active, or use --mode exact")
     most = experts - (conversion.active is not None)
     for name, k in (("--active", conversion.active), ("--top-k", conversion.top_k)):
         if k is not None and not 1 <= k <= most:

@@ -84,11 +84,14 @@ def convert(source: str, out: str | Path, conversion: Conversion, verify: Verify
         with atomic_folder(target, last="config.json") as folder:  # makes it a model
             free = shutil.disk_usage(folder).free
             if free < needed:
-                sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
-                raise SmolseekError(f"no space left for {out}: {sizes}: free some, or choose another disk")
+                sizes = f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+                raise SmolseekError(f"no space left for {out}: {sizes}, so free some space, or choose another disk")
             _fill(folder, source, opened, conversion, out, verify)
     except OSError as error:
-        raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
+        reason = error.strerror or error
+        raise SmolseekError(
+            f"{out} cannot be written ({reason}): choose another folder (the unfinished files were deleted)"
+        ) from None
     except KeyboardInterrupt:
         raise Stopped(f"interrupted: {out} was not written", 130) from None
     console.say(f"Wrote {out}: {sum(f.stat().st_size for f in out.iterdir()) / 1e6:,.0f} MB")
@@ -123,7 +126,7 @@ def _fill(folder: Path, source: str, opened: Source, conversion: Conversion, out
             share = control.config.intermediate_size / opened.config.intermediate_size
             with tempfile.TemporaryDirectory(dir=folder, prefix="control") as beside:
                 _write_model(Path(beside), opened, control, conversion)
-                line = f"Control, --prune {share:.4g} instead: {verify(opened.path, Path(beside), held_out)}"
+                line = f"Control model, --prune {share:.4g}: {verify(opened.path, Path(beside), held_out)}"
             console.say(line)
             fidelity += f". {line}"
     if held_out is not None:
@@ -168,8 +171,8 @@ def _compressed(
         if conversion.method == "smolseek":
             attentions = refit_values(llama, config, attentions, sequences)
         console.say(
-            f"Cache: {config.kv_lora_rank} features of latent and {config.qk_rope_head_dim} with position, "
-            f"of {opened.config.cache_features} before"
+            f"Cache: {config.kv_lora_rank} latent and {config.qk_rope_head_dim} rotary features per token and layer, "
+            f"instead of {opened.config.cache_features}"
         )
         attentions = [balanced(config, tensors) for tensors in attentions]
         model = model._replace(config=config, attention=attentions.__getitem__)
@@ -189,8 +192,9 @@ def _compressed(
     neurons = active_neurons(config)
     means = [fmean(error for _, error in layers) for layers in (experts, control)]
     console.say(
-        f"Experts: {neurons:,} of {dense:,} neurons a token in each layer; relative squared error of a layer's output "
-        f"{means[0]:.3f} on average; control, --prune {neurons / dense:.4g}: {means[1]:.3f}"
+        f"Experts: {neurons:,} of {dense:,} neurons per token in each layer; relative squared error of a "
+        "layer's output "
+        f"{means[0]:.3f} on average; of the control model, --prune {neurons / dense:.4g}: {means[1]:.3f}"
     )
     sparse_model = model._replace(config=config, feed_forward=lambda n: experts[n][0])
     return sparse_model, _with_neurons(model, neurons, control)

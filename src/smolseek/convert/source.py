@@ -49,12 +49,14 @@ def open_source(target: str, tokenizer_name: str | None = None) -> Source:
     path = resolve(target)
     config, tensors = open_files(path)
     if config.model_type != "llama":
-        raise SmolseekError(f"{path} is a {config.model_type} model: only Llama models are converted")
+        raise SmolseekError(
+            f"{path} is a {config.model_type} model: give a Llama model, because no other model can be converted"
+        )
     _check_tensors(config, tensors, path)
     tokenizer: Any = tokenizer_of(path) if tokenizer_name is None else load_tokenizer(tokenizer_name)
     if tokenizer_name is not None and len(tokenizer) > config.vocab_size:
-        sizes = f"has {len(tokenizer):,} tokens and {path} {config.vocab_size:,}"
-        raise SmolseekError(f"--tokenizer {tokenizer_name} {sizes}: give the model's own")
+        sizes = f"has {len(tokenizer):,} tokens, but {path} has {config.vocab_size:,}"
+        raise SmolseekError(f"--tokenizer {tokenizer_name} {sizes}: give the model's own tokenizer")
     return Source(path, config, tensors, tokenizer)
 
 
@@ -70,4 +72,6 @@ def _check_tensors(config: ModelConfig, tensors: SafetensorsFiles | GgufFile, pa
     for name in tensors:
         if name not in expected and not name.endswith("rotary_emb.inv_freq") and name != "lm_head.weight":
             kind = next((kind for pattern, kind in _ADDITIONS.items() if re.search(pattern, name)), "an unknown tensor")
-            raise SmolseekError(f"{path} has {kind} ({name}): only plain Llama models are converted")
+            raise SmolseekError(
+                f"{path} has {kind} ({name}): give a plain Llama model, because no other model can be converted"
+            )

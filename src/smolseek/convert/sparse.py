@@ -147,7 +147,9 @@ def sparse_layer(
 
 
 def _router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) -> Router:
-    """Return a DeepSeek router that selects the experts whose outputs have the largest energies.
+    """Return a DeepSeek router that selects the experts whose outputs have the largest predicted energies.
+
+    The energy of an output is its squared norm.
 
     A linear regression predicts the logarithm of an expert's energy as a x + b. DeepSeek's router has no intercept, but
     its balancing bias can replace the intercept b. Near 0, sigmoid(s a x) is about 1/2 + s a x / 4. With the bias s b /

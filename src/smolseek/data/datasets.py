@@ -62,13 +62,15 @@ class Corpus:
             n = self.cut.documents
             notes.append(
                 f"{n:,} document{'s' * (n > 1)} cut into parts at {self.cut.border} borders, "
-                f"the last ones {'of each ' * (n > 1)}held out"
+                f"with the last parts {'of each document ' * (n > 1)}for validation"
             )
         left_out = [self.report.summary()] if self.report.left_out.total() else []
         if self.unused:
-            left_out.append(f"{self.unused:,} of --data.val-fraction, since --data.val-sources are validated on")
+            left_out.append(
+                f"{self.unused:,} documents of --data.val-fraction, because --data.val-sources replaces them"
+            )
         if self.unspelled:
-            left_out.append(f"{self.unspelled:.2%} of the characters, which the tokenizer cannot spell")
+            left_out.append(f"{self.unspelled:.2%} of the characters, which the tokenizer cannot encode")
         return "; ".join([*notes, *([f"left out: {', '.join(left_out)}"] if left_out else [])])
 
 
@@ -153,11 +155,13 @@ def _open_prepared(
     """Return the prepared tokens, and a function that decodes a document."""
     if len(sources) > 1:
         raise SmolseekError(
-            f"data {' '.join(sources)}: prepared tokens cannot be combined with other data: prepare all of it together"
+            f"data {' '.join(sources)}: prepared tokens cannot be combined with other data: prepare all data together"
         )
     prepared = PreparedDataset(sources[0])
     if tokenizer is None:
-        raise SmolseekError(f"data {prepared.path} is prepared tokens, and text is needed here: give the text itself")
+        raise SmolseekError(
+            f"data {prepared.path} holds prepared tokens, but text is needed here: give the text itself"
+        )
     prepared.check_vocabulary(vocabulary_digest(tokenizer))
     decode = decoder(tokenizer)
     return prepared, lambda ids: decode(ids[:-1].tolist())
@@ -187,8 +191,8 @@ def _sample(
                 break
     if not corpus.validation or not corpus.train:
         raise SmolseekError(
-            f"the data has {len(corpus.train):,} training and {len(corpus.validation):,} validation documents at "
-            f"data.val_fraction {val_fraction}: change --data.val-fraction or give more documents"
+            f"the data has {len(corpus.train):,} training and {len(corpus.validation):,} validation documents with "
+            f"data.val_fraction {val_fraction}, but both are needed: change --data.val-fraction or give more documents"
         )
     return corpus
 

@@ -191,7 +191,7 @@ def _table(file: io.BufferedReader, where: str, column: str, delimiters: str) ->
         for record in records:
             if record and len(record) != len(header):
                 raise SmolseekError(
-                    f"{where} line {records.line_num} has {len(record)} fields and the header {len(header)}: "
+                    f"{where} line {records.line_num} has {len(record)} fields, but the header has {len(header)}: "
                     f"put quotes around a field that holds {delimiter!r}, or write JSON lines"
                 )
             if record:
@@ -231,4 +231,6 @@ def _require_name(name: str, names: Iterable[str], problem: str) -> None:
     names = list(names)
     if name not in names:
         listed = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
-        raise SmolseekError(f"{problem} {name!r}, only {listed or 'none at all'}: set --text-column")
+        raise SmolseekError(
+            f"{problem} {name!r}, only {listed or 'an empty list'}: set --text-column to the name of the text"
+        )

@@ -55,7 +55,9 @@ def parse_names(sources: Sequence[str]) -> list[HubName]:
     names = [name for _, name in parsed if name is not None]
     local = [text for text, name in parsed if name is None]
     if names and local:
-        raise SmolseekError(f"data {local[0]} is local and {names[0]} is on the hub: give only one of the two")
+        raise SmolseekError(
+            f"data {local[0]} is local and {names[0]} is on the hub: give only local data or only data from the hub"
+        )
     return names
 
 
@@ -209,13 +211,15 @@ def _find(name: HubName) -> tuple[HubName, str, tuple[tuple[str, int], ...]]:
         raise SmolseekError(f"data {name}: {reason(error)}") from None
     except (httpx2.TransportError, OSError) as error:
         if isinstance(error, ConnectionError) and "offline" in str(error).lower():
-            raise SmolseekError(f"data {name.repo} {not_local}the hub is disabled: unset HF_HUB_OFFLINE") from None
+            raise SmolseekError(
+                f"data {name.repo} {not_local or 'cannot be read: '}the hub is disabled, so unset HF_HUB_OFFLINE"
+            ) from None
         raise RetryableError(reason(error)) from None
     split = name.split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
     if split not in splits:
-        others = f"only {_listed(splits)}" if splits else "nor any other"
+        others = f"only {_listed(splits)}" if splits else "and no other split"
         raise SmolseekError(
-            f"data {name} has no split {split}, {others}: give one as in {name.repo}:{name.config}:SPLIT"
+            f"data {name} has no split {split}, {others}: give a split as in {name.repo}:{name.config}:SPLIT"
         )
     sizes = {sibling.rfilename: int(sibling.size or 0) for sibling in info.siblings}
     paths = [path.removeprefix(f"hf://datasets/{name.repo}@{info.sha}/") for path in splits[split]]
@@ -247,9 +251,9 @@ def why_refused(repo: str, kind: str, status: int, headers: Mapping[str, str]) -
     if headers.get("x-error-code") == "GatedRepo":
         return f"is gated (HTTP {status}): accept the licence at {page} and log in (hf auth login)"
     if status in (401, 403, 404):
-        advice = "check the name or, if it is private, log in (hf auth login)"
+        advice = "check the name, or log in (hf auth login) if it is private"
         return f"is not a public {kind} on the hub (HTTP {status}): {advice}"
-    return f"cannot be read from the hub (HTTP {status}): look at {page}"
+    return f"cannot be read from the hub (HTTP {status}): see {page}"
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -284,7 +288,7 @@ def _request_range(repo: str, commit: str, path: str, size: int, start: int, sto
     """Return bytes `start` to `stop` (exclusive) of a file of `size` bytes, in one request.
 
     `HfFileSystem` is not used, because it does not check that a response has the requested range. `HfFileSystem` also
-    repeats requests after `data.give_up_after` seconds, and when the run should stop.
+    goes on repeating failed requests when `data.give_up_after` seconds have passed or the run should stop.
 
     Raises:
         RetryableError: for timeouts, connection resets, HTTP 408, 429 and 5xx, and for a response with another range,
@@ -305,10 +309,10 @@ def _request_range(repo: str, commit: str, path: str, size: int, start: int, sto
     if answer.status_code >= 400:
         raise _refusal(answer, repo)
     if answer.status_code != 206:
-        raise RetryableError(f"HTTP {answer.status_code} in answer to a range")
+        raise RetryableError(f"HTTP {answer.status_code} instead of 206 for a range")
     content_range, expected = answer.headers.get("content-range", ""), f"bytes {start}-{stop - 1}/{size}"
     if content_range != expected:
-        raise RetryableError(f"the answer has {content_range or 'no range'}, not {expected}")
+        raise RetryableError(f"the response has {content_range or 'no range'} instead of {expected}")
     if len(answer.content) != stop - start:
-        raise RetryableError(f"{len(answer.content):,} bytes instead of {stop - start:,}")
+        raise RetryableError(f"the response has {len(answer.content):,} bytes instead of {stop - start:,}")
     return answer.content

@@ -121,7 +121,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
         earlier = read_index(to.path)
         if earlier is None or _identity(earlier) != _identity(index):
             raise SmolseekError(
-                f"{to.path} has other data, another tokenizer or another --tokens: choose another folder"
+                f"{to.path} was begun with other data, another tokenizer or another --tokens: choose another folder"
             )
         for source, entry in zip(sources, earlier.sources, strict=True):
             _require_unchanged(source, entry, to)
@@ -155,7 +155,7 @@ def _require_unchanged(source: TextSource, entry: SourceEntry, to: Target) -> No
         if begun != value:
             raise SmolseekError(
                 f"{to.path} was begun with --{name.replace('_', '-')} {begun or 'left out'}, not "
-                f"{value or 'left out'}: give the same, or choose another folder"
+                f"{value or 'left out'}: give the same value, or choose another folder"
             )
 
 
@@ -275,7 +275,8 @@ def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
         exact = to.decode(tokens[:-1].tolist()) == text
     if not exact:
         raise SmolseekError(
-            f"the tokenizer {to.tokenizer_name} does not restore a text exactly: train on the text itself"
+            f"the tokenizer {to.tokenizer_name} does not decode tokens to exactly the same text: train on "
+            "the text itself"
         )
 
 
@@ -330,7 +331,7 @@ def open_texts(data: DataConfig) -> list[TextSource]:
         SmolseekError: for the reasons of `hub.find_shards`, or for a folder that contains prepared tokens already.
     """
     if any(map(is_prepared, data.sources)):
-        raise SmolseekError(f"data {' '.join(data.sources)} is prepared already: give its text")
+        raise SmolseekError(f"data {' '.join(data.sources)} is already prepared: give the text itself")
     # The options that affect the contents of documents.
     options = {"text_column": data.text_column, "document_separator": data.document_separator or ""}
     names = parse_names(data.sources)

@@ -41,7 +41,7 @@ def build_sequences(
     """
     if max_tokens < seq_len:
         raise SmolseekError(
-            f"{max_tokens:,} validation tokens do not fill a sequence of {seq_len:,}: raise --eval-tokens"
+            f"{max_tokens:,} validation tokens are fewer than a sequence of {seq_len:,} tokens: raise --eval-tokens"
         )
     limit = max_tokens // seq_len * seq_len + 1
     ordered = sorted(documents, key=digest)

@@ -164,7 +164,7 @@ class PreparedDataset:
             raise SmolseekError(f"{self.path} is not a folder of prepared tokens: prepare the data")
         self.index = index
         if not all(source.done for source in self.index.sources):
-            raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare again to continue")
+            raise SmolseekError(f"{self.path} is not finished: run the same smolseek prepare command again to continue")
         for part in (part for source in self.index.sources for part in source.parts):
             for kind in KINDS:
                 file, size = self.path / f"{part.name}.{kind}", getattr(part, kind).bytes
@@ -180,7 +180,11 @@ class PreparedDataset:
         return f"{self.index.tokens:,} prepared tokens of {', '.join(source.name for source in self.index.sources)}"
 
     def fingerprint(self) -> str:
-        """Return a string that identifies the contents by their order, weights and checksums."""
+        """Return a string that identifies the prepared data.
+
+        It contains the number of tokens, and a hash of the sources' mixture weights and of the checksums of their token
+        files, in order.
+        """
         contents = [(s.weight, [(p.shard, p.tokens.blake2b) for p in s.parts]) for s in self.index.sources]
         return f"{self.index.tokens} prepared tokens, {checksum(repr(contents).encode())}"
 
@@ -188,16 +192,16 @@ class PreparedDataset:
         """Raise SmolseekError if `digest` is not the `vocabulary_digest` of the tokenizer that made the tokens."""
         if self.index.tokenizer != digest:
             raise SmolseekError(
-                f"data {self.path} was prepared with another tokenizer, {self.index.tokenizer_name}: "
-                "use that --tokenizer, or prepare the data again"
+                f"data {self.path} was prepared with the tokenizer {self.index.tokenizer_name}: "
+                "use this --tokenizer, or prepare the data again"
             )
 
     def check_eos(self, eos_id: int) -> None:
         """Raise SmolseekError if the documents do not end in the token `eos_id`."""
         if self.index.eos_id != eos_id:
             raise SmolseekError(
-                f"the documents of data {self.path} end in token {self.index.eos_id}, the model's eos_token_id is "
-                f"{eos_id}: set --model.eos-token-id, or prepare the data again"
+                f"the documents of data {self.path} end in token {self.index.eos_id}, but the model's eos_token_id "
+                f"is {eos_id}: set --model.eos-token-id, or prepare the data again"
             )
 
 

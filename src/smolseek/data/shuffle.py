@@ -50,7 +50,7 @@ class ShuffledTexts:
     def __init__(self, texts: Sequence[str], encode: Encode, eos_id: int, seed: int) -> None:
         """Raises SmolseekError if `texts` is empty."""
         if not texts:
-            raise SmolseekError("no training document: give more documents")
+            raise SmolseekError("the data has no training document: give more documents")
         self._texts, self._encode, self._eos_id, self._seed = texts, encode, eos_id, seed
         self._cache: dict[int, np.ndarray] | None = {} if sum(map(len, texts)) <= CACHED_CHARACTERS else None
 
@@ -104,7 +104,9 @@ class ShuffledShards:
                 shard, last = block[-1]
                 at = Position(at.epoch, at.block + 1, shard, last.number + 1)
             if at.block == 0:
-                raise SmolseekError("the data has no training document: give more, or lower --data.val-fraction")
+                raise SmolseekError(
+                    "the data has no training document: give more documents, or lower --data.val-fraction"
+                )
             at = Position(at.epoch + 1)
 
     def _epoch(self, at: Position, stop: threading.Event) -> Iterator[tuple[int, Document]]:

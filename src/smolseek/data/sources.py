@@ -59,7 +59,7 @@ class ReadReport:
         [(sign, n)] = self.separators.most_common(1) or [("", 0)]
         if n < OFTEN:
             return ""
-        return f"the text holds {sign} {n:,} times: --data.document-separator '{sign}' makes separate documents of it"
+        return f"the text contains {sign} {n:,} times: to split it there, add --data.document-separator '{sign}'"
 
 
 def read_documents(
@@ -102,7 +102,7 @@ def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        raise SmolseekError(f"data {path} does not exist: give a file or folder that does, or builtin") from None
+        raise SmolseekError(f"data {path} does not exist: give an existing file or folder, or builtin") from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     if stat.S_ISDIR(mode):
@@ -110,12 +110,12 @@ def list_files(source: str, report: ReadReport | None = None) -> Iterator[Path]:
     elif stat.S_ISREG(mode):
         yield path
     else:
-        raise SmolseekError(f"data {path} is a pipe or device, and text is read more than once: write it to a file")
+        raise SmolseekError(f"data {path} is a pipe or device, which cannot be read twice: write the text to a file")
 
 
 def _unreadable(path: object, error: OSError | ValueError) -> SmolseekError:
     reason = getattr(error, "strerror", None) or error
-    return SmolseekError(f"data {path} cannot be read ({reason}): check its name and rights")
+    return SmolseekError(f"data {path} cannot be read ({reason}): check its name and permissions")
 
 
 def _walk(root: Path, report: ReadReport) -> Iterator[Path]:

@@ -72,8 +72,8 @@ class Spelling:
         if self.lost > MOST_LOST:
             examples = " ".join(repr(character) for character, _ in self._lost.most_common(3))
             raise SmolseekError(
-                f"the tokenizer {self._name} cannot spell {self.lost:.0%} of the text's characters ({examples}), and "
-                "they would be left out: use another --tokenizer, such as a byte-level one"
+                f"the tokenizer {self._name} cannot encode {self.lost:.0%} of the text's characters ({examples}), "
+                "which would be left out: use another --tokenizer, for example a byte-level tokenizer"
             )
 
 

@@ -89,8 +89,8 @@ def split(documents: Sequence[str], fraction: float, needs_validation: bool = Tr
     for name, texts, change in (("training", sides.train, "lower"), ("validation", sides.validation, "raise")):
         if not texts and (needs_validation or name == "training"):
             raise EmptySide(
-                f"no {name} document: none of the {len(documents)} documents falls on "
-                f"that side at data.val_fraction {fraction}: {change} --data.val-fraction or give more text"
+                f"no {name} document: data.val_fraction {fraction} assigns none of the {len(documents)} documents to "
+                f"{name}, so {change} --data.val-fraction or give more text"
             )
     return sides
 

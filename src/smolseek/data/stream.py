@@ -125,13 +125,13 @@ class TrainStream:
         """
         if state["fingerprint"] != self._fingerprint:
             raise SmolseekError(
-                f"the training data is not the checkpoint's ({state['fingerprint']} then, {self._fingerprint} "
-                "now): resume with --data naming the same text, at its present path, or train on this text from the "
-                "run's weights: --init RUN --run OTHER"
+                f"the training data has changed since the checkpoint ({state['fingerprint']} then, {self._fingerprint} "
+                "now): resume with the same text (--data gives its present path), or start a new run on this text from "
+                "the run's weights (--init RUN --run OTHER)"
             )
         if state["seed"] != self._seed:
             raise SmolseekError(
-                f"seed {self._seed} is not the checkpoint's {state['seed']}: resume with the same --seed"
+                f"seed {self._seed} differs from the checkpoint's seed {state['seed']}: resume with the same --seed"
             )
         if self._texts is not None:
             epoch, document = state["epoch"], state["document"]
@@ -145,7 +145,7 @@ class TrainStream:
             self._read_document()
             if self._offset >= self._buffered:
                 raise SmolseekError(
-                    f"the checkpoint is at token {self._offset} of a document that has {self._buffered}: "
+                    f"the checkpoint is at token {self._offset} of a document that now has {self._buffered} tokens: "
                     "resume with the same --tokenizer"
                 )
 

@@ -57,7 +57,9 @@ class DistributedContext(SingleProcess):
         self.shards: dict[str, Shard] = {}
         self._optimized: Named = []
         if device.type == "cuda" and not dist.is_nccl_available():
-            raise SmolseekError("this PyTorch has no NCCL, which several GPUs need: use --device cpu, or one process")
+            raise SmolseekError(
+                "this PyTorch has no NCCL, which training on several GPUs needs: use --device cpu, or one process"
+            )
         self._sigterm_before = signal.signal(signal.SIGTERM, _end) or signal.SIG_DFL
         try:
             self._connect(device, timeout)
@@ -73,8 +75,8 @@ class DistributedContext(SingleProcess):
         except (RuntimeError, ValueError) as error:  # no answer, or no address in the environment
             at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise PeerLost(
-                f"process {self.rank}: process 0 is missing, its store at {at} does not answer within {timeout:g} "
-                "seconds: start all processes with torchrun"
+                f"process {self.rank}: process 0 is missing, because its store at {at} did not answer within "
+                f"{timeout:g} seconds: start all processes with torchrun"
             ) from error
         self.store = wait_for_peers(store, self.rank, self.size, timeout)
         self.heartbeat = Heartbeat(self.store, self.rank, self.size, timeout)

@@ -136,7 +136,7 @@ class Heartbeat:
         what += [f"process {rank} is {self._steps - now[rank].steps} steps behind" for rank in behind]
         console.warn(
             f"waiting for {waited:.0f} seconds: {'; '.join(what) or 'all processes are in the same step'}; "
-            "--mesh.timeout says how long"
+            "--mesh.timeout limits the waiting time"
         )
 
 

@@ -62,13 +62,13 @@ def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size:
         )
     if config.data and requested != size:
         raise SmolseekError(
-            f"mesh.data {config.data} times mesh.expert {config.expert} is {requested} and not {processes}: "
+            f"mesh.data {config.data} times mesh.expert {config.expert} is {requested}, but there are {processes}: "
             f"use --mesh.data {size // config.expert}, or torchrun --nproc-per-node {requested}"
         )
     valid = [n for n in divisors if n == 1 or n % config.expert == 0]
     if config.shard not in valid:
         raise SmolseekError(
-            f"mesh.shard {config.shard} does not divide {processes} into whole groups of mesh.expert "
+            f"mesh.shard {config.shard} is not a divisor of {processes} and a multiple of mesh.expert "
             f"{config.expert}: use --mesh.shard {_either(valid)}"
         )
     if batch_size is not None and batch_size < size:

@@ -51,5 +51,5 @@ def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> d
     missing = [0] if launch is None else [other for other in others if not launch.check([f"heartbeat/{other}"])]
     raise PeerLost(
         f"process {rank}: process {', '.join(map(str, missing))} did not join in {time.monotonic() - begun:.1f} "
-        "seconds: start all processes, or raise --mesh.timeout"
+        "seconds: start all processes with torchrun, or raise --mesh.timeout"
     )

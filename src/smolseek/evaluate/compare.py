@@ -115,7 +115,7 @@ def compare(a: Any, b: Any, sequences: torch.Tensor) -> Comparison:
         if not math.isfinite(loss):
             raise SmolseekError(
                 f"the {name} model's logits are not finite: its weights are damaged, or too large for their number "
-                "format: try --dtype float32, or take another checkpoint"
+                "format: try --dtype float32, or use another checkpoint"
             )
     return comparison
 
@@ -142,7 +142,8 @@ def text_sequences(
         return build_sequences(texts, encoder(tokenizer), tokenizer.eos_token_id or 0, seq_len, max_tokens)
     except TooFewTokens as error:
         raise SmolseekError(
-            f"the text has {error.tokens:,} tokens, but a sequence takes {seq_len + 1:,}: give more, or lower --seq-len"
+            f"the text has {error.tokens:,} tokens, but a sequence takes {seq_len + 1:,}: give more text, or "
+            "lower --seq-len"
         ) from None
 
 
@@ -199,8 +200,9 @@ def measure_conversion(source: Path, out: Path, sequences: torch.Tensor) -> str:
     uniform = max(math.log(model.config.vocab_size), comparison.loss_a)
     if not comparison.loss_b < uniform + 1:
         raise SmolseekError(
-            f"the converted model is broken: {comparison.line()}, and uniform logits have {uniform:.2f}: keep more of "
-            "the cache; --no-verify writes the model nevertheless"
+            f"the converted model is broken ({comparison.line()}; the loss of uniform logits is "
+            f"{uniform:.2f}): keep more "
+            "of the cache; --no-verify writes the model nevertheless"
         )
     return f"Distance: {comparison.line()}, perplexity {math.exp(comparison.loss_b - comparison.loss_a) - 1:+.1%}"
 
@@ -217,7 +219,8 @@ def prepare(
     vocab_size = configs[0].vocab_size
     if configs[1].vocab_size != vocab_size:
         raise SmolseekError(
-            f"{a} has {vocab_size:,} tokens and {b} {configs[1].vocab_size:,}: compare models with the same vocabulary"
+            f"{a} has {vocab_size:,} tokens, but {b} has {configs[1].vocab_size:,}: compare models with the "
+            "same vocabulary"
         )
     tokenizers = [tokenizer for path in paths if (tokenizer := tokenizer_of(path)) is not None]
     if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
@@ -225,11 +228,12 @@ def prepare(
     context = min(config.max_position_embeddings for config in configs)
     if not 1 <= seq_len <= context:
         raise SmolseekError(
-            f"--seq-len {seq_len:,} is not between 1 and {context:,}, the context of both models: change it"
+            f"--seq-len {seq_len:,} is not between 1 and {context:,}, the context of both models: change --seq-len"
         )
     if max_tokens < seq_len:
         raise SmolseekError(
-            f"--tokens {max_tokens:,} do not fill a sequence of {seq_len:,}: raise them, or lower --seq-len"
+            f"--tokens {max_tokens:,} is below the length of a sequence, {seq_len:,}: raise --tokens, or "
+            "lower --seq-len"
         )
     tokenizer = next(iter(tokenizers), None)
     sequences = text_sequences(sources, text_column, tokenizer, seq_len, max_tokens)

@@ -34,7 +34,9 @@ class NativeLM(TemplateLM):
         """Raise SmolseekError if the model has no tokenizer."""
         super().__init__()
         if loaded.tokenizer is None:
-            raise SmolseekError(f"{loaded.path} has no tokenizer, which the tasks need: put its tokenizer.json there")
+            raise SmolseekError(
+                f"{loaded.path} has no tokenizer, which the tasks need: put its tokenizer.json into the folder"
+            )
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.max_length, self.batch_size = loaded.config.max_position_embeddings, batch_size
         self._eos_ids = [i for i in (loaded.tokenizer.eos_token_id, *loaded.config.eos_ids) if i is not None]
@@ -136,10 +138,10 @@ def evaluate_tasks(
     for name in tasks:
         if not manager.match_tasks([name]):
             suggestion = nearest(name, manager.all_tasks)
-            raise SmolseekError(f"lm-eval has no task {name!r}{suggestion}: lm-eval ls tasks lists them")
+            raise SmolseekError(f"lm-eval has no task {name!r}{suggestion}: list the tasks with lm-eval ls tasks")
     for folder in task_folders:
         if not Path(folder).is_dir():
-            raise SmolseekError(f"--task-folders {folder} is not a folder: give one with lm-eval's YAML files")
+            raise SmolseekError(f"--task-folders {folder} is not a folder: give a folder with lm-eval's YAML files")
     model = NativeLM(load_model(target, dtype=dtype), batch_size)
     try:
         results = simple_evaluate(

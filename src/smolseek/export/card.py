@@ -120,7 +120,7 @@ def _sizes(config: ModelConfig) -> str:
 
 
 def _usage(config: ModelConfig, name: str, gguf: str | None, plain_rope: bool) -> str:
-    """Return how to run the model in each engine that supports it."""
+    """Return the part of the card that says how to run the model in each engine that supports it."""
     if gguf:
         return f"""{_RUN}
 

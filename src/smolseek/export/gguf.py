@@ -64,15 +64,15 @@ def require_supported(config: ModelConfig) -> None:
     """Raise SmolseekError for a model that llama.cpp's graphs do not compute, by name."""
 
     def refuse(what: str, remedy: str) -> SmolseekError:
-        return SmolseekError(f"llama.cpp does not compute {what}: {remedy}")
+        return SmolseekError(f"llama.cpp does not support {what}: {remedy}")
 
     rope = config.rope_parameters
     if config.model_type == "smolseek_gqa_moe":
-        raise refuse("model_type smolseek_gqa_moe", "it runs in smolseek alone")
+        raise refuse("model_type smolseek_gqa_moe", "only smolseek runs this model")
     if config.model_type == "llama":
         same = rope.rope_type == "longrope" and rope.short_factor == rope.long_factor and rope.attention_factor == 1
         if rope.rope_type not in ("default", "linear", "llama3") and not same:
-            raise refuse(f"rope_type {rope.rope_type!r} in a Llama", "it runs in smolseek and transformers")
+            raise refuse(f"rope_type {rope.rope_type!r} in a Llama", "export it for transformers with --format hf")
         return
     portable = "convert with --mode compress --profile portable, or train a model from scratch"
     if config.qk_nope_head_dim < 1:
@@ -90,8 +90,8 @@ def _require_multiple(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
     block = gguf.GGML_QUANT_SIZES[kind][0]
     if tensor.shape[-1] % block:
         raise SmolseekError(
-            f"{tensor.name} has rows of {tensor.shape[-1]}, and {kind.name.lower()} needs a multiple of {block}: "
-            "use --quantize bf16 or f16"
+            f"{tensor.name} has rows of {tensor.shape[-1]} numbers, but {kind.name.lower()} needs a multiple of "
+            f"{block}: use --quantize bf16 or f16"
         )
 
 

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file that describe the tokenizer: its vocabulary and the name of its splitting rule."""
+"""The metadata of a GGUF file that describe the tokenizer: its vocabulary and its pre-tokenizer."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _PROBE = (
     "naïve café Ünïcödé, \u1e9b\u0323 日本語のテスト русский текст العربية 🚀🚀 x=[1,2]{a:b} <tag/> // ### ___ $100!?",
     " CamelCase snake_case UPPER I'M 'S ½ ² Ⅷ ١٢٣   \n   \n end ",
 )
-"""Texts on which the splitting rules differ: letters, digits, spaces, line breaks, contractions, symbols, scripts."""
+"""Texts on which the pre-tokenizers differ: letters, digits, spaces, line breaks, contractions, symbols, scripts."""
 
 
 def vocabulary_entries(source: Source) -> list[Entry]:
@@ -29,32 +29,35 @@ def vocabulary_entries(source: Source) -> list[Entry]:
         metadata = read_header(source.path).metadata
         return [entry(key, value) for key, value in metadata.items() if key.startswith("tokenizer.") and value != []]
     if source.tokenizer is None:
-        raise SmolseekError(f"{source.path} has no tokenizer, which a GGUF file holds: give one by --tokenizer")
+        raise SmolseekError(
+            f"{source.path} has no tokenizer, but a GGUF file must contain one: give a tokenizer by --tokenizer"
+        )
     values = _vocabulary(source)
-    for rule in _ordered_rules():
-        if _same(values | {"tokenizer.ggml.pre": rule}, source):
-            values["tokenizer.ggml.pre"] = rule
+    pre_tokenizers = _pre_tokenizers()
+    for name in pre_tokenizers:
+        if _same(values | {"tokenizer.ggml.pre": name}, source):
+            values["tokenizer.ggml.pre"] = name
             return [entry(key, value) for key, value in values.items()]
     raise SmolseekError(
-        f"{source.path}: the tokenizer splits text by a rule that is none of llama.cpp's {', '.join(RULES)}: "
-        "export a model with one of these tokenizers"
+        f"{source.path}: the tokenizer's pre-tokenizer is not supported for GGUF (supported: "
+        f"{', '.join(pre_tokenizers)}): export a model with one of these pre-tokenizers"
     )
 
 
-def _ordered_rules() -> list[str]:
-    """Return the names of llama.cpp's splitting rules without synonyms, with SmolLM2's rule first."""
+def _pre_tokenizers() -> list[str]:
+    """Return llama.cpp's names of the pre-tokenizers without synonyms, with that of SmolLM2 first."""
     names = {rule: name for name, rule in reversed(RULES.items())}
     return sorted(names.values(), key=lambda name: name != "smollm")
 
 
 def _vocabulary(source: Source) -> dict[str, Any]:
-    """Return the entries of a byte-level BPE tokenizer, without its splitting rule."""
+    """Return the entries of a byte-level BPE tokenizer, without its pre-tokenizer."""
     tokenizer, config = source.tokenizer, source.config
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     if model["type"] != "BPE" or not is_byte_level(tokenizer):
         raise SmolseekError(
-            f"{source.path}: the tokenizer is a {model['type']} that is not byte-level BPE, whose GGUF form cannot be "
-            "made from a folder: export the model's .gguf file, or give another tokenizer by --tokenizer"
+            f"{source.path}: a tokenizer of type {model['type']} that is not byte-level BPE cannot be converted to "
+            "GGUF: export the model's .gguf file, or give another tokenizer by --tokenizer"
         )
     tokens, types = [], []
     by_id = {i: token for token, i in tokenizer.get_vocab().items()}

@@ -17,7 +17,7 @@ def check(repo: str) -> None:
     except HFValidationError:
         valid = False
     if not valid:
-        raise SmolseekError(f"--push-to-hub {repo}: the name of a repository is OWNER/NAME: give that")
+        raise SmolseekError(f"--push-to-hub {repo} is not the name of a repository: use OWNER/NAME")
     if get_token() is None:
         raise SmolseekError("--push-to-hub needs a Hugging Face token: run hf auth login, or set HF_TOKEN")
 
@@ -46,4 +46,6 @@ def push(folder: Path, repo: str, *, public: bool, written: Path) -> str:
         why = f"{reason(error).rstrip('.')}: try again"
     else:
         return str(address)
-    raise SmolseekError(f"{repo} was not uploaded, {why}: hf upload {repo} {written} (the export itself is complete)")
+    raise SmolseekError(
+        f"{repo} was not uploaded ({why}): the export is complete, so upload it with hf upload {repo} {written}"
+    )

@@ -40,11 +40,12 @@ class Export:
         for name in other:
             if getattr(self, name):
                 raise SmolseekError(
-                    f"--{name.replace('_', '-')} does not belong to --format {self.format}: leave it out"
+                    f"--{name.replace('_', '-')} is not an option of --format {self.format}: leave out this option"
                 )
         if self.public and self.push_to_hub is None:
-            raise SmolseekError("--public without --push-to-hub: name the repository, or leave it out")
+            raise SmolseekError("--public needs --push-to-hub OWNER/NAME: add --push-to-hub, or leave out --public")
         if self.format == "gguf" and out.suffix != ".gguf":
             raise SmolseekError(
-                f"{out}: the name of a GGUF file ends in .gguf: use {out.with_suffix('.gguf').name}, or --format hf"
+                f"{out} is not the name of a GGUF file, which ends in .gguf: use "
+                f"{out.with_suffix('.gguf').name}, or --format hf"
             )

@@ -30,20 +30,24 @@ def padded_config(config: ModelConfig) -> ModelConfig:
         SmolseekError: if the model has no MLA, a size above DeepSeek's, or a RoPE that cannot be padded.
     """
     if not config.is_mla:
-        raise SmolseekError(f"--pad-deepseek: model_type {config.model_type} has no latent attention: leave it out")
+        raise SmolseekError(
+            f"--pad-deepseek: model_type {config.model_type} has no latent attention: leave out --pad-deepseek"
+        )
     sizes = {"kv_lora_rank": LATENT, "qk_nope_head_dim": NOPE, "v_head_dim": VALUE, "qk_rope_head_dim": ROPE}
     for name, most in sizes.items():
         if getattr(config, name) > most:
             raise SmolseekError(
-                f"--pad-deepseek: {name} {getattr(config, name)} is above DeepSeek's {most}: leave it out"
+                f"--pad-deepseek: {name} {getattr(config, name)} is above DeepSeek's {most}: leave out --pad-deepseek"
             )
     if ROPE % config.qk_rope_head_dim:
         raise SmolseekError(
-            f"--pad-deepseek: qk_rope_head_dim {config.qk_rope_head_dim} does not divide {ROPE}: leave it out"
+            f"--pad-deepseek: qk_rope_head_dim {config.qk_rope_head_dim} does not divide {ROPE}: leave out "
+            "--pad-deepseek"
         )
     if config.rope_parameters.rope_type != "default":
         raise SmolseekError(
-            f"--pad-deepseek: rope_type {config.rope_parameters.rope_type} has frequencies of its own: leave it out"
+            f"--pad-deepseek: rope_type {config.rope_parameters.rope_type} has its own frequencies: leave "
+            "out --pad-deepseek"
         )
     return replace(config, kv_lora_rank=LATENT, qk_nope_head_dim=NOPE, v_head_dim=VALUE, qk_rope_head_dim=ROPE)
 

@@ -64,7 +64,7 @@ def _export_folder(target: str, out: Path, options: Export) -> None:
     config = hf.exported_config(read_config(target), options)
     opened = load_model(target, tokenizer=options.tokenizer)
     if not hf.runs_anywhere(config):
-        console.say("Note: only smolseek and transformers compute this model: its RoPE has frequencies of its own")
+        console.say("Note: only smolseek and transformers support this model, because its RoPE has its own frequencies")
     nbytes = count(config).total * getattr(torch, options.dtype or "float32").itemsize
     title = options.push_to_hub or out.name
     with _writing(out, nbytes), atomic_folder(out, last="config.json") as folder:
@@ -81,11 +81,14 @@ def _writing(out: Path, needed: int) -> Iterator[None]:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
         if free < needed:
-            sizes = f"it takes {needed / 1e6:,.0f} MB and {free / 1e6:,.0f} MB are free"
-            raise SmolseekError(f"no space left for {out}: {sizes}: free some, or choose another disk")
+            sizes = f"it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+            raise SmolseekError(f"no space left for {out}: {sizes}, so free some space, or choose another disk")
         yield
     except OSError as error:
-        raise SmolseekError(f"{out} cannot be written ({error.strerror or error}): nothing is left of it") from None
+        reason = error.strerror or error
+        raise SmolseekError(
+            f"{out} cannot be written ({reason}): choose another folder (the unfinished files were deleted)"
+        ) from None
 
 
 def _push(folder: Path, out: Path, options: Export) -> None:

@@ -60,7 +60,7 @@ def open_source(target: str, tokenizer_name: str | None = None) -> Source:
     tokenizer: Any = tokenizer_of(path) if tokenizer_name is None else load_tokenizer(tokenizer_name)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise SmolseekError(
-            f"the tokenizer of {tokenizer_name or path} has {len(tokenizer):,} tokens and the model "
-            f"{config.vocab_size:,}: give the model's own by --tokenizer"
+            f"the tokenizer of {tokenizer_name or path} has {len(tokenizer):,} tokens, but the model has "
+            f"{config.vocab_size:,}: give the model's own tokenizer by --tokenizer"
         )
     return Source(path, config, tensors, tokenizer, tokenizer_name is not None)

@@ -62,7 +62,7 @@ def beam_search(
     """
     check_request(model, [ids], max_tokens)
     if beams < 1 or not 1 <= returned <= beams:
-        raise SmolseekError(f"beams {beams} and n {returned} do not fit: n is at most the beams, and both at least 1")
+        raise SmolseekError(f"n {returned} is not between 1 and the number of beams, {beams}: lower n, or raise beams")
     start = time.perf_counter()
     stops = sorted(set(stop_ids))
     most = min(max_tokens, model.config.max_position_embeddings - len(ids))

@@ -23,8 +23,8 @@ StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "
 class Decoder:
     """A model with a preallocated KV cache for a batch of sequences. Each step decodes one token of every sequence.
 
-    On a CPU a step runs cpu_decode.c, if it can be built. On a GPU a step replays a CUDA graph. Prompts and all other
-    steps run the model's forward pass.
+    On a CPU a step runs cpu_decode.c, if it can be built. On a GPU a step replays a CUDA graph. The
+    model's forward pass reads prompts, and runs all other steps.
 
     Args:
         model: the model, in the number format in which it computes.
@@ -110,10 +110,14 @@ def check_request(model: CausalLM, prompts: Sequence[Sequence[int]], max_tokens:
         if not ids:
             raise SmolseekError("the prompt is empty: give at least one word")
         if len(ids) >= context:
-            raise SmolseekError(f"the prompt has {len(ids)} tokens, the model's context {context}: shorten the prompt")
+            raise SmolseekError(
+                f"the prompt has {len(ids)} tokens, but the model's context is {context}: shorten the prompt"
+            )
         wrong = next((i for i in ids if not 0 <= i < vocabulary), None)
         if wrong is not None:
-            raise SmolseekError(f"token {wrong} is not among the model's {vocabulary}: use the model's own tokenizer")
+            raise SmolseekError(
+                f"token id {wrong} is not among the model's {vocabulary} tokens: use the model's own tokenizer"
+            )
     if max_tokens is not None and max_tokens < 1:
         raise SmolseekError(f"max_tokens {max_tokens} must be 1 or more")
 

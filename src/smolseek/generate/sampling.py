@@ -34,7 +34,7 @@ class SamplingParams(SamplingOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(not word for word in self.bad_words):
-            raise SmolseekError("bad words: one of them is empty: leave it out")
+            raise SmolseekError("bad words has an empty entry: leave out this entry")
 
 
 def processors(sampling: SamplingParams, prompt: int, stop_ids: Collection[int]) -> list[Processor]:

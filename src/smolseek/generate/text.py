@@ -77,7 +77,7 @@ class TextStream:
 
     def __init__(self, generator: Generator, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()) -> None:
         if any(not string for string in stop):
-            raise SmolseekError("a stop string is empty: leave it out, or give some text")
+            raise SmolseekError("a stop string is empty: give a text, or leave out this stop string")
         self._generator = generator
         self._detokenizers = [Detokenizer(tokenizer, stop) for _ in generator.results]
         self._stream = self._read()

@@ -32,17 +32,17 @@ def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """
     for name in ("attention_bias", "mlp_bias", "sliding_window"):
         if values.get(name):
-            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: convert a Llama without it")
+            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: use a Llama model without {name}")
     if values.get("hidden_act", "silu") != "silu":
-        raise SmolseekError(
-            f"{where}: hidden_act {values['hidden_act']!r} is not supported: convert a model with 'silu'"
-        )
+        raise SmolseekError(f"{where}: hidden_act {values['hidden_act']!r} is not supported: use a model with 'silu'")
     kind = values["rope_parameters"].get("rope_type", "default")
     if kind not in ROPE_TYPES:
-        raise SmolseekError(f"{where}: rope_type {kind!r} is not supported for a Llama: use {', '.join(ROPE_TYPES)}")
+        raise SmolseekError(
+            f"{where}: rope_type {kind!r} is not supported for a Llama: use a model with {' or '.join(ROPE_TYPES)}"
+        )
     missing = [name for name in REQUIRED if values.get(name) is None]
     if missing:
-        raise SmolseekError(f"{where}: {', '.join(missing)} missing: a Llama's config.json names them")
+        raise SmolseekError(f"{where}: missing {', '.join(missing)}: a Llama config.json must contain these settings")
     known = {name: values[name] for name in (*REQUIRED, "rope_parameters")}
     known |= {name: values.get(name, default) for name, default in DEFAULTS.items()}
     heads, head_dim = values["num_attention_heads"], values.get("head_dim")

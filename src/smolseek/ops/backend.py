@@ -93,7 +93,7 @@ def triton_runs(device: torch.device) -> bool:
             TRITON = bool(gradient.isfinite().all())
         except Exception as error:  # Triton, the driver and the C compiler each raise exceptions of their own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            console.warn(f"Triton does not run here, so PyTorch's operations are used, which only costs time: {reason}")
+            console.warn(f"Triton does not run on this machine, so PyTorch's slower operations are used: {reason}")
     return TRITON
 
 

@@ -57,7 +57,7 @@ def library(*sources: Path) -> ctypes.CDLL | None:
             )
             return built
     except (OSError, _BuildFailed) as error:
-        _warn_once(f"{' '.join(str(error).split())}: PyTorch's operations replace the C files, only more slowly")
+        _warn_once(f"{' '.join(str(error).split())}: PyTorch's slower operations replace the C files")
         return None
 
 

@@ -47,7 +47,7 @@ def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> 
     try:
         write_atomically(to, text)
     except OSError as error:
-        raise SmolseekError(f"{to} cannot be written ({error.strerror}): choose another place with --out") from None
+        raise SmolseekError(f"{to} cannot be written ({error.strerror}): choose another file with --out") from None
     return to
 
 

@@ -53,8 +53,8 @@ def read_run(path: str | Path) -> Run:
     for record in records:
         if problem := _problem(record):
             raise SmolseekError(
-                f"{folder.metrics} has a damaged record of step {record.get('step')!r} ({problem}): delete its line, "
-                "and keep the others"
+                f"{folder.metrics} has a damaged record of step {record.get('step')!r} ({problem}): delete the line "
+                "of this record, and keep the other lines"
             )
     training = [record for record in records if "loss" in record]
     if not training:

@@ -146,14 +146,14 @@ class CheckpointWriter:
         while missing := sorted(set(range(self.size)) - set(records)):
             for rank in missing:
                 if (self.folder / f".failed-{rank}").exists():
-                    raise self.failure(f"process {rank} cannot write there")
+                    raise self.failure(f"process {rank} cannot write to this folder")
                 record = self.folder / f".shard-{rank}.json"
                 if record.exists():
                     records[rank] = parse_json(record.read_text(encoding="utf-8"))
             if len(records) < self.size:
                 if time.monotonic() > deadline:
                     ranks = ", ".join(str(rank) for rank in missing if rank not in records)
-                    raise self.failure(f"no shard of process {ranks} within {self.timeout:g} seconds")
+                    raise self.failure(f"process {ranks} wrote no shard within {self.timeout:g} seconds")
                 time.sleep(_POLL)
         return [records[rank] for rank in range(self.size)]
 
@@ -178,7 +178,7 @@ def load_state(
     state, path = load_progress(path), Path(path)
     paths = sorted(training_folder(path).glob(STATE_PATTERN))
     if not paths:
-        raise SmolseekError(f"{path} holds no {STATE_TENSORS}: training resumes from checkpoints only")
+        raise SmolseekError(f"{path} holds no {STATE_TENSORS}: resume from a checkpoint of a run")
     tensors: dict[str, torch.Tensor] = {}
     missing: dict[str, int] = {}
     for key, tensor in SafetensorsFiles(paths).items():
@@ -204,7 +204,7 @@ def load_progress(path: str | Path) -> dict[str, Any]:
     """Return the JSON part of a checkpoint's training state. Raises SmolseekError if this is missing or damaged."""
     file = training_folder(Path(path)) / STATE_JSON
     if not file.exists():
-        raise SmolseekError(f"{path} holds no {STATE_JSON}: training resumes from checkpoints only")
+        raise SmolseekError(f"{path} holds no {STATE_JSON}: resume from a checkpoint of a run")
     with report_damage(file, "use an older checkpoint"):
         state = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(state, dict):

@@ -55,7 +55,7 @@ def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tupl
     for i in ids:
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < config.vocab_size:
             raise SmolseekError(
-                f"{where / NAME}: eos_token_id {i!r} is not a token of the model's {config.vocab_size:,}"
+                f"{where / NAME}: eos_token_id {i!r} is not among the model's {config.vocab_size:,} tokens: correct it"
             )
     first = [i for i in config.eos_ids[:1] if i in ids]
     return tuple(dict.fromkeys(first + ids))
@@ -71,7 +71,7 @@ def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
     file = where / NAME
     for name, harmless in _REFUSED.items():
         if values.get(name) is not None and values[name] not in harmless:
-            raise SmolseekError(f"{file}: {name} {values[name]!r} is not supported: remove it from that file")
+            raise SmolseekError(f"{file}: {name} {values[name]!r} is not supported: remove this setting from the file")
     options = {ours: values[theirs] for theirs, ours in _ALWAYS.items() if values.get(theirs) is not None}
     if values.get("do_sample"):
         options["temperature"] = 1.0
@@ -85,5 +85,7 @@ def sampling_options(values: Mapping[str, Any], where: Path) -> dict[str, Any]:
         suppressed = [[i] for i in values.get("suppress_tokens") or []]
         bad_words = tuple(tuple(map(int, word)) for word in [*(values.get("bad_words_ids") or []), *suppressed])
     except (TypeError, ValueError):
-        raise SmolseekError(f"{file}: bad_words_ids or suppress_tokens hold no token ids: correct them") from None
+        raise SmolseekError(
+            f"{file}: bad_words_ids or suppress_tokens contain values that are not token ids: correct these lists"
+        ) from None
     return options | ({"bad_words": bad_words} if bad_words else {})

@@ -85,14 +85,14 @@ def _llama(meta: _Metadata, rope_factors: list[float] | None) -> ModelConfig:
     heads, width = values["num_attention_heads"] or 0, values["hidden_size"] or 0
     head_dim = meta.get("attention.key_length") or (int(width // heads) if heads > 0 else None)
     if meta.get("rope.dimension_count", head_dim) != head_dim:
-        meta.refuse(f"llama.rope.dimension_count {meta.get('rope.dimension_count')} of heads of {head_dim}")
+        meta.refuse(f"llama.rope.dimension_count {meta.get('rope.dimension_count')} with heads of {head_dim} features")
     rope: dict[str, Any] = {"rope_theta": meta.number("rope.freq_base", 10_000.0), "rope_type": "default"}
     scaling = meta.get("rope.scaling.type", "none")
     if scaling == "linear" and rope_factors is None:
         rope |= {"rope_type": "linear", "factor": meta.number("rope.scaling.factor", 1.0)}
     elif scaling != "none":
         meta.refuse(
-            f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" beside {ROPE_FACTORS}")
+            f"llama.rope.scaling.type {scaling!r}" + ("" if rope_factors is None else f" together with {ROPE_FACTORS}")
         )
     values |= {"num_key_value_heads": meta.get("attention.head_count_kv"), "head_dim": head_dim}
     config = llama_config(values | {"rope_parameters": rope}, str(meta.path))

@@ -83,7 +83,9 @@ class GgufFile(Mapping[str, torch.Tensor]):
                 yield prefix + _KV_UP, _Location(info, 0, (heads * (nope + value_up.shape[1]), rank), 0, value_up)
             elif not (c.is_mla and inner == VALUE_UP):
                 kind = "a DeepSeek model" if c.is_mla else "a plain Llama"
-                raise SmolseekError(f"{self._path}: tensor {name} is not known: {kind} has none of that name")
+                raise SmolseekError(
+                    f"{self._path}: tensor {name} is not supported: use a file of {kind} without this tensor"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -120,7 +122,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
         if location.heads == 0:
             return weight
         if weight.shape[0] % (2 * location.heads):
-            sizes = f"{name} of {weight.shape[0]} rows does not fit {location.heads} heads"
+            sizes = f"{name} has {weight.shape[0]} rows, which cannot be divided into {location.heads} heads"
             raise SmolseekError(f"{self._path}: {sizes}: the file is damaged, so download it again")
         return halves(weight, location.heads)
 
@@ -156,4 +158,4 @@ def _check(name: str, info: TensorInfo) -> None:
     except (NotImplementedError, ValueError) as error:
         raise SmolseekError(f"{info.file}: {name}: {error}: give a file in another quantisation") from None
     if info.start + size > info.file.stat().st_size:
-        raise SmolseekError(f"{info.file} is truncated: it ends before {name} does: download it again")
+        raise SmolseekError(f"{info.file} is truncated (it ends inside {name}): download it again")

@@ -111,9 +111,9 @@ def config_from_hf(values: Mapping[str, Any], where: str) -> ModelConfig:
         if kind not in ARCHITECTURES or (architectures and not any(name in known for name in architectures)):
             model = f"model_type {kind!r}" + (f" ({', '.join(map(str, architectures))})" if architectures else "")
             supported = ", ".join(f"{kind} ({name})" for kind, name in ARCHITECTURES.items())
-            raise SmolseekError(f"{where}: {model} is not supported: smolseek reads {supported}")
+            raise SmolseekError(f"{where}: {model} is not supported: use one of {supported}")
         if values.get("quantization_config"):
-            raise SmolseekError(f"{where}: quantization_config is not supported: take the model's bf16 or fp32 version")
+            raise SmolseekError(f"{where}: quantization_config is not supported: use the model's bf16 or fp32 version")
         if kind == "smolseek_gqa_moe":
             return from_dict(ModelConfig, {k: v for k, v in values.items() if k not in _BOOKKEEPING}, where)
         values = {**values, "rope_parameters": _rope_parameters(values, where)}
@@ -129,8 +129,8 @@ def _mistral_as_llama(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     window, context = values.pop("sliding_window"), values["max_position_embeddings"]
     if window is not None and not (isinstance(window, int) and isinstance(context, int) and window >= context):
         raise SmolseekError(
-            f"{where}: sliding_window {window!r} with a context of {context!r} is not supported: "
-            "only Mistral models without a window, or with one that holds the context, are plain Llamas"
+            f"{where}: sliding_window {window!r} with a context of {context!r} is not supported: use a Mistral model "
+            "without a sliding window, or with a sliding window that is as long as the context"
         )
     return values
 
@@ -139,10 +139,12 @@ def _deepseek_config(values: Mapping[str, Any], where: str) -> ModelConfig:
     """Return the ModelConfig of a DeepseekV3Config with new-style RoPE settings."""
     for name, only in _DEEPSEEK_FIXED.items():
         if values.get(name, only) != only:
-            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: DeepSeek-V3 has {only!r}")
+            raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: use a model with {only!r}")
     missing = [name for name in (*REQUIRED, *_DEEPSEEK_SIZES) if name not in values]
     if missing:
-        raise SmolseekError(f"{where}: {', '.join(missing)} missing: a DeepSeek-V3's config.json names them")
+        raise SmolseekError(
+            f"{where}: missing {', '.join(missing)}: a DeepSeek-V3 config.json must contain these settings"
+        )
     names = (*_SHARED, *_DEEPSEEK, "latent_norm")
     known = _DEEPSEEK_DEFAULTS | {name: values[name] for name in names if name in values}
     if values.get(_TIED) is True:
@@ -164,7 +166,9 @@ def _rope_parameters(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     rope.setdefault("rope_type", old_name)
     rope.setdefault("rope_theta", values.get("rope_theta", 10_000.0))
     if rope.pop("partial_rotary_factor", values.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise SmolseekError(f"{where}: partial_rotary_factor is not supported: RoPE turns whole heads here")
+        raise SmolseekError(
+            f"{where}: partial_rotary_factor is not supported: use a model whose RoPE rotates whole heads"
+        )
     if rope["rope_type"] in ("llama3", "yarn", "longrope"):
         if values.get("original_max_position_embeddings"):  # this key overrides the same key in the RoPE settings
             rope["original_max_position_embeddings"] = values["original_max_position_embeddings"]

@@ -194,7 +194,7 @@ def _folder_dtype(values: Mapping[str, Any], files: Mapping[str, torch.Tensor], 
         dtypes = (tensor.dtype for tensor in files.values())
         return next((dtype for dtype in dtypes if dtype in FLOAT_TYPES.values()), torch.float32)
     if not isinstance(name, str) or name not in FLOAT_TYPES:
-        raise SmolseekError(f"{path / 'config.json'}: dtype {name!r} is not supported: take the bf16 or fp32 version")
+        raise SmolseekError(f"{path / 'config.json'}: dtype {name!r} is not supported: use the bf16 or fp32 version")
     return FLOAT_TYPES[name]
 
 
@@ -203,7 +203,7 @@ def config_json(path: Path) -> dict[str, Any]:
     try:
         values = read_json(path / "config.json")
     except FileNotFoundError:
-        raise SmolseekError(f"{path} holds no config.json: a model is {MODEL_MAY_BE}") from None
+        raise SmolseekError(f"{path} holds no config.json: give {MODEL_MAY_BE}") from None
     if "run" in values and "model" in values:
-        raise SmolseekError(f"run folder {path} holds no checkpoint: train it further")
+        raise SmolseekError(f"run folder {path} holds no checkpoint: train the run until its first checkpoint")
     return values

@@ -71,7 +71,7 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
                 return f"{name} is {kind} ({size} bytes, not {expected['size']})"
             unread = model_only and fnmatch(Path(name).name, STATE_PATTERN)
             if not unread and digest(path / name) != expected["sha256"]:
-                return f"{name} is altered (its SHA-256 is not the manifest's)"
+                return f"{name} is altered (its SHA-256 differs from the manifest)"
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:

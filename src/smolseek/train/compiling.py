@@ -66,10 +66,10 @@ def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torc
 
     if compiles and (what := problem(compile_layers)):
         model.call_block = call_block
-        console.warn(f"the layers are not compiled, which only costs time: {what}")
+        console.warn(f"the layers are not compiled, so training is slower: {what}")
     if captures and (what := problem(lambda: forward_backward.capture(sequences))):
         forward_backward.release()
-        console.warn(f"no CUDA graph is captured, which only costs time: {what}")
+        console.warn(f"no CUDA graph is captured, so training is slower: {what}")
     if device.type == "cuda":  # the logged peak memory is that of the training steps
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -19,18 +19,20 @@ def choose_device(name: str) -> torch.device:
         SmolseekError: if CUDA is requested but not available, or if this machine has fewer GPUs than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise SmolseekError("--device cuda: no CUDA device is visible: use --device cpu")
+        raise SmolseekError("--device cuda needs a CUDA device, but none is visible: use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if launch.number("WORLD_SIZE", 1) <= 1:
         return torch.device("cuda")
     local_rank = launch.number("LOCAL_RANK", -1)
     if local_rank < 0:
-        raise SmolseekError("LOCAL_RANK is not set, so all processes would use one GPU: start them with torchrun")
+        raise SmolseekError(
+            "LOCAL_RANK is not set, so all processes would use the same GPU: start all processes with torchrun"
+        )
     local, there = max(launch.number("LOCAL_WORLD_SIZE", 1), local_rank + 1), torch.cuda.device_count()
     if local > there:
         raise SmolseekError(
-            f"{local} processes on this machine and {there} CUDA device{'s' if there > 1 else ''}: "
+            f"{local} processes run on this machine, but it has only {there} CUDA device{'s' if there > 1 else ''}: "
             f"use torchrun --nproc-per-node {there}, or --device cpu"
         )
     device = torch.device("cuda", local_rank)
@@ -49,7 +51,7 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     mesh = choose(config.mesh, config.model, size, config.batch_size)
     if mesh.shard > 1 and config.optim.kind == "muon":
         raise SmolseekError(
-            f"optim.kind muon with mesh.shard {mesh.shard}: Muon needs full matrices, and processes have only shards: "
+            f"optim.kind muon does not support mesh.shard {mesh.shard}, because it needs full matrices, not shards: "
             "use --mesh.shard 1 or --optim.kind adamw"
         )
     if size == 1:
@@ -63,7 +65,9 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     }
     for option, is_set in options.items():
         if is_set:
-            raise SmolseekError(f"--{option} works with one process only, and {size} were started: leave it out")
+            raise SmolseekError(
+                f"--{option} works with one process only, but {size} processes were started: leave out this option"
+            )
     from smolseek.distributed.context import DistributedContext
 
     return DistributedContext(mesh, device, config.mesh.timeout)

@@ -36,8 +36,8 @@ def open_teacher(path: str, vocab_size: int, device: torch.device) -> CausalLM:
     teacher = load_causal_lm(path, device=str(device)).requires_grad_(False)
     if teacher.config.vocab_size != vocab_size:
         raise SmolseekError(
-            f"teacher {path} has {teacher.config.vocab_size:,} tokens and the model {vocab_size:,}: "
-            "the teacher must have the same vocabulary"
+            f"teacher {path} has {teacher.config.vocab_size:,} tokens, but the model has {vocab_size:,}: "
+            "use a teacher with the same vocabulary"
         )
     return teacher
 
@@ -69,12 +69,14 @@ def source_of_model(model: str) -> str:
         config = run.read_config()
         source = config.distill.teacher or (source_of_model(config.init) if config.init else None)
     if source is None:
-        raise SmolseekError(f"{model} does not name its source: give --teacher, the model that it was converted from")
+        raise SmolseekError(
+            f"{model} does not name its source model: give --teacher, the model that it was converted from"
+        )
     try:
         resolve(source)
     except SmolseekError as error:
         raise SmolseekError(
-            f"{model} was converted from {source}, and {error}: give --teacher, the path of that model"
+            f"{model} was converted from {source}, but {error}: give the path of this model by --teacher"
         ) from None
     return source
 
@@ -88,15 +90,16 @@ def check_teacher(teacher: str, model: str) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if getattr(theirs, name) != getattr(ours, name):
             raise SmolseekError(
-                f"{model} was not converted from {teacher}: its {name} is {getattr(ours, name):,}, and the other's "
-                f"{getattr(theirs, name):,}: leave out --teacher, or learn from any model with the same vocabulary by "
-                f"smolseek train --init {shlex.quote(model)} --distill.teacher {shlex.quote(teacher)} "
+                f"{model} was not converted from {teacher}: the {name} of the former is "
+                f"{getattr(ours, name):,}, that of "
+                f"the latter {getattr(theirs, name):,}, so leave out --teacher, or distil from any model with the same "
+                f"vocabulary: smolseek train --init {shlex.quote(model)} --distill.teacher {shlex.quote(teacher)} "
                 "--distill.attention-only"
             )
     tokenizers = [tokenizer for name in (teacher, model) if (tokenizer := tokenizer_of(resolve(name))) is not None]
     if len({vocabulary_digest(tokenizer) for tokenizer in tokenizers}) > 1:
         raise SmolseekError(
-            f"{teacher} and {model} have different tokenizers: give the model that it was converted from"
+            f"{teacher} and {model} have different tokenizers: give the source model of the conversion by --teacher"
         )
 
 
@@ -131,7 +134,9 @@ def write_text(model: str, path: Path, tokens: int, seed: int, key: str = "text"
     folder = resolve(model)
     tokenizer = tokenizer_of(folder)
     if tokenizer is None:
-        raise SmolseekError(f"{model} has no tokenizer to write text with: put its tokenizer.json into the folder")
+        raise SmolseekError(
+            f"{model} has no tokenizer, which generating text needs: put its tokenizer.json into the folder"
+        )
     generator, encode, texts, written = load_causal_lm(folder), encoder(tokenizer), [], 0
     for attempt in range(_ATTEMPTS):
         sequences = written_sequences(generator, tokenizer, tokens, seed + attempt * 1_000_003)
@@ -142,6 +147,6 @@ def write_text(model: str, path: Path, tokens: int, seed: int, key: str = "text"
         if written >= least:
             break
     else:
-        raise SmolseekError(f"{model} wrote only {written:,} of {least:,} tokens of text: give files instead")
+        raise SmolseekError(f"{model} generated only {written:,} of {least:,} tokens of text: give files instead")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(json.dumps({key: text}) + "\n" for text in texts))

@@ -149,4 +149,6 @@ class StopRequest:
             if received.name in AT_ONCE:
                 self._restore([number for number in self._before if number.name in AT_ONCE])
             self.received = self.received or received
-            console.alert(f"{received.name}: this step is finished and saved; a second SIGINT or SIGTERM stops at once")
+            console.alert(
+                f"{received.name}: the run will finish and save this step; a second SIGINT or SIGTERM stops at once"
+            )

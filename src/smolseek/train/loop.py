@@ -49,7 +49,7 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
             start = find_start(run, config, resuming, device, distributed)
             if start.checkpoint is not None and start.is_complete:
                 steps = start.config.steps
-                console.say(f"The run is complete: {steps} of {steps} steps are done; to train on, raise --steps")
+                console.say(f"The run is complete: {steps} of {steps} steps are done; to train further, raise --steps")
                 return start.checkpoint
             training = set_up(run, start, device, distributed)
             _begin(training, start)
@@ -143,10 +143,10 @@ def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool)
         t.saved_step = step
     if save_signal is not None:
         t.log.say(
-            f"{save_signal.name}: step {step} is saved, and the run goes on, because its output is not a terminal"
+            f"{save_signal.name}: step {step} is saved, and the run continues, because its output is not a terminal"
         )
     for line in t.saver.news():
-        t.log.say(f"Training goes on, but {line}")
+        t.log.say(f"Training continues, but {line}")
         t.run.append_metrics({"step": step, "save_failed": line})
     return received
 

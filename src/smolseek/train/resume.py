@@ -60,7 +60,7 @@ def find_start(
         run.check(config, resume)
         if config.precision == "bfloat16" and not multiplies_bfloat16(device):
             console.warn(
-                f"this {device.type} has no bfloat16 products and emulates them, many times slower: "
+                f"this {device.type} has no bfloat16 matrix multiplication and emulates it, many times slower: "
                 "leave out --precision"
             )
     saved: dict[str, Any] = {}
@@ -75,7 +75,7 @@ def find_start(
         saved = load_progress(checkpoint)
         steps = progress_of(saved, checkpoint).step
         if steps > config.steps:
-            raise SmolseekError(f"{run.path} has done {steps} steps, and --steps is {config.steps}: raise it")
+            raise SmolseekError(f"{run.path} has done {steps} steps, but --steps is {config.steps}: raise --steps")
         if steps == config.steps and distributed.broadcast_object(lambda: is_complete(run.read_metrics(), steps)):
             return Start(config, resume, previous, checkpoint, saved, is_complete=True)
     if resume and previous is not None:
@@ -134,7 +134,7 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
             if not Path(source).expanduser().exists() and not (hub and hub[0].revision):
                 name = "data" if option == "sources" else "data.val-sources"
                 raise SmolseekError(
-                    f"data {source} of this run does not exist: if it has moved, add --{name} with its new place"
+                    f"data {source} of this run does not exist: if it has moved, give its new path by --{name}"
                 )
     copy = checkpoint
     if checkpoint is None and config.init is not None:
@@ -144,7 +144,7 @@ def _find_inputs(config: TrainConfig, previous: TrainConfig, checkpoint: Path | 
             reason = str(error).partition(": ")[0]
             raise SmolseekError(
                 f"{config.run} has no checkpoint yet and starts from --init {config.init}, but {reason}: if it has "
-                "moved, add --init with its new place"
+                "moved, give its new path by --init"
             ) from None
     return copy if config.tokenizer == previous.tokenizer else None
 
@@ -161,16 +161,20 @@ def check_inputs(digests: dict[str, str], start: Start) -> None:
     differing = {name for name, value in digests.items() if before.get(name, value) != value}
     if "tokens" in differing:
         raise SmolseekError(
-            f"the tokenizer {config.tokenizer} makes other tokens of the text than the checkpoint saw: resume with "
-            "--tokenizer naming the one that the run started with, whatever its path is now; each checkpoint has a copy"
+            f"the tokenizer {config.tokenizer} encodes the text differently than the tokenizer of the "
+            "checkpoint: resume "
+            "with the original tokenizer by --tokenizer (each checkpoint contains a copy)"
         )
     if "teacher" in differing:
         raise SmolseekError(
-            f"the teacher {config.distill.teacher} is not the model that the run has learned from so far: resume with "
-            "--distill.teacher naming that one, whatever its path is now"
+            f"the teacher {config.distill.teacher} differs from the teacher of the checkpoint: resume with "
+            "the original "
+            "teacher by --distill.teacher"
         )
     if "validation" in differing and start.previous and config.eval_tokens == start.previous.eval_tokens:
-        console.warn("the validation text has changed: do not compare its losses with earlier ones")
+        console.warn(
+            "the validation text has changed: do not compare the validation losses before and after this resume"
+        )
 
 
 def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[str]:
@@ -180,7 +184,7 @@ def changes(previous: TrainConfig, config: TrainConfig, step: int) -> Iterator[s
     for key, (old, new, change) in differing.items():
         if change == "path":
             now, was = (" ".join(value) if isinstance(value, tuple) else value for value in (new, old))
-            yield f"{key} is now {now}, and was {was}"
+            yield f"{key} is now {now} (was {was})"
         elif change != "never" and key != "run":
             changed.append(f"{key} {new} (was {old})")
     if changed:

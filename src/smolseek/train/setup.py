@@ -169,7 +169,7 @@ def open_datasets(config: TrainConfig, tokenizer_copy: Path | None = None, *, re
             model's vocabulary or cannot encode the text.
     """
     if not config.model.eos_ids:
-        raise SmolseekError("eos_token_id is not set: documents need a separator, so set --model.eos-token-id")
+        raise SmolseekError("eos_token_id is not set, but it must separate documents: set --model.eos-token-id")
     eos_id = config.model.eos_ids[0]
     tokenizer = _open_tokenizer(config.tokenizer, tokenizer_copy)
     _require_vocabulary(tokenizer, config.model.vocab_size, new=config.init is None)
@@ -211,7 +211,7 @@ def _require_vocabulary(tokenizer: Any, vocab_size: int, new: bool) -> None:
             f"(transformers: model.resize_token_embeddings({size}))"
         )
         raise SmolseekError(
-            f"the tokenizer has {size} tokens, the model vocab_size {vocab_size} ({first!r} is the first one beyond): "
+            f"the tokenizer has {size} tokens, but the model's vocab_size is {vocab_size} ({first!r} does not fit): "
             f"{remedy}"
         )
 

@@ -78,7 +78,7 @@ def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:
     t.optimizer.zero_grad(set_to_none=True)
     t.balancer.drop_load()
     is_patient = t.guard.skip(position, tokens)
-    t.log.say(f"Step {step + 1} is skipped: {reason}; its data are tokens {begin:,} to {begin + tokens:,} ({position})")
+    t.log.say(f"Step {step + 1} is skipped: {reason}; its data is tokens {begin:,} to {begin + tokens:,} ({position})")
     t.run.append_metrics({"step": step, "skipped": {"reason": reason, "tokens": tokens, "data": position}})
     if not is_patient:
         t.saver.wait()
@@ -99,8 +99,8 @@ def _go_back(t: Training) -> None:
     step, tokens = t.progress.step, t.progress.tokens
     if guard.vain >= VAIN_RETURNS:
         raise SmolseekError(
-            f"{len(guard.in_a_row)} bad steps in a row after step {step}, and {guard.vain} returns to a checkpoint "
-            "did not help: go on with --resume and a lower --optim.lr, or start a new run with other --data"
+            f"{len(guard.in_a_row)} bad steps in a row after step {step}, and {guard.vain} rollbacks to a checkpoint "
+            "did not help: continue with --resume and a lower --optim.lr, or start a new run with other --data"
         )
     path, _ = newest_checkpoint(run, t.distributed, below=guard.returned_to if guard.returned_to >= 0 else None)
     if path is None:
@@ -115,7 +115,7 @@ def _go_back(t: Training) -> None:
     bad = guard.returned(t.progress.step, undone)
     name = "the first weights, since there is no checkpoint" if path is None else path.name
     t.log.say(
-        f"{len(bad)} bad steps in a row: the run returns from step {step} to {name}, and its data "
-        f"go on at token {t.stream.position()['tokens']:,}"
+        f"{len(bad)} bad steps in a row: the run rolls back from step {step} to {name}, and its data "
+        f"continues at token {t.stream.position()['tokens']:,}"
     )
     t.run.append_metrics({"step": t.progress.step, "returned": {"from": step, "undone_tokens": undone, "data": bad}})

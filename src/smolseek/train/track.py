@@ -87,4 +87,4 @@ class Tracker:
             yield
         except Exception as error:
             self._sink = None
-            console.warn(f"--track {self.kind} ends here, and the run goes on: {reason(error)}")
+            console.warn(f"--track {self.kind} failed and is disabled, but the run continues: {reason(error)}")
