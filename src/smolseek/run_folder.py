@@ -113,7 +113,7 @@ class RunFolder:
         ]
         if differing:
             shown, more = "; ".join(differing[:3]), f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-            remedy = "leave such options out to keep the run's values, or choose another --run"
+            remedy = "leave out these options to keep the run's values, or choose another --run"
             raise SmolseekError(
                 f"{self.path} holds a run with {shown}{more}: {remedy if resume else 'choose another --run'}"
             )

@@ -199,7 +199,7 @@ def test_a_full_disk(
     else:
         last = said.strip().splitlines()[-1]
         assert code == 2 and last.startswith("error: the checkpoint of step 24 cannot be written"), said
-        assert "go on with --resume: the older checkpoints are untouched" in last
+        assert "continue with --resume (the older checkpoints are untouched)" in last
         assert "step    24/24" in said and "metrics.jsonl cannot be written" in said
         assert newest_valid(run)[0] is not None and not list(run.checkpoints.glob(".tmp-*"))
         ballast.unlink()

@@ -73,7 +73,8 @@ def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size:
         )
     if batch_size is not None and batch_size < size:
         raise SmolseekError(
-            f"batch-size {batch_size} leaves some of {processes} without a sequence: use --batch-size {size} or more"
+            f"batch-size {batch_size} is below the number of processes, {size}, and each needs a sequence: "
+            f"use --batch-size {size} or more"
         )
     return Mesh(size, config.expert, config.shard)
 

@@ -57,7 +57,7 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
             saver = training.saver
             failure = distributed.broadcast_object(lambda: saver.failure and str(saver.failure))
             if failure is not None:
-                raise SmolseekError(f"{failure}, then go on with --resume: the older checkpoints are untouched")
+                raise SmolseekError(f"{failure}, then continue with --resume (the older checkpoints are untouched)")
             if stopped is not None:
                 raise stopped
             _finish(training)
