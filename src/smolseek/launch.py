@@ -42,7 +42,7 @@ def world_size() -> int:
 
 
 def speaks() -> bool:
-    """Return whether this process prints errors that all processes have: the first process of each machine does."""
+    """Return whether this process prints an error that all processes raise. Only one process per machine does so."""
     try:
         return number("WORLD_SIZE", 1) <= 1 or number("LOCAL_RANK", 0) == 0
     except SmolseekError:
