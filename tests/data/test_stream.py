@@ -287,7 +287,7 @@ def test_one_long_document_is_cut_and_its_end_held_out(tmp_path: Path) -> None:
     data = DataConfig(sources=(str(path),), val_fraction=0.1, val_sources=(str(path.with_name("b.txt")),))
     other = open_dataset(data, 1000)
     assert other.train == corpus.train and other.validation == ["Validated on. " * 40]
-    assert f"left out: {len(corpus.validation)} of --data.val-fraction" in other.summary()
+    assert f"left out: {len(corpus.validation)} documents of --data.val-fraction" in other.summary()
     path.with_name("b.txt").write_text("word " * 2000)
     both = read_corpus(DataConfig(sources=(str(tmp_path),), val_fraction=1e-9))
     assert (
