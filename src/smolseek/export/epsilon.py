@@ -1,11 +1,30 @@
-"""One epsilon for all norms, as llama.cpp has it."""
+"""One epsilon for all norms, as llama.cpp has it, and latents that 16 and 8 bits hold.
 
+RMSNorm(k x, k^2 eps) = RMSNorm(x, eps): if everything that is written to the residual stream is multiplied by k, and
+epsilon by k^2, all norms of the stream have the same results. The norms of the latents have the same results if the
+latents are multiplied by the square root of the ratio of the epsilons.
+
+A model whose latent has no norm gets a norm that is a linear map (`storage/latent_norm.py`). The latents c are
+multiplied by S, which leaves a relative error of S^2 mean(c^2) / (2 eps), so that a small epsilon needs a small S.
+Numbers below 6.1e-5 lose precision in float16, which is also the format of the scales of quantised blocks. A large k
+makes epsilon large, and S can be k times as large.
+"""
+
+import math
 from typing import NamedTuple
 
-from smolseek.config import ModelConfig
+from smolseek.errors import SmolseekError
 from smolseek.export.options import Quantize
 from smolseek.export.source import Source
-from smolseek.storage.latent_norm import EPS
+from smolseek.storage.latent_norm import MATRIX, NORM, unfold
+from smolseek.storage.weights import EMBEDDING
+
+_ERROR = 1e-6
+"""Relative error of a latent, for a residual stream without a preferred direction."""
+_SIZE = 2.0**-9
+"""Root mean square that a latent's matrix should have: 32 times the smallest normal number of float16."""
+_LARGEST = 2.0**15
+"""Largest number that is written to the stream, within the range of float16."""
 
 
 class Scales(NamedTuple):
@@ -22,9 +41,47 @@ class Scales(NamedTuple):
 
 
 def choose(source: Source, quantize: Quantize) -> Scales:
-    """Return the factors for a model with MLA."""
-    config: ModelConfig = source.config
-    epsilon = config.rms_norm_eps
-    same_norm = (epsilon / EPS) ** 0.5
-    linear = 2.0**-30
-    return Scales(1.0, epsilon, same_norm, (same_norm if config.latent_norm else linear,) * config.num_hidden_layers)
+    """Return the factors for a model with MLA in a number format. Reads weights if the latent has no norm."""
+    c = source.config
+    layers, stream = c.num_hidden_layers, 1.0
+    if c.latent_norm:
+        latent = (math.sqrt(c.rms_norm_eps / c.latent_norm_eps),) * layers
+    elif quantize == "f32":
+        latent = (_power(math.sqrt(c.rms_norm_eps) * 2.0**-20),) * layers
+    else:  # bfloat16 holds small numbers, but llama.cpp's own tool may make 8 bits of it
+        sizes = [_latent_sizes(source, n) for n in range(layers)]
+        # The largest S with the original epsilon; S is multiplied by k, as the square root of epsilon is.
+        latent = tuple(_power(math.sqrt(2 * c.rms_norm_eps * _ERROR) / size) for size, _ in sizes)
+        smallest = min(scale * size for scale, (_, size) in zip(latent, sizes, strict=True))
+        stream = max(1.0, min(_power(2 * _SIZE / smallest), _power(_LARGEST / _largest_written(source))))
+        latent = tuple(scale * stream for scale in latent)
+    epsilon = c.rms_norm_eps * stream**2
+    return Scales(stream, epsilon, math.sqrt(epsilon / c.latent_norm_eps), latent)
+
+
+def _latent_sizes(source: Source, layer: int) -> tuple[float, float]:
+    """Return the root mean squares of a layer's latent and of its matrix.
+
+    The latent is the matrix times the normalised stream, whose features have a mean square of 1 times the weights of
+    the norm.
+    """
+    prefix, rank = f"model.layers.{layer}.", source.config.kv_lora_rank or 0
+    file_matrix, norm = (source.read(f"{prefix}self_attn.{name}") for name in (MATRIX, NORM))
+    matrix = unfold(file_matrix, norm)[:rank]
+    weighted = matrix * source.read(f"{prefix}input_layernorm.weight")
+    latent = math.sqrt(weighted.double().square().sum().item() / rank)
+    if latent == 0:
+        raise SmolseekError(f"{source.path}: the latent of layer {layer} is always zero: the model is damaged")
+    return latent, matrix.double().square().mean().sqrt().item()
+
+
+def _largest_written(source: Source) -> float:
+    """Return the largest magnitude in the matrices that write to the residual stream."""
+    names = [name for name in source.tensors if name.endswith(("o_proj.weight", "down_proj.weight"))]
+    matrices = map(source.read, (EMBEDDING, *names))
+    return max(matrix.abs().max().item() for matrix in matrices if matrix.numel())
+
+
+def _power(value: float) -> float:
+    """Return the largest power of two up to `value`."""
+    return 2.0 ** math.floor(math.log2(value))

@@ -110,9 +110,14 @@ def write(path: Path, plan: Plan) -> None:
         file.write_header_to_file()
         file.write_kv_data_to_file()
         file.write_ti_data_to_file()
+        assert file.fout is not None
+        (data,) = file.fout
+        file.write_padding(data, data.tell())
         with console.progress(len(plan.tensors), "exporting") as bar:
             for done, (tensor, kind) in enumerate(plan.tensors, 1):
-                file.write_tensor_data(_stored(tensor, kind))
+                # Not by `write_tensor_data`: its OSError for a full disk has no reason.
+                nbytes = data.write(_stored(tensor, kind).data)
+                file.write_padding(data, nbytes)
                 bar.update(done)
     finally:
         file.close()
@@ -128,9 +133,11 @@ def _stored(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     stored = np.empty(gguf.quant_shape_to_byte_shape(tuple(matrix.shape), kind), np.uint8)
     step = max(1, _CHUNK // matrix.shape[1])
     for start in range(0, len(matrix), step):
-        chunk = matrix[start : start + step]
-        if kind != gguf.GGMLQuantizationType.BF16 and chunk.abs().max() > torch.finfo(torch.float16).max:
+        chunk = matrix[start : start + step].contiguous()
+        if kind == gguf.GGMLQuantizationType.BF16:
+            stored[start : start + step] = chunk.bfloat16().view(torch.uint8).numpy()
+            continue
+        if chunk.abs().max() > torch.finfo(torch.float16).max:
             raise SmolseekError(f"{tensor.name} holds numbers beyond float16's range: use --quantize bf16 or f32")
-        # Rounded by PyTorch, as smolseek itself rounds; gguf's own bfloat16 is slower.
-        stored[start : start + step] = gguf.quants.quantize(chunk.contiguous().numpy(), kind).view(np.uint8)
+        stored[start : start + step] = gguf.quants.quantize(chunk.numpy(), kind).view(np.uint8)
     return stored

@@ -90,6 +90,17 @@ def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
 
 
 def _same(values: Mapping[str, Any], source: Source) -> bool:
-    """Return whether the tokenizer that the file describes gives the same tokens as the model's own."""
+    """Return whether the tokenizer that the file describes splits text and numbers tokens as the model's own does."""
     described = tokenizer_from_metadata(values, source.path)
-    return all(described(text)["input_ids"] == source.tokenizer(text)["input_ids"] for text in _PROBE)
+    return all(
+        described(text)["input_ids"] == source.tokenizer(text)["input_ids"]
+        and _split(described, text) == _split(source.tokenizer, text)
+        for text in _PROBE
+    )
+
+
+def _split(tokenizer: Any, text: str) -> list[str]:
+    """Return the words in which tokens are merged."""
+    backend = tokenizer.backend_tokenizer
+    normalized = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
+    return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]

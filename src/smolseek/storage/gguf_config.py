@@ -112,9 +112,6 @@ def _llama(meta: _Metadata, rope_factors: list[float] | None) -> ModelConfig:
 def _deepseek2(meta: _Metadata) -> ModelConfig:
     """Return the configuration of a model with MLA. All norms of the model have the same epsilon."""
     values = meta.common()
-    scaling = meta.get("rope.scaling.type", "none")
-    if scaling != "none":
-        meta.refuse(f"deepseek2.rope.scaling.type {scaling!r}")
     experts, rotary = meta.get("expert_count", 0), meta.get("rope.dimension_count", 0)
     if experts and meta.get("expert_gating_func") != _SIGMOID:
         meta.refuse("a softmax router (deepseek2.expert_gating_func is not 2)")
@@ -131,7 +128,7 @@ def _deepseek2(meta: _Metadata) -> ModelConfig:
         "qk_nope_head_dim": head - rotary,
         "qk_rope_head_dim": rotary,
         "v_head_dim": meta.get("attention.value_length_mla") or meta.get("attention.value_length"),
-        "rope_parameters": {"rope_theta": meta.number("rope.freq_base", 10_000.0)},
+        "rope_parameters": _deepseek2_rope(meta),
         "first_k_dense_replace": meta.get("leading_dense_block_count", 0) if experts else layers,
     }
     if experts:
@@ -146,3 +143,22 @@ def _deepseek2(meta: _Metadata) -> ModelConfig:
             "routed_scaling_factor": meta.number("expert_weights_scale", 1.0) or 1.0,
         }
     return from_dict(ModelConfig, values, str(meta.path))
+
+
+def _deepseek2_rope(meta: _Metadata) -> dict[str, Any]:
+    """Return Hugging Face's `rope_parameters`: the default RoPE, or DeepSeek-V3's yarn."""
+    rope: dict[str, Any] = {"rope_theta": meta.number("rope.freq_base", 10_000.0)}
+    scaling, multiplier = meta.get("rope.scaling.type", "none"), meta.number("rope.scaling.yarn_log_multiplier", 0.0)
+    if scaling == "none":
+        return rope
+    if scaling != "yarn" or not multiplier:
+        meta.refuse(f"deepseek2.rope.scaling.type {scaling!r}" + " without yarn_log_multiplier" * (scaling == "yarn"))
+    # llama.cpp stores a tenth of mscale_all_dim, and computes as if mscale were the same.
+    mscale = round(10 * multiplier, 6)
+    rope |= {"rope_type": "yarn", "factor": meta.number("rope.scaling.factor", 1.0)}
+    rope |= {"original_max_position_embeddings": meta.get("rope.scaling.original_context_length")}
+    rope |= {"mscale": mscale, "mscale_all_dim": mscale}
+    for name in ("beta_fast", "beta_slow"):
+        if meta.get(f"rope.scaling.yarn_{name}") is not None:
+            rope[name] = meta.number(f"rope.scaling.yarn_{name}", 1.0)
+    return rope
