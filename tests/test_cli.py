@@ -227,7 +227,7 @@ def small_model(monkeypatch):
     model = new_model(replace(tiny(), num_hidden_layers=1, hidden_size=32), 0, torch.device("cpu"))
     loaded = []
 
-    def load(target, dtype, device, tokenizer):
+    def load(target, dtype, device, tokenizer, keep_quantized):
         loaded.append((target, dtype))
         return hf_folder.LoadedModel(model, load_tokenizer("smollm2"), model.config, Path(target))
 

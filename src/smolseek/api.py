@@ -25,6 +25,7 @@ from smolseek.generate.sampling import Processor, SamplingParams
 from smolseek.generate.text import TextStream
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import LoadedModel, load_causal_lm, load_model, sampling_options
+from smolseek.storage.quantized import QUANTIZATIONS, number_format
 from smolseek.tokenizer import require_known
 
 Message = Mapping[str, str]
@@ -74,8 +75,8 @@ class Model:
 
     @property
     def number_format(self) -> str:
-        """Number format of the weights: "float32", "bfloat16" or "float16"."""
-        return str(self.model.lm_head.weight.dtype).removeprefix("torch.")
+        """Number format of most weights: "float32", "bfloat16", "float16", "q8_0", "q4_0" or "q4_1"."""
+        return number_format(self.model)
 
     def tokens(self, text: str, *, special: bool = True) -> list[int]:
         """Return the token ids of `text`. With `special`, the tokenizer's special tokens, such as BOS, are added.
@@ -275,8 +276,9 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", t
 
     Args:
         name: the model.
-        dtype: float32, bfloat16 or float16, as a name or as torch's type. auto is the number format of the file, except
-            that float32 is rounded to bfloat16 if the CPU has AVX512_BF16 (`score` still computes in float32).
+        dtype: float32, bfloat16 or float16, as a name or as torch's type. q8_0, q4_0 and q4_1 quantise the matrices for
+            a CPU. auto is the number format of the file, except that float32 is rounded to bfloat16 if the CPU has
+            AVX512_BF16 (`score` still computes in float32).
         device: for example "cuda".
         tokenizer: name of another tokenizer, for a .gguf file with a tokenizer that is not supported.
 
@@ -284,12 +286,16 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", t
         SmolseekError: if the model does not exist, is damaged or has no tokenizer, or if its `generation_config.json`
             has settings that are not supported.
     """
-    loaded = load_model(name, dtype=dtype, device=device, tokenizer=tokenizer)
+    loaded = load_model(name, dtype=dtype, device=device, tokenizer=tokenizer, keep_quantized=True)
     defaults = sampling_options(loaded.path)
     weight = loaded.model.lm_head.weight
-    rounds = dtype == "auto" and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    if not (rounds and multiplies_bfloat16(weight.device)):
+    if dtype != "auto" or weight.device.type != "cpu":
         return Model(loaded, name, defaults)
-    for parameter in loaded.model.parameters():
-        parameter.data = parameter.data.bfloat16()
-    return Model(loaded, name, defaults, unrounded=loaded.path)
+    if number_format(loaded.model) in QUANTIZATIONS:
+        rounded = weight.dtype == torch.bfloat16  # the forward pass expands the weights to bfloat16
+    else:
+        rounded = weight.dtype == torch.float32 and multiplies_bfloat16(weight.device)
+        if rounded:
+            for parameter in loaded.model.parameters():
+                parameter.data = parameter.data.bfloat16()
+    return Model(loaded, name, defaults, unrounded=loaded.path if rounded else None)

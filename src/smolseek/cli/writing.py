@@ -21,9 +21,9 @@ class _ModelArgs:
     """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
     tokenizer: str | None = None
     """Another tokenizer, for a .gguf file with a tokenizer that is not supported."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights. auto is the format of the file, but bfloat16 instead of float32 if the CPU has
-    AVX512_BF16."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "q8_0", "q4_0", "q4_1"] = "auto"
+    """Number format of the weights. q8_0, q4_0 and q4_1 quantise the matrices, for a CPU. auto is the format of the
+    file, but bfloat16 instead of float32 if the CPU has AVX512_BF16."""
 
     def load(self) -> "Model":
         """Load the model, onto the GPU if there is one."""

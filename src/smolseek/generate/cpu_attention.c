@@ -3,68 +3,86 @@
 
 #include "cpu_decode.h"
 
-/* out[h][j] = sum_s p[h][s] v[s, j], for n heads at once. */
+/* out[h][j] = sum_s p[h][s] v[s, j] for n heads and 16 * `vectors` features from j on. */
 INLINE void mix_tile(const void *v, int64_t stride, int64_t tokens, const float *p, float *out, int64_t out_stride,
-                     int64_t j, const int n, const int64_t bfloat16) {
-    vec acc[4] = {{0}};
-    for (int64_t s = 0; s < tokens; s++) {
-        vec value = load_once(v, s * stride + j, bfloat16);
-        for (int h = 0; h < n; h++) acc[h] += value * p[h * CHUNK + s];
-    }
-    for (int h = 0; h < n; h++) memcpy(out + h * out_stride + j, &acc[h], sizeof acc[h]);
+                     int64_t j, const int n, const int vectors, const int64_t bfloat16) {
+    vec acc[4][2] = {{{0}}};
+    for (int64_t s = 0; s < tokens; s++)
+        for (int i = 0; i < vectors; i++) {
+            vec value = load_once(v, s * stride + j + 16 * i, bfloat16);
+            for (int h = 0; h < n; h++) acc[h][i] += value * p[h * CHUNK + s];
+        }
+    for (int h = 0; h < n; h++) memcpy(out + h * out_stride + j, acc[h], vectors * sizeof(vec));
+}
+
+INLINE void mix_heads(const void *v, int64_t stride, int64_t tokens, int64_t width, const float *p, float *out,
+                      int64_t out_stride, const int n, const int64_t bfloat16) {
+    int64_t j = 0;
+    for (; j + 32 <= width; j += 32) mix_tile(v, stride, tokens, p, out, out_stride, j, n, 2, bfloat16);
+    if (j + 16 <= width) mix_tile(v, stride, tokens, p, out, out_stride, j, n, 1, bfloat16), j += 16;
+    for (; j < width; j++)
+        for (int k = 0; k < n; k++) {
+            float s = 0;
+            for (int64_t t = 0; t < tokens; t++) s += p[k * CHUNK + t] * load1(v, t * stride + j, bfloat16);
+            out[k * out_stride + j] = s;
+        }
 }
 
 INLINE void mix(const void *v, int64_t stride, int64_t tokens, int64_t width, const float *p, float *out,
                 int64_t out_stride, int64_t heads, const int64_t bfloat16) {
-    int64_t h = 0;
-    for (; h < heads; h += heads - h >= 4 ? 4 : 1) {
-        const float *ph = p + h * CHUNK;
-        float *oh = out + h * out_stride;
-        int n = heads - h >= 4 ? 4 : 1;
-        int64_t j = 0;
-        for (; j + 16 <= width; j += 16) {
-            if (n == 4)
-                mix_tile(v, stride, tokens, ph, oh, out_stride, j, 4, bfloat16);
-            else
-                mix_tile(v, stride, tokens, ph, oh, out_stride, j, 1, bfloat16);
+    for (; heads >= 4; heads -= 4, p += 4 * CHUNK, out += 4 * out_stride)
+        mix_heads(v, stride, tokens, width, p, out, out_stride, 4, bfloat16);
+    if (heads == 3)
+        mix_heads(v, stride, tokens, width, p, out, out_stride, 3, bfloat16);
+    else if (heads == 2)
+        mix_heads(v, stride, tokens, width, p, out, out_stride, 2, bfloat16);
+    else if (heads == 1)
+        mix_heads(v, stride, tokens, width, p, out, out_stride, 1, bfloat16);
+}
+
+/* Replace each of n heads' scores p[h][s] by exp(score - largest score). `out` gets the largest score and the sum. */
+static void softmax(float *p, int64_t tokens, int64_t n, float scale, float *out, int64_t out_stride) {
+    float totals[8] = {0};
+    for (int64_t h = 0; h < n; h++) {
+        float *ph = p + h * CHUNK, top = -INFINITY;
+        lanes tops = (lanes){0} - INFINITY;
+        int64_t s = 0;
+        for (; s + LANES <= tokens; s += LANES) {
+            lanes score = load_some(ph, s, LANES, 0) * scale;
+            store_some(ph, s, LANES, score, 0);
+            tops = max_lanes(score, tops);
         }
-        for (; j < width; j++)
-            for (int k = 0; k < n; k++) {
-                float s = 0;
-                for (int64_t t = 0; t < tokens; t++) s += ph[k * CHUNK + t] * load1(v, t * stride + j, bfloat16);
-                oh[k * out_stride + j] = s;
-            }
+        for (int l = 0; l < LANES; l++) top = tops[l] > top ? tops[l] : top;
+        for (; s < tokens; s++) {
+            ph[s] *= scale;
+            top = ph[s] > top ? ph[s] : top;
+        }
+        for (s = 0; s < tokens; s += LANES)
+            store_some(ph, s, tokens - s, exp_lanes(load_some(ph, s, tokens - s, 0) - top), 0);
+        out[h * out_stride] = top;
     }
+    for (int64_t s = 0; s < tokens; s++) /* the heads hide the latency of an addition */
+        for (int64_t h = 0; h < n; h++) totals[h] += p[h * CHUNK + s];
+    for (int64_t h = 0; h < n; h++) out[h * out_stride + 1] = totals[h];
 }
 
 /* Attend to one chunk of one sequence's cache. `part` [H, 2 + width] gets for each head the largest score, the sum of
    exp(score - largest score), and the sum of the values weighted with these exponentials. */
-static void attend(const Model *m, const void *cache, int64_t first, int64_t tokens, const float *q, float *part) {
+static void attend(const Model *m, Matrix cache, int64_t first, int64_t tokens, const float *q, float *part) {
     int64_t heads = m->H / m->G, key = m->mla ? m->L + m->R : m->R, width = m->mla ? m->L : m->R;
-    int64_t bfloat16 = m->bfloat16;
+    int64_t bfloat16 = cache.format == BFLOAT16;
     float p[8 * CHUNK];
     for (int64_t g = 0; g < m->G; g++) {
-        const void *k = at(cache, first * m->cached + (m->mla ? 0 : g * key), bfloat16);
-        const void *v = m->mla ? k : at(k, m->G * key, bfloat16);
+        Matrix k = from(cache, first * m->cached + (m->mla ? 0 : g * key));
+        const void *v = m->mla ? k.data : from(k, m->G * key).data;
         for (int64_t h0 = 0; h0 < heads; h0 += 8) { /* eight heads at a time */
             int64_t n = heads - h0 < 8 ? heads - h0 : 8;
             const float *xs[8];
             float *ys[8];
             for (int64_t h = 0; h < n; h++) xs[h] = q + (g * heads + h0 + h) * key, ys[h] = p + h * CHUNK;
-            linear_outputs(k, bfloat16, m->cached, key, xs, ys, n, 0, tokens);
+            linear_outputs(k, m->cached, key, xs, ys, n, 0, tokens);
             float *out = part + (g * heads + h0) * (2 + width);
-            for (int64_t h = 0; h < n; h++) {
-                float top = -INFINITY, total = 0, *ph = p + h * CHUNK;
-                for (int64_t s = 0; s < tokens; s++) {
-                    ph[s] *= m->scale;
-                    top = ph[s] > top ? ph[s] : top;
-                }
-                for (int64_t s = 0; s < tokens; s += LANES)
-                    store_some(ph, s, tokens - s, exp_lanes(load_some(ph, s, tokens - s, 0) - top), 0);
-                for (int64_t s = 0; s < tokens; s++) total += ph[s];
-                out[h * (2 + width)] = top;
-                out[h * (2 + width) + 1] = total;
-            }
+            softmax(p, tokens, n, m->scale, out, 2 + width);
             TYPED(mix, v, m->cached, tokens, width, p, out + 2, 2 + width, n);
         }
     }
@@ -84,26 +102,26 @@ static void merge_chunks(const float *part, int64_t chunks, int64_t stride, int6
 }
 
 void attention(const Model *m, const Layer *l, const Work *w, const int64_t *positions, int64_t B, int me, int all) {
-    int64_t D = m->D, H = m->H, L = m->mla ? m->L : 0, N = m->N, R = m->R, P = R / 2, kind = m->bfloat16;
+    int64_t D = m->D, H = m->H, L = m->mla ? m->L : 0, N = m->N, R = m->R, P = R / 2;
     int64_t key = L + R, width = m->mla ? L : R, q_size = N + R, value = m->mla ? m->V : R, lo, hi;
     float *h = w->h + B * D * me;
     for (int64_t b = 0; b < B; b++) normalise(w->x + b * D, l->input_norm, m->eps, D, h + b * D);
-    if (l->q_a)
-        linear(m, l->q_a, l->q_a_bias, m->q_rank, D, h, w->q_a, B, me, all);
+    if (l->q_a.data)
+        linear(l->q_a, l->q_a_bias, m->q_rank, D, h, w->q_a, B, me, all);
     else
-        linear(m, l->q, 0, H * q_size, D, h, w->q, B, me, all);
+        linear(l->q, 0, H * q_size, D, h, w->q, B, me, all);
     if (m->mla) {
-        linear(m, l->k, l->k_bias, key, D, h, w->k, B, me, all);
+        linear(l->k, l->k_bias, key, D, h, w->k, B, me, all);
     } else { /* keys of all sequences, then their values */
-        linear(m, l->k, 0, m->G * R, D, h, w->k, B, me, all);
-        linear(m, l->v, 0, m->G * R, D, h, w->k + B * m->G * R, B, me, all);
+        linear(l->k, 0, m->G * R, D, h, w->k, B, me, all);
+        linear(l->v, 0, m->G * R, D, h, w->k + B * m->G * R, B, me, all);
     }
     wait_for_all(w->barrier, all);
-    if (l->q_a) {
+    if (l->q_a.data) {
         float *normed = w->q_a + B * m->q_rank * (1 + me);
         for (int64_t b = 0; b < B; b++)
             normalise(w->q_a + b * m->q_rank, l->q_a_norm, m->latent_eps, m->q_rank, normed + b * m->q_rank);
-        linear(m, l->q, 0, H * q_size, m->q_rank, normed, w->q, B, me, all);
+        linear(l->q, 0, H * q_size, m->q_rank, normed, w->q, B, me, all);
         wait_for_all(w->barrier, all);
     }
     for (int64_t b = 0; b < B; b++) {
@@ -123,12 +141,12 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
                 memcpy(row + m->G * R, k + B * m->G * R, m->G * R * sizeof *row);
             }
             for (int64_t i = 0; i < m->cached; i++)
-                store1(l->cache, (b * m->C + positions[b]) * m->cached + i, row[i], kind);
+                store1((void *)l->cache.data, (b * m->C + positions[b]) * m->cached + i, row[i], l->cache.format);
         }
         for (int64_t i = me; i < H; i += all) {
             const float *q = w->q + (b * H + i) * q_size;
             float *query = w->query + (b * H + i) * key;
-            if (m->mla) linear_outputs(at(l->key_up, i * L * N, kind), kind, N, N, &q, &query, 1, 0, L);
+            if (m->mla) linear_outputs(from(l->key_up, i * L * N), N, N, &q, &query, 1, 0, L);
             rotate(q + N, cos, sin, R, m->interleave, query + L, 0);
         }
     }
@@ -139,7 +157,7 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
         for (int64_t c = 0; c <= positions[b] / CHUNK; c++) {
             int64_t tokens = positions[b] + 1 - c * CHUNK;
             if (turn++ % all == me)
-                attend(m, at(l->cache, b * m->C * m->cached, kind), c * CHUNK, tokens < CHUNK ? tokens : CHUNK,
+                attend(m, from(l->cache, b * m->C * m->cached), c * CHUNK, tokens < CHUNK ? tokens : CHUNK,
                        w->query + b * H * key, w->part + (b * most + c) * part_size(m));
         }
     wait_for_all(w->barrier, all);
@@ -149,11 +167,11 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
         merge_chunks(w->part + b * most * part_size(m) + head * (2 + width), chunks, part_size(m), width, sum_of);
         float *y = w->heads + i * value;
         const float *x = sum_of;
-        if (m->mla) linear_outputs(at(l->value_up, (head * (N + m->V) + N) * L, kind), kind, L, L, &x, &y, 1, 0, m->V);
+        if (m->mla) linear_outputs(from(l->value_up, (head * (N + m->V) + N) * L), L, L, &x, &y, 1, 0, m->V);
     }
     wait_for_all(w->barrier, all);
     share(D, me, all, &lo, &hi);
-    linear(m, l->o, l->o_bias, D, H * value, w->heads, w->scratch + 4 * m->E * all, B, me, all);
+    linear(l->o, l->o_bias, D, H * value, w->heads, w->scratch + 4 * m->E * all, B, me, all);
     for (int64_t b = 0; b < B; b++)
         for (int64_t i = lo; i < hi; i++) w->x[b * D + i] += w->scratch[4 * m->E * all + b * D + i];
     wait_for_all(w->barrier, all);

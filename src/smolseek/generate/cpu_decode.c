@@ -1,7 +1,7 @@
 /* One decoding step on the CPU, from one token of each of B sequences to logits, in one call and one parallel region.
 
    A step takes as long as reading all weights once. Therefore all threads together read the matrices, in their stored
-   type and in the order of memory. All other numbers are float32. cpu_decode.py builds these files and packs the
+   number format and in the order of memory. All other numbers are float32. cpu_decode.py builds these files and packs the
    structs of cpu_decode.h.
 
    The numbers of a sequence do not depend on the other sequences. The order of each sum depends neither on B nor on the
@@ -29,7 +29,7 @@ static int64_t choose(const float *x, int64_t n, float *chosen) {
 static void route(const Model *m, const Layer *l, const float *x, float *scratch, int64_t *experts, float *weights) {
     int64_t E = m->E, size = E / m->groups;
     float *scores = scratch, *choice = scratch + E, *group = choice + E, *chosen = group + E, total = 0;
-    linear_outputs(l->router, 0, m->D, m->D, &x, &scores, 1, 0, E);
+    linear_outputs((Matrix){l->router, FLOAT32}, m->D, m->D, &x, &scores, 1, 0, E);
     for (int64_t e = 0; e < E; e++) {
         scores[e] = 1.0f / (1.0f + expf(-scores[e]));
         choice[e] = scores[e] + l->router_bias[e];
@@ -89,7 +89,7 @@ static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
 int64_t work_floats(const Model *m, int64_t B, int64_t threads) { return lay_out(m, B, threads, (float *)0).floats; }
 
 static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t B, int me, int all) {
-    int64_t D = m->D, F = m->F, K = l->router ? m->K : 0, S = l->shared, wide = m->gated ? 2 * F : F, kind = m->bfloat16;
+    int64_t D = m->D, F = m->F, K = l->router ? m->K : 0, S = l->shared, wide = m->gated ? 2 * F : F;
     int64_t lo, hi, *experts = w->experts + B * m->K * me;
     float *h = w->h + B * D * me, *weights = w->weights + B * m->K * me;
     const float *xs[MAX_BATCH];
@@ -104,9 +104,9 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
         for (int64_t i = 0; i < B * K; i++)
             if (experts[i] == e) xs[n] = h + i / K * D, ys[n] = w->up + i * 2 * F, zs[n] = ys[n] + F, n++;
         if (!n) continue;
-        const void *up = at(l->up, e * wide * D, kind);
-        linear_outputs(up, kind, D, D, xs, ys, n, lo, hi);
-        if (m->gated) linear_outputs(at(up, F * D, kind), kind, D, D, xs, zs, n, lo, hi);
+        Matrix up = from(l->up, e * wide * D);
+        linear_outputs(up, D, D, xs, ys, n, lo, hi);
+        if (m->gated) linear_outputs(from(up, F * D), D, D, xs, zs, n, lo, hi);
         for (int64_t i = 0; i < n; i++)
             for (int64_t f = lo; f < hi; f++) {
                 float bias = l->up_bias ? l->up_bias[e * F + f] : 0;
@@ -116,8 +116,8 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     share(S, me, all, &lo, &hi);
     if (S) {
         for (int64_t b = 0; b < B; b++) xs[b] = h + b * D, ys[b] = w->shared + b * 2 * S, zs[b] = ys[b] + S;
-        linear_outputs(l->gate_shared, kind, D, D, xs, ys, B, lo, hi);
-        linear_outputs(l->up_shared, kind, D, D, xs, zs, B, lo, hi);
+        linear_outputs(l->gate_shared, D, D, xs, ys, B, lo, hi);
+        linear_outputs(l->up_shared, D, D, xs, zs, B, lo, hi);
         for (int64_t b = 0; b < B; b++)
             for (int64_t f = lo; f < hi; f++) ys[b][f] = silu(ys[b][f]) * zs[b][f];
     }
@@ -127,7 +127,7 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
         int64_t n = 0;
         for (int64_t i = 0; i < B * K; i++)
             if (experts[i] == e) xs[n] = w->up + i * 2 * F, ys[n] = w->out + i * D, n++;
-        linear_outputs(at(l->down, e * D * F, kind), kind, F, F, xs, ys, n, lo, hi);
+        linear_outputs(from(l->down, e * D * F), F, F, xs, ys, n, lo, hi);
         for (int64_t i = 0; i < n && l->down_bias; i++)
             for (int64_t d = lo; d < hi; d++) ys[i][d] += l->down_bias[e * D + d];
     }
@@ -136,7 +136,7 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
     if (S) {
         float *y = w->scratch + 4 * m->E * all;
         for (int64_t b = 0; b < B; b++) xs[b] = w->shared + b * 2 * S, ys[b] = y + b * D;
-        linear_outputs(l->down_shared, kind, S, S, xs, ys, B, lo, hi);
+        linear_outputs(l->down_shared, S, S, xs, ys, B, lo, hi);
         for (int64_t b = 0; b < B; b++)
             for (int64_t d = lo; d < hi; d++) w->x[b * D + d] += ys[b][d];
     }
@@ -153,10 +153,8 @@ void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *position
         int me = omp_get_thread_num(), all = omp_get_num_threads();
         Work w = lay_out(m, B, threads, work);
         w.barrier = &barrier;
-        int64_t D = m->D, lo, hi;
-        share(D, me, all, &lo, &hi);
-        for (int64_t b = 0; b < B; b++)
-            for (int64_t i = lo; i < hi; i++) w.x[b * D + i] = load1(m->embedding, ids[b] * D + i, m->bfloat16);
+        int64_t D = m->D;
+        for (int64_t b = me; b < B; b += all) load_row(m->embedding, D, ids[b], w.x + b * D);
         wait_for_all(&barrier, all);
         for (int64_t n = 0; n < m->layers; n++) {
             attention(m, m->layer + n, &w, positions, B, me, all);
@@ -164,6 +162,6 @@ void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *position
         }
         float *h = w.h + B * D * me;
         for (int64_t b = 0; b < B; b++) normalise(w.x + b * D, m->norm, m->eps, D, h + b * D);
-        linear(m, m->head, 0, m->vocab, D, h, logits, B, me, all);
+        linear(m->head, 0, m->vocab, D, h, logits, B, me, all);
     }
 }

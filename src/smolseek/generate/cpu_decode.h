@@ -1,7 +1,7 @@
 /* Shared by the C files of a decoding step: the structs that cpu_decode.py packs, the memory of intermediate results,
-   and linear layers. */
+   and the functions of cpu_linear.c. */
 
-#include "simd.h"
+#include "quantized.h"
 
 #include <math.h>
 #include <sched.h>
@@ -17,23 +17,28 @@ static inline int omp_get_num_threads(void) { return 1; }
 #define MAX_BATCH 512
 
 typedef struct {
+    const void *data;
+    int64_t format; /* of quantized.h */
+} Matrix;
+
+typedef struct {
     const float *input_norm, *post_norm;
-    const void *q_a, *q, *k, *v, *o; /* k is kv_a_proj_with_mqa under MLA; q_a is NULL without a query rank */
+    Matrix q_a, q, k, v, o; /* k is kv_a_proj_with_mqa under MLA; q_a has no data without a query rank */
     const float *q_a_bias, *q_a_norm, *k_bias, *k_norm, *o_bias;
-    const void *key_up, *value_up; /* MLA: W_UK of each head transposed [H, L, N]; kv_b_proj [H, N + V, L] */
+    Matrix key_up, value_up; /* MLA: W_UK of each head transposed [H, L, N]; kv_b_proj [H, N + V, L] */
     const float *router, *router_bias;
-    const void *up, *down; /* routed experts [E, 2F or F, D] and [E, D, F] */
+    Matrix up, down; /* routed experts [E, 2F or F, D] and [E, D, F] */
     const float *up_bias, *down_bias;
-    const void *gate_shared, *up_shared, *down_shared; /* shared experts, or the layer's dense MLP */
-    int64_t shared;                                    /* number of neurons of the shared experts or the dense MLP */
-    void *cache;                                       /* [B, C, cached] */
+    Matrix gate_shared, up_shared, down_shared; /* shared experts, or the layer's dense MLP */
+    int64_t shared;                             /* number of neurons of the shared experts or the dense MLP */
+    Matrix cache;                               /* [B, C, cached] */
 } Layer;
 
 typedef struct {
-    int64_t bfloat16, layers, vocab, D, H, G, mla, q_rank, L, N, R, V, interleave, E, K, F, gated;
+    int64_t layers, vocab, D, H, G, mla, q_rank, L, N, R, V, interleave, E, K, F, gated;
     int64_t groups, top_groups, normalise, cached, C, widest; /* widest: the largest `shared` of all layers */
     float eps, latent_eps, factor, scale;
-    const void *embedding, *head;
+    Matrix embedding, head;
     const float *norm, *cos, *sin; /* cos, sin: [C, R/2] */
     const Layer *layer;
 } Model;
@@ -65,51 +70,6 @@ INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
     return (vec)(__builtin_convertvector(bits, uint_vec) << 16);
 }
 
-/* y[b][o] = sum_i w[i] x[b][i] for b < NB, where NB is a compile-time constant. A matrix is read row by row in the order
-   of memory, which suits the processor's prefetcher best. Four running sums hide the latency of an addition. */
-INLINE void dot(const void *w, int64_t cols, const float *const *x, float *const *y, int64_t o, const int NB,
-                const int64_t bfloat16) {
-    vec acc[4][4] = {{{0}}};
-    int64_t i = 0;
-    for (; i + 64 <= cols; i += 64)
-        for (int part = 0; part < 4; part++) {
-            vec weight = load_once(w, i + 16 * part, bfloat16);
-            if (part % 2 == 0) __builtin_prefetch((const char *)at(w, i + 16 * part, bfloat16) + 4096, 0, 0);
-            for (int b = 0; b < NB; b++) acc[part][b] += weight * load(x[b], i + 16 * part, 0);
-        }
-    for (; i + 16 <= cols; i += 16) {
-        vec weight = load_once(w, i, bfloat16);
-        for (int b = 0; b < NB; b++) acc[0][b] += weight * load(x[b], i, 0);
-    }
-    for (int b = 0; b < NB; b++) {
-        float s = sum((acc[0][b] + acc[1][b]) + (acc[2][b] + acc[3][b]));
-        for (int64_t j = i; j < cols; j++) s += load1(w, j, bfloat16) * x[b][j];
-        y[b][o] = s;
-    }
-}
-
-INLINE void typed_linear_outputs(const void *w, int64_t stride, int64_t cols, const float *const *x, float *const *y,
-                                 int64_t n, int64_t lo, int64_t hi, const int64_t bfloat16) {
-    for (int64_t o = lo; o < hi; o++) {
-        const void *at_o = at(w, o * stride, bfloat16);
-        int64_t b = 0;
-        for (; b + 4 <= n; b += 4) dot(at_o, cols, x + b, y + b, o, 4, bfloat16);
-        if (n - b == 3)
-            dot(at_o, cols, x + b, y + b, o, 3, bfloat16);
-        else if (n - b == 2)
-            dot(at_o, cols, x + b, y + b, o, 2, bfloat16);
-        else if (n - b == 1)
-            dot(at_o, cols, x + b, y + b, o, 1, bfloat16);
-    }
-}
-
-/* y[b][o] = w[o] . x[b] for n inputs x[b] and the outputs lo <= o < hi. A row w[o] has `cols` numbers, and the next row
-   starts `stride` numbers later. */
-static inline void linear_outputs(const void *w, int64_t bfloat16, int64_t stride, int64_t cols, const float *const *x,
-                                  float *const *y, int64_t n, int64_t lo, int64_t hi) {
-    TYPED(typed_linear_outputs, w, stride, cols, x, y, n, lo, hi);
-}
-
 /* Thread `me` of `all` threads computes the outputs lo <= o < hi of `total` outputs. lo and hi are multiples of four,
    except at the end. */
 INLINE void share(int64_t total, int me, int all, int64_t *lo, int64_t *hi) {
@@ -118,19 +78,21 @@ INLINE void share(int64_t total, int me, int all, int64_t *lo, int64_t *hi) {
     *hi = me == all - 1 || part * (me + 1) > total ? total : part * (me + 1);
 }
 
-/* y = x w^T + bias for B inputs; each thread computes its share of the outputs. */
-static inline void linear(const Model *m, const void *w, const float *bias, int64_t out, int64_t in, const float *x,
-                          float *y, int64_t B, int me, int all) {
-    const float *xs[MAX_BATCH];
-    float *ys[MAX_BATCH];
-    int64_t lo, hi;
-    share(out, me, all, &lo, &hi);
-    for (int64_t b = 0; b < B; b++) xs[b] = x + b * in, ys[b] = y + b * out;
-    linear_outputs(w, m->bfloat16, in, in, xs, ys, B, lo, hi);
-    if (bias)
-        for (int64_t b = 0; b < B; b++)
-            for (int64_t o = lo; o < hi; o++) ys[b][o] += bias[o];
+/* The part of a matrix, a stack or a cache that starts at number i. In a quantised format i is the start of a row. */
+INLINE Matrix from(Matrix w, int64_t i) {
+    return (Matrix){(const char *)w.data + format_bytes(i, w.format), w.format};
 }
+
+/* y[b][o] = w[o] . x[b] for n inputs x[b] and the outputs lo <= o < hi. A row w[o] has `cols` numbers, and the next row
+   starts `stride` numbers later. */
+void linear_outputs(Matrix w, int64_t stride, int64_t cols, const float *const *x, float *const *y, int64_t n, int64_t lo,
+                    int64_t hi);
+
+/* y = x w^T + bias for B inputs. Each thread computes its share of the outputs. */
+void linear(Matrix w, const float *bias, int64_t out, int64_t in, const float *x, float *y, int64_t B, int me, int all);
+
+/* y = row number `row` of w. */
+void load_row(Matrix w, int64_t cols, int64_t row, float *y);
 
 /* RMSNorm: y = x / rms(x) * w. */
 static inline void normalise(const float *x, const float *w, float eps, int64_t size, float *y) {

@@ -1,8 +1,9 @@
 """Runs a decoding step on a CPU with cpu_decode.c, which reads the weights of the model's modules in place.
 
 The rule that the forward pass is written only once has two exceptions, and this file is the first. A decoding step
-takes as long as reading the weights, and PyTorch would add the overhead of some hundred small operations. Without a C
-compiler, for another number format, or on another device, the engine uses the model's forward pass.
+takes as long as reading the weights, and PyTorch would add the overhead of some hundred small operations. A matrix may
+be float32, bfloat16 or quantised. Without a C compiler, for another number format, or on another device, the engine
+uses the model's forward pass.
 """
 
 import ctypes
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 from smolseek.model.cache import Cache
+from smolseek.model.layers import named_weights
 from smolseek.model.transformer import CausalLM
 from smolseek.ops import backend
+from smolseek.ops.quantized import FORMATS, QuantizedWeight
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "cpu_attention.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "cpu_attention.c", "cpu_linear.c"))
 MAX_BATCH = 512  # as in cpu_decode.h
 
 _LAYER = {
@@ -46,7 +49,7 @@ _LAYER = {
     "up_shared": "mlp.shared_experts.up_proj.weight mlp.up_proj.weight",
     "down_shared": "mlp.shared_experts.down_proj.weight mlp.down_proj.weight",
 }
-"""The tensors of the struct `Layer` in cpu_decode.h, in order, with their possible names in a block's state dict."""
+"""The tensors of the struct `Layer` in cpu_decode.h, in order, with their possible names in a layer of the model."""
 
 
 @functools.cache
@@ -120,22 +123,36 @@ class CpuDecoder:
     def _pack(self, values: dict[str, Any]) -> bytes:
         """Pack `values` as a struct of cpu_decode.h.
 
-        Integers become int64_t, floats become float, tensors and None become pointers. Small tensors (norms, biases,
-        the router) are converted to float32; all other tensors are used in place.
+        Integers become int64_t, and floats become float. Norms, biases, the router and the angles of RoPE are converted
+        to float32 and become pointers. Every other tensor becomes a `Matrix`, a pointer with a number format, and is
+        used in place. None becomes a null pointer.
         """
         types, fields = "", []
         for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                small = name.endswith(("norm", "bias")) or name in ("router", "cos", "sin")
-                value = (value.detach().float() if small else value.detach()).contiguous()
-                self._alive.append(value)
-                value = value.data_ptr()
-            types += "f" if isinstance(value, float) else "q"  # a pointer has eight bytes, too
-            fields.append(value or 0)
+            if isinstance(value, float | int):
+                types += "f" if isinstance(value, float) else "q"
+                fields.append(value)
+                continue
+            small = name.endswith(("norm", "bias")) or name in ("router", "cos", "sin")
+            pointer, number_format = self._in_place(value, small)
+            types += "q" if small else "qq"  # a pointer has eight bytes, too
+            fields += [pointer] if small else [pointer, number_format]
         return struct.pack(types, *fields)
 
+    def _in_place(self, value: torch.Tensor | QuantizedWeight | None, small: bool) -> tuple[int, int]:
+        """Return the address of a weight, and the index of its number format in `FORMATS`."""
+        if value is None:
+            return 0, 0
+        if isinstance(value, QuantizedWeight):
+            name, data = value.name, value.data
+        else:
+            data = value.detach().float() if small else value.detach()
+            name = str(data.dtype).removeprefix("torch.")
+        self._alive.append(data.contiguous())
+        return self._alive[-1].data_ptr(), FORMATS.index(name)
+
     def _layer_struct(self, block: Any, cached: torch.Tensor) -> dict[str, Any]:
-        weights = block.state_dict()
+        weights = named_weights(block)
         values: dict[str, Any] = {}
         for name, keys in _LAYER.items():
             values[name] = next((weights[key] for key in keys.split() if key in weights), None)
@@ -150,7 +167,6 @@ class CpuDecoder:
         block: Any = decoder.layers[0]
         cos, sin = decoder.rope.each(torch.arange(capacity))
         return {
-            "bfloat16": int(model.lm_head.weight.dtype == torch.bfloat16),
             "layers": c.num_hidden_layers,
             "vocab": c.vocab_size,
             "D": c.hidden_size,
@@ -188,12 +204,11 @@ class CpuDecoder:
 
 def bind(model: CausalLM, cache: Cache) -> CpuDecoder | None:
     """Return a CpuDecoder for the model and the cache, or None if cpu_decode.c cannot be used."""
-    dtype = model.lm_head.weight.dtype
-    if model.lm_head.weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    weights = named_weights(model).values()
+    if {weight.device.type for weight in weights} != {"cpu"}:
         return None
-    if {p.dtype for p in model.parameters() if p.ndim > 1} != {dtype}:
-        return None
-    if cache.batch > MAX_BATCH or cache.dtype != dtype:
+    dtypes = {weight.dtype for weight in weights if weight.ndim > 1} | {cache.dtype}
+    if not dtypes <= {torch.float32, torch.bfloat16} or cache.batch > MAX_BATCH:
         return None
     compiled = library()
     return CpuDecoder(compiled, model, cache) if compiled is not None else None

@@ -1,10 +1,11 @@
-"""Linear layers and norms."""
+"""Linear layers, the embedding and norms. A matrix may be quantised (`ops/quantized`)."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from smolseek.ops.linear import linear
+from smolseek.ops.quantized import QuantizedWeight, expanded
 
 
 class Linear(nn.Linear):
@@ -12,7 +13,27 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., F]."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, expanded(self.weight), self.bias)
+
+
+class Head(nn.Linear):
+    """The output layer."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map [..., D] to logits [..., V]; a quantised matrix is expanded in parts, since the whole is large."""
+        weight: torch.Tensor | QuantizedWeight = self.weight
+        if not isinstance(weight, QuantizedWeight):
+            return F.linear(x, weight)
+        return torch.cat([F.linear(x, part.expand()) for part in weight.split(8192)], dim=-1)
+
+
+class Embedding(nn.Embedding):
+    """The table of the tokens' vectors."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of `ids` (int64) [..., D]."""
+        weight: torch.Tensor | QuantizedWeight = self.weight
+        return weight.select(ids) if isinstance(weight, QuantizedWeight) else F.embedding(ids, weight)
 
 
 class RMSNorm(nn.Module):
@@ -26,3 +47,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension of `x` [..., size]; the result has the type of `x`."""
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def named_weights(module: nn.Module) -> dict[str, torch.Tensor | QuantizedWeight]:
+    """Return the state dict of `module`, with quantised matrices as one item each."""
+    weights: dict[str, torch.Tensor | QuantizedWeight] = dict(module.state_dict())
+    for name, weight in module.named_modules(remove_duplicate=False):
+        if isinstance(weight, QuantizedWeight):
+            del weights[f"{name}.data"]
+            weights[name] = weight
+    return weights

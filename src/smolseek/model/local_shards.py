@@ -1,9 +1,10 @@
 """The shard that one process has of every tensor: some of the rows, or all rows for a single process."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
+from smolseek.model.layers import named_weights
 from smolseek.model.transformer import CausalLM
 
 
@@ -29,7 +30,8 @@ def full_tensor(tensor: torch.Tensor) -> LocalShard:
 
 def full_tensors(model: CausalLM) -> dict[str, LocalShard]:
     """Return every tensor of an unsharded model by name, except a tied head."""
-    state = model.state_dict()
+    state = named_weights(model)
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    return {name: full_tensor(tensor) for name, tensor in state.items()}
+    # A quantised matrix has those methods of a tensor that are needed to read a model.
+    return {name: full_tensor(cast(torch.Tensor, tensor)) for name, tensor in state.items()}

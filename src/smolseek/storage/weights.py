@@ -14,6 +14,7 @@ from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
+from smolseek.ops.quantized import expanded
 from smolseek.storage.latent_norm import EPS, folded, rescaled, unfolded
 from smolseek.storage.safetensors_file import FLOAT_TYPES
 
@@ -51,10 +52,10 @@ def with_head(tensors: Iterable[tuple[str, torch.Tensor]], config: ModelConfig) 
 
 def _views(shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, shard in shards.items():
-        yield from _unstacked(name, shard.tensor, shard.start)
+        yield from unstacked(name, shard.tensor, shard.start)
 
 
-def _unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+def unstacked(name: str, tensor: torch.Tensor, first: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the names and views under which a file stores one tensor of a model.
 
     A stack of experts is stored as one tensor for each expert, numbered from `first` on. `experts.gate_up_proj`
@@ -96,8 +97,8 @@ def _targets(shards: Mapping[str, LocalShard]) -> dict[str, tuple[torch.Size, to
     targets = {}
     for name, shard in shards.items():
         full = torch.empty(shard.full_length, *shard.tensor.shape[1:], device="meta")
-        views = dict(_unstacked(name, shard.tensor, shard.start))
-        for file_name, tensor in _unstacked(name, full):
+        views = dict(unstacked(name, shard.tensor, shard.start))
+        for file_name, tensor in unstacked(name, full):
             targets[file_name] = tensor.shape, views.get(file_name), shard.start if file_name == name else 0
     return targets
 
@@ -161,12 +162,16 @@ def fill(
         check_dtype(path, file_name, tensor)
         if view is not None:
             part = tensor[start : start + len(view)]
-            if name == EMBEDDING and name not in missing and not same_bits(view, part.to(view)):
-                raise SmolseekError(
-                    f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings true: "
-                    "set tie_word_embeddings to false in config.json"
-                )
-            view.copy_(part)
+            if name == EMBEDDING and name not in missing:
+                before, view = view, view.new_empty(view.shape)
+                _copy(view, part)
+                if not same_bits(view, before):
+                    raise SmolseekError(
+                        f"{path}: lm_head.weight differs from the embedding, but the model has tie_word_embeddings "
+                        "true: set tie_word_embeddings to false in config.json"
+                    )
+            else:
+                _copy(view, part)
         missing.discard(name)
     if missing:
         first = next(name for name in targets if name in missing)
@@ -175,6 +180,11 @@ def fill(
         )
 
 
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a weight. Both may be quantised."""
+    target.copy_(expanded(source) if isinstance(target, torch.Tensor) else source)
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Return whether two tensors of one type hold the same numbers, to the last bit; NaN equals NaN."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    """Return whether two weights of one type hold the same numbers, to the last bit; NaN equals NaN."""
+    return torch.equal(a.data.contiguous().view(torch.uint8), b.data.contiguous().view(torch.uint8))
