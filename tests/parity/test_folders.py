@@ -315,7 +315,10 @@ REFUSED: dict[str, tuple[list[Change], str]] = {
     "pickle": ([lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin")], "pickle"),
     "head left out": ([weights(lambda t: t.pop("lm_head.weight"))], "lm_head.weight"),
     "layer left out": ([weights(lambda t: t.pop("model.layers.1.mlp.up_proj.weight"))], "up_proj.weight"),
-    "shard left out": ([sharded, lambda f: max(f.glob("model-*.safetensors")).unlink()], "which model.safetensors"),
+    "shard left out": (
+        [sharded, lambda f: max(f.glob("model-*.safetensors")).unlink()],
+        "which is listed in model.safetensors.index.json",
+    ),
     "settings of a tokenizer alone": ([without("tokenizer.json")], "has no tokenizer"),
     "vocab.json alone": ([vocabulary_files(GPT2), without("merges.txt")], "has no tokenizer"),
     "vocab.json and merges.txt of no class": ([vocabulary_files(None)], "cannot be loaded"),
@@ -326,7 +329,10 @@ REFUSED: dict[str, tuple[list[Change], str]] = {
     "damaged tokenizer.json": ([text("tokenizer.json", "{")], "cannot be loaded"),
     "damaged generation_config.json": ([text("generation_config.json", "{")], "generation_config.json cannot be read"),
     "generation_config.json, a list": ([text("generation_config.json", "[]")], "is not a JSON object"),
-    "end token beyond the vocabulary": ([generation(eos_token_id=[0, 4000])], "eos_token_id 4000 is not a token"),
+    "end token beyond the vocabulary": (
+        [generation(eos_token_id=[0, 4000])],
+        "eos_token_id 4000 is not among the model's",
+    ),
     "end token no number": ([generation(eos_token_id="</s>")], "eos_token_id '</s>' is not among the model's"),
     "forced end": ([generation(forced_eos_token_id=2)], "forced_eos_token_id 2 is not supported"),
     "beams": ([generation(num_beams=4)], "num_beams 4 is not supported"),
