@@ -1,5 +1,5 @@
-/* The instructions that simd.h and the C files of ops/ use, computed lane by lane as in Intel's Intrinsics Guide. Tests on
-   processors without these instructions include it instead of the compiler's header. */
+/* The instructions that simd.h, quantized.h and the C files use, computed lane by lane as in Intel's Intrinsics Guide.
+   Tests on processors without these instructions include it instead of the compiler's header. */
 
 #pragma once
 
@@ -10,6 +10,7 @@
 #define VECTOR(type, bytes, name) typedef type name __attribute__((vector_size(bytes), may_alias))
 
 VECTOR(float, 64, lanes16);
+VECTOR(uint8_t, 16, bytes16);
 VECTOR(uint16_t, 32, shorts16);
 VECTOR(int32_t, 64, ints16);
 VECTOR(int64_t, 64, longs8);
@@ -18,6 +19,7 @@ typedef uint16_t mask16;
 /* Names that do not clash with the compiler's types and functions. */
 #define __m512 lanes16
 #define __m512i longs8
+#define __m128i bytes16
 #define __m256i shorts16
 #define __m256bh shorts16
 #define __m512bh ints16
@@ -83,6 +85,18 @@ EMULATED shorts16 _mm256_loadu_si256(const void *at) {
     return y;
 }
 
+EMULATED bytes16 _mm_loadu_si128(const void *at) {
+    bytes16 y;
+    memcpy(&y, at, sizeof y);
+    return y;
+}
+
+EMULATED float _cvtsh_ss(uint16_t bits) {
+    _Float16 y;
+    memcpy(&y, &bits, sizeof y);
+    return y;
+}
+
 EMULATED void _mm512_storeu_ps(void *at, lanes16 a) { memcpy(at, &a, sizeof a); }
 EMULATED void _mm512_storeu_si512(void *at, longs8 a) { memcpy(at, &a, sizeof a); }
 
@@ -91,6 +105,21 @@ EMULATED longs8 _mm512_set1_epi32(int32_t a) { return (longs8)((ints16){0} + a);
 EMULATED longs8 _mm512_or_si512(longs8 a, longs8 b) { return a | b; }
 EMULATED longs8 _mm512_slli_epi32(longs8 a, int by) { return (longs8)((ints16)a << by); }
 EMULATED longs8 _mm512_cvtepu16_epi32(shorts16 a) { return (longs8)__builtin_convertvector(a, ints16); }
+
+EMULATED longs8 _mm512_cvtepu8_epi32(bytes16 a) {
+    ints16 y;
+    for (int i = 0; i < 16; i++) y[i] = a[i];
+    return (longs8)y;
+}
+
+EMULATED longs8 _mm512_cvtepi8_epi32(bytes16 a) {
+    ints16 y;
+    for (int i = 0; i < 16; i++) y[i] = (int8_t)a[i];
+    return (longs8)y;
+}
+
+EMULATED lanes16 _mm512_permutexvar_ps(longs8 index, lanes16 a) { EACH_LANE(a[((ints16)index)[i] & 15]); }
+EMULATED lanes16 _mm512_permute_ps(lanes16 a, int which) { EACH_LANE(a[i / 4 * 4 + (which >> i % 4 * 2 & 3)]); }
 
 /* In each 128-bit part of the register, as the instructions do. */
 EMULATED longs8 unpack32(longs8 a, longs8 b, int high) {
@@ -115,6 +144,10 @@ EMULATED longs8 _mm512_shuffle_i32x4(longs8 a, longs8 b, int which) {
     longs8 y;
     for (int i = 0; i < 8; i++) y[i] = (i < 4 ? a : b)[(which >> i / 2 * 2 & 3) * 2 + i % 2];
     return y;
+}
+
+EMULATED lanes16 _mm512_shuffle_f32x4(lanes16 a, lanes16 b, int which) {
+    return (lanes16)_mm512_shuffle_i32x4((longs8)a, (longs8)b, which);
 }
 
 EMULATED shorts16 _mm512_cvtneps_pbh(lanes16 a) {
