@@ -102,7 +102,8 @@ def begin_folder(path: Path) -> Path:
 def publish(part: Path, path: Path, last: str = "") -> None:
     """Force the folder `part` to the disk and rename it to `path`, which is replaced if it exists.
 
-    If `part` is inside `path`, its files are moved to `path` instead, and the file named `last` is moved last.
+    If `part` is a subfolder of `path`, `path` is not replaced: the files of `part` are moved into `path`. The file
+    named `last` is moved after all others, so that its presence shows that `path` is complete.
     """
     for file in [*part.rglob("*"), part]:
         sync(file)

@@ -62,8 +62,8 @@ def choose(source: Source, quantize: Quantize) -> Scales:
 def _latent_sizes(source: Source, layer: int) -> tuple[float, float]:
     """Return the root mean squares of a layer's latent and of its matrix.
 
-    The latent is the matrix times the normalised stream, whose features have a mean square of 1 times the weights of
-    the norm.
+    The latent is the matrix times the output of the layer's input RMSNorm. Before the features are multiplied by the
+    norm's weights, they are assumed to be uncorrelated and to have a mean square of 1.
     """
     prefix, rank = f"model.layers.{layer}.", source.config.kv_lora_rank or 0
     file_matrix, norm = (source.read(f"{prefix}self_attn.{name}") for name in (MATRIX, NORM))
