@@ -35,6 +35,10 @@ def spread_logits(model: CausalLM, seed: int) -> None:
         values = torch.randn(parameter.shape, generator=generator)
         if parameter.ndim == 1:  # a norm's weight
             values = 1 + 0.2 * values
+            if (
+                name == "model.norm.weight"
+            ):  # with a tied head and positive weights, the likeliest token is the last one
+                values *= torch.randn(parameter.shape, generator=generator).sign()
         elif "embed_tokens" in name or "lm_head" in name:
             values *= 3 * hidden**-0.5
         else:

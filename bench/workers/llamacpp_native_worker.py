@@ -62,8 +62,8 @@ def logits(ids: list[int], file: str, one_by_one: bool = False) -> dict:
 def decode(ids: list[int]) -> float:
     """Evaluate tokens, and return the seconds until the next one is chosen."""
     begun = time.perf_counter()
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(ids))(*ids), len(ids))
-    if llama_cpp.llama_decode(llama.ctx, batch):
+    tokens = (llama_cpp.llama_token * len(ids))(*ids)  # the batch only points to them
+    if llama_cpp.llama_decode(llama.ctx, llama_cpp.llama_batch_get_one(tokens, len(ids))):
         raise RuntimeError("llama_decode failed")
     pointer = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
     np.ctypeslib.as_array(pointer, shape=(llama.n_vocab(),)).argmax()

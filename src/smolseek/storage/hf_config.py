@@ -73,6 +73,9 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     if kind == "smolseek_gqa_moe":
         return out | values
     out |= {name: values[name] for name in _SHARED} | {"attention_dropout": 0.0}
+    # mlx-lm reads only the old names of the RoPE settings. Without these names mlx-lm silently uses theta 10,000.
+    rope = values["rope_parameters"]
+    out |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
     if kind == "llama":
         # `pretraining_tp` is written because older readers of the format expect it.
         out |= {"head_dim": config.qk_head_dim, "num_key_value_heads": config.num_key_value_heads}
@@ -84,9 +87,6 @@ def config_to_hf(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
     # MLA has one key and value head per query head. transformers' head_dim is the number of rotary features.
     out |= {"num_key_value_heads": config.num_attention_heads, "head_dim": config.qk_rope_head_dim}
     out |= {"qk_head_dim": config.qk_head_dim, "num_nextn_predict_layers": 0}
-    # mlx-lm reads only the old names of the RoPE settings. Without these names mlx-lm silently uses theta 10,000.
-    rope = values["rope_parameters"]
-    out |= {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else rope}
     if config.tie_word_embeddings:
         out |= {"tie_word_embeddings": False, _TIED: True}
     if not config.latent_norm:
