@@ -183,7 +183,7 @@ def test_the_token_that_ends_a_turn_ends_a_text(tmp_path):
         ({"expert_count": 8}, "expert_count 8"),
         ({"rope__scaling__type": "yarn"}, "'yarn'"),
         ({"rope_factors": [1.0] * 7}, "7 factors for 8 frequencies"),
-        ({"rope_factors": [1.0] * 8, "rope__scaling__type": "linear"}, r"'linear' beside rope_freqs\.weight"),
+        ({"rope_factors": [1.0] * 8, "rope__scaling__type": "linear"}, r"'linear' together with rope_freqs\.weight"),
         ({"attention__key_length": "wide"}, "heads of wide"),
         ({"embedding_length": "wide"}, "llama.embedding_length 'wide'"),
     ],

@@ -79,7 +79,10 @@ def require_supported(config: ModelConfig) -> None:
         raise refuse("latent attention without position-free features (qk_nope_head_dim 0)", portable)
     if config.qk_rope_head_dim < 1:
         raise refuse("latent attention without rotary features (qk_rope_head_dim 0)", portable)
-    if rope.rope_type != "default":
+    deepseeks = rope.mscale_all_dim and rope.mscale == rope.mscale_all_dim and rope.attention_factor is None
+    if rope.rope_type == "yarn" and not (deepseeks and rope.truncate is not False):
+        raise refuse("yarn with other settings than DeepSeek-V3's (mscale equal to mscale_all_dim)", portable)
+    if rope.rope_type not in ("default", "yarn"):
         raise refuse(f"rope_type {rope.rope_type!r} with latent attention", portable)
     if config.attention_bias:
         raise refuse("biases in latent attention (attention_bias)", "export it with --format hf")

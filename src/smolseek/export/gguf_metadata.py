@@ -88,6 +88,14 @@ def _deepseek2(c: ModelConfig) -> dict[str, Any]:
         "expert_feed_forward_length": c.moe_intermediate_size if c.n_moe_layers else c.intermediate_size,
         "expert_shared_count": max(1, c.n_shared_experts),
     }
+    rope = c.rope_parameters
+    if rope.rope_type == "yarn":
+        sizes |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope.factor or 1)}
+        sizes |= {"rope.scaling.original_context_length": rope.original_max_position_embeddings}
+        # A tenth of mscale_all_dim: llama.cpp computes as if mscale were equal to mscale_all_dim.
+        sizes["rope.scaling.yarn_log_multiplier"] = 0.1 * (rope.mscale_all_dim or 0)
+        betas = {"yarn_beta_fast": rope.beta_fast, "yarn_beta_slow": rope.beta_slow}
+        sizes |= {f"rope.scaling.{name}": float(beta) for name, beta in betas.items() if beta is not None}
     if c.n_moe_layers == 0:
         return sizes
     sizes |= {

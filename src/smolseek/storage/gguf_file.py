@@ -65,7 +65,7 @@ class GgufFile(Mapping[str, torch.Tensor]):
             if name in OUTSIDE:
                 yield OUTSIDE[name], _Location(info)
                 continue
-            match = re.fullmatch(r"blk\.(\d+)\.(\w+\.\w+)", name)
+            match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
             layer, inner = (int(match[1]), match[2]) if match else (0, "")
             if c.is_mla and c.num_hidden_layers <= layer < header.metadata["deepseek2.block_count"]:
                 continue  # layers for multi-token prediction
