@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from smolseek.config import ModelConfig, RopeConfig
 from smolseek.model.transformer import new_model
+from smolseek.storage.hf_config import config_from_hf, config_to_hf
 from smolseek.storage.hf_folder import load_model, save_folder
 
 SHAPE = ModelConfig(
@@ -114,6 +116,9 @@ def test_the_card_of_a_run_has_its_figures(tmp_path, run_cli):
     assert run_cli("export", run / "checkpoints" / "step-000001", tmp_path / "early", "--format", "hf").code == 0
     early = (tmp_path / "early" / "README.md").read_text()
     assert "for 1 of 2 steps" in early and "not audited at this step" in early and f"{loss:.4f}" not in early
+    # A renamed checkpoint has no step.
+    (run / "checkpoints" / "step-000001").rename(run / "checkpoints" / "best")
+    assert run_cli("export", run / "checkpoints" / "best", tmp_path / "best", "--format", "hf").code == 0
 
 
 REFUSED = [
@@ -126,6 +131,7 @@ REFUSED = [
     ({}, ["out", "--format", "hf", "--public"], "--public needs --push-to-hub"),
     ({"kv_lora_rank": 513}, ["out", "--format", "hf", "--pad-deepseek"], "kv_lora_rank 513 is above DeepSeek's 512"),
     ({"qk_rope_head_dim": 24}, ["out", "--format", "hf", "--pad-deepseek"], "24 does not divide 64"),
+    ({"qk_rope_head_dim": 0}, ["out", "--format", "hf", "--pad-deepseek"], "0 does not divide 64"),
     (
         {"rope_parameters": RopeConfig(rope_type="linear", factor=2.0)},
         ["out", "--format", "hf", "--pad-deepseek"],
@@ -147,3 +153,79 @@ def test_an_existing_folder_is_not_replaced(tmp_path, run_cli):
     source, _ = saved(tmp_path / "source")
     result = run_cli("export", source, source, "--format", "hf")
     assert result.code == 2 and "exists: choose another name" in result.err
+
+
+def test_a_gguf_file_with_another_epsilon_becomes_the_same_model(tmp_path, run_cli, save_model):
+    source = save_model(rms_norm_eps=1e-5, latent_norm=False, q_lora_rank=32)
+    assert run_cli("export", source, tmp_path / "m.gguf", "--quantize", "f32").code == 0
+    ids = torch.arange(60).reshape(2, 30)
+    with torch.no_grad():
+        expected = load_model(source).model(ids)
+    for name, *padding in (("out",), ("padded", "--pad-deepseek")):
+        assert run_cli("export", tmp_path / "m.gguf", tmp_path / name, "--format", "hf", *padding).code == 0
+        torch.testing.assert_close(stock_logits(tmp_path / name), expected, rtol=0, atol=1e-4)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def test_a_gguf_file_of_llama_3_becomes_a_folder_that_can_be_read(tmp_path, run_cli, save_model):
+    rope = RopeConfig(rope_type="llama3", rope_theta=500_000.0, **LLAMA3)
+    sizes = {"model_type": "llama", "kv_lora_rank": None, "num_key_value_heads": 2, "n_routed_experts": 0}
+    source = save_model(**sizes, n_shared_experts=0, rope_parameters=rope)
+    assert run_cli("export", source, tmp_path / "m.gguf", "--quantize", "f32").code == 0
+    result = run_cli("export", tmp_path / "m.gguf", tmp_path / "out", "--format", "hf")
+    assert result.code == 0, result.err
+    with torch.no_grad():
+        expected, read = load_model(source).model(IDS), load_model(tmp_path / "out").model(IDS)
+    torch.testing.assert_close(read, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stock_logits(tmp_path / "out"), expected, rtol=0, atol=1e-4)
+
+
+def test_the_folder_of_a_llama_has_the_old_names_of_the_rope_settings(tmp_path):
+    shape = ModelConfig(model_type="llama", hidden_size=32, num_attention_heads=2, num_key_value_heads=2, vocab_size=9)
+    rope = RopeConfig(rope_type="llama3", rope_theta=500_000.0, **LLAMA3)
+    values = config_to_hf(replace(shape, rope_parameters=rope))
+    assert values["rope_theta"] == 500_000.0 and values["rope_scaling"]["low_freq_factor"] == 1.0
+    assert config_from_hf(values, "here").rope_parameters == rope
+    values = config_to_hf(replace(shape, rope_parameters=RopeConfig(rope_theta=30_000.0)))
+    assert values["rope_theta"] == 30_000.0 and values["rope_scaling"] is None
+
+
+def test_a_tied_matrix_stored_as_the_head_is_exported(tmp_path, run_cli, save_model):
+    source = save_model(tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    del weights["model.embed_tokens.weight"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    result = run_cli("export", source, tmp_path / "m.gguf", "--quantize", "f32")
+    assert result.code == 0, result.err
+    with torch.no_grad():
+        logits = [load_model(path).model(IDS) for path in (source, tmp_path / "m.gguf")]
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, run_cli, save_model):
+    tokenizer = save_model()
+    source, _ = saved(tmp_path / "source")
+    result = run_cli("export", source, tmp_path / "out", "--format", "hf", "--tokenizer", tokenizer)
+    assert result.code == 2 and "tokens, but the model has 101" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_of_another_author_is_kept_with_its_lists(tmp_path, run_cli):
+    source, _ = saved(tmp_path / "source", latent_norm=False)
+    (source / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: x\nbase_model:\n- a/b\n- c/d\nlanguage:\n- en\n---\n\n# B\n\n"
+        "```python\nimport b\n```\n\n## Limitations\n\nMany.\n"
+    )
+    assert run_cli("export", source, tmp_path / "out", "--format", "hf").code == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: other\nlicense_name: x\nbase_model:\n- a/b\n- c/d\ntags:\n" in card
+    assert "Limitations\n\nMany." in card and "never float16" in card
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_a_folder_is_no_name_for_a_gguf_file(tmp_path, run_cli, out):
+    result = run_cli("export", tmp_path, out)
+    assert result.code == 2 and f"{out} is not the name of a GGUF file" in result.err
+    assert "use model.gguf, or --format hf" in result.err

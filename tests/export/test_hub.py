@@ -131,3 +131,13 @@ def test_without_token_or_name_nothing_is_written(tmp_path, run_cli, monkeypatch
     result = run_cli("export", source, tmp_path / "out", "--format", "hf", "--push-to-hub", repo)
     assert result.code == 2 and words in result.err and result.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_upload_says_that_the_export_is_complete(tmp_path, run_cli, hub, source, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", interrupted)
+    result = run_cli("export", source, tmp_path / "out", "--format", "hf", "--push-to-hub", "owner/name")
+    assert result.code == 130 and "owner/name was not uploaded, but" in result.err and "out is complete" in result.err
+    assert (tmp_path / "out" / "config.json").exists()

@@ -8,9 +8,17 @@ from smolseek.errors import SmolseekError
 from smolseek.model.summary import cache_bytes, count
 from smolseek.report.page import tiles
 from smolseek.report.read import Run, read_run
+from smolseek.run_folder import step_of
 
 _FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.S)
+_INHERITED = re.compile(
+    r"^(?:license|license_name|license_link|base_model|base_model_relation):.*\n(?:[ \t-].*\n)*", re.M
+)
+"""Settings in the front matter of the source's card that the new card keeps. The items of a list are lines that follow
+the setting."""
 _RUN = "## How to run it"
+_OWN_USAGE = re.compile(rf'^(?:{_RUN}|```python\n(?:.*\n){{2}}model = .*"FOLDER")', re.M)
+"""Beginning of the instructions that an earlier export or conversion wrote. The new instructions replace them."""
 
 
 def model_card(
@@ -35,7 +43,7 @@ def model_card(
         body = _trained(run, path, config, name)
     elif not body:
         body = f"# {name}\n\nExported by smolseek. How it was made is not recorded.\n\n{_sizes(config)}"
-    body = re.split(rf"^(?:{_RUN}|```python)", body, maxsplit=1, flags=re.M)[0].rstrip()
+    body = _OWN_USAGE.split(body, maxsplit=1)[0].rstrip()
     return f"---\n{_front(front, config, license_name, gguf)}---\n\n{body}\n\n{_usage(config, name, gguf, plain_rope)}"
 
 
@@ -52,9 +60,10 @@ def _split(card: str) -> tuple[str, str]:
 
 def _front(front: str, config: ModelConfig, license_name: str | None, gguf: str | None) -> str:
     """Return the front matter: licence and base model from the source's card, and tags for the hub's filters."""
-    inherited = [line for line in front.splitlines() if re.match(r"(license|base_model|base_model_relation):", line)]
+    inherited = [match[0].rstrip() for match in _INHERITED.finditer(front)]
     if license_name is not None:
-        inherited = [f"license: {license_name}", *(line for line in inherited if not line.startswith("license:"))]
+        others = (setting for setting in inherited if not setting.startswith("license"))
+        inherited = [f"license: {license_name}", *others]
     library = "gguf" if gguf else "transformers"
     tags = [config.model_type, *(["mla"] if config.is_mla else []), *(["gguf"] if gguf else []), "smolseek"]
     lines = [
@@ -69,7 +78,7 @@ def _front(front: str, config: ModelConfig, license_name: str | None, gguf: str 
 
 def _run_of(path: Path) -> Run | None:
     """Return the training run that wrote the checkpoint `path`; None without a run, or if nothing was logged."""
-    if path.parent.name != "checkpoints":
+    if path.parent.name != "checkpoints" or re.fullmatch(r"step-\d+", path.name) is None:
         return None
     try:
         return read_run(path.parent.parent)
@@ -79,7 +88,7 @@ def _run_of(path: Path) -> Run | None:
 
 def _trained(run: Run, path: Path, config: ModelConfig, name: str) -> str:
     """Return the text about a trained model: its data, its size, and the results at the exported step."""
-    step = int(path.name.rpartition("-")[2])
+    step = step_of(path)
     run.training[:] = [record for record in run.training if record["step"] <= step] or run.training[:1]
     run.validation[:] = [record for record in run.validation if record["step"] <= step]
     figures = "\n".join(f"| {what} | {value} |" for what, value in tiles(run))
@@ -144,6 +153,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 With smolseek: `smolseek generate {name} "The structure of DNA"`.
 """
+    if config.is_mla and not config.latent_norm:
+        text += "\nUse float32 or bfloat16, never float16: float16 cannot represent the small weights of the latent.\n"
     if config.is_mla and not plain_rope:
         return text + "\nOther engines do not compute this model: its RoPE is of the type `longrope`.\n"
     text += f'\nWith mlx-lm: `mlx_lm.generate --model {name} --prompt "The structure of DNA"`.\n'

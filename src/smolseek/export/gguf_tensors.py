@@ -150,7 +150,7 @@ def feed_forward(source: Source, n: int, stream: float) -> Iterator[Tensor]:
 
 
 def _reader(source: Source, file_name: str) -> Tensor:
-    return Tensor(file_name, source.tensors.shape(file_name), partial(source.read, file_name))
+    return Tensor(file_name, source.shape(file_name), partial(source.read, file_name))
 
 
 def _then(compute: Callable[[], torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> Callable:

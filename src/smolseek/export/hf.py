@@ -10,7 +10,7 @@ from smolseek.export.card import model_card
 from smolseek.export.options import Export
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import LoadedModel, write_metadata
-from smolseek.storage.latent_norm import folded
+from smolseek.storage.latent_norm import EPS, folded, rescaled
 from smolseek.storage.safetensors_file import write_shards
 from smolseek.storage.weights import file_views, with_head
 
@@ -32,8 +32,10 @@ def write(folder: Path, opened: LoadedModel, options: Export, name: str) -> None
     """Write the model into the empty `folder`, tensor by tensor. Raises OSError if the folder cannot be written."""
     model: CausalLM = opened.model
     dtype = getattr(torch, options.dtype or "float32")
+    # transformers has its own epsilon for the latents' norms. A model from a GGUF file may have another epsilon.
+    tensors = rescaled(file_views(model).items(), opened.config, opened.config.latent_norm_eps, EPS)
     # Only with float32 can reading the folder remove the norm of the latent exactly.
-    tensors = folded(file_views(model).items(), opened.config, reversible=dtype == torch.float32)
+    tensors = folded(tensors, opened.config, reversible=dtype == torch.float32)
     if options.pad_deepseek:
         tensors = padding.padded(tensors, opened.config)
     config = exported_config(opened.config, options)

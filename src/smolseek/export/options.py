@@ -47,5 +47,5 @@ class Export:
         if self.format == "gguf" and out.suffix != ".gguf":
             raise SmolseekError(
                 f"{out} is not the name of a GGUF file, which ends in .gguf: use "
-                f"{out.with_suffix('.gguf').name}, or --format hf"
+                f"{out.stem.strip('.') or 'model'}.gguf, or --format hf"
             )

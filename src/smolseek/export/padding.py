@@ -39,7 +39,7 @@ def padded_config(config: ModelConfig) -> ModelConfig:
             raise SmolseekError(
                 f"--pad-deepseek: {name} {getattr(config, name)} is above DeepSeek's {most}: leave out --pad-deepseek"
             )
-    if ROPE % config.qk_rope_head_dim:
+    if config.qk_rope_head_dim < 1 or ROPE % config.qk_rope_head_dim:
         raise SmolseekError(
             f"--pad-deepseek: qk_rope_head_dim {config.qk_rope_head_dim} does not divide {ROPE}: leave out "
             "--pad-deepseek"

@@ -13,7 +13,7 @@ from smolseek.errors import SmolseekError, Stopped
 from smolseek.export import gguf, hf, hub
 from smolseek.export.card import model_card
 from smolseek.export.options import Export
-from smolseek.export.source import open_source
+from smolseek.export.source import check_tokenizer, open_source
 from smolseek.files import atomic_file, atomic_folder, is_vacant
 from smolseek.model.summary import count
 from smolseek.storage.hf_folder import load_model, read_config
@@ -28,7 +28,8 @@ def export(target: str, out: str | Path, options: Export) -> Path:
     Raises:
         SmolseekError: if the format does not support the model, `out` exists, or the export cannot be written or
             uploaded.
-        Stopped: for a KeyboardInterrupt; no files are left.
+        Stopped: for a KeyboardInterrupt. No files are left, unless the export is complete and only its upload is
+            interrupted.
     """
     out = Path(out)
     options.check(out)
@@ -63,10 +64,13 @@ def _export_gguf(target: str, out: Path, options: Export) -> None:
 def _export_folder(target: str, out: Path, options: Export) -> None:
     config = hf.exported_config(read_config(target), options)
     opened = load_model(target, tokenizer=options.tokenizer)
+    if options.tokenizer is not None:
+        check_tokenizer(opened.tokenizer, config, options.tokenizer)
     if not hf.runs_anywhere(config):
         console.say("Note: only smolseek and transformers support this model, because its RoPE has its own frequencies")
-    nbytes = count(config).total * getattr(torch, options.dtype or "float32").itemsize
-    title = options.push_to_hub or out.name
+    numbers = count(config).total + config.tie_word_embeddings * count(config).embedding  # a tied head is written, too
+    nbytes = numbers * getattr(torch, options.dtype or "float32").itemsize
+    title = options.push_to_hub or out.resolve().name
     with _writing(out, nbytes), atomic_folder(out, last="config.json") as folder:
         hf.write(folder, opened, options, title)
     console.say(f"Wrote {out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:,.0f} MB")
@@ -93,6 +97,12 @@ def _writing(out: Path, needed: int) -> Iterator[None]:
 
 def _push(folder: Path, out: Path, options: Export) -> None:
     """Upload the export to the repository that the options name."""
-    assert options.push_to_hub is not None
-    console.say(f"Uploading to {options.push_to_hub}")
-    console.say(f"Uploaded: {hub.push(folder, options.push_to_hub, public=options.public, written=out)}")
+    repo = options.push_to_hub
+    assert repo is not None
+    console.say(f"Uploading to {repo}")
+    try:
+        console.say(f"Uploaded: {hub.push(folder, repo, public=options.public, written=out)}")
+    except KeyboardInterrupt:
+        raise Stopped(
+            f"interrupted: {repo} was not uploaded, but {out} is complete: upload it with hf upload {repo} {out}", 130
+        ) from None

@@ -29,10 +29,18 @@ class Source(NamedTuple):
     replaced_tokenizer: bool
     """Whether another tokenizer replaces the model's own."""
 
+    def _stored_name(self, name: str) -> str:
+        """Return the name of a tensor in the files. A tied embedding may be stored under the name of the head."""
+        tied = name == EMBEDDING and self.config.tie_word_embeddings
+        return HEAD if tied and name not in set(self.tensors) else name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor without reading its values."""
+        return self.tensors.shape(self._stored_name(name))
+
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in float32. Raises SmolseekError for a tensor that is quantised or not finite."""
-        if name == EMBEDDING and self.config.tie_word_embeddings and name not in set(self.tensors):
-            name = HEAD  # tied matrices may be stored under either name
+        name = self._stored_name(name)
         tensor = self.tensors[name]
         check_dtype(self.path, name, tensor)
         if not tensor.isfinite().all():
@@ -58,9 +66,14 @@ def open_source(target: str, tokenizer_name: str | None = None) -> Source:
     values = config_json(path) if path.is_dir() else {}
     check_shapes(config, dict(computed(((name, tensors.shape(name)) for name in tensors), values)), path)
     tokenizer: Any = tokenizer_of(path) if tokenizer_name is None else load_tokenizer(tokenizer_name)
+    check_tokenizer(tokenizer, config, tokenizer_name or path)
+    return Source(path, config, tensors, tokenizer, tokenizer_name is not None)
+
+
+def check_tokenizer(tokenizer: Any, config: ModelConfig, name: object) -> None:
+    """Raise SmolseekError if the tokenizer of `name`, if not None, has more tokens than the model."""
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise SmolseekError(
-            f"the tokenizer of {tokenizer_name or path} has {len(tokenizer):,} tokens, but the model has "
-            f"{config.vocab_size:,}: give the model's own tokenizer by --tokenizer"
+            f"the tokenizer of {name} has {len(tokenizer):,} tokens, but the model has {config.vocab_size:,}: give the "
+            "model's own tokenizer by --tokenizer"
         )
-    return Source(path, config, tensors, tokenizer, tokenizer_name is not None)

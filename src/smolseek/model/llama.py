@@ -35,8 +35,11 @@ def llama_config(values: Mapping[str, Any], where: str) -> ModelConfig:
             raise SmolseekError(f"{where}: {name} {values[name]!r} is not supported: use a Llama model without {name}")
     if values.get("hidden_act", "silu") != "silu":
         raise SmolseekError(f"{where}: hidden_act {values['hidden_act']!r} is not supported: use a model with 'silu'")
-    kind = values["rope_parameters"].get("rope_type", "default")
-    if kind not in ROPE_TYPES:
+    rope = values["rope_parameters"]
+    kind, factors = rope.get("rope_type", "default"), rope.get("short_factor")
+    # smolseek writes this longrope for the fixed factors in the GGUF files of Llama 3.1 and later.
+    fixed = kind == "longrope" and factors == rope.get("long_factor") and rope.get("attention_factor") == 1
+    if kind not in ROPE_TYPES and not fixed:
         raise SmolseekError(
             f"{where}: rope_type {kind!r} is not supported for a Llama: use a model with {' or '.join(ROPE_TYPES)}"
         )
