@@ -27,7 +27,7 @@ from smolseek.storage.target import resolve
 
 ENGINE, ROOT = "llamacpp_native", Path("build/engines")
 FORMATS = {"bfloat16": "bf16", "q8_0": "q8_0", "q4_1": "q4_1"}
-"""Our --dtype, and the --quantize of the export."""
+"""Number formats by their name as --dtype, and as --quantize of the export."""
 
 
 def our_times(model: Any, ids: list[int], steps: int) -> dict:
@@ -103,14 +103,15 @@ def compare_kl(source: str, file: Path, model: Any, sequences: list[list[int]]) 
 
 
 def files(name: str, dtypes: list[str], root: Path) -> Iterator[tuple[str, str, Path, str]]:
-    """Yield the float32 source, the form, the GGUF file, and our --dtype, for each comparison of the model `name`."""
+    """Yield the float32 source, the form, the GGUF file and the dtype to load it with, for each case of a model."""
     source = "smollm2" if name == "smollm2" else str(model_folder(name, ROOT / "models"))
     if name == "smollm2" and "q4_1" in dtypes:
-        yield source, "as published (Q4_1)", resolve("smollm2"), "q4_1"
+        yield source, "as published (Q4_1)", resolve("smollm2"), "auto"
     for dtype in dtypes:
         file = root / f"{name}-{FORMATS[dtype]}.gguf"
         smolseek("export", source, str(file), "--format", "gguf", "--quantize", FORMATS[dtype])
-        yield source, FORMATS[dtype], file, dtype
+        # auto keeps quantised matrices as they are.
+        yield source, FORMATS[dtype], file, "bfloat16" if dtype == "bfloat16" else "auto"
         file.unlink()
 
 
@@ -124,17 +125,18 @@ def measure(args: Any) -> None:
     ids = [7 + 13 * n % 40_000 for n in range(max(args.cached))]
     with tempfile.TemporaryDirectory() as folder:
         for name in args.model:
-            sequences = calibration_sequences(resolve("smollm2"), "builtin", args.kl_tokens, 0, held_out=True)
             for source, form, file, dtype in files(name, args.dtype, Path(folder)):
-                model, kl = load(str(file), dtype=dtype).model, {}
+                loaded, kl = load(str(file), dtype=dtype), {}
+                model = loaded.model
                 if args.kl_tokens:
-                    kl = compare_kl(source, file, model, sequences[:, :-1].tolist())
+                    text = calibration_sequences(resolve("smollm2"), "builtin", args.kl_tokens, 0, held_out=True)
+                    kl = compare_kl(source, file, model, text[:, :-1].tolist())
                 for cached in args.cached:
                     context = cached + args.steps + 8
                     with Worker(
                         ENGINE, file, context=context, cache="F16", threads=args.threads, all_logits=False
                     ) as worker:
-                        row = about | {"model": name, "form": form, "dtype": dtype, "cached": cached}
+                        row = about | {"model": name, "form": form, "dtype": loaded.number_format, "cached": cached}
                         row |= {"llamacpp": worker.version, "features": worker.features, "bytes": file.stat().st_size}
                         row |= compare_speed(model, worker, ids[:cached], args.steps, args.rounds) | kl
                     print(line(row), flush=True)
