@@ -16,7 +16,8 @@ def number(name: str, default: int) -> int:
         return default
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise SmolseekError(
-            f"the environment variable {name} is {text!r}, which is not a whole number: unset it, or use torchrun"
+            f"the environment variable {name} is {text!r}, which is not a number of at least 0: unset it, or "
+            "use torchrun"
         )
     return int(text)
 

@@ -224,6 +224,22 @@ def test_the_card_of_another_author_is_kept_with_its_lists(tmp_path, run_cli):
     assert "Limitations\n\nMany." in card and "never float16" in card
 
 
+def test_sampling_settings_and_licence_of_the_source_are_copied(tmp_path, run_cli):
+    source, _ = saved(tmp_path / "source")
+    settings = {"do_sample": True, "temperature": 0.7, "eos_token_id": [0, 5]}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    (source / "LICENSE").write_text("Do as you like.")
+    assert run_cli("export", source, tmp_path / "out", "--format", "hf").code == 0
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == settings
+    assert (tmp_path / "out" / "LICENSE").read_text() == "Do as you like."
+
+
+def test_training_cannot_start_from_a_gguf_file_but_says_how(tmp_path, run_cli, save_model):
+    assert run_cli("export", save_model(), tmp_path / "m.gguf").code == 0
+    result = run_cli("train", "--init", tmp_path / "m.gguf", "--run", tmp_path / "run", "--data", "builtin")
+    assert result.code == 2 and "m.gguf FOLDER --format hf)" in result.err
+
+
 @pytest.mark.parametrize("out", [".", "/"])
 def test_a_folder_is_no_name_for_a_gguf_file(tmp_path, run_cli, out):
     result = run_cli("export", tmp_path, out)

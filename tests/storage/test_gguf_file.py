@@ -154,6 +154,12 @@ def test_tensors_are_read_by_name_in_any_order_and_again(tmp_path):
                 assert np.array_equal(file[name].numpy(), expected) and file.shape(name) == expected.shape
 
 
+def test_looking_for_a_name_reads_no_tensor(tmp_path, monkeypatch):
+    file = GgufFile(write(tmp_path / "m.gguf"))
+    monkeypatch.setattr(GgufFile, "__getitem__", None)
+    assert "model.norm.weight" in file and "model.norm.bias" not in file
+
+
 def test_a_model_split_over_files(tmp_path):
     one_file = load_model(write(tmp_path / "m.gguf", kind="Q8_0")).model.state_dict()
     write(tmp_path / "s.gguf", kind="Q8_0", split=8)

@@ -144,9 +144,10 @@ def _from_model(init: str, tokenizer: str | None = None) -> TrainConfig:
 
     path = resolve(init)
     if path.is_file():
-        raise SmolseekError(
-            f"--init {init} is a GGUF file: convert it first (smolseek convert {shlex.quote(init)} FOLDER)"
-        )
+        command = f"smolseek convert {shlex.quote(init)} FOLDER"
+        if read_config(path).is_mla:
+            command = f"smolseek export {shlex.quote(init)} FOLDER --format hf"
+        raise SmolseekError(f"--init {init} is a GGUF file: write its model to a folder first ({command})")
     if tokenizer is None and not has_tokenizer(path):
         raise SmolseekError(f"{init} has no tokenizer: put its tokenizer.json into the folder, or give --tokenizer")
     model = read_config(init)

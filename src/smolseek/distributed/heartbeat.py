@@ -72,8 +72,8 @@ class Heartbeat:
     def lost(self) -> str | None:
         """Return which process is missing after a failed collective or a SIGTERM; None if no process is missing.
 
-        This method takes a few intervals between heartbeats. All processes return the finding of the first one, since
-        this process ends as well.
+        This method takes a few intervals between heartbeats. All processes return the finding of the first process
+        that calls this method, since the first process ends as well.
         """
         self._failed = True
         try:

@@ -1,5 +1,6 @@
 """Writes a Hugging Face folder with a model card, for other engines."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from smolseek.storage.safetensors_file import write_shards
 from smolseek.storage.weights import file_views, with_head
 
 _ROUTER_BIAS = "e_score_correction_bias"
+_COPIED_FILES = ("generation_config.json", "LICENSE")
 
 
 def exported_config(config: ModelConfig, options: Export) -> ModelConfig:
@@ -45,6 +47,9 @@ def write(folder: Path, opened: LoadedModel, options: Export, name: str) -> None
     )
     write_shards(folder, stored)
     write_metadata(folder, config, dtype, opened.tokenizer)
+    for copied in _COPIED_FILES:
+        if (opened.path / copied).is_file():
+            shutil.copyfile(opened.path / copied, folder / copied)
     card = model_card(
         opened.path, config, name, license_name=options.license, gguf=None, plain_rope=runs_anywhere(config)
     )

@@ -87,6 +87,9 @@ class GgufFile(Mapping[str, torch.Tensor]):
                     f"{self._path}: tensor {name} is not supported: use a file of {kind} without this tensor"
                 )
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # the method of Mapping would dequantise the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 

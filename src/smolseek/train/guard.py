@@ -105,7 +105,7 @@ class StopRequest:
     terminal was closed) ends a run only if its output is a terminal; otherwise the run saves and goes on. Signals that
     were ignored before (for example by `nohup`) stay ignored.
 
-    In a distributed run (`single` is False), a repeated signal is stored without a message, because the terminal and
+    In a distributed run (`single` is False), every signal is stored without a message, because the terminal and
     torchrun often send the same signal. A process that does not end in time is killed by torchrun.
     """
 
