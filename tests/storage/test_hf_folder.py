@@ -273,7 +273,7 @@ def test_tensors_that_do_not_match_are_named(tmp_path):
     with pytest.raises(SmolseekError, match=rf"{name} has shape \[3, 32\].*\[20, 32\]"):
         load_model(tmp_path)
     rewrite(tmp_path, lambda t: t.pop(name))
-    with pytest.raises(SmolseekError, match=f"1 tensors are missing, {name}"):
+    with pytest.raises(SmolseekError, match=f"1 tensors are missing, the first is {name}"):
         load_model(tmp_path)
 
 
@@ -404,7 +404,7 @@ def test_a_missing_original_context_is_the_context():
         (OLD_LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
         (OLD_LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "needs factor"),
         (OLD_LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        (OLD_LLAMA, {"hidden_size": None}, "hidden_size missing"),
+        (OLD_LLAMA, {"hidden_size": None}, "missing hidden_size"),
         (OLD_LLAMA, {"hidden_size": "64"}, "hidden_size cannot be '64'"),
         (OLD_LLAMA, {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "qwen2.*Qwen2.*deepseek_v3"),
         (OLD_LLAMA, {"model_type": None}, "model_type None"),
