@@ -130,7 +130,7 @@ def test_a_run_folder_stands_for_its_newest_complete_checkpoint(run):
     path, skipped = newest_valid(run)
     assert path == run.checkpoint_path(1_000_000)
     assert [(p.name, "model.safetensors is truncated" in why) for p, why in skipped] == [("step-2000000", True)]
-    with pytest.raises(SmolseekError, match=r"step-2000000 is damaged: model\.safetensors is truncated"):
+    with pytest.raises(SmolseekError, match=r"step-2000000 is damaged \(model\.safetensors is truncated"):
         load_model(run.checkpoint_path(2_000_000))
     assert read_config(run.path) == MODEL
 
