@@ -40,4 +40,4 @@ def test_a_model_that_copies_is_found() -> None:
     assert failed(check_copying(subject)) == set()
     assert failed(check_copying(replace(subject, model=echo))) == {"copying: arg-max", "copying: samples"}
     useless = replace(subject, model=Echo(3.0), sequences=torch.arange(40)[None].repeat(8, 1))
-    assert ["are untrained: 4." in finding.done for finding in check_copying(useless)] == [True, True]
+    assert ["the loss is 4." in finding.done for finding in check_copying(useless)] == [True, True]

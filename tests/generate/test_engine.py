@@ -153,5 +153,5 @@ def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, message):
 
 def test_no_more_continuations_than_beams():
     model = new_model(small("tiny"), seed=3)
-    with pytest.raises(SmolseekError, match="beams 2 and n 3"):
+    with pytest.raises(SmolseekError, match="n 3 is not between 1 and the number of beams, 2"):
         beam_search(model, [1], beams=2, max_tokens=4, returned=3)

@@ -138,7 +138,7 @@ def test_prepared_tokens_know_whether_they_have_bos(base, run_cli):
     assert new.corpus.validation == more.corpus.validation
     assert torch.equal(more.val_sequences, opened(base, source, init="m").val_sequences)
     for name, init in (("new", "m"), ("more", None)):
-        with pytest.raises(SmolseekError, match="another"):
+        with pytest.raises(SmolseekError, match="was prepared with the tokenizer"):
             opened(base, str(base / name), init=init)
     assert one_line(
         run_cli("prepare", base / "x", *options, "--init", base / "m", "--eos-id", "1"), "leave out --tokenizer"

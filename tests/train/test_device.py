@@ -63,4 +63,4 @@ def test_emulated_products_give_a_warning(precision, run_cli, monkeypatch, tmp_p
     (tmp_path / "few.txt").write_text("too little to train on")
     arguments = ("--device", "cpu", "--precision", precision, "--run", tmp_path / "run")
     said = run_cli("train", "tiny", "--data", tmp_path / "few.txt", *arguments)
-    assert said.code == 2 and ("has no bfloat16 products" in said.err) == (precision == "bfloat16")
+    assert said.code == 2 and ("has no bfloat16 matrix multiplication" in said.err) == (precision == "bfloat16")

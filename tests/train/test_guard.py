@@ -119,7 +119,7 @@ def test_one_bad_batch_is_skipped_and_named(text, tmp_path, plant):
     [skipped] = [r["skipped"] for r in records(tmp_path / "run") if "skipped" in r]
     assert skipped["data"]["tokens"] == 3 * STEP_TOKENS and skipped["tokens"] == STEP_TOKENS
     log = (tmp_path / "run" / "train.log").read_text()
-    assert f"Step 4 is skipped: its loss is nan; its data are tokens {3 * STEP_TOKENS:,} to {4 * STEP_TOKENS:,}" in log
+    assert f"Step 4 is skipped: its loss is nan; its data is tokens {3 * STEP_TOKENS:,} to {4 * STEP_TOKENS:,}" in log
     saved = state(last)
     assert saved["progress"]["step"] == 8 and saved["progress"]["tokens"] == 8 * STEP_TOKENS
     assert saved["guard"]["skipped_steps"] == 1 and saved["guard"]["skipped_tokens"] == STEP_TOKENS
@@ -244,7 +244,7 @@ def test_a_checkpoint_that_leads_nowhere_is_left_for_the_one_before(text, tmp_pa
 
 def test_it_gives_up_when_going_back_does_not_help(text, tmp_path, plant):
     plant(set(range(4, 100)))
-    with pytest.raises(SmolseekError, match=rf"{VAIN_RETURNS} returns .* did not help: .*--optim\.lr"):
+    with pytest.raises(SmolseekError, match=rf"{VAIN_RETURNS} rollbacks .* did not help: .*--optim\.lr"):
         loop.train(config(tmp_path / "run", text))
     path, skipped = newest_valid(RunFolder(tmp_path / "run"))
     assert path is None or not skipped
