@@ -245,3 +245,31 @@ def test_a_folder_is_no_name_for_a_gguf_file(tmp_path, run_cli, out):
     result = run_cli("export", tmp_path, out)
     assert result.code == 2 and f"{out} is not the name of a GGUF file" in result.err
     assert "use model.gguf, or --format hf" in result.err
+
+
+YARN = RopeConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
+GQA_MOE = {"model_type": "smolseek_gqa_moe", "kv_lora_rank": None, "mlp_gated": False, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "changes, why",
+    [
+        ({"rope_parameters": YARN}, "its RoPE is of the type yarn"),
+        ({"qk_nope_head_dim": 0}, "its heads have no features without RoPE"),
+        ({**GQA_MOE, "n_shared_experts": 0, "tie_word_embeddings": False}, "its model_type is smolseek_gqa_moe"),
+    ],
+)
+def test_a_folder_that_is_not_for_every_engine_says_why(tmp_path, run_cli, changes, why):
+    source, _ = saved(tmp_path / "source", **changes)
+    result = run_cli("export", source, tmp_path / "out", "--format", "hf")
+    assert result.code == 0 and f"not for vLLM and mlx-lm, because {why}" in result.out
+    assert "vllm serve" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_of_a_llama_has_the_cache_of_its_own_heads(tmp_path, run_cli, save_model):
+    sizes = {"kv_lora_rank": None, "num_key_value_heads": 2, "n_routed_experts": 0, "n_shared_experts": 0}
+    source = save_model(model_type="llama", **sizes)
+    config = load_model(source).config
+    assert run_cli("export", source, tmp_path / "out", "--format", "hf").code == 0
+    cached = config.num_hidden_layers * config.cache_features * 2
+    assert f"KV cache per token in 16 bits: {cached:,} bytes" in (tmp_path / "out" / "README.md").read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
-from smolseek.model.summary import cache_bytes, count
+from smolseek.model.summary import count
 from smolseek.report.page import tiles
 from smolseek.report.read import Run, read_run
 from smolseek.run_folder import step_of
@@ -17,13 +17,11 @@ _INHERITED = re.compile(
 """Settings in the front matter of the source's card that the new card keeps. The items of a list are lines that follow
 the setting."""
 _RUN = "## How to run it"
-_OWN_USAGE = re.compile(rf'^(?:{_RUN}|```python\n(?:.*\n){{2}}model = .*"FOLDER")', re.M)
+_OLD_USAGE = re.compile(rf'^(?:{_RUN}|```python\n(?:.*\n){{2}}model = .*"FOLDER")', re.M)
 """Beginning of the instructions that an earlier export or conversion wrote. The new instructions replace them."""
 
 
-def model_card(
-    path: Path, config: ModelConfig, name: str, *, license_name: str | None, gguf: str | None, plain_rope: bool
-) -> str:
+def model_card(path: Path, config: ModelConfig, name: str, *, license_name: str | None, gguf: str | None) -> str:
     """Return the text of README.md for the model from `path`, a model folder, checkpoint or .gguf file.
 
     Args:
@@ -32,7 +30,6 @@ def model_card(
         name: the model's title, for example its name on the hub.
         license_name: licence in the hub's spelling; None takes the licence in the card of `path`, if any.
         gguf: name of the GGUF file; None for a Hugging Face folder.
-        plain_rope: whether engines without longrope support the model.
     """
     old = _read(path)
     front, body = _split(old)
@@ -43,8 +40,19 @@ def model_card(
         body = _trained(run, path, config, name)
     elif not body:
         body = f"# {name}\n\nExported by smolseek. How it was made is not recorded.\n\n{_sizes(config)}"
-    body = _OWN_USAGE.split(body, maxsplit=1)[0].rstrip()
-    return f"---\n{_front(front, config, license_name, gguf)}---\n\n{body}\n\n{_usage(config, name, gguf, plain_rope)}"
+    body = _OLD_USAGE.split(body, maxsplit=1)[0].rstrip()
+    return f"---\n{_front(front, config, license_name, gguf)}---\n\n{body}\n\n{_usage(config, name, gguf)}"
+
+
+def obstacle(config: ModelConfig) -> str | None:
+    """Return why vLLM and mlx-lm cannot be expected to compute a model; None if they can."""
+    if config.model_type == "smolseek_gqa_moe":
+        return "its model_type is smolseek_gqa_moe"
+    if config.is_mla and config.rope_parameters.rope_type != "default":
+        return f"its RoPE is of the type {config.rope_parameters.rope_type}"
+    if config.is_mla and config.qk_nope_head_dim == 0:
+        return "its heads have no features without RoPE (qk_nope_head_dim 0)"
+    return None
 
 
 def _read(path: Path) -> str:
@@ -120,15 +128,14 @@ The losses are in nats per token. The validation text comes from the same data a
 
 
 def _sizes(config: ModelConfig) -> str:
-    counts, cache = count(config), cache_bytes(config)
-    kind = "MLA" if config.is_mla else next(iter(cache))
+    counts, cached = count(config), 2 * config.num_hidden_layers * config.cache_features
     return (
         f"- Parameters: {counts.total:,}, {counts.active:,} active per token\n"
-        f"- KV cache per token in 16 bits: {cache[kind]:,} bytes"
+        f"- KV cache per token in 16 bits: {cached:,} bytes"
     )
 
 
-def _usage(config: ModelConfig, name: str, gguf: str | None, plain_rope: bool) -> str:
+def _usage(config: ModelConfig, name: str, gguf: str | None) -> str:
     """Return the part of the card that says how to run the model in each engine that supports it."""
     if gguf:
         return f"""{_RUN}
@@ -155,8 +162,8 @@ With smolseek: `smolseek generate {name} "The structure of DNA"`.
 """
     if config.is_mla and not config.latent_norm:
         text += "\nUse float32 or bfloat16, never float16: float16 cannot represent the small weights of the latent.\n"
-    if config.is_mla and not plain_rope:
-        return text + "\nOther engines do not compute this model: its RoPE is of the type `longrope`.\n"
+    if why := obstacle(config):
+        return text + f"\nNot for other engines, because {why}.\n"
     text += f'\nWith mlx-lm: `mlx_lm.generate --model {name} --prompt "The structure of DNA"`.\n'
     flag = " On a CPU, set VLLM_MLA_DISABLE=1 and give `-cc.custom_ops+=none`." if config.is_mla else ""
     return text + f"\nWith vLLM: `vllm serve {name}`.{flag}\n"

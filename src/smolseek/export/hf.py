@@ -24,12 +24,6 @@ def exported_config(config: ModelConfig, options: Export) -> ModelConfig:
     return padding.padded_config(config) if options.pad_deepseek else config
 
 
-def runs_anywhere(config: ModelConfig) -> bool:
-    """Return whether other engines than transformers and smolseek support the model."""
-    portable = config.rope_parameters.rope_type == "default" and config.qk_nope_head_dim > 0
-    return config.model_type == "llama" or (config.is_mla and portable)
-
-
 def write(folder: Path, opened: LoadedModel, options: Export, name: str) -> None:
     """Write the model into the empty `folder`, tensor by tensor. Raises OSError if the folder cannot be written."""
     model: CausalLM = opened.model
@@ -50,7 +44,5 @@ def write(folder: Path, opened: LoadedModel, options: Export, name: str) -> None
     for copied in _COPIED_FILES:
         if (opened.path / copied).is_file():
             shutil.copyfile(opened.path / copied, folder / copied)
-    card = model_card(
-        opened.path, config, name, license_name=options.license, gguf=None, plain_rope=runs_anywhere(config)
-    )
+    card = model_card(opened.path, config, name, license_name=options.license, gguf=None)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -11,7 +11,7 @@ import torch
 from smolseek import console
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.export import gguf, hf, hub
-from smolseek.export.card import model_card
+from smolseek.export.card import model_card, obstacle
 from smolseek.export.options import Export
 from smolseek.export.source import check_tokenizer, open_source
 from smolseek.files import atomic_file, atomic_folder, is_vacant
@@ -52,9 +52,7 @@ def _export_gguf(target: str, out: Path, options: Export) -> None:
     console.say(f"Wrote {out}: {out.stat().st_size / 1e6:,.0f} MB ({plan.description})")
     if options.push_to_hub is not None:
         title = options.push_to_hub.rpartition("/")[2]
-        card = model_card(
-            source.path, source.config, title, license_name=options.license, gguf=out.name, plain_rope=True
-        )
+        card = model_card(source.path, source.config, title, license_name=options.license, gguf=out.name)
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / out.name).symlink_to(out.resolve())
             (Path(folder) / "README.md").write_text(card, encoding="utf-8")
@@ -66,8 +64,8 @@ def _export_folder(target: str, out: Path, options: Export) -> None:
     opened = load_model(target, tokenizer=options.tokenizer)
     if options.tokenizer is not None:
         check_tokenizer(opened.tokenizer, config, options.tokenizer)
-    if not hf.runs_anywhere(config):
-        console.say("Note: only smolseek and transformers support this model, because its RoPE has its own frequencies")
+    if why := obstacle(config):
+        console.say(f"Note: the folder is not for vLLM and mlx-lm, because {why}")
     numbers = count(config).total + config.tie_word_embeddings * count(config).embedding  # a tied head is written, too
     nbytes = numbers * getattr(torch, options.dtype or "float32").itemsize
     title = options.push_to_hub or out.resolve().name
