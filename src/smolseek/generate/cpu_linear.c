@@ -3,15 +3,16 @@
 #include "cpu_decode.h"
 
 /* totals[b][r] = the sixteen partial sums of w . x[b] for b < NB, where NB is a compile-time constant. Four running sums
-   hide the latency of an addition. The last columns, fewer than sixteen, are left out. */
-INLINE void dot(const void *w, int64_t cols, const float *const *x, const int NB, const int64_t bfloat16, int64_t ahead,
-                int r, vec totals[4][4]) {
+   hide the latency of an addition. The last columns, fewer than sixteen, are left out. The
+   bytes that lie `prefetch` further on are requested from memory. */
+INLINE void dot(const void *w, int64_t cols, const float *const *x, const int NB, const int64_t bfloat16,
+                int64_t prefetch, int r, vec totals[4][4]) {
     vec acc[4][4] = {{{0}}};
     int64_t i = 0;
     for (; i + 64 <= cols; i += 64)
         for (int part = 0; part < 4; part++) {
             vec weight = load_once(w, i + 16 * part, bfloat16);
-            if (part % 2 == 0) __builtin_prefetch((const char *)at(w, i + 16 * part, bfloat16) + ahead, 0, 0);
+            if (part % 2 == 0) __builtin_prefetch((const char *)at(w, i + 16 * part, bfloat16) + prefetch, 0, 0);
             for (int b = 0; b < NB; b++) acc[part][b] += weight * load(x[b], i + 16 * part, 0);
         }
     for (; i + 16 <= cols; i += 16) {
@@ -66,11 +67,11 @@ INLINE vec4 sum_4(const vec *v) {
 
 /* The outputs o to o + rows - 1, at most four, for NB inputs. */
 INLINE void four_outputs(const char *w, int64_t bytes, int64_t cols, const float *const *x, float *const *y, int64_t o,
-                         int64_t rows, int64_t ahead, const int NB, const int64_t format) {
+                         int64_t rows, int64_t prefetch, const int NB, const int64_t format) {
     vec totals[4][4] = {{{0}}};
     for (int r = 0; r < rows; r++) {
         if (format == FLOAT32 || format == BFLOAT16)
-            dot(w + (o + r) * bytes, cols, x, NB, format, ahead, r, totals);
+            dot(w + (o + r) * bytes, cols, x, NB, format, prefetch, r, totals);
         else
             quantized_dot((const uint8_t *)w + (o + r) * bytes, cols, x, NB, format, r, totals);
     }
@@ -88,16 +89,16 @@ INLINE void four_outputs(const char *w, int64_t bytes, int64_t cols, const float
 INLINE void typed_outputs(const char *w, int64_t stride, int64_t cols, const float *const *x, float *const *y, int64_t n,
                           int64_t lo, int64_t hi, const int64_t format) {
     /* A matrix is read in the order of memory; rows of a cache are far apart. */
-    int64_t bytes = format_bytes(stride, format), ahead = stride == cols ? 4096 : 16 * bytes;
+    int64_t bytes = format_bytes(stride, format), prefetch = stride == cols ? 4096 : 16 * bytes;
     for (int64_t o = lo; o < hi; o += 4) {
         int64_t rows = hi - o < 4 ? hi - o : 4, b = 0;
-        for (; b + 4 <= n; b += 4) four_outputs(w, bytes, cols, x + b, y + b, o, rows, ahead, 4, format);
+        for (; b + 4 <= n; b += 4) four_outputs(w, bytes, cols, x + b, y + b, o, rows, prefetch, 4, format);
         if (n - b == 3)
-            four_outputs(w, bytes, cols, x + b, y + b, o, rows, ahead, 3, format);
+            four_outputs(w, bytes, cols, x + b, y + b, o, rows, prefetch, 3, format);
         else if (n - b == 2)
-            four_outputs(w, bytes, cols, x + b, y + b, o, rows, ahead, 2, format);
+            four_outputs(w, bytes, cols, x + b, y + b, o, rows, prefetch, 2, format);
         else if (n - b == 1)
-            four_outputs(w, bytes, cols, x + b, y + b, o, rows, ahead, 1, format);
+            four_outputs(w, bytes, cols, x + b, y + b, o, rows, prefetch, 1, format);
     }
 }
 
