@@ -52,8 +52,8 @@ bench: $(STAMP)
 	$(PY) bench/balance.py
 	$(PY) bench/loader.py
 
-# llama.cpp, mlx-lm and vLLM beside stock transformers, into docs/results/engines.json: the first time about 30 minutes and
-# 5 GB in build/engines.
+# llama.cpp, mlx-lm and vLLM beside stock transformers, into docs/results/engines.json: the first time about an hour and
+# 6 GB in build/engines.
 engines: $(STAMP)
 	$(PY) tools/engines.py
 	HF_HUB_OFFLINE=1 $(PY) bench/engines.py
