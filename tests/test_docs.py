@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from bench import engine_table
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -121,6 +122,16 @@ def test_the_numbers_of_the_readme_are_those_of_the_results():
     ]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [text for text in expected if text not in readme] == []
+
+
+def test_the_tables_of_engines_are_those_of_the_result():
+    result = results("engines")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    assert [row for row in engine_table.engines(result) if row not in readme] == []
+    assert [row for row in engine_table.quantised(result) if row not in page.splitlines()] == []
+    half, original = (engine_table.cache(result)[model] for model in ("half_cache", "smollm2"))
+    assert f"{half} bytes per token instead of {original}" in page
 
 
 def test_every_result_is_in_the_list_of_results():
