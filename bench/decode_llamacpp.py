@@ -115,6 +115,13 @@ def files(name: str, dtypes: list[str], root: Path) -> Iterator[tuple[str, str, 
         file.unlink()
 
 
+def replaced(rows: list[dict], row: dict) -> list[dict]:
+    """Return the rows with `row` in the place of that of the same case, whose KL stays if it was not measured again."""
+    before = [old for old in rows if all(old[key] == row[key] for key in ("model", "form", "cached"))]
+    kl = {key: value for old in before for key, value in old.items() if key.startswith("kl_")}
+    return [old for old in rows if old not in before] + [kl | row]
+
+
 def measure(args: Any) -> None:
     """Measure, print a line for each case, and write the result, in which other cases stay."""
     if why := not_installed(ENGINE, ROOT):
@@ -140,8 +147,7 @@ def measure(args: Any) -> None:
                         row |= {"llamacpp": worker.version, "features": worker.features, "bytes": file.stat().st_size}
                         row |= compare_speed(model, worker, ids[:cached], args.steps, args.rounds) | kl
                     print(line(row), flush=True)
-                    case = ("model", "form", "cached")
-                    rows = [old for old in rows if any(old[key] != row[key] for key in case)] + [row]
+                    rows = replaced(rows, row)
                     args.out.write_text(json.dumps({"rows": rows}, indent=2) + "\n", encoding="utf-8")
 
 
