@@ -1,4 +1,4 @@
-"""Tables of README, docs/engines.md and docs/performance.md, from docs/results/. Run it to print those of engines."""
+"""Tables of README and docs/engines.md, from docs/results/engines.json. Run it to print the tables."""
 
 import json
 from pathlib import Path
@@ -44,37 +44,6 @@ def quantised(result: dict) -> list[str]:
         rows = {row["form"]: row for row in result["kl"] if row["model"] == model}
         cells = (f"{row['kl']:.1e} ({row['kl_weights']:.1e}), {row['bytes'] / 1e6:,.0f} MB" for row in rows.values())
         lines.append(f"| `{model}` | {' | '.join(cells)} |")
-    return lines
-
-
-def decoding(result: dict) -> list[str]:
-    """Return the rows of the table of speeds beside llama.cpp, of docs/results/decode_llamacpp.json."""
-    lines = [
-        "| model | weights | cache | decoding, ours and llama.cpp's, tokens/s | ratio | prompt, tokens/s | ratio |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in result["rows"]:
-        cells = [f"`{row['model']}`", row["form"], f"{row['cached']:,}"]
-        for part in ("decode", "prompt"):
-            low, high = row[f"{part}_ratio_spread"]
-            cells.append(f"{row[f'{part}_ours_tokens_s']:,.0f}, {row[f'{part}_llamacpp_tokens_s']:,.0f}")
-            cells.append(f"{row[f'{part}_ratio']:.2f} ({low:.2f}-{high:.2f})")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def decoding_kl(result: dict) -> list[str]:
-    """Return the rows of the table of KL divergences beside llama.cpp."""
-    lines = [
-        "| model | weights | KL to the model in float32, ours and llama.cpp's | KL to the same weights in float32 |",
-        "|---|---|---|---|",
-    ]
-    for row in {(row["model"], row["form"]): row for row in result["rows"] if "kl_ours_to_float32" in row}.values():
-        pairs = (
-            f"{row[f'kl_ours_to_{name}']:.1e}, {row[f'kl_llamacpp_to_{name}']:.1e}"
-            for name in ("float32", "same_weights")
-        )
-        lines.append(f"| `{row['model']}` | {row['form']} | {' | '.join(pairs)} |")
     return lines
 
 

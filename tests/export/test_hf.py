@@ -105,12 +105,18 @@ def test_the_card_of_a_run_has_its_figures(tmp_path, run_cli):
     run = tmp_path / "run"
     options = ["--steps", "2", "--log-every", "1", "--eval-tokens", "256", "--sample-tokens", "0", "--batch-size", "1"]
     sizes = ["--seq-len", "32", "--model.num-hidden-layers", "1", "--eval-every", "2", "--save-every", "1"]
-    assert run_cli("train", "tiny", "--data", "builtin", "--run", run, *options, *sizes).code == 0
+    text = tmp_path / "private" / "texts.txt"
+    text.parent.mkdir()
+    text.write_text(
+        "\n\n".join(f"Text {n} is about the number {n * n}, and {n + 1} follows it." * 3 for n in range(99))
+    )
+    assert run_cli("train", "tiny", "--data", text, "--run", run, *options, *sizes).code == 0
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert run_cli("export", run, tmp_path / "out", "--format", "hf").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
     loss = next(record["val_loss"] for record in reversed(records) if "val_loss" in record)
     assert f"| validation loss | {loss:.4f} |" in card and "for 2 of 2 steps" in card
+    assert "- Data: texts.txt\n" in card and "private" not in card  # a card may be public
     assert re.search(r"Audit of the run: \d+ checks passed, 0 checks failed", card)
     # The card of an earlier checkpoint has the figures of its own step.
     assert run_cli("export", run / "checkpoints" / "step-000001", tmp_path / "early", "--format", "hf").code == 0

@@ -109,13 +109,13 @@ def _trained(run: Run, path: Path, config: ModelConfig, name: str) -> str:
             f"{n} checks {what}"
             for what, n in (("passed", counts["pass"]), ("failed", counts["fail"]), ("skipped", counts["skip"]))
         )
-    begun = f"the weights of {c.init}" if c.init else "random weights"
-    goal = f"the distribution of {c.distill.teacher}" if c.distill.teacher else "the next token"
+    begun = f"the weights of {_published(c.init)}" if c.init else "random weights"
+    goal = f"the distribution of {_published(c.distill.teacher)}" if c.distill.teacher else "the next token"
     return f"""# {name}
 
 Trained by smolseek from {begun}, for {step:,} of {c.steps:,} steps, to predict {goal}.
 
-- Data: {", ".join(c.data.sources)}
+- Data: {", ".join(map(_published, c.data.sources))}
 - Tokens per step: {c.step_tokens:,} ({c.batch_size} x {c.grad_accum} x {c.seq_len})
 - Audit of the run: {verdict}
 {_sizes(config)}
@@ -125,6 +125,12 @@ Trained by smolseek from {begun}, for {step:,} of {c.steps:,} steps, to predict 
 {figures}
 
 The losses are in nats per token. The validation text comes from the same data and was not trained on."""
+
+
+def _published(source: str) -> str:
+    """Return the name of a file, folder or hub source for a card, which may be public, without the path to it."""
+    path = Path(source).expanduser()
+    return path.name if path.is_absolute() or path.exists() else source
 
 
 def _sizes(config: ModelConfig) -> str:
