@@ -214,6 +214,7 @@ REFUSED = {
     "no_nope": (replace(MLA, qk_nope_head_dim=0), "qk_nope_head_dim 0"),
     "no_rope": (replace(MLA, qk_rope_head_dim=0), "qk_rope_head_dim 0"),
     "biases": (replace(MLA, attention_bias=True), "attention_bias"),
+    "epsilon": (replace(MLA, rms_norm_eps=0.0), "rms_norm_eps 0 with latent attention: set rms_norm_eps"),
     "rank": (
         replace(MLA, kv_lora_rank=24),
         "blk.0.attn_v_b.weight has rows of 24 numbers, but q8_0 needs a multiple of 32",

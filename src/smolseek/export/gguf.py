@@ -86,6 +86,9 @@ def require_supported(config: ModelConfig) -> None:
         raise refuse(f"rope_type {rope.rope_type!r} with latent attention", portable)
     if config.attention_bias:
         raise refuse("biases in latent attention (attention_bias)", "export it with --format hf")
+    for name in ("rms_norm_eps", "latent_norm_eps"):  # all norms get one epsilon, by multiplying what they normalise
+        if getattr(config, name) == 0:
+            raise refuse(f"{name} 0 with latent attention", f"set {name} to a small number, for example 1e-6")
 
 
 def _require_multiple(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
