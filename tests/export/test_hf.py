@@ -10,6 +10,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from smolseek.config import ModelConfig, RopeConfig
+from smolseek.errors import SmolseekError
+from smolseek.export.hf import exported_config
+from smolseek.export.options import Export
 from smolseek.model.transformer import new_model
 from smolseek.storage.hf_config import config_from_hf, config_to_hf
 from smolseek.storage.hf_folder import load_model, save_folder
@@ -208,6 +211,11 @@ def test_a_tied_matrix_stored_as_the_head_is_exported(tmp_path, run_cli, save_mo
     with torch.no_grad():
         logits = [load_model(path).model(IDS) for path in (source, tmp_path / "m.gguf")]
     torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_an_epsilon_of_zero_is_refused():
+    with pytest.raises(SmolseekError, match="latent_norm_eps 0: transformers computes with 1e-06"):
+        exported_config(replace(SHAPE, latent_norm_eps=0.0), Export(format="hf"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path, run_cli, save_model):

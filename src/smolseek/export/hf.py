@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from smolseek.config import ModelConfig
+from smolseek.errors import SmolseekError
 from smolseek.export import padding
 from smolseek.export.card import model_card
 from smolseek.export.options import Export
@@ -20,7 +21,11 @@ _COPIED_FILES = ("generation_config.json", "LICENSE")
 
 
 def exported_config(config: ModelConfig, options: Export) -> ModelConfig:
-    """Return the configuration of the exported model. Raises SmolseekError if the model cannot be padded."""
+    """Return the configuration of the exported model. Raises SmolseekError if transformers cannot compute the model."""
+    if config.latent_norm_eps == 0:
+        raise SmolseekError(
+            f"latent_norm_eps 0: transformers computes with {EPS:g}, which no weights can correct: export another model"
+        )
     return padding.padded_config(config) if options.pad_deepseek else config
 
 
