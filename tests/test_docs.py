@@ -135,6 +135,31 @@ def test_the_tables_of_engines_are_those_of_the_result():
     assert f"{half} bytes per token instead of {original}" in page
 
 
+NUMBER = r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?"
+COMMAND = re.compile(r"^\$ |\bpython (bench|examples)/\w+\.py|\bsmolseek (?!COMMAND)\w+ |\bmake \w+", re.MULTILINE)
+HISTORICAL = {"log.md", "results.md"}
+"""Pages that say themselves that no command repeats their figures, or that are a list of commands."""
+
+
+def tables_without_command(text: str) -> list[str]:
+    """Return the headers of tables with numbers that have no command between the table before and the table after."""
+    parts = re.split(r"((?:^\|.*\n)+)", text, flags=re.MULTILINE)
+    missing = []
+    for before, table, after in zip(parts[:-1:2], parts[1::2], parts[2::2], strict=True):
+        cells = re.sub(r"`[^`]*`|\]\([^)]*\)", "", "".join(table.splitlines(keepends=True)[2:]))
+        if len(re.findall(rf"(?<![\w.-]){NUMBER}", cells)) >= 3 and not COMMAND.search(before + table + after):
+            missing.append(table.splitlines()[0])
+    return missing
+
+
+def test_each_table_of_numbers_has_a_command_beside_it():
+    table = "Text.\n\n| a | b |\n|---|---|\n| 1 | 2.5 |\n| 3 | 4 |\n\n"
+    assert tables_without_command(table + "More.\n") == ["| a | b |"]
+    assert tables_without_command(table + "`python bench/gpu.py` measures it.\n") == []
+    pages = [page for page in PAGES if page.name not in HISTORICAL]
+    assert {page.name: heads for page in pages if (heads := tables_without_command(page.read_text()))} == {}
+
+
 def test_every_result_is_in_the_list_of_results():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     files = {path.name for path in (ROOT / "docs" / "results").iterdir()}
@@ -207,9 +232,6 @@ def commands_with_output(code: str) -> list[tuple[str, list[str]]]:
     """Return the commands of a console block, and the lines that each command prints."""
     parts = re.split(r"^\$ ", code, flags=re.MULTILINE)[1:]
     return [(part.splitlines()[0], [line for line in part.splitlines()[1:] if line.strip()]) for part in parts]
-
-
-NUMBER = r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?"
 
 
 def pattern(line: str) -> re.Pattern:
