@@ -17,7 +17,11 @@ from smolseek.generate.static import StaticStep
 from smolseek.model.cache import Cache
 from smolseek.model.transformer import CausalLM
 
-StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "cancelled"]
+StopReason = Literal["stop_token", "stop_string", "length", "context", "time", "cancelled", "error"]
+NOT_FINITE = (
+    "the model's logits are not finite: its weights are damaged, or too large for their number format: "
+    "try --dtype float32, or use another checkpoint"
+)
 
 
 class Decoder:
@@ -130,10 +134,7 @@ def require_finite(logits_XV: torch.Tensor) -> torch.Tensor:
     """
     total_X = logits_XV.logsumexp(dim=-1)
     if not total_X.isfinite().all():
-        raise SmolseekError(
-            "the model's logits are not finite: its weights are damaged, or too large for their number format: "
-            "try --dtype float32, or use another checkpoint"
-        )
+        raise SmolseekError(NOT_FINITE)
     return total_X
 
 

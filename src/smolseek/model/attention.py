@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from smolseek.config import ModelConfig
-from smolseek.model.cache import Cache
+from smolseek.model.cache import KVCache
 from smolseek.model.layers import Linear, RMSNorm
 from smolseek.model.rope import softmax_scale
 from smolseek.ops.causal_attention import causal_attention
@@ -46,7 +46,7 @@ class MLA(nn.Module):
         self.o_proj = Linear(self.heads * self.value, D, bias=bias)
 
     def forward(
-        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: KVCache | None = None, last: int | None = None
     ) -> torch.Tensor:
         """Compute causal attention -> [B, A, D]. With a cache, the new tokens follow the cached tokens.
 
@@ -88,7 +88,7 @@ class GQA(nn.Module):
         self.o_proj = Linear(self.heads * self.size, D, bias=False)
 
     def forward(
-        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: KVCache | None = None, last: int | None = None
     ) -> torch.Tensor:
         """Compute causal attention, with the arguments of `MLA.forward`."""
         T = x_BTD.shape[1]

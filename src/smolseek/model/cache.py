@@ -5,10 +5,27 @@ Shapes: B batch, C capacity in tokens, T new tokens, S cached tokens, F cached f
 
 import copy
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
 from smolseek.config import ModelConfig
+
+
+class KVCache(Protocol):
+    """What the model's forward pass uses of a cache: `Cache`, or `PagedView` in paged_cache.py."""
+
+    length: int
+    lengths_B: torch.Tensor | None
+
+    def append(self, layer: int, new_BTF: torch.Tensor) -> torch.Tensor:
+        """Write the new tokens of one layer, and return all cached tokens [B, S, F]."""
+
+    def advance(self, tokens: int) -> None:
+        """Increase the number of cached tokens by `tokens`."""
+
+    def unseen(self, seen: int) -> torch.Tensor | None:
+        """Return a mask [B, 1, S], True beyond the newest token of a sequence; None if all lengths are equal."""
 
 
 class Cache:

@@ -10,7 +10,7 @@ from torch import nn
 
 from smolseek.config import ModelConfig
 from smolseek.model.attention import GQA, MLA
-from smolseek.model.cache import Cache
+from smolseek.model.cache import KVCache
 from smolseek.model.layers import Embedding, Head, RMSNorm
 from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.recompute import Checkpointing, checkpointed
@@ -33,7 +33,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         cos_sin: CosSin,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         last: int | None = None,
         accumulate: bool = False,
     ) -> tuple[torch.Tensor, Load | None]:
@@ -44,7 +44,7 @@ class Block(nn.Module):
         return self.apply_mlp(self.attend(x_BTD, cos_sin, cache, last), accumulate)
 
     def attend(
-        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: Cache | None = None, last: int | None = None
+        self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: KVCache | None = None, last: int | None = None
     ) -> torch.Tensor:
         """Return the residual stream [B, T, D] after attention; with `last`, only for the last `last` tokens."""
         h_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache, last)
@@ -117,7 +117,7 @@ class CausalLM(nn.Module):
         return [block.mlp.gate for block in self.model.layers if isinstance(block.mlp, MoE)]
 
     def hidden(
-        self, ids_BT: torch.Tensor, cache: Cache | None = None, *, last: int | None = None, accumulate: bool = False
+        self, ids_BT: torch.Tensor, cache: KVCache | None = None, *, last: int | None = None, accumulate: bool = False
     ) -> Hidden:
         """Run the decoder on `ids_BT`, the tokens that follow those in `cache`.
 
@@ -158,7 +158,7 @@ class CausalLM(nn.Module):
             load_LE, balance = ids_BT.new_zeros((0, 0)), x_BTD.new_zeros(())
         return Hidden(self.model.norm(x_BTD if last is None else x_BTD[:, -last:]), load_LE, balance)
 
-    def forward(self, ids_BT: torch.Tensor, cache: Cache | None = None, last: int | None = None) -> torch.Tensor:
+    def forward(self, ids_BT: torch.Tensor, cache: KVCache | None = None, last: int | None = None) -> torch.Tensor:
         """Return the next-token logits [B, T, V] of all tokens `ids_BT` (int64), or only of the final `last` tokens."""
         return self.lm_head(self.hidden(ids_BT, cache, last=last).hidden_BTD)
 

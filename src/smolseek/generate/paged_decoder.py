@@ -1,0 +1,121 @@
+"""Runs a model on sequences in a `PagedCache`: chunks of prompts, and decode steps of several sequences.
+
+On a CPU, the bits of a sequence do not depend on the other sequences.
+
+Shapes: B sequences, T tokens of a chunk, V vocab_size, L layers with experts, K experts per token.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from smolseek.model.paged_cache import PagedCache, PagedView
+from smolseek.model.transformer import CausalLM
+
+Experts = tuple[tuple[int, ...], ...]
+"""The experts that one token uses: for each layer with experts, the K numbers in ascending order."""
+
+
+class ChunkDetails(NamedTuple):
+    """What a request may want to know about the tokens of a chunk of its prompt."""
+
+    experts: list[Experts]
+    """The experts of each token of the chunk."""
+    logits_TV: torch.Tensor
+    """The logits after each token, in float32."""
+
+
+class PagedDecoder:
+    """A model and a `PagedCache`.
+
+    Args:
+        model: the model, in the number format in which it computes.
+        cache: the pool of pages.
+    """
+
+    def __init__(self, model: CausalLM, cache: PagedCache) -> None:
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def read(self, table: Sequence[int], start: int, ids: Sequence[int], *, logits: bool) -> torch.Tensor | None:
+        """Append a chunk of a prompt to a sequence. With `logits`, return the logits [V] after it, in float32.
+
+        Args:
+            table: the pages of the sequence.
+            start: number of tokens of the sequence that are cached.
+            ids: the tokens of the chunk.
+            logits: whether this is the last chunk.
+        """
+        ids_1T = torch.tensor([list(ids)], device=self.cache.device)
+        view = PagedView(self.cache, [table], [start], len(ids))
+        hidden_11D = self.model.hidden(ids_1T, view, last=1).hidden_BTD
+        return self.model.lm_head(hidden_11D)[0, 0].float() if logits else None
+
+    @torch.inference_mode()
+    def read_details(self, table: Sequence[int], start: int, ids: Sequence[int]) -> ChunkDetails:
+        """Compute the details of a chunk that `read` has appended, with the arguments of `read`.
+
+        The chunk is computed again, because `read` computes queries of the last layer for the last token only, and
+        matrices of other sizes could change the bits of the logits.
+        """
+        ids_1T = torch.tensor([list(ids)], device=self.cache.device)
+        with _router_outputs(self.model) as chosen:
+            hidden_1TD = self.model.hidden(ids_1T, PagedView(self.cache, [table], [start], len(ids))).hidden_BTD
+        experts_LTK = self._stack(chosen, len(ids))
+        return ChunkDetails(by_token(experts_LTK), self.model.lm_head(hidden_1TD)[0].float())
+
+    @torch.inference_mode()
+    def step(
+        self, tables: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Sequence[int], *, experts: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Append one token to each sequence. Return the logits [B, V] in float32, and the experts [L, B, K] or None.
+
+        Args:
+            tables: the pages of each sequence.
+            lengths: number of cached tokens of each sequence.
+            tokens: the token of each sequence.
+            experts: whether the experts are returned.
+        """
+        if not experts:
+            return self._forward(tables, lengths, tokens), None
+        with _router_outputs(self.model) as chosen:
+            logits_BV = self._forward(tables, lengths, tokens)
+        return logits_BV, self._stack(chosen, len(tokens))
+
+    def _forward(self, tables: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        device = self.cache.device
+        if device.type == "cpu":  # one by one, since the rounding of PyTorch's products depends on their sizes
+            views = (PagedView(self.cache, [table], [length]) for table, length in zip(tables, lengths, strict=True))
+            logits = [self.model(torch.tensor([[t]]), view)[0, 0] for t, view in zip(tokens, views, strict=True)]
+            return torch.stack(logits).float()
+        ids_B1 = torch.tensor(tokens, device=device)[:, None]
+        return self.model(ids_B1, PagedView(self.cache, tables, lengths))[:, 0].float()
+
+    def _stack(self, chosen: list[torch.Tensor], tokens: int) -> torch.Tensor:
+        """Return the outputs of the routers, from one or several forward passes, as [L, tokens, K]."""
+        layers = len(self.model.routers)
+        if not layers:
+            return torch.empty(0, tokens, 0, dtype=torch.int64)
+        return torch.stack([torch.cat(chosen[layer::layers]) for layer in range(layers)])
+
+
+def by_token(experts_LNK: torch.Tensor) -> list[Experts]:
+    """Return the experts of each token, in ascending order, because backends choose in different orders."""
+    return [tuple(map(tuple, layers)) for layers in experts_LNK.sort(dim=-1).values.transpose(0, 1).tolist()]
+
+
+@contextlib.contextmanager
+def _router_outputs(model: CausalLM) -> Iterator[list[torch.Tensor]]:
+    """Collect the output of each router that runs: the chosen experts [N, K], in the order of the layers."""
+    chosen: list[torch.Tensor] = []
+    hooks = [
+        router.register_forward_hook(lambda _router, _inputs, routing: chosen.append(routing.experts_NK))
+        for router in model.routers
+    ]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
