@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_models import quantized
 
 from smolseek.generate.engine import Decoder
 from smolseek.model.layers import named_weights
 from smolseek.model.transformer import CausalLM, new_model
 from smolseek.ops.quantized import BLOCK_BYTES, QuantizedWeight, expanded
 from smolseek.presets import preset
-from smolseek.storage.quantized import formats_for, make_quantized, number_format
+from smolseek.storage.quantized import number_format
 
 MODELS = ("moe", "dense", "experts without gates", "llama")
 
@@ -39,19 +40,6 @@ def varied(config) -> CausalLM:
         if parameter.ndim < 3:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model.eval()
-
-
-def quantized(model: CausalLM, name: str, dtype: torch.dtype = torch.float32) -> CausalLM:
-    """Return a copy with quantised matrices."""
-    source = named_weights(model)
-    result = new_model(model.config).to(dtype).eval()
-    make_quantized(result, formats_for(result, name), dtype)
-    result.to_empty(device="cpu")
-    result.tie_weights()
-    result.reset_buffers()
-    for key, weight in named_weights(result).items():
-        weight.copy_(source[key].detach())
-    return result
 
 
 def exact(model: CausalLM) -> CausalLM:

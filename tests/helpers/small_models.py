@@ -1,9 +1,13 @@
-"""The shape of a small model with MLA, and a small tokenizer that splits text as SmolLM2's does."""
+"""The shape of a small model with MLA, quantised copies, and a small tokenizer that splits text as SmolLM2's does."""
 
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from smolseek.config import ModelConfig
+from smolseek.model.layers import named_weights
+from smolseek.model.transformer import CausalLM, new_model
+from smolseek.storage.quantized import formats_for, make_quantized
 
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 MLA = ModelConfig(
@@ -26,6 +30,19 @@ MLA = ModelConfig(
     bos_token_id=256,
     eos_token_id=256,
 )
+
+
+def quantized(model: CausalLM, name: str, dtype: torch.dtype = torch.float32) -> CausalLM:
+    """Return a copy with quantised matrices."""
+    source = named_weights(model)
+    result = new_model(model.config).to(dtype).eval()
+    make_quantized(result, formats_for(result, name), dtype)
+    result.to_empty(device="cpu")
+    result.tie_weights()
+    result.reset_buffers()
+    for key, weight in named_weights(result).items():
+        weight.copy_(source[key].detach())
+    return result
 
 
 def small_tokenizer(*patterns: str) -> PreTrainedTokenizerFast:

@@ -68,8 +68,8 @@ static void softmax(float *p, int64_t tokens, int64_t n, float scale, float *out
     for (int64_t h = 0; h < n; h++) out[h * out_stride + 1] = totals[h];
 }
 
-/* Attend to one chunk of one sequence's cache. `part` [H, 2 + width] gets for each head the largest score, the sum of
-   exp(score - largest score), and the sum of the values weighted with these exponentials. */
+/* Attend to one chunk of one sequence's cache, the tokens from `first` on. `part` [H, 2 + width] gets for each head the
+   largest score, the sum of exp(score - largest score), and the sum of the values weighted with these exponentials. */
 static void attend(const Model *m, Matrix cache, int64_t first, int64_t tokens, const float *q, float *part) {
     int64_t heads = m->H / m->G, key = m->mla ? m->L + m->R : m->R, width = m->mla ? m->L : m->R;
     int64_t bfloat16 = cache.format == BFLOAT16;
@@ -103,7 +103,8 @@ static void merge_chunks(const float *part, int64_t chunks, int64_t stride, int6
     for (int64_t j = 0; j < width; j++) out[j] /= total;
 }
 
-void attention(const Model *m, const Layer *l, const Work *w, const int64_t *positions, int64_t B, int me, int all) {
+void attention(const Model *m, const Layer *l, const Work *w, const Batch *batch, int me, int all) {
+    const int64_t *positions = batch->positions, *first = batch->first, B = batch->B, most = batch->most;
     int64_t D = m->D, H = m->H, L = m->mla ? m->L : 0, N = m->N, R = m->R, P = R / 2;
     int64_t key = L + R, width = m->mla ? L : R, q_size = N + R, value = m->mla ? m->V : R, lo, hi;
     float *h = w->h + B * D * me;
@@ -142,8 +143,9 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
                 for (int64_t g = 0; g < m->G; g++) rotate(k + g * R, cos, sin, R, m->interleave, row + g * R, 0);
                 memcpy(row + m->G * R, k + B * m->G * R, m->G * R * sizeof *row);
             }
+            int64_t token = first[b * most + positions[b] / CHUNK] + positions[b] % CHUNK;
             for (int64_t i = 0; i < m->cached; i++)
-                store1((void *)l->cache.data, (b * m->C + positions[b]) * m->cached + i, row[i], l->cache.format);
+                store1((void *)l->cache.data, token * m->cached + i, row[i], l->cache.format);
         }
         for (int64_t i = me; i < H; i += all) {
             const float *q = w->q + (b * H + i) * q_size;
@@ -153,20 +155,21 @@ void attention(const Model *m, const Layer *l, const Work *w, const int64_t *pos
         }
     }
     wait_for_all(w->barrier, all);
-    int64_t most = (m->C + CHUNK - 1) / CHUNK;
     int64_t turn = 0;
     for (int64_t b = 0; b < B; b++)
-        for (int64_t c = 0; c <= positions[b] / CHUNK; c++) {
+        for (int64_t c = 0; c <= positions[b] / CHUNK; c++, turn++) {
             int64_t tokens = positions[b] + 1 - c * CHUNK;
-            if (turn++ % all == me)
-                attend(m, from(l->cache, b * m->C * m->cached), c * CHUNK, tokens < CHUNK ? tokens : CHUNK,
-                       w->query + b * H * key, w->part + (b * most + c) * part_size(m));
+            if (turn % all == me)
+                attend(m, l->cache, first[b * most + c], tokens < CHUNK ? tokens : CHUNK, w->query + b * H * key,
+                       w->part + turn * part_size(m));
         }
     wait_for_all(w->barrier, all);
+    int64_t before = 0, counted = 0; /* `before`: number of chunks of the first `counted` sequences */
     for (int64_t i = me; i < B * H; i += all) {
         int64_t b = i / H, head = i % H, chunks = positions[b] / CHUNK + 1;
+        for (; counted < b; counted++) before += positions[counted] / CHUNK + 1;
         float *sum_of = m->mla ? w->head + i * width : w->heads + i * width;
-        merge_chunks(w->part + b * most * part_size(m) + head * (2 + width), chunks, part_size(m), width, sum_of);
+        merge_chunks(w->part + before * part_size(m) + head * (2 + width), chunks, part_size(m), width, sum_of);
         float *y = w->heads + i * value;
         const float *x = sum_of;
         if (m->mla) linear_outputs(from(l->value_up, (head * (N + m->V) + N) * L), L, L, &x, &y, 1, 0, m->V);

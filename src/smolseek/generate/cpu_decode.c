@@ -8,7 +8,7 @@
    number of threads. Therefore a batch gives the same bits as its sequences one by one.
 
    Shapes: B sequences, D hidden_size, H query heads, G key/value heads, L kv_lora_rank, N features of a head without
-   RoPE, R features with RoPE, E experts, K selected experts, F neurons of an expert, C tokens that fit in the cache. */
+   RoPE, R features with RoPE, E experts, K selected experts, F neurons of an expert. */
 
 #include "cpu_decode.h"
 
@@ -61,10 +61,11 @@ static void route(const Model *m, const Layer *l, const float *x, float *scratch
     for (int64_t k = 0; k < m->K; k++) weights[k] *= (m->normalise ? 1.0f / (total + 1e-20f) : 1.0f) * m->factor;
 }
 
-/* Divide the memory at `base` into the arrays of Work. With a NULL base only the size is computed. */
-static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
+/* Divide the memory at `base` into the arrays of Work, for sequences that have `chunks` chunks together. With a NULL base
+   only the size is computed. */
+static Work lay_out(const Model *m, int64_t B, int64_t chunks, int64_t threads, float *base) {
     Work w;
-    int64_t at = 0, chunks = (m->C + CHUNK - 1) / CHUNK, width = m->mla ? m->L : m->R;
+    int64_t at = 0, width = m->mla ? m->L : m->R;
 #define PLACE(name, count) (w.name = base + at, at += ((count) + 15) / 16 * 16)
     PLACE(x, B * m->D);
     PLACE(h, B * m->D * threads);
@@ -73,7 +74,7 @@ static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
     PLACE(k, B * m->cached);
     PLACE(row, m->cached * threads);
     PLACE(query, B * m->H * ((m->mla ? m->L : 0) + m->R));
-    PLACE(part, B * chunks * part_size(m));
+    PLACE(part, chunks * part_size(m));
     PLACE(head, B * m->H * width);
     PLACE(heads, B * m->H * (m->mla ? m->V : m->R));
     PLACE(up, B * m->K * 2 * m->F);
@@ -86,9 +87,12 @@ static Work lay_out(const Model *m, int64_t B, int64_t threads, float *base) {
     return w;
 }
 
-int64_t work_floats(const Model *m, int64_t B, int64_t threads) { return lay_out(m, B, threads, (float *)0).floats; }
+int64_t work_floats(const Model *m, int64_t B, int64_t chunks, int64_t threads) {
+    return lay_out(m, B, chunks, threads, (float *)0).floats;
+}
 
-static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t B, int me, int all) {
+/* x += mlp(norm(x)). `chosen` [B, K] gets the experts of each sequence, unless it is NULL. */
+static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t B, int64_t *chosen, int me, int all) {
     int64_t D = m->D, F = m->F, K = l->router ? m->K : 0, S = l->shared, wide = m->gated ? 2 * F : F;
     int64_t lo, hi, *experts = w->experts + B * m->K * me;
     float *h = w->h + B * D * me, *weights = w->weights + B * m->K * me;
@@ -98,6 +102,7 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
         normalise(w->x + b * D, l->post_norm, m->eps, D, h + b * D);
         if (K) route(m, l, h + b * D, w->scratch + 4 * m->E * me, experts + b * K, weights + b * K);
     }
+    if (chosen && me == 0) memcpy(chosen, experts, B * K * sizeof *chosen);
     share(F, me, all, &lo, &hi);
     for (int64_t e = 0; e < (K ? m->E : 0); e++) {
         int64_t n = 0;
@@ -144,21 +149,25 @@ static void feed_forward(const Model *m, const Layer *l, const Work *w, int64_t 
 }
 
 /* Run token ids[b] at position positions[b] of each sequence b, whose earlier tokens are cached. Writes logits
-   [B, vocab]. */
-void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *positions, float *work, float *logits,
-          int64_t threads) {
+   [B, vocab] and, unless `experts` is NULL, the chosen experts [layers with experts, B, K]. */
+void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *positions, const int64_t *first, int64_t most,
+          float *work, float *logits, int64_t *experts, int64_t threads) {
     Barrier barrier = {0};
+    Batch batch = {B, most, ids, positions, first};
+    int64_t chunks = 0;
+    for (int64_t b = 0; b < B; b++) chunks += positions[b] / CHUNK + 1;
 #pragma omp parallel num_threads(threads)
     {
         int me = omp_get_thread_num(), all = omp_get_num_threads();
-        Work w = lay_out(m, B, threads, work);
+        Work w = lay_out(m, B, chunks, threads, work);
         w.barrier = &barrier;
-        int64_t D = m->D;
+        int64_t D = m->D, *chosen = experts;
         for (int64_t b = me; b < B; b += all) load_row(m->embedding, D, ids[b], w.x + b * D);
         wait_for_all(&barrier, all);
         for (int64_t n = 0; n < m->layers; n++) {
-            attention(m, m->layer + n, &w, positions, B, me, all);
-            feed_forward(m, m->layer + n, &w, B, me, all);
+            attention(m, m->layer + n, &w, &batch, me, all);
+            feed_forward(m, m->layer + n, &w, B, m->layer[n].router ? chosen : 0, me, all);
+            if (chosen && m->layer[n].router) chosen += B * m->K;
         }
         float *h = w.h + B * D * me;
         for (int64_t b = 0; b < B; b++) normalise(w.x + b * D, m->norm, m->eps, D, h + b * D);

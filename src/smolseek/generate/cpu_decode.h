@@ -31,17 +31,24 @@ typedef struct {
     const float *up_bias, *down_bias;
     Matrix gate_shared, up_shared, down_shared; /* shared experts, or the layer's dense MLP */
     int64_t shared;                             /* number of neurons of the shared experts or the dense MLP */
-    Matrix cache;                               /* [B, C, cached] */
+    Matrix cache;                               /* [cached tokens of all sequences, cached] */
 } Layer;
 
 typedef struct {
     int64_t layers, vocab, D, H, G, mla, q_rank, L, N, R, V, interleave, E, K, F, gated;
-    int64_t groups, top_groups, normalise, cached, C, widest; /* widest: the largest `shared` of all layers */
+    int64_t groups, top_groups, normalise, cached, widest; /* widest: the largest `shared` of all layers */
     float eps, latent_eps, factor, scale;
     Matrix embedding, head;
-    const float *norm, *cos, *sin; /* cos, sin: [C, R/2] */
+    const float *norm, *cos, *sin; /* cos, sin: [longest sequence, R/2] */
     const Layer *layer;
 } Model;
+
+/* The sequences of a step. The cache of a sequence is in chunks of CHUNK tokens, which may be anywhere in the cache: token
+   t of sequence b is at first[b * most + t / CHUNK] + t % CHUNK. */
+typedef struct {
+    int64_t B, most;
+    const int64_t *ids, *positions, *first; /* [B], [B], [B, most] */
+} Batch;
 
 typedef struct {
     atomic_int arrived, round;
@@ -118,4 +125,4 @@ typedef struct {
 static inline int64_t part_size(const Model *m) { return m->H * (2 + (m->mla ? m->L : m->R)); }
 
 /* Compute the share of thread `me` in a layer's attention, x += attention(norm(x)); `all` is the number of threads. */
-void attention(const Model *m, const Layer *l, const Work *w, const int64_t *positions, int64_t B, int me, int all);
+void attention(const Model *m, const Layer *l, const Work *w, const Batch *batch, int me, int all);

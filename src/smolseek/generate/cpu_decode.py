@@ -10,12 +10,12 @@ import ctypes
 import functools
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smolseek.model.cache import Cache
 from smolseek.model.layers import named_weights
 from smolseek.model.transformer import CausalLM
 from smolseek.ops import backend
@@ -23,6 +23,7 @@ from smolseek.ops.quantized import FORMATS, QuantizedWeight
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_decode.c", "cpu_attention.c", "cpu_linear.c"))
 MAX_BATCH = 512  # as in cpu_decode.h
+CHUNK = 64  # as in cpu_decode.h
 
 _LAYER = {
     "input_norm": "input_layernorm.weight",
@@ -58,8 +59,8 @@ def library() -> ctypes.CDLL | None:
     compiled = backend.compiled(*SOURCES)
     if compiled is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        compiled.work_floats.argtypes, compiled.work_floats.restype = (pointer, number, number), number
-        compiled.step.argtypes = pointer, number, pointer, pointer, pointer, pointer, number
+        compiled.work_floats.argtypes, compiled.work_floats.restype = (pointer, number, number, number), number
+        compiled.step.argtypes = pointer, number, pointer, pointer, pointer, number, pointer, pointer, pointer, number
         compiled.step.restype = None
     return compiled
 
@@ -94,31 +95,60 @@ class _Threads:
 
 
 class CpuDecoder:
-    """A model and a cache bound to cpu_decode.c, which reads the model's weights in place."""
+    """A model and the memory of a cache bound to cpu_decode.c, which reads the model's weights in place.
 
-    def __init__(self, compiled: ctypes.CDLL, model: CausalLM, cache: Cache) -> None:
-        self._step = compiled.step
-        self._vocab, self._batch, self._capacity = model.config.vocab_size, cache.batch, cache.capacity
+    Args:
+        compiled: the compiled C files.
+        model: the model.
+        layers: for each layer, the memory of the cache [..., F]; token number i is its i-th row.
+        longest: number of tokens of the longest possible sequence.
+    """
+
+    def __init__(self, compiled: ctypes.CDLL, model: CausalLM, layers: Sequence[torch.Tensor], longest: int) -> None:
+        self._step, self._work_floats = compiled.step, compiled.work_floats
+        self._vocab, self._longest = model.config.vocab_size, longest
+        self._routers, self._top_k = len(model.routers), model.config.num_experts_per_tok
         self._alive: list[torch.Tensor] = []
-        layers = [self._layer_struct(*layer) for layer in zip(model.model.layers, cache.layers, strict=True)]
-        self._layers = ctypes.create_string_buffer(b"".join(self._pack(layer) for layer in layers))
-        widest = max(int(layer["shared"]) for layer in layers)
-        self._model = ctypes.create_string_buffer(self._pack(self._model_struct(model, cache.capacity, widest)))
+        structs = [self._layer_struct(*layer) for layer in zip(model.model.layers, layers, strict=True)]
+        self._layers = ctypes.create_string_buffer(b"".join(self._pack(layer) for layer in structs))
+        widest = max(int(layer["shared"]) for layer in structs)
+        self._model = ctypes.create_string_buffer(self._pack(self._model_struct(model, longest, widest)))
         self._threads = _Threads(torch.get_num_threads())
-        floats = compiled.work_floats(self._model, cache.batch, torch.get_num_threads())
-        self._work = torch.zeros(floats, dtype=torch.float32)
+        self._work = torch.empty(0)
 
-    def step(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
-        """Run one token (int64) of each sequence at its position and cache it. Return logits [B, V] in float32."""
-        B = ids_B.shape[0]
-        assert self._batch >= B and int(positions_B.max()) < self._capacity  # the C code checks no bounds
-        logits = torch.empty(B, self._vocab, dtype=torch.float32)
-        pointers = [tensor.data_ptr() for tensor in (ids_B, positions_B, self._work, logits)]
+    def step(
+        self, ids_B: torch.Tensor, positions_B: torch.Tensor, first_BX: torch.Tensor, *, experts: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run one token of each sequence at its position and cache it. All arguments are int64.
+
+        Args:
+            ids_B: the tokens.
+            positions_B: their positions.
+            first_BX: for every CHUNK positions of each sequence, the number of the first token in the cache.
+            experts: whether the chosen experts are returned.
+
+        Returns:
+            The logits [B, V] in float32, and the chosen experts [layers with experts, B, K] or None.
+        """
+        B, X = first_BX.shape
+        last = int(positions_B.max())  # the C code checks no bounds
+        assert B <= MAX_BATCH and last < self._longest and last < X * CHUNK and first_BX.is_contiguous()
+        logits_BV = torch.empty(B, self._vocab, dtype=torch.float32)
+        experts_LBK = torch.empty(self._routers, B, self._top_k, dtype=torch.int64) if experts else None
+        self._reserve(B, int((positions_B // CHUNK + 1).sum()))
+        pointers = [tensor.data_ptr() for tensor in (ids_B, positions_B, first_BX)]
+        results = [self._work.data_ptr(), logits_BV.data_ptr(), None if experts_LBK is None else experts_LBK.data_ptr()]
         threads = self._threads.choose()
         start = time.perf_counter()
-        self._step(self._model, B, *pointers, threads)
+        self._step(self._model, B, *pointers, X, *results, threads)
         self._threads.record(threads, time.perf_counter() - start)
-        return logits
+        return logits_BV, experts_LBK
+
+    def _reserve(self, batch: int, chunks: int) -> None:
+        """Enlarge the memory of intermediate results, if it is too small, so that it also fits twice the tokens."""
+        threads = torch.get_num_threads()
+        if self._work_floats(self._model, batch, chunks, threads) > len(self._work):
+            self._work = torch.zeros(self._work_floats(self._model, batch, 2 * chunks, threads), dtype=torch.float32)
 
     def _pack(self, values: dict[str, Any]) -> bytes:
         """Pack `values` as a struct of cpu_decode.h.
@@ -162,10 +192,10 @@ class CpuDecoder:
         shared = values["gate_shared"]
         return values | {"shared": 0 if shared is None else len(shared), "cache": cached}
 
-    def _model_struct(self, model: CausalLM, capacity: int, widest: int) -> dict[str, Any]:
+    def _model_struct(self, model: CausalLM, longest: int, widest: int) -> dict[str, Any]:
         c, decoder = model.config, model.model
         block: Any = decoder.layers[0]
-        cos, sin = decoder.rope.each(torch.arange(capacity))
+        cos, sin = decoder.rope.each(torch.arange(longest))
         return {
             "layers": c.num_hidden_layers,
             "vocab": c.vocab_size,
@@ -187,7 +217,6 @@ class CpuDecoder:
             "top_groups": c.topk_group,
             "normalise": int(c.norm_topk_prob),
             "cached": c.cache_features,
-            "C": capacity,
             "widest": widest,
             "eps": float(c.rms_norm_eps),
             "latent_eps": float(c.latent_norm_eps),
@@ -202,13 +231,13 @@ class CpuDecoder:
         }
 
 
-def bind(model: CausalLM, cache: Cache) -> CpuDecoder | None:
-    """Return a CpuDecoder for the model and the cache, or None if cpu_decode.c cannot be used."""
+def bind(model: CausalLM, layers: Sequence[torch.Tensor], longest: int, batch: int) -> CpuDecoder | None:
+    """Return a CpuDecoder for at most `batch` sequences, or None if cpu_decode.c cannot be used. See CpuDecoder."""
     weights = named_weights(model).values()
     if {weight.device.type for weight in weights} != {"cpu"}:
         return None
-    dtypes = {weight.dtype for weight in weights if weight.ndim > 1} | {cache.dtype}
-    if not dtypes <= {torch.float32, torch.bfloat16} or cache.batch > MAX_BATCH:
+    dtypes = {weight.dtype for weight in weights if weight.ndim > 1} | {layer.dtype for layer in layers}
+    if not dtypes <= {torch.float32, torch.bfloat16} or batch > MAX_BATCH:
         return None
     compiled = library()
-    return CpuDecoder(compiled, model, cache) if compiled is not None else None
+    return CpuDecoder(compiled, model, layers, longest) if compiled is not None else None

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from smolseek.errors import SmolseekError
-from smolseek.generate.cpu_decode import bind
+from smolseek.generate.cpu_decode import CHUNK, bind
 from smolseek.generate.sampling import Sampler, SamplingParams
 from smolseek.generate.static import StaticStep
 from smolseek.model.cache import Cache
@@ -41,7 +41,8 @@ class Decoder:
         self.model, self.device = model, weight.device
         self.cache = Cache(model.config, batch, capacity, dtype=weight.dtype, device=weight.device)
         self.lengths = [0] * batch
-        self.cpu = bind(model, self.cache)
+        self.cpu = bind(model, self.cache.layers, capacity, batch)
+        self._first_BX = torch.arange(batch)[:, None] * capacity + torch.arange(0, capacity, CHUNK)
         self.static = StaticStep(model, self.cache) if weight.is_cuda and capacity > 1 else None
 
     @torch.inference_mode()
@@ -57,7 +58,8 @@ class Decoder:
         """Append one token to each sequence. Return the logits [B, V] after these tokens, in float32."""
         assert len(tokens) == len(self.lengths)
         if self.cpu is not None:
-            logits_BV = self.cpu.step(torch.tensor(tokens), torch.tensor(self.lengths))
+            first_BX = self._first_BX[: len(tokens)]
+            logits_BV, _ = self.cpu.step(torch.tensor(tokens), torch.tensor(self.lengths), first_BX)
         elif self.static is not None:
             logits_BV = self.static.step(tokens, self.lengths)
         else:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from smolseek.model.paged_cache import PagedCache, PagedView
+from smolseek.generate.cpu_decode import MAX_BATCH, bind
+from smolseek.model.paged_cache import PAGE, PagedCache, PagedView
 from smolseek.model.transformer import CausalLM
 
 Experts = tuple[tuple[int, ...], ...]
@@ -37,13 +39,15 @@ class PagedDecoder:
 
     def __init__(self, model: CausalLM, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
+        longest = min(model.config.max_position_embeddings, cache.pages * PAGE)
+        self._cpu = bind(model, cache.layers, longest, MAX_BATCH)
 
     @torch.inference_mode()
-    def read(self, table: Sequence[int], start: int, ids: Sequence[int], *, logits: bool) -> torch.Tensor | None:
+    def read(self, table: torch.Tensor, start: int, ids: Sequence[int], *, logits: bool) -> torch.Tensor | None:
         """Append a chunk of a prompt to a sequence. With `logits`, return the logits [V] after it, in float32.
 
         Args:
-            table: the pages of the sequence.
+            table: the pages of the sequence (int64).
             start: number of tokens of the sequence that are cached.
             ids: the tokens of the chunk.
             logits: whether this is the last chunk.
@@ -54,11 +58,11 @@ class PagedDecoder:
         return self.model.lm_head(hidden_11D)[0, 0].float() if logits else None
 
     @torch.inference_mode()
-    def read_details(self, table: Sequence[int], start: int, ids: Sequence[int]) -> ChunkDetails:
-        """Compute the details of a chunk that `read` has appended, with the arguments of `read`.
+    def read_details(self, table: torch.Tensor, start: int, ids: Sequence[int]) -> ChunkDetails:
+        """Append a chunk of a prompt, and return details. The arguments are those of `read`.
 
-        The chunk is computed again, because `read` computes queries of the last layer for the last token only, and
-        matrices of other sizes could change the bits of the logits.
+        `read` caches the same bits, but computes queries of the last layer for the last token only. Since the sizes of
+        a product may change its rounding, the logits of the next token are those that `read` returns.
         """
         ids_1T = torch.tensor([list(ids)], device=self.cache.device)
         with _router_outputs(self.model) as chosen:
@@ -68,30 +72,37 @@ class PagedDecoder:
 
     @torch.inference_mode()
     def step(
-        self, tables: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Sequence[int], *, experts: bool = False
+        self, tables: Sequence[torch.Tensor], lengths: Sequence[int], tokens: Sequence[int], *, experts: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Append one token to each sequence. Return the logits [B, V] in float32, and the experts [L, B, K] or None.
 
         Args:
-            tables: the pages of each sequence.
+            tables: the pages of each sequence (int64).
             lengths: number of cached tokens of each sequence.
             tokens: the token of each sequence.
             experts: whether the experts are returned.
         """
+        if self._cpu is not None:
+            first_BX = pad_sequence(list(tables), batch_first=True) * PAGE
+            return self._cpu.step(torch.tensor(tokens), torch.tensor(lengths), first_BX, experts=experts)
         if not experts:
             return self._forward(tables, lengths, tokens), None
         with _router_outputs(self.model) as chosen:
             logits_BV = self._forward(tables, lengths, tokens)
         return logits_BV, self._stack(chosen, len(tokens))
 
-    def _forward(self, tables: Sequence[Sequence[int]], lengths: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-        device = self.cache.device
-        if device.type == "cpu":  # one by one, since the rounding of PyTorch's products depends on their sizes
-            views = (PagedView(self.cache, [table], [length]) for table, length in zip(tables, lengths, strict=True))
-            logits = [self.model(torch.tensor([[t]]), view)[0, 0] for t, view in zip(tokens, views, strict=True)]
-            return torch.stack(logits).float()
-        ids_B1 = torch.tensor(tokens, device=device)[:, None]
-        return self.model(ids_B1, PagedView(self.cache, tables, lengths))[:, 0].float()
+    def _forward(self, tables: Sequence[torch.Tensor], lengths: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
+        if (
+            self.cache.device.type == "cpu"
+        ):  # one by one, since the rounding of PyTorch's products depends on their sizes
+            batches = [slice(number, number + 1) for number in range(len(tokens))]
+        else:
+            batches = [slice(len(tokens))]
+        ids_B1, logits = torch.tensor(tokens, device=self.cache.device)[:, None], []
+        for batch in batches:
+            view = PagedView(self.cache, tables[batch], lengths[batch])
+            logits.append(self.model(ids_B1[batch], view)[:, 0].float())
+        return torch.cat(logits)
 
     def _stack(self, chosen: list[torch.Tensor], tokens: int) -> torch.Tensor:
         """Return the outputs of the routers, from one or several forward passes, as [L, tokens, K]."""

@@ -30,6 +30,8 @@ class _Sequence:
     request: Request
     sampler: Sampler
     pages: list[int] = field(default_factory=list)
+    table: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """The pages as a tensor."""
     length: int = 0
     """Number of cached tokens."""
     cached_tokens: int = 0
@@ -166,6 +168,7 @@ class Scheduler:
             return
         sequence = self._reading = self._waiting.popleft()
         sequence.pages = self._cache.allocate(pages)
+        sequence.table = torch.tensor(sequence.pages)
 
     def _read(self, sequence: _Sequence) -> None:
         """Read the next chunk of a prompt, and sample the first token after the last chunk."""
@@ -173,10 +176,12 @@ class Scheduler:
         prompt = request.prompt
         # Chunks begin at multiples of the chunk size, so that the bits do not depend on where reading began.
         end = min((start // self._chunk + 1) * self._chunk, len(prompt))
-        last = end == len(prompt)
-        logits_V = self._decoder.read(sequence.pages, start, prompt[start:end], logits=last)
-        if request.routing or request.prompt_logprobs:
-            details = self._decoder.read_details(sequence.pages, start, prompt[start:end])
+        last, detailed = end == len(prompt), request.routing or request.prompt_logprobs
+        logits_V = None
+        if last or not detailed:
+            logits_V = self._decoder.read(sequence.table, start, prompt[start:end], logits=last)
+        if detailed:
+            details = self._decoder.read_details(sequence.table, start, prompt[start:end])
             sequence.prompt_experts += details.experts
             if request.prompt_logprobs:
                 # The logits after a token are for the next token.
@@ -194,7 +199,7 @@ class Scheduler:
 
     def _write(self, sequences: Sequence[_Sequence]) -> None:
         """Decode one token of each sequence."""
-        tables, lengths = [one.pages for one in sequences], [one.length for one in sequences]
+        tables, lengths = [one.table for one in sequences], [one.length for one in sequences]
         tokens = [one.sampler.ids[-1] for one in sequences]
         routing = any(one.request.routing for one in sequences)
         logits_BV, experts_LBK = self._decoder.step(tables, lengths, tokens, experts=routing)

@@ -82,14 +82,12 @@ class PagedView:
 
     Args:
         cache: the pool of pages.
-        tables: the pages of each sequence, in the order of its tokens.
+        tables: the pages of each sequence, in the order of its tokens (int64).
         lengths: number of cached tokens of each sequence. With different lengths, `new` is 1.
         new: number of tokens that are appended to each sequence.
     """
 
-    def __init__(
-        self, cache: PagedCache, tables: Sequence[Sequence[int]], lengths: Sequence[int], new: int = 1
-    ) -> None:
+    def __init__(self, cache: PagedCache, tables: Sequence[torch.Tensor], lengths: Sequence[int], new: int = 1) -> None:
         self.length = max(lengths)
         self._layers, device = cache.layers, cache.device
         alike = min(lengths) == self.length
@@ -99,8 +97,8 @@ class PagedView:
         """Number of cached tokens of each sequence (int64), or None if all have `length` tokens."""
         width = pages_for(self.length + new)
         # A sequence with fewer pages repeats its last page, whose tokens are masked there.
-        padded = [[*table[:width], *[table[-1]] * (width - len(table))] for table in tables]
-        index_BS = (torch.tensor(padded)[:, :, None] * PAGE + torch.arange(PAGE)).flatten(1)[:, : self.length + new]
+        pages_BX = torch.stack([table[torch.arange(width).clamp(max=len(table) - 1)] for table in tables])
+        index_BS = (pages_BX[:, :, None] * PAGE + torch.arange(PAGE)).flatten(1)[:, : self.length + new]
         index_BT = index_BS.gather(1, lengths_B[:, None] + torch.arange(new))
         self._index_BS, self._index_BT = index_BS.to(device), index_BT.to(device)
 
