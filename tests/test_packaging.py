@@ -37,7 +37,7 @@ def imported(folder: Path) -> dict[str, str]:
 
 def test_every_package_that_is_imported_is_declared():
     extras = PROJECT["optional-dependencies"]
-    declared = {name_of(r) for r in [*PROJECT["dependencies"], *extras["eval"]]} | ELSEWHERE
+    declared = {name_of(r) for r in [*PROJECT["dependencies"], *extras["eval"], *extras["serve"]]} | ELSEWHERE
     used = imported(ROOT / "src")
     assert {name: path for name, path in used.items() if name not in declared} == {}
     assert {name_of(r) for r in PROJECT["dependencies"]} <= set(used)  # and all of them are used

@@ -115,7 +115,7 @@ class Model:
             raise SmolseekError(
                 "stream returns only one text and has no beam search: use generate for beams or n above 1"
             )
-        sampling = self._sampling(chosen, processors)
+        sampling = self.sampling_params(chosen, processors)
         return TextStream(self._generator([self._ids(prompt)], [sampling], chosen), self.tokenizer, chosen.stop)
 
     def generate(
@@ -145,7 +145,7 @@ class Model:
         all_prompts = list(all_prompts)
         if not all_prompts:
             return []
-        ids, sampling = [self._ids(prompt) for prompt in all_prompts], self._sampling(chosen, processors)
+        ids, sampling = [self._ids(prompt) for prompt in all_prompts], self.sampling_params(chosen, processors)
         prompts_and_ids = zip(all_prompts, ids, strict=True)
         texts = [prompt if isinstance(prompt, str) else self.tokenizer.decode(of) for prompt, of in prompts_and_ids]
         if chosen.beams != 1:
@@ -195,6 +195,14 @@ class Model:
         Raises:
             SmolseekError: as `stream`, for a model without a chat template, and for messages that the template refuses.
         """
+        return self.stream(self.chat_tokens(messages), processors=processors, **options)
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation, up to the beginning of the assistant's answer.
+
+        Raises:
+            SmolseekError: for a model without a chat template, and for messages that the template refuses.
+        """
         if not self.tokenizer.chat_template:
             raise SmolseekError(f"{self.name} has no chat template: use generate, or a chat model")
         try:
@@ -205,7 +213,7 @@ class Model:
             hint = "leave out the system message" if system else "change the messages, or use generate"
             raise SmolseekError(f"{self.name}: its chat template rejects these messages ({reason}): {hint}") from error
         # The template itself adds BOS if the model needs it.
-        return self.stream(self.tokens(text, special=False), processors=processors, **options)
+        return self.tokens(text, special=False)
 
     def stop_ids(self, tokens: Sequence[str | int] = ()) -> list[int]:
         """Return the ids of the tokens that end a text: the model's end tokens, and `tokens`, given by name or id."""
@@ -225,8 +233,12 @@ class Model:
             raise SmolseekError(f"prompt {shown} is neither a text nor a list of token ids: give one of these")
         return list(ids)
 
-    def _sampling(self, chosen: GenerationOptions, processors: Sequence[Processor]) -> SamplingParams:
-        """Return the options of sampling, with texts converted to token ids."""
+    def sampling_params(self, chosen: GenerationOptions, processors: Sequence[Processor] = ()) -> SamplingParams:
+        """Return the options of sampling, with texts converted to token ids.
+
+        Raises:
+            SmolseekError: for a token id in `prefix` or `bad_words` that is not in the vocabulary.
+        """
         bad_words: Sequence[Any] = chosen.bad_words  # texts, or token ids as in generation_config.json
         # In the middle of a text, the tokens of a word include the space before it, so they differ.
         forms = [

@@ -41,9 +41,9 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".removesuffix(": ")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Return " (did you mean X?)" for the closest of `names`, or an empty string when none is close."""
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.5) -> str:
+    """Return " (did you mean X?)" for the closest of `names`, or an empty string when none is as close as `cutoff`."""
     from difflib import get_close_matches
 
-    matches = get_close_matches(name.lower(), list(names), n=1, cutoff=0.5)
+    matches = get_close_matches(name.lower(), list(names), n=1, cutoff=cutoff)
     return f" (did you mean {matches[0]}?)" if matches else ""

@@ -18,6 +18,7 @@ VERBS = {
     "train": ("training.train", "train a model from a preset, or resume a run"),
     "generate": ("writing.generate", "continue a prompt"),
     "chat": ("writing.chat", "chat with a model that has a chat template"),
+    "serve": ("serving.serve", "serve a model over HTTP, with OpenAI's interface"),
     "convert": ("models.convert", "turn a Llama (SmolLM2) into MLA and experts, exactly or smaller"),
     "export": ("exporting.export", "write a model for other engines: GGUF for llama.cpp"),
     "heal": ("training.heal", "recover a compressed model's quality by distillation"),
@@ -46,8 +47,8 @@ Train, convert, check and run small language models of the DeepSeek architecture
 smolseek COMMAND --help lists a command's options. --version prints the version,
 --debug the traceback of an error."""
 
-JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit"})
-"""Commands whose result is in files or in the exit code. These commands continue if nobody reads their output."""
+JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit", "serve"})
+"""Commands whose result is in files, in the exit code or on a socket. They continue if nobody reads their output."""
 
 
 def run_verb(argv: Sequence[str]) -> None:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ModelArgs:
+class ModelArgs:
+    """The model of a command that generates text."""
+
     model: str
     """A run folder, a model folder, a hub name, a .gguf file or `smollm2`."""
     tokenizer: str | None = None
@@ -36,7 +38,7 @@ class _ModelArgs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArgs(_ModelArgs, GenerationOptions):
+class GenerateArgs(ModelArgs, GenerationOptions):
     """Continue a prompt and print the text as it is generated."""
 
     prompt: str
@@ -50,7 +52,7 @@ class GenerateArgs(_ModelArgs, GenerationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArgs(_ModelArgs, SamplingOptions):
+class ChatArgs(ModelArgs, SamplingOptions):
     """Chat with a model that has a chat template; /help lists the commands."""
 
     system: str | None = None

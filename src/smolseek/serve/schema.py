@@ -1,0 +1,152 @@
+"""The bodies of requests: the fields of OpenAI's interface, and smolseek's own options beside them.
+
+A field that is null counts as a field that is missing. `config.GenerationOptions` checks the numbers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from smolseek.config import PYTHON_ALIASES
+from smolseek.errors import nearest
+from smolseek.serve.errors import ApiError
+
+_Text = str | list[str] | None
+_Texts = str | list[str | list[int]] | None
+
+NO_TOOLS = "this server calls no tools: leave it out"
+NO_GRAMMAR = "this server does not constrain the text: leave it out, and check the text yourself"
+NOT_BUILT = "this server does not have this option: leave it out"
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    **dict.fromkeys(("tools", "functions"), (([],), NO_TOOLS)),
+    **dict.fromkeys(("tool_choice", "function_call"), (("none", "auto"), NO_TOOLS)),
+    "response_format": (({"type": "text"},), NO_GRAMMAR),
+    **dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar"), ((), NO_GRAMMAR)),
+    **dict.fromkeys(("structured_outputs", "grammar", "json_schema", "regex"), ((), NO_GRAMMAR)),
+    "modalities": ((["text"],), "this server writes text only"),
+    "audio": ((), "this server writes text only"),
+    "web_search_options": ((), "this server has no network: leave it out"),
+    "reasoning_effort": (("none",), NOT_BUILT),
+    "verbosity": (("medium",), NOT_BUILT),
+    "suffix": (("",), "this server continues a text only at its end: leave it out"),
+    "best_of": ((1,), "this server returns every continuation: use n"),
+    **dict.fromkeys(("beams", "num_beams"), ((1,), "beam search is in `smolseek generate` only: leave it out")),
+    "use_beam_search": ((False,), "beam search is in `smolseek generate` only: leave it out"),
+    "length_penalty": ((1,), "beam search is in `smolseek generate` only: leave it out"),
+    "early_stopping": ((False,), "beam search is in `smolseek generate` only: leave it out"),
+    **dict.fromkeys(("add_generation_prompt",), ((True,), NOT_BUILT)),
+    **dict.fromkeys(("ignore_eos", "continue_final_message"), ((False,), NOT_BUILT)),
+    **dict.fromkeys(("mirostat", "top_a", "xtc_probability", "dry_multiplier", "top_n_sigma"), ((0,), NOT_BUILT)),
+    "tfs_z": ((1,), NOT_BUILT),
+    "chat_template": ((), "the chat template is the model's: leave it out"),
+    "chat_template_kwargs": (({},), "the chat template is the model's: leave it out"),
+}
+"""Fields of other servers that would change the answer: the values without an effect, and what an error says."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class StreamOptions(_Body):
+    """What a stream contains."""
+
+    include_usage: bool | None = Field(None, description="A last chunk has the number of tokens.")
+
+
+class ContentPart(_Body):
+    """A part of a message."""
+
+    type: str = Field(description='Only "text".')
+    text: str | None = None
+
+
+class ChatMessage(_Body):
+    """A message of a conversation."""
+
+    role: str = Field(description='"system", "developer" (the same), "user" or "assistant".')
+    content: str | list[ContentPart] | None = None
+
+
+class GenerationRequest(_Body):
+    """The fields that chat and completion share."""
+
+    model: str | None = Field(None, description="A name in /v1/models; without a name, the server's model.")
+    stream: bool | None = Field(None, description="Send the text piece by piece, as server-sent events.")
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, description="Number of continuations; continuation j has the seed `seed + j`.")
+    stop: _Text = Field(None, description="Strings that end the text; the text stops before such a string.")
+    max_tokens: int | None = Field(None, description="Largest number of new tokens.")
+    seed: int | None = Field(None, description="Seed of the random numbers; without a seed, every answer is new.")
+    temperature: float | None = Field(None, description="Divides the logits; 0 takes the most likely token.")
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = Field(None, description="Token id -> number that is added to its logit.")
+    top_k: int | None = Field(None, description="0 and -1 keep all tokens.")
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram: int | None = None
+    min_tokens: int | None = None
+    stop_tokens: str | int | list[str | int] | None = Field(None, description="Further end tokens, by name or id.")
+    max_time: float | None = Field(None, description="Largest time in seconds.")
+    bad_words: _Texts = Field(None, description="Words that are never generated.")
+    prefix: str | list[int] | None = Field(None, description="Text that the continuation begins with.")
+    experts: bool | None = Field(None, description="Also report the experts of every token, under `smolseek`.")
+
+    def options(self) -> dict[str, Any]:
+        """Return the fields of `GenerationOptions` that are set, in the form that `generation_options` takes.
+
+        Raises:
+            ApiError: for a field that is not supported and would change the answer, or one that looks misspelled.
+        """
+        self.check_other_fields()
+        values = {name: getattr(self, name) for name in OPTIONS}
+        values |= {name: value for name, value in (self.model_extra or {}).items() if name in PYTHON_ALIASES}
+        options = {name: value for name, value in values.items() if value is not None}
+        if options.get("top_k") in (0, -1):  # no limit, in llama.cpp and in vLLM
+            del options["top_k"]
+        if options.get("top_p") == 0:  # OpenAI allows 0: only the most likely token
+            options["top_p"] = 1e-9
+        return options
+
+    def check_other_fields(self) -> None:
+        """Refuse fields that are not in the schema, unless they are harmless."""
+        for name, value in (self.model_extra or {}).items():
+            if value is None or (name in PYTHON_ALIASES and name not in NEUTRAL):
+                continue
+            if name in NEUTRAL:
+                neutral, hint = NEUTRAL[name]
+                if value not in neutral:
+                    raise ApiError(400, f"{name} is not supported: {hint}", param=name, code="unsupported_parameter")
+            elif similar := nearest(name, OPTIONS, cutoff=0.8):
+                raise ApiError(400, f"unknown field {name}{similar}", param=name, code="unknown_parameter")
+
+
+OPTIONS = (
+    *("n", "stop", "max_tokens", "seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "top_k"),
+    *("min_p", "typical_p", "repetition_penalty", "no_repeat_ngram", "min_tokens", "stop_tokens", "max_time"),
+    *("bad_words", "prefix"),
+)
+"""The fields that are options of `GenerationOptions`."""
+
+
+class ChatRequest(GenerationRequest):
+    """Body of /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(description="The conversation so far.")
+    max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
+    logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
+    top_logprobs: int | None = Field(None, description="Number of likeliest tokens that come with each token.")
+
+
+class CompletionRequest(GenerationRequest):
+    """Body of /v1/completions."""
+
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+        description="A text, token ids, or a list of texts or of lists of token ids."
+    )
+    echo: bool | None = Field(None, description="Return the prompt before the new text.")
+    logprobs: int | None = Field(None, description="Log-probabilities of each token and of this many likeliest ones.")
