@@ -21,6 +21,7 @@ from smolseek.serve.errors import FAILED, ApiError, end_error, shutting_down
 from smolseek.serve.guard import Guard
 from smolseek.serve.jobs import Job, chat_job, completion_job
 from smolseek.serve.metrics import CONTENT_TYPE, Metrics
+from smolseek.serve.playground import playground
 from smolseek.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from smolseek.serve.settings import Settings
 from smolseek.serve.stream import EventStream, when_client_goes
@@ -149,7 +150,7 @@ class Service:
         details = {
             "context": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
-            "moe_layers": config.n_moe_layers,
+            "moe_layers": [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)],
             "n_routed_experts": config.n_routed_experts,
             "num_experts_per_tok": config.num_experts_per_tok,
             "chat_template": bool(self.model.tokenizer.chat_template),
@@ -180,8 +181,8 @@ def create_app(service: Service) -> Guard:
     async def docs() -> Response:
         return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'"})
 
-    for path in ("/docs", "/"):  # the playground will be at /
-        app.add_api_route(path, docs, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
+    app.include_router(playground())
     for kind in (ApiError, SmolseekError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Guard(app, service.settings, service.metrics)

@@ -94,16 +94,24 @@ function part(chunk) {
   return {
     text: choice?.delta?.content ?? choice?.text ?? "",
     tokens,
-    prompt: (routing?.prompt ?? []).map((token) => ({ ...token, bytes: null, logprob: null, top: [] })),
+    prompt: (routing?.prompt ?? []).map((token) => ({ ...token, bytes: escapedBytes(token.text), logprob: null, top: [] })),
     finish: choice?.finish_reason ?? null,
     usage: chunk.usage ?? null,
   };
+}
+
+/** Return the bytes of a token that is a part of a character, which the server escapes; null for other tokens. */
+function escapedBytes(text) {
+  if (!/\\x[89a-f][0-9a-f]/.test(text)) return null;
+  const parts = text.split(/\\x([89a-f][0-9a-f])/);
+  return parts.flatMap((part, i) => (i % 2 ? parseInt(part, 16) : [...new TextEncoder().encode(part)]));
 }
 
 /** Return the log-probabilities of /v1/completions in the form of /v1/chat/completions. */
 function completionScores(logprobs) {
   return (logprobs?.tokens ?? []).map((token, i) => ({
     token,
+    bytes: escapedBytes(token),
     logprob: logprobs.token_logprobs[i],
     top_logprobs: Object.entries(logprobs.top_logprobs?.[i] ?? {})
       .map(([text, logprob]) => ({ token: text, logprob }))

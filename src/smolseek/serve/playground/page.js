@@ -36,7 +36,7 @@ async function connect() {
     return showWelcome("The server does not answer", `${error.message}. Start it with smolseek serve MODEL, then reload this page.`);
   }
   const facts = model.smolseek ?? {};
-  const layers = Array.isArray(facts.moe_layers) ? facts.moe_layers : [...Array(facts.moe_layers ?? 0).keys()];
+  const layers = facts.moe_layers ?? [];
   map.configure({ layers, experts: facts.n_routed_experts ?? 0, perToken: facts.num_experts_per_tok ?? 1 });
   const name = model.id.split("/").filter(Boolean).at(-1);
   const about = [facts.number_format, facts.context && `context ${count(facts.context)}`, layers.length && `${layers.length} × ${facts.n_routed_experts} experts`];
@@ -129,18 +129,20 @@ function edit(turn) {
   message.focus();
 }
 
-/** Write the answer again, beginning with `prefix`; later turns are removed. */
-function rewrite(turn, prefix = "") {
+/** Write the answer again, with the fields `more` in the request; later turns are removed. */
+function rewrite(turn, more = {}) {
   removeFrom(turn);
-  if (turn.source === undefined) answerChat(prefix);
-  else complete(turn.source, prefix);
+  if (turn.source === undefined) answerChat(more);
+  else complete(turn.source, more);
 }
 
 /** Write on from `text` in place of `token`. */
 function replace(token, text) {
   const turn = answers().find(({ tokens }) => tokens.includes(token));
   const before = turn.tokens.slice(0, turn.tokens.indexOf(token));
-  rewrite(turn, before.map((each) => each.element.textContent).join("") + text);
+  const prefix = before.map((each) => each.element.textContent).join("") + text;
+  const most = requestOptions()?.max_tokens; // the tokens of the prefix count, too
+  if (most) rewrite(turn, { prefix, max_tokens: most + before.length + 1 });
 }
 
 function newAnswer(source) {
@@ -152,17 +154,17 @@ function newAnswer(source) {
   return turn;
 }
 
-function answerChat(prefix) {
+function answerChat(more) {
   const system = byId("system").value.trim();
   const messages = turns.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
   if (system) messages.unshift({ role: "system", content: system });
-  write(newAnswer(), "v1/chat/completions", { messages, logprobs: true, top_logprobs: 5, ...(prefix && { prefix }) });
+  write(newAnswer(), "v1/chat/completions", { messages, logprobs: true, top_logprobs: 5, ...more });
 }
 
 const completion = (prompt) => ({ prompt, logprobs: 5 });
 
-function complete(source, prefix) {
-  write(newAnswer(source), "v1/completions", { ...completion(source), ...(prefix && { prefix }) });
+function complete(source, more) {
+  write(newAnswer(source), "v1/completions", { ...completion(source), ...more });
 }
 
 /** Send a request and add the parts of its answer to `turn`. */
@@ -176,7 +178,7 @@ async function write(turn, path, body) {
   announce("Writing.");
   let error = "";
   try {
-    const request = { model: model.id, ...body, ...options, ...(map.layers.length && { experts: true }) };
+    const request = { model: model.id, ...options, ...body, ...(map.layers.length && { experts: true }) };
     for await (const part of stream(path, request, controller.signal)) {
       const atEnd = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60;
       for (const token of turn.add(part)) map.add(token);

@@ -152,9 +152,9 @@ function hint() {
 
 /** Return a list of the experts of `token`, layer by layer. */
 function expertList(token) {
-  if (!token.experts) return "";
+  if (!token.experts) return token.layers.length ? element("p", { class: "fine source" }, "No experts: the model has not read this token.") : "";
   const rows = token.experts.map((experts, layer) =>
-    element("tr", {}, element("th", { scope: "row" }, `Layer ${token.layers?.[layer] ?? layer}`), element("td", {}, experts.join(", "))),
+    element("tr", {}, element("th", { scope: "row" }, `Layer ${token.layers[layer]}`), element("td", {}, experts.join(", "))),
   );
   const caption = `Experts as a list: ${plural(rows.length, "layer")}`;
   return element("details", { class: "list" }, element("summary", {}, caption), element("table", {}, element("tbody", {}, ...rows)));

@@ -23,6 +23,7 @@ export class AnswerTurn {
   prompt = [];
   tokens = [];
   #decoder = new TokenText();
+  #promptDecoder = new TokenText();
   #prompts = element("details", { class: "prompt", hidden: true }, element("summary"),
     element("div", { class: "tokens", tabIndex: 0, role: "group", "aria-label": "Tokens of the prompt. The arrow keys choose a token." }));
   #figures = element("div", { class: "figures" });
@@ -48,14 +49,22 @@ export class AnswerTurn {
     this.show();
   }
 
-  /** Add a part of the answer, as `stream` yields it. Return the new tokens. */
+  /** Add a part of the answer, as `stream` yields it. Return the tokens whose experts are new. */
   add(part) {
     // The prompt of a continued answer is the text that is shown already.
     const prompt = this.before ? [] : part.prompt.map((token) => Object.assign(token, { isPrompt: true, layers: this.layers }));
     const tokens = part.tokens.map((token) => Object.assign(token, { isPrompt: false, layers: this.layers }));
+    const read = [...prompt];
+    for (const token of tokens) {
+      // The server reports with a token the experts that predicted it. They are those that read the token before, and the
+      // page shows these with the token that was read: for the first token, the prompt has them already.
+      const last = this.tokens.at(-1);
+      if (last && token.experts) read.push(Object.assign(last, { experts: token.experts }));
+      token.experts = null;
+      this.tokens.push(token);
+    }
     this.prompt.push(...prompt);
-    this.tokens.push(...tokens);
-    for (const token of prompt) appendToken(this.#prompts.lastChild, token, token.text);
+    for (const token of prompt) appendToken(this.#prompts.lastChild, token, this.#promptDecoder.next(token));
     for (const token of tokens) appendToken(this.body, token, this.#decoder.next(token));
     // A server that reports no tokens still sends text.
     if (part.text && !tokens.length && this.tokens.length === this.before) this.body.append(part.text);
@@ -64,7 +73,7 @@ export class AnswerTurn {
     this.finish = part.finish ?? this.finish;
     this.usage = part.usage ?? this.usage;
     this.show();
-    return [...prompt, ...tokens];
+    return read;
   }
 
   /** End the answer; `error` is the reason if it failed. */
