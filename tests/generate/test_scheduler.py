@@ -58,9 +58,18 @@ def request(ids: tuple[int, ...], sampling: SamplingParams = GREEDY, most: int |
 
 
 REQUESTS = [
-    request(prompt(n, length), sampling, 6 + 3 * n, top_logprobs=2)
+    request(prompt(n, length), sampling, 6 + 2 * n, top_logprobs=2)
     for n, (length, sampling) in enumerate(zip(LENGTHS, SAMPLINGS, strict=True))
 ]
+
+
+def assert_pages_are_returned(scheduler: Scheduler) -> None:
+    """Every page is free, or is in the prefix cache with a single reference."""
+    assert (scheduler.stats.running, scheduler.stats.cache_tokens_used) == (0, 0)
+    cache, prefixes = scheduler._cache, scheduler._prefixes
+    cached = [page for node in prefixes._unused for page in node.pages]
+    assert len(set(cached)) == len(cached) == prefixes.unused_pages == cache.pages - cache.free
+    assert all(cache.references[page] == int(page in cached) for page in range(cache.pages))
 
 
 def run(scheduler: Scheduler, arrivals: dict[int, list[Request]]) -> dict[Request, tuple[list, Finished]]:
@@ -82,6 +91,7 @@ def run(scheduler: Scheduler, arrivals: dict[int, list[Request]]) -> dict[Reques
         step += 1
         assert step < 1000
     assert set(ends) == set(numbers)
+    assert_pages_are_returned(scheduler)
     return {one: (tokens[number], ends[number][1:]) for number, one in numbers.items()}
 
 
@@ -101,6 +111,89 @@ def test_a_request_has_the_same_bits_alone_and_beside_others(name, number_format
     assert len(beside) == 8
     for one in REQUESTS:
         assert run(Scheduler(model, cache_tokens=4096), {0: [one]})[one] == beside[one]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("number_format", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
+def test_a_prompt_that_begins_as_another_has_the_same_bits(name, number_format, backend, use_backend):
+    use_backend(backend)
+    model = small(name).to(getattr(torch, number_format))
+    text, other = prompt(0, 390), prompt(1, 390)
+    prompts = {
+        text[:200]: 0,  # the first chunk is remembered; the second one has only 72 tokens
+        text[:300]: 128,
+        text[:200] + other[:100]: 128,
+        text[:260] + other[:100]: 256,
+        text[:256]: 128,  # the logits after the last token are computed anew
+        other[:256]: 0,
+        text[:384]: 256,
+        text[:129]: 128,
+        text[:385]: 384,
+        other[:390]: 256,
+    }
+    scheduler = Scheduler(model, cache_tokens=4096)
+    for ids, cached in prompts.items():
+        one = request(ids, top_logprobs=2, most=5)
+        tokens, end = run(scheduler, {0: [one]})[one]
+        expected = run(Scheduler(model, cache_tokens=4096), {0: [one]})[one]
+        assert tokens == expected[0] and end == (*expected[1][:2], cached, *expected[1][3:])
+
+
+def test_the_next_turn_of_a_chat_reads_only_what_is_new():
+    model = small("tiny")
+    scheduler = Scheduler(model, cache_tokens=4096)
+    first = request(prompt(0, 150), most=80)
+    answer = [token[0] for token in run(scheduler, {0: [first]})[first][0]]
+    second = request((*first.prompt, *answer, *prompt(1, 40)), most=70)
+    tokens, end = run(scheduler, {0: [second]})[second]
+    assert end[2] == 192  # of 150 + 79 cached tokens, in full pages
+    result = Generator(model, [second.prompt], GREEDY, 70).finish()[0]
+    assert [token[0] for token in tokens] == result.tokens
+    assert run(scheduler, {0: [second]})[second][1][2] == 256  # again: a multiple of the chunk size
+    third = request((*second.prompt, *result.tokens, *prompt(2, 6)), most=5)
+    tokens, end = run(scheduler, {0: [third]})[third]
+    assert end[2] == 320  # of 270 + 69
+    assert [token[0] for token in tokens] == Generator(model, [third.prompt], GREEDY, 5).finish()[0].tokens
+
+
+def test_equal_beginnings_are_shared_by_requests_that_run_at_the_same_time():
+    scheduler = Scheduler(small("tiny"), cache_tokens=512)
+    # Alone, each would need 5 of the 8 pages.
+    requests = [request((*prompt(0, 256), n), SamplingParams(seed=n), most=20) for n in range(4)]
+    numbers = [scheduler.submit(one) for one in requests]
+    events = [event for _ in range(6) for event in scheduler.step()]
+    assert {event.sequence for event in events} == set(numbers) and scheduler.stats.running == 4
+    assert scheduler.stats.cached_tokens == 3 * 256
+
+
+@pytest.mark.parametrize("name", ["tiny", "smollm2_135m"])
+def test_many_requests_in_a_small_cache(name):
+    """Requests with shared beginnings, of which some are cancelled, have the same text as alone."""
+    model, random = small(name), torch.Generator().manual_seed(5)
+
+    def number(most: int) -> int:
+        return int(torch.randint(most, (1,), generator=random))
+
+    texts, scheduler = [prompt(n, 390) for n in range(3)], Scheduler(model, cache_tokens=1024, max_sequences=5)
+    requests, answers, cancelled = {}, {}, set()
+    for step in range(400):
+        if step < 300 and number(4) == 0:
+            ids = texts[number(3)][: 1 + number(340)] + tuple(prompt(number(4), 1 + number(30)))
+            one = request(ids, SamplingParams(seed=step, temperature=number(2)), most=1 + number(20))
+            requests[scheduler.submit(one)] = one
+        if number(30) == 0 and requests:
+            cancelled.add(max(requests))
+            scheduler.cancel(max(requests))
+        for event in scheduler.step():
+            if isinstance(event, NewToken):
+                answers.setdefault(event.sequence, []).append(event[1:])
+    assert scheduler.idle and len(requests) > 50 and len(cancelled) > 3 and scheduler.stats.cached_tokens > 2000
+    assert_pages_are_returned(scheduler)
+    for sequence, one in requests.items():
+        tokens = answers.get(sequence, [])
+        expected = run(Scheduler(model, cache_tokens=512), {0: [one]})[one][0]
+        assert tokens == (expected[: len(tokens)] if sequence in cancelled else expected)
 
 
 @pytest.mark.parametrize("name", ["tiny", "seed_159m", "smollm2_135m"])
@@ -126,9 +219,9 @@ def test_every_end():
     answers = run(scheduler, {0: requests})
     expected = [("context", full), ("length", full[:4]), ("stop_token", full[: full.index(full[3])]), ("time", [])]
     for one, (reason, ids) in zip(requests, expected, strict=True):
-        tokens, end = answers[one]
-        assert ([token[0] for token in tokens], end) == (ids, (reason, 390, 0, len(ids), None))
-    assert scheduler.stats.running == 0 and scheduler.stats.cache_tokens_used == 0
+        tokens, (*end, cached, completion_tokens, error) = answers[one]
+        assert ([token[0] for token in tokens], end, completion_tokens, error) == (ids, [reason, 390], len(ids), None)
+        assert cached == (384 if reason in ("length", "stop_token") else 0)
 
 
 def test_a_cancelled_sequence_ends_at_once_in_every_state():
@@ -148,6 +241,7 @@ def test_a_cancelled_sequence_ends_at_once_in_every_state():
         (waiting, "cancelled", 0),
     ]
     assert scheduler.idle
+    assert_pages_are_returned(scheduler)
 
 
 def test_a_full_queue_and_requests_that_cannot_be_met():

@@ -16,6 +16,7 @@ import torch
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import NOT_FINITE, StopReason, check_request
 from smolseek.generate.paged_decoder import Experts, PagedDecoder, by_token
+from smolseek.generate.prefix_cache import Node, PrefixCache
 from smolseek.generate.request import Finished, NewToken, QueueFull, Request, Stats, Top
 from smolseek.generate.sampling import Sampler
 from smolseek.model.paged_cache import PAGE, PagedCache, pages_for
@@ -34,7 +35,10 @@ class _Sequence:
     """The pages as a tensor."""
     length: int = 0
     """Number of cached tokens."""
+    path: list[Node] = field(default_factory=list)
+    """The nodes of the prefix cache with which the sequence begins."""
     cached_tokens: int = 0
+    """Number of prompt tokens that were in the prefix cache."""
     new: int = 0
     """Number of new tokens."""
     prompt_experts: list[Experts] = field(default_factory=list)
@@ -80,6 +84,7 @@ class Scheduler:
         self.model = model
         self._max_sequences, self._max_queue, self._chunk = max_sequences, max_queue, chunk
         self._cache = PagedCache(model.config, pages_for(cache_tokens), dtype=weight.dtype, device=weight.device)
+        self._prefixes = PrefixCache(self._cache, chunk)
         self._decoder = PagedDecoder(model, self._cache)
         self._waiting: deque[_Sequence] = deque()
         self._reading: _Sequence | None = None
@@ -98,8 +103,8 @@ class Scheduler:
         return Stats(
             running=len(self._writing) + (self._reading is not None),
             waiting=len(self._waiting),
-            cache_tokens_used=(self._cache.pages - self._cache.free) * PAGE,
-            cache_tokens_reusable=0,
+            cache_tokens_used=(self._cache.pages - self._free_pages) * PAGE,
+            cache_tokens_reusable=self._prefixes.unused_pages * PAGE,
             cache_tokens_total=self._cache.pages * PAGE,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
@@ -163,12 +168,38 @@ class Scheduler:
         """Begin with the first request of the queue, if there are pages for it."""
         if not self._waiting or len(self._writing) >= self._max_sequences:
             return
-        pages = self._pages(self._waiting[0].request)
-        if pages > self._cache.free:
+        sequence = self._waiting[0]
+        # The log-probabilities of the prompt need its logits, so the prompt is read completely.
+        path = [] if sequence.request.prompt_logprobs else self._prefixes.match(sequence.request.prompt)
+        shared = [page for node in path for page in node.pages]
+        new = self._pages(sequence.request) - len(shared)
+        if new > self._free_pages:
+            self._prefixes.release(path)
             return
-        sequence = self._reading = self._waiting.popleft()
-        sequence.pages = self._cache.allocate(pages)
-        sequence.table = torch.tensor(sequence.pages)
+        self._prefixes.evict(new)
+        self._cache.share(shared)
+        self._set_pages(sequence, shared + self._cache.allocate(new))
+        sequence.path, sequence.length = path, len(shared) * PAGE
+        sequence.cached_tokens = sequence.length
+        self._reading = self._waiting.popleft()
+
+    @property
+    def _free_pages(self) -> int:
+        """Number of pages that no running sequence uses."""
+        return self._cache.free + self._prefixes.unused_pages
+
+    def _set_pages(self, sequence: _Sequence, pages: list[int]) -> None:
+        sequence.pages, sequence.table = pages, torch.tensor(pages, dtype=torch.int64)
+
+    def _remember_chunk(self, sequence: _Sequence, start: int, end: int) -> None:
+        """Put a chunk that was read into the prefix cache."""
+        first, last = start // PAGE, pages_for(end)
+        pages = sequence.pages[first:last]
+        remembered = self._prefixes.insert_chunk(sequence.path, sequence.request.prompt[start:end], pages)
+        if remembered != pages:
+            self._cache.share(remembered)
+            self._cache.release(pages)
+            self._set_pages(sequence, sequence.pages[:first] + remembered + sequence.pages[last:])
 
     def _read(self, sequence: _Sequence) -> None:
         """Read the next chunk of a prompt, and sample the first token after the last chunk."""
@@ -190,6 +221,7 @@ class Scheduler:
                     scored = float(row_V[token]) - total, _top(row_V, total, request.top_logprobs)
                     sequence.prompt_logprobs.append(scored)
         sequence.length = end
+        self._remember_chunk(sequence, start, end)
         if logits_V is not None:
             self._reading = None
             self._writing.append(sequence)
@@ -252,10 +284,12 @@ class Scheduler:
             self._writing.remove(sequence)
         else:
             self._waiting.remove(sequence)
-        if reason == "error":
-            self._cache.clear(sequence.pages)
-        self._cache.release(sequence.pages)
         prompt = len(sequence.request.prompt)
+        if reason != "error":
+            cached = sequence.sampler.ids[: sequence.length]
+            self._prefixes.insert_pages(sequence.path, cached, sequence.pages, prompt)
+        self._prefixes.release(sequence.path)
+        self._cache.release(sequence.pages)
         self._events.append(Finished(sequence.id, reason, prompt, sequence.cached_tokens, sequence.new, error))
 
 

@@ -35,7 +35,7 @@ class PagedCache:
         self, config: ModelConfig, pages: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         shape = (pages, PAGE, config.cache_features)
-        # Zeros, because a masked token's features are multiplied by 0, and 0 times NaN is NaN.
+        # Zeros, whose memory the system provides page by page as it is used.
         self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.pages, self.dtype, self.device = pages, dtype, self.layers[0].device
         self.references = [0] * pages
@@ -71,11 +71,6 @@ class PagedCache:
             if not self.references[page]:
                 self._free.append(page)
 
-    def clear(self, pages: Sequence[int]) -> None:
-        """Overwrite pages that may hold NaN with zeros."""
-        for layer in self.layers:
-            layer[list(pages)] = 0
-
 
 class PagedView:
     """Sequences in a `PagedCache`, with the methods of `Cache` that the model's forward pass uses.
@@ -106,7 +101,11 @@ class PagedView:
         """Write the new tokens of one layer, and return a copy of all cached tokens [B, S, F]."""
         pool = self._layers[layer].flatten(0, 1)
         pool[self._index_BT] = new_BTF.to(pool.dtype)
-        return pool[self._index_BS]
+        cached_BSF = pool[self._index_BS]
+        if (unseen_B1S := self.unseen(cached_BSF.shape[1])) is not None:
+            # A page may hold NaN of an earlier sequence, and a masked token's features are multiplied by 0.
+            cached_BSF.masked_fill_(unseen_B1S.transpose(1, 2), 0)
+        return cached_BSF
 
     def advance(self, tokens: int) -> None:
         """Increase the number of cached tokens by `tokens`."""
