@@ -29,7 +29,7 @@ from smolseek.storage.quantized import QUANTIZATIONS, number_format
 from smolseek.tokenizer import require_known
 
 Message = Mapping[str, str]
-"""`{"role": "user" | "assistant" | "system", "content": text}`."""
+"""A message of a chat: `{"role": "user" | "assistant" | "system", "content": text}`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Model:
             raise SmolseekError(
                 f"the text is not UTF-8 at position {error.start:,} ({error.object[error.start]!r}): encode it in UTF-8"
             ) from None
-        # Not verbose, since we report a text beyond the context ourselves.
+        # Not verbose, because our own error reports a text beyond the context.
         ids = list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
         require_known(max(ids, default=0), self.tokenizer, self.config.vocab_size)
         return ids
@@ -158,7 +158,7 @@ class Model:
         return [Continuation(texts[number // chosen.n], *output) for number, output in enumerate(outputs)]
 
     def score(self, text: str) -> list[tuple[str, float]]:
-        """Return each token of `text` with its log-probability in nats, given the previous tokens. The first has nan.
+        """Return each token of `text` with its log-probability in nats, given the previous tokens; nan for the first.
 
         The score is computed in the file's number format. If `load` has rounded float32 weights to bfloat16, the first
         call of `score` loads the float32 weights again.
@@ -172,12 +172,12 @@ class Model:
             raise SmolseekError(
                 f"the text has {len(ids)} tokens, but the model's context is {context}: shorten the text"
             )
-        # Not in inference mode, whose kernels round differently: the scores must equal those of evaluation.
+        # Inference mode is not used, because its kernels round differently than those of evaluation.
         with torch.no_grad():
             model = self._scoring
             ids_1T = torch.tensor([ids], device=model.lm_head.weight.device)
             hidden_TD, values = model.hidden(ids_1T).hidden_BTD[0, :-1], []
-            # In chunks, since the logits of a long text take gigabytes.
+            # The logits are computed in chunks, since those of a long text take gigabytes.
             for h_XD, next_X in zip(hidden_TD.split(512), ids_1T[0, 1:].split(512), strict=True):
                 logp_XV = model.lm_head(h_XD).float().log_softmax(dim=-1)
                 values += logp_XV.gather(1, next_X[:, None])[:, 0].tolist()
@@ -240,7 +240,7 @@ class Model:
             SmolseekError: for a token id in `prefix` or `bad_words` that is not in the vocabulary.
         """
         bad_words: Sequence[Any] = chosen.bad_words  # texts, or token ids as in generation_config.json
-        # In the middle of a text, the tokens of a word include the space before it, so they differ.
+        # In the middle of a text, a word has other tokens, because they include the space before the word.
         forms = [
             form for word in bad_words for form in ((word, " " + word.lstrip()) if isinstance(word, str) else (word,))
         ]

@@ -48,7 +48,7 @@ RULES = {
     "llama3": _LLAMA3,
     "qwen2": _Rule((_LETTERS + r"|\p{N}" + _SYMBOLS,), nfc=True),
 }
-"""By llama.cpp's names, the values of tokenizer.ggml.pre."""
+"""Pre-tokenizers by llama.cpp's names, which are the values of tokenizer.ggml.pre."""
 
 
 def smollm2_gguf() -> Path | None:

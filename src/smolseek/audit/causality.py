@@ -90,8 +90,8 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
 def _variants(model: nn.Module, ids_1T: torch.Tensor, thorough: bool) -> Iterator[tuple[str, nn.Module, float | None]]:
     """Yield a name for the weights, a model, and its rounding unit, which is None for the original model.
 
-    In the original number format, only inputs of the same shape can be compared. Inputs of another shape may be summed
-    in another order.
+    In the original number format, only logits of inputs of the same shape can be compared, because sums over another
+    shape may be computed in another order.
     """
     precise = probe.precise_copy(model, ids_1T)
     if thorough or precise is None:
@@ -145,7 +145,7 @@ def _changes(
 
 
 def _gradient_to_later(model: nn.Module, embedding: nn.Embedding, ids_1T: torch.Tensor, t: int) -> float:
-    """Return the largest gradient of the logits up to t to later embeddings, relative to earlier embeddings."""
+    """Return the gradient of the logits up to t for later embeddings, relative to that for earlier embeddings."""
     leaves: list[torch.Tensor] = []
 
     def detach(_: nn.Module, __: object, x: torch.Tensor) -> torch.Tensor:

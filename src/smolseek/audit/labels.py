@@ -1,8 +1,8 @@
 """Targets: which token is the target of each position in the loss, and what is its weight?
 
-The loss function is called with known sequences of distinct tokens, and with a model that returns chosen logits. At
-uniform logits, d loss / d logits[b, t] = w (1/V - [target]). So the most negative entry of the gradient is at the
-target, and w is the weight of the position.
+The loss function is called with known sequences of distinct tokens, and with a model that returns chosen logits. For a
+position of weight w with uniform logits, the gradient of the loss is w/V - w at the target token and w/V at every other
+token. So the most negative entry of the gradient shows the target, and its size shows the weight.
 
 Shapes: B sequences, T tokens, V vocabulary.
 """
@@ -57,7 +57,7 @@ MEAN = Check(
     limit=0.01,
     unit="relative error",
     meaning="the loss is not the mean over the tokens that it should predict",
-    look="the divisor (all tokens, or those that count?), means of means over sequences of unequal length",
+    look="the divisor, which must be the number of tokens that count; means of means over sequences of unequal length",
     hint="divide the sum of the token losses by the number of tokens that count",
 )
 
@@ -76,7 +76,7 @@ class PlantedModel(nn.Module):
         super().__init__()
         self.ids_BT, self.vocab, self.shift = ids_BT, vocab, shift
         self.outputs: list[tuple[int, torch.Tensor]] = []
-        """For each call, the position of the first token, and the returned logits."""
+        """The position of the first token and the returned logits of each call."""
         self.lm_head = nn.Linear(vocab, vocab, bias=False)
         nn.init.eye_(self.lm_head.weight)
 
@@ -106,7 +106,7 @@ class PlantedModel(nn.Module):
 
 
 class Position(NamedTuple):
-    """A position that contributes to the loss."""
+    """A position of a sequence that contributes to the loss."""
 
     shift: int
     """Distance from the position to its target token; 99 if the target is not within `SHIFTS`."""
@@ -160,7 +160,7 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
     if pad_id is not None and pad_id == eos_id:
         expected = len(positions)
     uneven = max(weights) / min(weights) - 1 if weights else float("nan")
-    # A wrong shift and padding in the loss are judged by the checks above.
+    # The checks above already judge a wrong shift and padding in the loss.
     judged_above = shift != 1 or any(position.target == pad_id for position in positions)
     missing = 0.0 if judged_above else abs(len(positions) / expected - 1)
     mean = MEAN.judge(

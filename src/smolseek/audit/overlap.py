@@ -25,7 +25,7 @@ DUPLICATES = Check(
     name="data: duplicates",
     unit="documents",
     meaning="the validation loss is measured on training text",
-    look="the split (by document, before shuffling and cutting?), mirrored sources, boilerplate",
+    look="the split, which must be by document and before shuffling and cutting; mirrored sources; boilerplate",
     hint="drop duplicates, then split by a hash of each document's text",
 )
 OVERLAP = replace(
@@ -93,7 +93,8 @@ def check_record(corpus: Corpus, val_fraction: float, state: dict | None) -> Che
     """
     if state is None:
         return NEVER_TRAINED_ON.skip("no checkpoint with a data position")
-    # The side of a part of a cut document depends on its position. The side of other documents depends on their text.
+    # The position of a part of a cut document decides whether the part is for validation. For other documents, the text
+    # decides.
     keys = {chunk.text: chunk.key for chunk in corpus.cut.chunks} if corpus.cut else {}
     wrong = sum(in_validation(keys.get(text, text_key(text)), val_fraction) for text in corpus.train)
     differs = state.get("fingerprint") != corpus.fingerprint()

@@ -2,13 +2,13 @@
 
 The limit is half of the lowest of three baselines:
 
-1. The loss of a 5-gram model of the training text on validation text. Neural models reach 0.8 times the loss of a
-Kneser-Ney 5-gram model on a billion words (1602.02410: perplexity 30 against 67.6), and 0.6 times on WikiText-103 after
-many epochs. 2. The xz-compressed size of validation text that follows training text. Like a language model, xz exploits
-repeated
-   text.
-3. The loss that D training tokens allow a model of any size: 1.69 + 410.7 / D^0.28 nats (2203.15556, equation 10, with
-an infinite model). For 41M tokens, this loss is 4.7 nats.
+1. The first baseline is the loss of a 5-gram model of the training text on validation text. Neural models reach 0.8
+   times the loss of a Kneser-Ney 5-gram model on a billion words (1602.02410: perplexity 30 against 67.6), and 0.6
+   times that loss on WikiText-103 after many epochs.
+2. The second baseline is the xz-compressed size of validation text that follows training text. Like a language model,
+   xz exploits repeated text.
+3. The third baseline is the loss that a scaling law predicts for D training tokens and a model of any size. This loss
+   is 1.69 + 410.7 / D^0.28 nats (2203.15556, equation 10, with an infinite model), which is 4.7 nats for 41M tokens.
 
 Shapes: N tokens.
 """
@@ -46,9 +46,9 @@ def scaling_law_nats(tokens: float) -> float:
 def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) -> float:
     """Return the mean cross-entropy in nats per token of an interpolated Witten-Bell model of order `order`.
 
-    p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)), where d(h) is the number of distinct tokens after h
-    (Witten and Bell 1991; Chen and Goodman 1998). Below the unigram, p is 1/vocab. The probabilities sum to 1 over the
-    vocabulary. The first test tokens have shorter histories.
+    p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)), where c counts occurrences and d(h) is the number of
+    distinct tokens after h (Witten and Bell 1991; Chen and Goodman 1998). Below the unigram, p is 1/vocab. The
+    probabilities sum to 1 over the vocabulary. The first test tokens have shorter histories.
     """
     train, test = np.asarray(train_N, np.uint64), np.asarray(test_N, np.uint64)
     p = np.full(len(test), 1.0 / vocab)
@@ -85,7 +85,7 @@ def _look_up(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.nd
 
 
 def xz_nats(before: str, text: str, tokens: int) -> float:
-    """Return by how many nats per token `text` (`tokens` tokens) increases the xz -9 size of `before`."""
+    """Return the nats per token that `text` (`tokens` tokens) adds to the xz -9 size of `before`."""
 
     def size(characters: str) -> int:
         data = characters.encode("utf-8")

@@ -21,7 +21,7 @@ from smolseek.run_folder import RunFolder
 
 @dataclass(kw_only=True)
 class Subject:
-    """The audited model, with what is known about it."""
+    """The audited model, with its loss, its text and other known properties."""
 
     model: nn.Module
     vocab: int
@@ -41,7 +41,7 @@ class Subject:
     sequences: torch.Tensor | None = None
     """Token ids [N, T] of text that the model reads."""
     trained: bool | None = None
-    """Whether the model is trained. If `trained` is None, the audit decides by the loss on `sequences`."""
+    """Whether the model is trained; with None, the audit decides by the loss on `sequences`."""
     balanced_steps: int = 0
     """Number of training steps in which the router biases were updated."""
     run: RunFolder | None = None

@@ -27,7 +27,7 @@ BIAS_NAMES = (
     "balance_bias",
     "router_bias",
 )
-"""Names that public models use for the router bias, which is added to the scores only to choose experts."""
+"""Names of the router bias in public models. The bias is added to the scores only to choose experts."""
 BALANCED = 1000
 """Steps after which the load should be balanced, because biases change by 1e-3 a step and scores are at most 1."""
 STEPS = 3
@@ -37,7 +37,7 @@ DEAD = Check(
     name="routing: dead experts",
     unit="experts",
     meaning="some experts are never used, and their parameters are wasted",
-    look="the balancing (do the biases change? is gamma too small?), the router's initial scale",
+    look="whether the biases change, whether gamma is too small, and the router's initial scale",
     hint="raise balance.gamma (1e-3 in DeepSeek-V3), and plot MaxVio over the steps",
 )
 MAX_VIO = Check(
@@ -45,7 +45,7 @@ MAX_VIO = Check(
     limit=2.0,
     unit="on average",
     meaning="a few experts process most of the tokens",
-    look="the balancing: updated once per step, from the load of the whole batch, towards the mean?",
+    look="the bias update: it must come once per step, from the load of the whole batch, and point towards the mean",
     hint="loss-free balancing (2408.15664) reaches about 0.04, an auxiliary loss 0.5 to 0.7",
 )
 GRADIENT = Check(
@@ -67,7 +67,7 @@ BIASES_MOVE = Check(
     name="routing: biases move",
     unit="layers with constant biases",
     meaning="the router bias is never updated: the load is not balanced",
-    look="the update after each step: called? gamma above 0? in place? bias in float32 (bfloat16 rounds steps away)?",
+    look="whether the update is called after each step, in place, with gamma above 0, and on float32 biases",
     hint="bias += gamma * sign(mean load - load), once per step, over the whole batch",
 )
 

@@ -64,7 +64,7 @@ def audit(
     """Run all checks of `subject` and return them.
 
     Args:
-        subject: the model, with what is known about it.
+        subject: the model, with its loss, its text and other known properties.
         corpus: the training and validation documents of the model.
         documents: text that the model reads if there is no corpus.
         encode: the tokenizer's `encoder`.

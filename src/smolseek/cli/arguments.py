@@ -58,7 +58,7 @@ def _set_help_texts(kind: type) -> None:
 
 
 _TEXTS = {"prompt", "prefix", "system", "stop", "bad_words", "stop_tokens", "tasks"}
-"""Arguments that are text. Texts may be empty, or are checked where they are used."""
+"""Names of arguments that are texts. A text may be empty, or is checked where it is used."""
 
 
 def _require_names(args: Any, prefix: str = "") -> None:

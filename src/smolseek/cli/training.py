@@ -99,10 +99,10 @@ def train(argv: Sequence[str]) -> None:
 
 
 def _defaults(name: str | None, options: Sequence[str]) -> tuple[TrainConfig, RunFolder | None]:
-    """Return the configuration that the options change: of a run, of the model of --init, or of the preset `name`.
+    """Return the default values of the options: those of a run, of the --init model, or of the preset `name`.
 
-    The second result is the run to resume, if the command line also names another source. The run's own configuration
-    is then used.
+    The second result is None, unless the command line names a preset, a config.json or --init besides a run to resume.
+    In this case the second result is the run, whose own configuration replaces the defaults.
     """
     run, init, resume = (option_value(options, key) for key in ("--run", "--init", "--resume"))
     source = RunFolder(Path(name).parent) if name is not None and Path(name).name == "config.json" else None

@@ -18,21 +18,23 @@ class SamplingOptions:
     """
 
     temperature: float = option(0.8, least=0)
-    """Divides the logits; 0 takes the most likely token (greedy)."""
+    """Temperature, which divides the logits; 0 takes the most likely token (greedy decoding)."""
     top_k: int | None = option(None, least=1)
     """Keep the k most likely tokens."""
     top_p: float | None = option(None, above=0, most=1)
-    """Keep the smallest set of most likely tokens whose probabilities sum to at least this (1904.09751)."""
+    """Nucleus sampling: keep the most likely tokens, until their probabilities sum to this value (1904.09751)."""
     min_p: float | None = option(None, least=0, most=1)
-    """Keep tokens with at least this share of the most likely token's probability (2407.01082)."""
+    """Keep tokens whose probability is at least this share of the largest probability (2407.01082)."""
     typical_p: float | None = option(None, above=0, most=1)
-    """Keep the tokens nearest to the expected surprise whose probabilities sum to at least this (2202.00666)."""
+    """Typical sampling: keep the tokens whose information is nearest to the entropy, until their probabilities sum to
+    this value (2202.00666)."""
     repetition_penalty: float = option(1.0, least=1e-30, most=1e30)
-    """Divides positive logits of tokens seen, multiplies negative ones (1909.05858); 1 is no penalty, 1.1 is usual."""
+    """Penalty for earlier tokens, which divides their positive logits and multiplies their negative logits
+    (1909.05858). 1 is no penalty, and 1.1 is usual."""
     presence_penalty: float = option(0.0, least=-1e30, most=1e30)
-    """Is subtracted from the logits of tokens generated so far."""
+    """Penalty that is subtracted from the logits of tokens generated so far."""
     frequency_penalty: float = option(0.0, least=-1e30, most=1e30)
-    """Is subtracted from the logits of tokens generated so far, once for each occurrence."""
+    """Penalty that is subtracted from the logits of tokens generated so far, once for each occurrence."""
     no_repeat_ngram: int = option(0, least=0)
     """No n-gram of this length is generated twice; 0 allows repeated n-grams."""
     min_tokens: int = option(0, least=0)

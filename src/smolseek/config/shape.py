@@ -38,7 +38,7 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     """yarn: denominator of the attention factor; its square also scales the softmax."""
     truncate: bool | None = None
-    """yarn: whether the bounds of the ramp are rounded to whole dimensions; None does so."""
+    """yarn: whether the bounds of the ramp are rounded to whole dimensions; None means True."""
     low_freq_factor: float | None = option(None, above=0)
     """llama3: wavelengths above original/low_freq_factor are divided by `factor`."""
     high_freq_factor: float | None = option(None, above=0)

@@ -4,9 +4,8 @@ Shapes: D hidden_size, H query heads, G key/value heads, d features of a head, J
 features in the order (g, j), C components of the key, N real features without RoPE, S slots with RoPE (a slot is one
 complex feature), T distances.
 
-RoPE is written with complex numbers: it multiplies the key feature k_gj at position s by e^(i s w_j). For a query at
-position t, the score of head h in group g is Re sum_j conj(q_hj) k_gj e^(i w_j (s-t)). docs/conversion.md derives the
-method.
+RoPE is written with complex numbers: a pair of features is one complex feature, which RoPE multiplies by e^(i s w) at
+position s, where w is the frequency of the pair. docs/conversion.md derives the method.
 """
 
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from smolseek.storage.rope_layout import interleaved
 
 @dataclass(frozen=True)
 class Layer:
-    """The projections and statistics of one layer, and the quantities derived from them, in float64."""
+    """Projections and statistics of one layer in float64, with quantities that are derived from these."""
 
     method: Method
     w_J: torch.Tensor
@@ -38,7 +37,7 @@ class Layer:
     value_Gdd: torch.Tensor
     """Weight of an error in the values of a group: the sum of W_O^T W_O over the heads of the group."""
     importance_H: torch.Tensor
-    """Energy of each head's output, which is used as the cost of an error of 1 in the head's scores."""
+    """Energy of each head's output, which weights the errors in the scores of the head."""
     weighted_HJ: torch.Tensor
     """Energy of each head's queries at each frequency, times the importance of the head."""
     basis_KC: torch.Tensor  # k = basis c

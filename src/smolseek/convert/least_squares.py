@@ -52,13 +52,13 @@ class Factors(NamedTuple):
 def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
     """Improve `factors`, the compressed attention of `layer` with slots of the frequencies `w_S`.
 
-    At distance D, head h of the source has the score q' k(D), where the key k(D) is rotated at the source's
-    frequencies. The compressed head has the score q' B_h z(D), where z = A x are the cached features. The first 2S
-    cached features are rotated at the frequencies of their slots; the R features of the latent are not rotated. A
-    token's input x and its distance D are treated as independent. The error of the keys, E |k(D) - B_h z(D)|^2 over the
-    distances that the head attends to, is quadratic in B_h for a fixed A. For fixed B_h the error is quadratic in A,
-    where it is weighted by the queries and by the heads' outputs, and the error of the values is added. This function
-    alternates between the closed-form solutions for B_h and for A.
+    The matrix A computes the cached features of a token: the features of the slots, which RoPE rotates at the
+    frequencies of the slots, and the latent. The matrix B_h computes the key of head h from the cached features. The
+    error is the squared difference between the key of the source and this key, averaged over the tokens and over the
+    distances that the head attends to. Tokens and distances are treated as independent. The error is quadratic in B_h
+    for a fixed A, and quadratic in A for fixed B_h, so both have closed-form solutions, and this function alternates
+    between them. In the solution for A, the errors are weighted by the queries and by the heads' outputs, and the error
+    of the values is added.
     """
     G, d, _ = layer.v_GdD.shape
     heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD
@@ -96,16 +96,17 @@ def _means(seen_HT: torch.Tensor, w_a: torch.Tensor, w_b: torch.Tensor) -> list[
 
 
 def _quarter(x: torch.Tensor, turned: int) -> torch.Tensor:
-    """Replace the pairs (re, im) on the last axis by (im, -re), and all features after the first `turned` by zeros."""
+    """Turn the pairs (re, im) among the first `turned` features to (im, -re), and set the other features to zero."""
     out = torch.zeros_like(x)
     out[..., 0:turned:2], out[..., 1:turned:2] = x[..., 1:turned:2], -x[..., 0:turned:2]
     return out
 
 
 def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, int], sign: int = 1) -> torch.Tensor:
-    """Return E[Rot_a(D) x Rot_b(D)'] over the distances D, with Rot(D) z = z cos wD + quarter(z) sin wD.
+    """Rotate the rows and columns of `x_Hab` by RoPE at each distance, and return the mean over the distances.
 
-    A negative `sign` rotates in the opposite direction.
+    `turned` has the numbers of rows and of columns that are rotated; the others stay as they are. `means` comes from
+    `_means`. A negative `sign` rotates in the opposite direction.
     """
     (a, b), (cc, cs, sc, ss) = turned, means
     right = _quarter(x_Hab, b)
@@ -114,7 +115,7 @@ def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, i
 
 
 def _solve(system: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return system^-1 target with a small ridge penalty, which keeps features without energy unchanged."""
+    """Solve the linear system with a small ridge penalty, which leaves features without energy unchanged."""
     energy = system.diagonal(dim1=-2, dim2=-1)
     ridge = _RIDGE * energy + 1e-12 * energy.mean(dim=-1, keepdim=True) + 1e-300
     return torch.linalg.solve(system + torch.diag_embed(ridge), target)
@@ -126,10 +127,10 @@ def refit_values(
 ) -> list[dict[str, torch.Tensor]]:
     """Return the compressed `layers` of the Llama `model` with new W_UV, fitted on `sequences` [N, T+1].
 
-    The compressed model gets the same inputs as the original. In the original, head h computes the output A = P V. The
-    compressed head has its own attention weights P' and outputs Z W, where c is the latent, Z = P' c, and W replaces
-    W_UV. The new W minimises |A - Z W|^2 + ridge |W - W_UV|^2. The new W also compensates for a part of the change from
-    P to P'.
+    The compressed model gets the same inputs as the original. The new W_UV of a head minimises the squared difference
+    between the outputs of the original head and of the compressed head, plus a ridge penalty on the change of W_UV. The
+    compressed head has other attention weights than the original head, and the new W_UV compensates for a part of this
+    difference.
     """
     modules: Any = model.model.layers
     H, d, R, T = config.num_attention_heads, config.v_head_dim, config.kv_lora_rank or 0, sequences.shape[1] - 1

@@ -19,10 +19,10 @@ def target_config(source: ModelConfig) -> ModelConfig:
     """Return the configuration of the exact conversion of the Llama `source`, with dense feed-forward layers.
 
     Every key head has its own slot in the shared rotary key, and every value head has its own slot in the latent. All
-    slots need the same frequencies, but the frequencies theta^(-2i/R) of the default RoPE are all different.
-    `longrope` divides each frequency by its own factor. With base 1 every frequency is 1 before the division, so the
-    factors are the reciprocals of the source's frequencies. `attention_factor` multiplies cosines and sines, and so it
-    multiplies the scores by its square. The value G^(1/4) turns MLA's scale (Gd)^(-1/2) into the source's d^(-1/2).
+    slots need the same frequencies, but in the default RoPE all frequencies are different. The RoPE type `longrope`
+    divides each frequency by its own factor. With base 1 every frequency is 1 before the division, so the factors are
+    the reciprocals of the source's frequencies. MLA divides scores by the square root of Gd instead of d. The
+    `attention_factor` G^(1/4) corrects the scores, because it multiplies both the queries and the keys.
     """
     groups, size = source.num_key_value_heads, source.qk_head_dim
     factors = tuple(reciprocals(frequencies(source.rope_parameters, size))) * groups

@@ -41,9 +41,9 @@ def active_neurons(config: ModelConfig) -> int:
 def prune(model: CausalLM, sequences: torch.Tensor, neurons: int) -> list[tuple[FeedForward, float]]:
     """Prune every feed-forward layer of the Llama `model` to `neurons` neurons, chosen on `sequences` [N, T+1].
 
-    Neuron i adds h_i d_i to the output, where h_i is its activation and d_i its column of the output matrix D. The
-    neurons with the largest mean energy E[h_i^2] |d_i|^2 are kept. The new output matrix W minimises
-    E|D h - W h_K|^2 + ridge |W - D_K|^2.
+    A neuron adds its activation times its column of the output matrix to the output of the layer. The neurons whose
+    contributions have the largest mean energy are kept. The new output matrix is a least-squares fit of the kept
+    neurons to the output of the full layer, with a ridge penalty on changes of the columns.
 
     Returns:
         The pruned layers, each with the relative squared error of its output.
@@ -117,12 +117,13 @@ def sparse_layer(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Return one layer's experts and the relative squared error of their output on the tokens.
 
-    Neuron i adds the vector h_i d_i to the output, whose norm is |h_i| |d_i|. The neurons with the largest mean square
-    of this norm go into the shared experts. For every other neuron, a linear regression predicts the norm from the
-    layer's input, because a router is linear, too. The neurons are clustered by their regression coefficients. The
-    router's logit for an expert is a linear regression of the logarithm of the energy of the expert's output. At last,
-    all output matrices are fitted together to the dense layer's output under this routing, by least squares. `config`
-    comes from `with_experts`, and `h_TI` are the neurons' activations on the inputs `x_TD`.
+    A neuron adds its activation times its column of the output matrix to the output of the layer. The neurons whose
+    contributions have the largest mean squared norm go into the shared experts. For every other neuron, a linear
+    regression predicts the norm of the contribution from the layer's input, because a router is linear, too. The
+    neurons are clustered by their regression coefficients. The router's logit for an expert is a linear regression of
+    the logarithm of the energy of the expert's output. At last, all output matrices are fitted together to the dense
+    layer's output under this routing, by least squares. `config` comes from `with_experts`, and `h_TI` are the neurons'
+    activations on the inputs `x_TD`.
     """
     E, size, shared = config.n_routed_experts, config.moe_intermediate_size, config.n_shared_experts
     down_DI = dense.down_DI
@@ -151,10 +152,10 @@ def _router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) ->
 
     The energy of an output is its squared norm.
 
-    A linear regression predicts the logarithm of an expert's energy as a x + b. DeepSeek's router has no intercept, but
-    its balancing bias can replace the intercept b. Near 0, sigmoid(s a x) is about 1/2 + s a x / 4. With the bias s b /
-    4 the experts are therefore ordered by a x + b. For a small s the weights of the selected experts, normalised and
-    multiplied by their number, are all near 1.
+    A linear regression with an intercept predicts the logarithm of an expert's energy from the layer's input.
+    DeepSeek's router has no intercept, but its balancing bias can replace the intercept. The regression is scaled down,
+    so that the sigmoid of the router is nearly linear and the router orders the experts by the predicted energy. The
+    weights of the selected experts, normalised and multiplied by their number, are then all near 1.
     """
     map_DE, offset_E, _ = _regression(x_TD, (energy_TE + _SMALL_ENERGY * energy_TE.mean().clamp(min=1e-30)).log())
     scale = _LOGIT_STD / float((x_TD.double() @ map_DE).square().mean().sqrt().clamp(min=1e-30))

@@ -28,11 +28,11 @@ class HubName:
 
     repo: str
     config: str | None = None
-    """None means the only configuration, or the default one."""
+    """Configuration of the dataset; None means the only configuration, or the default configuration."""
     revision: str | None = None
     weight: float = 1.0
     split: str | None = None
-    """None means the split `train`, or the only split."""
+    """Split of the dataset; None means the split `train`, or the only split."""
 
     def completes(self, other: "HubName") -> bool:
         """Return whether this name is `other` with a missing configuration, split or revision filled in."""

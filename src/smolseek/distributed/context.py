@@ -44,7 +44,7 @@ class _Ended(Stopped):
 class DistributedContext(SingleProcess):
     """This process, as a member of the processes of `mesh`."""
 
-    accumulates = False  # FSDP2 must see every gradient
+    accumulates = False  # FSDP2 handles every gradient itself
 
     def __init__(self, mesh: Mesh, device: torch.device, timeout: float) -> None:
         """Connect to the other processes within `timeout` seconds, which is also the time limit of collectives.

@@ -24,7 +24,7 @@ from smolseek.storage.hf_folder import LoadedModel, load_model
 from smolseek.tokenizer import require_known
 
 _Request = tuple[Any, list[int], list[int]]
-"""The texts or None, the tokens of the context, the tokens of the continuation."""
+"""A request: its two texts or None, the tokens of its context, and the tokens of its continuation."""
 
 
 class NativeLM(TemplateLM):
@@ -69,7 +69,7 @@ class NativeLM(TemplateLM):
             for begin in range(0, len(order), self.batch_size):
                 numbers = order[begin : begin + self.batch_size]
                 sequences = [([*requests[n][1], *requests[n][2]])[-self.max_length - 1 :] for n in numbers]
-                # Padded on the right; causal attention ignores the padding.
+                # The sequences are padded on the right, where causal attention ignores the padding.
                 ids_BT = torch.zeros(len(sequences), max(map(len, sequences)) - 1, dtype=torch.int64)
                 for b, ids in enumerate(sequences):
                     ids_BT[b, : len(ids) - 1] = torch.tensor(ids[:-1])

@@ -14,8 +14,7 @@ _FRONT = re.compile(r"\A---\n(.*?\n)---\n", re.S)
 _INHERITED = re.compile(
     r"^(?:license|license_name|license_link|base_model|base_model_relation):.*\n(?:[ \t-].*\n)*", re.M
 )
-"""Settings in the front matter of the source's card that the new card keeps. The items of a list are lines that follow
-the setting."""
+"""Settings of the source's front matter that the new card keeps, with the list items in the lines after a setting."""
 _RUN = "## How to run it"
 _OLD_USAGE = re.compile(rf'^(?:{_RUN}|```python\n(?:.*\n){{2}}model = .*"FOLDER")', re.M)
 """Beginning of the instructions that an earlier export or conversion wrote. The new instructions replace them."""

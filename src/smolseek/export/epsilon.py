@@ -1,13 +1,15 @@
-"""One epsilon for all norms, as llama.cpp has it, and latents that 16 and 8 bits hold.
+"""Scales a model to one epsilon for all norms, as llama.cpp requires, and to latents that fit into 16 or 8 bits.
 
-RMSNorm(k x, k^2 eps) = RMSNorm(x, eps): if everything that is written to the residual stream is multiplied by k, and
-epsilon by k^2, all norms of the stream have the same results. The norms of the latents have the same results if the
-latents are multiplied by the square root of the ratio of the epsilons.
+An RMSNorm gives the same result if its input is multiplied by k and its epsilon by k^2. So the weights that write to
+the residual stream are multiplied by k, and epsilon by k^2, and every norm of the residual stream keeps its result. The
+norms of the latents keep their results if the latents are multiplied by the square root of the ratio of the two
+epsilons.
 
-A model whose latent has no norm gets a norm that is a linear map (`storage/latent_norm.py`). The latents c are
-multiplied by S, which leaves a relative error of S^2 mean(c^2) / (2 eps), so that a small epsilon needs a small S.
-Numbers below 6.1e-5 lose precision in float16, which is also the format of the scales of quantised blocks. A large k
-makes epsilon large, and S can be k times as large.
+A converted model has no norm of the latent, so its file gets a norm that acts as a linear map
+(`storage/latent_norm.py`). For this norm the latent c is multiplied by a small number S. The relative error of the
+linear map is S^2 mean(c^2) / (2 epsilon), so a small epsilon requires a small S. But float16, which is also the format
+of the scales of quantised blocks, loses precision below 6.1e-5. A large k makes epsilon large, so that S can be k times
+as large.
 """
 
 import math
@@ -20,15 +22,15 @@ from smolseek.storage.latent_norm import MATRIX, NORM, unfold
 from smolseek.storage.weights import EMBEDDING
 
 _ERROR = 1e-6
-"""Relative error of a latent, for a residual stream without a preferred direction."""
+"""Relative error of a latent that the linear map may cause, if the features of the residual stream are uncorrelated."""
 _SIZE = 2.0**-9
 """Root mean square that a latent's matrix should have: 32 times the smallest normal number of float16."""
 _LARGEST = 2.0**15
-"""Largest number that is written to the stream, within the range of float16."""
+"""Largest number that may be written to the residual stream, so that it stays within the range of float16."""
 
 
 class Scales(NamedTuple):
-    """Factors on the weights, and the epsilon that belongs to them."""
+    """The factors on the weights, and the epsilon that all norms get."""
 
     stream: float
     """Factor on everything that is written to the residual stream, a power of two."""
@@ -48,9 +50,9 @@ def choose(source: Source, quantize: Quantize) -> Scales:
         latent = (math.sqrt(c.rms_norm_eps / c.latent_norm_eps),) * layers
     elif quantize == "f32":
         latent = (_power(math.sqrt(c.rms_norm_eps) * 2.0**-20),) * layers
-    else:  # bfloat16 holds small numbers, but llama.cpp's own tool may make 8 bits of it
+    else:  # bfloat16 represents small numbers, but a user may quantise this file with llama.cpp's tool
         sizes = [_latent_sizes(source, n) for n in range(layers)]
-        # The largest S with the original epsilon; S is multiplied by k, as the square root of epsilon is.
+        # The largest S for the original epsilon. If the stream is multiplied by k, S may also be multiplied by k.
         latent = tuple(_power(math.sqrt(2 * c.rms_norm_eps * _ERROR) / size) for size, _ in sizes)
         smallest = min(scale * size for scale, (_, size) in zip(latent, sizes, strict=True))
         stream = max(1.0, min(_power(2 * _SIZE / smallest), _power(_LARGEST / _largest_written(source))))

@@ -1,4 +1,4 @@
-"""A GGUF file: what it will hold is known before anything is written, and it is written tensor by tensor."""
+"""Plans the contents of a GGUF file before anything is written, and then writes the file tensor by tensor."""
 
 import math
 from pathlib import Path
@@ -19,28 +19,28 @@ from smolseek.export.options import Quantize
 from smolseek.export.source import Source
 
 _CHUNK = 1 << 22
-"""Numbers that are quantised at a time, to bound the memory that the quantisation itself takes."""
+"""Number of weights that are quantised at a time, which bounds the memory of the quantisation."""
 
 
 class Plan(NamedTuple):
-    """All that a file will hold."""
+    """The contents of a GGUF file that is to be written."""
 
     architecture: str
-    """llama.cpp's name."""
+    """Name of the architecture in llama.cpp."""
     entries: list[Entry]
-    """The metadata."""
+    """The entries of the metadata."""
     tensors: list[tuple[Tensor, gguf.GGMLQuantizationType]]
     """The tensors, computed when they are written, with their number formats."""
     nbytes: int
-    """Size of the tensors."""
+    """Size of all tensors in bytes."""
     description: str
     """Architecture and number format, for a message."""
 
 
 def plan(source: Source, quantize: Quantize, name: str) -> Plan:
-    """Return what the file of the model `source` will hold; `name` is the model's name inside the file.
+    """Plan the GGUF file of the model `source`; `name` is the model's name inside the file.
 
-    Raises SmolseekError for what llama.cpp cannot compute or the number format cannot store, by name.
+    Raises SmolseekError for a model that llama.cpp cannot compute, or a tensor that the number format cannot store.
     """
     config = source.config
     require_supported(config)
@@ -61,7 +61,7 @@ def plan(source: Source, quantize: Quantize, name: str) -> Plan:
 
 
 def require_supported(config: ModelConfig) -> None:
-    """Raise SmolseekError for a model that llama.cpp's graphs do not compute, by name."""
+    """Raise SmolseekError for a model that llama.cpp cannot compute. The message names the setting."""
 
     def refuse(what: str, remedy: str) -> SmolseekError:
         return SmolseekError(f"llama.cpp does not support {what}: {remedy}")
@@ -86,13 +86,13 @@ def require_supported(config: ModelConfig) -> None:
         raise refuse(f"rope_type {rope.rope_type!r} with latent attention", portable)
     if config.attention_bias:
         raise refuse("biases in latent attention (attention_bias)", "export it with --format hf")
-    for name in ("rms_norm_eps", "latent_norm_eps"):  # all norms get one epsilon, by multiplying what they normalise
+    for name in ("rms_norm_eps", "latent_norm_eps"):  # a factor cannot change an epsilon of 0
         if getattr(config, name) == 0:
             raise refuse(f"{name} 0 with latent attention", f"set {name} to a small number, for example 1e-6")
 
 
 def _require_multiple(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
-    """Raise SmolseekError if the rows of a tensor are no whole number of blocks."""
+    """Raise SmolseekError if the rows of a tensor cannot be divided into blocks."""
     block = gguf.GGML_QUANT_SIZES[kind][0]
     if tensor.shape[-1] % block:
         raise SmolseekError(
@@ -102,9 +102,9 @@ def _require_multiple(tensor: Tensor, kind: gguf.GGMLQuantizationType) -> None:
 
 
 def write(path: Path, plan: Plan) -> None:
-    """Write the file; each tensor is read, changed, quantised and written before the next one.
+    """Write the file. Each tensor is read, converted, quantised and written before the next one.
 
-    Raises OSError if it cannot be written, SmolseekError for a tensor that the number format cannot hold.
+    Raises OSError if the file cannot be written, and SmolseekError for a tensor that the number format cannot store.
     """
     file = gguf.GGUFWriter(path, plan.architecture)
     for entry in plan.entries:

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file that describe the model's configuration."""
+"""Writes the model's configuration as metadata of a GGUF file."""
 
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ _SIGMOID = 2
 
 
 class Entry(NamedTuple):
-    """A key with its value."""
+    """A key of the metadata with its value."""
 
     key: str
     value: Any

@@ -1,4 +1,4 @@
-"""The metadata of a GGUF file that describe the tokenizer: its vocabulary and its pre-tokenizer."""
+"""Writes the tokenizer, its vocabulary and its pre-tokenizer, as metadata of a GGUF file."""
 
 import json
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ def vocabulary_entries(source: Source) -> list[Entry]:
 
 
 def _pre_tokenizers() -> list[str]:
-    """Return llama.cpp's names of the pre-tokenizers without synonyms, with that of SmolLM2 first."""
+    """Return llama.cpp's names of the pre-tokenizers, without synonyms. The pre-tokenizer of SmolLM2 comes first."""
     names = {rule: name for name, rule in reversed(RULES.items())}
     return sorted(names.values(), key=lambda name: name != "smollm")
 
@@ -90,7 +90,7 @@ def _special_ids(tokenizer: Any, config: ModelConfig) -> dict[str, int]:
 
 
 def _same(values: Mapping[str, Any], source: Source) -> bool:
-    """Return whether the tokenizer that the file describes splits text and numbers tokens as the model's own does."""
+    """Return whether the tokenizer in the file gives the same words and token ids as the model's own tokenizer."""
     described = tokenizer_from_metadata(values, source.path)
     return all(
         described(text)["input_ids"] == source.tokenizer(text)["input_ids"]
@@ -100,7 +100,7 @@ def _same(values: Mapping[str, Any], source: Source) -> bool:
 
 
 def _split(tokenizer: Any, text: str) -> list[str]:
-    """Return the words in which tokens are merged."""
+    """Return the words into which the pre-tokenizer splits a text."""
     backend = tokenizer.backend_tokenizer
     normalized = backend.normalizer.normalize_str(text) if backend.normalizer is not None else text
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]

@@ -15,7 +15,7 @@ class Export:
     """The options of an export."""
 
     format: Format = "gguf"
-    """gguf is one file for llama.cpp and the programs that are built on it; hf is a folder for transformers, vLLM and
+    """gguf is one file for llama.cpp and programs that use llama.cpp. hf is a folder for transformers, vLLM and
     mlx-lm."""
     quantize: Quantize | None = None
     """Number format of the matrices in a GGUF file, bf16 by default. Norms, routers and biases are always float32."""

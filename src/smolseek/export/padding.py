@@ -1,11 +1,11 @@
 """Pads a model to the sizes of DeepSeek's own models, for kernels that accept only these sizes.
 
-RMSNorm over a latent of r features and 512 - r zeros divides by sqrt(r / 512) of the root mean square. So the
-latent is multiplied by sqrt(512 / r), which restores the mean square, and the weight of the norm by sqrt(r / 512).
-Among d/2 rotary pairs, pair j has the frequency theta^(-2j/d). Among 32 pairs, pair j * 64/d has the same frequency.
-Attention divides the scores by the square root of the features of a head, so the queries are multiplied by
-sqrt(192 / features). All other new weights are zeros. The padded model computes the same function, up to rounding. Its
-KV cache is larger.
+Padding a latent of r features with zeros to 512 features divides its mean square by 512 / r. So the latent is
+multiplied by sqrt(512 / r), which restores the mean square, and the weight of its norm is multiplied by sqrt(r / 512).
+A model with d rotary features has d/2 rotary frequencies, which are also among the 32 frequencies of DeepSeek: pair j
+of the model has the frequency of pair j * 64/d of DeepSeek. Attention divides the scores by the square root of the head
+size. A padded head has 192 features, so the queries are multiplied by sqrt(192 / head size). All other new weights are
+zeros. The padded model computes the same function, up to rounding. Its KV cache is larger.
 """
 
 import re
@@ -18,7 +18,7 @@ from smolseek.config import ModelConfig
 from smolseek.errors import SmolseekError
 
 LATENT, ROPE, NOPE, VALUE = 512, 64, 128, 128
-"""Features of DeepSeek-V3: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim and v_head_dim."""
+"""Sizes of DeepSeek-V3: kv_lora_rank, qk_rope_head_dim, qk_nope_head_dim and v_head_dim."""
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
 
@@ -90,7 +90,7 @@ def _extended(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
 
 
 def _padded_rotary(tensor: torch.Tensor, dim: int, interleaved: bool) -> torch.Tensor:
-    """Return `ROPE` rotary features: each given feature at the position of its frequency, and zeros in between.
+    """Return `ROPE` rotary features: each original feature is at the position of its frequency, with zeros in between.
 
     Pair j consists of the features 2j and 2j + 1 if `interleaved`, else of j and j + d/2.
     """

@@ -20,7 +20,8 @@ from smolseek.ops.rotary import rotate
 class MLA(nn.Module):
     """Multi-head latent attention: keys and values are computed from one small latent per token.
 
-    c = RMSNorm(W_DKV x), k_pe = RoPE(W_KR x), [k_nope; v]_h = W_UKV,h c, q_h = [q_nope; RoPE(q_pe)] (equations 9-19).
+    Equations 9-19 are c = RMSNorm(W_DKV x), k_pe = RoPE(W_KR x), [k_nope; v]_h = W_UKV,h c, and q_h = [q_nope;
+    RoPE(q_pe)].
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -48,7 +49,7 @@ class MLA(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: KVCache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Compute causal attention -> [B, A, D]. With a cache, the new tokens follow the cached tokens.
+        """Return the output of causal attention [B, A, D]. With a cache, the new tokens follow the cached tokens.
 
         `last` is A, the number of final tokens that have queries; None means all tokens.
         """

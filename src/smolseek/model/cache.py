@@ -82,7 +82,7 @@ class Cache:
         self.lengths_B = None if alike else torch.tensor(lengths, dtype=torch.int64, device=self.layers[0].device)
 
     def unseen(self, seen: int) -> torch.Tensor | None:
-        """Return a mask [B, 1, S], True beyond the newest token of a sequence; None if all lengths are equal."""
+        """Return a mask [B, 1, S] that is True beyond the newest token of a sequence; None if all lengths are equal."""
         if self.lengths_B is None:
             return None
         return (torch.arange(seen, device=self.lengths_B.device) > self.lengths_B[:, None])[:, None]

@@ -12,15 +12,15 @@ class Linear(nn.Linear):
     """PyTorch's linear layer, with a faster kernel for prompts (`ops/linear`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., D] to [..., F]."""
+        """Multiply `x` [..., D] by the weights, and add the bias [..., F]."""
         return linear(x, expanded(self.weight), self.bias)
 
 
 class Head(nn.Linear):
-    """The output layer."""
+    """The output head, which gives the logits."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map [..., D] to logits [..., V]; a quantised matrix is expanded in parts, since the whole is large."""
+        """Return the logits [..., V] of `x` [..., D]. A quantised matrix is expanded in parts, to save memory."""
         weight: torch.Tensor | QuantizedWeight = self.weight
         if not isinstance(weight, QuantizedWeight):
             return F.linear(x, weight)
@@ -28,10 +28,10 @@ class Head(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """The table of the tokens' vectors."""
+    """The embedding, with one vector for each token of the vocabulary."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the rows of `ids` (int64) [..., D]."""
+        """Return the vectors [..., D] of the token ids `ids` (int64)."""
         weight: torch.Tensor | QuantizedWeight = self.weight
         return weight.select(ids) if isinstance(weight, QuantizedWeight) else F.embedding(ids, weight)
 
@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
 
 def named_weights(module: nn.Module) -> dict[str, torch.Tensor | QuantizedWeight]:
-    """Return the state dict of `module`, with quantised matrices as one item each."""
+    """Return the state dict of `module`. Each quantised matrix is one item."""
     weights: dict[str, torch.Tensor | QuantizedWeight] = dict(module.state_dict())
     for name, weight in module.named_modules(remove_duplicate=False):
         if isinstance(weight, QuantizedWeight):

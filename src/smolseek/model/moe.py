@@ -149,7 +149,7 @@ class Experts(nn.Module):
     def forward(
         self, x_MD: torch.Tensor, counts_E: torch.Tensor, accumulate: bool = False, padded: bool = True
     ) -> torch.Tensor:
-        """Apply the experts to the slots `x_MD`, which are sorted by expert -> [M, D].
+        """Apply the experts to the slots `x_MD`, which are sorted by expert, and return their results [M, D].
 
         Expert e has `counts_E[e]` slots. `accumulate` and `padded` are passed to `grouped_experts`.
         """

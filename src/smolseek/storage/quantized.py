@@ -1,4 +1,4 @@
-"""Models with quantised matrices: which matrices, and in which number format."""
+"""Says which matrices of a model are quantised and in which number format, and loads quantised matrices."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,8 +19,8 @@ QUANTIZATIONS = tuple(BLOCK_BYTES)
 def quantizable(name: str, shape: torch.Size) -> bool:
     """Return whether a tensor of a model may be quantised.
 
-    Not norms, biases and routers. Not kv_b_proj either: decoding multiplies by its transposed part, too. The columns
-    must be a multiple of 32.
+    Norms, biases and routers are not quantised. kv_b_proj is not quantised either, because decoding also multiplies by
+    the transpose of its key part. The number of columns must be a multiple of 32.
     """
     is_matrix = len(shape) > 1 and shape.numel() > 0
     return is_matrix and shape[-1] % BLOCK == 0 and not name.endswith(("mlp.gate.weight", "kv_b_proj.weight", "_bias"))
@@ -29,8 +29,8 @@ def quantizable(name: str, shape: torch.Size) -> bool:
 def formats_for(model: CausalLM, quantization: str) -> dict[str, str]:
     """Return the number format of every matrix to quantise, by its name in the model.
 
-    The embedding and the head, to which a model is most sensitive, get eight bits.
-    Raises SmolseekError if there is no such matrix.
+    The embedding and the head get eight bits, because rounding them harms a model most. Raises SmolseekError if no
+    matrix can be quantised.
     """
     names = [name for name, shard in full_tensors(model).items() if quantizable(name, shard.tensor.shape)]
     if not names:
@@ -41,7 +41,7 @@ def formats_for(model: CausalLM, quantization: str) -> dict[str, str]:
 def stored_formats(model: CausalLM, file: GgufFile) -> dict[str, str]:
     """Return the number format of every matrix whose blocks are in `file`, by its name in the model.
 
-    Experts are one stack, so theirs must be alike.
+    The experts of a layer are one stack, so they must all have the same number format.
     """
     stored = {}
     for name, shard in full_tensors(model).items():
@@ -53,7 +53,7 @@ def stored_formats(model: CausalLM, file: GgufFile) -> dict[str, str]:
 
 
 def number_format(model: CausalLM) -> str:
-    """Return the number format that most weights of a model have, by their number."""
+    """Return the number format of most of the model's weights."""
     counts: Counter[str] = Counter()
     for shard in full_tensors(model).values():
         weight = shard.tensor
@@ -63,14 +63,14 @@ def number_format(model: CausalLM) -> str:
 
 
 def stored_tensors(file: GgufFile, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
-    """Yield the tensors of `file`, quantised ones as they are; `dtype` is what they are expanded to later."""
+    """Yield the tensors of `file`. Quantised matrices stay quantised; `dtype` is their number format when expanded."""
     for name in file:
         stored = file.blocks(name)
         yield name, file[name] if stored is None else QuantizedWeight(stored[0], stored[1].name.lower(), dtype)
 
 
 def make_quantized(model: CausalLM, formats: Mapping[str, str], dtype: torch.dtype) -> None:
-    """Replace the matrices in `formats` by quantised ones without contents."""
+    """Replace the matrices in `formats` by uninitialised quantised matrices."""
     tied = model.config.tie_word_embeddings and EMBEDDING in formats
     for name in (*formats, *([HEAD] if tied else [])):
         module_name, _, parameter_name = name.rpartition(".")

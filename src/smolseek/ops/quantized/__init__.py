@@ -1,4 +1,4 @@
-"""Quantised weights: they stay in GGUF's blocks of 32, and are expanded where a product needs numbers.
+"""Quantised weights, which stay in GGUF's blocks of 32 and are expanded for matrix multiplications.
 
 A decoding step on a CPU multiplies the blocks themselves (`generate/cpu_decode.c`). Shapes: F rows, D columns, N ids.
 """
@@ -17,14 +17,14 @@ FORMATS = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1")
 
 
 class QuantizedWeight(nn.Module):
-    """Takes the place of a parameter: a matrix [F, D], or a stack of matrices, of which D is a multiple of 32.
+    """A quantised matrix [F, D], or a stack of such matrices, in place of a parameter. D is a multiple of 32.
 
-    It has those methods of a tensor that reading a model needs. Slices share its memory.
+    The class has the methods of a tensor that loading a model needs. Slices share the memory of the matrix.
 
     Args:
-        data: its blocks, [..., F, bytes of a row] (uint8).
-        name: number format: q8_0, q4_0 or q4_1.
-        dtype: number format that it is expanded to: bfloat16 or float32.
+        data: the quantised blocks, [..., F, bytes of a row] (uint8).
+        name: the number format: q8_0, q4_0 or q4_1.
+        dtype: the number format of expanded weights: bfloat16 or float32.
     """
 
     data: torch.Tensor
@@ -36,7 +36,7 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def empty(cls, shape: torch.Size, name: str, dtype: torch.dtype) -> "QuantizedWeight":
-        """Return one without contents, for weights of this `shape`."""
+        """Return an uninitialised quantised matrix for weights of this `shape`."""
         row_bytes = shape[-1] // BLOCK * BLOCK_BYTES[name]
         return cls(torch.empty(*shape[:-1], row_bytes, dtype=torch.uint8), name, dtype)
 
@@ -53,12 +53,12 @@ class QuantizedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the blocks."""
         return self.data.device
 
     @property
     def is_cuda(self) -> bool:
-        """Whether it is on a GPU."""
+        """Whether the blocks are on a GPU."""
         return self.data.is_cuda
 
     def __len__(self) -> int:
@@ -76,22 +76,22 @@ class QuantizedWeight(nn.Module):
         return [self._with(data) for data in self.data.chunk(chunks)]
 
     def split(self, size: int) -> list["QuantizedWeight"]:
-        """Split a matrix into parts of `size` rows, the last one of fewer."""
+        """Split a matrix into parts of `size` rows; the last part may have fewer rows."""
         return [self._with(data) for data in self.data.split(size)]
 
     def new_empty(self, shape: torch.Size) -> "QuantizedWeight":
-        """Return another one without contents, of the same format."""
+        """Return an uninitialised quantised matrix of the same number format."""
         return QuantizedWeight.empty(shape, self.name, self.dtype)
 
     def copy_(self, source: "torch.Tensor | QuantizedWeight") -> None:
-        """Take the weights of `source`; they are quantised, unless they are in the same format."""
+        """Copy the weights of `source`, which are quantised unless they already have the same number format."""
         if isinstance(source, QuantizedWeight) and source.name == self.name:
             self.data.copy_(source.data)
         else:
             self.data.copy_(reference.quantize(expanded(source), self.name))
 
     def equal(self, other: "QuantizedWeight") -> bool:
-        """Return whether the two have the same bytes."""
+        """Return whether both matrices have the same bytes."""
         return self.data.equal(other.data)
 
     def select(self, ids_N: torch.Tensor) -> torch.Tensor:
@@ -112,5 +112,5 @@ class QuantizedWeight(nn.Module):
 
 
 def expanded(weight: "torch.Tensor | QuantizedWeight") -> torch.Tensor:
-    """Return a weight as a tensor."""
+    """Return a weight as a tensor, expanded if it is quantised."""
     return weight.expand() if isinstance(weight, QuantizedWeight) else weight

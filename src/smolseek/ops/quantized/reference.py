@@ -1,8 +1,8 @@
-"""GGUF's blocks of 32 weights, in PyTorch: the definition, to the last bit that of llama.cpp.
+"""Quantises weights to GGUF's blocks of 32 and expands them, in PyTorch, with the same bits as llama.cpp.
 
-A block begins with its scale d in float16. Q8_0: 32 numbers q in int8, and a weight is d q. Q4_0 and Q4_1: 16 bytes
-with two numbers q of four bits each; the low bits are the first 16 weights. Q4_0: a weight is d (q - 8). Q4_1: a weight
-is d q + m; m follows d, in float16, too.
+A block begins with its scale d in float16. In Q8_0, 32 numbers q in int8 follow, and a weight is d q. In Q4_0 and Q4_1,
+16 bytes hold two numbers q of four bits each; the low bits hold the first 16 weights. A weight of Q4_0 is d (q - 8). A
+weight of Q4_1 is d q + m, where m is stored in float16 after d.
 """
 
 import torch
@@ -12,7 +12,7 @@ BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
 
 
 def expand(data: torch.Tensor, name: str) -> torch.Tensor:
-    """Return the weights [..., D] of quantised ones [..., D / 32 * bytes] (uint8) in float32."""
+    """Expand quantised blocks [..., D / 32 * bytes of a block] (uint8) to weights [..., D] in float32."""
     block = data.unflatten(-1, (-1, BLOCK_BYTES[name]))
     scale = _float16(block[..., :2])
     if name == "q8_0":
@@ -24,12 +24,12 @@ def expand(data: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def quantize(weights: torch.Tensor, name: str) -> torch.Tensor:
-    """Return weights [..., D] as [..., D / 32 * bytes] (uint8), rounded as llama.cpp does by default."""
+    """Quantise weights [..., D] to blocks [..., D / 32 * bytes of a block] (uint8), with the rounding of llama.cpp."""
     x = weights.float().unflatten(-1, (-1, BLOCK))
     if name == "q8_0":
         scale = x.abs().amax(dim=-1, keepdim=True) / 127
         q = x * _inverse(scale)
-        # To the nearest, halves away from zero; torch.round takes halves to even.
+        # Round to the nearest integer, and halves away from zero, whereas torch.round rounds halves to even.
         q = (q.sign() * (q.abs() + 0.5).floor()).to(torch.int8).view(torch.uint8)
         return torch.cat((_bytes(scale), q), dim=-1).flatten(-2)
     if name == "q4_0":
