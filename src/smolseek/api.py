@@ -37,7 +37,7 @@ class Continuation:
     """A prompt and the text generated after it."""
 
     prompt: str
-    """The prompt, decoded if it was token ids."""
+    """Text of the prompt; a prompt of token ids is decoded."""
     text: str
     """The generated text, without the stop string."""
     result: Result
@@ -79,7 +79,7 @@ class Model:
         return number_format(self.model)
 
     def tokens(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the token ids of `text`. With `special`, the tokenizer's special tokens, such as BOS, are added.
+        """Return the token ids of `text`. If `special` is set, the tokenizer's special tokens, such as BOS, are added.
 
         Raises:
             SmolseekError: for an empty text, a text that UTF-8 cannot encode, or a token beyond the model's vocabulary.

@@ -1,4 +1,7 @@
-"""Output to the terminal: lines, warnings and a progress bar. No other module prints. Imports no torch."""
+"""Output to the terminal: lines, warnings and a progress bar. No other module prints.
+
+This module does not import torch.
+"""
 
 import contextlib
 import errno
@@ -199,7 +202,7 @@ class Appended:
 
 
 class Log:
-    """Prints lines and appends them to a file."""
+    """Prints lines, and appends the lines to a file."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.file = Appended(path)

@@ -9,7 +9,7 @@ class SmolseekError(ValueError):
 
 
 class PeerLost(SmolseekError):
-    """Another process of the run is missing. Not only the main process, but every process prints this error."""
+    """Another process of the run is missing. Every process prints this error, not only the main process."""
 
 
 class Stopped(Exception):

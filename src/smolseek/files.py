@@ -78,8 +78,8 @@ def write_atomically(path: Path, data: str | bytes | memoryview) -> None:
 def unfinished(path: Path) -> Path:
     """Return where the folder `path` is written until it is complete: beside `path`, or inside if `path` is empty.
 
-    An empty folder is filled and not replaced, since it may be a mount point, or be in a folder without write
-    permission.
+    An existing empty folder is filled and not replaced, because it may be a mount point, or its parent may not be
+    writable.
     """
     inside = path.is_dir() and is_vacant(path)
     return (path if inside else path.parent) / f"{UNFINISHED}{path.name}"

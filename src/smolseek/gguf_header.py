@@ -54,7 +54,7 @@ def read_header(path: str | Path) -> Header:
     """Read the header of the GGUF file `path`. If a model is split over several files, `path` is the first of them.
 
     Raises SmolseekError for a file that is missing, is no GGUF file, has another version, ends inside its header, or is
-    not the first of several files. It also raises SmolseekError if another file of the model is missing.
+    not the first of several files. Another missing file of the model also raises SmolseekError.
     """
     path = Path(path)
     header = _read(path)

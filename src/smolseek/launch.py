@@ -1,4 +1,4 @@
-"""The environment variables that torchrun sets for its processes. Imports no torch."""
+"""The environment variables that torchrun sets for its processes. This module does not import torch."""
 
 import os
 
@@ -43,7 +43,10 @@ def world_size() -> int:
 
 
 def speaks() -> bool:
-    """Return whether this process prints an error that all processes raise. Only one process per machine does so."""
+    """Return whether this process prints an error that all processes raise.
+
+    One process per machine prints such an error.
+    """
     try:
         return number("WORLD_SIZE", 1) <= 1 or number("LOCAL_RANK", 0) == 0
     except SmolseekError:

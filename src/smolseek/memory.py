@@ -19,9 +19,9 @@ def give_back_freed_memory() -> None:
 def keep_freed_memory() -> bool:
     """Make glibc's malloc keep freed memory instead of returning it to the system; return whether it does.
 
-    Otherwise each tensor above malloc's mmap threshold is mapped anew, and the system clears its pages on first touch.
-    In a training step, which allocates the same tensors again and again, that takes longer than the arithmetic on them.
-    The setting is for the whole process. Without glibc it does nothing.
+    By default, malloc maps each tensor above its mmap threshold anew, and the system clears the pages of the tensor at
+    the first access. A training step allocates the same tensors again and again, and clearing their pages takes longer
+    than the arithmetic. The setting is for the whole process. On systems without glibc, the function does nothing.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Named model shapes, as plain functions. Imports no torch."""
+"""Named model shapes, as plain functions. This module does not import torch."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The run folder: the interface between training, evaluation, report and model card. Imports no torch.
+"""The run folder: the interface between training, evaluation, report and model card. This module does not import torch.
 
     RUN/config.json  metrics.jsonl  train.log  samples.md  checkpoints/step-000100/  eval.json  report.html
 

@@ -90,7 +90,7 @@ def test_the_page_shows_all_that_was_recorded(tmp_path):
     assert counts["figure"] == 4  # one heat map for each layer
     for shown in ("5.5000", "1.5000", "Abacus", "8.0M", "40k", "0:01:20", "2,000 MB", "0.250"):
         assert shown in text, shown
-    events = ("resumed from step-000020", "its loss is nan", "went back from step 33; 3,000 tokens were undone")
+    events = ("resumed from step-000020", "its loss is nan", "rolled back from step 33; 3,000 tokens were undone")
     events += ("step 31 cannot be written", "repeated 2 times; the last: a.parquet: HTTP 429")
     for shown in (*events, "1 failed", "It counts.", "target: padding"):
         assert shown in text, shown

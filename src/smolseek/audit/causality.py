@@ -40,7 +40,7 @@ GRADIENT = replace(
     CHANGED,
     name="causality: gradient to later tokens",
     limit=1e-5,
-    unit="of that to earlier ones",
+    unit="of the gradient to earlier tokens",
     meaning="early logits are a differentiable function of later tokens, and training will exploit that",
     hint="is_causal=True in scaled_dot_product_attention, or -inf above the diagonal before the softmax",
 )
@@ -62,7 +62,7 @@ def check_causality(subject: Subject, *, thorough: bool = True) -> list[Check]:
         CHANGED: f"largest change of the logits up to t when later tokens are replaced, t = {positions}",
         CUT: f"largest change of the logits up to t if the sequence ends there, t = {[positions[0], positions[-1]]}",
         NEIGHBOURS: "largest change of the logits when the other sequences of the batch are replaced",
-        GRADIENT: f"gradient of the logits up to t = {T // 2} to later embeddings, relative to earlier ones",
+        GRADIENT: f"gradient of the logits up to t = {T // 2} to later embeddings, divided by that to earlier ones",
     }
     # The largest (figure, change) of each check and each set of weights.
     measured: dict[Check, dict[str, tuple[float, float]]] = {check: {} for check in done}
@@ -108,7 +108,10 @@ def _variants(model: nn.Module, ids_1T: torch.Tensor, thorough: bool) -> Iterato
 def _changes(
     model: nn.Module, ids_1T: torch.Tensor, vocab: int, positions: list[int], exact: bool
 ) -> Iterator[tuple[Check, float]]:
-    """Yield the changes of early logits, which are zero without a leak. Without `exact`, all inputs have one shape."""
+    """Yield the changes of early logits, which are zero without a leak.
+
+    If `exact` is False, all inputs have the same shape.
+    """
 
     def change_later(ids: torch.Tensor, base: torch.Tensor, t: int, seed: int) -> float:
         changed = ids.clone()

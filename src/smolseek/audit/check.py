@@ -12,10 +12,10 @@ from smolseek import console
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One check; `judge` and `skip` return a copy with its outcome."""
+    """A check of the audit. `judge` and `skip` return a copy of the check with its outcome."""
 
     name: str
-    """Group and name of the check, such as `causality: later tokens changed`."""
+    """Group of the check and its name, such as `causality: later tokens changed`."""
     limit: float = 0.0
     """The figure must be at most `limit`, or at least `limit` if `least` is set; NaN fails."""
     least: bool = False
@@ -28,7 +28,7 @@ class Check:
     hint: str = ""
     """The usual fix."""
     status: Literal["pass", "fail", "skip"] = "skip"
-    """`skip` means that the check does not apply, or that something it needs is missing."""
+    """Outcome of the check. `skip` means that the check does not apply, or that one of its inputs is missing."""
     figure: float | None = None
     done: str = ""
     """How the figure was measured, or why the check was skipped."""

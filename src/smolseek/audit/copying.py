@@ -1,7 +1,7 @@
 """Copying: does the model repeat the token that it has just read or written?
 
-A model learns to copy if labels are not shifted or the causal mask is missing. The limit is five times the share of
-repeated tokens in the text itself, or that share plus 0.1 if this is more.
+A model learns to copy if labels are not shifted or the causal mask is missing. The limit is the larger of two numbers:
+five times the share of repeated tokens in the text itself, and this share plus 0.1.
 
 Shapes: B sequences, T tokens.
 """
@@ -50,7 +50,7 @@ def check_copying(subject: Subject) -> list[Check]:
     log_vocab = math.log(subject.vocab)
     if not loss < 0.85 * log_vocab:
         reason = (
-            f"the weights are untrained: the loss is {loss:.2f} nats per token, that of uniform logits {log_vocab:.2f}"
+            f"the weights are untrained: the loss is {loss:.2f} nats per token, and {log_vocab:.2f} with uniform logits"
         )
         return [ARG_MAX.skip(reason), SAMPLES.skip(reason)]
     limit, in_text = max(5 * repeats, repeats + 0.1), f"the text itself has {repeats:.2%}"

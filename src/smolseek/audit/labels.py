@@ -88,7 +88,7 @@ class PlantedModel(nn.Module):
         begin = next((i for i in starts if torch.equal(ids.cpu(), self.ids_BT[:, i : i + t])), None)
         if begin is None:
             raise ValueError(
-                f"it calls the model with ids {list(ids.shape)}, which are not a part of the ids that it received"
+                f"the loss calls the model with other ids than those that it received (shape {list(ids.shape)})"
             )
         logits = torch.zeros(B, t, self.vocab)
         for i in range(t):
@@ -118,8 +118,8 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
     """Check how a loss function shifts targets, treats padding and end of text, and computes the mean.
 
     Args:
-        loss: a function (logits [B, T, V], ids [B, T]) -> scalar, or (model, ids) -> scalar if its first parameter is
-            named `model`.
+        loss: a function of (logits [B, T, V], ids [B, T]) that returns a scalar. If its first parameter is named
+            `model`, the function gets (model, ids) instead.
         pad_id: id of the padding token, or None if there is no padding.
         eos_id: id of the token that ends a text, or None if there is no such token.
     """
@@ -139,9 +139,8 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
     tokens = "token t" if shift == 0 else f"token t{shift:+d}"
     shift_check = replace(SHIFT, meaning=WRONG_SHIFTS.get(shift, SHIFT.meaning)).judge(
         abs(shift - 1) + (0.0 if all(position.shift == shift for position in positions) else 0.5),
-        f"position t is compared with {tokens}, according to the gradient (0.5 is added if other positions "
-        "differ); loss "
-        "of logits that predict only token " + ", ".join(f"t{k:+d}: {values[k]:.2f}" for k in SHIFTS),
+        f"position t is compared with {tokens}, as the gradient shows (plus 0.5 if other positions differ); losses of "
+        "logits that predict only one token: " + ", ".join(f"t{k:+d} {values[k]:.2f}" for k in SHIFTS),
     )
     padding = PADDING.skip("no padding token (--pad-id)")
     end = END_OF_TEXT.skip("no end token (--eos-id)")
@@ -175,7 +174,7 @@ def check_loss(loss: Callable[..., Any], *, pad_id: int | None = None, eos_id: i
 def _distinct_tokens(pad_id: int | None, eos_id: int | None) -> torch.Tensor:
     """Return two sequences of distinct tokens [2, T].
 
-    The first sequence has `eos_id` in its middle, and the second has padding at its end.
+    The first sequence has `eos_id` in its middle. The second sequence has padding at its end.
     """
     free = [i for i in range(2 * LENGTH + 8) if i not in (pad_id, eos_id)]
     order = torch.randperm(len(free), generator=torch.Generator().manual_seed(0))[: 2 * LENGTH]

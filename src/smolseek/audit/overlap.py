@@ -19,7 +19,7 @@ N = 13
 # The hash of N words is the sum of their codes multiplied by these factors, modulo 2^64.
 _FACTORS = np.random.default_rng(0).integers(1, 1 << 64, N, np.uint64, endpoint=False) | np.uint64(1)
 CHARACTERS = 50_000_000
-"""At most this many characters of training text are searched."""
+"""Largest number of characters of training text that are searched."""
 
 DUPLICATES = Check(
     name="data: duplicates",

@@ -26,7 +26,7 @@ from smolseek.audit.check import Check
 XZ_CHARACTERS = 1_000_000
 """Number of characters of training text that xz reads before the validation text."""
 EPOCHS = 4
-"""After more than this many epochs, the training loss is not judged, because memorisation lowers it (2305.16264)."""
+"""Largest number of epochs after which the training loss is judged. Memorisation lowers later losses (2305.16264)."""
 
 LOSS = Check(
     name="plausibility: loss",
@@ -48,7 +48,7 @@ def ngram_nats(train_N: np.ndarray, test_N: np.ndarray, vocab: int, order: int) 
 
     p(w | h) = (c(hw) + d(h) p(w | shorter h)) / (c(h) + d(h)), where c counts occurrences and d(h) is the number of
     distinct tokens after h (Witten and Bell 1991; Chen and Goodman 1998). Below the unigram, p is 1/vocab. The
-    probabilities sum to 1 over the vocabulary. The first test tokens have shorter histories.
+    probabilities sum to 1 over the vocabulary. The histories of the first test tokens are shorter.
     """
     train, test = np.asarray(train_N, np.uint64), np.asarray(test_N, np.uint64)
     p = np.full(len(test), 1.0 / vocab)
@@ -105,8 +105,8 @@ def text_baselines(
 ) -> dict[str, float]:
     """Return the nats per token of a unigram model, a 5-gram model and xz on the documents `test` (token ids).
 
-    All three baselines are fitted to the documents `train`. `train_texts` and `test_texts` are the same documents as
-    text.
+    All three baselines are fitted to the documents `train`. `train_texts` and `test_texts` are the texts of `train` and
+    `test`.
     """
     train_N, test_N = (np.concatenate([np.asarray(ids, np.int64) for ids in side]) for side in (train, test))
     before = "\n\n".join(train_texts)[-XZ_CHARACTERS:]

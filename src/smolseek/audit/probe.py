@@ -188,9 +188,9 @@ def rounding_noise(model: nn.Module, ids_BT: torch.Tensor, eps: float | None = N
     """Return the largest change of the logits when every embedding value changes by up to four rounding units.
 
     This change estimates the rounding error of the model, as amplified by all layers. Without an embedding, 64 rounding
-    units of the largest logit are used instead. If two equal calls give different logits, their difference is added.
-    `eps` is the relative rounding unit. The default is the rounding unit of the coarsest floating-point type among the
-    parameters.
+    units of the largest logit are used instead. If the model gives different logits in two equal calls, the difference
+    is added. `eps` is the relative rounding unit. The default is the rounding unit of the coarsest floating-point type
+    among the parameters.
     """
     if eps is None:
         dtypes = {p.dtype for p in model.parameters() if p.dtype.is_floating_point} or {torch.float32}

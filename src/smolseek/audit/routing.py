@@ -1,7 +1,7 @@
 """Routing: is the load balanced, does the router learn, and does the router bias affect only the choice of experts?
 
-MaxVio is the largest load divided by the mean load, minus 1 (2408.15664). The limit of MaxVio is 2, or 0.8 of the
-largest possible MaxVio if this is less.
+MaxVio is the largest load divided by the mean load, minus 1 (2408.15664). The limit of MaxVio is 2, or 0.8 times the
+largest possible MaxVio if this product is less.
 
 Shapes: B batch, T tokens, N all tokens, K experts per token, E experts, L layers with experts.
 """
@@ -133,7 +133,7 @@ def _check_load(subject: Subject, model: nn.Module, routers: dict[str, nn.Module
 
 @torch.no_grad()
 def _measure_load(model: nn.Module, routers: dict[str, nn.Module], ids: torch.Tensor) -> torch.Tensor | None:
-    """Return the load of each router [L, E], float64, or None if outputs do not show it or routers differ in E.
+    """Return the load of each router [L, E] in float64; None if the outputs do not show it or the routers differ in E.
 
     The load is counted from the routers' outputs: from the chosen ids [N, K], or from gate weights [N, E] with zeros.
     """

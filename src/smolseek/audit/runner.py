@@ -31,8 +31,8 @@ TRAIN_CHARACTERS, TEST_CHARACTERS = 4_000_000, 200_000
 def audit_model(subject: Subject, *, thorough: bool = True) -> list[Check]:
     """Check a model and its loss: causality, target, copying, routing, decoding.
 
-    If `thorough` is False, one set of weights is checked, and decoding is left out. This faster audit is made at the
-    start of a training run.
+    If `thorough` is False, one set of weights is checked, and decoding is left out. The faster audit without `thorough`
+    is made at the start of a training run.
     """
     device = probe.device_of(subject.model)
     # The audit must not change the random numbers of the audited run.

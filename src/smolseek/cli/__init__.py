@@ -48,7 +48,7 @@ smolseek COMMAND --help lists a command's options. --version prints the version,
 --debug the traceback of an error."""
 
 JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit", "serve"})
-"""Commands whose result is in files, in the exit code or on a socket. They continue if nobody reads their output."""
+"""Commands that continue if nobody reads their output: the result is in files, in the exit code or on a socket."""
 
 
 def run_verb(argv: Sequence[str]) -> None:
@@ -70,10 +70,10 @@ def run_verb(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (`sys.argv` by default) and return the exit code.
 
-    0: success. 1: a bug of ours, or a failed audit. 2: a user's mistake, or a disk, a file or another process that
-    fails. 75: the training data are unavailable for now. 130: interrupted (SIGINT). 141: the reader of stdout has
-    closed it. 128 + N: ended by signal N (143 for SIGTERM). If a training run exits with 75 or more and prints that it
-    has saved, resume it with --resume.
+    The exit code is 0 after success, 1 after a bug of ours or a failed audit, and 2 after a user's mistake or a failure
+    of a disk, a file or another process. It is 75 if the training data are unavailable for now, 141 if the reader of
+    stdout has closed it, and 128 + N if signal N ended the command (130 for SIGINT, 143 for SIGTERM). If a training run
+    exits with 75 or more and prints that it has saved, resume it with --resume.
     """
     console.open_standard_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)

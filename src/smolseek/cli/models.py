@@ -35,7 +35,7 @@ class InspectArgs(StepConfig):
     optim: InspectOptim = InspectOptim()
     """Optimizer."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """With any of these options, the memory and traffic of each process are shown."""
+    """Any option of this group shows the memory and traffic of each process."""
     interconnect: Literal["nvlink", "infiniband", "ethernet"] = "infiniband"
     """Network between the processes."""
 

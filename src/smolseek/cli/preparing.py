@@ -29,7 +29,7 @@ class PrepareArgs:
     eos_id: int = 0
     """Id of the token that ends each document: the model's eos_token_id."""
     init: str | None = None
-    """Model that the training will start from (train --init). The tokenizer and end token of this model are used, and
+    """Model that the training will start from (train --init). The tokenizer and end token of the model are used, and
     documents begin with BOS if the tokenizer adds BOS."""
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text."""

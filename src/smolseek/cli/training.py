@@ -63,7 +63,7 @@ class TrainHelp(TrainArgs):  # noqa: D101
 
 @dataclass(frozen=True, kw_only=True)
 class ModelHelp:
-    """The options of the model. The defaults are those of the preset."""
+    """The options of the model. The defaults of the options are the values of the preset."""
 
     model: ModelConfig
 

@@ -1,4 +1,7 @@
-"""Every option of a model, a training run and a generation, as frozen dataclasses. Imports no torch."""
+"""Every option of a model, a training run and a generation, as frozen dataclasses.
+
+This package does not import torch.
+"""
 
 from smolseek.config.generation import (
     ALIASES,

@@ -1,4 +1,7 @@
-"""The options of text generation, shared by Python, the command line and a chat's /params. Imports no torch."""
+"""The options of text generation, shared by Python, the command line and a chat's /params.
+
+This module does not import torch.
+"""
 
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,9 +70,9 @@ class GenerationOptions(SamplingOptions):
     beams: int = option(1, least=1)
     """Beam search with this many beams instead of sampling; texts are printed at its end. 1 is no beam search."""
     length_penalty: float = option(1.0, least=-1000, most=1000)
-    """Beam search: a value above 0 favours long texts."""
+    """Exponent of the text length in beam search; a value above 0 favours long texts."""
     early_stopping: bool = False
-    """Beam search: stop when the number of finished texts equals the number of beams."""
+    """Stop beam search when the number of finished texts equals the number of beams."""
 
 
 class Options(TypedDict, total=False):
@@ -118,7 +121,7 @@ ALIASES = {
     "num_return_sequences": "n",
     "num_beams": "beams",
 }
-"""Options of transformers with the same meaning as an option of smolseek: name in transformers -> name here."""
+"""Options of transformers that have the same meaning as an option of smolseek, with smolseek's name."""
 PYTHON_ALIASES = ALIASES | {"bad_words_ids": "bad_words"}
 """The names in `ALIASES`, and names of options that a command line cannot give."""
 _ELSEWHERE = {

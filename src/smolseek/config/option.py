@@ -1,4 +1,7 @@
-"""The options of a configuration: their bounds, old names, and whether a run may change them. Imports no torch."""
+"""The options of a configuration: their bounds, old names, and whether a run may change them.
+
+This module does not import torch.
+"""
 
 import math
 from dataclasses import field, fields
@@ -26,7 +29,10 @@ def option(
     may_be_infinite: bool = False,
     old_name: str | None = None,
 ) -> Any:
-    """Return a dataclass field with these bounds. If the value is a tuple, the bounds hold for each of its numbers."""
+    """Return a dataclass field with the given bounds.
+
+    If the value is a tuple, the bounds hold for each of its numbers.
+    """
     metadata = {"change": change, "least": least, "above": above, "most": most, "may_be_infinite": may_be_infinite}
     return field(default=default, metadata=metadata | {"old_name": old_name})
 
@@ -35,8 +41,8 @@ def check_numbers(config: Any, prefix: str = "", remedy: str = "") -> None:
     """Refuse numbers that are out of their bounds or not finite, and integers beyond 64 bits.
 
     Raises:
-        SmolseekError: for the first such number. Its message puts `prefix` in front of the number's name (`--` makes
-            the name that of an option), and `remedy` after a violated bound.
+        SmolseekError: for the first such number. The message puts `prefix` in front of the number's name, such as `--`
+            for an option, and `remedy` after a violated bound.
     """
     for f in fields(config):
         value, name = getattr(config, f.name), f"{prefix}{f.name}"

@@ -1,7 +1,8 @@
-"""Conversion of dataclasses to plain JSON types and back, with a check of every type. Imports no torch.
+"""Conversion of dataclasses to plain JSON types and back, with a check of every type.
 
-Only types are checked here. Bounds are not checked, since these functions also read the progress in a checkpoint, whose
-losses may be NaN. Configurations check the bounds of their numbers themselves (`option.check_numbers`).
+This module does not import torch. Its functions check only types. They do not check bounds, because they also read the
+progress in a checkpoint, whose losses may be NaN. Configurations check the bounds of their numbers themselves
+(`option.check_numbers`).
 """
 
 import contextlib

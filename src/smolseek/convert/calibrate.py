@@ -104,7 +104,10 @@ def observe(
 
 
 def _by_distance(p_HTT: torch.Tensor) -> torch.Tensor:
-    """Return the sums [H, T] of `p_HTT` along its diagonals. Rows are shifted so that diagonals become columns."""
+    """Return the sums [H, T] of the attention weights `p_HTT` along the diagonals.
+
+    Rows are shifted so that diagonals become columns.
+    """
     T = p_HTT.shape[-1]
     wide = F.pad(p_HTT.flip(-1), (0, T)).flatten(1)[:, : T * (2 * T - 1)]
     return wide.unflatten(1, (T, 2 * T - 1)).sum(dim=1)[:, T - 1 :]
@@ -122,9 +125,9 @@ def calibration_sequences(
 ) -> torch.Tensor:
     """Return sequences [N, T+1] of calibration text for the model at `path`, with at most `tokens` predicted tokens.
 
-    `calibration` is `builtin`, `self` (the model generates the text with `seed`), or a file or folder. `text_column`
-    is the column or JSON key that holds the text. `tokenizer` replaces the model's own tokenizer. With `held_out` the
-    text comes from a tenth of the documents, which is not used for calibration.
+    `calibration` is `builtin`, `self` (the model generates the text with `seed`), or a file or folder. `text_column` is
+    the column or JSON key that holds the text. `tokenizer` replaces the model's own tokenizer. If `held_out` is set,
+    the text comes from a tenth of the documents, which is not used for calibration.
 
     Raises:
         SmolseekError: if the model has no tokenizer, or if the text is too short.

@@ -62,8 +62,8 @@ class Layer:
 def mean_rotation(seen_HT: torch.Tensor, w_J: torch.Tensor, w_S: torch.Tensor) -> torch.Tensor:
     """Return the mean of e^(i t (w_s - w_j)), complex [H, J, S], over the distances t that each head attends to.
 
-    This mean is the factor with which a key rotated at w_s best approximates the key rotated at w_j. The frequency
-    w_s = 0 means no rotation.
+    The mean is the factor with which a key rotated at w_s best approximates the key rotated at w_j. A frequency w_s of
+    0 means that the key is not rotated.
     """
     distance_T1 = torch.arange(seen_HT.shape[1]).double()[:, None]
     turns_TJ, back_TS = torch.exp(-1j * distance_T1 * w_J), torch.exp(1j * distance_T1 * w_S)
@@ -143,9 +143,9 @@ def latent(layer: Layer, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """Analyse what the latent must hold: the components `others`, which lose RoPE, and all values.
 
     Returns:
-        The matrices [H, N, d] that map a head's query to a query for `others`; the weighted projection [F, D] to these
-        components and the values, F = N + Gd; the matrix [F, F] that removes the weights; and the principal axes [F, F]
-        of the weighted features, the largest first.
+        Four tensors, with F = N + Gd: the matrices [H, N, d] that map a head's query to a query for `others`, the
+        weighted projection [F, D] of the input to `others` and the values, the matrix [F, F] that removes the weights,
+        and the principal axes [F, F] of the weighted features, the largest first.
     """
     queries_HNd = queries(layer, others, torch.zeros(1))
     keys_ND, values = keys(layer, others), layer.v_GdD.flatten(0, 1)

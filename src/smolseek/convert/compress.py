@@ -71,10 +71,10 @@ def plan(source: ModelConfig, layers: list[Layer], conversion: Conversion, rope:
 def portable_rope(source: ModelConfig, rope: int, layers: list[Layer]) -> RopeConfig:
     """Return the default RoPE of `rope` features whose base preserves the positions in `layers` best.
 
-    Three bases are tried. With the first base, the slots have frequencies of the source, one slot for each frequency.
-    With the other bases, the steps between frequencies are a half or a third as wide. These bases put two or three
-    slots at or near each frequency of the source, but no slots at the lowest frequencies, which hardly rotate the keys
-    within a text.
+    The function tries three bases. With the first base, the slots have the frequencies of the source, one slot for each
+    frequency. With the second and the third base, the steps between frequencies are a half or a third as wide, so two
+    or three slots are at or near each frequency of the source. No slots are then at the lowest frequencies, which
+    hardly rotate the keys within a text.
     """
     theta = source.rope_parameters.rope_theta
 
@@ -190,10 +190,10 @@ def compress_layer(layer: Layer, chosen: Plan) -> dict[str, torch.Tensor]:
 
 
 def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return an equivalent layer in which the weights before and after each cached feature have the same size.
+    """Return an equivalent layer in which the weights that write and that read a cached feature have the same size.
 
-    The layer computes the same function if the weights before a cached feature are multiplied by a factor and the
-    weights after it are divided by this factor. Fitted weights before and after a feature differ by a factor of about a
+    A layer computes the same function if the weights that write a cached feature are multiplied by a factor and the
+    weights that read it are divided by this factor. In fitted layers, these weights differ by a factor of about a
     thousand. An optimizer like Adam, which changes all weights by similar amounts, would destroy the smaller weights.
     """
     down, k_pe = tensors["kv_a_proj_with_mqa.weight"].split([config.kv_lora_rank or 0, config.qk_rope_head_dim])
@@ -213,7 +213,7 @@ def balanced(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> dict[str,
 
 
 def _ratio(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """Return the factor f that gives f times the `down` weights and 1/f times the `up` weights the same size.
+    """Return the factor f for which f times the `down` weights and 1/f times the `up` weights have the same size.
 
     The arguments are mean squares of these weights. The factor is 1 if either mean square is 0.
     """

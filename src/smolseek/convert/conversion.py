@@ -1,4 +1,4 @@
-"""The options of a conversion, and checks of their combinations. Imports no torch."""
+"""The options of a conversion, and checks of their combinations. This module does not import torch."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _LEAST_HEAD = 32
 _CACHE_OPTIONS = ("rope_dim", "profile", "method", "freq_fold")
 _FITTED = ("cache", "kv_rank", "prune", "active", "calibration", "calibration_tokens", "text_column", *_CACHE_OPTIONS)
 _MODE_OF = {"top_k": "grow", "neurons": "exact", **dict.fromkeys(_FITTED, "compress")}
-"""The mode of each option that is allowed in one mode only."""
+"""Options that are allowed in only one mode, with this mode."""
 _NEEDS = (("shared", "experts", 4), ("neurons", "experts", 4), ("active", "experts", 48), ("kv_rank", "rope_dim", 48))
 """Options that require another option, with an example value for the other option."""
 
@@ -41,8 +41,8 @@ class Conversion:
     kv_rank: int | None = None
     """Number of features of the latent; use it with --rope-dim instead of --cache (compress)."""
     rope_dim: int | None = None
-    """Number of rotary features; by default the best is searched, and transmla keeps as many as one head has
-    (compress)."""
+    """Number of rotary features. By default smolseek searches the best number, and transmla keeps the number of
+    features of one head (compress)."""
     profile: Profile = "portable"
     """portable is for all engines: a smaller cache with the default RoPE and one epsilon for all norms; hf-exact uses
     longrope, which keeps more at two thirds of the cache, for transformers and smolseek only (compress)."""
@@ -62,8 +62,7 @@ class Conversion:
     text_column: str = "text"
     """Column (parquet, csv) or key (JSON) that holds the text (compress)."""
     tokenizer: str | None = None
-    """Folder or hub name of the same model, whose tokenizer replaces that of a .gguf file if the latter is not
-    supported."""
+    """Folder or hub name of the same model, for a .gguf file with a tokenizer that is not supported."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the weights."""
     seed: int = 0

@@ -46,9 +46,8 @@ def with_experts(config: ModelConfig, conversion: Conversion) -> ModelConfig:
     A split layer (exact, compress) distributes all its neurons over the shared and routed experts. If all experts are
     active, the router's weights are zeros, so that every expert has the score sigmoid(0) = 1/2. The scores are
     normalised to 1/E and multiplied by E. A grown layer keeps all its neurons in the S shared experts, and adds new
-    routed experts. All experts must have the same size, so the new experts have I / S neurons, too. Raises
-    SmolseekError if the neurons cannot be divided into this number of experts, or if a token cannot use so many
-    experts.
+    routed experts. The new experts have I / S neurons, because all experts must have the same size. Raises
+    SmolseekError if the neurons cannot be divided equally among the experts, or if a token cannot use so many experts.
     """
     experts, shared, neurons = conversion.experts, conversion.shared_experts, config.intermediate_size
     if experts is None:
@@ -132,8 +131,8 @@ def clustered(dense: FeedForward, shared_neurons: int, experts: int, seed: int) 
     """Return an order of the neurons [I]: the heaviest neurons, for the shared experts, then cluster after cluster.
 
     The heaviest neurons have the largest product of the norms of their three weight vectors. The other neurons are
-    clustered by the directions of their gate vectors, which decide when a neuron is active. The same weights and seed
-    give the same order.
+    clustered by the directions of their gate vectors, which decide when a neuron is active. The order depends only on
+    the weights and the seed.
     """
     weight_I = dense.gate_ID.norm(dim=1) * dense.up_ID.norm(dim=1) * dense.down_DI.norm(dim=0)
     shared, routed = heaviest(weight_I, shared_neurons)

@@ -27,10 +27,10 @@ _VALUE_RIDGE = 3e-3
 
 
 def ridge_solve(square: torch.Tensor, cross: torch.Tensor, first: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Return the W [..., D, K] that minimises |y - W z|^2 + r |W - first|^2 over the tokens, in float32.
+    """Return the matrix W [..., D, K] of a ridge regression of y on z over the tokens, in float32.
 
-    `square` [..., K, K] is the sum of z z^T over the tokens, and `cross` [..., D, K] is the sum of y z^T. The penalty r
-    is `ridge` times the mean energy of z.
+    `square` [..., K, K] is the sum of z z^T over the tokens, and `cross` [..., D, K] is the sum of y z^T. The penalty
+    on changes from `first` is `ridge` times the mean energy of z.
     """
     square, first = square.double(), first.double()
     weight = (ridge * square.diagonal(dim1=-2, dim2=-1).mean(dim=-1)).clamp(min=1e-30)
@@ -54,11 +54,11 @@ def alternate(layer: Layer, w_S: torch.Tensor, factors: Factors) -> Factors:
 
     The matrix A computes the cached features of a token: the features of the slots, which RoPE rotates at the
     frequencies of the slots, and the latent. The matrix B_h computes the key of head h from the cached features. The
-    error is the squared difference between the key of the source and this key, averaged over the tokens and over the
-    distances that the head attends to. Tokens and distances are treated as independent. The error is quadratic in B_h
-    for a fixed A, and quadratic in A for fixed B_h, so both have closed-form solutions, and this function alternates
-    between them. In the solution for A, the errors are weighted by the queries and by the heads' outputs, and the error
-    of the values is added.
+    error is the squared difference between the key of the source and the key of the compressed head, averaged over the
+    tokens and over the distances that the head attends to. Tokens and distances are treated as independent. The error
+    is quadratic in B_h for a fixed A, and quadratic in A for fixed B_h, so both have closed-form solutions, and this
+    function alternates between them. In the solution for A, the errors are weighted by the queries and by the heads'
+    outputs, and the error of the values is added.
     """
     G, d, _ = layer.v_GdD.shape
     heads, slots, moment = len(layer.q_HdD) // G, 2 * len(w_S), layer.moment_DD
@@ -105,8 +105,8 @@ def _quarter(x: torch.Tensor, turned: int) -> torch.Tensor:
 def _turned(x_Hab: torch.Tensor, means: list[torch.Tensor], turned: tuple[int, int], sign: int = 1) -> torch.Tensor:
     """Rotate the rows and columns of `x_Hab` by RoPE at each distance, and return the mean over the distances.
 
-    `turned` has the numbers of rows and of columns that are rotated; the others stay as they are. `means` comes from
-    `_means`. A negative `sign` rotates in the opposite direction.
+    `turned` has the number of rotated rows and the number of rotated columns; other rows and columns are not rotated.
+    `means` comes from `_means`. A negative `sign` rotates in the opposite direction.
     """
     (a, b), (cc, cs, sc, ss) = turned, means
     right = _quarter(x_Hab, b)

@@ -20,8 +20,8 @@ def target_config(source: ModelConfig) -> ModelConfig:
 
     Every key head has its own slot in the shared rotary key, and every value head has its own slot in the latent. All
     slots need the same frequencies, but in the default RoPE all frequencies are different. The RoPE type `longrope`
-    divides each frequency by its own factor. With base 1 every frequency is 1 before the division, so the factors are
-    the reciprocals of the source's frequencies. MLA divides scores by the square root of Gd instead of d. The
+    divides each frequency by its own factor. With the base 1, every frequency is 1 before the division. So the factors
+    are the reciprocals of the source's frequencies. MLA divides scores by the square root of Gd instead of d. The
     `attention_factor` G^(1/4) corrects the scores, because it multiplies both the queries and the keys.
     """
     groups, size = source.num_key_value_heads, source.qk_head_dim
@@ -90,11 +90,11 @@ def one_epsilon(
 ) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]]]:
     """Return an equivalent model with `rms_norm_eps` 1e-6, as configuration and tensors by name.
 
-    For the norm of the latent, vLLM and llama.cpp use `rms_norm_eps`, but transformers uses 1e-6, so `rms_norm_eps`
-    must be 1e-6, too. If the residual stream is multiplied by f = sqrt(1e-6 / eps), every norm with the new epsilon has
-    the same output as before. Therefore all weights that write to the residual stream are multiplied by f: the
-    embedding, the output projections and the down projections. With tied embeddings the output head is scaled by f as
-    well. To undo this, the weight of the last norm is divided by f.
+    For the norm of the latent, vLLM and llama.cpp use `rms_norm_eps`, but transformers uses 1e-6. Therefore
+    `rms_norm_eps` must be 1e-6, too. If the residual stream is multiplied by f, the square root of 1e-6 / eps, every
+    norm with the new epsilon has the same output as before. Therefore all weights that write to the residual stream are
+    multiplied by f: the embedding, the output projections and the down projections. With tied embeddings the output
+    head is scaled by f as well. To correct the logits, the weight of the last norm is divided by f.
     """
     factor = (EPS / config.rms_norm_eps) ** 0.5
     written = ("embed_tokens.weight", "o_proj.weight", "down_proj.weight")

@@ -21,8 +21,8 @@ from smolseek.ops.linear import linear_swiglu
 _RIDGE = 0.1
 """Ridge penalty on changes of the output matrix, as a share of the neurons' mean energy.
 
-The value was chosen on text unlike the calibration text. 1e-3 would be better on the calibration text, but worse on
-other text.
+The value was chosen on text unlike the calibration text. A value of 1e-3 is better on the calibration text, but worse
+on other text.
 """
 _GATE_RIDGE = 1e-2
 """Ridge penalty in the regressions on the layer's input, as a share of the input's mean energy."""
@@ -121,9 +121,9 @@ def sparse_layer(
     contributions have the largest mean squared norm go into the shared experts. For every other neuron, a linear
     regression predicts the norm of the contribution from the layer's input, because a router is linear, too. The
     neurons are clustered by their regression coefficients. The router's logit for an expert is a linear regression of
-    the logarithm of the energy of the expert's output. At last, all output matrices are fitted together to the dense
-    layer's output under this routing, by least squares. `config` comes from `with_experts`, and `h_TI` are the neurons'
-    activations on the inputs `x_TD`.
+    the logarithm of the energy of the expert's output. At last, a least-squares fit computes all output matrices
+    together, so that the routed experts reproduce the dense layer's output. `config` comes from `with_experts`, and
+    `h_TI` are the neurons' activations on the inputs `x_TD`.
     """
     E, size, shared = config.n_routed_experts, config.moe_intermediate_size, config.n_shared_experts
     down_DI = dense.down_DI
@@ -166,7 +166,7 @@ def _router(config: ModelConfig, x_TD: torch.Tensor, energy_TE: torch.Tensor) ->
 
 
 def _regression(x_TD: torch.Tensor, target_TX: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the ridge regression of the targets: its matrix [D, X], its offset [X], and a root of x's covariance."""
+    """Return the matrix [D, X] and offset [X] of a ridge regression on x, and a root of the covariance of x."""
     mean_D, mean_X = x_TD.mean(dim=0), target_TX.mean(dim=0)
     x_TD = x_TD - mean_D
     moment_DD = (x_TD.T @ x_TD).double()

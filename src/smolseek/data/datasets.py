@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 TRAIN_CHARACTERS = 8_000_000
-"""At most this many characters of streamed training text are kept for the audit."""
+"""Largest number of characters of streamed training text that are kept for the audit."""
 CHARACTERS_PER_TOKEN = 6
 """Characters of text read per validation token: more than a token has on average, so that the sequences are filled."""
 
@@ -40,7 +40,7 @@ class Corpus:
     report: ReadReport = field(default_factory=ReadReport)
     """What was left out while reading."""
     cut: Cut | None = None
-    """How documents were cut into parts, if there were too few documents for both sides of the split."""
+    """The cut documents, if there were too few documents for both sides of the split; else None."""
     unused: int = 0
     """Validation documents of the split that `data.val_sources` replaces."""
     unspelled: float = 0.0
@@ -110,7 +110,7 @@ def pin(data: DataConfig, saved: DataConfig | None) -> DataConfig:
     The commit is taken from `saved`, the settings with which a run began, or is the newest commit.
 
     Raises:
-        SmolseekError: for the reasons of `hub.find_shards`.
+        SmolseekError: in the same cases as `hub.find_shards`.
     """
     names = parse_names(data.sources)
     if not names or all(name.revision and len(name.revision) == 40 for name in names):
@@ -131,8 +131,8 @@ def open_dataset(
     side. `tokenizer` decodes prepared tokens to text.
 
     Raises:
-        SmolseekError: for the reasons of `read_corpus`, `hub.find_shards` and `shards.PreparedDataset`, or for prepared
-            tokens without their tokenizer.
+        SmolseekError: in the same cases as `read_corpus`, `hub.find_shards` and `shards.PreparedDataset`, and for
+            prepared tokens without their tokenizer.
     """
     names = parse_names(data.sources)
     if names:

@@ -35,7 +35,7 @@ class HubName:
     """Split of the dataset; None means the split `train`, or the only split."""
 
     def completes(self, other: "HubName") -> bool:
-        """Return whether this name is `other` with a missing configuration, split or revision filled in."""
+        """Return whether this name equals `other`, apart from a configuration, split or revision that `other` omits."""
         optional = ((other.config, self.config), (other.split, self.split), (other.revision, self.revision))
         same = (self.repo, self.weight) == (other.repo, other.weight)
         return same and all(short in (None, full) for short, full in optional)
@@ -87,7 +87,7 @@ def _may_be_repo(text: str) -> bool:
 
 @dataclass(frozen=True)
 class HubShards:
-    """The files of one split of a hub dataset at one commit. The documents of these files are texts."""
+    """The files of one split of a hub dataset at one commit, as a source of texts."""
 
     name: HubName
     commit: str
@@ -125,7 +125,7 @@ class HubDataset:
     """One or more hub datasets, streamed: their files are read during training.
 
     Raises:
-        HubUnavailable, SmolseekError: for the reasons of `find_shards`.
+        HubUnavailable, SmolseekError: in the same cases as `find_shards`.
     """
 
     def __init__(self, names: Sequence[HubName], data: DataConfig) -> None:
@@ -148,7 +148,7 @@ class HubDataset:
 def find_shards(name: HubName, data: DataConfig, statistics: ReadStatistics | None = None) -> HubShards:
     """Find the files of a dataset's split and their commit, with the library `datasets`.
 
-    The returned name has its configuration filled in, and its split unless that is `train`.
+    The returned name includes the configuration, and the split unless it is `train`.
 
     Raises:
         HubUnavailable: when the hub does not answer for `data.give_up_after` seconds.
@@ -244,7 +244,7 @@ def _refusal(answer: Any, repo: str, not_local: str = "") -> Exception:
 
 
 def why_refused(repo: str, kind: str, status: int, headers: Mapping[str, str]) -> str:
-    """Return why the hub refuses a dataset or model, as the rest of a sentence that begins with its name."""
+    """Return why the hub refuses a dataset or model. The text continues a sentence that begins with the name."""
     from huggingface_hub import constants
 
     page = f"{constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{repo}"

@@ -58,7 +58,7 @@ class TextSource:
     texts: Shards
     weight: float = 1.0
     identity: dict[str, str] = field(default_factory=dict)
-    """Values that must be the same when preparing continues: options by name, and the checksum `files`."""
+    """Values that must not change before the preparation is finished: options by name, and the checksum `files`."""
     may_change: bool = False
     """Whether the text may have changed at the next call, so that the prepared text must be read again and compared."""
 
@@ -142,7 +142,7 @@ def _begin(sources: Sequence[TextSource], to: Target, tokens: int | None, lock: 
 
 
 def _identity(index: Index) -> list[object]:
-    """Return the values of an index that a call must share with an earlier call in order to continue it."""
+    """Return the values of an index that must be the same in a later call that continues the preparation."""
     named = [(source.name, source.weight) for source in index.sources]
     return [index.tokenizer, index.eos_id, index.dtype, index.limit, named]
 
@@ -234,8 +234,8 @@ def _write_source(
 def _documents(source: TextSource, entry: SourceEntry, to: Target, read: Any) -> Iterator[Document]:
     """Return the remaining documents of the entry's current shard.
 
-    Text that may change is read and hashed from the beginning of the shard, to compare its hash with that of the
-    earlier call.
+    If the text may have changed, it is read and hashed from the beginning of the shard, and its hash is compared with
+    the hash of the earlier call.
     """
     at = entry.at
     documents = source.texts.documents(at.shard, 0 if source.may_change else at.row, threading.Event())
@@ -283,7 +283,7 @@ def _require_exact(text: str, tokens: np.ndarray, to: Target) -> None:
 class LocalShard:
     """Local sources (files, folders and `builtin`) as one shard.
 
-    If there is only one document and it is long, it is cut into parts, as for training on unprepared text.
+    A single long document is cut into parts, as for training on unprepared text.
 
     Raises:
         SmolseekError: for a source that cannot be read, before anything is written.
@@ -328,7 +328,7 @@ def open_texts(data: DataConfig) -> list[TextSource]:
     """Return the text sources that `data` names.
 
     Raises:
-        SmolseekError: for the reasons of `hub.find_shards`, or for a folder that contains prepared tokens already.
+        SmolseekError: in the same cases as `hub.find_shards`, and for a folder that already contains prepared tokens.
     """
     if any(map(is_prepared, data.sources)):
         raise SmolseekError(f"data {' '.join(data.sources)} is already prepared: give the text itself")

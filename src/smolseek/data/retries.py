@@ -20,8 +20,8 @@ LONGEST_PAUSE = 60.0
 class HubUnavailable(Stopped):
     """The hub gave no valid response for `data.give_up_after` seconds, or the run stopped waiting for data.
 
-    No work is lost, because the same command continues later. `what` is the message without the advice to run the same
-    command again.
+    The same command continues the work later, so no work is lost. `what` is the message without the advice to run the
+    same command again.
     """
 
     def __init__(self, what: str) -> None:

@@ -36,7 +36,8 @@ class Document(NamedTuple):
     key: int
     """Hash that decides on training or validation (`split.text_key`)."""
     content: Any
-    """Text, or tokens with EOS at the end; None for a document that is left out because it is blank or a copy."""
+    """The document's text, or its tokens with EOS at the end; None for a blank document or a copy, which are left
+    out."""
 
 
 class Shards(Protocol):
@@ -182,7 +183,7 @@ class PreparedDataset:
     def fingerprint(self) -> str:
         """Return a string that identifies the prepared data.
 
-        It contains the number of tokens, and a hash of the sources' mixture weights and of the checksums of their token
+        The string contains the number of tokens, and a hash of the sources' weights and of the checksums of their token
         files, in order.
         """
         contents = [(s.weight, [(p.shard, p.tokens.blake2b) for p in s.parts]) for s in self.index.sources]

@@ -1,7 +1,7 @@
 """The order of the training documents, which depends only on the seed. A few numbers describe a position in this order.
 
 Documents in memory are shuffled again every epoch. For a streamed source, the shards are shuffled every epoch, and then
-the documents within blocks of `BLOCK` documents. So a resumed run reads at most one block again.
+the documents within blocks of `BLOCK` documents. A resumed run therefore reads at most one block again.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from smolseek.tokenizer import Encode
 BLOCK = 4096
 """Number of documents in a shuffled block, about 16 MB of text."""
 CACHED_CHARACTERS = 64_000_000
-"""The tokens of texts up to this total size stay in memory, so that only the first epoch encodes them."""
+"""Total size of texts up to which their tokens stay in memory, so that only the first epoch encodes the texts."""
 
 
 class Position(NamedTuple):

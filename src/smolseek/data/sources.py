@@ -15,12 +15,12 @@ from smolseek.data.formats import ENDINGS, NotText, file_format, read_texts
 from smolseek.errors import SmolseekError
 
 SHORTEST_DOCSTRINGS = 200
-"""Built-in documents with fewer characters are left out, since they are little more than a name."""
+"""Least number of characters of a built-in document; shorter documents are little more than a name."""
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|im_end|>")
 """Strings that separate documents in many text files."""
 OFTEN = 3
-"""A separator must occur this often before a hint suggests `--data.document-separator`."""
+"""Number of separators from which a hint suggests `--data.document-separator`."""
 
 REASONS = {
     "copy": ("copy of another document", "copies of other documents"),

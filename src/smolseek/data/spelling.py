@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MOST_LOST = 0.01
-"""A text is refused if the tokenizer cannot encode more than this share of its characters."""
+"""Largest share of a text's characters that the tokenizer may be unable to encode."""
 SAMPLE = 2_000_000
 """Number of characters that are checked, spread over all documents."""
 _LONGEST = 20_000
-"""At most this many characters of one document are checked."""
+"""Largest number of characters of one document that are checked."""
 
 
 class Spelling:
@@ -26,8 +26,8 @@ class Spelling:
         self._name, self._seen = name, 0
         self._lost: Counter[str] = Counter()
         self._missing: bytes | None = None
-        """Bytes without a token; None if tokens do not consist of bytes, so that texts must be encoded to check
-        them."""
+        """Bytes that have no token. None if tokens do not consist of bytes, so that texts must be encoded for the
+        check."""
         values, vocabulary = tokenizer.backend_tokenizer.to_str(), tokenizer.get_vocab()
         model = json.loads(values)["model"]
         if is_byte_level(tokenizer):

@@ -9,7 +9,7 @@ from smolseek.errors import SmolseekError
 SHORTEST, LONGEST = 1000, 16_384
 """Shortest and longest length of a part in characters."""
 CHUNKS_PER_DOCUMENT = 50
-"""A document is cut into about this many parts, if each part then has `SHORTEST` to `LONGEST` characters."""
+"""Number of parts into which a document is cut, if each part then has `SHORTEST` to `LONGEST` characters."""
 BORDERS = {"paragraph": "\n\n", "line": "\n", "sentence": ". ", "word": " "}
 """Borders at which a document may be cut, best first, with the string that precedes the cut."""
 
@@ -33,7 +33,7 @@ def text_key(text: str) -> int:
 
 
 def in_validation(key: int, fraction: float) -> bool:
-    """Return whether a document with this key is for validation, which means key / 2**64 < `fraction`."""
+    """Return whether the document with the key `key` is for validation: if key / 2**64 is below `fraction`."""
     return key < fraction * 2.0**64
 
 
@@ -66,7 +66,7 @@ class Split(NamedTuple):
     train: list[str]
     validation: list[str]
     cut: Cut | None = None
-    """How documents were cut, if there were too few for both sides."""
+    """The cut documents, if there were too few documents for both sides; else None."""
 
 
 class EmptySide(SmolseekError):

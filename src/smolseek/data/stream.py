@@ -94,11 +94,11 @@ class TrainStream:
     def position(self) -> dict[str, Any]:
         """Return the position at which the next sequence begins, in JSON types, as in `state_dict`.
 
-        The current document is the one with the next token. `positions` has the position of each source before the
-        current document. `given` has the number of tokens that were read from each source before the current document.
-        `offset` is the index of the next token in the current document. `documents` and `tokens` count the complete
-        documents and the tokens returned so far. For local text, `epoch` and `document` (its index in the epoch)
-        replace `given` and `positions`.
+        The current document is the document that contains the next token. `positions` has the position of each source
+        before the current document. `given` has the number of tokens that were read from each source before the current
+        document. `offset` is the index of the next token in the current document. `documents` and `tokens` count the
+        complete documents and the tokens returned so far. For local text, `epoch` and `document` (its index in the
+        epoch) replace `given` and `positions`.
         """
         at: dict[str, Any]
         drawn, positions = self._buffer[0][0] if self._buffer else (self._drawn, self._positions)
@@ -118,7 +118,7 @@ class TrainStream:
         return {**self.position(), "seed": self._seed, "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position. The next sequences are the same as those after the save, at any batch size.
+        """Go to a saved position. The next sequences are the same as after the save, at any batch size.
 
         Raises:
             SmolseekError: when the data, the seed or the tokenizer differ from those at the time of the save.

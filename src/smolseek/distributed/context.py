@@ -42,7 +42,7 @@ class _Ended(Stopped):
 
 
 class DistributedContext(SingleProcess):
-    """This process, as a member of the processes of `mesh`."""
+    """One of the processes of `mesh`, with the methods of `SingleProcess`."""
 
     accumulates = False  # FSDP2 handles every gradient itself
 
@@ -50,7 +50,7 @@ class DistributedContext(SingleProcess):
         """Connect to the other processes within `timeout` seconds, which is also the time limit of collectives.
 
         Raises:
-            PeerLost: in every process that is alive, if other processes are missing; it names the missing processes.
+            PeerLost: in every living process, if other processes are missing. The error names the missing processes.
         """
         self.mesh = mesh
         self.rank, self.size = launch.number("RANK", 0), mesh.size
@@ -95,7 +95,10 @@ class DistributedContext(SingleProcess):
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Leave the process group. One process prints an error that ends the run; all processes name a missing process.
+        """Leave the process group.
+
+        Only one process prints the error that ends a run. If a process is missing, all other processes print its
+        number.
 
         Raises:
             PeerLost: instead of the error of a failed collective, if another process is missing.
@@ -265,7 +268,10 @@ class DistributedContext(SingleProcess):
         return shards | {name: full_tensor(b) for name, b in biases.items()}
 
     def writes_shard(self, name: str, number: int) -> bool:
-        """Return whether this process writes its shard: replica `number`, modulo the number of replicas, does."""
+        """Return whether this process writes its shard.
+
+        Of the replicas of a shard, the replica with the index `number` modulo the number of replicas writes the shard.
+        """
         shard = self.shards[name]
         return shard.length > 0 and shard.replica == number % shard.replicas
 
@@ -273,7 +279,7 @@ class DistributedContext(SingleProcess):
         """Yield the weights that this process writes; the caller copies each at once. All processes iterate together.
 
         Experts are written as shards. All other tensors are gathered one at a time, and each is written by one process.
-        So no process ever holds more than its shards and one full tensor.
+        No process ever holds more than its shards and one full tensor.
         """
         shards = self.local_shards(model)  # this reshards the modules, which replaces the parameters
         parameters: dict[str, torch.Tensor] = dict(model.named_parameters())

@@ -1,7 +1,7 @@
 """Expert parallelism: each process holds some experts.
 
-One all-to-all sends the tokens to their experts, and another all-to-all sends the results back. Shapes are as in
-`model/moe.py`; X is the number of slots (token, expert) that this process computes.
+One all-to-all sends the tokens to their experts, and another all-to-all sends the results back. Shapes: see
+`model/moe.py`; X slots (token, expert) that this process computes.
 """
 
 from typing import Any, NamedTuple

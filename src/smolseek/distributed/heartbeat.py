@@ -1,8 +1,8 @@
 """Finds the process that is late or missing, before a collective times out and after a collective has failed.
 
 A failed collective does not say which process caused the failure: gloo reports a closed connection, and NCCL a timeout.
-torchrun's report names a dead process of its own machine only. `monitored_barrier` must be called by every process,
-and a process inside a collective cannot call it. So a thread of each process writes heartbeats to torchrun's store.
+torchrun's report names a dead process of its own machine only. `monitored_barrier` must be called by every process, and
+a process inside a collective cannot call it. Therefore a thread of each process writes heartbeats to torchrun's store.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from smolseek import console
 _INTERVAL = 1.0
 """Seconds between two heartbeats, or a tenth of the timeout if this is less."""
 _MISSED = 5
-"""A process is missing after this many intervals without a heartbeat."""
+"""Number of intervals without a heartbeat after which a process is missing."""
 _LEFT = -1
 """Value of `_Heartbeat.number` for a process that has finished."""
 
@@ -72,7 +72,7 @@ class Heartbeat:
     def lost(self) -> str | None:
         """Return which process is missing after a failed collective or a SIGTERM; None if no process is missing.
 
-        This method takes a few intervals between heartbeats. All processes return the finding of the first process
+        The method waits for a few intervals between heartbeats. All processes return the finding of the first process
         that calls this method, since the first process ends as well.
         """
         self._failed = True

@@ -1,4 +1,4 @@
-"""The sizes of a mesh of processes, and their checks. Imports no torch.
+"""The sizes of a mesh of processes, and their checks. This module does not import torch.
 
 Each group of `expert` neighbouring ranks holds all routed experts. Each group of `shard` neighbouring ranks holds all
 other weights. Every process trains on its own sequences.

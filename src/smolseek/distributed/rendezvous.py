@@ -1,9 +1,9 @@
 """How the processes of one launch find each other in a store that also has entries of dead processes.
 
-torchrun keeps one TCPStore over all restarts, and its restart count differs between machines. So a new process could
-read the address of a dead process. To prevent such mistakes, process 0 gives each launch a new name, and answers every
-request under a key of its own. `monitored_barrier` cannot say which process is missing, because it needs a process
-group, which connects only when all processes exist.
+torchrun keeps one TCPStore over all restarts, and its restart count differs between machines. A new process could
+therefore read the address of a dead process. To prevent this mistake, process 0 gives each launch a new name, and
+answers every request under a key of its own. `monitored_barrier` cannot say which process is missing, because it needs
+a process group, which connects only when all processes exist.
 """
 
 import time
@@ -25,7 +25,7 @@ def wait_for_peers(store: dist.Store, rank: int, size: int, timeout: float) -> d
     the store.
 
     Raises:
-        PeerLost: in every process, after `timeout` seconds or on a SIGTERM; it names the missing processes.
+        PeerLost: in every process, after `timeout` seconds or on a SIGTERM. The error names the missing processes.
     """
     nonce, begun = uuid.uuid4().hex, time.monotonic()
     launch = dist.PrefixStore(f"launch/{nonce}", store) if rank == 0 else None

@@ -1,4 +1,4 @@
-"""One process, which holds the full model and trains on every sequence. Imports no torch.distributed.
+"""One process, which holds the full model and trains on every sequence. This module does not import torch.distributed.
 
 `context.DistributedContext` has the same methods for many processes, so that one training loop serves both.
 """
@@ -18,7 +18,10 @@ Named = list[tuple[str, torch.nn.Parameter]]
 
 
 class SingleProcess:
-    """A run with one process. Of many processes, only the main one reads data, prints and writes the run folder."""
+    """A run with one process.
+
+    If there are many processes, only the main process reads data, prints and writes the run folder.
+    """
 
     rank = 0
     size = 1

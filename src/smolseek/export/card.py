@@ -17,7 +17,8 @@ _INHERITED = re.compile(
 """Settings of the source's front matter that the new card keeps, with the list items in the lines after a setting."""
 _RUN = "## How to run it"
 _OLD_USAGE = re.compile(rf'^(?:{_RUN}|```python\n(?:.*\n){{2}}model = .*"FOLDER")', re.M)
-"""Beginning of the instructions that an earlier export or conversion wrote. The new instructions replace them."""
+"""Beginning of the instructions that an earlier export or conversion wrote. The new instructions replace the earlier
+instructions."""
 
 
 def model_card(path: Path, config: ModelConfig, name: str, *, license_name: str | None, gguf: str | None) -> str:
@@ -44,7 +45,7 @@ def model_card(path: Path, config: ModelConfig, name: str, *, license_name: str 
 
 
 def obstacle(config: ModelConfig) -> str | None:
-    """Return why vLLM and mlx-lm cannot be expected to compute a model; None if they can."""
+    """Return why vLLM and mlx-lm cannot compute a model; None if they can be expected to compute it."""
     if config.model_type == "smolseek_gqa_moe":
         return "its model_type is smolseek_gqa_moe"
     if config.is_mla and config.rope_parameters.rope_type != "default":
@@ -127,7 +128,7 @@ The losses are in nats per token. The validation text comes from the same data a
 
 
 def _published(source: str) -> str:
-    """Return the name of a file, folder or hub source for a card, which may be public, without the path to it."""
+    """Return the name of a file, folder or hub source without its path, because a model card may be public."""
     path = Path(source).expanduser()
     return path.name if path.is_absolute() or path.exists() else source
 

@@ -62,10 +62,10 @@ def choose(source: Source, quantize: Quantize) -> Scales:
 
 
 def _latent_sizes(source: Source, layer: int) -> tuple[float, float]:
-    """Return the root mean squares of a layer's latent and of its matrix.
+    """Return the root mean square of a layer's latent, and of the matrix that computes the latent.
 
-    The latent is the matrix times the output of the layer's input RMSNorm. Before the features are multiplied by the
-    norm's weights, they are assumed to be uncorrelated and to have a mean square of 1.
+    The latent is the matrix times the output of the layer's input RMSNorm. The features of the input are assumed to be
+    uncorrelated, with a mean square of 1 before the norm's weights.
     """
     prefix, rank = f"model.layers.{layer}.", source.config.kv_lora_rank or 0
     file_matrix, norm = (source.read(f"{prefix}self_attn.{name}") for name in (MATRIX, NORM))

@@ -76,7 +76,7 @@ def require_supported(config: ModelConfig) -> None:
         return
     portable = "convert with --mode compress --profile portable, or train a model from scratch"
     if config.qk_nope_head_dim < 1:
-        raise refuse("latent attention without position-free features (qk_nope_head_dim 0)", portable)
+        raise refuse("latent attention with RoPE on all features (qk_nope_head_dim 0)", portable)
     if config.qk_rope_head_dim < 1:
         raise refuse("latent attention without rotary features (qk_rope_head_dim 0)", portable)
     deepseeks = rope.mscale_all_dim and rope.mscale == rope.mscale_all_dim and rope.attention_factor is None

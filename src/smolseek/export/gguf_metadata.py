@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     value: Any
     kind: gguf.GGUFValueType
     item: gguf.GGUFValueType | None = None
-    """For an array, the type of its items."""
+    """Type of the items, if the value is an array."""
 
 
 def entry(key: str, value: Any) -> Entry:

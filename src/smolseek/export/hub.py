@@ -25,8 +25,8 @@ def check(repo: str) -> None:
 def push(folder: Path, repo: str, *, public: bool, written: Path) -> str:
     """Upload the files in `folder` as one commit to the model repository `repo`, and return its address.
 
-    If the repository does not exist, it is created, private unless `public`. An existing repository keeps its
-    visibility.
+    A repository that does not exist is created, as a private repository unless `public` is set. An existing repository
+    keeps its visibility.
 
     Raises:
         SmolseekError: if the hub refuses or cannot be reached. The export stays in `written`.

@@ -1,4 +1,4 @@
-"""The options of an export. Imports no torch."""
+"""The options of an export. This module does not import torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class Export:
     """Number format of the weights in a folder, float32 by default."""
     pad_deepseek: bool = False
     """Pad the attention of a folder to DeepSeek's own sizes (latent 512, rotary 64, heads 128), for kernels that
-    support only these sizes. The model computes the same function with a larger cache."""
+    support only these sizes. The padded model computes the same function, but has a larger cache."""
     push_to_hub: str | None = None
     """Repository OWNER/NAME on the Hugging Face hub to upload the export to, with a model card. A repository that does
     not exist is created, private."""

@@ -78,7 +78,7 @@ def _export_folder(target: str, out: Path, options: Export) -> None:
 
 @contextmanager
 def _writing(out: Path, needed: int) -> Iterator[None]:
-    """Check that the disk of `out` has `needed` bytes free, and turn errors of the disk into one line."""
+    """Context that checks that `needed` bytes are free on the disk of `out`, and turns disk errors into one line."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free

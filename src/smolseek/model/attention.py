@@ -49,7 +49,9 @@ class MLA(nn.Module):
     def forward(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: KVCache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Return the output of causal attention [B, A, D]. With a cache, the new tokens follow the cached tokens.
+        """Return the output of causal attention [B, A, D].
+
+        If there is a cache, the new tokens follow the cached tokens.
 
         `last` is A, the number of final tokens that have queries; None means all tokens.
         """

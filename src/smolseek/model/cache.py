@@ -31,8 +31,8 @@ class KVCache(Protocol):
 class Cache:
     """Preallocated cache of the latent and the shared rotary key (MLA), or of keys and values (GQA).
 
-    All sequences have the same `length`, unless `set_lengths` gives each sequence its own length. With different
-    lengths, only one token per sequence can be appended at a time.
+    All sequences have the same `length`, unless `set_lengths` gives each sequence its own length. If the lengths
+    differ, only one token per sequence can be appended at a time.
 
     Args:
         config: gives the number of layers and of cached features.

@@ -37,7 +37,7 @@ class Embedding(nn.Embedding):
 
 
 class RMSNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), always computed in float32 (1910.07467, equation 4)."""
+    """RMSNorm, which computes w * x / sqrt(mean(x^2) + eps) in float32 (1910.07467, equation 4)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

@@ -205,10 +205,11 @@ class MoE(nn.Module):
 
 
 def sequence_balance(routing: Routing, batch: int) -> torch.Tensor:
-    """Return sum_i f_i P_i, averaged over the sequences (DeepSeek-V3, equations 17-20); 1 if the load is balanced.
+    """Return the sequence-wise balance loss (DeepSeek-V3, equations 17-20), which is 1 if the load is balanced.
 
-    f_i is E / (K T) times the number of tokens of expert i. P_i is the mean normalised score of expert i over the
-    sequence; the normalised scores of a token sum to 1.
+    The loss of a sequence is the sum over the experts i of f_i P_i. f_i is E / (K T) times the number of tokens of
+    expert i. P_i is the mean over the tokens of the normalised score of expert i, where the normalised scores of a
+    token sum to 1.
     """
     scores_BTE = routing.scores_NE.unflatten(0, (batch, -1))
     experts_BX = routing.experts_NK.unflatten(0, (batch, -1)).flatten(1)

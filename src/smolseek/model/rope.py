@@ -17,8 +17,8 @@ def frequencies(rope: RopeConfig, dim: int, *, beyond: bool = False) -> torch.Te
     `default` frequencies are theta^(-2i/dim). `linear` divides all frequencies by `factor` (2306.15595). `llama3`
     divides the low frequencies by `factor`, keeps the high ones, and interpolates in between (Llama 3.1, 2407.21783).
     `yarn` interpolates along a ramp over the number of rotations (2309.00071, section 3.2). `longrope` divides each
-    frequency by an entry of a list (2402.13753). With `beyond`, this is the list for positions beyond the original
-    context.
+    frequency by an entry of a list (2402.13753). If `beyond` is set, the list for positions beyond the original context
+    is used.
     """
     ladder = rope.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
     inverse, context = 1.0 / ladder, rope.original_max_position_embeddings or 0
@@ -109,7 +109,7 @@ class Rope(nn.Module):
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def each(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin [..., P] for `positions` [...], each computed as for the newest token of its sequence."""
+        """Return cos and sin [..., P] for `positions` [...], the positions of the newest tokens of sequences."""
         cos, sin = self(positions, 0)
         if self.limit is not None:
             beyond = (positions >= self.limit)[..., None]

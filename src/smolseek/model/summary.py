@@ -21,7 +21,8 @@ class Counts:
     lm_head: int
     """Parameters of the head; 0 if it is tied to the embedding."""
     active: int
-    """Parameters that one token uses: all but unchosen experts and the embedding. A tied embedding counts as head."""
+    """Parameters that one token uses, without unchosen experts and without the embedding. A tied embedding counts as
+    the head."""
     balancing: int
     """Number of router biases, which are also counted in `layers`."""
 

@@ -20,7 +20,7 @@ from smolseek.ops.mla_attention import CosSin
 
 
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+    """A layer of the decoder: attention and a feed-forward layer, each after a norm and with a residual connection."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Block(nn.Module):
     def attend(
         self, x_BTD: torch.Tensor, cos_sin: CosSin, cache: KVCache | None = None, last: int | None = None
     ) -> torch.Tensor:
-        """Return the residual stream [B, T, D] after attention; with `last`, only for the last `last` tokens."""
+        """Return the residual stream [B, T, D] after attention, for all tokens or only for the final `last` tokens."""
         h_BTD = self.self_attn(self.input_layernorm(x_BTD), cos_sin, cache, last)
         return (x_BTD if last is None else x_BTD[:, -last:]) + h_BTD
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 def call_block(block: Any, x_BTD: torch.Tensor, cos_sin: CosSin, accumulate: bool) -> tuple[torch.Tensor, Load | None]:
-    """Call one layer as in training. All layers share this function, so it is compiled only once."""
+    """Call one layer as in training. All layers share this function, so that torch.compile compiles it only once."""
     return block(x_BTD, cos_sin, accumulate=accumulate)
 
 
@@ -103,12 +103,18 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Share the embedding with the head if the configuration says so. Call this again after assigning weights."""
+        """Share the embedding with the head if the configuration says so.
+
+        Call this method again after assigning weights.
+        """
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_buffers(self) -> None:
-        """Compute RoPE's frequencies, which checkpoints omit. Call this after building the model on the meta device."""
+        """Compute RoPE's frequencies, which checkpoints omit.
+
+        Call this method after building the model on the meta device.
+        """
         self.model.rope.reset_buffers()
 
     @property

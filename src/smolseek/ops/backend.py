@@ -148,7 +148,7 @@ def gradient_to_add_to(weight: torch.Tensor, accumulate: bool) -> torch.Tensor |
 
     Autograd allocates the gradient of each micro-batch and then adds it to `.grad`. For stacked experts and the
     embedding this memory traffic takes longer than the matrix multiplications. Autograd does not see a gradient that a
-    backward pass adds itself, so the caller must request this with `accumulate`.
+    backward pass adds itself, so only callers with `accumulate` get this addition.
     """
     if not (accumulate and weight.is_leaf and weight.requires_grad and weight.device.type == "cpu"):
         return None

@@ -23,16 +23,16 @@ _FOLDER = Path(__file__).parent
 
 
 class _BuildFailed(Exception):
-    """No compiler can build the files. The message is one line."""
+    """No compiler can build the files; the message says why in one line."""
 
 
 @functools.cache
 def library(*sources: Path) -> ctypes.CDLL | None:
     """Return the compiled `sources` as one library, or None if they cannot be built and PyTorch must be used.
 
-    The library's file name contains a hash of sources, headers, flags and processor. So a machine builds the library
-    only once, in a few seconds. If the cache folder is not writable, each process builds its own library. The reason
-    for a failure is logged once.
+    The library's file name contains a hash of sources, headers, flags and processor. A machine therefore builds the
+    library only once, in a few seconds. If the cache folder is not writable, each process builds its own library. The
+    reason for a failure is logged once.
     """
     if os.name != "posix":
         return None

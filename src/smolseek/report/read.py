@@ -138,7 +138,7 @@ def _events(record: Record) -> list[tuple[int, str]]:
         texts.append(f"a step was skipped: {skipped.get('reason')}; {skipped['tokens']:,} tokens were not trained on")
     if "returned" in record:
         back = record["returned"]
-        texts.append(f"went back from step {back['from']:,}; {back['undone_tokens']:,} tokens were undone")
+        texts.append(f"rolled back from step {back['from']:,}; {back['undone_tokens']:,} tokens were undone")
     if "save_failed" in record:
         texts.append(str(record["save_failed"]))
     data = record.get("data", {})

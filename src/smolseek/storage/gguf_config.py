@@ -1,4 +1,4 @@
-"""Reads the configuration of a model from the metadata of a GGUF file. Imports no torch."""
+"""Reads the configuration of a model from the metadata of a GGUF file. This module does not import torch."""
 
 import dataclasses
 from pathlib import Path

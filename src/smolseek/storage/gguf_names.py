@@ -1,4 +1,4 @@
-"""llama.cpp's names of tensors, with the names in a Hugging Face folder. Imports no torch."""
+"""llama.cpp's names of tensors, with the names in a Hugging Face folder. This module does not import torch."""
 
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",

@@ -1,4 +1,7 @@
-"""Converts a `ModelConfig` to the content of Hugging Face's `config.json` and back. Imports no torch."""
+"""Converts a `ModelConfig` to the content of Hugging Face's `config.json` and back.
+
+This module does not import torch.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -11,7 +11,7 @@ from smolseek.ops.backend import c_infers, call
 
 
 def causal_mask(new: int, seen: int, device: torch.device) -> torch.Tensor:
-    """Return a mask [T, S] that is true where new token t attends to token s, that is for s <= S - T + t."""
+    """Return a mask [T, S] that is true where new token t may attend to token s, namely if s <= S - T + t."""
     return torch.ones(new, seen, dtype=torch.bool, device=device).tril(seen - new)
 
 

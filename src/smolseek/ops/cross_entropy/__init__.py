@@ -30,7 +30,7 @@ class Means(NamedTuple):
     objective: torch.Tensor
     """The loss, which is differentiable."""
     next_token: torch.Tensor
-    """The cross-entropy of the text's next token. It is not differentiable."""
+    """The cross-entropy of the text's next token, without a gradient."""
 
 
 def linear_cross_entropy(
@@ -47,7 +47,7 @@ def linear_cross_entropy(
     Args:
         h_ND: hidden states.
         w_VD: the weights of the output head.
-        targets_N: the next tokens, in int64. There is no special value for tokens to ignore.
+        targets_N: the next tokens, in int64. No value marks tokens to ignore.
         z_loss: weight of the z-loss, the mean of log^2 Z, where Z is the sum in the softmax. The z-loss keeps the
             logits from drifting (PaLM, 2204.02311, section 5).
         accumulate: on a CPU, add the head's gradient to its `.grad` in place.

@@ -18,7 +18,10 @@ class CrossEntropy:
         self.loss, self.squares = _zeros(targets_N)
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
-        """Add the losses of a chunk that starts at token `begin`. d loss / d logits is (softmax - one-hot) / N."""
+        """Add the losses of a chunk that starts at token `begin`.
+
+        The gradient of the logits is (softmax - one-hot) / N.
+        """
         targets_C = self.targets_N[begin : begin + len(logits_CV)]
         options = 1 / len(self.targets_N), self.z_loss, differentiate
         if not self.z_loss and c_supports(logits_CV):
@@ -57,7 +60,7 @@ class Divergence:
         self.buffers = [teacher_ND.new_empty(R, V, dtype=torch.float32) for _ in range(3)]
 
     def add(self, logits_CV: torch.Tensor, begin: int, differentiate: bool) -> None:
-        """Add the divergence of a chunk that starts at token `begin`. d KL / d logits is (q - p) / N."""
+        """Add the divergence of a chunk that starts at token `begin`. The gradient of the logits is (q - p) / N."""
         end = begin + len(logits_CV)
         teacher_CV = torch.mm(self.teacher_ND[begin:end], self.teacher_VD.T, out=self.teacher_CV[: len(logits_CV)])
         chunks = (x.split(len(self.buffers[0])) for x in (logits_CV, teacher_CV, self.targets_N[begin:end]))

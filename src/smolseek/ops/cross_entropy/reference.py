@@ -8,7 +8,7 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [R] and the log-sum-exps of the logits [R], in float32.
 
-    With `differentiate` the logits are overwritten with the gradient factor * d (loss + z_loss * log_sum^2) / d logits.
+    If `differentiate` is set, the logits are overwritten with `factor` times the gradient of loss + z_loss * log_sum^2.
     """
     targets_R1 = targets_R[:, None]
     top_R1 = logits_RV.amax(dim=1, keepdim=True).float()

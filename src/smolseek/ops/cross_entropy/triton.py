@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 _BLOCK = 16384
-"""Number of logits that one program holds in registers at a time, a third of SmolLM2's 49,152."""
+"""Number of logits that one program holds in registers at a time, which is a third of SmolLM2's vocabulary of
+49,152."""
 _WARPS = 32
 """With 32 warps two programs fill a multiprocessor, so the rows of all programs stay cached until the second read."""
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -65,7 +66,7 @@ def cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [C] and the log-sum-exps [C] of contiguous `logits_CV`, in float32.
 
-    With `differentiate` the logits are overwritten with the gradient factor * d (loss + z_loss * log_sum^2) / d logits.
+    If `differentiate` is set, the logits are overwritten with `factor` times the gradient of loss + z_loss * log_sum^2.
     The loss of a target outside the vocabulary is NaN.
     """
     assert logits_CV.is_contiguous() and targets_C.is_contiguous()

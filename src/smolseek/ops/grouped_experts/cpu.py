@@ -3,7 +3,7 @@
 Autograd over slices of the stacked weights would keep every cast weight and every intermediate result, and stack the
 experts' gradients again. In this file each expert writes its gradients into a slice of the stack. A weight is cast just
 before its matrix multiplication, so that it is in the processor's cache. For the backward pass only the result of the
-first multiplication is kept. The elementwise operations after this multiplication are recomputed.
+first multiplication is kept. The elementwise operations after the first multiplication are recomputed.
 """
 
 from typing import Any

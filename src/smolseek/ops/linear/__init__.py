@@ -32,7 +32,10 @@ def c_supports_weights(x: torch.Tensor, *weights: torch.Tensor) -> bool:
 def c_linear(
     x: torch.Tensor, w_EFD: torch.Tensor, up_EFD: torch.Tensor | None = None, counts_E: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return w_e x for the rows of each expert e, or silu(w_e x) * (up_e x). The rows of x are sorted by expert."""
+    """Multiply the rows of each expert e by its matrix w_e; with `up`, return silu(w_e x) * (up_e x).
+
+    The rows of x are sorted by expert.
+    """
     E, F_, D = w_EFD.shape
     x, M = x.contiguous(), x.numel() // D
     offsets_E = torch.tensor([M]) if counts_E is None else counts_E.cumsum(0)
