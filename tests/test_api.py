@@ -1,8 +1,10 @@
 """The Python API for text: streaming, stop strings, batches, scores and chat."""
 
 import math
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -16,24 +18,30 @@ from smolseek.api import Model
 from smolseek.chat import Chat
 from smolseek.config import PYTHON_ALIASES, GenerationOptions, Options
 from smolseek.errors import SmolseekError
+from smolseek.generate.scheduler import Scheduler
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
 
 
-@pytest.fixture(scope="module")
-def model():
-    """A random byte-level model."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def random_model(alphabet, context):
+    """Return a random model, each of whose tokens is a letter of `alphabet`."""
     backend = Tokenizer(models.BPE(vocab={"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
     tokenizer.chat_template = TEMPLATE
-    config = replace(preset("tiny"), vocab_size=257, num_hidden_layers=2, max_position_embeddings=256)
+    vocabulary = len(alphabet) + 1
+    config = replace(preset("tiny"), vocab_size=vocabulary, num_hidden_layers=2, max_position_embeddings=context)
     built = new_model(replace(config, initializer_range=0.15))
     return Model(SimpleNamespace(model=built, tokenizer=tokenizer, config=built.config), "test")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random byte-level model."""
+    return random_model(sorted(pre_tokenizers.ByteLevel.alphabet()), context=256)
 
 
 def test_the_texts_of_a_stream_are_the_text_of_generate(model):
@@ -135,6 +143,60 @@ def test_a_chat_keeps_its_history_and_obeys_commands(model, tmp_path):
     assert chat.messages == []
 
 
+def test_the_next_turn_of_a_chat_reads_only_what_is_new():
+    model = random_model([chr(code) for code in range(33, 127)], context=512)
+    options = {"temperature": 0.0, "max_tokens": 40}
+    chat = Chat(model, options)
+    chat.answer("hello" * 20, lambda piece: None)
+    for question in ("and?", "further!"):
+        before = chat._scheduler.stats
+        said = chat.answer(question, lambda piece: None)
+        assert said == "".join(model.chat(chat.messages[:-1], **options))
+        after = chat._scheduler.stats
+        read = after.prompt_tokens - before.prompt_tokens - (after.cached_tokens - before.cached_tokens)
+        assert read < 64 + len(f"[user]{question}[assistant]") + 2 and after.cached_tokens > before.cached_tokens
+    chat.command("/reset")
+    assert chat.answer("hello", lambda piece: None) == Chat(model, options).answer("hello", lambda piece: None)
+
+
+def test_one_stream_at_a_time_on_a_scheduler(model):
+    scheduler = Scheduler(model.model, cache_tokens=512)
+    stream = model.stream("The sea", scheduler=scheduler, temperature=0.0, stop="never there")
+    next(stream)
+    with pytest.raises(SmolseekError, match="the scheduler has another request"):
+        model.stream("The sea", scheduler=scheduler)
+    stream.cancel()
+    stream.finish()
+    assert stream.result.stop_reason == "cancelled"
+    (full,) = model.generate("The sea", max_tokens=60, temperature=0.0)
+    stream = model.stream("The sea", scheduler=scheduler, max_tokens=60, temperature=0.0)
+    assert "".join(stream) == full.text and stream.result.tokens == full.result.tokens
+    stop = full.text[5:8]
+    stream = model.stream("The sea", scheduler=scheduler, max_tokens=60, temperature=0.0, stop=stop)
+    assert "".join(stream) == full.text[: full.text.index(stop)] and stream.result.stop_reason == "stop_string"
+    stream = model.stream("The sea", scheduler=scheduler, max_time=1e-9)
+    assert stream.finish() == [""] and stream.result.stop_reason == "time"
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_ctrl_c_ends_the_answer_between_two_steps(model, threaded):
+    def talk():
+        chat = Chat(model, {"temperature": 0.0, "max_tokens": 50})
+        show = (lambda piece: signal.raise_signal(signal.SIGINT)) if not threaded else (lambda piece: None)
+        answers.append((chat.answer("hello", show), chat._scheduler.idle))
+
+    answers = []
+    handler = signal.getsignal(signal.SIGINT)
+    if threaded:  # signals cannot be handled here
+        thread = threading.Thread(target=talk)
+        thread.start()
+        thread.join()
+    else:
+        talk()
+    ((said, idle),) = answers
+    assert said and idle and signal.getsignal(signal.SIGINT) is handler
+
+
 def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
     chat = Chat(model, {"temperature": 0.0, "max_tokens": 50})
 
@@ -143,6 +205,7 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_was_said(model):
 
     said = chat.answer("hello", interrupt)
     assert said and chat.history[-1] == {"role": "assistant", "content": said}
+    assert chat._scheduler.idle
 
 
 @pytest.mark.parametrize(

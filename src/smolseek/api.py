@@ -9,6 +9,7 @@ for piece in model.stream("The structure of DNA"):
 
 import functools
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -21,7 +22,10 @@ from smolseek.device import multiplies_bfloat16
 from smolseek.errors import SmolseekError
 from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Generator, Result
+from smolseek.generate.request import Request
 from smolseek.generate.sampling import Processor, SamplingParams
+from smolseek.generate.scheduled import ScheduledSequence
+from smolseek.generate.scheduler import Scheduler
 from smolseek.generate.text import TextStream
 from smolseek.model.transformer import CausalLM
 from smolseek.storage.hf_folder import LoadedModel, load_causal_lm, load_model, sampling_options
@@ -98,13 +102,20 @@ class Model:
         return ids
 
     def stream(
-        self, prompt: str | Sequence[int], *, processors: Sequence[Processor] = (), **options: Unpack[Options]
+        self,
+        prompt: str | Sequence[int],
+        *,
+        processors: Sequence[Processor] = (),
+        scheduler: Scheduler | None = None,
+        **options: Unpack[Options],
     ) -> TextStream:
         """Continue `prompt`; iterate over the result to get the text piece by piece.
 
         Args:
             prompt: text, or token ids.
             processors: functions that change the logits, as transformers' `LogitsProcessor`.
+            scheduler: a scheduler of this model without other requests. It does not read again what it has cached, such
+                as the earlier turns of a chat.
             options: fields of `GenerationOptions`.
 
         Raises:
@@ -115,8 +126,17 @@ class Model:
             raise SmolseekError(
                 "stream returns only one text and has no beam search: use generate for beams or n above 1"
             )
-        sampling = self.sampling_params(chosen, processors)
-        return TextStream(self._generator([self._ids(prompt)], [sampling], chosen), self.tokenizer, chosen.stop)
+        ids, sampling = self._ids(prompt), self.sampling_params(chosen, processors)
+        if scheduler is None:
+            return TextStream(self._generator([ids], [sampling], chosen), self.tokenizer, chosen.stop)
+        request = Request(
+            prompt=tuple(ids),
+            sampling=sampling,
+            max_tokens=chosen.max_tokens,
+            stop_ids=frozenset(self.stop_ids(chosen.stop_tokens)),
+            deadline=None if chosen.max_time is None else time.monotonic() + chosen.max_time,
+        )
+        return TextStream(ScheduledSequence(scheduler, request), self.tokenizer, chosen.stop)
 
     def generate(
         self,
@@ -188,14 +208,19 @@ class Model:
         return self.model if self._unrounded is None else load_causal_lm(self._unrounded)
 
     def chat(
-        self, messages: Sequence[Message], *, processors: Sequence[Processor] = (), **options: Unpack[Options]
+        self,
+        messages: Sequence[Message],
+        *,
+        processors: Sequence[Processor] = (),
+        scheduler: Scheduler | None = None,
+        **options: Unpack[Options],
     ) -> TextStream:
-        """Generate the assistant's answer to `messages`, with the model's chat template and the options of `stream`.
+        """Generate the assistant's answer to `messages`, with the model's chat template and the arguments of `stream`.
 
         Raises:
             SmolseekError: as `stream`, for a model without a chat template, and for messages that the template refuses.
         """
-        return self.stream(self.chat_tokens(messages), processors=processors, **options)
+        return self.stream(self.chat_tokens(messages), processors=processors, scheduler=scheduler, **options)
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation, up to the beginning of the assistant's answer.

@@ -1,8 +1,11 @@
 """A chat on the terminal."""
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from smolseek import console
 from smolseek.api import Message, Model
 from smolseek.config import ALIASES, GenerationOptions, SamplingOptions, from_dict, parse_json
 from smolseek.errors import SmolseekError
+from smolseek.generate.scheduler import Scheduler
 
 HELP = """\
 /reset            start a new conversation
@@ -35,6 +39,11 @@ class Chat:
     def __init__(self, model: Model, options: dict[str, Any], system: str | None = None) -> None:
         self.model, self.options, self.system = model, options, system
         self.history: list[Message] = []
+        # On a GPU a Generator reads the conversation anew in each turn, and decodes faster with its CUDA graph.
+        self._scheduler: Scheduler | None = None
+        if model.model.lm_head.weight.device.type == "cpu":
+            context = model.config.max_position_embeddings
+            self._scheduler = Scheduler(model.model, max_sequences=1, cache_tokens=context, fill_cache=False)
 
     @property
     def messages(self) -> list[Message]:
@@ -42,16 +51,23 @@ class Chat:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.history
 
     def answer(self, question: str, show: Callable[[str], None]) -> str:
-        """Answer `question`, and call `show` with each piece of text. Ctrl-C ends the answer and keeps its text."""
+        """Answer `question`, and call `show` with each piece of text. Ctrl-C ends the answer and keeps its text.
+
+        The scheduler keeps the tokens of the conversation, so only what is new is read.
+        """
         message: Message = {"role": "user", "content": question}
-        stream = self.model.chat([*self.messages, message], **self.options)
+        stream = self.model.chat([*self.messages, message], scheduler=self._scheduler, **self.options)
         answer = ""
-        try:
-            for piece in stream:
-                answer += piece
-                show(piece)
-        except KeyboardInterrupt:
-            pass
+        with _interrupt_calls(stream.cancel):
+            try:
+                for piece in stream:
+                    answer += piece
+                    show(piece)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                stream.cancel()
+                stream.finish()
         self.history += [message, {"role": "assistant", "content": answer}]
         return answer
 
@@ -99,6 +115,19 @@ class Chat:
                 raise SmolseekError(f"{name} {value!r} is not a number: for example /params temperature=0.5") from None
         from_dict(GenerationOptions, changed, "/params")
         return changed
+
+
+@contextlib.contextmanager
+def _interrupt_calls(cancel: Callable[[], None]) -> Iterator[None]:
+    """Context in which Ctrl-C calls `cancel`. KeyboardInterrupt could be raised within a step of the scheduler."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    handler = signal.signal(signal.SIGINT, lambda _number, _frame: cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def talk(chat: Chat) -> None:

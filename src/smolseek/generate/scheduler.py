@@ -57,6 +57,7 @@ class Scheduler:
         cache_tokens: number of tokens that the cache can hold, for all sequences together.
         chunk: number of prompt tokens that are read between two decode steps, a multiple of the page size 64.
         max_queue: largest number of waiting requests.
+        fill_cache: use the memory of the complete cache now. Otherwise a CPU's memory is used when tokens are cached.
 
     Raises:
         SmolseekError: for a number out of range.
@@ -70,6 +71,7 @@ class Scheduler:
         cache_tokens: int = 65536,
         chunk: int = 128,
         max_queue: int = 256,
+        fill_cache: bool = True,
     ) -> None:
         for name, value in {
             "max_sequences": max_sequences,
@@ -83,7 +85,8 @@ class Scheduler:
         weight = model.lm_head.weight
         self.model = model
         self._max_sequences, self._max_queue, self._chunk = max_sequences, max_queue, chunk
-        self._cache = PagedCache(model.config, pages_for(cache_tokens), dtype=weight.dtype, device=weight.device)
+        pages = pages_for(cache_tokens)
+        self._cache = PagedCache(model.config, pages, dtype=weight.dtype, device=weight.device, fill=fill_cache)
         self._prefixes = PrefixCache(self._cache, chunk)
         self._decoder = PagedDecoder(model, self._cache)
         self._waiting: deque[_Sequence] = deque()
@@ -96,6 +99,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether `step` has nothing to do and nothing to report."""
         return not (self._waiting or self._reading or self._writing or self._events)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Number of bytes of the cache."""
+        return self._cache.nbytes
 
     @property
     def stats(self) -> Stats:

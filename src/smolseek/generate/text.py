@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Generator, Result
+from smolseek.generate.scheduled import ScheduledSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +76,9 @@ class TextStream:
         SmolseekError: for an empty stop string.
     """
 
-    def __init__(self, generator: Generator, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, generator: Generator | ScheduledSequence, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()
+    ) -> None:
         if any(not string for string in stop):
             raise SmolseekError("a stop string is empty: give a text, or leave out this stop string")
         self._generator = generator

@@ -29,14 +29,20 @@ class PagedCache:
         pages: number of pages.
         dtype: number format of the cached features.
         device: device of the cached features.
+        fill: write zeros. Without, a CPU's memory is only reserved, and is used as the pages are.
     """
 
     def __init__(
-        self, config: ModelConfig, pages: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        fill: bool = True,
     ) -> None:
-        shape = (pages, PAGE, config.cache_features)
-        # Zeros, whose memory the system provides page by page as it is used.
-        self.layers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        shape, new = (pages, PAGE, config.cache_features), torch.zeros if fill else torch.empty
+        self.layers = [new(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.pages, self.dtype, self.device = pages, dtype, self.layers[0].device
         self.references = [0] * pages
         self._free = list(range(pages))[::-1]
