@@ -13,7 +13,13 @@ export class TokenText {
 
   /** Return the text that `token` adds. */
   next(token) {
-    return token.bytes ? this.#decoder.decode(new Uint8Array(token.bytes), { stream: true }) : token.text;
+    const bytes = token.bytes ? new Uint8Array(token.bytes) : new TextEncoder().encode(token.text);
+    return this.#decoder.decode(bytes, { stream: true });
+  }
+
+  /** Return what is left of an incomplete character at the end of the text. */
+  rest() {
+    return this.#decoder.decode();
   }
 }
 

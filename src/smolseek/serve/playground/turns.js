@@ -80,6 +80,7 @@ export class AnswerTurn {
   end(error = "") {
     this.ended = performance.now();
     this.#error.textContent = error;
+    this.tokens.at(-1)?.element.lastChild.append(this.#decoder.rest());
     this.body.hidden = !this.body.textContent;
     this.#markCut();
     this.show();
