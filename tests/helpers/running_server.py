@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from small_models import MLA, small_tokenizer
 
+from smolseek import console
 from smolseek.api import Model
 from smolseek.model.transformer import new_model
 from smolseek.serve.server import Server, bind, url
@@ -39,6 +41,8 @@ class RunningServer:
 
     def __init__(self, model: Model, **settings: object) -> None:
         self.settings = Settings(**{"port": 0, "drain": 0.0, "cache_tokens": 8192, **settings})
+        self.log: list[str] = []
+        """The lines that the server has printed."""
         listener = bind(self.settings)
         self.url, self.port = url(listener), listener.getsockname()[1]
         self.server = Server(model, self.settings, listener)
@@ -100,7 +104,8 @@ class RunningServer:
             await self.server.run(handle_signals=False)
 
         try:
-            asyncio.run(run())
+            with mock.patch.object(console, "say", self.log.append):
+                asyncio.run(run())
         except BaseException as error:
             self.error = error
 

@@ -25,6 +25,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast", stop: Sequence[str] = ()) -> None:
         self.stopped = False
+        self.length = 0
+        """Number of characters so far, with those that were held back."""
         self._decode, self._stop = tokenizer.backend_tokenizer.decode, stop
         self._ids: list[int] = []  # the last tokens, of which the first `_decoded` are already text
         self._decoded = 0
@@ -47,7 +49,9 @@ class Detokenizer:
         if len(text) <= len(before) or (text.endswith("\ufffd") and not final):
             return ""
         self._ids, self._decoded = self._ids[self._decoded :], len(self._ids) - self._decoded
-        return text[len(before) :]
+        new = text[len(before) :]
+        self.length += len(new)
+        return new
 
     def _before_stop(self, new: str) -> str:
         text, self._pending = self._pending + new, ""

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import HTTPException, RequestValidationError
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from smolseek import __version__, console
 from smolseek.api import Model
 from smolseek.errors import SmolseekError
 from smolseek.generate.request import QueueFull
-from smolseek.serve.answers import Answer, CompletionAnswer, finish_reason
+from smolseek.serve.answers import Answer, CompletionAnswer
 from smolseek.serve.errors import FAILED, ApiError, end_error, shutting_down
-from smolseek.serve.guard import Guard
+from smolseek.serve.guard import DETAILS, Guard
 from smolseek.serve.jobs import Job, chat_job, completion_job
 from smolseek.serve.metrics import CONTENT_TYPE, Metrics
 from smolseek.serve.playground import playground
@@ -93,51 +93,23 @@ class Service:
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full", retry_after=1) from None
         answer = kind(job, self.name, self._vocabulary)
-        deltas = self._deltas(ticket, answer, request)
+        self.active.add(ticket)
 
         def leave() -> None:
             self.worker.cancel(ticket)
 
-        self.active.add(ticket)
-        if job.stream:
-            return EventStream(self._chunks(answer, deltas), leave)
-        with when_client_goes(request.receive, leave):
-            return JSONResponse(answer.complete([delta async for delta in deltas]))
-
-    async def _deltas(self, ticket: Ticket, answer: Answer, request: Request) -> AsyncIterator[Delta]:
-        """Yield what is new in the texts of a ticket until all of them have ended.
-
-        Raises:
-            ApiError: if a text has ended without an answer.
-        """
-        finished = 0
-        try:
-            while finished < len(ticket.texts):
-                delta = await ticket.deltas.get()
-                if delta.end is not None:
-                    finished += 1
-                    if error := end_error(delta.end):
-                        raise error
-                yield delta
-        finally:
+        def close() -> None:
+            self.worker.cancel(ticket)
             self.active.discard(ticket)
-            if finished < len(ticket.texts):
-                self.worker.cancel(ticket)
-            usage = answer.usage()
-            cached = usage["prompt_tokens_details"]["cached_tokens"]
-            reasons = ", ".join(sorted({finish_reason(end.reason) for end in answer.finished.values()}))
-            request.scope["smolseek_details"] = (
-                f"prompt {usage['prompt_tokens']} tokens ({cached} cached), new {usage['completion_tokens']}, {reasons}"
-            )
+            request.scope[DETAILS] = _details(answer)
 
-    async def _chunks(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
-        for chunk in answer.first_chunks():
-            yield chunk
-        async for delta in deltas:
-            for chunk in answer.chunks(delta):
-                yield chunk
-        if answer.job.include_usage:
-            yield answer.usage_chunk()
+        if job.stream:
+            return EventStream(_chunks(answer, _deltas(ticket)), leave, close)
+        try:
+            with when_client_goes(request.receive, leave):
+                return JSONResponse(answer.complete([delta async for delta in _deltas(ticket)]))
+        finally:
+            close()
 
     def _require_name(self, name: str | None) -> None:
         if name is not None and name not in (self.name, self.model.name, self.name.rpartition("/")[2]):
@@ -159,6 +131,43 @@ class Service:
         }
         entry = {"id": self.name, "object": "model", "created": self._started, "owned_by": "smolseek"}
         return entry | {"smolseek": details}
+
+
+async def _deltas(ticket: Ticket) -> AsyncIterator[Delta]:
+    """Yield what is new in the texts of a ticket until all of them have ended.
+
+    Raises:
+        ApiError: if a text has ended without an answer.
+    """
+    finished = 0
+    while finished < len(ticket.texts):
+        delta = await ticket.deltas.get()
+        if delta.end is not None:
+            finished += 1
+            if error := end_error(delta.end):
+                raise error
+        yield delta
+
+
+async def _chunks(answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
+    """Yield the objects of a stream."""
+    for chunk in answer.first_chunks():
+        yield chunk
+    async for delta in deltas:
+        for chunk in answer.chunks(delta):
+            yield chunk
+    if answer.job.include_usage:
+        yield answer.usage_chunk()
+
+
+def _details(answer: Answer) -> str:
+    """Return the numbers of an answer for the log."""
+    usage, texts = answer.usage(), len(answer.job.texts)
+    if len(answer.finished) < texts:
+        return f"{texts - len(answer.finished)} of {texts} texts not finished"
+    cached = usage["prompt_tokens_details"]["cached_tokens"]
+    reasons = ", ".join(sorted({end.reason for end in answer.finished.values()}))
+    return f"prompt {usage['prompt_tokens']} tokens ({cached} cached), {usage['completion_tokens']} new, {reasons}"
 
 
 def served_name(name: str) -> str:
@@ -183,7 +192,7 @@ def create_app(service: Service) -> Guard:
 
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
     app.include_router(playground())
-    for kind in (ApiError, SmolseekError, RequestValidationError, HTTPException, Exception):
+    for kind in (ApiError, SmolseekError, RequestValidationError, StarletteHTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return Guard(app, service.settings, service.metrics)
 
@@ -192,7 +201,7 @@ async def _answer_error(_request: Request, error: Exception) -> Response:
     """Return an error in OpenAI's form."""
     api_error = to_api_error(error)
     headers = dict(api_error.headers)
-    if isinstance(error, HTTPException):
+    if isinstance(error, StarletteHTTPException):
         headers |= error.headers or {}
     return JSONResponse(api_error.body(), api_error.status, headers)
 
@@ -205,7 +214,7 @@ def to_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, RequestValidationError):
         return _validation_error(error)
-    if isinstance(error, HTTPException):
+    if isinstance(error, StarletteHTTPException):
         messages = {404: "there is no such path: /docs lists the endpoints", 400: "the body is not valid JSON"}
         return ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return ApiError(500, FAILED)

@@ -28,6 +28,8 @@ BODY_SECONDS = 30.0
 OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health")
 """Paths that need no API key; the playground's files need none either."""
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics", *OPEN_PATHS)
+DETAILS = "smolseek.details"
+"""Key of a request's scope under which the application leaves a text for the log."""
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "authorization, content-type",
@@ -116,7 +118,9 @@ class Guard:
         """Count and log a request. A status of 0 stands for a client that has gone before the answer."""
         path = scope["path"]
         self._metrics.count_request(path if path in ENDPOINTS else "other", status or 499, seconds)
-        details = scope.get("smolseek_details", "")
+        if path in ("/health", "/metrics") and status == 200:  # programs ask for these all the time
+            return
+        details = scope.get(DETAILS, "")
         what = f"{scope['method'][:20]} {console.printable(path)[:200]} {status or 'client gone'} {seconds:.3f} s"
         console.say(f"{time.strftime('%H:%M:%S')} {what}{details and ', '}{details}")
 

@@ -69,7 +69,7 @@ class Server:
     Args:
         model: the model.
         settings: the options.
-        listener: a bound socket.
+        listener: a bound socket, which listens from now on.
 
     Raises:
         SmolseekError: for numbers out of range.
@@ -100,6 +100,7 @@ class Server:
         self._uvicorn = _Uvicorn(config)
         self._stop = asyncio.Event()
         self._signals = 0
+        listener.listen(1024)  # from now on, connections wait for `run`
 
     async def run(self, handle_signals: bool = True) -> None:
         """Serve until SIGTERM, SIGINT or `stop`. Running requests may end, new ones are refused.

@@ -19,25 +19,31 @@ class EventStream(Response):
     Args:
         objects: the objects. An `ApiError` that is raised there becomes the last event.
         leave: called if the client goes before the end.
+        close: called at the end, in any case.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, objects: AsyncIterator[dict[str, Any]], leave: Callable[[], None]) -> None:
+    def __init__(
+        self, objects: AsyncIterator[dict[str, Any]], leave: Callable[[], None], close: Callable[[], None]
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._objects, self._leave = objects, leave
+        self._objects, self._leave, self._close = objects, leave, close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
-        with when_client_goes(receive, self._leave):
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            try:
-                async for one in self._objects:
-                    await send({"type": "http.response.body", "body": event(one), "more_body": True})
-            except ApiError as error:
-                await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        try:
+            with when_client_goes(receive, self._leave):
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                try:
+                    async for one in self._objects:
+                        await send({"type": "http.response.body", "body": event(one), "more_body": True})
+                except ApiError as error:
+                    await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
+                await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        finally:
+            self._close()
 
 
 def event(one: dict[str, Any]) -> bytes:

@@ -16,7 +16,6 @@ from smolseek.generate.scheduler import Scheduler
 from smolseek.generate.text import Detokenizer
 from smolseek.serve.errors import FAILED
 from smolseek.serve.metrics import Metrics
-from smolseek.serve.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,18 +61,16 @@ class _ActiveText:
     detokenizer: Detokenizer
     reports_tokens: bool
     new: int = 0
-    text_bytes: int = 0
-    """Bytes of the text that was handed over."""
-    token_bytes: int = 0
-    """Bytes of all tokens."""
+    length: int = 0
+    """Number of characters that were handed over."""
     pending: deque[tuple[NewToken, int]] = field(default_factory=deque)
-    """Tokens that were not handed over, each with the number of bytes before it."""
+    """Tokens that were not handed over, each with the number of characters before it."""
 
     def tokens(self, text: str, final: bool) -> tuple[NewToken, ...]:
         """Return the tokens that begin in the text up to the end of the new `text`; with `final`, all tokens."""
-        self.text_bytes += len(text.encode("utf-8", "replace"))
+        self.length += len(text)
         ready = []
-        while self.pending and (final or self.pending[0][1] < self.text_bytes):
+        while self.pending and (final or self.pending[0][1] < self.length):
             ready.append(self.pending.popleft()[0])
         return tuple(ready)
 
@@ -89,7 +86,6 @@ class Worker:
 
     def __init__(self, scheduler: Scheduler, tokenizer: "PreTrainedTokenizerFast", metrics: Metrics) -> None:
         self._scheduler, self._tokenizer, self._metrics = scheduler, tokenizer, metrics
-        self._vocabulary = Vocabulary(tokenizer)
         self._commands: queue.SimpleQueue[tuple[Ticket, bool] | None] = queue.SimpleQueue()
         self._active: dict[int, _ActiveText] = {}
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -192,13 +188,13 @@ class Worker:
         if active.new == 0:
             self._metrics.count_first_token(time.monotonic() - active.ticket.submitted)
         active.new += 1
+        before = active.detokenizer.length
         text = active.detokenizer.push(token.id)
         if active.detokenizer.stopped:
             self._scheduler.cancel(token.sequence, "stop_string")
         if not active.reports_tokens:
             return Delta(active.number, text, ())
-        active.pending.append((token, active.token_bytes))
-        active.token_bytes += len(self._vocabulary.utf8(token.id))
+        active.pending.append((token, before))
         return Delta(active.number, text, active.tokens(text, final=False) if text else ())
 
     def _end(self, active: _ActiveText, end: Finished) -> Delta:
