@@ -214,7 +214,7 @@ def test_a_tied_matrix_stored_as_the_head_is_exported(tmp_path, run_cli, save_mo
 
 
 def test_an_epsilon_of_zero_is_refused():
-    with pytest.raises(SmolseekError, match="latent_norm_eps 0: transformers computes with 1e-06"):
+    with pytest.raises(SmolseekError, match="latent_norm_eps 0 cannot be exported"):
         exported_config(replace(SHAPE, latent_norm_eps=0.0), Export(format="hf"))
 
 

@@ -29,11 +29,12 @@ class Conversion:
     """exact computes the same function as the source; grow also adds new experts, which are trained later; compress
     approximates the source with a smaller cache or fewer neurons."""
     experts: int | None = None
-    """Number of routed experts: split from dense layers (exact, compress) or new (grow). None keeps dense layers."""
+    """Number of routed experts: split from dense layers (exact, compress) or new (grow). With None, the layers stay
+    dense."""
     shared: int | None = None
     """Number of shared experts (1 by default)."""
     neurons: Neurons = "contiguous"
-    """How the neurons are partitioned into experts (exact)."""
+    """Method by which the neurons are partitioned into experts (exact)."""
     top_k: int | None = None
     """Number of routed experts per token (grow)."""
     cache: float | None = None

@@ -75,7 +75,7 @@ class Part:
 
 @dataclass
 class NextDocument:
-    """The document at which `smolseek prepare` continues."""
+    """Position of the document at which `smolseek prepare` continues."""
 
     shard: int
     row: int

@@ -24,7 +24,7 @@ def exported_config(config: ModelConfig, options: Export) -> ModelConfig:
     """Return the configuration of the exported model. Raises SmolseekError if transformers cannot compute the model."""
     if config.latent_norm_eps == 0:
         raise SmolseekError(
-            f"latent_norm_eps 0: transformers computes with {EPS:g}, which no weights can correct: export another model"
+            f"latent_norm_eps 0 cannot be exported, as transformers always computes with {EPS:g}: export another model"
         )
     return padding.padded_config(config) if options.pad_deepseek else config
 

@@ -24,7 +24,7 @@ class _Metadata:
         self.architecture = header.metadata.get("general.architecture")
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of `key`, to which the architecture is prefixed."""
+        """Return the value of `key`. In the file, the name of the architecture precedes the key."""
         return self.header.metadata.get(f"{self.architecture}.{key}", default)
 
     def number(self, key: str, default: float) -> float:

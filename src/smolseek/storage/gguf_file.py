@@ -28,7 +28,7 @@ class _Location(NamedTuple):
     first: int = 0
     """First row of the tensor."""
     shape: tuple[int, ...] = ()
-    """Shape of the tensor. An empty shape means the shape in `info`."""
+    """Shape of the tensor; if it is empty, the tensor has the shape in `info`."""
     heads: int = 0
     """Number of heads if their rows are interleaved in the file but not in the model; 0 if the order is the same."""
     value_up: TensorInfo | None = None
