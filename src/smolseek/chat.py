@@ -134,7 +134,8 @@ def talk(chat: Chat) -> None:
     """Read questions from stdin until the end of the input, and answer them."""
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401  # adds line editing to input()
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # adds line editing to input()
 
         console.say(f"{chat.model.name}: /help lists the commands, Ctrl-C stops an answer, Ctrl-D quits")
     while True:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import socket
@@ -12,6 +11,11 @@ from pathlib import Path
 from typing import Self
 
 from smolseek.errors import SmolseekError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 """Name of the lock file in a folder."""
@@ -156,7 +160,7 @@ class FolderLock:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.path = Path(folder) / LOCK
         self.supported = True
-        """False after `acquire` if the file system has no locks."""
+        """False after `acquire` if the file system or the operating system has no locks."""
         self._handle: int | None = None
         self._named = False
 
@@ -178,6 +182,9 @@ class FolderLock:
                 self._named = True
 
     def _lock(self, flags: int) -> int | None:
+        if fcntl is None:
+            self.supported = False
+            return None
         try:
             handle = os.open(self.path, flags, 0o666)
         except OSError:

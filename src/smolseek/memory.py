@@ -1,8 +1,9 @@
-"""The memory of the process on a CPU: its peak, and a malloc that keeps freed memory for the next step."""
+"""Memory on a CPU: free memory, the peak of the process, and a malloc that keeps freed memory for the next step."""
 
 import contextlib
 import ctypes
-import resource
+import mmap
+import os
 import sys
 
 # Names and numbers from glibc's malloc.h.
@@ -33,6 +34,21 @@ def keep_freed_memory() -> bool:
 
 
 def peak_resident_bytes() -> int:
-    """Return the peak resident memory of this process, with mapped files."""
+    """Return the peak resident memory of this process, with mapped files; 0 if the system does not say it."""
+    try:
+        import resource  # POSIX only
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes() -> int:
+    """Return the free memory of this machine; macOS says only how much memory there is, other systems may say nothing.
+
+    Without an answer the result is `sys.maxsize`.
+    """
+    for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            return os.sysconf(name) * mmap.PAGESIZE
+    return sys.maxsize

@@ -1,6 +1,5 @@
 """Repeats a request until it succeeds, the run stops, or the request has failed for too long."""
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ T = TypeVar("T")
 FIRST_PAUSE = 0.5
 """Seconds to wait before the first retry. The waiting time doubles with each further retry."""
 LONGEST_PAUSE = 60.0
+UNAVAILABLE = 75
+"""Exit code EX_TEMPFAIL of sysexits.h, which Python's `os` has on POSIX systems only."""
 
 
 class HubUnavailable(Stopped):
@@ -25,7 +26,7 @@ class HubUnavailable(Stopped):
     """
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what}: run the same command again later to continue", os.EX_TEMPFAIL)
+        super().__init__(f"{what}: run the same command again later to continue", UNAVAILABLE)
         self.what = what
 
 

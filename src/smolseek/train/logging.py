@@ -1,9 +1,9 @@
 """What a run logs: records in metrics.jsonl, and lines for a terminal."""
 
 import contextlib
+import mmap
 import os
 import platform
-import resource
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from smolseek.config import ModelConfig
-from smolseek.memory import peak_resident_bytes
+from smolseek.memory import free_bytes, peak_resident_bytes
 from smolseek.model import summary
 from smolseek.run_folder import RunFolder
 from smolseek.train.state import Progress
@@ -38,7 +38,7 @@ def memory(device: torch.device) -> dict[str, int]:
         return {"memory": torch.cuda.memory_reserved(device), "peak_memory": torch.cuda.max_memory_reserved(device)}
     now = peak = peak_resident_bytes()
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as statm:
-        now = int(statm.read().split()[1]) * resource.getpagesize()
+        now = int(statm.read().split()[1]) * mmap.PAGESIZE
     return {"memory": now, "peak_memory": peak}
 
 
@@ -46,7 +46,7 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes that are free on the GPU, or in this machine's memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_bytes()
 
 
 def train_line(record: dict, steps: int) -> str:

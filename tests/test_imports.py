@@ -1,0 +1,44 @@
+"""Every module can be imported on a machine without POSIX modules, without Triton and without a C compiler."""
+
+import os
+
+HIDDEN = ["resource", "fcntl", "readline", "termios", "pwd", "grp", "triton"]
+# Runs in a process that has PyTorch, but no module of smolseek. Only smolseek is kept from the hidden modules, since
+# other packages have substitutes of their own.
+PROGRAM = f"""
+import builtins, importlib, os, pkgutil, signal
+real = builtins.__import__
+def hiding(name, globals=None, *rest):
+    if name.partition(".")[0] in {HIDDEN} and (globals or {{}}).get("__name__", "").startswith("smolseek"):
+        raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+    return real(name, globals, *rest)
+builtins.__import__ = hiding
+for module, names in ((os, ("EX_TEMPFAIL", "sysconf", "pwrite")), (signal, ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"))):
+    for name in names:
+        delattr(module, name)
+import smolseek
+for module in pkgutil.walk_packages(smolseek.__path__, "smolseek."):
+    if not module.name.endswith((".triton", ".__main__")):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name != "lm_eval":  # the extra `eval`
+                raise
+from smolseek import memory
+from smolseek.files import FolderLock
+from smolseek.train.guard import StopRequest
+assert memory.peak_resident_bytes() == 0 and memory.free_bytes() > 1 << 60
+with FolderLock(".") as lock, StopRequest() as stop:
+    lock.acquire()
+    assert not lock.supported
+print("imported", len([name for name in __import__("sys").modules if name.startswith("smolseek.")]))
+"""
+
+
+def test_every_module_is_imported_without_posix_modules_triton_and_a_compiler(fork_server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    home = {"HOME": str(tmp_path), "PATH": str(tmp_path), "CC": "", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    result = fork_server.run("-c", PROGRAM, env=os.environ | home)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[1]) > 150
+    assert list(tmp_path.iterdir()) == []  # no import compiles or writes anything
