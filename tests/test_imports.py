@@ -13,9 +13,10 @@ def hiding(name, globals=None, *rest):
         raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
     return real(name, globals, *rest)
 builtins.__import__ = hiding
-for module, names in ((os, ("EX_TEMPFAIL", "sysconf", "pwrite")), (signal, ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"))):
-    for name in names:
-        delattr(module, name)
+for name in ("EX_TEMPFAIL", "sysconf", "pwrite"):
+    delattr(os, name)
+for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+    delattr(signal, name)
 import smolseek
 for module in pkgutil.walk_packages(smolseek.__path__, "smolseek."):
     if not module.name.endswith((".triton", ".__main__")):
