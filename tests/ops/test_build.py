@@ -48,7 +48,7 @@ def one(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
     source = tmp_path / "one.c"
     source.write_text("#ifdef WRONG\n#error it is wrong\n#endif\nint one(void) { return 1; }\n")
-    if not build._compilers():
+    if not build.compilers():
         pytest.skip("no C compiler")
 
     def build_anew():
@@ -70,7 +70,7 @@ def a_compiler(path, line):
 
 @pytest.mark.parametrize("refused", ["-fopenmp", "-march=native"])
 def test_a_flag_that_the_compiler_rejects_is_omitted(one, tmp_path, monkeypatch, capsys, refused):
-    (real,) = build._compilers()[0]
+    (real,) = build.compilers()[0]
     line = f'case " $* " in *" {refused} "*) echo "error: unsupported option" >&2; exit 1;; esac\nexec {real} "$@"'
     monkeypatch.setenv("CC", str(a_compiler(tmp_path / "bin" / "cc", line)))
     assert one().one() == 1
@@ -90,7 +90,7 @@ def test_a_failing_compiler_is_one_warning(one, tmp_path, monkeypatch, capsys):
 
 
 def test_another_compiler_is_tried_unless_cc_names_one(one, tmp_path, monkeypatch):
-    (real,) = build._compilers()[0]
+    (real,) = build.compilers()[0]
     a_compiler(tmp_path / "bin" / "cc", "exit 1")
     a_compiler(tmp_path / "bin" / "gcc", f'exec {real} "$@"')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")

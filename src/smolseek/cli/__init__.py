@@ -28,6 +28,7 @@ VERBS = {
     "inspect": ("models.inspect", "a model's size: parameters, cache, FLOPs, training memory"),
     "prepare": ("preparing.prepare", "tokenize text once, to train from memory-mapped files"),
     "report": ("reporting.report", "write an HTML page about a run, or comparing several"),
+    "doctor": ("checking.doctor", "say what works on this machine, and what to do about the rest"),
 }
 """The function of each command, which is imported when the command runs, and the command's line in the overview."""
 

@@ -18,6 +18,8 @@ from smolseek.errors import SmolseekError
 from smolseek.ops import build
 
 VARIABLE = "SMOLSEEK_BACKEND"
+SOURCES = tuple(sorted(Path(__file__).parent.glob("*/cpu.c")))
+"""The C files of all operations."""
 TRITON: bool | None = None
 """Whether Triton's kernels run on this machine; None before the first try.
 
@@ -47,7 +49,7 @@ def compiled(*sources: Path) -> ctypes.CDLL | None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled C files of all operations, or None without C files."""
-    return compiled(*sorted(Path(__file__).parent.glob("*/cpu.c")))
+    return compiled(*SOURCES)
 
 
 @functools.cache

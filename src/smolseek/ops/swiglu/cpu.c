@@ -2,6 +2,15 @@
 
 #include "simd.h"
 
+/* Whether the compiler supports OpenMP; otherwise all functions use one thread. */
+int64_t has_openmp(void) {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 INLINE void forward(const void *gate, const void *up, int64_t at, int64_t F, void *y, int64_t to, int64_t bfloat16) {
     for (int64_t f = 0; f < F; f += LANES) {
         lanes g = load_some(gate, at + f, F - f, bfloat16);
