@@ -11,10 +11,10 @@ def deepseek_159m() -> ModelConfig:
     """MLA and DeepSeekMoE with the parameter budget of the seed experiment, about 159M.
 
     Input and head share one embedding (25.2M), which leaves 120M for the experts. A layer has 16 routed experts and 1
-    shared expert of 384 neurons each. A token uses 3 routed experts and the shared one, which are 1536 neurons, as in
-    SmolLM2-135M. Query and key heads of 64 + 32 features and value heads of 96 have equal sizes, as flash attention
-    requires. The latent and the rotary key of 128 + 32 features cache 160 numbers per token and layer. The two
-    key-value heads of `seed_159m` would cache 256 numbers, and full heads 1,536.
+    shared expert of 384 neurons each. A token uses 3 routed experts and the shared expert, which together have 1,536
+    neurons, as many as a layer of SmolLM2-135M. Query and key heads of 64 + 32 features and value heads of 96 have
+    equal sizes, as flash attention requires. The latent and the rotary key of 128 + 32 features cache 160 numbers per
+    token and layer. The two key-value heads of `seed_159m` would cache 256 numbers, and full heads 1,536.
     """
     return ModelConfig(
         hidden_size=512,

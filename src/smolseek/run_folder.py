@@ -49,7 +49,7 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_paths(self) -> list[Path]:
-        """Return the checkpoint folders, newest (highest step) first, without incomplete ones."""
+        """Return the folders of complete checkpoints, newest (highest step) first."""
         if not self.checkpoints.is_dir():
             return []
         paths = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step-\d+", p.name) and p.is_dir()]
@@ -79,7 +79,7 @@ class RunFolder:
         return from_dict(TrainConfig, values, str(self.config))
 
     def check(self, config: TrainConfig, resume: bool) -> None:
-        """Raise SmolseekError if the run cannot be started (or resumed) in this folder; write nothing.
+        """Raise SmolseekError if the run cannot be started or resumed in this folder. Nothing is written.
 
         A run is refused if its configuration differs, if there are checkpoints and `resume` is false, or if `resume` is
         true and there is no run. Each option says whether its value may differ (`config/option.py`).
@@ -198,7 +198,7 @@ class RunFolder:
         return {self.metrics.name: self._records.size(), self.samples.name: self._texts.size(), **log}
 
     def cut_back(self, sizes: dict[str, int], step: int, keep_log: bool = False) -> None:
-        """Truncate the growing files to `sizes`, which they had at the checkpoint of step `step`.
+        """Truncate the growing files to their sizes `sizes` at the checkpoint of step `step`.
 
         `keep_log` leaves train.log as it is. Damaged lines of `metrics.jsonl` are also removed. If a file cannot be
         truncated, a warning is printed and no error raised.

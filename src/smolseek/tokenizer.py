@@ -26,13 +26,14 @@ if TYPE_CHECKING:
 Encode = Callable[[list[str]], Sequence[Sequence[int]]]
 
 CHUNK = 1 << 15
-"""Characters in a chunk of a long text, if the tokenizer allows the text to be cut."""
+"""Number of characters in a chunk of a long text, if the tokenizer allows the text to be cut."""
 BATCH = 1 << 21
-"""Characters given to the tokenizers library in one call, or one longer chunk. A character takes some 200 bytes."""
+"""Number of characters that one call of the tokenizers library gets, unless a chunk is longer. A character takes some
+200 bytes."""
 CONTEXT = 256
-"""Characters on each side of a cut that are encoded with and without the cut, to check it."""
+"""Number of characters on each side of a cut that are encoded with and without the cut, as a check."""
 CANDIDATES = 32
-"""Positions that are tried for one cut."""
+"""Number of positions that are tried for one cut."""
 
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))

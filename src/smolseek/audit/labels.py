@@ -30,7 +30,7 @@ SHIFT = Check(
     meaning="the loss compares some positions with a token that is not the next token",
     look="what shifts the labels: exactly one of data loader, model (Hugging Face's, if given labels) and "
     "loss must do it",
-    hint="loss = cross_entropy(logits[:, :-1], ids[:, 1:]) with ids that are not shifted elsewhere",
+    hint="compute cross_entropy(logits[:, :-1], ids[:, 1:]), with ids that are not shifted elsewhere",
 )
 WRONG_SHIFTS = {
     0: "the labels are not shifted: each position is compared with the token it has just read, and learns to copy it",

@@ -68,7 +68,7 @@ BIASES_MOVE = Check(
     unit="layers with constant biases",
     meaning="the router bias is never updated: the load is not balanced",
     look="whether the update is called after each step, in place, with gamma above 0, and on float32 biases",
-    hint="bias += gamma * sign(mean load - load), once per step, over the whole batch",
+    hint="update the biases once per step: bias += gamma * sign(mean load - load), from the load of the whole batch",
 )
 
 

@@ -292,7 +292,7 @@ class LocalShard:
     def __init__(self, data: DataConfig) -> None:
         self._data = data
         self.last_read = Corpus([], [])
-        """What was cut and left out when the documents were last read; the lists of documents are empty."""
+        """The corpus of the last reading without its documents: only what was cut and what was left out."""
         for source in data.sources:
             next(iter(read_documents((source,), data.text_column, data.document_separator)), None)
 

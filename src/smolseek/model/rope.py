@@ -109,7 +109,7 @@ class Rope(nn.Module):
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def each(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cos and sin [..., P] for `positions` [...], the positions of the newest tokens of sequences."""
+        """Return cos and sin [..., P] for the positions [...] of the newest tokens of sequences."""
         cos, sin = self(positions, 0)
         if self.limit is not None:
             beyond = (positions >= self.limit)[..., None]

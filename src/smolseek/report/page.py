@@ -27,7 +27,8 @@ _CHARTS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
     ("Memory", "MB", True, {"memory": "in use", "peak_memory": "peak"}),
     ("Expert balance", "MaxVio; 0 is an equal load", True, {"maxvio": "one step", "val_maxvio": "validation set"}),
 )
-"""For each chart: title, note, whether the vertical axis begins at 0, and its lines (key in the records -> name)."""
+"""Charts of the page: title, note, whether the vertical axis begins at 0, and the lines by their keys in the
+records."""
 
 
 def write_report(paths: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -145,7 +146,7 @@ def samples_by_prompt(samples: Mapping[int, Mapping[str, str]]) -> list[tuple[st
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Return the settings: dotted name and the value of each run. With several runs, only settings that differ."""
+    """Return the name of each setting and its values in the runs; with several runs, only settings that differ."""
     configs = [flatten(to_dict(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     settings = [(key, [_shown(config.get(key)) for config in configs]) for key in keys]

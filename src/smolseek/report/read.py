@@ -33,7 +33,8 @@ class Run:
     events: list[tuple[int, str]]
     """Step and text of each resume, skipped step, rollback to a checkpoint, and failed save."""
     samples: dict[int, dict[str, str]]
-    """By step, the prompts and the continuations that the model generated. A repeated step has its last samples."""
+    """By step, the prompts and the continuations that the model generated. If a step was repeated, its last samples are
+    shown."""
 
     @property
     def is_complete(self) -> bool:
@@ -98,7 +99,7 @@ _REQUIRED = {
     "parameters": ("active",),
     "samples": ("step",),
 }
-"""Key of a record -> other keys that the record must also have."""
+"""Keys of a record, each with other keys that the record must also have."""
 
 
 def _problem(record: Record) -> str | None:

@@ -47,8 +47,8 @@ _STATE_SHARD = re.compile(r"(.+)@(\d+)/(\d+)")
 class CheckpointWriter:
     """Writes the checkpoint of a run after `step` optimizer steps.
 
-    The main process calls `begin`. Then every process calls `write_shard`. Finally the main process calls `finish`.
-    `write_shard` and `finish` raise SmolseekError if they cannot write. Older checkpoints are not changed.
+    The main process calls `begin`. After `begin`, every process calls `write_shard`. Finally the main process calls
+    `finish`. `write_shard` and `finish` raise SmolseekError if they cannot write. Older checkpoints are not changed.
     """
 
     run: RunFolder
@@ -201,7 +201,7 @@ def load_state(
 
 
 def load_progress(path: str | Path) -> dict[str, Any]:
-    """Return the JSON part of a checkpoint's training state. Raises SmolseekError if this is missing or damaged."""
+    """Return the JSON part of a checkpoint's training state. Raises SmolseekError if the file is missing or damaged."""
     file = training_folder(Path(path)) / STATE_JSON
     if not file.exists():
         raise SmolseekError(f"{path} holds no {STATE_JSON}: resume from a checkpoint of a run")

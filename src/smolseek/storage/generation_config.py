@@ -14,7 +14,7 @@ NAME = "generation_config.json"
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 """Settings that transformers uses only with `do_sample`."""
 _ALWAYS = {"repetition_penalty": "repetition_penalty", "no_repeat_ngram_size": "no_repeat_ngram"}
-"""Settings that greedy decoding uses too: transformers' name -> smolseek's name."""
+"""Settings that also affect greedy decoding, by transformers' name, with smolseek's name."""
 _REFUSED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "guidance_scale", "encoder_repetition_penalty"), (1,)),
     **dict.fromkeys(("diversity_penalty", "min_length", "encoder_no_repeat_ngram_size", "penalty_alpha"), (0,)),
@@ -47,8 +47,8 @@ def read(path: Path, config_json: Mapping[str, Any]) -> Mapping[str, Any]:
 def end_ids(values: Mapping[str, Any], config: ModelConfig, where: Path) -> tuple[int, ...]:
     """Return the end tokens in the `eos_token_id` of `values`, as transformers reads it.
 
-    The first end token of config.json separates documents in training. If `eos_token_id` holds this token, too, it is
-    returned first. Raises SmolseekError for ids that are not in the model's vocabulary.
+    The first end token of config.json separates documents in training. If `eos_token_id` also holds this token, this
+    token is returned first. Raises SmolseekError for ids that are not in the model's vocabulary.
     """
     eos = values.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

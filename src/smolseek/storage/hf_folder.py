@@ -145,7 +145,7 @@ class _Opened(NamedTuple):
     model: CausalLM
     """The model on the meta device, with parameters of the right type."""
     tensors: Iterable[tuple[str, Any]]
-    """Hugging Face's names and the tensors, read one after another. Some may be `QuantizedWeight`."""
+    """The tensors with Hugging Face's names, read one after another. Some may be `QuantizedWeight`."""
     path: Path
 
 
@@ -181,7 +181,7 @@ def _open(target: str | Path, dtype: str | torch.dtype, device: str, keep_quanti
 
 
 def _decodes_quantized(device: str) -> bool:
-    """Return whether the C files can be used. Without them every step would expand the matrices."""
+    """Return whether the C files can be used. Without C files, every decoding step would expand the matrices."""
     return torch.device(device).type == "cpu" and backend.library() is not None
 
 

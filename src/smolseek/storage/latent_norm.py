@@ -1,10 +1,10 @@
 """Stores a model whose latent has no norm in the DeepSeek file format, which requires an RMSNorm of the latent.
 
-RMSNorm computes w c / sqrt(mean(c^2) + eps). If the latent c is multiplied by a small number S, the mean is negligible
-beside eps, and the norm becomes the linear map w c / sqrt(eps). The norm's weights w = sqrt(eps) / S then undo the
-factor S. The remaining relative error is S^2 mean(c^2) / (2 eps), here 4.5e-13 mean(c^2). For latents with values
-below some hundreds this error is below the precision of float32. The scaled matrix has values around 1e-11, and the
-norm's weights are about a million. bfloat16 can represent these numbers, but float16 cannot.
+RMSNorm computes w c / sqrt(mean(c^2) + eps). If the latent c is multiplied by a small number S, mean(c^2) is negligible
+beside eps, and the norm becomes a multiplication by w / sqrt(eps). The weights w = sqrt(eps) / S of the norm cancel the
+factor S. The remaining relative error is 4.5e-13 mean(c^2), which is below the precision of float32 unless the latent
+has values in the hundreds. The scaled matrix has values around 1e-11, and the norm's weights are about a million.
+bfloat16 can represent these numbers, but float16 cannot.
 
 In memory, a model with `latent_norm` false has the plain matrix and no norm, because values around 1e-11 would break
 an optimizer. Only the code that writes and reads folders uses this module.
@@ -29,7 +29,10 @@ Tensors = Iterable[tuple[str, torch.Tensor]]
 
 
 def folded(tensors: Tensors, config: ModelConfig, *, reversible: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a model's tensors as they are stored in a folder. A model without a norm of the latent gets this norm."""
+    """Yield a model's tensors as they are stored in a folder.
+
+    A model without a norm of the latent gets a norm that has no effect.
+    """
     for name, tensor in tensors:
         if name.endswith(MATRIX) and not config.latent_norm:
             tensor, norm = fold(tensor, config.kv_lora_rank or 0, reversible=reversible)
@@ -51,10 +54,10 @@ def fold(matrix: torch.Tensor, rank: int, *, reversible: bool = False) -> tuple[
 
 
 def rescaled(tensors: Tensors, config: ModelConfig, before: float, after: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the same model's tensors for another epsilon of the latents' norms: `after` in place of `before`.
+    """Yield the tensors of an equivalent model whose latents' norms have the epsilon `after` in place of `before`.
 
-    The latents are multiplied by sqrt(after / before), and the norms then have the same results. A file without a norm
-    of the latent has its own scale (`fold`).
+    The latents are multiplied by sqrt(after / before), so that their norms give the same results. A latent without a
+    norm is not changed, because `fold` scales it.
     """
     factor, rank = (after / before) ** 0.5, config.kv_lora_rank or 0
     for name, tensor in tensors:

@@ -24,7 +24,7 @@ STATE_JSON = "training_state.json"
 def training_folder(checkpoint: Path) -> Path:
     """Return the folder with the training state and the manifest of a checkpoint.
 
-    This folder is the subfolder `training`, or in older checkpoints the checkpoint's folder itself.
+    The folder is the subfolder `training`. In older checkpoints it is the checkpoint's folder itself.
     """
     folder = checkpoint / TRAINING
     return folder if folder.is_dir() else checkpoint
@@ -84,7 +84,7 @@ def verify(path: Path, *, model_only: bool = False) -> str | None:
 def newest_valid(
     run: RunFolder, *, model_only: bool = False, below: int | None = None
 ) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """Return a run's newest checkpoint that passes `verify` (or None), and the newer ones that fail, with reasons.
+    """Return a run's newest valid checkpoint, or None, and the newer ones that `verify` rejects, with reasons.
 
     With `below` only checkpoints of fewer than `below` steps are considered.
     """

@@ -45,7 +45,7 @@ class Saver:
                 tokenizer.save_pretrained(folder)
             self._tokenizer_files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
         self.failure: SmolseekError | None = None
-        """Why the last save failed; None after a complete one."""
+        """Why the last save failed; None if it was complete."""
         self._unreported: list[SmolseekError] = []
         self._bug: BaseException | None = None
         self._thread: threading.Thread | None = None

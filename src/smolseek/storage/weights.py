@@ -31,7 +31,7 @@ def file_views(model: CausalLM) -> dict[str, torch.Tensor]:
 def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors that a file stores for `shards`. Only the shards of expert stacks may be partial.
 
-    If a model has no norm of the latent, the file gets a norm that has no effect. Reading the file removes this norm
+    If a model has no norm of the latent, the file gets a norm that has no effect. Reading the file removes the norm
     exactly. The latents of a model with another `latent_norm_eps` are scaled to the epsilon of transformers.
     """
     tensors = rescaled(_views(shards), config, config.latent_norm_eps, EPS)
@@ -39,7 +39,7 @@ def file_tensors(config: ModelConfig, shards: Mapping[str, LocalShard]) -> Itera
 
 
 def with_head(tensors: Iterable[tuple[str, torch.Tensor]], config: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield `tensors`, and after the embedding of a DeepSeek model with a tied head also the head.
+    """Yield `tensors`. If a DeepSeek model has a tied head, also yield the head, after the embedding.
 
     Other engines do not tie the head of a DeepSeek model. Without a head in the folder, mlx-lm ends with an error and
     vLLM generates empty text.
@@ -181,7 +181,7 @@ def fill(
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy a weight. Both may be quantised."""
+    """Copy a weight; source and destination may be quantised."""
     target.copy_(expanded(source) if isinstance(target, torch.Tensor) else source)
 
 
