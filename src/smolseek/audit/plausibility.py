@@ -5,7 +5,8 @@ The limit is half of the lowest of three baselines:
 1. The first baseline is the loss of a 5-gram model of the training text on validation text. Neural models reach 0.8
    times the loss of a Kneser-Ney 5-gram model on a billion words (1602.02410: perplexity 30 against 67.6), and 0.6
    times that loss on WikiText-103 after many epochs.
-2. The second baseline is the xz-compressed size of validation text that follows training text. Like a language model, xz exploits repeated text.
+2. The second baseline is the xz-compressed size of validation text that follows training text. Like a language model,
+   xz exploits repeated text.
 3. The third baseline is the loss that a scaling law predicts for D training tokens and a model of any size. This loss
    is 1.69 + 410.7 / D^0.28 nats (2203.15556, equation 10, with an infinite model), which is 4.7 nats for 41M tokens.
 
