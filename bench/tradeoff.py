@@ -35,11 +35,12 @@ from machine import describe
 
 from smolseek.convert.conversion import Conversion
 from smolseek.convert.pipeline import convert
+from smolseek.device import capability
 from smolseek.evaluate.compare import compare_states, hidden_states, open_model, text_sequences
 from smolseek.storage.hf_folder import load_causal_lm
 from smolseek.storage.target import resolve
 from smolseek.tokenizer import load_tokenizer
-from smolseek.train.device import autocast, multiplies_bfloat16
+from smolseek.train.device import autocast
 
 SHARES = {"2/3": 2 / 3, "1/2": 1 / 2, "1/3": 1 / 3}
 PANELS = {
@@ -191,7 +192,7 @@ class Reference:
             "rope_type": model.config.rope_parameters["rope_type"],
             "rope_theta": model.config.rope_parameters["rope_theta"],
             "tokens": sum(one["tokens"] for one in domains.values()),
-            "products": "bfloat16" if multiplies_bfloat16(torch.device("cpu")) else "float32",
+            "products": "bfloat16" if capability(torch.device("cpu")).bfloat16 else "float32",
             "domains": domains,
             "engine": "transformers",
             "measured": describe(),

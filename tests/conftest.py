@@ -17,8 +17,10 @@ from fork_server import ForkServer
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads this during its import
 
+from smolseek import device
 from smolseek.cli import main
 from smolseek.config import ModelConfig
+from smolseek.device import Capability
 from smolseek.generate import cpu_decode
 from smolseek.ops import backend, build
 
@@ -43,6 +45,12 @@ def fork_server() -> Iterator[ForkServer]:
     server = ForkServer()
     yield server
     server.close()
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Capability], None]:
+    """Return a function that gives the device of a name other capabilities, also if this machine has no such device."""
+    return lambda name, can: monkeypatch.setitem(device._KNOWN, name, can)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 import torch
 
 from smolseek.config import GenerationOptions, Options, SamplingOptions, generation_options, token_ids
-from smolseek.device import multiplies_bfloat16
+from smolseek.device import capability
 from smolseek.errors import SmolseekError
 from smolseek.generate.beam import beam_search
 from smolseek.generate.engine import Generator, Result
@@ -331,7 +331,7 @@ def load(name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", t
     if number_format(loaded.model) in QUANTIZATIONS:
         rounded = weight.dtype == torch.bfloat16  # the forward pass expands the weights to bfloat16
     else:
-        rounded = weight.dtype == torch.float32 and multiplies_bfloat16(weight.device)
+        rounded = weight.dtype == torch.float32 and capability(weight.device).bfloat16
         if rounded:
             for parameter in loaded.model.parameters():
                 parameter.data = parameter.data.bfloat16()

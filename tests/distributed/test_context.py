@@ -1,6 +1,7 @@
 """Several processes compute the same losses, norms and weights as one process, also after loading a checkpoint."""
 
 import json
+import math
 import os
 import socket
 from dataclasses import replace
@@ -24,9 +25,12 @@ from smolseek.storage.manifest import verify
 from smolseek.storage.safetensors_file import INDEX, SafetensorsFiles
 from smolseek.storage.saver import Saver
 from smolseek.train.balance import Balancer
+from smolseek.train.device import autocast
 from smolseek.train.evaluate import evaluate
+from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.guard import Guard
 from smolseek.train.loss import losses
+from smolseek.train.loss_scale import FIRST, LossScale
 from smolseek.train.optim import make_optimizer
 from smolseek.train.state import TrainState
 
@@ -38,6 +42,7 @@ MODEL = replace(
     moe_intermediate_size=16,
     first_k_dense_replace=0,
 )
+CPU = torch.device("cpu")
 CONFIG = TrainConfig(model=MODEL, run="unused", batch_size=4, grad_accum=2, seq_len=16)
 
 
@@ -96,6 +101,38 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
     return {"losses": step_losses, "norms": norms, "maxvio": load, "val": record, "parameters": parameters}
 
 
+def train_float16(distributed: SingleProcess, steps: int) -> dict:
+    """Train in float16. In step 2, the gradients of the last process overflow, and all processes must skip the step."""
+    model, overflows = distributed.build_model(MODEL, 3, CPU), False
+
+    def objective(*arguments, **options):
+        out = losses(*arguments, **options)
+        return out._replace(total=out.total * math.inf) if overflows else out
+
+    optimizer = make_optimizer(model, OptimConfig(), distributed.optimizer_parameters(model))
+    loss_scale, context = LossScale(CPU), autocast("float16", CPU)
+    forward_backward = ForwardBackward(
+        model, objective, context, grad_accum=2, accumulate=distributed.accumulates, scale=loss_scale.tensor
+    )
+    stream = distributed.share_stream(RandomSequences() if distributed.is_main else None)
+    step_losses, norms = [], []
+    for step in range(1, steps + 1):
+        overflows = step == 2 and distributed.rank == distributed.size - 1
+        total = torch.zeros(())
+        for number, (sequences, share) in enumerate(distributed.micro_batches(stream, 4, 2, 16), 1):
+            distributed.set_last_backward(model, number == 2)
+            total += forward_backward(sequences, share).next_token * share
+        norm = float(distributed.clip_grad_norm(model, 0.5, loss_scale.value))
+        step_losses.append(float(distributed.all_reduce(total)) / 2)
+        if loss_scale.is_overflow(step_losses[-1], norm):
+            loss_scale.lower(step)
+        else:
+            norms.append(norm)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {"losses": step_losses, "norms": norms, "scale": loss_scale.value}
+
+
 def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: int, kind: str, resume: int) -> None:
     """Train in one of several processes, and write the results to a file."""
     torch.set_num_threads(1)
@@ -105,7 +142,10 @@ def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: 
         if size == 1
         else DistributedContext(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as distributed
     ):
-        results = train(distributed, RunFolder(folder, writes=distributed.is_main), steps, kind, resume)
+        if kind == "float16":
+            results = train_float16(distributed, steps)
+        else:
+            results = train(distributed, RunFolder(folder, writes=distributed.is_main), steps, kind, resume)
         results["timeouts"] = timeouts(distributed)
     (Path(folder) / f"results-{rank}.json").write_text(json.dumps(results))
 
@@ -203,3 +243,12 @@ def test_muon_steps_whole_matrices_in_every_process(tmp_path):
     expected = run_processes(1, tmp_path / "single", 3, kind="muon")[0]
     for each in run_processes(2, tmp_path / "run", 3, kind="muon", expert=2):
         assert each["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+
+def test_in_float16_all_processes_have_one_scale(tmp_path):
+    expected = run_processes(1, tmp_path / "single", 4, kind="float16")[0]
+    assert expected["scale"] == FIRST / 2
+    for each in run_processes(2, tmp_path / "run", 4, kind="float16", shard=2):
+        assert each["scale"] == FIRST / 2 and len(each["norms"]) == 3
+        assert each["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+        assert each["norms"] == pytest.approx(expected["norms"], rel=1e-2)

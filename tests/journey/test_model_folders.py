@@ -14,6 +14,7 @@ from smolseek import load
 from smolseek.cli import main
 from smolseek.config import DataConfig, ModelConfig, TrainConfig
 from smolseek.convert.calibrate import calibration_sequences
+from smolseek.device import Capability
 from smolseek.errors import SmolseekError
 from smolseek.evaluate.compare import text_sequences
 from smolseek.model.transformer import new_model
@@ -198,7 +199,7 @@ def test_no_prompts_give_no_continuations(base):
 
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_the_number_format_of_writing(base, run_cli, monkeypatch, multiplies):
-    monkeypatch.setattr("smolseek.api.multiplies_bfloat16", lambda device: multiplies)
+    monkeypatch.setattr("smolseek.api.capability", lambda device: Capability(bfloat16=multiplies))
     model, exact = load(str(base / "m")), load(str(base / "m"), dtype="float32")
     assert model.number_format == ("bfloat16" if multiplies else "float32") and exact.number_format == "float32"
     assert [p for _, p in model.score("The sea")[1:]] == [p for _, p in exact.score("The sea")[1:]]

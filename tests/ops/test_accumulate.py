@@ -9,6 +9,7 @@ from smolseek.model.transformer import CausalLM, new_model
 from smolseek.ops import cross_entropy
 from smolseek.ops.grouped_experts import cpu
 from smolseek.presets import preset
+from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.loss import losses
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=2, vocab_size=512)
@@ -48,6 +49,22 @@ def test_accumulated_gradients_equal_autograds(tied, autocast):
         for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
             if a.numel():
                 assert (a.grad - b.grad).norm() <= 1e-6 * b.grad.norm(), name
+
+
+def test_in_float16_all_gradients_contain_the_loss_scale():
+    gradients = []
+    for accumulate, scale in ((True, 1024.0), (False, 1024.0), (False, None)):
+        precision = torch.float16 if scale else torch.float32
+        context = torch.autocast("cpu", precision, enabled=scale is not None)
+        options = {"accumulate": accumulate, "scale": None if scale is None else torch.tensor(scale)}
+        forward_backward = ForwardBackward(new_model(CONFIG), losses, context, grad_accum=2, **options)
+        for batch in torch.randint(512, (4, 33), generator=torch.Generator().manual_seed(0)).split(2):
+            forward_backward(batch)
+        gradients.append({n: p.grad / (scale or 1) for n, p in forward_backward.model.named_parameters() if p.numel()})
+    ours, autograds, exact = gradients
+    for name, expected in exact.items():
+        assert (ours[name] - autograds[name]).norm() <= 1e-6 * expected.norm(), name
+        assert (ours[name] - expected).norm() <= 0.1 * expected.norm(), name  # a slot may change its expert
 
 
 def test_backward_with_another_factor_is_an_error():

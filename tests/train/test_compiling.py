@@ -1,6 +1,7 @@
 """Compiled layers compute the same as plain layers, and a failed compilation does not change the model."""
 
 import json
+import math
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from smolseek.config import DataConfig, TrainConfig
+from smolseek.device import cuda_capability
 from smolseek.errors import SmolseekError
 from smolseek.model import moe
 from smolseek.model.transformer import call_block, new_model
@@ -145,7 +147,18 @@ def test_what_goes_wrong_is_said_in_one_line_and_leaves_the_model_as_it_was(monk
     assert all(torch.equal(actual, expected[name]) for name, actual in gradients(model).items())
 
 
-def test_where_it_is_wanted():
+def test_in_float16_code_is_compared_at_a_scale_without_overflows(monkeypatch, capsys):
+    model, scale, values = new_model(CONFIG.model), torch.tensor(2.0**40), []
+    forward_backward = ForwardBackward(model, losses, torch.autocast("cpu", torch.float16), scale=scale)
+    real = compiling._loss_and_norm
+    monkeypatch.setattr(compiling, "_loss_and_norm", lambda *args: values.append(real(*args)) or values[-1])
+    compiling.prepare(forward_backward, replace(CONFIG, compile="on", precision="float16"), torch.device("cpu"), 1)
+    assert scale == 2.0**40 and model.call_block is not call_block and "not compiled" not in capsys.readouterr().err
+    assert not math.isfinite(values[0][1]) and all(math.isfinite(norm) for _, norm in values[-2:])
+
+
+def test_where_it_is_wanted(stand_in):
+    stand_in("cuda", cuda_capability((7, 5), False))
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     long = replace(CONFIG, steps=1000)
     assert compiling.should_compile(long, cuda, 1)

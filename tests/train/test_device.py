@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from smolseek.cli import main
+from smolseek.device import Capability
 from smolseek.errors import SmolseekError
 from smolseek.train.device import choose_device
 
@@ -59,7 +60,7 @@ def test_one_process_of_each_machine_prints_the_error_of_all(local, lines, monke
 
 @pytest.mark.parametrize("precision", ["bfloat16", "auto"])
 def test_emulated_products_give_a_warning(precision, run_cli, monkeypatch, tmp_path):
-    monkeypatch.setattr("smolseek.train.resume.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("smolseek.train.resume.capability", lambda device: Capability())
     (tmp_path / "few.txt").write_text("too little to train on")
     arguments = ("--device", "cpu", "--precision", precision, "--run", tmp_path / "run")
     said = run_cli("train", "tiny", "--data", tmp_path / "few.txt", *arguments)

@@ -11,6 +11,7 @@ from bench.allocations import allocations
 from smolseek.config import OptimConfig
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
+from smolseek.train.device import autocast
 from smolseek.train.footprint import Run, activation_bytes, footprint
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
@@ -23,7 +24,7 @@ def test_peaks_of_runs_are_predicted(name):
     _, model, sizes, how = name.split()
     batch, length, accumulation = map(int, sizes.split("x"))
     options = {"batch_size": batch, "seq_len": length, "grad_accum": accumulation, "grad_checkpointing": how}
-    sizes = footprint(preset(model), Run(bfloat16=False, **options))  # as without bfloat16 multiplication
+    sizes = footprint(preset(model), Run(precision="float32", **options))
     measured = RESULTS[name]["bytes"] + RESULTS[name]["program_bytes"]
     assert sum(sizes.values()) == pytest.approx(measured, rel=0.15)
 
@@ -37,18 +38,18 @@ def test_peaks_on_a_gpu_are_predicted(name, batch, accumulation, measured):
     assert sum(sizes.values()) - sizes["evaluation"] == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("name", ["tiny", "deepseek_159m", "seed_159m", "smollm2_135m"])
-def test_activations_are_predicted(name, bfloat16):
+def test_activations_are_predicted(name, precision):
     model = new_model(replace(preset(name), num_hidden_layers=2, vocab_size=64))
     ids = torch.randint(64, (2, 128), generator=torch.Generator().manual_seed(0))
 
     def forward():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with autocast(precision, torch.device("cpu")):
             return model.hidden(ids)
 
-    casts = 2 * sum(p.numel() for p in model.model.layers.parameters()) if bfloat16 else 0
-    predicted = ids.numel() * activation_bytes(model, Run(bfloat16=bfloat16))
+    casts = 2 * sum(p.numel() for p in model.model.layers.parameters()) if precision != "float32" else 0
+    predicted = ids.numel() * activation_bytes(model, Run(precision=precision))
     activations = allocations(forward).end
     assert 0.75 * activations < predicted + casts and predicted < 1.35 * activations
 

@@ -163,8 +163,9 @@ class StepConfig:
     """Forward passes per optimizer step."""
     seq_len: int = option(256, least=1)
     """Tokens per sequence."""
-    precision: Literal["auto", "bfloat16", "float32"] = option("auto", change="resume")
-    """Number format of matrix multiplications; auto is bfloat16 if the device multiplies bfloat16, else float32."""
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", change="resume")
+    """Number format of matrix multiplications; auto is the first one that the device multiplies fast: bfloat16, float16
+    (with dynamic loss scaling) or float32."""
     grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
     """What the backward pass recomputes. none: nothing; selective: all but the results of attention and of feed-forward
     matrix multiplications; full: complete layers."""

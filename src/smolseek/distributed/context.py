@@ -227,20 +227,25 @@ class DistributedContext(SingleProcess):
         dist.all_reduce(total)
         return total
 
-    def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
-        """Move the gradients to the optimizer's parameters, and clip them by the norm of the full gradient."""
+    def clip_grad_norm(self, model: CausalLM, max_norm: float, scale: float = 1.0) -> torch.Tensor:
+        """Move the gradients to the optimizer's parameters, divide by `scale`, and clip by the full gradient's norm.
+
+        All processes get the same norm, so that they take the same decisions.
+        """
         squares = torch.zeros((), device=model.lm_head.weight.device)
         for (name, shard), p in zip(self._optimized, _nonempty(model), strict=True):
             # Assigned in every step, since FSDP2 may have moved its shard.
             shard.data, shard.grad = local(p), None if p.grad is None else local(p.grad)
             p.grad = None
             if shard.grad is not None:
+                if scale != 1.0:
+                    shard.grad.mul_(1 / scale)
                 squares += shard.grad.square().sum() / self.shards[name].replicas
         norm = self.all_reduce(squares).sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for _, shard in self._optimized:
             if shard.grad is not None:
-                shard.grad.mul_(scale)
+                shard.grad.mul_(clip)
         return norm
 
     def optimizer_parameters(self, model: CausalLM) -> Named:

@@ -95,8 +95,10 @@ class SingleProcess:
         """Return the sum of `x` over all processes."""
         return x
 
-    def clip_grad_norm(self, model: CausalLM, max_norm: float) -> torch.Tensor:
-        """Scale the full gradient down to the norm `max_norm`, and return the norm that the gradient had before."""
+    def clip_grad_norm(self, model: CausalLM, max_norm: float, scale: float = 1.0) -> torch.Tensor:
+        """Divide the full gradient by `scale`, clip it to the norm `max_norm`, and return its norm before clipping."""
+        if scale != 1.0:
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], 1 / scale)
         return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
     def optimizer_parameters(self, model: CausalLM) -> Named:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smolseek.config import ModelConfig
-from smolseek.device import multiplies_bfloat16
+from smolseek.device import capability
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
 from smolseek.model.local_shards import LocalShard, full_tensors
@@ -170,7 +170,7 @@ def _open(target: str | Path, dtype: str | torch.dtype, device: str, keep_quanti
     elif name == "auto" and isinstance(files, GgufFile) and keep_quantized and _decodes_quantized(device):
         formats = stored_formats(model, files)
     if formats:
-        parameter_dtype = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
+        parameter_dtype = torch.bfloat16 if capability(torch.device("cpu")).bfloat16 else torch.float32
         if isinstance(files, GgufFile):
             tensors = stored_tensors(files, parameter_dtype)
     for parameter_name, parameter in model.named_parameters():

@@ -6,15 +6,18 @@ compiling fuses norms, rotations, activations and the router's small operations.
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from smolseek import console
 from smolseek.config import TrainConfig
+from smolseek.device import capability
 from smolseek.errors import reason
 from smolseek.model.transformer import call_block
 from smolseek.train.forward_backward import ForwardBackward
+from smolseek.train.loss_scale import LEAST
 
 BACKEND = "inductor"
 STEPS = 1000
@@ -28,7 +31,8 @@ def should_compile(config: TrainConfig, device: torch.device, processes: int) ->
     """Return whether the layers of this run are to be compiled."""
     if config.compile != "auto":
         return config.compile == "on"
-    return device.type == "cuda" and processes == 1 and config.grad_checkpointing == "none" and config.steps >= STEPS
+    single = processes == 1 and config.grad_checkpointing == "none"
+    return capability(device).cuda_graphs and single and config.steps >= STEPS
 
 
 def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torch.device, processes: int) -> None:
@@ -37,15 +41,46 @@ def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torc
     The compiled layers and the CUDA graphs are compared with plain PyTorch on random tokens. If compiling or capturing
     fails, or changes the loss or the gradient norm, the run goes on without it, and a one-line warning says so.
     """
-    model, single = forward_backward.model, processes == 1
+    model, can = forward_backward.model, capability(device)
     compiles = should_compile(config, device, processes)
-    captures = device.type == "cuda" and single and config.compile != "off" and config.distill.teacher is None
+    captures = processes == 1 and config.compile != "off" and config.distill.teacher is None
+    captures = captures and can.captures(getattr(torch, can.precision(config.precision)), bool(model.routers))
     if not (compiles or captures):
         return
     generator = torch.Generator().manual_seed(config.seed)  # the run's random numbers stay the same
     shape = config.batch_size, config.seq_len + 1
     sequences = torch.randint(config.model.vocab_size, shape, generator=generator)
-    expected = _loss_and_norm(forward_backward, sequences)
+    with _representable(forward_backward, sequences) as expected:
+        _try(forward_backward, config, sequences, expected, compiles, captures)
+    if can.cuda_graphs:  # the logged peak memory is that of the training steps
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+@contextmanager
+def _representable(forward_backward: ForwardBackward, sequences: torch.Tensor) -> Iterator[tuple[float, float]]:
+    """Context in which the loss scale is so low that no gradient overflows. Yields loss and gradient norm."""
+    scale = forward_backward.scale
+    before = None if scale is None else scale.clone()
+    values = _loss_and_norm(forward_backward, sequences)
+    while scale is not None and not math.isfinite(values[1]) and scale > LEAST:
+        scale /= 2
+        values = _loss_and_norm(forward_backward, sequences)
+    yield values
+    if scale is not None and before is not None:
+        scale.copy_(before)
+
+
+def _try(
+    forward_backward: ForwardBackward,
+    config: TrainConfig,
+    sequences: torch.Tensor,
+    expected: tuple[float, float],
+    compiles: bool,
+    captures: bool,
+) -> None:
+    """Compile the layers and capture the micro-batches, as far as the values stay those `expected`."""
+    model = forward_backward.model
 
     def problem(change: Callable[[], None]) -> str | None:
         """Return what is wrong after `change`, or None."""
@@ -70,9 +105,6 @@ def prepare(forward_backward: ForwardBackward, config: TrainConfig, device: torc
     if captures and (what := problem(lambda: forward_backward.capture(sequences))):
         forward_backward.release()
         console.warn(f"no CUDA graph is captured, so training is slower: {what}")
-    if device.type == "cuda":  # the logged peak memory is that of the training steps
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _loss_and_norm(forward_backward: ForwardBackward, sequences: torch.Tensor) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import torch
 
 from smolseek import launch
 from smolseek.config import TrainConfig
-from smolseek.device import multiplies_bfloat16
+from smolseek.device import capability
 from smolseek.distributed.mesh import choose
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
@@ -74,10 +74,9 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast | nullcontext:
-    """Return the context of the forward pass: autocast to bfloat16 with float32 weights, or plain float32.
+    """Return the context of the forward pass: autocast to `precision` with float32 weights, or plain float32.
 
-    `auto` chooses bfloat16 if the device multiplies bfloat16 matrices in hardware.
+    `auto` chooses the precision by what the device can do.
     """
-    if precision == "auto":
-        precision = "bfloat16" if multiplies_bfloat16(device) else "float32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+    name = capability(device).precision(precision)
+    return nullcontext() if name == "float32" else torch.autocast(device.type, getattr(torch, name))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from smolseek.config import ModelConfig, OptimConfig
+from smolseek.device import Precision, capability, cuda_capability
 from smolseek.model.recompute import Checkpointing
 from smolseek.model.summary import size_text
 from smolseek.model.transformer import CausalLM
 from smolseek.ops.cross_entropy import logits_bytes
-from smolseek.train.device import autocast
 from smolseek.train.optim import parameter_groups
 
 PROGRAM = 380_000_000
@@ -29,8 +29,8 @@ class Run:
     grad_accum: int = 1
     seq_len: int = 256
     grad_checkpointing: Checkpointing = "none"
-    bfloat16: bool = True
-    """Whether matrix multiplications run in bfloat16, under autocast."""
+    precision: Precision = "bfloat16"
+    """Number format of matrix multiplications."""
     optimizer: str = "adamw"
     cuda: bool = False
 
@@ -39,21 +39,21 @@ class Run:
         """Return the run that `smolseek train` makes of these options here; for `--device cuda`, no GPU is needed."""
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda and not torch.cuda.is_available():
-            bfloat16 = precision != "float32"
+            can = cuda_capability((8, 0), bfloat16=True)
         else:
-            bfloat16 = isinstance(autocast(precision, torch.device("cuda" if cuda else "cpu")), torch.autocast)
-        return cls(bfloat16=bfloat16, cuda=cuda, **options)
+            can = capability(torch.device("cuda" if cuda else "cpu"))
+        return cls(precision=can.precision(precision), cuda=cuda, **options)
 
     @property
     def bytes_per_number(self) -> int:
         """Bytes per number in the inputs and outputs of matrix multiplications."""
-        return 2 if self.bfloat16 else 4
+        return 4 if self.precision == "float32" else 2
 
 
 def lines(config: ModelConfig, run: Run) -> list[str]:
     """Return the footprint as text."""
     sizes = footprint(config, run)
-    how = f"recomputation {run.grad_checkpointing}, {'bfloat16' if run.bfloat16 else 'float32'}, {run.optimizer}"
+    how = f"recomputation {run.grad_checkpointing}, {run.precision}, {run.optimizer}"
     head = f"Memory to train at {run.batch_size} x {run.seq_len} tokens, {run.grad_accum} a step, {how}"
     return [
         f"{head}: {size_text(sum(sizes.values()))} at the peak",
@@ -72,7 +72,7 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     # Muon keeps one moment, and AdamW two.
     groups = parameter_groups(model, OptimConfig(kind=run.optimizer))  # type: ignore[arg-type]
     moments = sum(p.numel() * (1 if group.get("matrices") else 2) for group in groups for p in group["params"])
-    logits = logits_bytes(tokens, config.vocab_size, bfloat16=run.bfloat16, cuda=run.cuda)
+    logits = logits_bytes(tokens, config.vocab_size, number_bytes=run.bytes_per_number, cuda=run.cuda)
     head = logits + 4 * config.vocab_size * config.hidden_size  # plus the head's gradient before it is added
     sizes = {
         "weights": 4 * size + sum(b.numel() * b.element_size() for b in model.buffers()),
@@ -93,14 +93,14 @@ def activation_bytes(model: CausalLM, run: Run) -> int:
     """Return the bytes per token that the layers of `model` (on any device) keep for the backward pass.
 
     Every matrix multiplication keeps its input and its output, with `run.bytes_per_number` bytes per number. The
-    attention half and the MLP half of a layer each keep the residual stream in float32. On a CPU in bfloat16, each half
-    keeps the normalized stream as well.
+    attention half and the MLP half of a layer each keep the residual stream in float32. On a CPU under autocast, each
+    half keeps the normalized stream as well.
     """
     config = model.config
     stream = 2 * 4 * config.hidden_size
     layers = []
     for layer in model.model.layers:
-        layers.append(stream * (2 if run.bfloat16 and not run.cuda else 1))
+        layers.append(stream * (2 if run.bytes_per_number == 2 and not run.cuda else 1))
         for name, p in layer.named_parameters():
             if p.ndim > 1 and p.numel() and not name.endswith("_bias"):
                 slots = config.num_experts_per_tok if ".experts." in name else 1

@@ -36,13 +36,15 @@ class ForwardBackward:
         grad_accum: int = 1,
         alpha: float = 0.0,
         accumulate: bool = True,
+        scale: torch.Tensor | None = None,
     ) -> None:
         """Prepare steps of `grad_accum` micro-batches, with weight `alpha` of the balance loss and autocast `context`.
 
-        With `accumulate`, operations may add their gradients to `.grad` directly (see `CausalLM.hidden`).
+        With `accumulate`, operations may add their gradients to `.grad` directly (see `CausalLM.hidden`). `scale` is
+        the loss scale, which the gradients then contain (`loss_scale.py`).
         """
         self.model, self.objective, self.context = model, objective, context
-        self.grad_accum, self._alpha, self._accumulate = grad_accum, alpha, accumulate
+        self.grad_accum, self._alpha, self._accumulate, self.scale = grad_accum, alpha, accumulate, scale
         self._device = model.lm_head.weight.device
         self._graphs: _Graphs | None = None
 
@@ -116,11 +118,17 @@ class ForwardBackward:
             sequences = sequences.pin_memory()  # only a copy from pinned memory lets the host go on
         return sequences.to(self._device, non_blocking=True)
 
-    def _losses(self, sequences: torch.Tensor, accumulate: bool = False, factor: float | None = None) -> Losses:
+    def _losses(self, sequences: torch.Tensor, **options: Any) -> Losses:
         with self.context:
-            return self.objective(self.model, sequences, alpha=self._alpha, accumulate=accumulate, factor=factor)
+            return self.objective(self.model, sequences, alpha=self._alpha, **options)
 
     def _run(self, sequences: torch.Tensor, share: float) -> Losses:
-        out = self._losses(sequences, self._accumulate, share / self.grad_accum)
-        (out.total * share / self.grad_accum).backward()
+        options: dict[str, Any] = {"accumulate": self._accumulate, "factor": share / self.grad_accum}
+        if self.scale is not None:
+            # The host does not read the scale of a GPU, whose gradients are not added in place anyway.
+            known = self.scale.device.type == "cpu"
+            options |= {"scale": self.scale, "factor": options["factor"] * self.scale.item() if known else None}
+        out = self._losses(sequences, **options)
+        total = out.total * share / self.grad_accum
+        (total if self.scale is None else total * self.scale).backward()
         return out._replace(total=out.total.detach())

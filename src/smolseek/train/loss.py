@@ -35,13 +35,14 @@ def losses(
     teacher: CausalLM | None = None,
     accumulate: bool = False,
     factor: float | None = None,
+    scale: torch.Tensor | None = None,
 ) -> Losses:
     """Return the losses of predicting each token t+1 of `sequences` [B, T+1] from tokens 0..t, without mask or padding.
 
     With a `teacher`, the model learns the teacher's distribution of the next token instead of the next token of the
     text. With `accumulate`, the backward pass adds the gradients of experts, embedding and head directly to their
     `.grad` (see `CausalLM.hidden`). `factor` is the number by which the caller multiplies `total` before the backward
-    pass, or None if it is not known.
+    pass, or None if it is not known. `scale` is the loss scale in float16, which that number contains.
     """
     ids_BT, targets_N = sequences[:, :-1], sequences[:, 1:].flatten()
     if teacher is not None:
@@ -50,9 +51,9 @@ def losses(
     out = model.hidden(ids_BT, accumulate=accumulate)
     h_ND, w_VD = out.hidden_BTD.flatten(0, 1), model.lm_head.weight  # read here, because FSDP gathers it in `hidden`
     if teacher is None:
-        means = linear_cross_entropy(h_ND, w_VD, targets_N, z_loss, accumulate=accumulate, factor=factor)
+        means = linear_cross_entropy(h_ND, w_VD, targets_N, z_loss, accumulate=accumulate, factor=factor, scale=scale)
     else:
-        means = linear_kl(h_ND, w_VD, taught_ND, teacher.lm_head.weight, targets_N)
+        means = linear_kl(h_ND, w_VD, taught_ND, teacher.lm_head.weight, targets_N, scale)
     total = means.objective + alpha * out.balance if alpha else means.objective
     kl = None if teacher is None else means.objective.detach()
     return Losses(total, means.next_token.detach(), out.balance.detach(), out.load_LE, kl)

@@ -16,7 +16,7 @@ from smolseek import console
 from smolseek.config import TrainConfig, differences
 from smolseek.data.datasets import pin
 from smolseek.data.hub import parse_names
-from smolseek.device import multiplies_bfloat16
+from smolseek.device import capability
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.run_folder import RunFolder, is_complete
@@ -58,11 +58,13 @@ def find_start(
         previous = run.read_config() if run.config.exists() else None
         config = _relocated(config, previous) if resume and previous is not None else _pinned(config, previous)
         run.check(config, resume)
-        if config.precision == "bfloat16" and not multiplies_bfloat16(device):
+        if config.precision == "bfloat16" and not capability(device).bfloat16:
             console.warn(
                 f"this {device.type} has no bfloat16 matrix multiplication and emulates it, many times slower: "
                 "leave out --precision"
             )
+        if config.precision == "float16" and device.type == "cpu":
+            console.warn("float16 is meant for GPUs and is slower than float32 on a CPU: leave out --precision")
     saved: dict[str, Any] = {}
     if resume:
         checkpoint, skipped = newest_checkpoint(run, distributed)

@@ -15,6 +15,7 @@ from smolseek.data.datasets import Corpus, open_dataset, open_stream
 from smolseek.data.sequences import build_sequences
 from smolseek.data.spelling import Spelling, sample
 from smolseek.data.stream import TrainStream
+from smolseek.device import capability
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.run_folder import RunFolder
@@ -28,6 +29,7 @@ from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.guard import Guard
 from smolseek.train.logging import Clock
 from smolseek.train.loss import losses
+from smolseek.train.loss_scale import LossScale
 from smolseek.train.optim import make_optimizer
 from smolseek.train.resume import Start, check_inputs
 from smolseek.train.schedule import Schedule
@@ -115,6 +117,7 @@ def set_up(run: RunFolder, start: Start, device: torch.device, distributed: Sing
         digests["teacher"] = digest(teacher)
     if config.distill.attention_only:
         attention_only(model)
+    loss_scale = LossScale(device) if capability(device).precision(config.precision) == "float16" else None
     keep = {"keep_last": config.keep_last, "keep_every": config.keep_every}
     t = Training(
         model=model,
@@ -123,6 +126,7 @@ def set_up(run: RunFolder, start: Start, device: torch.device, distributed: Sing
         stream=stream,
         guard=Guard(config.guard),
         distributed=distributed,
+        loss_scale=loss_scale,
         config=config,
         run=run,
         device=device,
@@ -136,6 +140,7 @@ def set_up(run: RunFolder, start: Start, device: torch.device, distributed: Sing
             grad_accum=config.grad_accum,
             alpha=config.balance.alpha,
             accumulate=distributed.accumulates,
+            scale=None if loss_scale is None else loss_scale.tensor,
         ),
         schedule=Schedule.of(config),
         input_digests=digests,

@@ -18,6 +18,7 @@ from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS, training_folder
 from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
+from smolseek.train.loss_scale import FIRST, LossScale
 from smolseek.train.optim import load_state_tensors, state_tensors
 
 
@@ -72,6 +73,8 @@ class TrainState:
     stream: TrainStream
     guard: Guard
     distributed: SingleProcess
+    loss_scale: LossScale | None = None
+    """The loss scale in float16, else None."""
     progress: Progress = dataclasses.field(default_factory=Progress)
 
     def load_weights(self, path: Path) -> None:
@@ -88,6 +91,8 @@ class TrainState:
             self.load_weights(resolve(init))
         self.optimizer.state.clear()
         self.progress = Progress()
+        if self.loss_scale is not None:
+            self.loss_scale.set(FIRST)
 
     def capture(self, seconds: float) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return the training state except the weights: the tensors, which are not copied, and the rest in JSON types.
@@ -96,6 +101,8 @@ class TrainState:
         """
         progress = dataclasses.asdict(self.progress) | {"seconds": seconds}
         state = {"progress": progress, "data": self.stream.state_dict(), "guard": self.guard.state_dict()}
+        if self.loss_scale is not None:
+            state["loss_scale"] = self.loss_scale.state_dict()
         tensors, shards = {}, self.distributed.local_shards(self.model)
         for name, value in state_tensors(self.optimizer).items():
             number, parameter = self._parameter(name)
@@ -125,6 +132,8 @@ class TrainState:
             load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
         with report_damage(folder / STATE_JSON, "use an older checkpoint"):
             self.progress = progress_of(saved, path)
+            if self.loss_scale is not None and "loss_scale" in saved:  # else the run had another precision before
+                self.loss_scale.load_state_dict(saved["loss_scale"])
             if data:
                 self.stream.load_state_dict(saved["data"])
                 self.guard.load_state_dict(saved["guard"])

@@ -9,6 +9,7 @@ import torch
 from smolseek.errors import SmolseekError
 from smolseek.storage.saver import discard_beyond
 from smolseek.train.guard import VAIN_RETURNS
+from smolseek.train.loss_scale import GROWTH_STEPS, LossScale
 from smolseek.train.resume import newest_checkpoint
 from smolseek.train.setup import Training
 
@@ -33,6 +34,9 @@ def train_step(
     progress, config = t.progress, t.config
     frozen, lr = t.schedule.is_frozen(progress.step), t.schedule.lr(progress.step)
     loss, grad_norm, kl = _gradients(t, micro_batches, frozen)
+    if t.loss_scale is not None and t.loss_scale.is_overflow(loss, grad_norm):
+        _lower_scale(t, t.loss_scale, position)
+        return None
     reason = t.guard.judge(loss, grad_norm)
     if reason is not None:
         _skip_step(t, reason, position)
@@ -50,6 +54,8 @@ def train_step(
     progress.kls.append(kl)
     t.guard.passed(progress.step, loss, None if frozen else grad_norm)
     t.clock.steps += 1
+    if t.loss_scale is not None and not frozen and t.loss_scale.passed():
+        _log_scale(t, t.loss_scale, f"after {GROWTH_STEPS:,} steps without an overflow")
     return StepResult(lr, grad_norm, maxvio_L)
 
 
@@ -65,11 +71,26 @@ def _gradients(
         loss += out.next_token * share
         kl += 0 if out.kl is None else out.kl
         balancer.add(out.load_LE)
-    clip = t.config.optim.clip or math.inf
-    norm = loss.new_zeros(()) if frozen else t.distributed.clip_grad_norm(model, clip)
+    clip, scale = t.config.optim.clip or math.inf, 1.0 if t.loss_scale is None else t.loss_scale.value
+    norm = loss.new_zeros(()) if frozen else t.distributed.clip_grad_norm(model, clip, scale)
     # The only point of a step at which the host waits for the device.
     loss_sum, grad_norm, kl_sum = torch.stack((t.distributed.all_reduce(loss), norm, kl)).tolist()
     return loss_sum / grad_accum, grad_norm, kl_sum / grad_accum
+
+
+def _lower_scale(t: Training, loss_scale: LossScale, position: dict[str, Any]) -> None:
+    """Skip a step whose gradient has overflowed, and halve the loss scale. This is not a bad step for the guard."""
+    t.optimizer.zero_grad(set_to_none=True)
+    t.balancer.drop_load()
+    step, begin = t.progress.step + 1, position["tokens"]
+    loss_scale.lower(step)
+    why = f"the gradients of step {step} overflowed float16; its data is tokens {begin:,} to "
+    _log_scale(t, loss_scale, f"{why}{begin + t.config.step_tokens:,}", overflow=position)
+
+
+def _log_scale(t: Training, loss_scale: LossScale, why: str, **more: Any) -> None:
+    t.log.say(f"Scale: {loss_scale.value:,.0f} ({why})")
+    t.run.append_metrics({"step": t.progress.step, "scale": loss_scale.value, **more})
 
 
 def _skip_step(t: Training, reason: str, position: dict[str, Any]) -> None:

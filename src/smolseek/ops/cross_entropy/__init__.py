@@ -41,6 +41,7 @@ def linear_cross_entropy(
     *,
     accumulate: bool = False,
     factor: float | None = None,
+    scale: torch.Tensor | None = None,
 ) -> Means:
     """Return the mean cross-entropy of logits h w^T against `targets_N`.
 
@@ -53,6 +54,8 @@ def linear_cross_entropy(
         accumulate: on a CPU, add the head's gradient to its `.grad` in place.
         factor: the gradient that the backward pass will get, if it is known. With `accumulate` and a known factor, the
             forward pass already adds the head's gradient to `.grad`, so that this gradient needs no memory of its own.
+        scale: a float32 scalar by which the gradients of the logits are multiplied inside the head, so that float16 can
+            represent them. The gradient that the backward pass gets is expected to contain this factor.
 
     Raises:
         IndexError: on a CPU for a target outside the vocabulary.
@@ -62,17 +65,25 @@ def linear_cross_entropy(
         least, most = (int(number) for number in targets_N.aminmax())
         if least < 0 or most >= len(w_VD):
             raise IndexError(f"targets {least} to {most} are not all in the vocabulary of {len(w_VD)}: none is ignored")
-    objective, grad_enabled = CrossEntropy(targets_N, z_loss), torch.is_grad_enabled()
+    objective, grad_enabled = CrossEntropy(targets_N, z_loss, scale), torch.is_grad_enabled()
     chunks = sizes(len(w_VD), h_ND.is_cuda, grad_enabled and w_VD.requires_grad)
     return Means(*_LinearHead.apply(h_ND, w_VD, objective, chunks, grad_enabled, accumulate, factor))
 
 
 def linear_kl(
-    h_ND: torch.Tensor, w_VD: torch.Tensor, teacher_ND: torch.Tensor, teacher_VD: torch.Tensor, targets_N: torch.Tensor
+    h_ND: torch.Tensor,
+    w_VD: torch.Tensor,
+    teacher_ND: torch.Tensor,
+    teacher_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    scale: torch.Tensor | None = None,
 ) -> Means:
-    """Return the mean KL(p || q) of p = softmax(teacher_ND teacher_VD^T) and q = softmax(h w^T)."""
+    """Return the mean KL(p || q) of p = softmax(teacher_ND teacher_VD^T) and q = softmax(h w^T).
+
+    `scale` has the meaning that it has in `linear_cross_entropy`.
+    """
     dtype = product_type(h_ND)
-    objective = Divergence(teacher_ND.to(dtype), teacher_VD.to(dtype), targets_N)
+    objective = Divergence(teacher_ND.to(dtype), teacher_VD.to(dtype), targets_N, scale)
     return Means(*_LinearHead.apply(h_ND, w_VD, objective, (CHUNK, CHUNK), torch.is_grad_enabled(), False, None))
 
 
@@ -95,7 +106,9 @@ class _LinearHead(torch.autograd.Function):
         # outside.
         h_ND, w_VD = h_ND.to(dtype), w_VD.to(dtype)
         weight_grad = gradient_to_add_to(ctx.weight, accumulate) if w_wanted and factor is not None else None
-        ctx.added = None if weight_grad is None else factor
+        ctx.added, ctx.scale = None if weight_grad is None else factor, objective.scale
+        if factor is not None and weight_grad is not None and objective.scale is not None:
+            factor /= objective.scale.item()  # without waiting, because only a CPU adds gradients here
         # Allocated once for all chunks, because new memory pages would take longer than the arithmetic. The gradients
         # of the logits overwrite the logits.
         chunk, block = chunks
@@ -115,7 +128,7 @@ class _LinearHead(torch.autograd.Function):
                     if first + C == block or begin + C == N:
                         factors = d_SV[: first + C].T, h_ND[begin - first : begin + C]
                         if weight_grad is not None:
-                            _add_product(weight_grad, *factors, ctx.added)
+                            _add_product(weight_grad, *factors, factor or 0.0)
                         else:
                             product_VD = factors[0] @ factors[1]
                             dw_VD = product_VD if block >= N else _add(dw_VD, product_VD)
@@ -131,19 +144,19 @@ class _LinearHead(torch.autograd.Function):
         # The gradients are released, because the weight's gradient is scaled in place and cannot be used again.
         assert ctx.gradients is not None, "this loss is differentiated once"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None
-        dh_ND = None if dh_ND is None else dh_ND * grad
         if ctx.added is not None:
             factor = grad.item()
             if not math.isfinite(factor):  # the sum with earlier gradients is NaN, too
                 ctx.weight.grad.fill_(math.nan)
             elif not math.isclose(factor, ctx.added, rel_tol=1e-5):
                 raise RuntimeError(f"the head's gradient was added times {ctx.added}, but backward got {factor}")
-        elif dw_VD is not None:
+        grad = grad if ctx.scale is None else grad / ctx.scale
+        if dw_VD is not None:
             target = gradient_to_add_to(ctx.weight, ctx.accumulate)
             if target is not None:
                 _add(target, dw_VD, grad.item())
             dw_VD = dw_VD.float().mul_(grad) if target is None else None
-        return dh_ND, dw_VD, None, None, None, None, None
+        return None if dh_ND is None else dh_ND * grad, dw_VD, None, None, None, None, None
 
 
 def _logits(h_CD: torch.Tensor, w_VD: torch.Tensor, out_CV: torch.Tensor) -> torch.Tensor:

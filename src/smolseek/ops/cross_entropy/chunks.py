@@ -33,6 +33,6 @@ def tokens_at_once(device: torch.device) -> int:
     return _EXPONENTIALS if device.type == "cpu" else CHUNK
 
 
-def logits_bytes(tokens: int, vocab: int, *, bfloat16: bool, cuda: bool) -> int:
+def logits_bytes(tokens: int, vocab: int, *, number_bytes: int, cuda: bool) -> int:
     """Return how many bytes of logits, or of logit gradients, are in memory at a time."""
-    return vocab * min(tokens, sizes(vocab, cuda)[1]) * (2 if bfloat16 else 4)
+    return vocab * min(tokens, sizes(vocab, cuda)[1]) * number_bytes

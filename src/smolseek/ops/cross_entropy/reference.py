@@ -4,7 +4,7 @@ import torch
 
 
 def cross_entropy(
-    logits_RV: torch.Tensor, targets_R: torch.Tensor, factor: float, z_loss: float, differentiate: bool
+    logits_RV: torch.Tensor, targets_R: torch.Tensor, factor: float | torch.Tensor, z_loss: float, differentiate: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [R] and the log-sum-exps of the logits [R], in float32.
 

@@ -19,8 +19,8 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, targets, losses, log_sums, vocab, factor, z_loss,
-    differentiate: tl.constexpr, unmasked: tl.constexpr, block: tl.constexpr,
+    logits, targets, losses, log_sums, scale, vocab, factor, z_loss,
+    differentiate: tl.constexpr, scaled: tl.constexpr, unmasked: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     # The instructions for every logit take most of the time. Therefore exponentials are computed with exp2, which is a
     # GPU instruction, masks are used only if the last block is not full, and the target's gradient is written last.
@@ -45,6 +45,8 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     tl.store(losses + row, log_sum - hit)
     tl.store(log_sums + row, log_sum)
     if differentiate:
+        if scaled:
+            factor = factor * tl.load(scale)
         share = factor * (1 + 2 * z_loss * log_sum)
         for begin in range(0, vocab, block):
             index = begin + tl.arange(0, block)
@@ -62,18 +64,25 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
 
 
 def cross_entropy(
-    logits_CV: torch.Tensor, targets_C: torch.Tensor, factor: float, z_loss: float, differentiate: bool
+    logits_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    factor: float,
+    z_loss: float,
+    differentiate: bool,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the losses [C] and the log-sum-exps [C] of contiguous `logits_CV`, in float32.
 
-    If `differentiate` is set, the logits are overwritten with `factor` times the gradient of loss + z_loss * log_sum^2.
+    If `differentiate` is set, the logits are overwritten with `factor` times the gradient of loss + z_loss * log_sum^2,
+    times the float32 scalar `scale` if there is one.
     The loss of a target outside the vocabulary is NaN.
     """
     assert logits_CV.is_contiguous() and targets_C.is_contiguous()
     C, V = logits_CV.shape
     losses_C, sums_C = (torch.empty(C, dtype=torch.float32, device=logits_CV.device) for _ in range(2))
     block = min(_BLOCK, triton.next_power_of_2(V))
-    arguments = logits_CV, targets_C, losses_C, sums_C, V, factor, z_loss, differentiate, V % block == 0, block
+    tensors = logits_CV, targets_C, losses_C, sums_C, losses_C if scale is None else scale
+    arguments = *tensors, V, factor, z_loss, differentiate, scale is not None, V % block == 0, block
     with torch.cuda.device_of(logits_CV):
         _cross_entropy[(C,)](*arguments, num_warps=_WARPS)
     return losses_C, sums_C
