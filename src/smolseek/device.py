@@ -21,6 +21,8 @@ class Capability:
     """Computes in float64 at all."""
     grouped: frozenset[torch.dtype] = frozenset()
     """Number formats in which `F.grouped_mm` is one kernel. In other formats it waits for the host, and loops."""
+    batches: bool = False
+    """Computes a batch of small matrix multiplications faster than one after the other. On a CPU the loop is faster."""
     triton: bool = False
     """May run Triton kernels; `ops/backend.py` tries each number format first."""
     cuda_graphs: bool = False
@@ -60,7 +62,7 @@ def _capability(device: torch.device) -> Capability:
             torch.cuda.get_device_capability(device), torch.cuda.is_bf16_supported(including_emulation=False)
         )
     if device.type == "mps":
-        return Capability(float64=False)
+        return Capability(float64=False, batches=True)
     # A private function, which a later PyTorch may lack. Without it float32 is the safe choice.
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return Capability(bfloat16=torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported())
@@ -77,6 +79,7 @@ def cuda_capability(version: tuple[int, int], bfloat16: bool) -> Capability:
         bfloat16=bfloat16,
         float16=version >= (7, 0),
         grouped=frozenset((torch.bfloat16,) if version[0] in (9, 10) else ()),
+        batches=True,
         triton=True,
         cuda_graphs=True,
         pinned_memory=True,

@@ -12,7 +12,7 @@ from smolseek.ops.backend import c_supports
 from smolseek.ops.causal_attention import causal_attention
 from smolseek.ops.cross_entropy import linear_cross_entropy, linear_kl
 from smolseek.ops.embedding import accumulated_embedding
-from smolseek.ops.grouped_experts import Weights, grouped_experts
+from smolseek.ops.grouped_experts import Weights, batched, grouped_experts
 from smolseek.ops.moe_permute import permute, unpermute
 
 CUDA = torch.cuda.is_available()
@@ -52,6 +52,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     def experts(x, up, down):
         return grouped_experts(x, counts.to(x.device), Weights(up, down), gated=True, padded=True)
 
+    def batch(x, up, down):
+        return batched.grouped_experts(x, counts.to(x.device), Weights(up, down), gated=True)
+
     def latent(interleave):
         def run(q, kv, pe):
             cos_sin = tuple(x.to(q.device, torch.promote_types(q.dtype, x.dtype)) for x in (angles.cos(), angles.sin()))
@@ -78,6 +81,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
             float32=(1,),
         ),
         "grouped_experts": Case(experts, [(60, 64), (8, 64, 64), (8, 64, 32)], "reference cpu", scale=0.5),
+        "grouped_experts in a batch": Case(batch, [(60, 64), (8, 64, 64), (8, 64, 32)], "reference", scale=0.5),
         "mla_attention": Case(latent(True), heads, "reference cpu triton"),
         "mla_attention in halves": Case(latent(False), heads, "reference cpu triton"),
         "causal_attention": Case(

@@ -1,4 +1,7 @@
-"""Computes all experts with grouped matrix multiplications; `counts_E` stays on the GPU. Shapes: see reference.py."""
+"""Computes all experts with grouped matrix multiplications; `counts_E` stays on the GPU. Shapes: see reference.py.
+
+Used where `F.grouped_mm` is one kernel (`Capability.grouped`).
+"""
 
 from typing import Any
 
