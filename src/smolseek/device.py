@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from smolseek.errors import SmolseekError
+
 Precision = Literal["float32", "bfloat16", "float16"]
 """Number format of matrix multiplications in training; all but float32 are autocast."""
 
@@ -84,3 +86,18 @@ def cuda_capability(version: tuple[int, int], bfloat16: bool) -> Capability:
         cuda_graphs=True,
         pinned_memory=True,
     )
+
+
+def select(name: str) -> torch.device:
+    """Return the device called `name`: cpu, cuda, mps, or auto, which is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        SmolseekError: if this machine or this PyTorch does not have the device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SmolseekError("--device cuda needs a CUDA device, but none is visible: use --device cpu")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise SmolseekError("--device mps needs an Apple GPU and a PyTorch for macOS: use --device cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)

@@ -1,53 +1,56 @@
 """Which tensors a backend supports, SMOLSEEK_BACKEND, and the fallback to PyTorch."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from smolseek.device import cuda_capability
 from smolseek.errors import SmolseekError
-from smolseek.ops import backend, swiglu
+from smolseek.ops import backend, swiglu, trial
 from smolseek.ops.backend import c_supports
 
 
-class Broken:
-    """Acts like ops/swiglu/triton.py on a machine where Triton finds no C compiler."""
-
-    @staticmethod
-    def swiglu_backward(h, dy, dh):
-        raise RuntimeError("Failed to find C compiler.\nAnd more")
+def fails(device, dtype):
+    """Act like the trial on a machine where Triton finds no C compiler."""
+    raise RuntimeError("Failed to find C compiler.\nAnd more")
 
 
-class Works:
-    """Acts like ops/swiglu/triton.py on a GPU."""
-
-    @staticmethod
-    def swiglu_backward(h, dy, dh):
-        dh.zero_()
-
-
-def test_triton_is_tried_once_and_a_failure_is_one_line(monkeypatch, use_backend, capsys):
+@pytest.mark.parametrize(
+    ("trial_of", "problem"),
+    [
+        (fails, "Failed to find C compiler."),
+        (lambda device, dtype: "cross_entropy", "cross_entropy computes something else"),
+        (lambda device, dtype: None, None),
+    ],
+)
+def test_triton_is_tried_once_for_each_number_format_and_a_failure_is_one_line(
+    monkeypatch, use_backend, stand_in, capsys, trial_of, problem
+):
     use_backend(None)
+    stand_in("cpu", cuda_capability((7, 5), False))
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-    for module, runs in ((Broken, False), (Works, True)):
-        monkeypatch.setattr(backend, "TRITON", None)
-        monkeypatch.setitem(sys.modules, "smolseek.ops.swiglu.triton", module)
-        assert backend.triton_runs(torch.device("cpu")) is runs and backend.TRITON is runs
+    monkeypatch.setattr(backend, "TRITON", {})
+    tried = []
+    monkeypatch.setattr(trial, "disagreeing", lambda device, dtype: tried.append(dtype) or trial_of(device, dtype))
+    for dtype in (torch.float16, torch.float16, torch.float32, torch.float64):
+        assert backend.triton_supports(torch.zeros(2, dtype=dtype)) == (problem is None and dtype != torch.float64)
+    assert tried == [torch.float16, torch.float32]
     error = capsys.readouterr().err
-    assert "PyTorch's slower operations are used: Failed to find C compiler." in error and error.count("\n") == 1
+    assert error.count("\n") == (0 if problem is None else 2)
+    if problem is not None:
+        assert f"in float16, so PyTorch's slower operations are used: {problem}" in error
 
 
 def test_without_triton_there_is_no_warning(monkeypatch, use_backend, capsys):
     use_backend(None)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(backend, "TRITON", None)
-    assert not backend.triton_runs(torch.device("cpu"))
+    monkeypatch.setattr(backend, "TRITON", {})
+    assert not backend.triton_runs(torch.device("cpu"), torch.float32)
     assert capsys.readouterr().err == ""
 
 
 def test_triton_supports_nothing_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(backend, "TRITON", True)
+    monkeypatch.setattr(backend, "TRITON", {torch.float32: True})
     assert not backend.triton_supports(torch.zeros(1))
 
 

@@ -13,7 +13,6 @@ from texts import write_words
 
 from smolseek.cli import main
 from smolseek.config import DataConfig, DistillConfig, OptimConfig, TrainConfig
-from smolseek.device import Capability, cuda_capability
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
@@ -214,18 +213,3 @@ def test_the_scale_stays_within_its_bounds(monkeypatch):
     for damaged in ({"value": 0, "good_steps": 0}, {"value": 2.0**30, "good_steps": 0}, {"value": 8, "good_steps": -1}):
         with pytest.raises(ValueError, match="not valid"):
             scale.load_state_dict(damaged)
-
-
-@pytest.mark.parametrize(
-    ("can", "precision"),
-    [
-        (cuda_capability((7, 5), False), "float16"),  # T4
-        (cuda_capability((7, 0), False), "float16"),  # V100
-        (cuda_capability((6, 1), False), "float32"),  # GTX 10
-        (cuda_capability((8, 0), True), "bfloat16"),  # A100
-        (Capability(float64=False), "float32"),  # Apple
-        (Capability(), "float32"),  # a CPU
-    ],
-)
-def test_auto_takes_float16_where_there_is_no_bfloat16(can, precision):
-    assert can.precision("auto") == precision and can.precision("float16") == "float16"

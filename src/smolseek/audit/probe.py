@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from smolseek.config import TrainConfig
+from smolseek.device import capability
 from smolseek.errors import SmolseekError, reason
 from smolseek.run_folder import RunFolder
 
@@ -73,7 +74,12 @@ def call(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
         what = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise SmolseekError(f"the model returned {what}: it must return logits [batch, time, vocabulary]")
-    return logits
+    return with_float64(logits)
+
+
+def with_float64(x: torch.Tensor) -> torch.Tensor:
+    """Return `x`, moved to the CPU if its device has no float64."""
+    return x if capability(x.device).float64 else x.cpu()
 
 
 def random_ids(batch: int, tokens: int, vocab: int, seed: int) -> torch.Tensor:
@@ -109,10 +115,15 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def precise_copy(model: nn.Module, ids_BT: torch.Tensor) -> nn.Module | None:
-    """Return an uncompiled copy without gradients in float64, or in float32 if float64 fails; None if both fail."""
+    """Return an uncompiled copy without gradients in float64, or in float32 if float64 fails; None if both fail.
+
+    If the model's device has no float64, the copy is on the CPU.
+    """
+    device = device_of(model)
+    device = device if capability(device).float64 else torch.device("cpu")
     for dtype in (torch.float64, torch.float32):
         try:
-            precise = copy.deepcopy(uncompiled(model)).to(dtype).eval().requires_grad_(False)
+            precise = copy.deepcopy(uncompiled(model)).to(device).to(dtype).eval().requires_grad_(False)
             with torch.no_grad():
                 if call(precise, ids_BT[:1, :4]).isfinite().all():
                     return precise
@@ -205,7 +216,8 @@ def rounding_noise(model: nn.Module, ids_BT: torch.Tensor, eps: float | None = N
 
     def perturb(_: nn.Module, __: Any, x: torch.Tensor) -> torch.Tensor:
         factor = 1 + 4 * eps * (torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1)
-        return (x.double() * factor.to(x.device)).to(x.dtype)
+        exact = with_float64(x).double()
+        return (exact * factor.to(exact.device)).to(x)
 
     with hooked([embedding], perturb):
         return max(noise, tiny, largest_change(call(model, ids_BT).float(), base))

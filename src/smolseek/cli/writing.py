@@ -27,14 +27,15 @@ class ModelArgs:
     """Number format of the weights. q8_0, q4_0 and q4_1 quantise the matrices, for a CPU. auto is the format of the
     file, but bfloat16 instead of float32 if the CPU has AVX512_BF16."""
 
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Device; auto is cuda if there is a CUDA device, else cpu. mps is the GPU of an Apple computer."""
+
     def load(self) -> "Model":
-        """Load the model, onto the GPU if there is one."""
-        import torch
-
+        """Load the model onto its device."""
         from smolseek.api import load
+        from smolseek.device import select
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load(self.model, dtype=self.dtype, device=device, tokenizer=self.tokenizer)
+        return load(self.model, dtype=self.dtype, device=str(select(self.device)), tokenizer=self.tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,8 +169,8 @@ class StepConfig:
     grad_checkpointing: Literal["none", "selective", "full"] = option("none", change="always")
     """What the backward pass recomputes. none: nothing; selective: all but the results of attention and of feed-forward
     matrix multiplications; full: complete layers."""
-    device: Literal["auto", "cpu", "cuda"] = option("auto", change="always")
-    """Device; auto is cuda if there is a GPU."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", change="always")
+    """Device; auto is cuda if there is a CUDA device, else cpu. mps is the GPU of an Apple computer."""
 
 
 @dataclass(frozen=True, kw_only=True)

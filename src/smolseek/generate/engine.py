@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from smolseek.device import capability
 from smolseek.errors import SmolseekError
 from smolseek.generate.cpu_decode import CHUNK, bind
 from smolseek.generate.sampling import Sampler, SamplingParams
@@ -43,7 +44,7 @@ class Decoder:
         self.lengths = [0] * batch
         self.cpu = bind(model, self.cache.layers, capacity, batch)
         self._first_BX = torch.arange(batch)[:, None] * capacity + torch.arange(0, capacity, CHUNK)
-        self.static = StaticStep(model, self.cache) if weight.is_cuda and capacity > 1 else None
+        self.static = StaticStep(model, self.cache) if capability(weight.device).cuda_graphs and capacity > 1 else None
 
     @torch.inference_mode()
     def prefill(self, sequence: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:

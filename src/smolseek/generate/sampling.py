@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from smolseek.config import SamplingOptions
+from smolseek.device import capability
 from smolseek.errors import SmolseekError
 
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -141,6 +142,8 @@ class Sampler:
 
     def sample(self, logits_V: torch.Tensor) -> int:
         """Return the next token for `logits_V`."""
+        if not capability(logits_V.device).float64:  # `candidates` may need it
+            logits_V = logits_V.cpu()
         if self.processors:
             ids_1T, scores_1V = torch.tensor([self.ids]), logits_V.float()[None].cpu()
             for processor in self.processors:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from smolseek.device import capability
 from smolseek.model.cache import Cache
 from smolseek.model.moe import MoE
 from smolseek.model.transformer import Block, CausalLM
@@ -44,7 +45,7 @@ class StaticStep:
             self._captured = None
         self._ids.copy_(torch.tensor(tokens))
         self._positions.copy_(torch.tensor(positions))
-        if not self._ids.is_cuda:
+        if not capability(self._ids.device).cuda_graphs:
             return self._run()
         if self._captured is None:
             with torch.cuda.device(self._ids.device):

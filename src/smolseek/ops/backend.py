@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from smolseek import console
+from smolseek.device import capability
 from smolseek.errors import SmolseekError
 from smolseek.ops import build
 
 VARIABLE = "SMOLSEEK_BACKEND"
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*/cpu.c")))
 """The C files of all operations."""
-TRITON: bool | None = None
-"""Whether Triton's kernels run on this machine; None before the first try.
+TRITON: dict[torch.dtype, bool] = {}
+"""Whether Triton's kernels agree with PyTorch on this machine, for each number format that has been tried.
 
 The variable is global, because dynamo cannot trace through a cached function.
 """
@@ -78,25 +79,26 @@ def c_infers(x: torch.Tensor) -> bool:
 
 
 def triton_supports(x: torch.Tensor) -> bool:
-    """Return whether the Triton kernels support `x`, a GPU tensor. float64 is excluded: the kernels use float32."""
-    if not x.is_cuda or x.dtype == torch.float64:
+    """Return whether the Triton kernels support `x`. float64 is excluded: the kernels use float32."""
+    if not capability(x.device).triton or x.dtype == torch.float64:
         return False
-    return triton_runs(x.device) if TRITON is None else TRITON
+    return TRITON[x.dtype] if x.dtype in TRITON else triton_runs(x.device, x.dtype)
 
 
-def triton_runs(device: torch.device) -> bool:
-    """Try a kernel on `device`, and warn once if it fails, for example without a C compiler or on an old GPU."""
-    global TRITON
-    TRITON = False
+def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Try the kernels on `device` in `dtype`. Warn if they fail, for example without a C compiler or on an old GPU."""
+    TRITON[dtype] = False
     if importlib.util.find_spec("triton") is not None and override() in (None, "triton"):
         try:
-            h, gradient = torch.ones(1, 2, device=device), torch.empty(1, 2, device=device)
-            importlib.import_module("smolseek.ops.swiglu.triton").swiglu_backward(h, h[:, :1], gradient)
-            TRITON = bool(gradient.isfinite().all())
+            name = importlib.import_module("smolseek.ops.trial").disagreeing(device, dtype)
+            problem = name and f"{name} computes something else"
         except Exception as error:  # Triton, the driver and the C compiler each raise exceptions of their own
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            console.warn(f"Triton does not run on this machine, so PyTorch's slower operations are used: {reason}")
-    return TRITON
+            problem = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        TRITON[dtype] = problem is None
+        if problem is not None:
+            name = str(dtype).removeprefix("torch.")
+            console.warn(f"Triton does not run here in {name}, so PyTorch's slower operations are used: {problem}")
+    return TRITON[dtype]
 
 
 def triton_operator(allocate: Callable[..., Any]) -> Callable[..., Any]:

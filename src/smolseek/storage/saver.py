@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 
+from smolseek.device import capability
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 from smolseek.files import delete_folder
@@ -133,8 +134,9 @@ def discard_beyond(run: RunFolder, step: int) -> None:
 def _copied(tensor: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
     """Return a copy of `tensor` on the CPU, in `buffer` if its shape and type match.
 
-    A copy from CUDA is complete only after `torch.cuda.synchronize()`.
+    A copy into pinned memory is complete only after `torch.cuda.synchronize()`.
     """
+    pinned = capability(tensor.device).pinned_memory
     if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return buffer.copy_(tensor.detach(), non_blocking=True)
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+    return buffer.copy_(tensor.detach(), non_blocking=pinned)

@@ -7,13 +7,19 @@ from collections.abc import Callable
 
 import torch
 
+from smolseek.device import capability
 from smolseek.model.transformer import CausalLM
 
 
 def maxvio(load_LE: torch.Tensor) -> torch.Tensor:
     """Return max_i load_i / mean load - 1 for each layer [L] (2408.15664, equation 4); 0 is a perfect balance."""
-    load = load_LE.double()
+    load = _double(load_LE)
     return load.amax(dim=1) / load.mean(dim=1).clamp(min=1e-12) - 1
+
+
+def _double(load_LE: torch.Tensor) -> torch.Tensor:
+    """Return the load in float64, on the CPU if its device has no float64."""
+    return (load_LE if capability(load_LE.device).float64 else load_LE.cpu()).double()
 
 
 class Balancer:
@@ -56,9 +62,10 @@ class Balancer:
         assert self.load_LE is not None, "add() comes before step()"
         load_LE, self.load_LE = all_reduce(self.load_LE), None
         if self.gamma:
-            load = load_LE.double()
+            load = _double(load_LE)
             missing_LE = 1 - load / load.mean(dim=1, keepdim=True)
             moves_LE = factor * self.gamma * (missing_LE if calibrate else missing_LE.sign()).to(torch.float32)
+            moves_LE = moves_LE.to(load_LE.device)
             torch._foreach_add_([router.e_score_correction_bias for router in self.routers], moves_LE.unbind())
         return maxvio(load_LE)
 

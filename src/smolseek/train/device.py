@@ -6,24 +6,23 @@ import torch
 
 from smolseek import launch
 from smolseek.config import TrainConfig
-from smolseek.device import capability
+from smolseek.device import capability, select
 from smolseek.distributed.mesh import choose
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` means CUDA if there is a GPU, and the CPU otherwise.
+    """Return the device of this process: that of `select`, and among several CUDA devices one for each process.
 
     Raises:
-        SmolseekError: if CUDA is requested but not available, or if this machine has fewer GPUs than processes.
+        SmolseekError: if the device is not available, or if this machine has fewer GPUs than processes.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise SmolseekError("--device cuda needs a CUDA device, but none is visible: use --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if launch.number("WORLD_SIZE", 1) <= 1:
-        return torch.device("cuda")
+    device = select(name)
+    if device.type == "cpu" or launch.number("WORLD_SIZE", 1) <= 1:
+        return device
+    if device.type == "mps":
+        raise SmolseekError("--device mps trains with one process, because gloo needs the CPU: use --device cpu")
     local_rank = launch.number("LOCAL_RANK", -1)
     if local_rank < 0:
         raise SmolseekError(

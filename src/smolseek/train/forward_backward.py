@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from smolseek.device import capability
 from smolseek.model.transformer import CausalLM
 from smolseek.train.loss import Losses
 
@@ -114,9 +115,9 @@ class ForwardBackward:
         return self._graphs is not None
 
     def _to_device(self, sequences: torch.Tensor) -> torch.Tensor:
-        if self._device.type == "cuda" and sequences.device.type == "cpu":
-            sequences = sequences.pin_memory()  # only a copy from pinned memory lets the host go on
-        return sequences.to(self._device, non_blocking=True)
+        if not capability(self._device).pinned_memory or sequences.device.type != "cpu":
+            return sequences.to(self._device)
+        return sequences.pin_memory().to(self._device, non_blocking=True)  # the host goes on
 
     def _losses(self, sequences: torch.Tensor, **options: Any) -> Losses:
         with self.context:
@@ -126,7 +127,7 @@ class ForwardBackward:
         options: dict[str, Any] = {"accumulate": self._accumulate, "factor": share / self.grad_accum}
         if self.scale is not None:
             # The host does not read the scale of a GPU, whose gradients are not added in place anyway.
-            known = self.scale.device.type == "cpu"
+            known = self._device.type == "cpu"
             options |= {"scale": self.scale, "factor": options["factor"] * self.scale.item() if known else None}
         out = self._losses(sequences, **options)
         total = out.total * share / self.grad_accum

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from smolseek.config import OptimConfig
+from smolseek.device import capability
 from smolseek.model.transformer import CausalLM
 
 # Coefficients, momentum and number of iterations of the original Muon (kellerjordan.github.io/posts/muon).
@@ -22,9 +23,17 @@ Named = Sequence[tuple[str, torch.nn.Parameter]]
 
 
 def orthogonalize(g_MRC: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of every matrix in `g_MRC` near 1 by Newton-Schulz iterations; returns bfloat16."""
+    """Bring the singular values of every matrix in `g_MRC` near 1 by Newton-Schulz iterations; returns bfloat16.
+
+    On a GPU that multiplies float16 but not bfloat16, it computes in float16 instead.
+    """
     tall = g_MRC.shape[1] > g_MRC.shape[2]
-    x = g_MRC.bfloat16()
+    can = capability(g_MRC.device)
+    if can.float16 and not can.bfloat16:
+        # Divided first, because a large gradient overflows float16.
+        x = (g_MRC / g_MRC.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-30)).half()
+    else:
+        x = g_MRC.bfloat16()
     if tall:
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

@@ -50,7 +50,7 @@ def mla_attention(
     if torch.is_grad_enabled() and q_BTX.shape[1] == kv_BSX.shape[1]:
         if c_supports_heads(q_BTX, nope, pe_BSR.shape[2], value):
             return _Attention.apply(*arguments, scale, interleave)
-        if q_BTX.dtype == torch.bfloat16 and triton_supports(q_BTX):
+        if q_BTX.dtype in (torch.bfloat16, torch.float16) and triton_supports(q_BTX):
             q, k, v = (x.transpose(1, 2) for x in _RopeAndPack.apply(*arguments, interleave))
             return causal_attention(q, k, v, scale)
     elif c_infers(q_BTX) and c_supports_heads(q_BTX, nope, pe_BSR.shape[2], value):

@@ -56,11 +56,6 @@ class QuantizedWeight(nn.Module):
         """Device of the blocks."""
         return self.data.device
 
-    @property
-    def is_cuda(self) -> bool:
-        """Whether the blocks are on a GPU."""
-        return self.data.is_cuda
-
     def __len__(self) -> int:
         return len(self.data)
 
