@@ -147,7 +147,7 @@ def _packages() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    from smolseek.device import multiplies_bfloat16
+    from smolseek.device import capability, select
     from smolseek.memory import free_bytes
     from smolseek.train.logging import describe
 
@@ -171,8 +171,8 @@ def _devices() -> Iterator[Finding]:
         text = "no GPU: PyTorch sees neither CUDA nor MPS"
         advice = "for an NVIDIA GPU, install its driver and a CUDA build of torch; else the CPU computes"
         yield Finding("Devices", "missing", text, advice)
-    device = gpus[0] if gpus else torch.device("cpu")
-    precision = "bfloat16" if device.type != "mps" and multiplies_bfloat16(device) else "float32"
+    device = select("auto")
+    precision = capability(device).precision("auto")
     yield Finding("Devices", "ok", f"--device auto takes {device}, --precision auto takes {precision}")
 
 
@@ -252,7 +252,7 @@ def _c_kernels(compiler: bool) -> Finding:
 
 
 def _triton_kernels() -> Finding:
-    """Try a Triton kernel on the GPU."""
+    """Compare the Triton kernels on the GPU with PyTorch, in each number format."""
     import torch
 
     from smolseek.ops import backend
@@ -261,10 +261,12 @@ def _triton_kernels() -> Finding:
         return Finding("Kernels", "missing", "Triton kernels: only for CUDA devices, and there is none")
     if find_spec("triton") is None:
         return Finding("Kernels", "missing", "Triton kernels: triton is not installed", "pip install triton")
+    formats = torch.float32, torch.bfloat16, torch.float16
     with contextlib.redirect_stderr(io.StringIO()) as warnings:
-        works = backend.triton_runs(torch.device("cuda"))
+        works = [str(dtype)[6:] for dtype in formats if backend.triton_runs(torch.device("cuda"), dtype)]
     if works:
-        return Finding("Kernels", "ok", f"Triton kernels: triton {metadata.version('triton')}, tried")
+        version = metadata.version("triton")
+        return Finding("Kernels", "ok", f"Triton kernels: triton {version}, equal to PyTorch in {', '.join(works)}")
     return Finding("Kernels", "missing", warnings.getvalue().strip().removeprefix("warning: ") or "Triton fails")
 
 
