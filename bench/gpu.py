@@ -2,6 +2,7 @@
 
     python bench/gpu.py                          all parts, about four minutes; docs/results/gpu.json
     python bench/gpu.py --device cpu --model tiny --batches 2x2 --modes plain     the same code on a CPU, to test it
+    python bench/gpu.py --parts float16 --model deepseek_159m --data FILES --limit 3600     float16 beside bfloat16
 
 A training step is the same as in the training loop: `grad_accum` micro-batches of `batch` x 256 random tokens, gradient
 clipping, the guard's check of loss and norm, fused AdamW, and the update of the router biases. The smallest batch size
@@ -9,7 +10,8 @@ is that of the original experiment. The modes are `plain` (eager PyTorch), `grap
 graph), `auto` (a CUDA graph of compiled layers, the default for runs of 1,000 steps or more), `recompute` (as in the
 original experiment, --grad-checkpointing full), and `transformers` (stock modeling code, grouped matrix
 multiplications, bfloat16 autocast, fused AdamW). Utilisation is the rate of active floating point operations divided by
-the peak rate of an 8,192^3 bfloat16 matrix multiplication in the same process.
+the peak rate of an 8,192^3 bfloat16 matrix multiplication in the same process. Part `float16` trains for 1,000 steps
+with other number formats and without some kernels (bench/precisions.py).
 """
 
 import argparse
@@ -21,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import precisions
 import torch
 from machine import describe, seconds
 
@@ -38,6 +41,7 @@ from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
 
 TOKENS = 40_960_000  # the original's 10,000 steps
+BATCHES, MODES = ["4x4", "16x1", "256x1"], ["auto", "graph", "plain"]
 BLOCK = 5  # steps that are timed together
 
 
@@ -227,8 +231,9 @@ def decode_worker(args: argparse.Namespace) -> None:
 def call(kind: str, args: argparse.Namespace, model: str, limit: float, **changed: list[str]) -> list[dict]:
     """Run a worker in its own process and return its results."""
     command = [sys.executable, __file__, "--worker", kind, "--device", args.device, "--model", *model.split()]
-    command += ["--least", str(args.least)]
-    for option, values in {"batches": args.batches, "modes": args.modes, **changed}.items():
+    command += ["--least", str(args.least), "--steps", str(args.steps), "--data", *args.data]
+    lists = {"batches": args.batches or BATCHES, "modes": args.modes or MODES}
+    for option, values in (lists | changed).items():
         command += [f"--{option}", *values]
     if args.profile:
         command += ["--profile", str(args.profile)]
@@ -250,9 +255,11 @@ def call(kind: str, args: argparse.Namespace, model: str, limit: float, **change
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["deepseek_159m", "seed_159m"])
-    parser.add_argument("--batches", nargs="+", default=["4x4", "16x1", "256x1"], help="BATCHxGRAD_ACCUM")
-    parser.add_argument("--modes", nargs="+", default=["auto", "graph", "plain"])
-    parser.add_argument("--parts", nargs="+", default=["train", "decode"])
+    parser.add_argument("--batches", nargs="+", help="BATCHxGRAD_ACCUM, default 4x4 16x1 256x1")
+    parser.add_argument("--modes", nargs="+", help="default auto graph plain; in part float16 the variants")
+    parser.add_argument("--parts", nargs="+", default=["train", "decode"], help="train, decode, float16")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of part float16")
+    parser.add_argument("--data", nargs="+", default=["builtin"], help="text of part float16")
     parser.add_argument("--least", type=float, default=1.0, help="seconds of measurement for each")
     parser.add_argument("--limit", type=float, default=150.0, help="seconds after which a process is stopped")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
@@ -261,7 +268,7 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        {"train": train_worker, "decode": decode_worker}[args.worker](args)
+        {"train": train_worker, "decode": decode_worker, "float16": precisions.worker}[args.worker](args)
         return
     if args.profile:
         args.profile.mkdir(parents=True, exist_ok=True)
@@ -275,6 +282,9 @@ def main() -> None:
             save(args.out, results)
     if "decode" in args.parts:
         results["decode"] = call("decode", args, " ".join(args.model), args.limit)
+    if "float16" in args.parts:
+        variants = {"batches": args.batches or precisions.BATCHES, "modes": args.modes or precisions.VARIANTS}
+        results["float16"] = call("float16", args, args.model[0], args.limit, **variants)
     save(args.out, results)
 
 

@@ -56,9 +56,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def arguments(run: Path, data: Path, steps: int, *extra: str) -> list[str]:
+def arguments(run: Path, data: Path, steps: int, *extra: str, precision: str = "float32") -> list[str]:
     small = f"--model.num-hidden-layers 1 --model.hidden-size 16 --seq-len {SEQ} --batch-size {BATCH} "
-    small += f"--grad-accum {ACCUM} --precision float32 --steps {steps} --save-every {SAVE_EVERY} --keep-last 3 "
+    small += f"--grad-accum {ACCUM} --precision {precision} --steps {steps} --save-every {SAVE_EVERY} --keep-last 3 "
     small += "--log-every 1 --eval-every 40 --eval-tokens 64 --sample-tokens 0 --data.val-fraction 0.2"
     return ["train", "tiny", "--data", str(data), "--run", str(run), *small.split(), *extra]
 
@@ -83,10 +83,11 @@ def final_files(run: Path, steps: int) -> list[bytes]:
     return [(path / name).read_bytes() for name in ("model.safetensors", "training/training_state.safetensors")]
 
 
-def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Path, precision: str) -> None:
     began = time.monotonic()
     whole, run = tmp_path / "whole", RunFolder(tmp_path / "run")
-    finish(server, tmp_path / "whole.log", arguments(whole, data, STEPS))
+    finish(server, tmp_path / "whole.log", arguments(whole, data, STEPS, precision=precision))
 
     seed = time.time_ns()
     print(f"seed {seed}")  # pytest shows it when the test fails
@@ -98,7 +99,7 @@ def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Pa
         assert not skipped and all(verify(path) is None for path in run.checkpoint_paths())
         log, before = tmp_path / f"{kills}.log", unfinished(run)
         resume = ["--resume"] if run.config.exists() else []
-        process = begin(server, log, arguments(run.path, data, STEPS, *resume))
+        process = begin(server, log, arguments(run.path, data, STEPS, *resume, precision=precision))
         kind = ("steps", "saving", "steps", "saving", "anywhere")[kills % 5]
         if kind == "anywhere":  # also while the run loads and resumes
             time.sleep(rng.uniform(0, 1.5))
@@ -122,21 +123,26 @@ def test_twenty_kills_change_no_bit(server: ForkServer, data: Path, tmp_path: Pa
         resuming = [line for line in said.splitlines() if line.startswith("Resuming ")]
         if expected is not None and resuming:
             assert resuming == [f"Resuming {run.path} from {expected.name}"]
-    finish(server, tmp_path / "last.log", arguments(run.path, data, STEPS, "--resume"))
+    finish(server, tmp_path / "last.log", arguments(run.path, data, STEPS, "--resume", precision=precision))
 
     assert final_files(run.path, STEPS) == final_files(whole, STEPS)
     assert records(run.path) == records(whole)
     trained = [record["data"]["tokens"] for record in records(run.path) if "lr" in record]
-    assert trained == [BATCH * ACCUM * SEQ * step for step in range(1, STEPS + 1)]
+    skipped = [record["step"] for record in records(run.path) if "overflow" in record]
+    assert precision == "float16" or not skipped
+    assert trained == [
+        BATCH * ACCUM * SEQ * (step + sum(after < step for after in skipped)) for step in range(1, STEPS + 1)
+    ]
     assert not list(run.checkpoints.glob(".tmp-*"))
     assert during_save >= KILLS // 4
     report(
-        "kills",
+        "kills" if precision == "float32" else f"kills_{precision}",
         kills=kills,
         during_a_save=during_save,
         before_the_first_step=before_first_step,
         steps=STEPS,
         tokens=trained[-1],
+        overflows=len(skipped),
         seconds=round(time.monotonic() - began, 1),
         weights_and_optimizer_state="bit-identical",
         records="identical",
