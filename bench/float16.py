@@ -5,17 +5,20 @@
 Part `losses` trains `tiny` on built-in text in float16 and in float32, with the same data and three seeds, and compares
 the losses. Part `overflow` makes the gradients of one step overflow, and compares parameters, moments, router biases
 and counts before and after it. Part `exhausted` makes the gradients of every step overflow, and records the exit code
-and the last line. Part `kills` kills a run 20 times at random moments (tests/soak), and compares its files with those
-of a run that was never killed.
+and the last line. Part `experts` times the experts of a layer of `deepseek_159m`, forward and backward, as a loop, as
+padded batches, and with the C kernels. Part `kills` kills a run 20 times at random moments (tests/soak), and compares
+its files with those of a run that was never killed.
 """
 
 import argparse
 import contextlib
 import copy
 import io
+import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,10 +26,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from machine import describe
+from machine import describe, seconds
 
 from smolseek.cli import main as smolseek
 from smolseek.config import DataConfig, TrainConfig
+from smolseek.ops.grouped_experts import Weights, batched, grouped_experts, reference
 from smolseek.presets import preset
 from smolseek.train import audits, loop, setup
 from smolseek.train.setup import Training
@@ -151,6 +155,37 @@ def exhausted() -> dict:
     return result
 
 
+def experts() -> list[dict]:
+    """Time the experts of one layer in milliseconds, in alternating rounds."""
+    model, rows = preset("deepseek_159m"), []
+    E, K, D, size = model.n_routed_experts, model.num_experts_per_tok, model.hidden_size, model.moe_intermediate_size
+    generator = torch.Generator().manual_seed(0)
+    weights = Weights(*(torch.randn(E, *s, generator=generator).mul_(0.02) for s in ((2 * size, D), (D, size))))
+    for dtype, tokens in itertools.product((torch.float32, torch.float16), (256, 1024)):
+        chosen_NK = torch.randn(tokens, E, generator=generator).topk(K).indices
+        counts_E = torch.bincount(chosen_NK.flatten(), minlength=E)
+        inputs = torch.randn(tokens * K, D, generator=generator).to(dtype), *(w.to(dtype) for w in weights[:2])
+        x_MD, *both = (tensor.requires_grad_() for tensor in inputs)
+        arguments = x_MD, counts_E, Weights(*both)
+        ways = {
+            "loop": lambda a=arguments: reference.grouped_experts(*a, gated=True, padded=False),
+            "batched": lambda a=arguments: batched.grouped_experts(*a, gated=True),
+            "smolseek on a CPU": lambda a=arguments: grouped_experts(*a, gated=True, padded=True),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _, (name, run) in itertools.product(range(6), ways.items()):
+            times[name].append(seconds(lambda run=run: run().sum().backward()))
+        row = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "fullest": int(counts_E.max()) * E / tokens / K,
+        }
+        row["milliseconds"] = {name: 1e3 * statistics.median(values[1:]) for name, values in times.items()}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
 def kills(out: Path) -> None:
     """Run the soak test in float16, which writes its figures into `out`."""
     command = [sys.executable, "-m", "pytest", "-o", "addopts=-q --import-mode=importlib", "tests/soak/test_soak.py"]
@@ -160,7 +195,7 @@ def kills(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["losses", "overflow", "exhausted", "kills"])
+    parser.add_argument("--parts", nargs="+", default=["losses", "overflow", "exhausted", "experts", "kills"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("docs/results/float16.json"))
@@ -169,7 +204,8 @@ def main() -> None:
     audits.audit = audits.audit_model = lambda *_, **__: []  # the audit is not measured here
     before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
     results = before | {**describe(), "command": "python " + " ".join(sys.argv)}
-    for part, run in {"losses": lambda: losses(args), "overflow": overflow, "exhausted": exhausted}.items():
+    parts = {"losses": lambda: losses(args), "overflow": overflow, "exhausted": exhausted, "experts": experts}
+    for part, run in parts.items():
         if part in args.parts:
             results[part] = run()
             args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

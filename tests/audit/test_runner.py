@@ -119,7 +119,7 @@ def small(name: str) -> nn.Module:
     return new_model(replace(config, **SMALL, **shrunk)).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", PRESETS)
 def test_no_false_alarm_on_a_preset(name: str, dtype: torch.dtype) -> None:
     model = small(name).to(dtype)

@@ -108,7 +108,7 @@ def convert(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Measuring:
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights."""
     json: bool = False
     """Print one JSON object instead of a table."""
@@ -174,6 +174,8 @@ class EvalArgs(_Measuring):
     """Requests per batch."""
     task_folders: tuple[str, ...] = ()
     """Folders with your own tasks (lm-eval's YAML files)."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "cpu"
+    """Device; auto is cuda if there is a CUDA device, else cpu. mps is the GPU of an Apple computer."""
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 
 from smolseek import console
+from smolseek.device import select
 from smolseek.errors import SmolseekError, nearest, reason
 from smolseek.generate.engine import Generator
 from smolseek.generate.sampling import SamplingParams
@@ -119,6 +120,7 @@ def evaluate_tasks(
     batch_size: int = 8,
     task_folders: Sequence[str] = (),
     dtype: str = "float32",
+    device: str = "cpu",
 ) -> dict[str, dict[str, float]]:
     """Return lm-eval's metrics of the model `target` by task, then by metric.
 
@@ -130,10 +132,13 @@ def evaluate_tasks(
         batch_size: requests per forward pass.
         task_folders: folders with the user's own tasks (lm-eval's YAML files).
         dtype: number format of the weights.
+        device: name of the device, as for `select`.
 
     Raises:
-        SmolseekError: if the model cannot be opened, a task is unknown, or the data of a task cannot be loaded.
+        SmolseekError: if the model cannot be opened, the device is missing, a task is unknown, or the data of a task
+            cannot be loaded.
     """
+    chosen = str(select(device))
     manager = TaskManager(include_path=list(task_folders) or None)
     for name in tasks:
         if not manager.match_tasks([name]):
@@ -142,7 +147,7 @@ def evaluate_tasks(
     for folder in task_folders:
         if not Path(folder).is_dir():
             raise SmolseekError(f"--task-folders {folder} is not a folder: give a folder with lm-eval's YAML files")
-    model = NativeLM(load_model(target, dtype=dtype), batch_size)
+    model = NativeLM(load_model(target, dtype=dtype, device=chosen), batch_size)
     try:
         results = simple_evaluate(
             model, tasks=list(tasks), num_fewshot=fewshot, limit=limit, task_manager=manager, log_samples=False

@@ -87,6 +87,8 @@ _EXAMPLE: Record = {
     "samples": [("", "")],
     "skipped": {"tokens": 0},
     "returned": {"from": 0, "undone_tokens": 0},
+    "overflow": {},
+    "scale": 0,
     "audit": "",
     "audit_counts": {"pass": 0, "fail": 0, "skip": 0},
     "audit_findings": [{"check": "", "done": "", "status": ""}],
@@ -97,6 +99,7 @@ _REQUIRED = {
     "val_loss": ("step", "val_perplexity", "val_bits_per_byte"),
     "audit": ("audit_counts", "audit_findings"),
     "parameters": ("active",),
+    "overflow": ("scale",),
     "samples": ("step",),
 }
 """Keys of a record, each with other keys that the record must also have."""
@@ -140,6 +143,10 @@ def _events(record: Record) -> list[tuple[int, str]]:
     if "returned" in record:
         back = record["returned"]
         texts.append(f"rolled back from step {back['from']:,}; {back['undone_tokens']:,} tokens were undone")
+    if "overflow" in record:
+        texts.append(
+            f"the gradients of a step overflowed float16; the loss scale is {record['scale']:,.0f} from here on"
+        )
     if "save_failed" in record:
         texts.append(str(record["save_failed"]))
     data = record.get("data", {})
