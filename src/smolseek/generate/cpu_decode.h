@@ -68,6 +68,10 @@ static inline void wait_for_all(Barrier *barrier, int all) {
         if (spins > 4000) sched_yield();
 }
 
+/* Request a cache line from memory before it is read, into the second-level cache. With the hint that the line is read
+   only once (prefetchnta), a decoding step takes 1.5 times as long on an Intel Xeon with AMX. */
+INLINE void request(const void *address) { __builtin_prefetch(address, 0, 2); }
+
 /* Load numbers that are read only once. With the compiler's own conversion of bfloat16 a decoding step is a tenth faster
    than with the single instruction that `load` uses (AMD EPYC, GCC). */
 INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {

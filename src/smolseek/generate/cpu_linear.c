@@ -1,4 +1,7 @@
-/* Linear layers of a decoding step, for weights in every number format of quantized.h. */
+/* Linear layers of a decoding step, for weights in every number format of quantized.h.
+
+   With up to four inputs a step takes as long as reading the weights. With more inputs the multiplications take longer, so
+   `many_inputs` uses each weight and each input more often. Both ways add the same products in the same order. */
 
 #include "cpu_decode.h"
 
@@ -12,7 +15,7 @@ INLINE void dot(const void *w, int64_t cols, const float *const *x, const int NB
     for (; i + 64 <= cols; i += 64)
         for (int part = 0; part < 4; part++) {
             vec weight = load_once(w, i + 16 * part, bfloat16);
-            if (part % 2 == 0) __builtin_prefetch((const char *)at(w, i + 16 * part, bfloat16) + prefetch, 0, 0);
+            if (part % 2 == 0) request((const char *)at(w, i + 16 * part, bfloat16) + prefetch);
             for (int b = 0; b < NB; b++) acc[part][b] += weight * load(x[b], i + 16 * part, 0);
         }
     for (; i + 16 <= cols; i += 16) {
@@ -32,7 +35,7 @@ INLINE void quantized_dot(const uint8_t *w, int64_t cols, const float *const *x,
     for (; i + 2 * BLOCK <= cols; i += 2 * BLOCK)
         for (int block = 0; block < 2; block++, w += bytes) {
             load_block(w, format, weights);
-            __builtin_prefetch(w + 2048, 0, 0);
+            request(w + 2048);
             for (int part = 0; part < COUNT; part++)
                 for (int b = 0; b < NB; b++)
                     acc[b][block * COUNT + part] +=
@@ -86,11 +89,88 @@ INLINE void four_outputs(const char *w, int64_t bytes, int64_t cols, const float
     }
 }
 
+#ifdef AVX512
+#define LONGEST 16384 /* columns of a row that `many_inputs` supports */
+
+/* totals[b][r] as in `dot`, for two rows of float32 at once: their sums for three inputs fill the registers. */
+INLINE void dot_two_rows(const float *w, int64_t stride, int64_t cols, const float *const *x, const int NB, int first,
+                         vec totals[4][4]) {
+    vec acc[4][2][3] = {{{{0}}}};
+    int64_t i = 0;
+    for (; i + 64 <= cols; i += 64)
+        for (int part = 0; part < 4; part++)
+            for (int b = 0; b < NB; b++)
+                for (int r = 0; r < 2; r++)
+                    acc[part][r][b] += load(w + r * stride, i + 16 * part, 0) * load(x[b], i + 16 * part, 0);
+    for (; i + 16 <= cols; i += 16)
+        for (int b = 0; b < NB; b++)
+            for (int r = 0; r < 2; r++) acc[0][r][b] += load(w + r * stride, i, 0) * load(x[b], i, 0);
+    for (int b = 0; b < NB; b++)
+        for (int r = 0; r < 2; r++)
+            totals[b][first + r] = (acc[0][r][b] + acc[1][r][b]) + (acc[2][r][b] + acc[3][r][b]);
+}
+
+/* Four outputs for NB inputs, at most three, and float32 weights with a multiple of 16 columns. */
+INLINE void four_outputs_of_float32(const float *w, int64_t stride, int64_t cols, const float *const *x, float *const *y,
+                                    int64_t o, const int NB) {
+    vec totals[4][4];
+    for (int r = 0; r < 4; r += 2) dot_two_rows(w + r * stride, stride, cols, x, NB, r, totals);
+    for (int b = 0; b < NB; b++) {
+        vec4 sums = sum_4(totals[b]);
+        memcpy(y[b] + o, &sums, sizeof sums);
+    }
+}
+
+/* Expand a row to float32. The bytes that lie `prefetch` further on are requested from memory. */
+INLINE void expand_row(const char *w, int64_t cols, float *y, int64_t prefetch, const int64_t format) {
+    int64_t i = 0;
+    if (format == BFLOAT16) {
+        for (; i + 32 <= cols; i += 32) {
+            request(w + 2 * i + prefetch);
+            store(y, i, load_once(w, i, 1), 0);
+            store(y, i + 16, load_once(w, i + 16, 1), 0);
+        }
+        for (; i < cols; i++) y[i] = load1(w, i, 1);
+    } else
+        for (; i < cols; i += BLOCK) {
+            const uint8_t *block = (const uint8_t *)w + format_bytes(i, format);
+            request(block + prefetch);
+            expand_block(block, format, y, i, 0);
+        }
+}
+
+/* The outputs lo <= o < hi for many inputs, four at a time. The weights of four outputs are expanded once for all inputs.
+   Returns the first output that is left. */
+INLINE int64_t many_inputs(const char *w, int64_t stride, int64_t cols, const float *const *x, float *const *y, int64_t n,
+                           int64_t lo, int64_t hi, int64_t prefetch, const int64_t format) {
+    float expanded[format == FLOAT32 ? 1 : 4 * LONGEST];
+    int64_t bytes = format_bytes(stride, format), o = lo;
+    for (; o + 4 <= hi; o += 4) {
+        const float *weights = (const float *)(w + o * bytes);
+        if (format != FLOAT32) {
+            for (int r = 0; r < 4; r++) expand_row(w + (o + r) * bytes, cols, expanded + r * cols, prefetch, format);
+            weights = expanded;
+        }
+        int64_t b = 0, width = format == FLOAT32 ? stride : cols;
+        for (; b + 3 <= n; b += 3) four_outputs_of_float32(weights, width, cols, x + b, y + b, o, 3);
+        if (n - b == 2)
+            four_outputs_of_float32(weights, width, cols, x + b, y + b, o, 2);
+        else if (n - b == 1)
+            four_outputs_of_float32(weights, width, cols, x + b, y + b, o, 1);
+    }
+    return o;
+}
+#endif
+
 INLINE void typed_outputs(const char *w, int64_t stride, int64_t cols, const float *const *x, float *const *y, int64_t n,
                           int64_t lo, int64_t hi, const int64_t format) {
     /* A matrix is read in the order of memory; rows of a cache are far apart. */
-    int64_t bytes = format_bytes(stride, format), prefetch = stride == cols ? 4096 : 16 * bytes;
-    for (int64_t o = lo; o < hi; o += 4) {
+    int64_t bytes = format_bytes(stride, format), prefetch = stride == cols ? 4096 : 16 * bytes, o = lo;
+#ifdef AVX512
+    if (n > 4 && cols % 16 == 0 && cols <= LONGEST)
+        o = many_inputs(w, stride, cols, x, y, n, lo, hi, 2 * prefetch, format);
+#endif
+    for (; o < hi; o += 4) {
         int64_t rows = hi - o < 4 ? hi - o : 4, b = 0;
         for (; b + 4 <= n; b += 4) four_outputs(w, bytes, cols, x + b, y + b, o, rows, prefetch, 4, format);
         if (n - b == 3)
