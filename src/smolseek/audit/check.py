@@ -34,7 +34,10 @@ class Check:
     """How the figure was measured, or why the check was skipped."""
 
     def judge(self, figure: float, done: str) -> "Check":
-        """Return the check with its outcome, passed or failed. `figure` is the measured value, and `done` says how."""
+        """Return the check with its outcome, passed or failed.
+
+        `figure` is the measured value, and `done` says how it was measured.
+        """
         passed = figure >= self.limit if self.least else figure <= self.limit
         return replace(self, status="pass" if passed else "fail", figure=figure, done=done)
 
