@@ -41,6 +41,19 @@ def test_a_changed_header_is_built_again(tmp_path, monkeypatch):
     build.library.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "path", [*sorted(ROOT.glob("ops/*/cpu.c")), *cpu_decode.SOURCES], ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_the_compiler_accepts_every_file_with_all_flags(path, tmp_path):
+    """Without this test, a mistake in code for one processor would only be slow: other flags would be tried."""
+    empty, output = tmp_path / "empty.c", str(tmp_path / "x.so")
+    empty.write_text("int nothing;\n")
+    commands = [[*compiler, *build.FLAGS, "-o", output, f"-I{build._FOLDER}"] for compiler in build.compilers()[:1]]
+    if not commands or build._run([*commands[0], str(empty)]) is not None:
+        pytest.skip("no C compiler that knows all flags")
+    assert build._run([*commands[0], str(path)]) is None
+
+
 @pytest.fixture
 def one(tmp_path, monkeypatch):
     """Return a function that builds a small C file as a new process would, in an empty cache folder."""

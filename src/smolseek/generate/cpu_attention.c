@@ -10,7 +10,7 @@ INLINE void mix_tile(const void *v, int64_t stride, int64_t tokens, const float 
     for (int64_t s = 0; s < tokens; s++) {
         request(at(v, (s + 16) * stride + j, bfloat16));
         for (int i = 0; i < vectors; i++) {
-            vec value = load_once(v, s * stride + j + 16 * i, bfloat16);
+            vec value = load(v, s * stride + j + 16 * i, bfloat16);
             for (int h = 0; h < n; h++) acc[h][i] += value * p[h * CHUNK + s];
         }
     }

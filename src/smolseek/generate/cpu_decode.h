@@ -72,15 +72,6 @@ static inline void wait_for_all(Barrier *barrier, int all) {
    only once (prefetchnta), a decoding step takes 1.5 times as long on an Intel Xeon with AMX. */
 INLINE void request(const void *address) { __builtin_prefetch(address, 0, 2); }
 
-/* Load numbers that are read only once. With the compiler's own conversion of bfloat16 a decoding step is a tenth faster
-   than with the single instruction that `load` uses (AMD EPYC, GCC). */
-INLINE vec load_once(const void *w, int64_t i, int64_t bfloat16) {
-    if (!bfloat16) return load(w, i, 0);
-    short_vec bits;
-    memcpy(&bits, (const bf16 *)w + i, sizeof bits);
-    return (vec)(__builtin_convertvector(bits, uint_vec) << 16);
-}
-
 /* Thread `me` of `all` threads computes the outputs lo <= o < hi of `total` outputs. lo and hi are multiples of four,
    except at the end. */
 INLINE void share(int64_t total, int me, int all, int64_t *lo, int64_t *hi) {

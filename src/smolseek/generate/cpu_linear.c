@@ -14,16 +14,37 @@ INLINE void dot(const void *w, int64_t cols, const float *const *x, const int NB
     int64_t i = 0;
     for (; i + 64 <= cols; i += 64)
         for (int part = 0; part < 4; part++) {
-            vec weight = load_once(w, i + 16 * part, bfloat16);
+            vec weight = load(w, i + 16 * part, bfloat16);
             if (part % 2 == 0) request((const char *)at(w, i + 16 * part, bfloat16) + prefetch);
             for (int b = 0; b < NB; b++) acc[part][b] += weight * load(x[b], i + 16 * part, 0);
         }
     for (; i + 16 <= cols; i += 16) {
-        vec weight = load_once(w, i, bfloat16);
+        vec weight = load(w, i, bfloat16);
         for (int b = 0; b < NB; b++) acc[0][b] += weight * load(x[b], i, 0);
     }
     for (int b = 0; b < NB; b++) totals[b][r] = (acc[0][b] + acc[1][b]) + (acc[2][b] + acc[3][b]);
 }
+
+#ifdef AVX512
+/* `dot` of four rows for one input, with the same additions. The rows are read side by side. */
+INLINE void dot_four_rows(const char *w, int64_t bytes, int64_t cols, const float *x, const int64_t bfloat16,
+                          int64_t prefetch, vec totals[4][4]) {
+    vec acc[4][4] = {{{0}}};
+    int64_t i = 0;
+    for (; i + 64 <= cols; i += 64)
+        for (int part = 0; part < 4; part++) {
+            vec input = load(x, i + 16 * part, 0);
+            for (int r = 0; r < 4; r++) {
+                const char *row = w + r * bytes;
+                if (part % 2 == 0 || !bfloat16) request((const char *)at(row, i + 16 * part, bfloat16) + prefetch);
+                acc[part][r] += load(row, i + 16 * part, bfloat16) * input;
+            }
+        }
+    for (; i + 16 <= cols; i += 16)
+        for (int r = 0; r < 4; r++) acc[0][r] += load(w + r * bytes, i, bfloat16) * load(x, i, 0);
+    for (int r = 0; r < 4; r++) totals[0][r] = (acc[0][r] + acc[1][r]) + (acc[2][r] + acc[3][r]);
+}
+#endif
 
 /* `dot` for quantised weights. The products, and the order in which they are added, are those of float32 weights. */
 INLINE void quantized_dot(const uint8_t *w, int64_t cols, const float *const *x, const int NB, const int64_t format,
@@ -35,7 +56,7 @@ INLINE void quantized_dot(const uint8_t *w, int64_t cols, const float *const *x,
     for (; i + 2 * BLOCK <= cols; i += 2 * BLOCK)
         for (int block = 0; block < 2; block++, w += bytes) {
             load_block(w, format, weights);
-            request(w + 2048);
+            request(w + 4096);
             for (int part = 0; part < COUNT; part++)
                 for (int b = 0; b < NB; b++)
                     acc[b][block * COUNT + part] +=
@@ -72,6 +93,11 @@ INLINE vec4 sum_4(const vec *v) {
 INLINE void four_outputs(const char *w, int64_t bytes, int64_t cols, const float *const *x, float *const *y, int64_t o,
                          int64_t rows, int64_t prefetch, const int NB, const int64_t format) {
     vec totals[4][4] = {{{0}}};
+#ifdef AVX512
+    if (NB == 1 && rows == 4 && (format == FLOAT32 || format == BFLOAT16)) {
+        dot_four_rows(w + o * bytes, bytes, cols, x[0], format, prefetch, totals);
+    } else
+#endif
     for (int r = 0; r < rows; r++) {
         if (format == FLOAT32 || format == BFLOAT16)
             dot(w + (o + r) * bytes, cols, x, NB, format, prefetch, r, totals);
@@ -127,8 +153,8 @@ INLINE void expand_row(const char *w, int64_t cols, float *y, int64_t prefetch, 
     if (format == BFLOAT16) {
         for (; i + 32 <= cols; i += 32) {
             request(w + 2 * i + prefetch);
-            store(y, i, load_once(w, i, 1), 0);
-            store(y, i + 16, load_once(w, i + 16, 1), 0);
+            store(y, i, load(w, i, 1), 0);
+            store(y, i + 16, load(w, i + 16, 1), 0);
         }
         for (; i < cols; i++) y[i] = load1(w, i, 1);
     } else
@@ -165,10 +191,10 @@ INLINE int64_t many_inputs(const char *w, int64_t stride, int64_t cols, const fl
 INLINE void typed_outputs(const char *w, int64_t stride, int64_t cols, const float *const *x, float *const *y, int64_t n,
                           int64_t lo, int64_t hi, const int64_t format) {
     /* A matrix is read in the order of memory; rows of a cache are far apart. */
-    int64_t bytes = format_bytes(stride, format), prefetch = stride == cols ? 4096 : 16 * bytes, o = lo;
+    int64_t bytes = format_bytes(stride, format), prefetch = stride == cols ? 8192 : 16 * bytes, o = lo;
 #ifdef AVX512
     if (n > 4 && cols % 16 == 0 && cols <= LONGEST)
-        o = many_inputs(w, stride, cols, x, y, n, lo, hi, 2 * prefetch, format);
+        o = many_inputs(w, stride, cols, x, y, n, lo, hi, prefetch, format);
 #endif
     for (; o < hi; o += 4) {
         int64_t rows = hi - o < 4 ? hi - o : 4, b = 0;
