@@ -24,11 +24,13 @@ test: $(STAMP)
 machines: $(STAMP)
 	@bash tests/machines/run
 
-# Twenty SIGKILLs of one run, a disk that is full (as root), 400 damaged commands and files: minutes, figures into
-# docs/results/soak.json, processes.json and fuzz.json.
+# Twenty SIGKILLs of one run, a disk that is full (as root), 400 damaged commands and files, a server with 64 clients and
+# 300 damaged requests: minutes, figures into docs/results/soak.json, processes.json, fuzz.json and serve_*.json.
 soak: $(STAMP)
 	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json \
-		FUZZ_RESULT=docs/results/fuzz.json $(PY) -m pytest -m soak tests/soak tests/fuzz tests/test_docs.py
+		FUZZ_RESULT=docs/results/fuzz.json SERVE_RESULT=docs/results/serve_load.json \
+		SERVE_FUZZ_RESULT=docs/results/serve_fuzz.json \
+		$(PY) -m pytest -m soak tests/soak tests/fuzz tests/serve tests/test_docs.py
 
 check: $(STAMP)
 	.venv/bin/ruff format --check

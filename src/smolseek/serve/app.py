@@ -92,6 +92,9 @@ class Service:
             ticket = await self.worker.submit(job.texts)
         except QueueFull as error:
             raise ApiError(429, str(error), code="queue_full", retry_after=1) from None
+        if self.draining:  # since the beginning of this method
+            self.worker.cancel(ticket)
+            raise shutting_down()
         answer = kind(job, self.name, self._vocabulary)
         self.active.add(ticket)
 

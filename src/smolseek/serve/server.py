@@ -95,6 +95,7 @@ class Server:
             ws="none",
             http="h11",
             server_header=False,
+            timeout_keep_alive=30,  # longer than clients keep idle connections, so that none is closed under a request
             timeout_graceful_shutdown=5,
         )
         self._uvicorn = _Uvicorn(config)
