@@ -171,6 +171,17 @@ def test_a_prompt_can_be_scored(client, model):
         assert all(token in top for token, top in zip(scores.tokens[1:], scores.top_logprobs[1:], strict=True))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_is_scored_even_if_no_token_follows(client, model, stream):
+    options = {"echo": True, "logprobs": 0, "logit_bias": {"256": 100}, "extra_body": {"experts": True}}
+    answer = complete(client, stream=stream, **options)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    (scores,) = [choice.logprobs for choice in choices if choice.logprobs]
+    expected = [value for _, value in model.score(PROMPT)[1:]]
+    assert scores.token_logprobs[1:] == pytest.approx(expected, abs=1e-4) and choices[-1].finish_reason == "stop"
+    assert [len(choice.smolseek["prompt"]) for choice in choices if "prompt" in choice.smolseek] == [len(expected) + 1]
+
+
 def test_a_prompt_comes_back_in_streams_too(client, model):
     options = {"max_tokens": 3, "echo": True, "logit_bias": NO_END, "seed": 2}
     assert streamed(complete(client, stream=True, **options)).text == complete(client, **options).choices[0].text

@@ -68,6 +68,10 @@ class Finished(NamedTuple):
     """Number of new tokens, without the stop token."""
     error: str | None = None
     """The message in one line, for the stop reason "error"."""
+    prompt_experts: tuple[Experts, ...] | None = None
+    """As in `NewToken`, for a sequence without new tokens."""
+    prompt_logprobs: tuple[tuple[float, Top], ...] | None = None
+    """As in `NewToken`, for a sequence without new tokens."""
 
 
 @dataclass

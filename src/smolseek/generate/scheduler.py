@@ -263,7 +263,7 @@ class Scheduler:
             return self._finish(sequence, "error", str(error))
         if token in request.stop_ids and not forced:
             return self._finish(sequence, "stop_token")
-        first = sequence.new == 0
+        prompt_details = _prompt_details(sequence)
         sampler.ids.append(token)
         sequence.new += 1
         self._completion_tokens += 1
@@ -274,8 +274,7 @@ class Scheduler:
                 float(logits_V[token]) - total,
                 _top(logits_V, total, request.top_logprobs),
                 experts,
-                tuple(sequence.prompt_experts) if request.routing and first else None,
-                tuple(sequence.prompt_logprobs) if request.prompt_logprobs and first else None,
+                *prompt_details,
             )
         )
         if request.max_tokens is not None and sequence.new >= request.max_tokens:
@@ -298,7 +297,27 @@ class Scheduler:
             self._prefixes.insert_pages(sequence.path, cached, sequence.pages, prompt)
         self._prefixes.release(sequence.path)
         self._cache.release(sequence.pages)
-        self._events.append(Finished(sequence.id, reason, prompt, sequence.cached_tokens, sequence.new, error))
+        self._events.append(
+            Finished(
+                sequence.id,
+                reason,
+                prompt,
+                sequence.cached_tokens,
+                sequence.new,
+                error,
+                *_prompt_details(sequence),
+            )
+        )
+
+
+def _prompt_details(
+    sequence: _Sequence,
+) -> tuple[tuple[Experts, ...] | None, tuple[tuple[float, Top], ...] | None]:
+    """Return the experts and the log-probabilities of the prompt, where they are requested and were not reported."""
+    request, new = sequence.request, sequence.new
+    experts = tuple(sequence.prompt_experts) if request.routing and not new else None
+    logprobs = tuple(sequence.prompt_logprobs) if request.prompt_logprobs and not new else None
+    return experts, logprobs
 
 
 def _top(logits_V: torch.Tensor, total: float, count: int) -> Top:

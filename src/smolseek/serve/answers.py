@@ -95,12 +95,12 @@ class Answer:
         self, number: int, content: dict[str, Any], tokens: Sequence[NewToken], end: Finished | None
     ) -> dict[str, Any]:
         reason = None if end is None else "length" if self.job.scored_only else finish_reason(end.reason)
-        choice = {"index": number, **content, "logprobs": self._logprobs(number, tokens), "finish_reason": reason}
+        choice = {"index": number, **content, "logprobs": self._logprobs(number, tokens, end), "finish_reason": reason}
         if self.job.experts:
-            choice["smolseek"] = self._experts(number, tokens)
+            choice["smolseek"] = self._experts(number, tokens, end)
         return choice
 
-    def _logprobs(self, number: int, tokens: Sequence[NewToken]) -> dict[str, Any] | None:
+    def _logprobs(self, number: int, tokens: Sequence[NewToken], end: Finished | None) -> dict[str, Any] | None:
         if self.job.logprobs is None or not tokens:
             return None
         content = [
@@ -113,11 +113,11 @@ class Answer:
         utf8 = list(self._vocabulary.utf8(token))
         return {"token": self._vocabulary.text(token), "logprob": max(logprob, LOWEST_LOGPROB), "bytes": utf8}
 
-    def _experts(self, number: int, tokens: Sequence[NewToken]) -> dict[str, Any]:
+    def _experts(self, number: int, tokens: Sequence[NewToken], end: Finished | None) -> dict[str, Any]:
         """Return the experts of each token; of the prompt, those tokens that were read."""
         of_tokens = [(token.id, token.experts) for token in tokens]
         prompt = self.job.texts[number].request.prompt
-        read = next((token.prompt_experts for token in tokens if token.prompt_experts is not None), None)
+        read = next((event.prompt_experts for event in (*tokens, end) if event and event.prompt_experts), None)
         of_prompt = [] if not read else list(zip(prompt[-len(read) :], read, strict=True))
         report = {"tokens": of_tokens} | ({} if read is None else {"prompt": of_prompt})
         return {
@@ -162,17 +162,21 @@ class CompletionAnswer(Answer):
         self._echoed.add(number)
         return self.job.echo[number // self.job.n] + text
 
-    def _logprobs(self, number: int, tokens: Sequence[NewToken]) -> dict[str, Any] | None:
-        if self.job.logprobs is None or not tokens:
+    def _logprobs(self, number: int, tokens: Sequence[NewToken], end: Finished | None) -> dict[str, Any] | None:
+        if self.job.logprobs is None:
             return None
         scored: list[tuple[int, float | None, Top | None]] = []
-        for token in tokens:
-            if token.prompt_logprobs is not None:
-                prompt = self.job.texts[number].request.prompt
-                scored.append((prompt[0], None, None))
-                scored += [(i, *values) for i, values in zip(prompt[1:], token.prompt_logprobs, strict=True)]
-            if not self.job.scored_only:
-                scored.append((token.id, token.logprob, token.top))
+        of_prompt = next(
+            (one.prompt_logprobs for one in (*tokens, end) if one and one.prompt_logprobs is not None), None
+        )
+        if of_prompt is not None:
+            prompt = self.job.texts[number].request.prompt
+            scored.append((prompt[0], None, None))
+            scored += [(i, *values) for i, values in zip(prompt[1:], of_prompt, strict=True)]
+        if not self.job.scored_only:
+            scored += [(token.id, token.logprob, token.top) for token in tokens]
+        if not scored:
+            return None
         utf8 = [self._vocabulary.utf8(i) for i, _, _ in scored]
         characters = [sum(byte & 0xC0 != 0x80 for byte in of_token) for of_token in utf8]
         *offsets, self._offsets[number] = accumulate(characters, initial=self._offsets[number])

@@ -112,7 +112,7 @@ class Server:
         if handle_signals:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self.stop)
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(self.stop))
         self.worker.start()
         serving = asyncio.ensure_future(self._uvicorn.serve(sockets=[self._listener]))
         try:
