@@ -14,3 +14,14 @@ def test_failures_are_printed_with_the_verdict_on_all_checks() -> None:
     assert told[-1] == "Audit FAILED: two; 2 checks passed, 1 skipped"
     assert list(lines(checks[::2], failed_only=True)) == ["Audit passed: 1 checks passed, 1 skipped"]
     assert list(lines([])) == ["Audit: no checks were made"]
+
+
+def test_wrapped_lines_on_a_terminal_begin_below_the_figure(monkeypatch):
+    monkeypatch.setattr("smolseek.console.on_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    check = Check(name="causality: later tokens changed", unit="x rounding noise", limit=10).judge(
+        798_123.4, "the largest change"
+    )
+    printed = list(lines([check]))
+    assert all(len(line) <= 80 for line in printed)
+    assert printed[1].strip() and printed[1].startswith(" " * 43)

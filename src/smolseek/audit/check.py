@@ -78,11 +78,10 @@ def lines(checks: Sequence[Check], *, failed_only: bool = False) -> Iterator[str
     width = max(72, shutil.get_terminal_size().columns) if console.on_terminal() else 10_000
     for check in failures(checks) if failed_only else checks:
         start = f"{check.status.upper()}  {check.name:<36} "
-        if check.status == "skip":
-            yield from textwrap.wrap(start + check.done, width, subsequent_indent=" " * len(start))
-            continue
         bound = "at least" if check.least else "at most"
-        yield f"{start}{check.shown(check.figure or 0.0)} {check.unit} ({bound} {check.shown(check.limit)})"
+        figure = f"{check.shown(check.figure or 0.0)} {check.unit} ({bound} {check.shown(check.limit)})"
+        outcome = check.done if check.status == "skip" else figure
+        yield from textwrap.wrap(start + outcome, width, subsequent_indent=" " * len(start))
         if check.status == "fail":
             for title, text in (
                 ("Measured:", check.done),
