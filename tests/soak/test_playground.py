@@ -3,10 +3,13 @@
 It needs the extra `browser` and a Chromium on the PATH, for example Debian's.
 """
 
+import contextlib
+import io
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -208,6 +211,10 @@ def test_nothing_is_wider_than_390_pixels_and_a_tap_opens_the_panel(open_page):
     wide = "document.documentElement.scrollWidth > innerWidth || [...document.querySelectorAll('body *')]"
     wide += ".some(node => node.getBoundingClientRect().right > innerWidth + 1 && !node.closest('.unseen'))"
     assert not page.evaluate(wide)
+    page.check("#surprise")
+    page.click("#show-code")
+    assert not page.evaluate(wide)
+    page.keyboard.press("Escape")
     write(page)
     assert not page.evaluate(wide) and page.locator("#inspector").is_hidden()
     tokens(page).nth(3).tap()
@@ -291,6 +298,25 @@ def test_text_is_never_read_as_html(open_page):
     tokens(page).first.click()
     assert page.locator(".answer > .tokens").text_content() == evil == page.locator(".user .body").text_content()
     assert page.locator("img").count() == 0 and "bad" not in page.title()
+
+
+def test_the_code_sends_the_same_request(open_page, server):
+    page = open_page()
+    for name, value in OPTIONS.items():
+        page.fill(f"#{name}", str(value))
+    page.fill("#system", 'It\'s "short".')
+    page.fill("#message", MESSAGE)
+    page.click("#show-code")
+    shell, code = page.locator("#code pre").all_text_contents()
+    words = shlex.split(shell)
+    assert words[:2] == ["curl", f"{server.url}/v1/chat/completions"] and words[-2] == "-d"
+    status, _, answer = server.request("POST", "/v1/chat/completions", words[-1].encode())
+    assert status == 200
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    # The server of this process prints its log there, too.
+    assert printed.getvalue().endswith(json.loads(answer)["choices"][0]["message"]["content"] + "\n")
 
 
 def test_a_key_is_asked_for_and_stays_in_the_tab(open_page):

@@ -1,12 +1,17 @@
 // The server's interface: models, streamed answers, errors. The API key is in this module and in sessionStorage only.
 
+import { storage } from "./dom.js";
+
 const KEY = "smolseek.key";
-let key = sessionStorage.getItem(KEY) ?? "";
+const session = storage("sessionStorage");
+let key = session.getItem(KEY) ?? "";
+
+export const hasKey = () => Boolean(key);
 
 export function setKey(value) {
   key = value.trim();
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  if (key) session.setItem(KEY, key);
+  else session.removeItem(KEY);
 }
 
 /** An answer with a status other than 2xx; `message` is the server's. */

@@ -21,6 +21,24 @@ export function announce(text) {
   byId("announcer").textContent = text;
 }
 
+/** Copy a text, and say so on the button. Pages of other machines without HTTPS have no clipboard. */
+export async function copyText(text, node) {
+  const done = await navigator.clipboard?.writeText(text).then(() => "Copied", () => "Not allowed");
+  node.textContent = done ?? "Not allowed";
+  announce(`${node.textContent}.`);
+  setTimeout(() => (node.textContent = "Copy"), 1500);
+}
+
+/** Return the browser's localStorage or sessionStorage; where it is forbidden, one that ends with the page. */
+export function storage(kind) {
+  try {
+    return window[kind];
+  } catch {
+    const values = new Map();
+    return { getItem: (name) => values.get(name) ?? null, setItem: (name, value) => values.set(name, value), removeItem: (name) => values.delete(name) };
+  }
+}
+
 /** Return a probability as a percentage with two or three digits. */
 export function percent(p) {
   const value = 100 * p;

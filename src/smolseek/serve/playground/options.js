@@ -1,6 +1,6 @@
 // The settings: sampling options, the system message and the theme. The browser remembers them, but no text or key.
 
-import { announce, byId, element } from "./dom.js";
+import { announce, byId, element, storage } from "./dom.js";
 
 // [field of the request, label, smallest, largest, step, default, explanation]; a default of "" leaves the field out.
 const OPTIONS = [
@@ -14,15 +14,21 @@ const OPTIONS = [
 ];
 const NO_RANGE = new Set(["seed"]);
 const SAVED = "smolseek.options", THEME = "smolseek.theme";
+const local = storage("localStorage");
 
 /** Build the controls, with the values of the last visit. `context` limits the number of new tokens. */
 export function showOptions(context) {
-  const saved = JSON.parse(localStorage.getItem(SAVED) ?? "{}");
+  let saved = {};
+  try {
+    saved = JSON.parse(local.getItem(SAVED)) ?? {};
+  } catch {
+    local.removeItem(SAVED); // not written by this page
+  }
   byId("options").replaceChildren(...OPTIONS.map((option) => control(option, saved, context)), stopControl(saved));
   byId("system").value = saved.system ?? "";
   byId("settings").oninput = save;
   byId("defaults").onclick = () => {
-    localStorage.removeItem(SAVED);
+    local.removeItem(SAVED);
     showOptions(context);
     announce("The settings have their defaults again.");
   };
@@ -56,7 +62,7 @@ function stopControl(saved) {
 
 function save() {
   const names = [...OPTIONS.map(([name]) => name), "stop", "system"];
-  localStorage.setItem(SAVED, JSON.stringify(Object.fromEntries(names.map((name) => [name, byId(name).value]))));
+  local.setItem(SAVED, JSON.stringify(Object.fromEntries(names.map((name) => [name, byId(name).value]))));
 }
 
 /** Return the fields of a request; null if a value is out of range, after the browser has said which. */
@@ -80,7 +86,7 @@ export function showTheme(changed) {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
   const apply = () => {
-    const theme = localStorage.getItem(THEME);
+    const theme = local.getItem(THEME);
     if (theme) root.dataset.theme = theme;
     else delete root.dataset.theme;
     byId("theme").setAttribute("aria-pressed", String(theme ? theme === "dark" : system.matches));
@@ -89,8 +95,8 @@ export function showTheme(changed) {
   byId("theme").onclick = () => {
     const dark = byId("theme").getAttribute("aria-pressed") === "true";
     // Back at the system's theme, the page follows the system again.
-    if (dark === system.matches) localStorage.setItem(THEME, dark ? "light" : "dark");
-    else localStorage.removeItem(THEME);
+    if (dark === system.matches) local.setItem(THEME, dark ? "light" : "dark");
+    else local.removeItem(THEME);
     apply();
   };
   system.addEventListener("change", apply);

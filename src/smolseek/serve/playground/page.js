@@ -1,6 +1,7 @@
 // The playground: the conversation, its requests, and the panels beside it.
 
-import { ServerError, firstModel, setKey, stream } from "./client.js";
+import { ServerError, firstModel, hasKey, setKey, stream } from "./client.js";
+import { showCode } from "./code.js";
 import { announce, button, byId, count, element } from "./dom.js";
 import { ExpertMap } from "./experts.js";
 import { requestOptions, showOptions, showTheme } from "./options.js";
@@ -154,10 +155,15 @@ function newAnswer(source) {
   return turn;
 }
 
-function answerChat(more) {
+/** Return the messages so far. */
+function conversation() {
   const system = byId("system").value.trim();
   const messages = turns.filter(({ text }) => text).map(({ role, text }) => ({ role, content: text }));
-  if (system) messages.unshift({ role: "system", content: system });
+  return system ? [{ role: "system", content: system }, ...messages] : messages;
+}
+
+function answerChat(more) {
+  const messages = conversation(); // without the new answer
   write(newAnswer(), "v1/chat/completions", { messages, logprobs: true, top_logprobs: 5, ...more });
 }
 
@@ -230,6 +236,12 @@ function openPanel(name) {
 for (const name of ["settings", "inspector"]) byId(`open-${name}`).onclick = () => openPanel(document.body.dataset.panel === name ? null : name);
 for (const close of document.querySelectorAll(".close")) close.onclick = () => openPanel(null);
 for (const input of document.querySelectorAll("[name=mode]")) input.onchange = setMode;
+byId("show-code").onclick = () => {
+  const options = requestOptions(), text = message.value || EXAMPLES[mode()][0];
+  if (!options || !model) return;
+  if (mode() === "chat") showCode("v1/chat/completions", { model: model.id, messages: [...conversation(), { role: "user", content: text }], ...options }, hasKey());
+  else showCode("v1/completions", { model: model.id, prompt: text, ...options }, hasKey());
+};
 byId("clear").onclick = () => {
   clear();
   message.focus();
@@ -239,7 +251,7 @@ byId("surprise").onchange = ({ target }) => {
   for (const { body } of answers()) body.classList.toggle("surprising", target.checked);
 };
 document.addEventListener("keydown", ({ key }) => {
-  if (key !== "Escape" || byId("key-dialog").open) return;
+  if (key !== "Escape" || document.querySelector("dialog[open]")) return;
   if (running) running.abort();
   else if (document.body.dataset.panel) openPanel(null);
   else card.choose(null);

@@ -1,6 +1,6 @@
 // Turns: the messages and answers on the page, with the figures of each answer.
 
-import { announce, button, count, element, plural } from "./dom.js";
+import { button, copyText, count, element, plural } from "./dom.js";
 import { TokenText, appendToken, bits } from "./tokens.js";
 
 const FINISH = { stop: "finish: stop", length: "finish: max tokens", time: "finish: time limit", stopped: "stopped by you" };
@@ -33,7 +33,7 @@ export class AnswerTurn {
   constructor(source, layers, actions) {
     this.source = source;
     this.layers = layers;
-    this.actions = [["Copy", (turn, node) => turn.#copy(node)], ...actions];
+    this.actions = [["Copy", (turn, node) => copyText((turn.source ?? "") + turn.text, node)], ...actions];
     this.body = element("div", { class: "tokens", tabIndex: 0, role: "group" });
     if (source) this.body.append(element("span", { class: "source" }, source));
     this.node = element("article", { class: "turn answer", "aria-label": "Answer" }, this.#prompts, this.body, this.#error, this.#figures);
@@ -124,12 +124,5 @@ export class AnswerTurn {
   #buttons() {
     const buttons = this.actions.map(([label, act]) => button(label, ({ target }) => act(this, target)));
     return element("div", { class: "actions" }, ...buttons);
-  }
-
-  async #copy(node) {
-    await navigator.clipboard.writeText((this.source ?? "") + this.text);
-    announce("Copied.");
-    node.textContent = "Copied";
-    setTimeout(() => (node.textContent = "Copy"), 1500);
   }
 }
