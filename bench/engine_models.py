@@ -1,8 +1,9 @@
 """The models that bench/engines.py holds other engines to, made once in build/engines/models."""
 
+import contextlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,17 @@ def smolseek(*arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "smolseek", *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"error: smolseek {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+
+
+@contextlib.contextmanager
+def smolseek_running(*arguments: str) -> Iterator[subprocess.Popen]:
+    """Start a command of smolseek, which is terminated in the end."""
+    command = [sys.executable, "-m", "smolseek", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def spread_logits(model: CausalLM, seed: int) -> None:

