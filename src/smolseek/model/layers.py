@@ -1,4 +1,8 @@
-"""Linear layers, the embedding and norms. A matrix may be quantised (`ops/quantized`)."""
+"""Linear layers, the embedding and norms. A matrix may be quantised (`ops/quantized`).
+
+Weights are not initialised here: `CausalLM.init_weights` does that, or they are read from a file. PyTorch's own
+initialisation on the meta device would import torch._dynamo, which takes a second.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,9 @@ from smolseek.ops.quantized import QuantizedWeight, expanded
 class Linear(nn.Linear):
     """PyTorch's linear layer, with a faster kernel for prompts (`ops/linear`)."""
 
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply `x` [..., D] by the weights, and add the bias [..., F]."""
         return linear(x, expanded(self.weight), self.bias)
@@ -18,6 +25,9 @@ class Linear(nn.Linear):
 
 class Head(nn.Linear):
     """The output head, which gives the logits."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., V] of `x` [..., D]. A quantised matrix is expanded in parts, to save memory."""
@@ -29,6 +39,9 @@ class Head(nn.Linear):
 
 class Embedding(nn.Embedding):
     """The embedding, with one vector for each token of the vocabulary."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights as they are."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the vectors [..., D] of the token ids `ids` (int64)."""

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from smolseek.ops import grouped_experts, mla_attention  # noqa: F401  these register the operators below
+from smolseek.ops import mla_attention  # noqa: F401  this and the next line register the operators below
+from smolseek.ops.grouped_experts import cpu  # noqa: F401
 
 Checkpointing = Literal["none", "selective", "full"]
 

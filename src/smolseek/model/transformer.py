@@ -3,7 +3,7 @@
 Shapes: B batch, T new tokens, D hidden_size, V vocab_size, L layers with experts, E routed experts.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import KVCache
 from smolseek.model.layers import Embedding, Head, RMSNorm
 from smolseek.model.moe import MLP, Load, MoE, Router
-from smolseek.model.recompute import Checkpointing, checkpointed
 from smolseek.model.rope import Rope
 from smolseek.ops.embedding import accumulated_embedding
 from smolseek.ops.mla_attention import CosSin
+
+if TYPE_CHECKING:
+    from smolseek.model.recompute import Checkpointing
 
 
 class Block(nn.Module):
@@ -148,6 +150,9 @@ class CausalLM(nn.Module):
         loads: list[Load] = []
         for number, block in enumerate(self.model.layers, 1):
             if self.grad_checkpointing != "none" and torch.is_grad_enabled():
+                # Imported here, because the import registers operators and loads torch._dynamo, which takes a second.
+                from smolseek.model.recompute import checkpointed
+
                 x_BTD, load = checkpointed(block, x_BTD, cos_sin, accumulate, self.grad_checkpointing)
             elif cache is None and torch.is_grad_enabled():
                 x_BTD, load = self.call_block(block, x_BTD, cos_sin, accumulate)

@@ -4,7 +4,7 @@ import torch
 
 from smolseek.device import capability
 from smolseek.ops.backend import product_type
-from smolseek.ops.grouped_experts import batched, cpu, cuda, reference
+from smolseek.ops.grouped_experts import batched, cuda, reference
 from smolseek.ops.grouped_experts.reference import Weights
 from smolseek.ops.linear import c_linear, c_supports_weights
 
@@ -33,15 +33,12 @@ def grouped_experts(
         if y_MD is not None:
             return y_MD
     if gated and device == "cpu" and torch.is_grad_enabled():
-        return _trained(x_MD.to(dtype), counts_E, weights, accumulate)
+        # Imported here, because torch.compiler.disable imports torch._dynamo, which takes a second.
+        from smolseek.ops.grouped_experts import cpu
+
+        return cpu.trained(x_MD.to(dtype), counts_E, weights, accumulate)
     up_EXD, down_EDF, up_bias, _ = weights
     if gated and up_bias is None and c_supports_weights(x_MD, up_EXD[:, : down_EDF.shape[2]], down_EDF):
         gate_EFD, up_EFD = up_EXD.chunk(2, dim=1)
         return c_linear(c_linear(x_MD, gate_EFD, up_EFD, counts_E), down_EDF, None, counts_E)
     return reference.grouped_experts(x_MD, counts_E, weights, gated=gated, padded=padded and device == "cpu")
-
-
-@torch.compiler.disable  # a compiled backward pass would ignore the additions to `.grad`
-def _trained(x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, accumulate: bool) -> torch.Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return cpu.GroupedSwiGLU.apply(x_MD, *weights[:2], counts_E.tolist(), accumulate)

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from smolseek.ops.backend import gradient_to_add_to
-from smolseek.ops.grouped_experts.reference import SLOT_MULTIPLE, padded_slots, round_up
+from smolseek.ops.grouped_experts.reference import SLOT_MULTIPLE, Weights, padded_slots, round_up
 from smolseek.ops.swiglu import packed_backward, packed_forward
 
 
@@ -36,6 +36,13 @@ def _forward(
             torch.mm(packed_forward(h_MX[part]), down_EDF[e].to(x_MD.dtype).T, out=y_MD[part])
         begin += count
     return y_MD[:M], h_MX[:M]
+
+
+@torch.compiler.disable  # a compiled backward pass would ignore the additions to `.grad`
+def trained(x_MD: torch.Tensor, counts_E: torch.Tensor, weights: Weights, accumulate: bool) -> torch.Tensor:
+    """Return the results [M, D] of gated experts, with gradients. Shapes and arguments: see __init__.py."""
+    with torch.autocast("cpu", enabled=False):
+        return GroupedSwiGLU.apply(x_MD, *weights[:2], counts_E.tolist(), accumulate)
 
 
 class GroupedSwiGLU(torch.autograd.Function):
