@@ -73,9 +73,11 @@ def test_a_silent_bar_speaks_once_an_interval(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines()[1:] == ["a line of the loop's own", "training 1,004/5,000  loss 3.4"]
 
 
-def test_lines_stand_above_the_bar_on_a_terminal():
+def on_terminal(**variables: str) -> str:
+    """Return what SCRIPT prints on a terminal."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    environment = {name: value for name, value in os.environ.items() if name != "JPY_PARENT_PID"}
+    environment |= {"TERM": "xterm", "COLUMNS": "100"} | variables
     with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=theirs, stderr=theirs, env=environment) as child:
         os.close(theirs)
         out = b""
@@ -89,7 +91,16 @@ def test_lines_stand_above_the_bar_on_a_terminal():
             out += piece
     os.close(ours)
     assert child.returncode == 0
-    text = out.decode()
+    return out.decode()
+
+
+def test_a_terminal_of_a_notebook_shows_no_bar():
+    text = on_terminal(JPY_PARENT_PID="1")
+    assert "\x1b" not in text and text.count("\n") == 4, text
+
+
+def test_lines_stand_above_the_bar_on_a_terminal():
+    text = on_terminal()
     assert all(f"line {n} [bold]\r\n" in text for n in (1, 2, 3))
     assert "training" in text and "3/3" in text and "loss 3.5 [x]" in text
     assert text.rindex("line 3") < text.rindex("3/3") < text.rindex("warning: careful")

@@ -233,11 +233,13 @@ class Bar:
 def progress(total: int, description: str, interval: float = 10.0) -> Iterator[Bar]:
     """Show the progress of `total` steps; call `bar.update(done, text)`.
 
-    On a terminal, the progress is a live bar below the printed lines, which is removed at the end. In a file or pipe, a
-    line with the progress is printed whenever no line was printed for `interval` seconds.
+    On a terminal, the progress is a live bar below the printed lines, which is removed at the end. In a file, a pipe or
+    a notebook, a line with the progress is printed whenever no line was printed for `interval` seconds.
     """
     live = None
-    if on_terminal() and os.environ.get("TERM") != "dumb":
+    # A command in a notebook (`!smolseek ...`) has a terminal, whose control characters the notebook would show. The
+    # variable is set for the processes of a Jupyter kernel.
+    if on_terminal() and os.environ.get("TERM") != "dumb" and "JPY_PARENT_PID" not in os.environ:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         # rich reroutes stdout and stderr while the bar is live, so that printed lines appear above the bar.

@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 
 WIDTH = 80
 """Columns of the report."""
-OPTIONAL = {"eval": "smolseek eval", "tensorboard": "--track tensorboard", "trackio": "--track trackio"} | {
+OPTIONAL = {
+    "serve": "smolseek serve",
+    "eval": "smolseek eval",
+    "tensorboard": "--track tensorboard",
+    "trackio": "--track trackio",
     "wandb": "--track wandb",
-    "bench": "pictures of bench/ and of the notebook",
 }
 """Optional dependencies of smolseek by the name of the extra, with their use."""
 
