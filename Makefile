@@ -13,7 +13,8 @@ $(STAMP): pyproject.toml constraints.txt tools/install.py
 install: $(STAMP)
 
 demo: $(STAMP)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" bash examples/demo.sh
+	@rm -rf runs/demo runs/smollm2-deepseek
+	@.venv/bin/smolseek demo --out runs
 
 # Processes that share the tests, of one thread each: they compute in each other's pauses. `make machines` takes more threads.
 JOBS ?= 2

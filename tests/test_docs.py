@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Words before the first option; everything else in a command is an option's value.
 WORDS = {"inspect": 1, "train": 1, "heal": 1, "prepare": 1, "convert": 2, "compare": 2, "eval": 1, "generate": 2}
-WORDS |= {"chat": 1, "serve": 1, "audit": 1, "report": 2, "export": 2, "doctor": 0}
+WORDS |= {"chat": 1, "serve": 1, "audit": 1, "report": 2, "export": 2, "doctor": 0, "demo": 0}
 
 
 def commands(page: Path) -> list[list[str]]:

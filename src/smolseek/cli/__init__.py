@@ -28,6 +28,7 @@ VERBS = {
     "inspect": ("models.inspect", "a model's size: parameters, cache, FLOPs, training memory"),
     "prepare": ("preparing.prepare", "tokenize text once, to train from memory-mapped files"),
     "report": ("reporting.report", "write an HTML page about a run, or comparing several"),
+    "demo": ("demonstrating.demo", "convert SmolLM2, train a small model, write with both: the tour"),
     "doctor": ("checking.doctor", "say what works on this machine, and what to do about the rest"),
 }
 """The function of each command, which is imported when the command runs, and the command's line in the overview."""
@@ -48,7 +49,7 @@ Train, convert, check and run small language models of the DeepSeek architecture
 smolseek COMMAND --help lists a command's options. --version prints the version,
 --debug the traceback of an error."""
 
-JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit", "serve"})
+JOBS = frozenset({"train", "prepare", "convert", "export", "heal", "report", "audit", "serve", "demo"})
 """Commands that continue if nobody reads their output: the result is in files, in the exit code or on a socket."""
 
 

@@ -185,7 +185,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if not names:
         raise SmolseekError("no task is given: give tasks, for example --tasks hellaswag,piqa")
     if importlib.util.find_spec("lm_eval") is None:
-        raise SmolseekError("eval needs lm-eval, which is not installed: pip install '.[eval]' in a clone of smolseek")
+        raise SmolseekError("eval needs lm-eval, which is not installed: pip install lm-eval")
     from smolseek.evaluate import harness
 
     settings = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in ("model", "tasks", "json")}

@@ -35,8 +35,7 @@ class Tracker:
                 self._module = importlib.import_module(_MODULES[kind])
             except ImportError:
                 raise SmolseekError(
-                    f"--track {kind}: {kind} is not installed: pip install '.[{kind}]' in a clone of smolseek, "
-                    "or leave out --track"
+                    f"--track {kind}: {kind} is not installed: pip install {kind}, or leave out --track"
                 ) from None
 
     def open(self, step: int) -> None:
