@@ -1,6 +1,13 @@
 """Every module can be imported on a machine without POSIX modules, without Triton and without a C compiler."""
 
 import os
+import subprocess
+import sys
+
+from small_models import MLA, small_tokenizer
+
+from smolseek.model.transformer import new_model
+from smolseek.storage.hf_folder import save_folder
 
 HIDDEN = ["resource", "fcntl", "readline", "termios", "pwd", "grp", "triton"]
 # Runs in a process that has PyTorch, but no module of smolseek. Only smolseek is kept from the hidden modules, since
@@ -43,3 +50,14 @@ def test_every_module_is_imported_without_posix_modules_triton_and_a_compiler(fo
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.split()[1]) > 150
     assert list(tmp_path.iterdir()) == []  # no import compiles or writes anything
+
+
+def test_generating_imports_neither_the_compiler_of_pytorch_nor_data_sets(tmp_path):
+    """These imports would delay the first token by a second or two."""
+    save_folder(new_model(MLA, seed=3), tmp_path, small_tokenizer())
+    code = (
+        "import sys; from smolseek import load; load(sys.argv[1]).generate('in', max_tokens=2); "
+        "print({'torch._dynamo', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout == "set()\n", done

@@ -4,7 +4,7 @@ import torch
 
 from smolseek.device import capability
 from smolseek.ops.backend import product_type
-from smolseek.ops.grouped_experts import batched, cuda, reference
+from smolseek.ops.grouped_experts import cuda, reference
 from smolseek.ops.grouped_experts.reference import Weights
 from smolseek.ops.linear import c_linear, c_supports_weights
 
@@ -28,12 +28,14 @@ def grouped_experts(
     autocast = torch.is_autocast_enabled(device)
     if autocast and dtype in can.grouped:
         return cuda.grouped_experts(x_MD.to(dtype), counts_E, weights, gated=gated)
+    # batched.py and cpu.py are imported here, because torch.compiler.disable imports torch._dynamo, for a second.
     if can.batches and (autocast or torch.is_grad_enabled()):
+        from smolseek.ops.grouped_experts import batched
+
         y_MD = batched.grouped_experts(x_MD.to(dtype), counts_E, weights, gated=gated)
         if y_MD is not None:
             return y_MD
     if gated and device == "cpu" and torch.is_grad_enabled():
-        # Imported here, because torch.compiler.disable imports torch._dynamo, which takes a second.
         from smolseek.ops.grouped_experts import cpu
 
         return cpu.trained(x_MD.to(dtype), counts_E, weights, accumulate)
