@@ -6,21 +6,23 @@ import re
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import ForkedProcess
-from running_server import small_chat_model
+from fork_server import ForkServer
+from running_server import running, small_chat_model
 
+from smolseek.api import load
 from smolseek.storage.hf_folder import save_folder
 
-# The answer has some megabytes: it is not finished before its client reads it.
+# The answer has a megabyte: it is not finished before its client reads it.
 LONG = {
     "prompt": "The thin hat",
     "max_tokens": 450,
     "logit_bias": {"256": -100},
     "stream": True,
-    "n": 6,
+    "n": 3,
     "logprobs": 20,
 }
 
@@ -33,10 +35,18 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def server_of_processes() -> Iterator[ForkServer]:
+    """Not the fixture that all tests share, because it loads modules that read the environment."""
+    processes = ForkServer()
+    yield processes
+    processes.close()
+
+
 class Serving:
     """A running process."""
 
-    def __init__(self, fork_server, folder: Path, output: Path, *options: str) -> None:
+    def __init__(self, processes: ForkServer, folder: Path, output: Path, *options: str) -> None:
         self.output = output
         arguments = (
             "-m",
@@ -51,7 +61,7 @@ class Serving:
             "float32",
             *options,
         )
-        self.process: ForkedProcess = fork_server.start(*arguments, output=output)
+        self.process = processes.start(*arguments, output=output, modules=["smolseek.serve.server"])
         end = time.monotonic() + 60
         while not (match := re.search(r"http://127\.0\.0\.1:(\d+)/v1", self.text)):
             assert time.monotonic() < end and self.process.poll() is None, self.text
@@ -72,8 +82,8 @@ class Serving:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_running_requests_end_and_refuses_new_ones(fork_server, folder, tmp_path, number):
-    serving = Serving(fork_server, folder, tmp_path / "log")
+def test_a_signal_lets_running_requests_end_and_refuses_new_ones(server_of_processes, folder, tmp_path, number):
+    serving = Serving(server_of_processes, folder, tmp_path / "log")
     stream = serving.open(LONG)
     assert stream.read(6) == b"data: "
     serving.process.send_signal(number)
@@ -92,8 +102,8 @@ def test_a_signal_lets_running_requests_end_and_refuses_new_ones(fork_server, fo
     assert "playground" in lines[0] and "/docs" in lines[0] and "Traceback" not in serving.text
 
 
-def test_requests_are_cancelled_after_the_grace_time(fork_server, folder, tmp_path):
-    serving = Serving(fork_server, folder, tmp_path / "log", "--drain", "0")
+def test_requests_are_cancelled_after_the_grace_time(server_of_processes, folder, tmp_path):
+    serving = Serving(server_of_processes, folder, tmp_path / "log", "--drain", "0")
     stream = serving.open(LONG)
     unread = serving.open(LONG | {"seed": 1})  # the server does not wait for this client
     assert stream.read(6) == b"data: "
@@ -102,6 +112,15 @@ def test_requests_are_cancelled_after_the_grace_time(fork_server, folder, tmp_pa
     assert json.loads(last[6:])["error"]["code"] == "shutting_down"
     assert serving.process.wait(30) == 0 and "Traceback" not in serving.text
     unread.close()
+
+
+@pytest.mark.parametrize("dtype", ["q8_0", "bfloat16"])
+def test_a_model_in_another_number_format_is_served(folder, dtype):
+    with running(load(str(folder), dtype=dtype)) as server:
+        (entry,) = json.loads(server.request("GET", "/v1/models")[2])["data"]
+        assert (entry["id"], entry["smolseek"]["number_format"]) == ("small", dtype)
+        status, _, data = server.request("POST", "/v1/completions", {"prompt": "The thin hat", "max_tokens": 5})
+        assert status == 200 and json.loads(data)["usage"]["prompt_tokens"] > 0
 
 
 def test_other_machines_need_a_key(run_cli, folder, monkeypatch):

@@ -39,6 +39,7 @@ def serve(argv: Sequence[str]) -> None:
     server = Server(model, args, listener)
     address = url(listener)
     console.say(f"{server.service.name} ({model.number_format}): {address}/v1, playground {address}/, {address}/docs")
+    console.say(f"cache of {args.cache_tokens:,} tokens, {server.cache_bytes / 1e6:,.0f} MB; Ctrl-C ends the server")
     asyncio.run(server.run())
     console.say("stopped")
 

@@ -130,7 +130,7 @@ class Service:
             "num_experts_per_tok": config.num_experts_per_tok,
             "chat_template": bool(self.model.tokenizer.chat_template),
             "number_format": self.model.number_format,
-            "cache_bytes_per_token": config.cache_features * config.num_hidden_layers * weight.element_size(),
+            "cache_bytes_per_token": config.cache_features * config.num_hidden_layers * weight.dtype.itemsize,
         }
         entry = {"id": self.name, "object": "model", "created": self._started, "owned_by": "smolseek"}
         return entry | {"smolseek": details}

@@ -17,6 +17,8 @@ from smolseek.serve.metrics import Metrics
 from smolseek.serve.settings import Settings
 from smolseek.serve.worker import Worker
 
+UNREAD = 1 << 17
+"""Bytes that the system stores for a client that does not read."""
 LAST_SECONDS = 2.0
 """Seconds after the end of the last text for its client to read it."""
 
@@ -32,6 +34,7 @@ def bind(settings: Settings) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(host, settings.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNREAD)
         listener.bind(address)
     except OSError as error:
         raise SmolseekError(
@@ -84,6 +87,8 @@ class Server:
             cache_tokens=settings.cache_tokens,
             max_queue=settings.max_queue,
         )
+        self.cache_bytes = scheduler.cache_bytes
+        """Memory of the cache."""
         self.worker = Worker(scheduler, model.tokenizer, metrics)
         self.service = Service(model, self.worker, settings, metrics)
         config = uvicorn.Config(
@@ -91,6 +96,7 @@ class Server:
             log_config=None,
             log_level="error",
             access_log=False,
+            proxy_headers=False,
             lifespan="off",
             ws="none",
             http="h11",
