@@ -26,7 +26,8 @@ machines: $(STAMP)
 	@bash tests/machines/run
 
 # Twenty SIGKILLs of one run, a disk that is full (as root), 400 damaged commands and files, a server with 64 clients and
-# 300 damaged requests: minutes, figures into docs/results/soak.json, processes.json, fuzz.json and serve_*.json.
+# 300 damaged requests, the playground in Chromium (with the extra browser): minutes, figures into docs/results/soak.json,
+# processes.json, fuzz.json and serve_*.json.
 soak: $(STAMP)
 	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json \
 		FUZZ_RESULT=docs/results/fuzz.json SERVE_RESULT=docs/results/serve_load.json \
