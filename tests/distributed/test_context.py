@@ -248,7 +248,7 @@ def test_muon_steps_whole_matrices_in_every_process(tmp_path):
 def test_in_float16_all_processes_have_one_scale(tmp_path):
     expected = run_processes(1, tmp_path / "single", 4, kind="float16")[0]
     assert expected["scale"] == FIRST / 2
-    for each in run_processes(2, tmp_path / "run", 4, kind="float16", shard=2):
+    for each in run_processes(2, tmp_path / "run", 4, kind="float16", shard=2, expert=2):
         assert each["scale"] == FIRST / 2 and len(each["norms"]) == 3
         assert each["losses"] == pytest.approx(expected["losses"], rel=1e-3)
         assert each["norms"] == pytest.approx(expected["norms"], rel=1e-2)

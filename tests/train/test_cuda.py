@@ -16,6 +16,7 @@ from smolseek.train.device import autocast
 from smolseek.train.forward_backward import ForwardBackward
 from smolseek.train.loop import train
 from smolseek.train.loss import losses
+from smolseek.train.loss_scale import LossScale
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda")
@@ -113,6 +114,26 @@ def test_a_captured_micro_batch_sees_what_the_run_changes(accumulation):
     )
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["deepseek_159m", "smollm2_135m"])
+def test_float16_is_near_float64_and_a_captured_micro_batch_sees_a_changed_scale(name, capsys):
+    """Experts in float16 wait for the host, so only a model without experts is captured."""
+    run = config(name, precision="float16")
+    batches = [sequences_of(run, 0), sequences_of(run, 1)]
+    model = new_model(run.model, seed=1, device="cpu").to(CUDA)
+    exact = ForwardBackward(copy.deepcopy(model).double(), losses, nullcontext(), grad_accum=run.grad_accum)
+    values, expected = gradients(exact, batches)
+    scale = LossScale(CUDA)
+    context = autocast("float16", CUDA)
+    forward_backward = ForwardBackward(model, losses, context, grad_accum=run.grad_accum, scale=scale.tensor)
+    compiling.prepare(forward_backward, run, CUDA, 1)
+    assert capsys.readouterr().err == "" and forward_backward.captured == (not model.routers)
+    for value in (1024.0, 256.0):
+        scale.set(value)
+        actual, grads = gradients(forward_backward, batches)
+        assert actual == pytest.approx(values, rel=2e-3)
+        assert far({n: g / value for n, g in grads.items()}, expected) < 2e-2
 
 
 @pytest.mark.parametrize("how", ["full", "selective"])

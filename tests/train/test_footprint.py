@@ -9,10 +9,11 @@ import torch
 from bench.allocations import allocations
 
 from smolseek.config import OptimConfig
+from smolseek.device import Capability, cuda_capability
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 from smolseek.train.device import autocast
-from smolseek.train.footprint import Run, activation_bytes, footprint
+from smolseek.train.footprint import Run, activation_bytes, footprint, lines
 from smolseek.train.loss import losses
 from smolseek.train.optim import make_optimizer
 
@@ -73,3 +74,19 @@ def test_a_gpu_has_no_copy_of_the_checkpoint_and_keeps_the_first_gradients():
     assert two["gradients"] == 2 * one["gradients"] == one["optimizer"]
     assert {name for name in one if one[name] != two[name]} == {"gradients"}
     assert {"checkpoint copy", "program", "fragmentation"}.isdisjoint(one)
+
+
+@pytest.mark.parametrize(
+    ("device", "can", "precision", "planned"),
+    [
+        ("cpu", cuda_capability((7, 5), False), "auto", "float16"),
+        ("cpu", Capability(bfloat16=True), "auto", "bfloat16"),
+        ("cpu", Capability(bfloat16=True), "float16", "float16"),
+        ("mps", Capability(float64=False), "auto", "float32"),
+    ],
+)
+def test_a_planned_run_has_the_precision_that_training_will_take(device, can, precision, planned, stand_in):
+    stand_in(device, can)
+    run = Run.planned(device=device, precision=precision)
+    assert run.precision == planned and run.bytes_per_number == (4 if planned == "float32" else 2)
+    assert f", {planned}, adamw: " in lines(preset("tiny"), run)[0]

@@ -41,7 +41,7 @@ class Run:
         if cuda and not torch.cuda.is_available():
             can = cuda_capability((8, 0), bfloat16=True)
         else:
-            can = capability(torch.device("cuda" if cuda else "cpu"))
+            can = capability(torch.device("cuda" if cuda else device if device != "auto" else "cpu"))
         return cls(precision=can.precision(precision), cuda=cuda, **options)
 
     @property
