@@ -1,11 +1,16 @@
 """Which of the ways to compute the experts a device takes, and that all of them compute the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from smolseek.device import Capability, cuda_capability
+from smolseek.model.transformer import new_model
 from smolseek.ops import grouped_experts as ops
 from smolseek.ops.grouped_experts import Weights, batched, cuda, grouped_experts, reference
+from smolseek.presets import preset
+from smolseek.train.loss import losses
 
 HALF = torch.float16
 
@@ -87,3 +92,17 @@ def test_where_the_padding_is_too_much_the_experts_are_computed_one_by_one(stand
     x, counts_E, weights = inputs(False, (200, 10, 20, 30))
     y = grouped_experts(x, counts_E, weights, gated=True, padded=False)
     assert y.shape == x.shape and ops.batched.grouped_experts(x, counts_E, weights, gated=True) is None
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+def test_recomputation_of_padded_batches_changes_no_gradient(how, stand_in):
+    stand_in("cpu", cuda_capability((7, 5), False))
+    gradients = []
+    for checkpointing in ("none", how):
+        model = new_model(replace(preset("tiny"), num_hidden_layers=2, vocab_size=64), seed=1)
+        model.grad_checkpointing = checkpointing
+        ids = torch.randint(64, (2, 33), generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", HALF):
+            losses(model, ids, accumulate=True).total.backward()
+        gradients.append([p.grad for p in model.parameters() if p.numel()])
+    assert all(map(torch.equal, *gradients))

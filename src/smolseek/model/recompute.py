@@ -29,6 +29,7 @@ _ATTENTION = {
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,  # experts in padded batches
     torch.ops.aten._grouped_mm.default,
     torch.ops.smolseek.grouped_experts.default,
 }
