@@ -119,9 +119,10 @@ def _go_back(t: Training) -> None:
     run, guard = t.run, t.guard
     step, tokens = t.progress.step, t.progress.tokens
     if guard.vain >= VAIN_RETURNS:
+        other = "" if t.loss_scale is None else " or --precision float32"  # the forward pass may overflow, too
         raise SmolseekError(
             f"{len(guard.in_a_row)} bad steps in a row after step {step}, and {guard.vain} rollbacks to a checkpoint "
-            "did not help: continue with --resume and a lower --optim.lr, or start a new run with other --data"
+            f"did not help: continue with --resume and a lower --optim.lr{other}, or start a new run with other --data"
         )
     path, _ = newest_checkpoint(run, t.distributed, below=guard.returned_to if guard.returned_to >= 0 else None)
     if path is None:
