@@ -105,6 +105,9 @@ def test_a_text_ends_before_a_stop_string_that_crosses_tokens(client, model, str
             text, reason = answer.choices[0].text, answer.choices[0].finish_reason
             tokens = answer.choices[0].logprobs.tokens
         assert (text, reason, tokens) == (full.text[:start], "stop", full.logprobs.tokens[:9])
+    until_stop = next(n for n in range(40) if stop in "".join(full.logprobs.tokens[:n]))
+    choice = complete(client, **(options | {"max_tokens": until_stop}), stop=stop).choices[0]
+    assert (choice.text, choice.finish_reason) == (full.text[:start], "stop")  # and not "length"
 
 
 def test_an_end_token_stops_the_text(client):
@@ -268,6 +271,8 @@ BAD = [
     ({"messages": MESSAGES, "n": 0}, "n", "0"),
     ({"messages": MESSAGES, "n": 1000}, "n", "1000"),
     ({"messages": MESSAGES, "stop": ["a", ""]}, "stop", "empty"),
+    ({"messages": MESSAGES, "stop": ["a"] * 1001}, "stop", "1001"),
+    ({"messages": MESSAGES, "bad_words": ["a"] * 1001}, "bad_words", "1001"),
     ({"messages": MESSAGES, "seed": 2**63 - 1, "n": 2}, None, "64 bits"),
     ({"messages": MESSAGES, "logit_bias": {"266": 1}}, "logit_bias", "'266'"),
     ({"messages": MESSAGES, "logit_bias": {"a": 1}}, "logit_bias", "'a'"),

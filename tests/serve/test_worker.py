@@ -75,7 +75,9 @@ def test_a_request_is_accepted_completely_or_not_at_all(model, monkeypatch):
         next(first)
         with pytest.raises(openai.RateLimitError):
             client.completions.create(**LONG, n=3)
-        assert server.stats.running == 1 and server.stats.waiting <= 1
+        steps = server.server.worker._scheduler.stats.completion_tokens + 3
+        server.until(lambda: server.stats.completion_tokens >= steps)
+        assert (server.stats.running, server.stats.waiting) == (1, 1)
         first.close()
         server.until_idle()
         assert client.completions.create(model="small", prompt="a", max_tokens=1, n=3).usage.completion_tokens <= 3

@@ -28,6 +28,8 @@ from smolseek.serve.worker import TextRequest
 
 MOST_TEXTS = 128
 """Largest number of texts of one request."""
+MOST_STRINGS = 1000
+"""Largest number of stop strings, and of bad words: each of them costs time with every token, and all requests wait."""
 MOST_LOGPROBS = 20
 """Largest number of likeliest tokens that are reported with a token."""
 
@@ -128,6 +130,9 @@ def _job(
     defaults = {"temperature": 1.0, "max_tokens": None, **model.sampling_defaults}
     chosen = _generation_options(options, defaults)
     _check_number_of_texts(len(prompts), chosen.n, settings)
+    for name, strings in (("stop", chosen.stop), ("bad_words", chosen.bad_words)):
+        if len(strings) > MOST_STRINGS:
+            raise ApiError(400, f"{name} has {len(strings)} entries, more than {MOST_STRINGS}: send fewer", param=name)
     if any(not string for string in chosen.stop):
         raise ApiError(400, "a stop string is empty: give a text, or leave out this stop string", param="stop")
     if "seed" not in options:
