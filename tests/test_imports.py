@@ -57,7 +57,7 @@ def test_generating_imports_neither_the_compiler_of_pytorch_nor_data_sets(tmp_pa
     save_folder(new_model(MLA, seed=3), tmp_path, small_tokenizer())
     code = (
         "import sys; from smolseek import load; load(sys.argv[1]).generate('in', max_tokens=2); "
-        "print({'torch._dynamo', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules))"
+        "print({'torch._dynamo', 'sympy', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=False)
     assert done.stdout == "set()\n", done

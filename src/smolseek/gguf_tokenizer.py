@@ -93,7 +93,11 @@ def tokenizer_from_metadata(meta: Mapping[str, Any], path: Path) -> "PreTrainedT
         else:
             rule = RULES[pre or "default"]
             backend, bos = _byte_level(meta, tokens, rule), rule.bos
-        added = [(AddedToken(t, normalized=False, special=n == CONTROL), n) for t, n in zip(tokens, types, strict=True)]
+        added = [
+            (AddedToken(token, normalized=False, special=n == CONTROL), n)
+            for token, n in zip(tokens, types, strict=True)
+            if n in (CONTROL, USER_DEFINED)
+        ]
     except Exception as error:  # a missing key, or the bare Exception that the Rust constructor raises for wrong merges
         raise SmolseekError(f"{path}: the vocabulary is incomplete ({error}): download the file again") from None
     if kind == "gpt2" and pre is None:

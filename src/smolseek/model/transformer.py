@@ -11,7 +11,7 @@ from torch import nn
 from smolseek.config import ModelConfig
 from smolseek.model.attention import GQA, MLA
 from smolseek.model.cache import KVCache
-from smolseek.model.layers import Embedding, Head, RMSNorm
+from smolseek.model.layers import Embedding, Head, RMSNorm, allocate
 from smolseek.model.moe import MLP, Load, MoE, Router
 from smolseek.model.rope import Rope
 from smolseek.ops.embedding import accumulated_embedding
@@ -197,7 +197,7 @@ def new_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "
     """Build a model with random float32 weights; the same seed gives the same weights."""
     with torch.device("meta"):
         model = CausalLM(config)
-    model.to_empty(device=device)
+    allocate(model, device)
     model.tie_weights()
     model.reset_buffers()
     model.init_weights(torch.Generator(device).manual_seed(seed))

@@ -12,6 +12,7 @@ from smolseek.config import ModelConfig
 from smolseek.device import capability
 from smolseek.errors import SmolseekError
 from smolseek.files import write_atomically
+from smolseek.model.layers import allocate
 from smolseek.model.local_shards import LocalShard, full_tensors
 from smolseek.model.transformer import CausalLM
 from smolseek.ops import backend
@@ -175,7 +176,8 @@ def _open(target: str | Path, dtype: str | torch.dtype, device: str, keep_quanti
             tensors = stored_tensors(files, parameter_dtype)
     for parameter_name, parameter in model.named_parameters():
         exact = formats and ("norm" in parameter_name or parameter_name.endswith("mlp.gate.weight"))
-        parameter.data = torch.empty_like(parameter, dtype=torch.float32 if exact else parameter_dtype)
+        weight_dtype = torch.float32 if exact else parameter_dtype
+        parameter.data = torch.empty(parameter.shape, dtype=weight_dtype, device="meta")
     make_quantized(model, formats, parameter_dtype)
     return _Opened(model, tensors, path)
 
@@ -205,7 +207,7 @@ def open_files(path: Path) -> tuple[ModelConfig, SafetensorsFiles | GgufFile]:
 def _filled(opened: _Opened, device: str) -> CausalLM:
     """Return the opened model with its weights."""
     model = opened.model
-    model.to_empty(device=device)
+    allocate(model, device)
     model.tie_weights()
     model.reset_buffers()
     fill(model.config, full_tensors(model), opened.tensors, opened.path)
