@@ -39,7 +39,11 @@ VARIANTS = [
 def as_if(variant: str, name: str) -> Iterator[None]:
     """Context in which the device `name` lacks what the variant is without."""
     can, most = device.capability(torch.device(name)), batched.MOST_PADDING
-    lacks = {"reference": {"triton": False}, "batched": {"grouped": frozenset()}, "loop": {"grouped": frozenset()}}
+    lacks = {
+        "reference": {"triton": False},
+        "batched": {"grouped": frozenset(), "batches": True},
+        "loop": {"grouped": frozenset()},
+    }
     less = dataclasses.replace(can, **lacks.get(variant.partition("-")[2], {}))
     names = name, f"{name}:0"  # tensors name their device with its number
     device._KNOWN.update(dict.fromkeys(names, less))
