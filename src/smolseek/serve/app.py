@@ -1,7 +1,6 @@
 """The server's endpoints."""
 
 import asyncio
-import html
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from smolseek import __version__, console
 from smolseek.api import Model
 from smolseek.errors import SmolseekError
 from smolseek.generate.request import QueueFull
+from smolseek.serve import endpoints
 from smolseek.serve.answers import Answer, CompletionAnswer
 from smolseek.serve.errors import FAILED, ApiError, end_error, shutting_down
 from smolseek.serve.guard import DETAILS, Guard
@@ -188,10 +188,10 @@ def create_app(service: Service) -> Guard:
     app.add_api_route("/v1/completions", service.complete, methods=["POST"], response_model=None)
     app.add_api_route("/health", service.health, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", service.counters, methods=["GET"], response_model=None)
-    page = endpoints_page(app)
+    page = endpoints.page(app.openapi())
 
     async def docs() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": "default-src 'none'"})
+        return HTMLResponse(page, headers=endpoints.HEADERS)
 
     app.add_api_route("/docs", docs, methods=["GET"], include_in_schema=False)
     app.include_router(playground())
@@ -218,7 +218,11 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, RequestValidationError):
         return _validation_error(error)
     if isinstance(error, StarletteHTTPException):
-        messages = {404: "there is no such path: /docs lists the endpoints", 400: "the body is not valid JSON"}
+        messages = {
+            400: "the body is not valid JSON",
+            404: "there is no such path: /docs lists the endpoints",
+            405: "this path does not have this method: /docs lists the endpoints",
+        }
         return ApiError(error.status_code, messages.get(error.status_code, str(error.detail)))
     return ApiError(500, FAILED)
 
@@ -237,27 +241,3 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     of_field = [one for one in errors if len(one["loc"]) > 1 and one["loc"][1] == first["loc"][1]]
     expected = dict.fromkeys(one["msg"].removeprefix("Input should be ") for one in of_field)
     return ApiError(400, f"{field[:100]} has a wrong value: expected {', or '.join(expected)}", param=field[:100])
-
-
-def endpoints_page(app: FastAPI) -> str:
-    """Return a page that lists the endpoints and the fields of their bodies. It needs no other host and no script."""
-    schema = app.openapi()
-    schemas = schema["components"]["schemas"]
-    sections = []
-    for path, methods in schema["paths"].items():
-        for method, operation in methods.items():
-            sections.append(
-                f"<h2>{method.upper()} {html.escape(path)}</h2><p>{html.escape(operation['description'])}</p>"
-            )
-            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
-            if reference := content.get("schema", {}).get("$ref"):
-                fields = schemas[reference.rpartition("/")[2]]["properties"]
-                sections.append("<dl>")
-                sections += [
-                    f"<dt><code>{html.escape(name)}</code></dt><dd>{html.escape(field.get('description', ''))}</dd>"
-                    for name, field in fields.items()
-                ]
-                sections.append("</dl>")
-    head = '<!doctype html><html lang="en"><meta charset="utf-8"><title>smolseek: endpoints</title>'
-    intro = '<h1>smolseek</h1><p>OpenAI\'s interface for one model; machine-readable: <a href="/openapi.json">'
-    return f'{head}<main>{intro}/openapi.json</a>. The playground: <a href="/">/</a>.</p>{"".join(sections)}</main>'

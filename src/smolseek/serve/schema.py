@@ -6,9 +6,10 @@ A field that is null counts as a field that is missing. `config.GenerationOption
 from collections.abc import Mapping
 from typing import Any
 
+from docstring_parser import parse_from_object
 from pydantic import BaseModel, ConfigDict, Field
 
-from smolseek.config import PYTHON_ALIASES
+from smolseek.config import PYTHON_ALIASES, GenerationOptions, SamplingOptions
 from smolseek.errors import nearest
 from smolseek.serve.errors import ApiError
 
@@ -45,6 +46,19 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
 """Fields of other servers that would change the answer: the values without an effect, and what an error says."""
 
 
+MEANINGS = {
+    doc.arg_name: " ".join((doc.description or "").split())
+    for options in (SamplingOptions, GenerationOptions)
+    for doc in parse_from_object(options).params
+}
+"""The meaning of each option, from the docstrings in `config/generation.py`."""
+
+
+def _option(name: str) -> Any:
+    """Return a field with the meaning of an option."""
+    return Field(None, description=MEANINGS.get(name))
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -74,26 +88,26 @@ class GenerationRequest(_Body):
 
     model: str | None = Field(None, description="A name in /v1/models; without a name, the server's model.")
     stream: bool | None = Field(None, description="Send the text piece by piece, as server-sent events.")
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions | None = Field(None, description="include_usage: a last chunk has the tokens.")
     n: int | None = Field(None, description="Number of continuations; continuation j has the seed `seed + j`.")
-    stop: _Text = Field(None, description="Strings that end the text; the text stops before such a string.")
-    max_tokens: int | None = Field(None, description="Largest number of new tokens.")
+    stop: _Text = _option("stop")
+    max_tokens: int | None = Field(None, description="Largest number of new tokens; the server has a default.")
     seed: int | None = Field(None, description="Seed of the random numbers; without a seed, every answer is new.")
-    temperature: float | None = Field(None, description="Divides the logits; 0 takes the most likely token.")
-    top_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    temperature: float | None = _option("temperature")
+    top_p: float | None = _option("top_p")
+    presence_penalty: float | None = _option("presence_penalty")
+    frequency_penalty: float | None = _option("frequency_penalty")
     logit_bias: dict[str, float] | None = Field(None, description="Token id -> number that is added to its logit.")
-    top_k: int | None = Field(None, description="0 and -1 keep all tokens.")
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float | None = None
-    no_repeat_ngram: int | None = None
-    min_tokens: int | None = None
-    stop_tokens: str | int | list[str | int] | None = Field(None, description="Further end tokens, by name or id.")
-    max_time: float | None = Field(None, description="Largest time in seconds.")
-    bad_words: _Texts = Field(None, description="Words that are never generated.")
-    prefix: str | list[int] | None = Field(None, description="Text that the continuation begins with.")
+    top_k: int | None = Field(None, description="Keep the k most likely tokens; 0 and -1 keep all.")
+    min_p: float | None = _option("min_p")
+    typical_p: float | None = _option("typical_p")
+    repetition_penalty: float | None = _option("repetition_penalty")
+    no_repeat_ngram: int | None = _option("no_repeat_ngram")
+    min_tokens: int | None = _option("min_tokens")
+    stop_tokens: str | int | list[str | int] | None = _option("stop_tokens")
+    max_time: float | None = _option("max_time")
+    bad_words: _Texts = _option("bad_words")
+    prefix: str | list[int] | None = _option("prefix")
     experts: bool | None = Field(None, description="Also report the experts of every token, under `smolseek`.")
 
     def options(self) -> dict[str, Any]:
