@@ -13,6 +13,7 @@ from typing import Any
 from smolseek import console
 from smolseek.api import Message, Model
 from smolseek.config import ALIASES, GenerationOptions, SamplingOptions, from_dict, parse_json
+from smolseek.device import capability
 from smolseek.errors import SmolseekError
 from smolseek.generate.scheduler import Scheduler
 
@@ -39,9 +40,9 @@ class Chat:
     def __init__(self, model: Model, options: dict[str, Any], system: str | None = None) -> None:
         self.model, self.options, self.system = model, options, system
         self.history: list[Message] = []
-        # On a GPU a Generator reads the conversation anew in each turn, and decodes faster with its CUDA graph.
+        # With CUDA graphs, a Generator decodes faster than a Scheduler, and reads the conversation anew in each turn.
         self._scheduler: Scheduler | None = None
-        if model.model.lm_head.weight.device.type == "cpu":
+        if not capability(model.model.lm_head.weight.device).cuda_graphs:
             context = model.config.max_position_embeddings
             self._scheduler = Scheduler(model.model, max_sequences=1, cache_tokens=context, fill_cache=False)
 

@@ -58,7 +58,7 @@ def request(ids: tuple[int, ...], sampling: SamplingParams = GREEDY, most: int |
 
 
 REQUESTS = [
-    request(prompt(n, length), sampling, 6 + 2 * n, top_logprobs=2)
+    request(prompt(n, length), sampling, 4 + n, top_logprobs=2)
     for n, (length, sampling) in enumerate(zip(LENGTHS, SAMPLINGS, strict=True))
 ]
 
@@ -106,7 +106,7 @@ def test_a_request_has_the_same_bits_alone_and_beside_others(name, number_format
     elif number_format == "q8_0":
         model = quantized(model, number_format, torch.bfloat16)
     beside = run(
-        Scheduler(model, cache_tokens=4096), {0: REQUESTS[:2], 1: REQUESTS[2:3], 9: REQUESTS[3:7], 14: REQUESTS[7:]}
+        Scheduler(model, cache_tokens=4096), {0: REQUESTS[:2], 1: REQUESTS[2:3], 6: REQUESTS[3:7], 9: REQUESTS[7:]}
     )
     assert len(beside) == 8
     for one in REQUESTS:
