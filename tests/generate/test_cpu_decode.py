@@ -7,6 +7,9 @@ import torch
 
 from smolseek.generate.cpu_decode import library
 from smolseek.generate.engine import Decoder
+from smolseek.generate.paged_decoder import PagedDecoder
+from smolseek.model.cache import Cache
+from smolseek.model.paged_cache import PagedCache
 from smolseek.model.transformer import new_model
 from smolseek.presets import tiny
 
@@ -37,3 +40,17 @@ def test_nan_stays_in_its_sequence_and_in_memory(groups, use_backend):
     assert Decoder(model, batch, 4).step(tokens).isnan().all()
     use_backend("reference")
     assert Decoder(model, batch, 4).step(tokens).isnan().all()
+
+
+def test_logits_after_a_prompt_are_not_rounded(bf16_products):
+    """In bfloat16, numbers near 16 are 0.125 apart, so the likeliest tokens would often have equal logits."""
+    model = new_model(replace(tiny(), vocab_size=256, num_hidden_layers=1), seed=1).bfloat16().eval()
+    with torch.inference_mode():
+        hidden_TD = model.hidden(torch.tensor([[5, 6, 7]]), Cache(model.config, 1, 3, dtype=torch.bfloat16)).hidden_BTD[
+            0
+        ]
+        exact_TV = hidden_TD.double() @ model.lm_head.weight.double().T
+    logits_TV = Decoder(model, 1, 3).prefill(0, [5, 6, 7], 3)
+    torch.testing.assert_close(logits_TV.double(), exact_TV, rtol=1e-5, atol=1e-5)
+    scheduled = PagedDecoder(model, PagedCache(model.config, 1, dtype=torch.bfloat16))
+    torch.testing.assert_close(scheduled.read(torch.tensor([0]), 0, [5, 6, 7], logits=True), logits_TV[-1])

@@ -174,3 +174,9 @@ void step(const Model *m, int64_t B, const int64_t *ids, const int64_t *position
         linear(m->head, 0, m->vocab, D, h, logits, B, me, all);
     }
 }
+
+/* The logits [n, vocab] of n normalised hidden states h [n, D], in float32 whatever the format of the head. */
+void head(const Model *m, int64_t n, const float *h, float *logits, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+    linear(m->head, 0, m->vocab, m->D, h, logits, n, omp_get_thread_num(), omp_get_num_threads());
+}

@@ -62,6 +62,7 @@ def library() -> ctypes.CDLL | None:
         compiled.work_floats.argtypes, compiled.work_floats.restype = (pointer, number, number, number), number
         compiled.step.argtypes = pointer, number, pointer, pointer, pointer, number, pointer, pointer, pointer, number
         compiled.step.restype = None
+        compiled.head.argtypes, compiled.head.restype = (pointer, number, pointer, pointer, number), None
     return compiled
 
 
@@ -106,6 +107,7 @@ class CpuDecoder:
 
     def __init__(self, compiled: ctypes.CDLL, model: CausalLM, layers: Sequence[torch.Tensor], longest: int) -> None:
         self._step, self._work_floats = compiled.step, compiled.work_floats
+        self._head = compiled.head
         self._vocab, self._longest = model.config.vocab_size, longest
         self._routers, self._top_k = len(model.routers), model.config.num_experts_per_tok
         self._alive: list[torch.Tensor] = []
@@ -149,6 +151,20 @@ class CpuDecoder:
         threads = torch.get_num_threads()
         if self._work_floats(self._model, batch, chunks, threads) > len(self._work):
             self._work = torch.zeros(self._work_floats(self._model, batch, 2 * chunks, threads), dtype=torch.float32)
+
+    def head(self, hidden_XD: torch.Tensor) -> torch.Tensor:
+        """Return the logits [X, V] of normalised hidden states, in float32.
+
+        PyTorch would round the logits to the number format of the head. In bfloat16 the likeliest tokens then often
+        have equal logits.
+        """
+        logits = []
+        for hidden in hidden_XD.float().split(MAX_BATCH):
+            h_XD, logits_XV = hidden.contiguous(), torch.empty(len(hidden), self._vocab, dtype=torch.float32)
+            pointers = h_XD.data_ptr(), logits_XV.data_ptr()
+            self._head(self._model, len(hidden), *pointers, torch.get_num_threads())
+            logits.append(logits_XV)
+        return torch.cat(logits)
 
     def _pack(self, values: dict[str, Any]) -> bytes:
         """Pack `values` as a struct of cpu_decode.h.

@@ -50,9 +50,9 @@ class Decoder:
     def prefill(self, sequence: int, ids: Sequence[int], logits: int = 1) -> torch.Tensor:
         """Read a prompt into an empty cache entry. Return the logits [logits, V] after its last tokens, in float32."""
         ids_1T = torch.tensor([list(ids)], device=self.device)
-        logits_XV = self.model(ids_1T, self.cache.entry(sequence), last=logits)[0]
+        hidden_XD = self.model.hidden(ids_1T, self.cache.entry(sequence), last=logits).hidden_BTD[0]
         self.lengths[sequence] = len(ids)
-        return logits_XV.float()
+        return self.cpu.head(hidden_XD) if self.cpu is not None else self.model.lm_head(hidden_XD).float()
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:

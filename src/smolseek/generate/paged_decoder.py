@@ -55,7 +55,7 @@ class PagedDecoder:
         ids_1T = torch.tensor([list(ids)], device=self.cache.device)
         view = PagedView(self.cache, [table], [start], len(ids))
         hidden_11D = self.model.hidden(ids_1T, view, last=1).hidden_BTD
-        return self.model.lm_head(hidden_11D)[0, 0].float() if logits else None
+        return self._head(hidden_11D[0])[0] if logits else None
 
     @torch.inference_mode()
     def read_details(self, table: torch.Tensor, start: int, ids: Sequence[int]) -> ChunkDetails:
@@ -68,7 +68,7 @@ class PagedDecoder:
         with _router_outputs(self.model) as chosen:
             hidden_1TD = self.model.hidden(ids_1T, PagedView(self.cache, [table], [start], len(ids))).hidden_BTD
         experts_LTK = self._stack(chosen, len(ids))
-        return ChunkDetails(by_token(experts_LTK), self.model.lm_head(hidden_1TD)[0].float())
+        return ChunkDetails(by_token(experts_LTK), self._head(hidden_1TD[0]))
 
     @torch.inference_mode()
     def step(
@@ -103,6 +103,9 @@ class PagedDecoder:
             view = PagedView(self.cache, tables[batch], lengths[batch])
             logits.append(self.model(ids_B1[batch], view)[:, 0].float())
         return torch.cat(logits)
+
+    def _head(self, hidden_XD: torch.Tensor) -> torch.Tensor:
+        return self._cpu.head(hidden_XD) if self._cpu is not None else self.model.lm_head(hidden_XD).float()
 
     def _stack(self, chosen: list[torch.Tensor], tokens: int) -> torch.Tensor:
         """Return the outputs of the routers, from one or several forward passes, as [L, tokens, K]."""
