@@ -219,7 +219,7 @@ def test_every_end():
     answers = run(scheduler, {0: requests})
     expected = [("context", full), ("length", full[:4]), ("stop_token", full[: full.index(full[3])]), ("time", [])]
     for one, (reason, ids) in zip(requests, expected, strict=True):
-        tokens, (*end, cached, completion_tokens, error) = answers[one]
+        tokens, (*end, cached, completion_tokens, error, _, _) = answers[one]
         assert ([token[0] for token in tokens], end, completion_tokens, error) == (ids, [reason, 390], len(ids), None)
         assert cached == (384 if reason in ("length", "stop_token") else 0)
 
