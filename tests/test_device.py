@@ -1,6 +1,7 @@
 """What is chosen by what a device can do. Stand-in capabilities take the place of GPUs that this machine lacks."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_loads_are_the_same_without_float64(stand_in):
     load, biases = torch.tensor([[3, 5, 0, 8], [4, 4, 4, 4]]), []
     for can in (Capability(), APPLE):
         stand_in("cpu", can)
-        model = new_model(preset("tiny"))
+        model = new_model(replace(preset("tiny"), vocab_size=512))
         balancer = Balancer(model, 0.1)
         balancer.routers = balancer.routers[:2]
         for router in balancer.routers:
@@ -108,7 +109,7 @@ def test_loads_are_the_same_without_float64(stand_in):
 
 
 def test_the_audit_copies_in_float64_where_there_is_float64(stand_in):
-    model = new_model(preset("tiny"))
+    model = new_model(replace(preset("tiny"), vocab_size=512))
     ids = torch.zeros(1, 4, dtype=torch.int64)
     for can in (Capability(), APPLE):
         stand_in("cpu", can)
@@ -128,7 +129,7 @@ def test_the_audit_copies_in_float64_where_there_is_float64(stand_in):
 
 
 def test_sampling_and_decoding_go_without_float64_and_graphs(stand_in):
-    model, tokens = new_model(preset("tiny")).eval(), []
+    model, tokens = new_model(replace(preset("tiny"), vocab_size=512)).eval(), []
     for can in (Capability(), APPLE):
         stand_in("cpu", can)
         decoder = Decoder(model, 1, 8)
@@ -160,13 +161,13 @@ def test_two_steps_on_every_kind_of_device_stay_near_float32(can, stand_in):
     ended = []
     for chosen, precision in ((can, "auto"), (Capability(), "float32")):
         stand_in("cpu", chosen)
-        model = new_model(preset("tiny"), seed=2)
+        model = new_model(replace(preset("tiny"), vocab_size=512), seed=2)
         optimizer = make_optimizer(model, OptimConfig(kind="muon"))
         forward_backward = ForwardBackward(model, losses, autocast(precision, CPU))
         forward_backward._to_device = lambda sequences: sequences  # pinning memory takes a GPU
         balancer, step_losses = Balancer(model, 1e-3), []
         for seed in range(2):
-            ids = torch.randint(49_152, (2, 33), generator=torch.Generator().manual_seed(seed))
+            ids = torch.randint(512, (2, 33), generator=torch.Generator().manual_seed(seed))
             out = forward_backward(ids)
             balancer.add(out.load_LE)
             optimizer.step()
