@@ -100,6 +100,13 @@ def test_a_body_that_does_not_arrive_is_a_408(server, monkeypatch):
         assert b"408" in connection.makefile("rb").readline()
 
 
+def test_a_refusal_reaches_a_client_that_sends_a_large_body(server):
+    headers = {"Host": "evil.example"}
+    for size in (1 << 20, 5 << 20):
+        assert code(server.request("POST", "/v1/completions", b" " * size, headers)) == (403, "host_not_allowed")
+    assert code(server.request("POST", "/v1/completions", b" " * (5 << 20))) == (413, "body_too_large")
+
+
 def test_the_log_has_no_text_of_requests_unless_asked(model):
     body = {"prompt": "my secret hat", "max_tokens": 2, "stop": ["secret stop"], "user": "secret user"}
     for log_prompts in (False, True):

@@ -1,6 +1,7 @@
 """The server's endpoints."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -71,11 +72,12 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation with the model's chat template."""
-        return await self._generate(body, request, lambda: chat_job(body, self.model, self.settings), Answer)
+        prepare = functools.partial(chat_job, body, self.model, self.settings)
+        return await self._generate(body, request, prepare, Answer)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        prepare = lambda: completion_job(body, self.model, self.settings)  # noqa: E731
+        prepare = functools.partial(completion_job, body, self.model, self.settings)
         return await self._generate(body, request, prepare, CompletionAnswer)
 
     async def _generate(

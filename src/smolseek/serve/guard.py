@@ -33,6 +33,7 @@ DETAILS = "smolseek.details"
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
     "Access-Control-Allow-Headers": "authorization, content-type",
+    "Access-Control-Allow-Private-Network": "true",  # a page of the internet may use a server at 127.0.0.1
     "Access-Control-Max-Age": "600",
 }
 
@@ -72,16 +73,19 @@ class Guard:
             await send(message)
 
         try:
-            if error := self._refusal(scope, headers):
+            error = self._refusal(scope, headers)
+            # Also before a refusal, which a client that is still sending would not see.
+            body = await _read_body(receive)
+            if body is None:  # the client has gone
+                return
+            if error is not None:
                 await _send_error(counting_send, error)
+            elif isinstance(body, ApiError):
+                await _send_error(counting_send, body)
             elif scope["method"] == "OPTIONS" and cors:
                 await _send(counting_send, 204, b"", PREFLIGHT)
             else:
-                body = await _read_body(scope, headers, receive)
-                if isinstance(body, ApiError):
-                    await _send_error(counting_send, body)
-                elif body is not None:
-                    await self._app(scope, _replayed(body, receive), counting_send)
+                await self._app(scope, _replayed(body, receive), counting_send)
         finally:
             self._report(scope, status, time.monotonic() - start)
 
@@ -125,10 +129,9 @@ class Guard:
         console.say(f"{time.strftime('%H:%M:%S')} {what}{details and ', '}{details}")
 
 
-async def _read_body(scope: Scope, headers: Mapping[str, str], receive: Receive) -> bytes | ApiError | None:
+async def _read_body(receive: Receive) -> bytes | ApiError | None:
     """Return the body, the error of a body that cannot be read, or None if the client has gone."""
     error = ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes: shorten the prompt", code="body_too_large")
-    length = headers.get("content-length", "0")
     chunks, size, more = [], 0, True
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -138,7 +141,7 @@ async def _read_body(scope: Scope, headers: Mapping[str, str], receive: Receive)
                     return None
                 more = message.get("more_body", False)
                 size += len(message.get("body", b""))
-                if size <= LARGEST_BODY and int(length) <= LARGEST_BODY:
+                if size <= LARGEST_BODY:
                     chunks.append(message.get("body", b""))
                 else:
                     chunks.clear()
