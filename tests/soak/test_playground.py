@@ -145,7 +145,10 @@ def test_a_token_shows_its_experts_and_an_expert_its_tokens(open_page, server):
     page.wait_for_selector(".of-expert", state="detached")
 
 
-def test_tokens_appear_one_by_one_and_stop_ends_the_answer(open_page, server):
+def test_tokens_appear_one_by_one_and_stop_ends_the_answer(open_page, server, monkeypatch):
+    scheduler = server.server.worker._scheduler
+    step = scheduler.step
+    monkeypatch.setattr(scheduler, "step", lambda: (time.sleep(0.02), step())[1])  # as slow as a larger model
     page = open_page()
     page.fill("#max_tokens", "400")
     page.fill("#message", MESSAGE)
