@@ -26,9 +26,10 @@ function curl(base, path, body, hasKey) {
 
 function python(base, path, body, hasKey) {
   const chat = path.includes("chat");
-  const line = ([name, value]) => `    ${name}=${JSON.stringify(value)},\n`;
+  const indented = (value) => JSON.stringify(value, null, 4).replaceAll("\n", "\n    ");
+  const line = ([name, value]) => `    ${name}=${indented(value)},\n`;
   const [known, others] = [true, false].map((is) => Object.entries(body).filter(([name]) => OPENAI.has(name) === is));
-  const extra = others.length ? `    extra_body=${JSON.stringify(Object.fromEntries(others))},\n` : "";
+  const extra = others.length ? line(["extra_body", Object.fromEntries(others)]) : "";
   const key = hasKey ? 'os.environ["SMOLSEEK_API_KEY"]' : '"none"';
   return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
 

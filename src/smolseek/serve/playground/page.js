@@ -16,6 +16,8 @@ const thread = byId("thread"), message = byId("message"), composer = byId("compo
 let model = null;
 let turns = []; // UserTurn and AnswerTurn, from top to bottom
 let running = null; // the AbortController of the request that is running
+let follows = true; // whether the page scrolls with the text
+let frame = 0;
 
 const answers = () => turns.filter((turn) => turn instanceof AnswerTurn);
 const lists = () => answers().flatMap(({ prompt, tokens }) => [prompt, tokens]);
@@ -173,6 +175,14 @@ function complete(source, more) {
   write(newAnswer(source), "v1/completions", { ...completion(source), ...more });
 }
 
+/** Scroll to the end with the next frame, unless the user has scrolled up. */
+function follow() {
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    if (follows) thread.scrollTop = thread.scrollHeight;
+  });
+}
+
 /** Send a request and add the parts of its answer to `turn`. */
 async function write(turn, path, body) {
   const options = requestOptions();
@@ -180,24 +190,23 @@ async function write(turn, path, body) {
   const controller = new AbortController();
   turn.begin();
   setRunning(controller);
-  thread.scrollTop = thread.scrollHeight;
+  follows = true;
+  follow();
   announce("Writing.");
   let error = "";
   try {
     const request = { model: model.id, ...options, ...body, ...(map.layers.length && { experts: true }) };
     for await (const part of stream(path, request, controller.signal)) {
-      const atEnd = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60;
       for (const token of turn.add(part)) map.add(token);
-      if (atEnd) thread.scrollTop = thread.scrollHeight;
+      follow();
     }
   } catch (reason) {
     if (controller.signal.aborted) turn.finish = "stopped";
     else error = reason instanceof ServerError ? reason.message : `no connection to the server (${reason.message})`;
     if (reason.status === 401) askKey(() => rewrite(turn));
   }
-  const atEnd = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 60;
   turn.end(error && `Error: ${error}`);
-  if (atEnd) thread.scrollTop = thread.scrollHeight;
+  follow();
   if (running !== controller) return;
   setRunning(null);
   if (!error) announce(`${turn.finish === "stopped" ? "Stopped" : "Answer"}: ${turn.text.slice(0, 2000)}`);
@@ -236,6 +245,7 @@ function openPanel(name) {
 for (const name of ["settings", "inspector"]) byId(`open-${name}`).onclick = () => openPanel(document.body.dataset.panel === name ? null : name);
 for (const close of document.querySelectorAll(".close")) close.onclick = () => openPanel(null);
 for (const input of document.querySelectorAll("[name=mode]")) input.onchange = setMode;
+thread.onscroll = () => (follows = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 120);
 byId("show-code").onclick = () => {
   const options = requestOptions(), text = message.value || EXAMPLES[mode()][0];
   if (!options || !model) return;

@@ -23,7 +23,11 @@ export class TokenText {
   }
 }
 
-/** Append `token` to the text in `container`; `shown` is its text there. */
+/**
+ * Append `token` to the text in `container`; `shown` is its text there.
+ *
+ * A line break ends the element of a paragraph. In one element, the browser would arrange all the text again for each token.
+ */
 export function appendToken(container, token, shown) {
   // The mark of a token leaves out the space before a word, where lines break.
   const word = shown.trimStart() || shown;
@@ -36,7 +40,9 @@ export function appendToken(container, token, shown) {
   if (!shown) node.classList.add("byte");
   token.element = node;
   node.token = token;
-  container.append(node);
+  const paragraph = container.lastElementChild;
+  if (paragraph && !paragraph.textContent.endsWith("\n")) paragraph.append(node);
+  else container.append(element("div", { class: "paragraph" }, node));
 }
 
 /** The card of the token under the pointer, or of the chosen token. */
@@ -87,7 +93,7 @@ export class TokenCard {
   #key(event) {
     const container = event.target.closest(".tokens");
     if (!container || event.ctrlKey || event.metaKey || event.altKey) return;
-    const list = this.lists().find((tokens) => tokens[0]?.element.parentElement === container);
+    const list = this.lists().find((tokens) => tokens[0]?.element.closest(".tokens") === container);
     const position = list?.indexOf(this.#chosen) ?? -1;
     const goal = { ArrowRight: position + 1, ArrowLeft: position - 1, Home: 0, End: list?.length - 1 }[event.key];
     if (event.key === "Escape" && this.#chosen) this.choose(null);

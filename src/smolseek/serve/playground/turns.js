@@ -35,7 +35,7 @@ export class AnswerTurn {
     this.layers = layers;
     this.actions = [["Copy", (turn, node) => copyText((turn.source ?? "") + turn.text, node)], ...actions];
     this.body = element("div", { class: "tokens", tabIndex: 0, role: "group" });
-    if (source) this.body.append(element("span", { class: "source" }, source));
+    this.body.append(element("div", { class: "paragraph" }, ...(source ? [element("span", { class: "source" }, source)] : [])));
     this.node = element("article", { class: "turn answer", "aria-label": "Answer" }, this.#prompts, this.body, this.#error, this.#figures);
     this.begin();
   }
@@ -67,7 +67,7 @@ export class AnswerTurn {
     for (const token of prompt) appendToken(this.#prompts.lastChild, token, this.#promptDecoder.next(token));
     for (const token of tokens) appendToken(this.body, token, this.#decoder.next(token));
     // A server that reports no tokens still sends text.
-    if (part.text && !tokens.length && this.tokens.length === this.before) this.body.append(part.text);
+    if (part.text && !tokens.length && this.tokens.length === this.before) this.body.lastElementChild.append(part.text);
     if (part.text || tokens.length) this.first ??= performance.now();
     this.text += part.text;
     this.finish = part.finish ?? this.finish;
@@ -103,7 +103,7 @@ export class AnswerTurn {
     const n = usage?.completion_tokens ?? tokens.length - this.before;
     const seconds = ((ended ?? performance.now()) - first) / 1000;
     const figure = (value, text) => element("span", {}, element("b", {}, value), ` ${text}`);
-    const figures = ended && !tokens.length ? [] : [figure(count(n), n === 1 ? "token" : "tokens")];
+    const figures = n ? [figure(count(n), n === 1 ? "token" : "tokens")] : ended ? [] : ["Reading the prompt …"];
     if (n > 1 && seconds > 0) figures.push(figure(((n - 1) / seconds).toFixed(1), "tokens/s"));
     if (first) figures.push(figure(`${count(Math.round(first - this.begun))} ms`, "to the first"));
     if (usage) {
