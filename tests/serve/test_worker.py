@@ -84,24 +84,26 @@ def test_a_request_is_accepted_completely_or_not_at_all(model, monkeypatch):
 
 
 def test_a_request_ends_at_its_time_limit(model, monkeypatch):
-    with running(model, timeout=0.5, max_sequences=1) as server, open_client(server) as client:
+    with running(model, timeout=1.0, max_sequences=1) as server, open_client(server) as client:
+        slow(server, monkeypatch, 0.05)
+        answer = client.completions.create(**LONG)
+        assert answer.choices[0].finish_reason == "length" and 0 < answer.usage.completion_tokens < 400
+        assert reasons(server) == {"time": 1}
+
+
+def test_a_request_whose_time_is_over_in_the_queue_is_a_503(model, monkeypatch):
+    with running(model, max_sequences=1) as server, open_client(server) as client:
         slow(server, monkeypatch)
-        late = []
-
-        def wait_in_the_queue() -> None:
-            try:
-                client.completions.create(**LONG | {"prompt": "late"}, extra_body={"max_time": 0.2})
-            except openai.InternalServerError as error:
-                late.append(error)
-
-        waiting = threading.Thread(target=wait_in_the_queue)
-        stream = client.completions.create(**LONG, stream=True)
-        next(stream)
-        waiting.start()
-        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
-        waiting.join()
-        assert late[0].status_code == 503 and late[0].code == "timeout" and "retry-after" in late[0].response.headers
-        assert reasons(server) == {"time": 2}
+        first = client.completions.create(**LONG, stream=True)
+        next(first)
+        late = LONG | {"prompt": "late", "extra_body": {"max_time": 0.1}}
+        with pytest.raises(openai.InternalServerError, match="the time of the request was over") as error:
+            client.completions.create(**late)
+        assert (error.value.status_code, error.value.code) == (503, "timeout")
+        assert error.value.response.headers["retry-after"]
+        with pytest.raises(openai.APIError, match="the time of the request was over"):
+            list(client.completions.create(**late, stream=True))
+        first.close()
 
 
 def test_an_option_that_forbids_every_token_is_a_400(server, client):
@@ -167,3 +169,22 @@ def test_requests_beside_each_other_have_the_text_that_they_have_alone(server):
     for thread in threads:
         thread.join()
     assert together == alone
+
+
+def test_a_text_without_max_tokens_ends_at_the_servers_limit_or_where_the_cache_is_full(model):
+    body = {"prompt": "The thin hat", "logit_bias": {"256": -100}}
+    with running(model, max_tokens=7) as server:
+        usage = json.loads(server.request("POST", "/v1/completions", body)[2])["usage"]
+        assert usage["completion_tokens"] == 7
+        usage = json.loads(server.request("POST", "/v1/completions", body | {"max_tokens": 9})[2])["usage"]
+        assert usage["completion_tokens"] == 9
+    with running(model, cache_tokens=128) as server:
+        answer = json.loads(server.request("POST", "/v1/completions", body)[2])
+        assert answer["usage"]["total_tokens"] == 128 and answer["choices"][0]["finish_reason"] == "length"
+        for large in ({"max_tokens": 400}, {"prompt": "a" * 200}):
+            status, _, data = server.request("POST", "/v1/completions", body | large)
+            message = json.loads(data)["error"]["message"]
+            assert status == 400 and "the cache, which holds 128" in message
+    with running(model, max_tokens=10_000) as server:
+        answer = json.loads(server.request("POST", "/v1/completions", body)[2])
+        assert answer["usage"]["total_tokens"] == 512 and answer["choices"][0]["finish_reason"] == "length"
