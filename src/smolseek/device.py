@@ -17,8 +17,6 @@ class Capability:
 
     bfloat16: bool = False
     """Multiplies bfloat16 matrices in hardware; emulation would be slower than float32."""
-    bfloat16_tiles: bool = False
-    """PyTorch multiplies bfloat16 matrices with tiles (AMX), several times faster than dot products do."""
     float16: bool = False
     """Multiplies float16 matrices several times faster than float32 matrices."""
     float64: bool = True
@@ -67,12 +65,9 @@ def _capability(device: torch.device) -> Capability:
         )
     if device.type == "mps":
         return Capability(float64=False, batches=True)
-    # Private functions, which a later PyTorch may lack. Without them float32 is the safe choice.
-    dot_products, tiles = (
-        getattr(torch.cpu, name, lambda: False) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    )
-    bfloat16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and dot_products()
-    return Capability(bfloat16=bfloat16, bfloat16_tiles=bfloat16 and tiles())
+    # A private function, which a later PyTorch may lack. Without it float32 is the safe choice.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return Capability(bfloat16=torch.backends.cpu.get_cpu_capability().startswith("AVX512") and supported())
 
 
 def cuda_capability(version: tuple[int, int], bfloat16: bool) -> Capability:

@@ -72,12 +72,7 @@ def c_supports(x: torch.Tensor) -> bool:
 
 
 def c_infers(x: torch.Tensor) -> bool:
-    """Return whether the C files for reading prompts support `x`, which must be bfloat16, in inference mode.
-
-    With AMX, PyTorch reads prompts faster.
-    """
-    if capability(x.device).bfloat16_tiles and override() != "cpu":
-        return False
+    """Return whether the C files for reading prompts support `x`, which must be bfloat16, in inference mode."""
     # The inference mode is checked last, because dynamo cannot trace this check. In compiled code `c_supports` is
     # False.
     return x.dtype == torch.bfloat16 and c_supports(x) and torch.is_inference_mode_enabled()
