@@ -1,5 +1,6 @@
 """Chunks and steps on a paged cache have the bits of a contiguous cache."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -56,3 +57,22 @@ def test_experts_of_a_step_are_those_of_the_routers(name, use_backend):
     (layers, batch, top_k), step, chunks = results[0]
     assert (layers, batch, len(chunks[1])) == (2 if name == "tiny" else 0, 2, 5)
     assert all(len(set(one)) == top_k for token in (*step, *chunks[0]) for one in token)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("vocabulary", [1, 7, 120, 5000])
+def test_the_likeliest_token_and_the_logsumexp(backend, vocabulary, use_backend):
+    use_backend(backend)
+    model = small("tiny", torch.float32)
+    decoder = PagedDecoder(model, PagedCache(model.config, 1, dtype=torch.float32))
+    logits_BV = 10 * torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits_BV[3] = logits_BV[3].round()  # several largest logits
+    logits_BV[4] = -torch.inf
+    logits_BV[4, vocabulary // 2] = 1.5
+    best, total = decoder.summarise(logits_BV)
+    assert best == [row.tolist().index(row.max()) for row in logits_BV]
+    assert total == pytest.approx(logits_BV.double().logsumexp(dim=-1).tolist(), abs=1e-5, rel=1e-6)
+    for number in range(9):
+        assert decoder.summarise(logits_BV[number : number + 1]) == ([best[number]], [total[number]])
+    logits_BV[0, -1], logits_BV[1, 0] = torch.nan, torch.inf
+    assert not any(map(math.isfinite, decoder.summarise(logits_BV)[1][:2]))

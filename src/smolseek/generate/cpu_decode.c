@@ -180,3 +180,22 @@ void head(const Model *m, int64_t n, const float *h, float *logits, int64_t thre
 #pragma omp parallel num_threads(threads)
     linear(m->head, 0, m->vocab, m->D, h, logits, n, omp_get_thread_num(), omp_get_num_threads());
 }
+
+/* For each of B rows of logits [B, V], find the first of the largest logits, and compute log(sum(exp(logit))). */
+void summarise(const float *logits, int64_t B, int64_t V, int64_t *best, float *total, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t b = 0; b < B; b++) {
+        const float *x = logits + b * V;
+        float top = -INFINITY, sum_of = 0;
+        lanes tops = (lanes){0} - INFINITY, sums = {0};
+        int64_t i = 0;
+        for (; i + LANES <= V; i += LANES) tops = max_lanes(load_some(x, i, LANES, 0), tops);
+        for (int l = 0; l < LANES; l++) top = tops[l] > top ? tops[l] : top;
+        for (; i < V; i++) top = x[i] > top ? x[i] : top;
+        for (i = 0; i + LANES <= V; i += LANES) sums += exp_lanes(load_some(x, i, LANES, 0) - top);
+        for (int l = 0; l < LANES; l++) sum_of += sums[l];
+        for (; i < V; i++) sum_of += exp_lanes((lanes){x[i] - top})[0];
+        total[b] = top + logf(sum_of);
+        for (best[b] = 0; best[b] < V - 1 && x[best[b]] != top;) best[b]++;
+    }
+}

@@ -61,7 +61,8 @@ def library() -> ctypes.CDLL | None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         compiled.work_floats.argtypes, compiled.work_floats.restype = (pointer, number, number, number), number
         compiled.step.argtypes = pointer, number, pointer, pointer, pointer, number, pointer, pointer, pointer, number
-        compiled.step.restype = None
+        compiled.summarise.argtypes = pointer, number, number, pointer, pointer, number
+        compiled.step.restype = compiled.summarise.restype = None
         compiled.head.argtypes, compiled.head.restype = (pointer, number, pointer, pointer, number), None
     return compiled
 
@@ -107,7 +108,7 @@ class CpuDecoder:
 
     def __init__(self, compiled: ctypes.CDLL, model: CausalLM, layers: Sequence[torch.Tensor], longest: int) -> None:
         self._step, self._work_floats = compiled.step, compiled.work_floats
-        self._head = compiled.head
+        self._head, self._summarise = compiled.head, compiled.summarise
         self._vocab, self._longest = model.config.vocab_size, longest
         self._routers, self._top_k = len(model.routers), model.config.num_experts_per_tok
         self._alive: list[torch.Tensor] = []
@@ -145,6 +146,15 @@ class CpuDecoder:
         self._step(self._model, B, *pointers, X, *results, threads)
         self._threads.record(threads, time.perf_counter() - start)
         return logits_BV, experts_LBK
+
+    def summarise(self, logits_BV: torch.Tensor) -> tuple[list[int], list[float]]:
+        """Return the likeliest token and the logsumexp of each sequence, with the same bits in any batch."""
+        B, V = logits_BV.shape
+        assert logits_BV.is_contiguous() and logits_BV.dtype == torch.float32
+        best_B, total_B = torch.empty(B, dtype=torch.int64), torch.empty(B)
+        pointers = [tensor.data_ptr() for tensor in (best_B, total_B)]
+        self._summarise(logits_BV.data_ptr(), B, V, *pointers, min(B, torch.get_num_threads()))
+        return best_B.tolist(), total_B.tolist()
 
     def _reserve(self, batch: int, chunks: int) -> None:
         """Enlarge the memory of intermediate results, if it is too small, so that it also fits twice the tokens."""

@@ -107,6 +107,13 @@ class PagedDecoder:
     def _head(self, hidden_XD: torch.Tensor) -> torch.Tensor:
         return self._cpu.head(hidden_XD) if self._cpu is not None else self.model.lm_head(hidden_XD).float()
 
+    @torch.inference_mode()
+    def summarise(self, logits_BV: torch.Tensor) -> tuple[list[int], list[float]]:
+        """Return the likeliest token and the logsumexp of each sequence, with the same bits in any batch."""
+        if self._cpu is not None:
+            return self._cpu.summarise(logits_BV.contiguous())
+        return [int(one.argmax()) for one in logits_BV], [float(one.logsumexp(dim=-1)) for one in logits_BV]
+
     def _stack(self, chosen: list[torch.Tensor], tokens: int) -> torch.Tensor:
         """Return the outputs of the routers, from one or several forward passes, as [L, tokens, K]."""
         layers = len(self.model.routers)

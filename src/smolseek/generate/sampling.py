@@ -140,6 +140,11 @@ class Sampler:
         self.processors = processors(sampling, len(prompt), stop_ids)
         self.generator = torch.Generator().manual_seed(sampling.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether `sample` returns the token with the largest logit."""
+        return self.sampling.temperature == 0 and not self.processors
+
     def sample(self, logits_V: torch.Tensor) -> int:
         """Return the next token for `logits_V`."""
         if not capability(logits_V.device).float64:  # `candidates` may need it

@@ -235,7 +235,8 @@ class Scheduler:
             self._writing.append(sequence)
             self._prompt_tokens += len(prompt)
             self._cached_tokens += sequence.cached_tokens
-            self._sample(sequence, logits_V, sequence.prompt_experts[-1] if request.routing else None)
+            (best,), (total,) = self._decoder.summarise(logits_V[None])
+            self._sample(sequence, logits_V, best, total, sequence.prompt_experts[-1] if request.routing else None)
 
     def _write(self, sequences: Sequence[_Sequence]) -> None:
         """Decode one token of each sequence."""
@@ -243,22 +244,27 @@ class Scheduler:
         tokens = [one.sampler.ids[-1] for one in sequences]
         routing = any(one.request.routing for one in sequences)
         logits_BV, experts_LBK = self._decoder.step(tables, lengths, tokens, experts=routing)
-        for number, (sequence, logits_V) in enumerate(zip(sequences, logits_BV, strict=True)):
+        best_B, total_B = self._decoder.summarise(logits_BV)
+        for number, sequence in enumerate(sequences):
             sequence.length += 1
             experts = None
             if experts_LBK is not None and sequence.request.routing:
                 (experts,) = by_token(experts_LBK[:, number : number + 1])
-            self._sample(sequence, logits_V, experts)
+            self._sample(sequence, logits_BV[number], best_B[number], total_B[number], experts)
 
-    def _sample(self, sequence: _Sequence, logits_V: torch.Tensor, experts: Experts | None) -> None:
-        """Sample and report the next token of a sequence, or its end."""
+    def _sample(
+        self, sequence: _Sequence, logits_V: torch.Tensor, best: int, total: float, experts: Experts | None
+    ) -> None:
+        """Sample and report the next token of a sequence, or its end.
+
+        `best` is the likeliest token, `total` the logsumexp of the logits.
+        """
         request, sampler = sequence.request, sequence.sampler
-        total = float(logits_V.logsumexp(dim=-1))
         if not math.isfinite(total):
             return self._finish(sequence, "error", NOT_FINITE)
         forced = request.sampling.prefix[sequence.new : sequence.new + 1]
         try:
-            token = forced[0] if forced else sampler.sample(logits_V)
+            token = forced[0] if forced else best if sampler.greedy else sampler.sample(logits_V)
         except SmolseekError as error:
             return self._finish(sequence, "error", str(error))
         if token in request.stop_ids and not forced:
