@@ -54,6 +54,7 @@ class Worker:
         self.version: str = about["version"]
         self.functions: list[str] = about["functions"]
         self.features: str = about.get("features", "")
+        self.address: str = about.get("address", "")
 
     def __enter__(self) -> "Worker":
         return self

@@ -14,17 +14,17 @@ answers = protocol.open_answers()
 import xllamacpp  # noqa: E402
 
 
-def start(model: str, context: int, cache: str, threads: int) -> xllamacpp.Server:
+def start(model: str, context: int, cache: str, threads: int, slots: int = 1, verbosity: int = 4) -> xllamacpp.Server:
     attention = xllamacpp.llama_flash_attn_type
     params = xllamacpp.CommonParams()
     params.model.path = model
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = context * slots, slots, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_type_k = params.cache_type_v = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache}")
     if cache == "F32":  # flash attention rounds to 16 bits in between
         params.flash_attn_type = attention.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.warmup, params.cache_ram_mib = False, 0
-    params.verbosity = 4  # the log, on stderr, has the size of the cache
+    params.verbosity = verbosity  # from 4 on, the log on stderr has the size of the cache
     return xllamacpp.Server(params)
 
 
@@ -53,4 +53,6 @@ def generate(prompt: str, tokens: int, top: int) -> dict:
     }
 
 
-protocol.serve(answers, {"version": f"xllamacpp {version('xllamacpp')}"}, generate=generate)
+about = {"version": f"xllamacpp {version('xllamacpp')}", "address": server.listening_address}
+about["features"] = xllamacpp.get_system_info()
+protocol.serve(answers, about, generate=generate)
