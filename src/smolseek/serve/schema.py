@@ -4,17 +4,21 @@ A field that is null counts as a field that is missing. `config.GenerationOption
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 from docstring_parser import parse_from_object
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from smolseek.config import PYTHON_ALIASES, GenerationOptions, SamplingOptions
 from smolseek.errors import nearest
 from smolseek.serve.errors import ApiError
 
-_Text = str | list[str] | None
-_Texts = str | list[str | list[int]] | None
+T = TypeVar("T")
+_List = Annotated[list[T], Field(fail_fast=True)]
+"""A list of which pydantic reports only the first wrong entry: a report takes a kilobyte."""
+_Text = str | _List[str] | None
+_Texts = str | _List[str | _List[int]] | None
 
 NO_TOOLS = "this server calls no tools: leave it out"
 NO_GRAMMAR = "this server does not constrain the text: leave it out, and check the text yourself"
@@ -59,6 +63,13 @@ def _option(name: str) -> Any:
     return Field(None, description=MEANINGS.get(name))
 
 
+def _require_numbers(bias: Any) -> Any:
+    """Refuse a value that is no number, since pydantic would report every wrong value."""
+    if isinstance(bias, dict) and any(type(value) not in (int, float) for value in bias.values()):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return bias
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -80,7 +91,7 @@ class ChatMessage(_Body):
     """A message of a conversation."""
 
     role: str = Field(description='"system", "developer" (the same), "user" or "assistant".')
-    content: str | list[ContentPart] | None = None
+    content: str | _List[ContentPart] | None = None
 
 
 class GenerationRequest(_Body):
@@ -97,17 +108,19 @@ class GenerationRequest(_Body):
     top_p: float | None = _option("top_p")
     presence_penalty: float | None = _option("presence_penalty")
     frequency_penalty: float | None = _option("frequency_penalty")
-    logit_bias: dict[str, float] | None = Field(None, description="Token id -> number that is added to its logit.")
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_require_numbers)] | None = Field(
+        None, description="Token id -> number that is added to its logit."
+    )
     top_k: int | None = Field(None, description="Keep the k most likely tokens; 0 and -1 keep all.")
     min_p: float | None = _option("min_p")
     typical_p: float | None = _option("typical_p")
     repetition_penalty: float | None = _option("repetition_penalty")
     no_repeat_ngram: int | None = _option("no_repeat_ngram")
     min_tokens: int | None = _option("min_tokens")
-    stop_tokens: str | int | list[str | int] | None = _option("stop_tokens")
+    stop_tokens: str | int | _List[str | int] | None = _option("stop_tokens")
     max_time: float | None = _option("max_time")
     bad_words: _Texts = _option("bad_words")
-    prefix: str | list[int] | None = _option("prefix")
+    prefix: str | _List[int] | None = _option("prefix")
     experts: bool | None = Field(None, description="Also report the experts of every token, under `smolseek`.")
 
     def options(self) -> dict[str, Any]:
@@ -150,7 +163,7 @@ OPTIONS = (
 class ChatRequest(GenerationRequest):
     """Body of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(description="The conversation so far.")
+    messages: _List[ChatMessage] = Field(description="The conversation so far.")
     max_completion_tokens: int | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
     top_logprobs: int | None = Field(None, description="Number of likeliest tokens that come with each token.")
@@ -159,7 +172,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
+    prompt: str | _List[str] | _List[int] | _List[_List[int]] = Field(
         description="A text, token ids, or a list of texts or of lists of token ids."
     )
     echo: bool | None = Field(None, description="Return the prompt before the new text.")
