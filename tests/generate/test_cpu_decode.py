@@ -42,6 +42,21 @@ def test_nan_stays_in_its_sequence_and_in_memory(groups, use_backend):
     assert Decoder(model, batch, 4).step(tokens).isnan().all()
 
 
+def test_the_work_memory_has_space_for_the_threads_of_the_step():
+    """A step may run as many threads as torch had when the decoder was made."""
+    if library() is None:
+        pytest.skip("no C compiler")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        cpu = Decoder(new_model(replace(tiny(), vocab_size=64, num_hidden_layers=1), seed=1).eval(), 4, 4).cpu
+        torch.set_num_threads(1)
+        cpu._reserve(4, 4)
+        assert len(cpu._work) >= cpu._work_floats(cpu._model, 4, 4, 3) and max(cpu._threads._seconds) == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_logits_after_a_prompt_are_not_rounded(bf16_products):
     """In bfloat16, numbers near 16 are 0.125 apart, so the likeliest tokens would often have equal logits."""
     model = new_model(replace(tiny(), vocab_size=256, num_hidden_layers=1), seed=1).bfloat16().eval()

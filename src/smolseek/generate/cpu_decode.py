@@ -116,7 +116,8 @@ class CpuDecoder:
         self._layers = ctypes.create_string_buffer(b"".join(self._pack(layer) for layer in structs))
         widest = max(int(layer["shared"]) for layer in structs)
         self._model = ctypes.create_string_buffer(self._pack(self._model_struct(model, longest, widest)))
-        self._threads = _Threads(torch.get_num_threads())
+        self._most_threads = torch.get_num_threads()
+        self._threads = _Threads(self._most_threads)
         self._work = torch.empty(0)
 
     def step(
@@ -158,7 +159,7 @@ class CpuDecoder:
 
     def _reserve(self, batch: int, chunks: int) -> None:
         """Enlarge the memory of intermediate results, if it is too small, so that it also fits twice the tokens."""
-        threads = torch.get_num_threads()
+        threads = self._most_threads  # torch's number may have changed since then
         if self._work_floats(self._model, batch, chunks, threads) > len(self._work):
             self._work = torch.zeros(self._work_floats(self._model, batch, 2 * chunks, threads), dtype=torch.float32)
 
