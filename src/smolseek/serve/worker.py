@@ -204,7 +204,11 @@ class Worker:
             end = end._replace(reason="stop_string")
         self._metrics.count_end(end)
         # The tokens of a stop string are not a part of the text.
-        return Delta(active.number, text, active.tokens(text, final=not active.detokenizer.stopped), end)
+        tokens = active.tokens(text, final=not active.detokenizer.stopped)
+        if active.pending:  # perhaps the first token, which reports the prompt
+            first, _ = active.pending[0]
+            end = end._replace(prompt_experts=first.prompt_experts, prompt_logprobs=first.prompt_logprobs)
+        return Delta(active.number, text, tokens, end)
 
     def _give_up(self, error: Exception) -> None:
         """End all texts and refuse all requests after an error that is a bug of ours."""
