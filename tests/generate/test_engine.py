@@ -151,6 +151,17 @@ def test_a_request_that_cannot_be_met_is_refused_at_once(ids, options, message):
         Generator(model, [ids], GREEDY, **options)
 
 
+def test_beam_search_writes_no_forbidden_token(model):
+    def only(*tokens):
+        bad_words = tuple((i,) for i in range(model.config.vocab_size) if i not in tokens)
+        return beam_search(model, [1], beams=3, max_tokens=4, returned=3, sampling=SamplingParams(bad_words=bad_words))
+
+    assert {token for one in only(7, 9) for token in one.tokens} == {7, 9}
+    assert {token for one in only(7) for token in one.tokens} == {7}
+    with pytest.raises(SmolseekError, match="no token is left"):
+        only()
+
+
 def test_no_more_continuations_than_beams():
     model = new_model(small("tiny"), seed=3)
     with pytest.raises(SmolseekError, match="n 3 is not between 1 and the number of beams, 2"):

@@ -85,10 +85,29 @@ def test_a_seed_gives_the_same_draws():
 
 
 @pytest.mark.parametrize(
+    "filters",
+    [{"temperature": 0.0}, {"temperature": 1e-5}, {"top_p": 0.9}, {"min_p": 0.1}, {"typical_p": 0.5}, {"top_k": 3}],
+    ids=str,
+)
+def test_options_that_forbid_every_token_are_refused_whatever_the_filters(filters):
+    sampler = Sampler(SamplingParams(min_tokens=2, **filters), [3], range(80))
+    with pytest.raises(SmolseekError, match="no token is left"):
+        sampler.sample(LOGITS)
+    allowed = Sampler(SamplingParams(min_tokens=2, **filters), [3], range(1, 80))
+    assert allowed.sample(LOGITS) == 0
+
+
+def test_a_huge_temperature_draws_no_banned_token():
+    sampler = Sampler(SamplingParams(temperature=1e30, bad_words=((5,),)), [3], ())
+    assert 5 not in {sampler.sample(LOGITS) for _ in range(1000)}
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature -0.1 must be 0 or more"),
         ({"temperature": float("nan")}, "temperature nan is not finite"),
+        ({"temperature": 1e39}, "temperature 1e\\+39 must be at most 1e\\+30"),
         ({"top_k": 0}, "top_k 0 must be 1 or more"),
         ({"top_p": 0.0}, "top_p 0.0 must be above 0"),
         ({"top_p": 1.1}, "top_p 1.1 must be at most 1"),

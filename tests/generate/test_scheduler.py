@@ -263,6 +263,8 @@ def test_a_full_queue_and_requests_that_cannot_be_met():
         Scheduler(small("tiny"), chunk=100)
     with pytest.raises(SmolseekError, match="max_sequences 0 must be 1 or more"):
         Scheduler(small("tiny"), max_sequences=0)
+    with pytest.raises(SmolseekError, match="max_sequences 513 must be at most 512"):
+        Scheduler(small("tiny"), max_sequences=513)
 
 
 def test_requests_wait_for_pages_and_for_their_turn():
@@ -288,6 +290,20 @@ def test_logits_that_are_not_finite_end_only_their_sequence(backend, use_backend
     assert answers[good] == expected == run(scheduler, {0: [good]})[good]
     assert [answers[one][1][0] for one in bad] == ["error", "error"] and len(answers[bad[1]][0]) == 2
     assert "logits are not finite" in answers[bad[0]][1][4]
+
+
+def test_an_error_in_sampling_ends_only_its_sequence(capfd):
+    def broken(ids_1T, scores_1V):
+        return scores_1V[:, :0]
+
+    model = small("tiny")
+    good, nothing = request(prompt(1, 20)), request(prompt(2, 20), SamplingParams(min_tokens=1), stop_ids=range(120))
+    bad = request(prompt(3, 20), SamplingParams(processors=(broken,)))
+    answers = run(Scheduler(model, cache_tokens=512), {0: [good, bad, nothing]})
+    assert answers[good] == run(Scheduler(model), {0: [good]})[good]
+    assert answers[bad][1][0] == "error" and "sampling has failed" in answers[bad][1][4]
+    assert answers[nothing][1][0] == "error" and "no token is left" in answers[nothing][1][4]
+    assert capfd.readouterr().err.count("Traceback") == 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -186,6 +186,20 @@ def test_a_prompt_is_scored_even_if_no_token_follows(client, model, stream):
     assert [len(choice.smolseek["prompt"]) for choice in choices if "prompt" in choice.smolseek] == [len(expected) + 1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("most", [0, 5])
+def test_a_prompt_is_scored_even_if_the_first_token_is_a_stop_string(client, model, stream, most):
+    body = {"prefix": "x", "experts": True}
+    answer = complete(client, stream=stream, max_tokens=most, echo=True, logprobs=1, stop="x", extra_body=body)
+    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
+    (scores,) = [choice.logprobs for choice in choices if choice.logprobs]
+    expected = [value for _, value in model.score(PROMPT)[1:]]
+    assert scores.token_logprobs[1:] == pytest.approx(expected, abs=1e-4)
+    assert "".join(choice.text for choice in choices) == PROMPT
+    assert choices[-1].finish_reason == ("length" if most == 0 else "stop")
+    assert sum(len(choice.smolseek.get("prompt", ())) for choice in choices) == len(expected) + 1
+
+
 def test_a_prompt_comes_back_in_streams_too(client, model):
     options = {"max_tokens": 3, "echo": True, "logit_bias": NO_END, "seed": 2}
     assert streamed(complete(client, stream=True, **options)).text == complete(client, **options).choices[0].text
@@ -274,6 +288,7 @@ BAD = [
     ({"messages": MESSAGES, "stop": ["a", ""]}, "stop", "empty"),
     ({"messages": MESSAGES, "stop": ["a"] * 1001}, "stop", "1001"),
     ({"messages": MESSAGES, "bad_words": ["a"] * 1001}, "bad_words", "1001"),
+    ({"messages": MESSAGES, "stop_tokens": [1] * 1001}, "stop_tokens", "1001"),
     ({"messages": MESSAGES, "seed": 2**63 - 1, "n": 2}, None, "64 bits"),
     ({"messages": MESSAGES, "logit_bias": {"266": 1}}, "logit_bias", "'266'"),
     ({"messages": MESSAGES, "logit_bias": {"a": 1}}, "logit_bias", "'a'"),

@@ -9,6 +9,9 @@ import openai
 import pytest
 from running_server import running
 
+from smolseek.serve import jobs
+from smolseek.serve.jobs import LogitBias
+
 MESSAGES = [{"role": "user", "content": "In the light"}]
 LONG = {"model": "small", "prompt": "The thin hat", "max_tokens": 400, "logit_bias": {"256": -100}}
 
@@ -113,16 +116,33 @@ def test_an_option_that_forbids_every_token_is_a_400(server, client):
         client.completions.create(model="small", prompt="a", **bias)
     with pytest.raises(openai.APIError, match="no token is left"):
         list(client.completions.create(model="small", prompt="a", **bias, stream=True))
+    for filters in ({"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0}):
+        nothing = {"stop_tokens": list(range(266)), "min_tokens": 3, **filters}
+        with pytest.raises(openai.BadRequestError, match="no token is left"):
+            client.completions.create(model="small", prompt="a", extra_body=nothing)
+
+
+def test_an_error_in_sampling_is_a_500_for_that_request_alone(server, client, monkeypatch, capfd):
+    class Broken(LogitBias):
+        def __call__(self, ids_1T, scores_1V):
+            raise ZeroDivisionError("a bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jobs, "LogitBias", Broken)
+        with pytest.raises(openai.InternalServerError, match="sampling has failed"):
+            client.completions.create(model="small", prompt="a", logit_bias={"1": 1})
+    assert "ZeroDivisionError: a bug" in capfd.readouterr().err
+    assert client.completions.create(model="small", prompt="a", max_tokens=3, logit_bias={"256": -100}).choices[0].text
 
 
 def test_logits_that_are_not_finite_are_a_500_for_that_request_alone(server, client, model, monkeypatch):
     worker = server.server.worker._scheduler
     sample = worker._sample
 
-    def damaged(sequence, logits_V, experts):
+    def damaged(sequence, logits_V, best, total, experts):
         if sequence.request.max_tokens == 7:
-            logits_V = logits_V * float("nan")
-        return sample(sequence, logits_V, experts)
+            total = float("nan")
+        return sample(sequence, logits_V, best, total, experts)
 
     monkeypatch.setattr(worker, "_sample", damaged)
     with pytest.raises(openai.InternalServerError, match="logits are not finite"):

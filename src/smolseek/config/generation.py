@@ -20,7 +20,7 @@ class SamplingOptions:
         SmolseekError: for a number out of range.
     """
 
-    temperature: float = option(0.8, least=0)
+    temperature: float = option(0.8, least=0, most=1e30)
     """Temperature, which divides the logits; 0 takes the most likely token (greedy decoding)."""
     top_k: int | None = option(None, least=1)
     """Keep the k most likely tokens."""

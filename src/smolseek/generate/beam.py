@@ -3,6 +3,7 @@
 Shapes: W beams, V vocab_size.
 """
 
+import math
 import time
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
@@ -11,7 +12,7 @@ import torch
 
 from smolseek.errors import SmolseekError
 from smolseek.generate.engine import Decoder, Result, StopReason, check_request, require_finite
-from smolseek.generate.sampling import Processor, SamplingParams, processors
+from smolseek.generate.sampling import NO_TOKEN_LEFT, Processor, SamplingParams, processors
 from smolseek.model.transformer import CausalLM
 
 EarlyStopping = bool | Literal["never"]
@@ -115,7 +116,11 @@ def _best(
     best = (processed_WV + scores_W[:, None]).flatten().topk(min(count, logp_WV.numel()))
     hypotheses = []
     for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        if score == -math.inf:  # a banned token
+            break
         parent, token = divmod(index, logp_WV.shape[1])
         tokens, logprobs, *_ = beams[parent]
         hypotheses.append(_Hypothesis([*tokens, token], [*logprobs, float(logp_WV[parent, token])], score, parent))
+    if not hypotheses:
+        raise SmolseekError(NO_TOKEN_LEFT)
     return hypotheses

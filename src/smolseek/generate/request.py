@@ -11,6 +11,8 @@ from smolseek.generate.sampling import SamplingParams
 Top = tuple[tuple[int, float], ...]
 """The likeliest tokens with their log-probabilities in nats, the likeliest first."""
 
+SAMPLING_FAILED = "sampling has failed with an unexpected error: the log has the reason"
+
 
 class QueueFull(SmolseekError):
     """As many requests wait as the scheduler allows."""

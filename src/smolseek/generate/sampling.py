@@ -16,6 +16,8 @@ from smolseek.errors import SmolseekError
 Processor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Called like transformers' LogitsProcessor with token ids [1, T] and scores [1, V]; returns new scores [1, V]."""
 
+NO_TOKEN_LEFT = "no token is left to sample: remove a bad word, a stop token before min_tokens, or a penalty"
+
 # The tokens that top_p keeps are nearly always among the 1,024 likeliest tokens. The full vocabulary is sorted only for
 # flatter distributions.
 _ENOUGH = 1024
@@ -146,7 +148,11 @@ class Sampler:
         return self.sampling.temperature == 0 and not self.processors
 
     def sample(self, logits_V: torch.Tensor) -> int:
-        """Return the next token for `logits_V`."""
+        """Return the next token for `logits_V`.
+
+        Raises:
+            SmolseekError: if the options forbid every token.
+        """
         if not capability(logits_V.device).float64:  # `candidates` may need it
             logits_V = logits_V.cpu()
         if self.processors:
@@ -154,11 +160,11 @@ class Sampler:
             for processor in self.processors:
                 scores_1V = processor(ids_1T, scores_1V)
             logits_V = scores_1V[0]
+            if logits_V.max() == -torch.inf:  # the filters would keep no token, and `argmax` would take a banned token
+                raise SmolseekError(NO_TOKEN_LEFT)
         if self.sampling.temperature == 0:
             return int(logits_V.argmax())
         logits_C, ids_C = candidates(logits_V, self.sampling)
-        if self.processors and logits_C.max() == -torch.inf:
-            raise SmolseekError("no token is left to sample: remove a bad word or a penalty")
         return int(ids_C[self._draw(logits_C.softmax(dim=-1).cpu())])
 
     def _draw(self, p_C: torch.Tensor) -> int:

@@ -7,6 +7,7 @@ Shapes: B sequences, V vocab_size.
 
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from dataclasses import dataclass, field
 import torch
 
 from smolseek.errors import SmolseekError
+from smolseek.generate.cpu_decode import MAX_BATCH
 from smolseek.generate.engine import NOT_FINITE, StopReason, check_request
 from smolseek.generate.paged_decoder import Experts, PagedDecoder, by_token
 from smolseek.generate.prefix_cache import Node, PrefixCache
-from smolseek.generate.request import Finished, NewToken, QueueFull, Request, Stats, Top
+from smolseek.generate.request import SAMPLING_FAILED, Finished, NewToken, QueueFull, Request, Stats, Top
 from smolseek.generate.sampling import Sampler
 from smolseek.model.paged_cache import PAGE, PagedCache, pages_for
 from smolseek.model.transformer import CausalLM
@@ -53,7 +55,7 @@ class Scheduler:
 
     Args:
         model: the model, in the number format in which it computes.
-        max_sequences: largest number of sequences that are read or written at the same time.
+        max_sequences: largest number of sequences that are read or written at the same time, at most 512.
         cache_tokens: number of tokens that the cache can hold, for all sequences together.
         chunk: number of prompt tokens that are read between two decode steps, a multiple of the page size 64.
         max_queue: largest number of waiting requests.
@@ -80,6 +82,8 @@ class Scheduler:
         }.items():
             if value < 1:
                 raise SmolseekError(f"{name} {value} must be 1 or more")
+        if max_sequences > MAX_BATCH:
+            raise SmolseekError(f"max_sequences {max_sequences} must be at most {MAX_BATCH}")
         if chunk < PAGE or chunk % PAGE:
             raise SmolseekError(f"chunk {chunk} is no multiple of {PAGE}: use 128")
         weight = model.lm_head.weight
@@ -267,6 +271,9 @@ class Scheduler:
             token = forced[0] if forced else best if sampler.greedy else sampler.sample(logits_V)
         except SmolseekError as error:
             return self._finish(sequence, "error", str(error))
+        except Exception as error:  # of a processor, or a bug: the other sequences go on
+            traceback.print_exception(error)
+            return self._finish(sequence, "error", SAMPLING_FAILED)
         if token in request.stop_ids and not forced:
             return self._finish(sequence, "stop_token")
         prompt_details = _prompt_details(sequence)

@@ -4,7 +4,7 @@ from typing import Any
 
 from smolseek.console import printable
 from smolseek.generate.engine import NOT_FINITE
-from smolseek.generate.request import Finished
+from smolseek.generate.request import SAMPLING_FAILED, Finished
 
 FAILED = "the server has failed: its log has the reason"
 
@@ -68,4 +68,4 @@ def end_error(end: Finished) -> ApiError | None:
     if end.reason != "error":
         return None
     # Any other error is one of the request, such as options that forbid every token.
-    return ApiError(500 if end.error in (NOT_FINITE, FAILED) else 400, str(end.error))
+    return ApiError(500 if end.error in (NOT_FINITE, SAMPLING_FAILED, FAILED) else 400, str(end.error))

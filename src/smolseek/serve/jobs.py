@@ -29,7 +29,7 @@ from smolseek.serve.worker import TextRequest
 MOST_TEXTS = 128
 """Largest number of texts of one request."""
 MOST_STRINGS = 1000
-"""Largest number of stop strings, and of bad words: each of them costs time with every token, and all requests wait."""
+"""Largest number of stop strings, bad words and stop tokens: each costs time with every token for all requests."""
 MOST_LOGPROBS = 20
 """Largest number of likeliest tokens that are reported with a token."""
 
@@ -113,6 +113,8 @@ def completion_job(body: CompletionRequest, model: Model, settings: Settings) ->
         return job
     decode = model.tokenizer.backend_tokenizer.decode
     echo = [prompt if isinstance(prompt, str) else decode(prompt, skip_special_tokens=False) for prompt in prompts]
+    if scored_only:  # the new token is no part of the answer
+        job = replace(job, texts=tuple(replace(text, stop=()) for text in job.texts))
     return replace(job, echo=tuple(echo), scored_only=scored_only)
 
 
@@ -130,9 +132,9 @@ def _job(
     defaults = {"temperature": 1.0, "max_tokens": None, **model.sampling_defaults}
     chosen = _generation_options(options, defaults)
     _check_number_of_texts(len(prompts), chosen.n, settings)
-    for name, strings in (("stop", chosen.stop), ("bad_words", chosen.bad_words)):
-        if len(strings) > MOST_STRINGS:
-            raise ApiError(400, f"{name} has {len(strings)} entries, more than {MOST_STRINGS}: send fewer", param=name)
+    for name in ("stop", "bad_words", "stop_tokens"):
+        if (entries := len(getattr(chosen, name))) > MOST_STRINGS:
+            raise ApiError(400, f"{name} has {entries} entries, more than {MOST_STRINGS}: send fewer", param=name)
     if any(not string for string in chosen.stop):
         raise ApiError(400, "a stop string is empty: give a text, or leave out this stop string", param="stop")
     if "seed" not in options:

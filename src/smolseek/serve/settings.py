@@ -22,7 +22,7 @@ class Settings:
     """Further names of this server, as they stand in the header Host."""
     allowed_origin: tuple[str, ...] = ()
     """Web pages that may use this server, such as https://chat.example.org."""
-    max_sequences: int = option(32, least=1)
+    max_sequences: int = option(32, least=1, most=512)  # MAX_BATCH in generate/cpu_decode.py
     """Largest number of texts that are written at the same time."""
     cache_tokens: int = option(32_768, least=64)
     """Number of tokens in the cache, for all requests together. The memory is allocated once."""
