@@ -22,7 +22,7 @@ class _Hypothesis(NamedTuple):
     tokens: list[int]
     logprobs: list[float]
     score: float
-    """Sum of the log-probabilities; for a finished hypothesis this sum is divided by length ** length_penalty."""
+    """Sum of the log-probabilities; a finished hypothesis divides the sum by length ** length_penalty."""
     parent: int = 0
     """Number of the beam that this hypothesis continues."""
     reason: StopReason | None = None
@@ -43,9 +43,9 @@ def beam_search(
     """Return the `returned` best continuations found by a search with `beams` running hypotheses, best first.
 
     The score of a finished hypothesis is its summed log-probability divided by length ** length_penalty; the length
-    includes the stop token. With `early_stopping` true the search ends when `beams` hypotheses are finished. With
-    another value it ends when no running hypothesis can reach a better score. The best score that a running hypothesis
-    can reach is estimated from its current length, or from the maximum length if `early_stopping` is "never".
+    includes the stop token. With `early_stopping` true the search ends when `beams` hypotheses are finished. Otherwise
+    the search ends when no running hypothesis can reach a better score. The best score that a running hypothesis can
+    reach is estimated from its current length, or from the maximum length if `early_stopping` is "never".
 
     Args:
         model: the model.

@@ -1,9 +1,9 @@
 """Runs a decoding step on a CPU with cpu_decode.c, which reads the weights of the model's modules in place.
 
-The rule that the forward pass is written only once has two exceptions, and this file is the first. A decoding step
-takes as long as reading the weights, and PyTorch would add the overhead of some hundred small operations. A matrix may
-be float32, bfloat16 or quantised. Without a C compiler, for another number format, or on another device, the engine
-uses the model's forward pass.
+The forward pass is written once in `model/`, with two exceptions: this file and `static.py`. A decoding step takes as
+long as reading the weights, and PyTorch would add the overhead of some hundred small operations. A matrix may be
+float32, bfloat16 or quantised. Without a C compiler, for another number format, or on another device, the engine uses
+the model's forward pass.
 """
 
 import ctypes
@@ -126,8 +126,8 @@ class CpuDecoder:
         """Run one token of each sequence at its position and cache it. All arguments are int64.
 
         Args:
-            ids_B: the tokens.
-            positions_B: their positions.
+            ids_B: the tokens of the sequences.
+            positions_B: the positions of the tokens.
             first_BX: for every CHUNK positions of each sequence, the number of the first token in the cache.
             experts: whether the chosen experts are returned.
 

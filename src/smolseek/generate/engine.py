@@ -56,7 +56,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Append one token to each sequence. Return the logits [B, V] after these tokens, in float32."""
+        """Append one token to each sequence. Return the logits [B, V] after the appended tokens, in float32."""
         assert len(tokens) == len(self.lengths)
         if self.cpu is not None:
             first_BX = self._first_BX[: len(tokens)]

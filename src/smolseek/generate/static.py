@@ -1,6 +1,6 @@
 """A decoding step of fixed shapes, which CUDA can capture once as a graph and replay for every token.
 
-The rule that the forward pass is written only once has two exceptions, and this file is the second. Launching some
+The forward pass is written once in `model/`, with two exceptions: this file and `cpu_decode.py`. Launching some
 thousand small kernels per token takes longer than running them, but a CUDA graph is a single launch. The kernels of a
 graph need the same shapes and addresses each time. Therefore attention covers the full capacity of the cache with a
 mask, and the shapes of the experts do not depend on the routing.
@@ -54,7 +54,8 @@ class StaticStep:
         return self._logits_BV.clone()
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """Run a few times on another stream, as CUDA requires, then capture. Each run caches the same token again."""
+        """Run a few times on another stream, as CUDA requires, then capture. Each of these runs caches the same token
+        again."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

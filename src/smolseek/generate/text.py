@@ -67,7 +67,7 @@ class Detokenizer:
 
 
 class TextStream:
-    """Streams the text of a generator's tokens. Each sequence ends before its first stop string.
+    """Streams the text of a generator's tokens. The text of each sequence ends before its first stop string.
 
     Iteration yields the text piece by piece. `finish` returns the text of each sequence.
 

@@ -26,8 +26,8 @@ class Balancer:
     """Moves the selection bias of each expert by gamma towards an equal load, after every optimizer step.
 
     The update is b_i += gamma * sign(mean load - load_i), with the loads of all tokens of the step. The forward pass
-    returns the load of each micro-batch, and the caller passes it to `add`. So the load of recomputation and evaluation
-    is not counted.
+    returns the load of each micro-batch, and the caller passes it to `add`. The load of recomputation and evaluation is
+    therefore not counted.
     """
 
     def __init__(self, model: CausalLM, gamma: float) -> None:

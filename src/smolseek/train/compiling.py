@@ -23,8 +23,8 @@ BACKEND = "inductor"
 STEPS = 1000
 """`--compile auto` compiles no run with fewer steps, because compiling takes a minute or two."""
 TOLERANCE = 0.02
-"""Largest relative difference of loss and gradient norm that is accepted. Another summation order in bfloat16 causes
-smaller differences, and wrong code causes larger differences."""
+"""Largest relative difference of loss and gradient norm that is accepted. A different order of summation in bfloat16
+causes smaller differences, whereas wrong code causes larger differences."""
 
 
 def should_compile(config: TrainConfig, device: torch.device, processes: int) -> bool:
@@ -79,7 +79,7 @@ def _try(
     compiles: bool,
     captures: bool,
 ) -> None:
-    """Compile the layers and capture the micro-batches, as far as the values stay those `expected`."""
+    """Compile the layers and capture the micro-batches, as long as the values equal those in `expected`."""
     model = forward_backward.model
 
     def problem(change: Callable[[], None]) -> str | None:

@@ -36,7 +36,8 @@ class Run:
 
     @classmethod
     def planned(cls, *, precision: str, device: str, **options: Any) -> "Run":
-        """Return the run that `smolseek train` makes of these options here; for `--device cuda`, no GPU is needed."""
+        """Return the run that `smolseek train` would start on this machine with these options. No GPU is needed for
+        `--device cuda`."""
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda and not torch.cuda.is_available():
             can = cuda_capability((8, 0), bfloat16=True)

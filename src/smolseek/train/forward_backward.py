@@ -1,8 +1,7 @@
 """The forward and backward pass of a micro-batch; on a GPU, CUDA graphs can capture and replay both.
 
 With small batches, launching a layer's kernels from Python takes longer than running them. A CUDA graph launches all
-its kernels at once. A CUDA graph needs the same shapes and addresses each time, and no kernel in it may wait for the
-host.
+kernels at once. A CUDA graph needs the same shapes and addresses each time, and no kernel in it may wait for the host.
 """
 
 from collections.abc import Callable

@@ -11,9 +11,9 @@ from smolseek import console
 from smolseek.config import GuardConfig, from_dict
 
 WINDOW = 128
-"""Loss and gradient norm are compared with this many previous steps (as in OLMo-core's SkipStepOptimizer)."""
+"""Number of previous steps with which loss and gradient norm are compared, as in OLMo-core's SkipStepOptimizer."""
 VAIN_RETURNS = 3
-"""The run gives up after this many rollbacks (returns to a checkpoint) without new progress."""
+"""Number of rollbacks to a checkpoint without new progress, after which the run gives up."""
 AT_ONCE = ("SIGINT", "SIGTERM")
 """Signals that end a run at once when they are received a second time."""
 SAVING = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")

@@ -123,7 +123,7 @@ def _train_steps(t: Training) -> Stopped | None:
 def _between_steps(t: Training, stop: StopRequest, seconds: float, ending: bool) -> signal.Signals | None:
     """Evaluate, write samples and save if they are due. Return the signal that ends the run, or None.
 
-    `seconds` is the training time so far. With `ending`, the run is about to end and always saves.
+    `seconds` is the training time so far. If `ending` is set, the run is about to end and always saves.
     """
     config, step = t.config, t.progress.step
     if t.progress.evaluated < step and (step % config.eval_every == 0 or t.is_finished):

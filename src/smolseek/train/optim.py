@@ -49,7 +49,7 @@ class MuonAdamW(torch.optim.AdamW):
     A parameter in a Muon group is a matrix [R, C] or a stack of matrices [M, R, C]. The key `matrices` is the number of
     matrices that are concatenated along R (2 for fused gate and up). Every matrix is orthogonalized by itself. The
     update of a matrix is scaled by 0.2 sqrt(max(R, C)), so that its root mean square is that of a usual AdamW update
-    (2502.16982, section 2.2). Thanks to this scaling, Muon and AdamW use the same learning rate and weight decay.
+    (2502.16982, section 2.2). With this scaling, Muon and AdamW can use the same learning rate and weight decay.
     """
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ def newest_checkpoint(
 ) -> tuple[Path | None, list[tuple[str, str]]]:
     """Return the newest valid checkpoint, and (name, reason) for each newer checkpoint that is not valid.
 
-    Only the main process reads the checkpoints. With `below`, checkpoints at step `below` or later are ignored.
+    Only the main process reads the checkpoints. If `below` is given, checkpoints at step `below` or later are ignored.
     """
 
     def verify_all() -> list[Any]:

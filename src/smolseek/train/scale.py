@@ -30,8 +30,8 @@ FLOPS = 0.4 * 989e12
 def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str, int]]:
     """Return the number of parameters in the largest shard of `mesh`, and the bytes that its process sends per step.
 
-    The bytes are listed by collective. The largest shard is that of the first process. `run.batch_size` counts the
-    sequences of all processes.
+    The bytes are listed by collective. The first process has the largest shard. `run.batch_size` counts the sequences
+    of all processes.
     """
     with torch.device("meta"):
         model = CausalLM(config)

@@ -42,8 +42,8 @@ class Schedule:
         """Return the factor that multiplies gamma after step `step`.
 
         The factor decays with the learning rate, because sign updates of constant size never converge. DeepSeek-V3 also
-        ends with gamma 0 (section 4.2). While the weights are frozen, the factor starts at 10 and decays as 1 / (1 + t
-        / 5), so that the proportional updates average over all steps.
+        ends its training with gamma 0 (section 4.2). While the weights are frozen, the factor starts at 10 and decays
+        as 1 / (1 + t / 5), so that the proportional updates average over all steps.
         """
         return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self._decay(step)
 

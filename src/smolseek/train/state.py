@@ -84,7 +84,7 @@ class TrainState:
     def reset(self, seed: int, init: str | None) -> None:
         """Go back to step 0 and the first weights, but keep the position in the data.
 
-        The first weights are those of the model `init`, or random weights from `seed`.
+        The first weights are the weights of the model `init`, or random weights drawn with `seed`.
         """
         self.distributed.init_weights(self.model, seed)
         if init is not None:
