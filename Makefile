@@ -27,11 +27,11 @@ machines: $(STAMP)
 
 # Twenty SIGKILLs of one run, a disk that is full (as root), 400 damaged commands and files, a server with 64 clients and
 # 300 damaged requests, the playground in Chromium (with the extra browser): minutes, figures into docs/results/soak.json,
-# processes.json, fuzz.json and serve_*.json.
+# processes.json, fuzz.json, serve_*.json and notebook.json (the notebook from top to bottom).
 soak: $(STAMP)
 	HF_HUB_OFFLINE=1 SOAK_RESULT=docs/results/soak.json PROCESSES_RESULT=docs/results/processes.json \
 		FUZZ_RESULT=docs/results/fuzz.json SERVE_RESULT=docs/results/serve_load.json \
-		SERVE_FUZZ_RESULT=docs/results/serve_fuzz.json \
+		SERVE_FUZZ_RESULT=docs/results/serve_fuzz.json NOTEBOOK_RESULT=docs/results/notebook.json \
 		$(PY) -m pytest -m soak tests/soak tests/fuzz tests/serve tests/test_docs.py
 
 check: $(STAMP)
