@@ -162,3 +162,10 @@ def test_lines_that_wait_for_a_full_disk_are_counted_and_cut(tmp_path, monkeypat
     file.cut(8)
     file.add("four\n")
     assert (tmp_path / "lines").read_text() == "one\ntwo\nfour\n"
+
+
+def test_a_name_that_the_locale_cannot_decode_is_logged_with_its_bytes(tmp_path, capsys):
+    name = "läufe".encode().decode("ascii", "surrogateescape")  # as Python decodes it where the locale is ASCII
+    console.Log(tmp_path / "log").say(f"Checkpoint: {name}")
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "Checkpoint: läufe\n"
+    assert capsys.readouterr().out.startswith("Checkpoint: l")

@@ -163,7 +163,8 @@ class Appended:
     def add(self, text: str) -> None:
         """Append `text`. With `sync`, the text is on the disk when the method returns."""
         failing = bool(self.waiting)
-        self.waiting += text.encode("utf-8")
+        # A name of a file that the locale cannot decode has surrogates, which stand for its bytes.
+        self.waiting += text.encode("utf-8", "surrogateescape")
         size = None
         try:
             with open(self.path, "ab") as file:
