@@ -31,17 +31,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True)
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # in which pip finds the clone
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source], check=True, env=clean)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
     (wheel,) = folder.glob("*.whl")
-    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True)
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], check=True, env=clean)
     packages = next((folder / "venv").glob("lib/python*/site-packages"))
     # Python reads no .pth files in this folder, such as the one of an editable installation.
     (packages / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    where = subprocess.run(
-        [python, "-c", "import smolseek; print(smolseek.__file__)"], capture_output=True, text=True, check=True, cwd="/"
-    )
+    show = [python, "-c", "import smolseek; print(smolseek.__file__)"]
+    where = subprocess.run(show, stdout=subprocess.PIPE, encoding="utf-8", check=True, cwd="/", env={"PYTHONUTF8": "1"})
     assert str(packages) in where.stdout
     return folder / "venv" / "bin" / "smolseek"
 
