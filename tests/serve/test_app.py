@@ -324,6 +324,7 @@ def test_a_wrong_field_is_a_400_that_names_it(server, body, param, says):
         ({"prompt": [-1], "echo": True}, None, "-1"),
         ({"prompt": {"a": 1}}, "prompt", "a valid string, or a valid list"),
         ({"prompt": ["a"] * 200}, "n", "200"),
+        ({"prompt": ["a"] * 200, "n": -1}, "n", "n -1 must be 1 or more"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "suffix is not supported"),
         ({"prompt": "a", "best_of": 3}, "best_of", "best_of is not supported"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "21"),

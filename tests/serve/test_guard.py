@@ -56,8 +56,18 @@ def test_hosts_and_pages_can_be_allowed(model):
         headers = {"Host": "models.example:80", "Origin": "https://chat.example"}
         status, received, _ = server.request("POST", "/v1/completions", BODY, headers)
         assert status == 200 and received["access-control-allow-origin"] == "https://chat.example"
+        assert received["access-control-expose-headers"] == "retry-after"
         status, received, _ = server.request("OPTIONS", "/v1/completions", headers=headers)
         assert status == 204 and "authorization" in received["access-control-allow-headers"]
+        for requested in ("authorization,content-type,x-stainless-os", "X-A, x-b"):  # OpenAI's client in a browser
+            asking = headers | {"Access-Control-Request-Headers": requested}
+            _, received, _ = server.request("OPTIONS", "/v1/completions", headers=asking)
+            assert received["access-control-allow-headers"] == requested
+            foreign = asking | {"Origin": "https://evil.example"}
+            assert server.request("OPTIONS", "/v1/completions", headers=foreign)[0] == 403
+        asking = headers | {"Access-Control-Request-Headers": "é<"}
+        _, received, _ = server.request("OPTIONS", "/v1/completions", headers=asking)
+        assert received["access-control-allow-headers"] == "authorization, content-type"
         assert server.request("GET", "/health", headers={"Host": "other.example"})[0] == 403
         assert server.request("GET", "/health", headers={"Origin": "https://chat.example.evil"})[0] == 403
 
@@ -74,6 +84,41 @@ def test_a_key_is_needed_for_everything_but_pages_and_health(model):
         for path in ("/health", "/docs", "/openapi.json", "/"):
             assert server.request("GET", path)[0] == 200
         assert "s3cret" not in "".join(server.log)
+
+
+@pytest.mark.parametrize("key", ["schlüssel à", "х", "a\u0085b"])  # the last byte of à is a space in Latin-1
+def test_a_key_may_end_with_any_character(model, key):
+    with running(model, api_key=key) as server:
+        header = f"Bearer {key}".encode().decode("latin-1")
+        assert server.request("GET", "/v1/models", headers={"Authorization": header})[0] == 200
+        assert server.request("GET", "/v1/models", headers={"Authorization": f"{header} \t"})[0] == 200
+        assert server.request("GET", "/v1/models", headers={"Authorization": header[:-1]})[0] == 401
+
+
+def test_only_a_request_that_is_let_in_may_store_a_body(model, monkeypatch):
+    bodies = []
+    read = guard._read_body
+
+    async def reading(receive, *, keep):
+        body = await read(receive, keep=keep)
+        bodies.append((keep, body))
+        return body
+
+    monkeypatch.setattr(guard, "_read_body", reading)
+    with running(model, api_key="key") as server:
+        bodies.clear()
+        key = {"Authorization": "Bearer key"}
+        for method, path, headers in (
+            ("POST", "/v1/completions", {}),
+            ("POST", "/v1/completions", key | {"Host": "evil.example"}),
+            ("POST", "/health", {}),
+            ("GET", "/", {}),
+            ("GET", "/v1/models", key),
+            ("POST", "/v1/completions", key),
+        ):
+            server.request(method, path, BODY, headers)
+    assert [keep for keep, _ in bodies] == [False] * 5 + [True]
+    assert [body for _, body in bodies] == [b""] * 5 + [json.dumps(BODY).encode()]
 
 
 def test_a_body_that_is_too_large_is_a_413(server, monkeypatch):

@@ -37,6 +37,7 @@ def test_the_numbers_are_those_of_the_requests(model):
         for _ in range(3):
             assert server.request("POST", "/v1/completions", body)[0] == 200
         server.request("POST", "/v1/completions", {"prompt": ""})
+        assert server.request("POST", "/v1/completions", body | {"max_time": 1e-9})[0] == 503  # it ends in the queue
         server.request("GET", "/nowhere")
         status, headers, data = server.request("GET", "/metrics")
         assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
@@ -45,6 +46,7 @@ def test_the_numbers_are_those_of_the_requests(model):
     assert numbers['smolseek_requests_total{path="/v1/completions",status="400"}'] == 1
     assert numbers['smolseek_requests_total{path="other",status="404"}'] == 1
     assert numbers['smolseek_texts_total{reason="length"}'] == 3
+    assert numbers['smolseek_texts_total{reason="time"}'] == 1
     assert numbers["smolseek_prompt_tokens_total"] == 3 * len(ids) and numbers["smolseek_completion_tokens_total"] == 21
     assert numbers["smolseek_running_texts"] == numbers["smolseek_waiting_texts"] == 0
     assert numbers["smolseek_cache_capacity_tokens"] == 8192

@@ -1,5 +1,6 @@
 """`smolseek serve` as a process: what it prints, signals, and addresses."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -14,6 +15,7 @@ from fork_server import ForkServer
 from running_server import running, small_chat_model
 
 from smolseek.api import load
+from smolseek.serve import server as server_module
 from smolseek.storage.hf_folder import save_folder
 
 # The answer has a megabyte: it is not finished before its client reads it.
@@ -102,6 +104,35 @@ def test_a_signal_lets_running_requests_end_and_refuses_new_ones(server_of_proce
     assert "playground" in lines[0] and "/docs" in lines[0] and "Traceback" not in serving.text
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_does_not_read_loses_its_connection(monkeypatch, stream):
+    monkeypatch.setattr(server_module, "UNREAD_SECONDS", 0.2)
+    # The answer has a megabyte, for which there is no space in buffers.
+    body = {"prompt": "a " * 200, "n": 8, "echo": True, "logprobs": 20, "max_tokens": 1, "stream": stream}
+    with running(small_chat_model()) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n"
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + data)
+        server.until(lambda: any("POST /v1/completions" in line for line in server.log))
+        server.until_idle()
+        server.until(lambda: not server.server._uvicorn.server_state.connections)
+
+
+def test_connections_are_limited(monkeypatch):
+    monkeypatch.setattr(server_module, "SPARE_CONNECTIONS", 1)
+    with running(small_chat_model(), max_sequences=1, max_queue=1) as server:
+        connections = server.server._uvicorn.server_state.connections
+        with contextlib.ExitStack() as idle:
+            for _ in range(2):
+                idle.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+            server.until(lambda: len(connections) == 2)
+            assert server.request("GET", "/v1/models")[0] == 503
+        server.until(lambda: not connections)
+        assert server.request("GET", "/v1/models")[0] == 200
+
+
 def test_requests_are_cancelled_after_the_grace_time(server_of_processes, folder, tmp_path):
     serving = Serving(server_of_processes, folder, tmp_path / "log", "--drain", "0")
     stream = serving.open(LONG)
@@ -142,4 +173,5 @@ def test_an_address_in_use_is_one_line(run_cli, folder):
     result = run_cli("serve", folder, "--host", "203.0.113.7", "--no-auth")
     assert result.code == 2 and "cannot listen at 203.0.113.7" in result.err
     assert run_cli("serve", folder, "--port", "70000").code == 2
+    assert "max-sequences 513 must be at most 512" in run_cli("serve", folder, "--max-sequences", "513").err
     assert run_cli("serve", folder.parent / "none", "--port", "0").code == 2

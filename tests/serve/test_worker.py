@@ -9,7 +9,7 @@ import openai
 import pytest
 from running_server import running
 
-from smolseek.serve import jobs
+from smolseek.serve import app, jobs
 from smolseek.serve.jobs import LogitBias
 
 MESSAGES = [{"role": "user", "content": "In the light"}]
@@ -84,6 +84,47 @@ def test_a_request_is_accepted_completely_or_not_at_all(model, monkeypatch):
         first.close()
         server.until_idle()
         assert client.completions.create(model="small", prompt="a", max_tokens=1, n=3).usage.completion_tokens <= 3
+
+
+def test_the_requests_that_wait_for_the_tokenizer_are_limited(model, monkeypatch):
+    prepare, ready = app.completion_job, threading.Event()
+
+    def waiting(*arguments):
+        ready.wait(30)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(app, "completion_job", waiting)
+    body = {"prompt": "a", "max_tokens": 1}
+    with running(model, max_sequences=1, max_queue=1) as server:
+        statuses = []
+
+        def ask() -> None:
+            statuses.append(server.request("POST", "/v1/completions", body)[0])
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        server.until(lambda: server.server.service._preparing == 2)
+        status, headers, data = server.request("POST", "/v1/completions", body)
+        error = json.loads(data)["error"]
+        assert (status, error["code"], headers["retry-after"]) == (429, "queue_full", "1")
+        ready.set()
+        for thread in threads:
+            thread.join()
+        assert 200 in statuses and server.server.service._preparing == 0
+
+
+def test_the_time_of_a_request_counts_from_its_arrival(model, monkeypatch):
+    prepare = app.completion_job
+
+    def slow_tokenizer(*arguments):
+        time.sleep(0.3)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(app, "completion_job", slow_tokenizer)
+    with running(model, timeout=0.2) as server:
+        status, _, data = server.request("POST", "/v1/completions", LONG)
+        assert (status, json.loads(data)["error"]["code"]) == (503, "timeout")
 
 
 def test_a_request_ends_at_its_time_limit(model, monkeypatch):

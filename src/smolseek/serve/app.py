@@ -51,6 +51,8 @@ class Service:
         self._vocabulary = Vocabulary(model.tokenizer)
         # One thread, since it is not documented which methods of a tokenizer may run at the same time.
         self._tokenization = ThreadPoolExecutor(1, "tokenizer")
+        self._preparing = 0
+        """Number of requests that the thread prepares, or that wait for it."""
 
     async def models(self) -> dict[str, Any]:
         """List the server's model."""
@@ -72,12 +74,12 @@ class Service:
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation with the model's chat template."""
-        prepare = functools.partial(chat_job, body, self.model, self.settings)
+        prepare = functools.partial(chat_job, body, self.model, self.settings, time.monotonic())
         return await self._generate(body, request, prepare, Answer)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """Continue texts."""
-        prepare = functools.partial(completion_job, body, self.model, self.settings)
+        prepare = functools.partial(completion_job, body, self.model, self.settings, time.monotonic())
         return await self._generate(body, request, prepare, CompletionAnswer)
 
     async def _generate(
@@ -86,14 +88,14 @@ class Service:
         if self.draining:
             raise shutting_down()
         self._require_name(body.model)
-        job = await asyncio.get_running_loop().run_in_executor(self._tokenization, prepare)
+        job = await self._prepare(prepare)
         if self.settings.log_prompts:
             for prompt in job.prompts:
                 console.say(f"prompt: {console.printable(self.model.tokenizer.decode(list(prompt)))}")
         try:
             ticket = await self.worker.submit(job.texts)
         except QueueFull as error:
-            raise ApiError(429, str(error), code="queue_full", retry_after=1) from None
+            raise _queue_full(str(error)) from None
         if self.draining:  # since the beginning of this method
             self.worker.cancel(ticket)
             raise shutting_down()
@@ -115,6 +117,16 @@ class Service:
                 return JSONResponse(answer.complete([delta async for delta in _deltas(ticket)]))
         finally:
             close()
+
+    async def _prepare(self, prepare: Callable[[], Job]) -> Job:
+        """Run `prepare` in the thread of the tokenizer, unless so many requests wait for it as may wait or run."""
+        if self._preparing >= self.settings.max_queue + self.settings.max_sequences:
+            raise _queue_full(f"{self._preparing} requests wait for the tokenizer already: try again later")
+        self._preparing += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenization, prepare)
+        finally:
+            self._preparing -= 1
 
     def _require_name(self, name: str | None) -> None:
         if name is not None and name not in (self.name, self.model.name, self.name.rpartition("/")[2]):
@@ -173,6 +185,10 @@ def _details(answer: Answer) -> str:
     cached = usage["prompt_tokens_details"]["cached_tokens"]
     reasons = ", ".join(sorted({end.reason for end in answer.finished.values()}))
     return f"prompt {usage['prompt_tokens']} tokens ({cached} cached), {usage['completion_tokens']} new, {reasons}"
+
+
+def _queue_full(message: str) -> ApiError:
+    return ApiError(429, message, code="queue_full", retry_after=1)
 
 
 def served_name(name: str) -> str:

@@ -32,7 +32,6 @@ DETAILS = "smolseek.details"
 """Key of a request's scope under which the application leaves a text for the log."""
 PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, POST",
-    "Access-Control-Allow-Headers": "authorization, content-type",
     "Access-Control-Allow-Private-Network": "true",  # a page of the internet may use a server at 127.0.0.1
     "Access-Control-Max-Age": "600",
 }
@@ -75,7 +74,9 @@ class Guard:
         try:
             error = self._refusal(scope, headers)
             # Also before a refusal, which a client that is still sending would not see.
-            body = await _read_body(receive)
+            # The memory of a body is for those who may use the server: no other request needs a body.
+            used = error is None and scope["method"] == "POST" and not _is_open(scope["path"])
+            body = await _read_body(receive, keep=used)
             if body is None:  # the client has gone
                 return
             if error is not None:
@@ -83,7 +84,7 @@ class Guard:
             elif isinstance(body, ApiError):
                 await _send_error(counting_send, body)
             elif scope["method"] == "OPTIONS" and cors:
-                await _send(counting_send, 204, b"", PREFLIGHT)
+                await _send(counting_send, 204, b"", PREFLIGHT | _allowed_headers(headers))
             else:
                 await self._app(scope, _replayed(body, receive), counting_send)
         finally:
@@ -103,7 +104,7 @@ class Guard:
         if self._key is not None and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
             scheme, _, key = headers.get("authorization", "").partition(" ")
             # All bytes are compared, so that the time says nothing about the key.
-            if not (hmac.compare_digest(key.strip().encode("latin-1"), self._key) and scheme.lower() == "bearer"):
+            if not (hmac.compare_digest(key.strip(" \t").encode("latin-1"), self._key) and scheme.lower() == "bearer"):
                 message = "the API key is missing or wrong: send it in the header Authorization: Bearer KEY"
                 return ApiError(401, message, code="invalid_api_key")
         if scope["method"] == "POST" and not _is_json(headers.get("content-type", "")):
@@ -116,7 +117,11 @@ class Guard:
         origin = headers.get("origin", "")
         if origin.lower() not in self._origins:
             return {}
-        return {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "retry-after",
+            "Vary": "Origin",
+        }
 
     def _report(self, scope: Scope, status: int, seconds: float) -> None:
         """Count and log a request. A status of 0 stands for a client that has gone before the answer."""
@@ -129,10 +134,13 @@ class Guard:
         console.say(f"{time.strftime('%H:%M:%S')} {what}{details and ', '}{details}")
 
 
-async def _read_body(receive: Receive) -> bytes | ApiError | None:
-    """Return the body, the error of a body that cannot be read, or None if the client has gone."""
+async def _read_body(receive: Receive, *, keep: bool) -> bytes | ApiError | None:
+    """Return the body, the error of a body that cannot be read, or None if the client has gone.
+
+    Without `keep` the body is read, but not stored.
+    """
     error = ApiError(413, f"the body is larger than {LARGEST_BODY:,} bytes: shorten the prompt", code="body_too_large")
-    chunks, size, more = [], 0, True
+    body, size, more = bytearray(), 0, True
     try:
         async with asyncio.timeout(BODY_SECONDS):
             while more and size <= DISCARDED:
@@ -141,13 +149,13 @@ async def _read_body(receive: Receive) -> bytes | ApiError | None:
                     return None
                 more = message.get("more_body", False)
                 size += len(message.get("body", b""))
-                if size <= LARGEST_BODY:
-                    chunks.append(message.get("body", b""))
+                if keep and size <= LARGEST_BODY:
+                    body += message.get("body", b"")
                 else:
-                    chunks.clear()
+                    body.clear()
     except TimeoutError:
         return ApiError(408, f"the body did not arrive in {BODY_SECONDS:.0f} s: send it again", code="body_too_slow")
-    return error if size > LARGEST_BODY else b"".join(chunks)
+    return error if size > LARGEST_BODY else bytes(body)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
@@ -188,6 +196,13 @@ def _host_name(host: str) -> str:
     """Return the name in a header Host, without the port and without the brackets of an IPv6 address."""
     match = re.fullmatch(r"\[([^\]]*)\](:\d*)?|([^:]*)(:\d*)?", host.strip())
     return "" if match is None else (match[1] or match[3] or "").lower().rstrip(".")
+
+
+def _allowed_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the answer to a preflight about headers: all that it asks for, such as those of OpenAI's client."""
+    requested = headers.get("access-control-request-headers", "")
+    allowed = requested if re.fullmatch(r"[\w\-, ]+", requested, re.ASCII) else "authorization, content-type"
+    return {"Access-Control-Allow-Headers": allowed}
 
 
 def _is_open(path: str) -> bool:

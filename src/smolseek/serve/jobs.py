@@ -2,7 +2,6 @@
 
 import math
 import secrets
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,8 +68,14 @@ class LogitBias:
         return scores_1V.index_add(1, self._ids, self._bias[None])
 
 
-def chat_job(body: ChatRequest, model: Model, settings: Settings) -> Job:
+def chat_job(body: ChatRequest, model: Model, settings: Settings, start: float) -> Job:
     """Return the texts of a chat.
+
+    Args:
+        body: the request.
+        model: the model.
+        settings: the options of the server.
+        start: value of `time.monotonic()` from which the time of the request counts.
 
     Raises:
         ApiError: for a field that is wrong or not supported.
@@ -93,11 +98,11 @@ def chat_job(body: ChatRequest, model: Model, settings: Settings) -> Job:
     options = body.options()
     messages = [{"role": _role(message, n), "content": _content(message, n)} for n, message in enumerate(body.messages)]
     prompt = model.chat_tokens(messages)
-    return _job(body, options, [prompt], model, settings, logprobs=logprobs)
+    return _job(body, options, [prompt], model, settings, start, logprobs=logprobs)
 
 
-def completion_job(body: CompletionRequest, model: Model, settings: Settings) -> Job:
-    """Return the texts of a completion; raises the errors of `chat_job`."""
+def completion_job(body: CompletionRequest, model: Model, settings: Settings, start: float) -> Job:
+    """Return the texts of a completion; the arguments and the errors are those of `chat_job`."""
     options = body.options()
     prompts = _prompts(body.prompt)
     if not prompts:
@@ -108,7 +113,7 @@ def completion_job(body: CompletionRequest, model: Model, settings: Settings) ->
     if scored_only:
         options["max_tokens"] = 1
     ids = [model.tokens(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    job = _job(body, options, ids, model, settings, logprobs=logprobs, echo=bool(body.echo))
+    job = _job(body, options, ids, model, settings, start, logprobs=logprobs, echo=bool(body.echo))
     if not body.echo:
         return job
     decode = model.tokenizer.backend_tokenizer.decode
@@ -124,6 +129,7 @@ def _job(
     prompts: Sequence[Sequence[int]],
     model: Model,
     settings: Settings,
+    start: float,
     *,
     logprobs: int | None,
     echo: bool = False,
@@ -143,7 +149,7 @@ def _job(
     sampling = model.sampling_params(chosen, bias)
     stop_ids = frozenset(model.stop_ids(chosen.stop_tokens))
     context = model.config.max_position_embeddings
-    deadline = time.monotonic() + min(settings.timeout, math.inf if chosen.max_time is None else chosen.max_time)
+    deadline = start + min(settings.timeout, math.inf if chosen.max_time is None else chosen.max_time)
     texts = []
     for ids in prompts:
         if len(ids) >= context:
@@ -189,6 +195,8 @@ def _generation_options(options: Mapping[str, Any], defaults: Mapping[str, Any])
 
 
 def _check_number_of_texts(prompts: int, n: int, settings: Settings) -> None:
+    if n < 1:
+        raise ApiError(400, f"n {n} must be 1 or more", param="n")
     most = min(MOST_TEXTS, settings.max_queue)
     if prompts * n > most:
         counted = f"n {n}" if prompts == 1 else f"{prompts} prompts with n {n}"

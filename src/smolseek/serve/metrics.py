@@ -4,7 +4,8 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from smolseek.generate.request import Finished, Stats
+from smolseek.generate.engine import StopReason
+from smolseek.generate.request import Stats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -41,7 +42,6 @@ class Metrics:
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._finished: Counter[str] = Counter()
-        self._prompt_tokens = self._cached_tokens = self._completion_tokens = 0
         self._first_token, self._duration = Histogram(), Histogram()
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
@@ -55,13 +55,10 @@ class Metrics:
         with self._lock:
             self._first_token.observe(seconds)
 
-    def count_end(self, end: Finished) -> None:
+    def count_end(self, reason: StopReason) -> None:
         """Count the end of a text."""
         with self._lock:
-            self._finished[end.reason] += 1
-            self._prompt_tokens += end.prompt_tokens
-            self._cached_tokens += end.cached_tokens
-            self._completion_tokens += end.completion_tokens
+            self._finished[reason] += 1
 
     def text(self, stats: Stats) -> str:
         """Return all numbers in Prometheus' text format; `stats` are the numbers of the scheduler."""
@@ -74,9 +71,9 @@ class Metrics:
         finished = {f'reason="{reason}"': n for reason, n in sorted(self._finished.items())}
         yield from _values("texts_total", "Texts that ended.", "counter", finished)
         for name, meaning, count in (
-            ("prompt_tokens_total", "Tokens of prompts.", self._prompt_tokens),
-            ("cached_prompt_tokens_total", "Tokens of prompts that were in the prefix cache.", self._cached_tokens),
-            ("completion_tokens_total", "New tokens.", self._completion_tokens),
+            ("prompt_tokens_total", "Tokens of prompts that were read or were cached.", stats.prompt_tokens),
+            ("cached_prompt_tokens_total", "Tokens of prompts that were in the prefix cache.", stats.cached_tokens),
+            ("completion_tokens_total", "New tokens.", stats.completion_tokens),
         ):
             yield from _values(name, meaning, "counter", {"": count})
         for name, meaning, count in (

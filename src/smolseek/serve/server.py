@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from smolseek import console
 from smolseek.api import Model
@@ -19,6 +20,10 @@ from smolseek.serve.worker import Worker
 
 UNREAD = 1 << 17
 """Bytes that the system stores for a client that does not read."""
+UNREAD_SECONDS = 60.0
+"""Seconds after which a connection is closed whose client reads nothing of what is to be sent."""
+SPARE_CONNECTIONS = 256
+"""Number of connections beside those of requests that wait or run: pages, monitoring, idle ones."""
 LAST_SECONDS = 2.0
 """Seconds after the end of the last text for its client to read it."""
 
@@ -49,6 +54,33 @@ def url(listener: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Protocol(H11Protocol):
+    """uvicorn's protocol, which closes the connection of a client that does not read."""
+
+    _unread: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client: the operating system and the transport store no more."""
+        super().pause_writing()
+        # Without an abort the connection would stay open until the client has read the rest.
+        self._unread = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on after the client has read."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the wait for the client."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class _Uvicorn(uvicorn.Server):
@@ -99,7 +131,8 @@ class Server:
             proxy_headers=False,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=_Protocol,
+            limit_concurrency=settings.max_queue + settings.max_sequences + SPARE_CONNECTIONS,
             server_header=False,
             timeout_keep_alive=30,  # longer than clients keep idle connections, so that none is closed under a request
             timeout_graceful_shutdown=5,

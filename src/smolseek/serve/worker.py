@@ -202,7 +202,7 @@ class Worker:
         text = active.detokenizer.finish()
         if active.detokenizer.stopped:  # perhaps in the last token before another reason
             end = end._replace(reason="stop_string")
-        self._metrics.count_end(end)
+        self._metrics.count_end(end.reason)
         # The tokens of a stop string are not a part of the text.
         tokens = active.tokens(text, final=not active.detokenizer.stopped)
         if active.pending:  # perhaps the first token, which reports the prompt
