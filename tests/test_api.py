@@ -1,5 +1,6 @@
 """The Python API for text: streaming, stop strings, batches, scores and chat."""
 
+import gc
 import math
 import signal
 import subprocess
@@ -164,10 +165,19 @@ def test_one_stream_at_a_time_on_a_scheduler(model):
     stream = model.stream("The sea", scheduler=scheduler, temperature=0.0, stop="never there")
     next(stream)
     with pytest.raises(SmolseekError, match="the scheduler has another request"):
-        model.stream("The sea", scheduler=scheduler)
+        next(model.stream("The sea", scheduler=scheduler))
     stream.cancel()
     stream.finish()
     assert stream.result.stop_reason == "cancelled"
+    gc.disable()  # a stream that is not read to its end does not wait for the garbage collector
+    try:
+        for _ in range(2):
+            stream = model.stream("The sea", scheduler=scheduler, temperature=0.0)
+            assert next(stream)
+            del stream
+        assert scheduler.idle
+    finally:
+        gc.enable()
     (full,) = model.generate("The sea", max_tokens=60, temperature=0.0)
     stream = model.stream("The sea", scheduler=scheduler, max_tokens=60, temperature=0.0)
     assert "".join(stream) == full.text and stream.result.tokens == full.result.tokens

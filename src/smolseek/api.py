@@ -115,7 +115,7 @@ class Model:
             prompt: text, or token ids.
             processors: functions that change the logits, as transformers' `LogitsProcessor`.
             scheduler: a scheduler of this model without other requests. It does not read again what it has cached, such
-                as the earlier turns of a chat.
+                as the earlier turns of a chat. The first piece of text then raises the errors of the prompt.
             options: fields of `GenerationOptions`.
 
         Raises:

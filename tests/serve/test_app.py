@@ -4,11 +4,15 @@ import itertools
 import json
 import re
 import string
+import threading
 from types import SimpleNamespace
 
 import openai
 import pytest
 from running_server import running
+
+from smolseek.serve import jobs
+from smolseek.serve.answers import CompletionAnswer
 
 MESSAGES = [{"role": "user", "content": "In the light of the 12 rivers"}]
 PROMPT = "The thin hat in the"
@@ -198,6 +202,39 @@ def test_a_prompt_is_scored_even_if_the_first_token_is_a_stop_string(client, mod
     assert "".join(choice.text for choice in choices) == PROMPT
     assert choices[-1].finish_reason == ("length" if most == 0 else "stop")
     assert sum(len(choice.smolseek.get("prompt", ())) for choice in choices) == len(expected) + 1
+
+
+def test_an_answer_that_could_be_too_large_is_a_400(server, monkeypatch):
+    monkeypatch.setattr(jobs, "MOST_REPORTED", 1000)
+    scores = {"prompt": [5] * 100, "echo": True, "logprobs": 4, "max_tokens": 1}
+    new = {"prompt": "a", "logprobs": 4, "max_tokens": 90, "logit_bias": NO_END}
+    experts = {"prompt": [5] * 100, "experts": True, "max_tokens": 25}
+    for body, most, size, param in (
+        (scores, 1, "1,010", "logprobs"),
+        (new, 2, "1,350", "logprobs"),
+        (experts, 4, "1,250", "experts"),
+    ):
+        status, _, data = server.request("POST", "/v1/completions", body | {"n": most + 1})
+        error = json.loads(data)["error"]
+        assert (status, error["param"]) == (400, param) and f"{size} log-probabilities and experts" in error["message"]
+        assert server.request("POST", "/v1/completions", body | {"n": most})[0] == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_scores_of_a_prompt_are_not_written_in_the_thread_of_the_event_loop(server, monkeypatch, stream):
+    threads = []
+    write = CompletionAnswer._logprobs
+
+    def recording(answer, number, tokens, end):
+        report = write(answer, number, tokens, end)
+        if report and len(report["tokens"]) > 40:
+            threads.append(threading.current_thread().name)
+        return report
+
+    monkeypatch.setattr(CompletionAnswer, "_logprobs", recording)
+    body = {"prompt": [5] * 50, "echo": True, "logprobs": 1, "max_tokens": 2, "stream": stream}
+    assert server.request("POST", "/v1/completions", body)[0] == 200
+    assert [name.split("_")[0] for name in threads] == ["answers"]
 
 
 def test_a_prompt_comes_back_in_streams_too(client, model):

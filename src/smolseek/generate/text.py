@@ -87,7 +87,7 @@ class TextStream:
             raise SmolseekError("a stop string is empty: give a text, or leave out this stop string")
         self._generator = generator
         self._detokenizers = [Detokenizer(tokenizer, stop) for _ in generator.results]
-        self._stream = self._read()
+        self._stream = _read(generator, self._detokenizers)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -111,14 +111,16 @@ class TextStream:
         """Tokens, log-probabilities, times and stop reason of the first sequence."""
         return self._generator.results[0]
 
-    def _read(self) -> Iterator[tuple[int, str]]:
-        for token in self._generator:
-            detokenizer = self._detokenizers[token.sequence]
-            text = detokenizer.push(token.id)
-            if detokenizer.stopped:
-                self._generator.stop(token.sequence)
-            if text:
-                yield token.sequence, text
-        for sequence, detokenizer in enumerate(self._detokenizers):
-            if text := detokenizer.finish():
-                yield sequence, text
+
+def _read(generator: Generator | ScheduledSequence, detokenizers: Sequence[Detokenizer]) -> Iterator[tuple[int, str]]:
+    """Yield the number of a sequence and a piece of its text. This is no method, as in `ScheduledSequence`."""
+    for token in generator:
+        detokenizer = detokenizers[token.sequence]
+        text = detokenizer.push(token.id)
+        if detokenizer.stopped:
+            generator.stop(token.sequence)
+        if text:
+            yield token.sequence, text
+    for sequence, detokenizer in enumerate(detokenizers):
+        if text := detokenizer.finish():
+            yield sequence, text

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError, StarletteHTTPException
@@ -25,9 +25,11 @@ from smolseek.serve.metrics import CONTENT_TYPE, Metrics
 from smolseek.serve.playground import playground
 from smolseek.serve.schema import ChatRequest, CompletionRequest, GenerationRequest
 from smolseek.serve.settings import Settings
-from smolseek.serve.stream import EventStream, when_client_goes
+from smolseek.serve.stream import EventStream, event, when_client_goes
 from smolseek.serve.vocabulary import Vocabulary
 from smolseek.serve.worker import Delta, Ticket, Worker
+
+T = TypeVar("T")
 
 
 class Service:
@@ -51,6 +53,7 @@ class Service:
         self._vocabulary = Vocabulary(model.tokenizer)
         # One thread, since it is not documented which methods of a tokenizer may run at the same time.
         self._tokenization = ThreadPoolExecutor(1, "tokenizer")
+        self._rendering = ThreadPoolExecutor(1, "answers")
         self._preparing = 0
         """Number of requests that the thread prepares, or that wait for it."""
 
@@ -111,12 +114,27 @@ class Service:
             request.scope[DETAILS] = _details(answer)
 
         if job.stream:
-            return EventStream(_chunks(answer, _deltas(ticket)), leave, close)
+            return EventStream(self._events(answer, _deltas(ticket)), leave, close)
         try:
             with when_client_goes(request.receive, leave):
-                return JSONResponse(answer.complete([delta async for delta in _deltas(ticket)]))
+                deltas = [delta async for delta in _deltas(ticket)]
+                return await self._render(lambda: JSONResponse(answer.complete(deltas)))
         finally:
             close()
+
+    async def _events(self, answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[bytes]:
+        """Yield the events of a stream, one or several at a time."""
+        for chunk in answer.first_chunks():
+            yield event(chunk)
+        async for delta in deltas:
+            render = functools.partial(_rendered, answer, delta)
+            yield await self._render(render) if delta.reports_prompt else render()
+        if answer.job.include_usage:
+            yield event(answer.usage_chunk())
+
+    async def _render(self, render: Callable[[], T]) -> T:
+        """Run `render` in the thread for answers that may be large, so that the other requests do not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._rendering, render)
 
     async def _prepare(self, prepare: Callable[[], Job]) -> Job:
         """Run `prepare` in the thread of the tokenizer, unless so many requests wait for it as may wait or run."""
@@ -166,15 +184,8 @@ async def _deltas(ticket: Ticket) -> AsyncIterator[Delta]:
         yield delta
 
 
-async def _chunks(answer: Answer, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the objects of a stream."""
-    for chunk in answer.first_chunks():
-        yield chunk
-    async for delta in deltas:
-        for chunk in answer.chunks(delta):
-            yield chunk
-    if answer.job.include_usage:
-        yield answer.usage_chunk()
+def _rendered(answer: Answer, delta: Delta) -> bytes:
+    return b"".join(event(chunk) for chunk in answer.chunks(delta))
 
 
 def _details(answer: Answer) -> str:

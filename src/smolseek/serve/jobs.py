@@ -29,6 +29,8 @@ MOST_TEXTS = 128
 """Largest number of texts of one request."""
 MOST_STRINGS = 1000
 """Largest number of stop strings, bad words and stop tokens: each costs time with every token for all requests."""
+MOST_REPORTED = 1_000_000
+"""Largest number of log-probabilities, and of layers with chosen experts, in an answer, which is built in memory."""
 MOST_LOGPROBS = 20
 """Largest number of likeliest tokens that are reported with a token."""
 
@@ -174,6 +176,7 @@ def _job(
         for j in range(chosen.n):
             seeded = replace(request, sampling=replace(sampling, seed=sampling.seed + j))
             texts.append(TextRequest(seeded, chosen.stop, logprobs is not None or bool(body.experts)))
+    _check_size([text.request for text in texts], model, logprobs)
     stream_options = body.stream_options
     return Job(
         texts=tuple(texts),
@@ -201,6 +204,23 @@ def _check_number_of_texts(prompts: int, n: int, settings: Settings) -> None:
     if prompts * n > most:
         counted = f"n {n}" if prompts == 1 else f"{prompts} prompts with n {n}"
         raise ApiError(400, f"{counted} are more than {most} texts in a request: send several requests", param="n")
+
+
+def _check_size(requests: Sequence[Request], model: Model, logprobs: int | None) -> None:
+    """Refuse requests whose answer may be so large that it takes too much memory."""
+    context, total = model.config.max_position_embeddings, 0
+    scores = 0 if logprobs is None else logprobs + 1
+    for request in requests:
+        experts, prompt = model.config.n_moe_layers if request.routing else 0, len(request.prompt)
+        new = min(request.max_tokens or context, context - prompt)
+        total += new * (scores + experts) + prompt * (request.prompt_logprobs * scores + experts)
+    if total > MOST_REPORTED:
+        raise ApiError(
+            400,
+            f"the answer could have {total:,} log-probabilities and experts, more than {MOST_REPORTED:,}: lower "
+            "max_tokens, n or logprobs, or send several requests",
+            param="experts" if logprobs is None else "logprobs",
+        )
 
 
 def _logprobs(count: int, name: str) -> int:

@@ -14,22 +14,20 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Server-sent events, one for each object.
+    """Server-sent events.
 
     Args:
-        objects: the objects. An `ApiError` that is raised there becomes the last event.
+        events: one or several events at a time. An `ApiError` that is raised there becomes the last event.
         leave: called if the client goes before the end.
         close: called at the end, in any case.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, objects: AsyncIterator[dict[str, Any]], leave: Callable[[], None], close: Callable[[], None]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None], close: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._objects, self._leave, self._close = objects, leave, close
+        self._events, self._leave, self._close = events, leave, close
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events."""
@@ -37,8 +35,8 @@ class EventStream(Response):
             with when_client_goes(receive, self._leave):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
-                    async for one in self._objects:
-                        await send({"type": "http.response.body", "body": event(one), "more_body": True})
+                    async for data in self._events:
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
                 except ApiError as error:
                     await send({"type": "http.response.body", "body": event(error.body()), "more_body": True})
                 await send({"type": "http.response.body", "body": DONE, "more_body": False})

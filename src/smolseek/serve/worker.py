@@ -41,6 +41,11 @@ class Delta(NamedTuple):
     end: Finished | None = None
     """Set in the last delta of the text."""
 
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether log-probabilities or experts of the prompt are in the delta."""
+        return any(event.prompt_logprobs or event.prompt_experts for event in (*self.tokens, self.end) if event)
+
 
 class Ticket:
     """The texts of one request to the server; the worker puts what is new into `deltas`."""
