@@ -14,6 +14,8 @@ DENSE = ModelConfig(hidden_size=32, intermediate_size=48, num_attention_heads=4,
 def dense_layer():
     torch.manual_seed(0)
     layer = MLP(32, 48)
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
     return layer, FeedForward.of(layer)
 
 
