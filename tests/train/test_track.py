@@ -75,7 +75,7 @@ def test_a_missing_tracker_is_refused_before_anything_is_written(tmp_path, monke
     monkeypatch.setitem(sys.modules, "trackio", None)
     run = tmp_path / "mine"
     code, _, err = run_cli("train", "tiny", "--run", run, "--track", "trackio")
-    assert code == 2 and err.count("\n") == 1 and "pip install '.[trackio]'" in err
+    assert code == 2 and err.count("\n") == 1 and "pip install trackio, or leave out --track" in err
     assert not run.exists()
 
 
