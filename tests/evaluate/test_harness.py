@@ -144,4 +144,4 @@ def test_refused(folder, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["eval", str(folder / "model"), "--tasks", "piqa"]) == 2
     error = capsys.readouterr().err
-    assert "pip install '.[eval]'" in error and error.count("\n") == 1
+    assert "pip install lm-eval" in error and error.count("\n") == 1
