@@ -1,16 +1,18 @@
-"""Compares training recipes for small models at equal tokens: Muon and AdamW, experts and a dense model, balancing.
+"""Compares recipes for training small models: optimizers, experts and a dense model, balancing.
 
-    python bench/recipe.py muon --data FILES       three learning rates of each, two more seeds of the best
-    python bench/recipe.py dense --data FILES      experts against a Llama of equal active parameters, three seeds
-    python bench/recipe.py pair --data FILES       the experiment's two models, scaled down, 1,500 steps each
-    python bench/recipe.py balance --data FILES    loss-free, none, and an auxiliary loss, 1,500 steps each
-    python bench/recipe.py speed                   tokens/s of the experts and of the dense model
-    python bench/recipe.py show                    the tables of all results
+    python bench/recipe.py recipe --data TOKENS --val FILE    the default against AdamW and against Muon with one rate
+    python bench/recipe.py dense --data TOKENS --val FILE     experts against a Llama of equal active parameters
+    python bench/recipe.py balance --data TOKENS --val FILE   loss-free balancing against none
+    python bench/recipe.py width --data TOKENS --val FILE     the rates of the default at a model of three times the size
+    python bench/recipe.py pair --data TOKENS --val FILE      the experiment's two models, scaled down
+    python bench/recipe.py speed                              tokens/s of the arms, alternating
+    python bench/recipe.py show                               the tables of all plans
 
-With loss-free balancing, 1,500 more steps with frozen weights calibrate the router biases. Speeds do not include the
-calibration steps. Each run is written to docs/results/recipe.json when it ends. A run with results is not repeated, so
-that an interrupted series can continue. `--jobs 2` trains two models at a time with one thread each, which changes
-speeds, but not losses.
+An arm is a model with a recipe. Its learning rate is chosen in a sweep with seed 100 and then reported with the seeds 1,
+2 and 3. A best rate at the edge of its sweep is not accepted: the program names the rate that must be added to `RATES`.
+TOKENS is a folder that `smolseek prepare` wrote, FILE is validation text. Each run is written to docs/results/recipe.json
+when it ends, and is not repeated, so that an interrupted series can continue. With `--jobs 2` two models are trained at
+a time, with one thread each.
 """
 
 import argparse
@@ -21,9 +23,11 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from machine import describe, seconds
 
@@ -32,18 +36,18 @@ from smolseek.model import summary
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 
-SEEDS = (0, 1, 2)
-RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (2e-3, 4e-3, 8e-3)}
-GAMMA = 3e-3  # 200 steps are too few for the published 1e-3
-SHORT, LONG, SETTLING = 200, 1500, 1500
-FINAL_TOKENS = 65_536
+CHOOSING, REPORTED = 100, (1, 2, 3)
+"""The seed with which rates are chosen, and the seeds of the reported figures."""
+STEPS, BATCH_SIZE = 1500, 4
+EVAL_TOKENS = 65_536
 LOAD_TOKENS = 262_144
-"""Number of tokens for MaxVio. Samples of 4,096 tokens would be too small: their expert loads vary by 10%."""
+"""Number of tokens for MaxVio. On 65,536 tokens, even perfectly balanced experts have a MaxVio of about 0.05."""
 
 
-def moe() -> ModelConfig:
+def moe(**options: Any) -> ModelConfig:
     """Return a smaller `deepseek_159m` with the same 16 routed experts (3 used per token) and 1 shared expert."""
-    return replace(preset("tiny"), n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=160)
+    small = replace(preset("tiny"), n_routed_experts=16, num_experts_per_tok=3, moe_intermediate_size=160)
+    return replace(small, **options)
 
 
 def seed() -> ModelConfig:
@@ -66,96 +70,122 @@ def dense() -> ModelConfig:
     )
 
 
-SHAPES = {"moe": moe, "seed": seed, "dense": dense}
+def wide() -> ModelConfig:
+    """Return `moe` with twice the width and a half more layers: more than three times the parameters."""
+    return moe(
+        hidden_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        kv_lora_rank=64,
+        moe_intermediate_size=256,
+    )
+
+
+SHAPES = {"moe": moe, "seed": seed, "dense": dense, "wide": wide}
+
+ONE_RATE = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
+COSINE = {"schedule": {"kind": "cosine", "final_factor": 0.1}, "zero_init": False}
+"""The schedule and the first weights of the defaults before this recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A model with a recipe, and the learning rates of its sweep in ascending order."""
+
+    shape: str = "moe"
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of `TrainConfig` that differ from its defaults."""
+    rates: tuple[float, ...]
+    steps: int = STEPS
+    """Steps of the sweep."""
+
+
+ARMS = {
+    "AdamW, one rate": Arm(options={"optim": {"kind": "adamw", **ONE_RATE}, **COSINE}, rates=(2e-3, 4e-3, 8e-3)),
+    "Muon, one rate": Arm(
+        options={"optim": {"kind": "muon", "update_scale": "rms", "momentum_warmup": 0, **ONE_RATE}, **COSINE},
+        rates=(4e-3, 8e-3, 16e-3),
+    ),
+    "default": Arm(rates=(15e-3, 30e-3, 60e-3)),
+    "dense": Arm(shape="dense", rates=(15e-3, 30e-3, 60e-3)),
+    "wide": Arm(shape="wide", rates=(15e-3, 30e-3, 60e-3), steps=STEPS // 3),
+    "seed": Arm(shape="seed", rates=(15e-3, 30e-3, 60e-3)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One training run, whose name contains all settings of the run."""
+    """One training run."""
 
-    shape: str = "moe"
-    kind: str = "adamw"
+    arm: str
     lr: float
-    gamma: float = GAMMA
-    alpha: float = 0.0
-    seed: int = 0
-    steps: int = SHORT
-    settle: int = 0
-    """Number of additional steps that calibrate only the router biases."""
+    seed: int
+    steps: int = STEPS
+    gamma: float | None = None
 
     @property
     def name(self) -> str:
-        name = f"{self.shape} {self.kind} {self.lr:g} gamma {self.gamma:g} alpha {self.alpha:g} seed {self.seed}"
-        return f"{name} steps {self.steps}" + (f" settle {self.settle}" if self.settle else "")
+        gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
+        return f"{self.arm}, rate {self.lr:g}, seed {self.seed}, {self.steps} steps{gamma}"
 
-    def config(self, data: list[str], folder: str) -> TrainConfig:
+    def config(self, data: str, validation: str, folder: str) -> TrainConfig:
+        arm = ARMS[self.arm]
+        options = dict(arm.options)
+        optim, schedule = options.pop("optim", {}), options.pop("schedule", {})
+        balance = {} if self.gamma is None else {"gamma": self.gamma}
         return TrainConfig(
-            model=SHAPES[self.shape](),
+            model=SHAPES[arm.shape](),
             run=f"{folder}/run",
-            data=DataConfig(sources=tuple(data), val_fraction=0.03),
-            optim=OptimConfig(kind=self.kind, lr=self.lr),  # type: ignore[arg-type]
-            schedule=ScheduleConfig(warmup_steps=self.steps // 10),
-            balance=BalanceConfig(gamma=self.gamma, alpha=self.alpha, calibration_steps=self.settle),
-            steps=self.steps + self.settle,
-            batch_size=4 if self.steps == SHORT else 2,
+            data=DataConfig(sources=(data,), val_sources=(validation,)),
+            optim=OptimConfig(**optim, lr=self.lr),
+            schedule=ScheduleConfig(**{"warmup_steps": 100, **schedule}),
+            balance=BalanceConfig(**balance),
+            steps=self.steps,
+            batch_size=BATCH_SIZE,
             seed=self.seed,
-            log_every=20,
-            eval_every=self.steps // 8,
-            eval_tokens=8_192,
-            save_every=self.steps + self.settle,
+            log_every=50,
+            eval_every=250,
+            eval_tokens=EVAL_TOKENS,
+            save_every=self.steps,
             sample_tokens=0,
+            **options,
         )
 
 
-def execute(run: Run, data: list[str], threads: int) -> dict:
-    """Train, and return the results for the tables. Losses use fewer validation tokens than final results."""
+def execute(run: Run, data: str, validation: str, threads: int) -> dict:
+    """Train, and return the results for the tables."""
     import torch
 
-    from smolseek.data.datasets import open_dataset
-    from smolseek.data.sequences import build_sequences
     from smolseek.storage.hf_folder import load_model
-    from smolseek.tokenizer import encoder, load_tokenizer, token_bytes
     from smolseek.train.device import autocast
     from smolseek.train.evaluate import evaluate
     from smolseek.train.loop import train
+    from smolseek.train.setup import open_datasets
 
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        config = run.config(data, folder)
+        config = run.config(data, validation, folder)
         model = load_model(str(train(config))).model
         records = RunFolder(Path(config.run)).read_metrics()
-    tokenizer = load_tokenizer(config.tokenizer)
-    corpus = open_dataset(config.data, LOAD_TOKENS, tokenizer)
-    eos_id, sizes = config.model.eos_ids[0], token_bytes(tokenizer)
-
-    def judged(tokens: int) -> dict:
-        sequences = build_sequences(corpus.validation, encoder(tokenizer), eos_id, config.seq_len, tokens)
-        size = int(sizes[sequences[:, 1:].numpy()].sum())
-        evaluation = evaluate(model, sequences, size, 4, autocast("auto", torch.device("cpu")))
-        assert evaluation is not None
-        return {key: value for key, value in evaluation.items() if key != "val_load"} | {
-            "tokens": sequences[:, 1:].numel()
-        }
-
-    final = judged(FINAL_TOKENS)
-    if run.steps == LONG:
-        final["of_load"] = judged(LOAD_TOKENS)
-    evaluated = [r for r in records if "val_loss" in r]
-    logged = [r for r in records if "tokens_per_second" in r and "settling" not in r]
+    datasets = open_datasets(replace(config, eval_tokens=LOAD_TOKENS))
+    context = autocast("auto", torch.device("cpu"))
+    of_all = evaluate(model, datasets.val_sequences, datasets.val_bytes, 4, context)
+    assert of_all is not None
+    logged = [r for r in records if "tokens_per_second" in r]
     return {
         **vars(run),
-        "validation": [(r["tokens"], r["val_loss"]) for r in evaluated],
+        "validation": [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r],
         "training": [(r["tokens"], r["loss"]) for r in logged],
-        "final": final,
-        "tokens_per_second": sorted(r["tokens_per_second"] for r in logged)[len(logged) // 2],
+        "all": {"tokens": datasets.val_sequences[:, 1:].numel()} | {k: of_all[k] for k in of_all if k != "val_load"},
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in logged),
         "threads": threads,
-        "audits": [r["audit"] for r in records if "audit" in r],
         **describe(),
     }
 
 
-def speed(rounds: int = 5, steps: int = 6) -> dict:
-    """Return tokens/s of the model with experts and of the dense model, alternately with batches of 4 x 256 tokens."""
+def speed(rounds: int = 7, steps: int = 3, grad_accum: int = 4) -> dict:
+    """Return tokens/s of the arms, whose steps of `grad_accum` x 4 x 256 tokens alternate."""
     import torch
 
     from smolseek.memory import keep_freed_memory
@@ -165,27 +195,31 @@ def speed(rounds: int = 5, steps: int = 6) -> dict:
     from smolseek.train.optim import make_optimizer
 
     keep_freed_memory()
-    spent: dict[str, list[float]] = {"moe": [], "dense": []}
-    models = {name: new_model(SHAPES[name]()).train() for name in spent}
-    optimizers = {name: make_optimizer(model, OptimConfig()) for name, model in models.items()}
+    spent: dict[str, list[float]] = {name: [] for name in ("AdamW, one rate", "default", "dense")}
+    models = {name: new_model(SHAPES[ARMS[name].shape]()).train() for name in spent}
+    optimizers = {
+        name: make_optimizer(model, OptimConfig(**ARMS[name].options.get("optim", {})))
+        for name, model in models.items()
+    }
     for _ in range(rounds + 1):
         for name, model in models.items():
 
             def some(model=model, optimizer=optimizers[name]):
                 for _ in range(steps):
-                    sequences = torch.randint(model.config.vocab_size, (4, 257))
-                    with autocast("auto", torch.device("cpu")):
-                        loss = losses(model, sequences, accumulate=True).total
-                    loss.backward()
+                    for _ in range(grad_accum):
+                        sequences = torch.randint(model.config.vocab_size, (BATCH_SIZE, 257))
+                        with autocast("auto", torch.device("cpu")):
+                            loss = losses(model, sequences, accumulate=True).total
+                        (loss / grad_accum).backward()
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
             spent[name].append(seconds(some))
-    rates = {name: sorted(steps * 1024 / one for one in times[1:]) for name, times in spent.items()}
-    for name, values in rates.items():
-        print(f"{name}: {values[len(values) // 2]:,.0f} tokens/s ({values[0]:,.0f}-{values[-1]:,.0f})")
-    return {"tokens_per_second": rates, "threads": torch.get_num_threads(), "load": os.getloadavg(), **describe()}
+    tokens = steps * grad_accum * BATCH_SIZE * 256
+    rates = {name: sorted(tokens / one for one in times[1:]) for name, times in spent.items()}
+    result = {"tokens_per_second": rates, "grad_accum": grad_accum, "threads": torch.get_num_threads()}
+    return {**result, "load": os.getloadavg(), **describe()}
 
 
 class Series:
@@ -195,13 +229,16 @@ class Series:
         self.args = args
         self.results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
 
-    def do(self, wanted: list[Run]) -> list[dict]:
+    def do(self, wanted: Iterable[Run]) -> list[dict]:
         """Train the missing runs, and return all runs."""
+        wanted = list(wanted)
         missing = [run for run in wanted if run.name not in self.results["runs"]]
+        if missing and self.args.data is None:
+            raise SystemExit(f"{missing[0].name}: has not been run; give --data and --val")
         threads = max(1, (multiprocessing.cpu_count() or 1) // self.args.jobs)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-            running = {pool.submit(execute, run, self.args.data, threads): run for run in missing}
+            running = {pool.submit(execute, run, self.args.data, self.args.val, threads): run for run in missing}
             for done in as_completed(running):
                 self.results["runs"][running[done].name] = done.result()
                 self.write()
@@ -213,28 +250,39 @@ class Series:
         rate = json.dumps(self.results.get("speed"))
         self.args.out.write_text(f'{{"speed": {rate}, "runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
 
-    def best(self, kind: str) -> Run:
-        """Return the run of `kind` with the lowest validation loss among its rates at seed 0."""
-        runs = [Run(kind=kind, lr=lr) for lr in RATES[kind]]
-        return min(zip(runs, self.do(runs), strict=True), key=lambda pair: pair[1]["final"]["val_loss"])[0]
+    def best(self, name: str) -> float:
+        """Return the rate of an arm with the lowest loss in its sweep.
 
-    def plan(self, name: str) -> dict[str, list[Run]]:
-        """Return the columns of a plan's table, with three seeds in each column."""
-        adamw = self.best("adamw")
-        if name == "muon":
-            columns = {"AdamW": adamw, "Muon": self.best("muon")}
-        elif name == "dense":
-            columns = {"experts": adamw, "dense": replace(adamw, shape="dense", gamma=0.0)}
-        else:
-            balanced = Run(lr=1e-3, gamma=2e-3, steps=LONG, settle=SETTLING)
-            if name == "pair":
-                # Four experts are balanced without bias calibration.
-                few = replace(balanced, shape="seed", settle=0)
-                return {"deepseek, scaled down": [balanced], "seed, scaled down": [few]}
-            unbalanced = replace(balanced, gamma=0.0, settle=0)
-            alpha = replace(unbalanced, alpha=0.01)
-            columns = {"gamma 0.002": balanced, "gamma 0": unbalanced, "alpha 0.01": alpha}
-        return {title: [replace(run, seed=seed) for seed in SEEDS] for title, run in columns.items()}
+        Raises:
+            SystemExit: if this rate is the lowest or the highest of the sweep.
+        """
+        arm = ARMS[name]
+        runs = [Run(arm=name, lr=lr, seed=CHOOSING, steps=arm.steps) for lr in arm.rates]
+        return best_rate(name, {run.lr: final(result) for run, result in zip(runs, self.do(runs), strict=True)})
+
+    def report(self, name: str, **options: Any) -> list[dict]:
+        """Return the runs of an arm with its best rate and the reported seeds."""
+        lr = self.best(name)
+        return self.do(Run(arm=name, lr=lr, seed=seed, **options) for seed in REPORTED)
+
+
+def best_rate(name: str, losses: dict[float, float]) -> float:
+    """Return the rate with the lowest loss and print the sweep; refuse a rate at the edge of the sweep."""
+    best = min(losses, key=lambda lr: losses[lr])
+    swept = ", ".join(f"{lr:g}: {losses[lr]:.4f}" for lr in sorted(losses))
+    print(f"\n{name}: sweep with seed {CHOOSING}: {swept}; best {best:g}")
+    for edge, beyond in ((min(losses), best / 2), (max(losses), best * 2)):
+        if best == edge:
+            raise SystemExit(
+                f"{name}: the best rate {best:g} lies at the edge of its sweep and may not be the best one: "
+                f"add {beyond:g} to the rates of this arm"
+            )
+    return best
+
+
+def final(run: dict) -> float:
+    """Return the validation loss after the last step."""
+    return run["validation"][-1][1]
 
 
 def tokens_to(curve: list, loss: float) -> float | None:
@@ -245,74 +293,106 @@ def tokens_to(curve: list, loss: float) -> float | None:
     return None
 
 
-def numbers(values: list[float], digits: int = 3) -> str:
-    return " ".join(f"{value:.{digits}f}" for value in values) + f" (mean {sum(values) / len(values):.{digits}f})"
+def spread(values: list[float], digits: int = 4) -> str:
+    """Return the values with their mean and its standard error."""
+    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    return " ".join(f"{v:.{digits}f}" for v in values) + f"  mean {mean:.{digits}f}, standard error {error:.{digits}f}"
 
 
-def show(name: str, columns: dict[str, list[dict]]) -> None:
-    """Print one plan's table."""
-    print(f"\n{name}: up to {max(map(len, columns.values()))} seeds")
-    for title, runs in columns.items():
-        first = runs[0]
-        size = summary.count(SHAPES[first["shape"]]())
-        print(f"  {title} ({first['kind']}, rate {first['lr']:g}, {first['steps']} steps; {size.total:,} parameters, ")
-        print(f"    {size.active:,} active; {cached(SHAPES[first['shape']]())} cached bytes a token)")
-        print(f"    validation loss  {numbers([run['final']['val_loss'] for run in runs], 4)}")
-        many = [run["final"]["of_load"] for run in runs if "of_load" in run["final"]]
-        if many:
-            print(f"      over {many[0]['tokens']:,} tokens  {numbers([load['val_loss'] for load in many], 4)}")
-        print(f"    tokens/s         {numbers([run['tokens_per_second'] for run in runs], 0)}")
-        if "val_maxvio" in first["final"]:
-            print(f"    MaxVio (global)  {numbers([run['final']['val_maxvio'] for run in runs])}")
-            if many:
-                print(f"      over {many[0]['tokens']:,} tokens  {numbers([load['val_maxvio'] for load in many])}")
-    if name == "balance":
-        (title, ours), *others = columns.items()
-        for other, runs in others:
-            losses = [[run["final"]["of_load"]["val_loss"] for run in pair] for pair in zip(ours, runs, strict=True)]
-            differences = [ours - theirs for ours, theirs in losses]
-            error = statistics.stdev(differences) / len(differences) ** 0.5
-            print(f"  loss over the many tokens, {title} minus {other}: {numbers(differences, 4)}, error {error:.4f}")
-    if name == "muon":
+def show(title: str, runs: list[dict]) -> None:
+    """Print the reported figures of an arm."""
+    model = SHAPES[ARMS[runs[0]["arm"]].shape]()
+    size = summary.count(model)
+    cached = list(summary.cache_bytes(model).values())[-1]
+    print(f"  {title}: rate {runs[0]['lr']:g}, {runs[0]['steps']} steps; {size.total:,} parameters, {size.active:,} ")
+    print(f"    active, {cached} cached bytes a token; seeds {' '.join(str(run['seed']) for run in runs)}")
+    print(f"    validation loss       {spread([final(run) for run in runs])}")
+    many = [run["all"] for run in runs]
+    print(f"    over {many[0]['tokens']:,} tokens   {spread([one['val_loss'] for one in many])}")
+    if "val_maxvio" in many[0]:
+        print(f"    MaxVio (global)       {spread([one['val_maxvio'] for one in many], 3)}")
+
+
+def difference(title: str, ours: list[dict], theirs: list[dict], key: Any = final) -> None:
+    """Print the loss of one arm minus that of another, seed by seed."""
+    print(f"  {title}: {spread([key(a) - key(b) for a, b in zip(ours, theirs, strict=True)])}")
+
+
+def recipe(series: Series) -> None:
+    arms = {name: series.report(name) for name in ("AdamW, one rate", "Muon, one rate", "default")}
+    for title, runs in arms.items():
+        show(title, runs)
+    for other, ratio in (("AdamW, one rate", 1.7), ("AdamW, one rate", 2.0), ("Muon, one rate", 1.2)):
         ratios = []
-        for one, other in zip(*columns.values(), strict=True):
+        for one, new in zip(arms[other], arms["default"], strict=True):
             tokens, loss = one["validation"][-1]
-            reached = tokens_to(other["validation"], loss)
+            reached = tokens_to(new["validation"], loss)
             ratios.append(tokens / reached if reached else 0.0)
-        print(f"  tokens to AdamW's final loss, AdamW's over Muon's (0: not reached): {numbers(ratios, 2)}")
+        print(f"  tokens to the final loss of {other}, its own over those of the default (0: not reached): ")
+        print(f"    {spread(ratios, 2)}")
+        shorter = series.report("default", steps=round(STEPS / ratio))
+        show(f"default, {ratio} times fewer tokens", shorter)
+        difference(f"default with {ratio} times fewer tokens minus {other}", shorter, arms[other])
 
 
-def cached(model: ModelConfig) -> int:
-    """Return the size of the cache for one token, in bytes, in bfloat16."""
-    return list(summary.cache_bytes(model).values())[-1]
+def against_dense(series: Series) -> None:
+    rates = series.results["speed"]["tokens_per_second"]
+    ratio = statistics.median(rates["dense"]) / statistics.median(rates["default"])
+    ours, equal = series.report("default"), series.report("dense")
+    longer = series.report("dense", steps=round(STEPS * ratio))
+    show("experts", ours)
+    show("dense, equal tokens", equal)
+    show(f"dense, equal time ({ratio:.2f} times the tokens)", longer)
+    difference("experts minus dense at equal tokens", ours, equal)
+    difference("experts minus dense at equal time", ours, longer)
+
+
+def balance(series: Series) -> None:
+    ours, none = series.report("default"), series.report("default", gamma=0.0)
+    show("loss-free", ours)
+    show("gamma 0", none)
+    difference("loss over all tokens, loss-free minus gamma 0", ours, none, lambda run: run["all"]["val_loss"])
+
+
+def width(series: Series) -> None:
+    """Compare the loss at the rate of the small model with the best one of a larger model."""
+    lr, best = series.best("default"), series.best("wide")
+    steps = ARMS["wide"].steps
+    ours, theirs = series.do(Run(arm="wide", lr=rate, seed=CHOOSING, steps=steps) for rate in (lr, best))
+    size = [summary.count(SHAPES[name]()).total for name in ("moe", "wide")]
+    print(f"  {size[1]:,} parameters ({size[1] / size[0]:.1f} times as many), {steps} steps, one seed:")
+    print(f"  loss at the small model's rate {lr:g} minus loss at the best rate {best:g}: {final(ours) - final(theirs):.4f}")
+
+
+def pair(series: Series) -> None:
+    show("deepseek_159m, scaled down", series.report("default"))
+    show("seed_159m, scaled down", series.report("seed"))
+
+
+PLANS = {"recipe": recipe, "dense": against_dense, "balance": balance, "width": width, "pair": pair}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plans", nargs="+", choices=("muon", "dense", "balance", "pair", "speed", "show"))
-    parser.add_argument("--data", nargs="+", default=["builtin"])
+    parser.add_argument("plans", nargs="+", choices=(*PLANS, "speed", "show"))
+    parser.add_argument("--data", help="training text, as for smolseek train --data")
+    parser.add_argument("--val", help="validation text")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("docs/results/recipe.json"))
     args = parser.parse_args()
+    if args.data is not None and args.val is None:
+        parser.error("--data needs --val")
     series = Series(args)
-    if "show" in args.plans:
-        if len(args.plans) > 1:
-            parser.error("show takes no other plan")
-        series.do = lambda wanted: [series.results["runs"][run.name] for run in wanted]  # type: ignore[method-assign]
-        args.plans = ["muon", "dense", "balance", "pair"]
-    for name in args.plans:
+    for name in PLANS if "show" in args.plans else args.plans:
         if name == "speed":
             series.results["speed"] = speed()
             series.write()
             continue
+        print(f"\n== {name}")
         try:
-            plan = series.plan(name)
-            flat = series.do([run for runs in plan.values() for run in runs])
-        except KeyError as absent:
-            print(f"\n{name}: {absent} has not been run", file=sys.stderr)
-            continue
-        results = iter(flat)
-        show(name, {title: [next(results) for _ in runs] for title, runs in plan.items()})
+            PLANS[name](series)
+        except SystemExit as error:
+            print(error, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def _from_model(init: str, tokenizer: str | None = None) -> TrainConfig:
         run=f"runs/{path.name}",
         init=init,
         seq_len=min(TrainConfig.seq_len, model.max_position_embeddings),
-        optim=OptimConfig(lr=1e-4),
+        optim=OptimConfig(kind="adamw", lr=1e-4),
         tokenizer=tokenizer or str(path),
     )
 
@@ -238,8 +238,8 @@ def _heal_config(args: HealArgs, run: Path, teacher: str) -> TrainConfig:
         run=str(run),
         data=DataConfig(sources=sources, text_column=args.text_column),
         distill=DistillConfig(teacher=teacher, attention_only=True),
-        optim=OptimConfig(lr=args.lr, weight_decay=0.0),
-        schedule=ScheduleConfig(warmup_steps=10, final_factor=0.0),
+        optim=OptimConfig(kind="adamw", lr=args.lr, weight_decay=0.0),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=10),
         balance=BalanceConfig(gamma=0.0),  # equal loads would undo the fitted gate of a sparse model
         steps=steps,
         **{field.name: getattr(args, field.name) for field in fields(StepConfig)},

@@ -1,7 +1,7 @@
 """Every setting of a training run. This module does not import torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import tyro
@@ -44,19 +44,40 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer: AdamW (1711.05101), or Muon (kellerjordan.github.io/posts/muon) together with AdamW."""
+    """The optimizer: Muon (kellerjordan.github.io/posts/muon) together with AdamW (1711.05101), or AdamW alone."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["muon", "adamw"] = "muon"
     """muon trains hidden matrices (each expert separately) with Muon, and embeddings, head, routers, norms and biases
     with AdamW."""
-    lr: float = option(1e-3, change="resume", above=0)
-    """Peak learning rate."""
+    lr: float | None = option(None, change="resume", above=0)
+    """Peak learning rate of the hidden matrices; all other learning rates are multiples of it. None is 0.03 for muon and
+    0.001 for adamw."""
+    embedding_factor: float | None = option(None, change="resume", least=0)
+    """Learning rate of the embedding, and of a head that is tied to it, as a multiple of lr. For this factor and the
+    next two, None is 1/3 for muon and 1 for adamw."""
+    head_factor: float | None = option(None, change="resume", least=0)
+    """Learning rate of an untied head, as a multiple of lr."""
+    vector_factor: float | None = option(None, change="resume", least=0)
+    """Learning rate of norms, biases and routers, as a multiple of lr."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    """AdamW: decay rates of the two moments."""
     eps: float = option(1e-8, least=0)
-    """Term added to the square root of the second moment."""
+    """AdamW: term added to the square root of the second moment."""
+    momentum: float = option(0.95, change="resume", least=0)
+    """Muon: momentum (Nesterov)."""
+    momentum_warmup: int = option(300, change="resume", least=0)
+    """Muon: steps in which the momentum rises linearly from 0.85 to its value, limited to a fifth of the run."""
+    update_scale: Literal["spectral", "rms"] = "spectral"
+    """Muon: scale of an update [R, C]. spectral: sqrt(max(1, R / C)), so that one learning rate fits all widths
+    (2310.17813); rms: 0.2 sqrt(max(R, C)), so that a learning rate for AdamW fits (2502.16982, section 2.2)."""
     weight_decay: float = option(0.1, change="resume", least=0)
-    """Weight decay of matrices; norms, biases and embeddings have none."""
+    """Weight decay of hidden matrices and routers; norms and biases have none."""
+    embedding_decay: float = option(0.0, change="resume", least=0)
+    """Weight decay of the embedding, and of a head that is tied to it."""
+    head_decay: float = option(0.1, change="resume", least=0)
+    """Weight decay of an untied head."""
+    cautious_decay: bool = option(False, change="resume")
+    """Decay only the weights that the update moves towards 0 (2510.12402)."""
     clip: float = option(1.0, change="resume", least=0)
     """Norm to which the gradient over all parameters is clipped; 0 disables clipping."""
     z_loss: float = option(0.0, least=0)
@@ -64,21 +85,35 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise SmolseekError(f"optim.betas {self.betas} must be at least 0 and below 1")
+        if not all(0 <= number < 1 for number in (*self.betas, self.momentum)):
+            raise SmolseekError(
+                f"optim.betas {self.betas} and optim.momentum {self.momentum} must be at least 0 and below 1"
+            )
+
+    def resolved(self) -> "OptimConfig":
+        """Return the configuration with the learning rates of `kind` in place of None."""
+        rates = _RATES[self.kind]
+        return replace(self, **{name: rate for name, rate in rates.items() if getattr(self, name) is None})
+
+
+_RATES = {
+    "muon": {"lr": 0.03, "embedding_factor": 1 / 3, "head_factor": 1 / 3, "vector_factor": 1 / 3},
+    "adamw": {"lr": 1e-3, "embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """The schedule of the learning rate."""
 
-    kind: Literal["cosine", "wsd", "constant"] = option("cosine", change="resume")
-    """`cosine` decays from the end of the warm-up on; `wsd` stays at the peak and decays at the end of the run."""
+    kind: Literal["wsd", "cosine", "constant"] = option("wsd", change="resume")
+    """`wsd` stays at the peak and decays linearly at the end of the run; `cosine` decays from the end of the warm-up
+    on."""
     warmup_steps: int = option(50, change="resume", least=0)
     """Number of steps of linear warm-up, limited to a tenth of the run."""
-    decay_fraction: float = option(0.2, change="resume")
+    decay_fraction: float = option(1.0, change="resume")
     """wsd: share of the steps in which the learning rate decays linearly."""
-    final_factor: float = option(0.1, change="resume")
+    final_factor: float = option(0.0, change="resume")
     """Learning rate at the end, as a share of the peak."""
 
     def __post_init__(self) -> None:
@@ -206,6 +241,8 @@ class TrainConfig(StepConfig):
     or more. Unless the option is off, a single process on CUDA also captures its micro-batches as a CUDA graph."""
     seed: int = 0
     """Seed of the weights and of the order of the documents."""
+    zero_init: bool = True
+    """Whether the matrices that write into the residual stream (o_proj, down_proj) start at zero."""
     log_every: int = option(10, change="always", least=1)
     """Steps between log lines."""
     eval_every: int = option(100, change="always", least=1)

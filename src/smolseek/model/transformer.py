@@ -193,6 +193,17 @@ def draw_weight(name: str, weight: torch.Tensor, deviation: float, generator: to
         weight.normal_(0.0, deviation, generator=generator)
 
 
+@torch.no_grad()
+def zero_outputs(model: CausalLM) -> None:
+    """Set the matrices that write into the residual stream, o_proj and down_proj, to zero (2203.03466, section 6.1).
+
+    Then every layer begins as the identity.
+    """
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+
+
 def new_model(config: ModelConfig, seed: int = 0, device: torch.device | str = "cpu") -> CausalLM:
     """Build a model with random float32 weights; the same seed gives the same weights."""
     with torch.device("meta"):

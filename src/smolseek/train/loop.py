@@ -3,6 +3,7 @@
 import shlex
 import signal
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +38,7 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
             a failed save end the run.
         Stopped: if a signal or unavailable data ended the run, after the run has saved a checkpoint.
     """
+    config = replace(config, optim=config.optim.resolved())  # the run's config.json holds what later releases may change
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -1,9 +1,11 @@
 """The schedules of a run: learning rate and update size of the router biases at each step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from smolseek.config import ScheduleConfig, TrainConfig
+from smolseek.config import OptimConfig, ScheduleConfig, TrainConfig
+
+_FIRST_MOMENTUM = 0.85
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,13 +18,15 @@ class Schedule:
     config: ScheduleConfig
     steps: int
     peak_lr: float = 1.0
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Schedule":
         """Return the schedule of a run."""
-        return cls(
-            config=config.schedule, steps=config.steps - config.balance.calibration_steps, peak_lr=config.optim.lr
-        )
+        optim = config.optim.resolved()
+        assert optim.lr is not None
+        steps = config.steps - config.balance.calibration_steps
+        return cls(config=config.schedule, steps=steps, peak_lr=optim.lr, optim=optim)
 
     def is_frozen(self, step: int) -> bool:
         """Return whether step `step` (from 0) only tunes the router biases."""
@@ -37,6 +41,11 @@ class Schedule:
         if self.is_frozen(step):
             return 0.0
         return self.peak_lr * ((step + 1) / self._warmup if step < self._warmup else self._decay(step))
+
+    def momentum(self, step: int) -> float:
+        """Return Muon's momentum in step `step`, which rises linearly at the beginning of the run."""
+        final, steps = self.optim.momentum, min(self.optim.momentum_warmup, self.steps // 5)
+        return final if step >= steps else min(_FIRST_MOMENTUM, final) + max(0.0, final - _FIRST_MOMENTUM) * step / steps
 
     def bias_factor(self, step: int) -> float:
         """Return the factor that multiplies gamma after step `step`.

@@ -18,6 +18,7 @@ from smolseek.data.stream import TrainStream
 from smolseek.device import capability
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
+from smolseek.model.transformer import zero_outputs
 from smolseek.run_folder import RunFolder
 from smolseek.storage.saver import Saver
 from smolseek.storage.target import resolve
@@ -110,6 +111,8 @@ def set_up(run: RunFolder, start: Start, device: torch.device, distributed: Sing
     val_bytes = distributed.broadcast_object(lambda: datasets.val_bytes if datasets else 0)
 
     model = distributed.build_model(config.model, config.seed, device)
+    if config.zero_init and config.init is None:
+        zero_outputs(model)
     model.grad_checkpointing = config.grad_checkpointing
     teacher = None
     if config.distill.teacher is not None:

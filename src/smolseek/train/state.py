@@ -11,7 +11,7 @@ from smolseek.config import from_dict
 from smolseek.data.stream import TrainStream
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import report_damage
-from smolseek.model.transformer import CausalLM
+from smolseek.model.transformer import CausalLM, zero_outputs
 from smolseek.storage.checkpoint import load_state, state_name
 from smolseek.storage.hf_folder import load_weights
 from smolseek.storage.manifest import STATE_JSON, STATE_TENSORS, training_folder
@@ -81,7 +81,7 @@ class TrainState:
         """Load this process's weights from a model folder."""
         load_weights(self.model, path, self.distributed.local_shards(self.model))
 
-    def reset(self, seed: int, init: str | None) -> None:
+    def reset(self, seed: int, init: str | None, zero_init: bool) -> None:
         """Go back to step 0 and the first weights, but keep the position in the data.
 
         The first weights are the weights of the model `init`, or random weights drawn with `seed`.
@@ -89,6 +89,8 @@ class TrainState:
         self.distributed.init_weights(self.model, seed)
         if init is not None:
             self.load_weights(resolve(init))
+        elif zero_init:
+            zero_outputs(self.model)
         self.optimizer.state.clear()
         self.progress = Progress()
         if self.loss_scale is not None:

@@ -43,7 +43,9 @@ def train_step(
         return None
     if not frozen:
         for group in t.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
+            if "momentum" in group:
+                group["momentum"] = t.schedule.momentum(progress.step)
         t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
     factor = t.schedule.bias_factor(progress.step)
@@ -126,7 +128,7 @@ def _go_back(t: Training) -> None:
         )
     path, _ = newest_checkpoint(run, t.distributed, below=guard.returned_to if guard.returned_to >= 0 else None)
     if path is None:
-        t.reset(t.config.seed, t.config.init)
+        t.reset(t.config.seed, t.config.init, t.config.zero_init)
         sizes = run.sizes()
     else:
         sizes = t.restore(path, data=False)["files"]
