@@ -3,16 +3,16 @@
     python bench/recipe.py recipe --data TOKENS --val FILE    the default against AdamW and against Muon with one rate
     python bench/recipe.py dense --data TOKENS --val FILE     experts against a Llama of equal active parameters
     python bench/recipe.py balance --data TOKENS --val FILE   loss-free balancing against none
-    python bench/recipe.py width --data TOKENS --val FILE     the rates of the default at a model of three times the size
+    python bench/recipe.py width --data TOKENS --val FILE     the rates of the default at a model three times as large
     python bench/recipe.py pair --data TOKENS --val FILE      the experiment's two models, scaled down
     python bench/recipe.py speed                              tokens/s of the arms, alternating
     python bench/recipe.py show                               the tables of all plans
 
-An arm is a model with a recipe. Its learning rate is chosen in a sweep with seed 100 and then reported with the seeds 1,
-2 and 3. A best rate at the edge of its sweep is not accepted: the program names the rate that must be added to `RATES`.
-TOKENS is a folder that `smolseek prepare` wrote, FILE is validation text. Each run is written to docs/results/recipe.json
-when it ends, and is not repeated, so that an interrupted series can continue. With `--jobs 2` two models are trained at
-a time, with one thread each.
+An arm is a model with a recipe. Its learning rate is chosen in a sweep with seed 100 and then reported with the seeds
+1, 2 and 3. A best rate at the edge of its sweep is not accepted: the program names the rate that must be added to
+`ARMS`. TOKENS is a folder that `smolseek prepare` wrote, FILE is validation text. Each run is written to
+docs/results/recipe.json when it ends, and is not repeated, so that an interrupted series can continue. With `--jobs 2`
+two models are trained at a time, with one thread each.
 """
 
 import argparse
@@ -361,7 +361,8 @@ def width(series: Series) -> None:
     ours, theirs = series.do(Run(arm="wide", lr=rate, seed=CHOOSING, steps=steps) for rate in (lr, best))
     size = [summary.count(SHAPES[name]()).total for name in ("moe", "wide")]
     print(f"  {size[1]:,} parameters ({size[1] / size[0]:.1f} times as many), {steps} steps, one seed:")
-    print(f"  loss at the small model's rate {lr:g} minus loss at the best rate {best:g}: {final(ours) - final(theirs):.4f}")
+    difference = final(ours) - final(theirs)
+    print(f"  loss at the small model's rate {lr:g} minus loss at the best rate {best:g}: {difference:.4f}")
 
 
 def pair(series: Series) -> None:

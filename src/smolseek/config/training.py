@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -50,8 +50,8 @@ class OptimConfig:
     """muon trains hidden matrices (each expert separately) with Muon, and embeddings, head, routers, norms and biases
     with AdamW."""
     lr: float | None = option(None, change="resume", above=0)
-    """Peak learning rate of the hidden matrices; all other learning rates are multiples of it. None is 0.03 for muon and
-    0.001 for adamw."""
+    """Peak learning rate of the hidden matrices; all other learning rates are multiples of it. None is 0.03 for muon
+    and 0.001 for adamw."""
     embedding_factor: float | None = option(None, change="resume", least=0)
     """Learning rate of the embedding, and of a head that is tied to it, as a multiple of lr. For this factor and the
     next two, None is 1/3 for muon and 1 for adamw."""
@@ -92,8 +92,10 @@ class OptimConfig:
 
     def resolved(self) -> "OptimConfig":
         """Return the configuration with the learning rates of `kind` in place of None."""
-        rates = _RATES[self.kind]
-        return replace(self, **{name: rate for name, rate in rates.items() if getattr(self, name) is None})
+        missing: dict[str, Any] = {
+            name: rate for name, rate in _RATES[self.kind].items() if getattr(self, name) is None
+        }
+        return replace(self, **missing)
 
 
 _RATES = {

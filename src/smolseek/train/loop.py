@@ -38,7 +38,8 @@ def train(config: TrainConfig, resume: bool | Literal["auto"] = False) -> Path:
             a failed save end the run.
         Stopped: if a signal or unavailable data ended the run, after the run has saved a checkpoint.
     """
-    config = replace(config, optim=config.optim.resolved())  # the run's config.json holds what later releases may change
+    # The config.json of the run holds these numbers, because later releases may have other defaults.
+    config = replace(config, optim=config.optim.resolved())
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()

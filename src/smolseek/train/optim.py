@@ -14,8 +14,8 @@ from smolseek.config import OptimConfig
 from smolseek.device import capability
 from smolseek.model.transformer import CausalLM
 
-# The polynomials a x + b x^3 + c x^5 of the iterations (Polar Express, 2505.16932): five of them bring singular values from
-# 0.001 to 1 to 1 within 14%.
+# The polynomials a x + b x^3 + c x^5 of the iterations (Polar Express, 2505.16932). Five of them bring singular values
+# between 0.001 and 1 to 1 within 14%.
 _POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -103,19 +103,19 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None = None) -> list[dict]:
-    """Split the parameters into groups with a learning rate (`factor` times the rate of a step) and a decay of their own.
+    """Split the parameters into groups. Each has a learning rate (`factor` times the rate of a step) and a decay.
 
-    The groups are the embedding (also if the head is tied to it), an untied head, the routers, norms and biases, and the
-    hidden matrices. For Muon, the hidden matrices have the key `matrices` (see `MuonAdamW`): fused gate and up count as
-    two matrices; an attention projection counts as one matrix for all heads. Empty groups, frozen parameters and empty
-    matrices, which a model without shared experts has, are left out. `named` replaces the model's parameters, for
-    example by local shards.
+    The groups are the embedding (also if the head is tied to it), an untied head, the routers, norms and biases, and
+    the hidden matrices. For Muon, the hidden matrices have the key `matrices` (see `MuonAdamW`): fused gate and up
+    count as two matrices; an attention projection counts as one matrix for all heads. Empty groups, frozen parameters
+    and empty matrices, which a model without shared experts has, are left out. `named` replaces the model's parameters,
+    for example by local shards.
     """
     if named is None:
         named = [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
     config = config.resolved()
 
-    def group(factor: float, decay: float, **options: Any) -> dict:
+    def group(factor: float | None, decay: float, **options: Any) -> dict:
         cautious = config.cautious_decay
         weight_decay = 0.0 if cautious else decay  # what AdamW itself decays
         common = {"factor": factor, "decay": decay, "weight_decay": weight_decay, "cautious_decay": cautious}

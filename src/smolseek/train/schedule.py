@@ -45,7 +45,8 @@ class Schedule:
     def momentum(self, step: int) -> float:
         """Return Muon's momentum in step `step`, which rises linearly at the beginning of the run."""
         final, steps = self.optim.momentum, min(self.optim.momentum_warmup, self.steps // 5)
-        return final if step >= steps else min(_FIRST_MOMENTUM, final) + max(0.0, final - _FIRST_MOMENTUM) * step / steps
+        first = min(_FIRST_MOMENTUM, final)
+        return final if step >= steps else first + (final - first) * step / steps
 
     def bias_factor(self, step: int) -> float:
         """Return the factor that multiplies gamma after step `step`.
