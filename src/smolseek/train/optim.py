@@ -25,6 +25,9 @@ _POLYNOMIALS = (
 )
 _CUSHION = 1.02  # the first polynomial grows fast above 1, which rounding might reach
 
+_BATCH = 1 << 22
+"""Largest number of elements of the parameters that are orthogonalized together: 8 MiB in bfloat16."""
+
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 
 
@@ -63,10 +66,13 @@ class MuonAdamW(torch.optim.AdamW):
         assert closure is None
         gradients = {}
         for group in self.param_groups:
-            for p in group["params"] if group.get("matrices") else ():
-                if p.grad is not None:
-                    self._step_matrices(p, p.grad, group)
-                    gradients[p], p.grad = p.grad, None  # AdamW skips parameters without a gradient
+            if group.get("matrices"):
+                trained = [p for p in group["params"] if p.grad is not None]
+                for batch in _batches(trained):
+                    self._step_matrices(batch, group)
+                gradients |= {p: p.grad for p in trained}
+                for p in trained:
+                    p.grad = None  # AdamW skips parameters without a gradient
         super().step()
         for p, gradient in gradients.items():
             p.grad = gradient
@@ -74,25 +80,32 @@ class MuonAdamW(torch.optim.AdamW):
             if group["cautious_decay"] and not group.get("matrices"):
                 self._decay_cautiously(group)
 
-    def _step_matrices(self, p: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        """Update `p` with decoupled weight decay and orthogonalized Nesterov momentum."""
+    def _step_matrices(self, batch: list[torch.Tensor], group: dict[str, Any]) -> None:
+        """Update parameters whose matrices have one shape, by orthogonalized Nesterov momentum and decoupled decay."""
+        R, C = batch[0].shape[-2] // group["matrices"], batch[0].shape[-1]
+        directions = [self._momentum(p, group["momentum"]).reshape(-1, R, C) for p in batch]
+        updates = orthogonalize(torch.cat(directions) if len(batch) > 1 else directions[0])
+        scale = math.sqrt(max(1, R / C)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(R, C))
+        decay = group["lr"] * group["decay"]
+        for p, update in zip(batch, updates.split([len(d) for d in directions]), strict=True):
+            update = update.reshape(p.shape)
+            if group["cautious_decay"] and decay:
+                p.sub_(p * (p * update > 0), alpha=decay)
+            elif decay:
+                p.mul_(1 - decay)
+            p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+
+    def _momentum(self, p: torch.Tensor, momentum: float) -> torch.Tensor:
+        """Add the gradient of `p` to its momentum, and return Nesterov's direction."""
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             # AdamW's load_state_dict needs `step` in every entry.
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["momentum_buffer"] = torch.zeros_like(p)
         state["step"] += 1
-        buffer = state["momentum_buffer"]
-        buffer.lerp_(grad, 1 - group["momentum"])
-        R, C = p.shape[-2] // group["matrices"], p.shape[-1]
-        update = orthogonalize(grad.lerp(buffer, group["momentum"]).reshape(-1, R, C)).reshape(p.shape)
-        scale = math.sqrt(max(1, R / C)) if group["scale"] == "spectral" else 0.2 * math.sqrt(max(R, C))
-        decay = group["lr"] * group["decay"]
-        if group["cautious_decay"] and decay:
-            p.sub_(p * (p * update > 0), alpha=decay)
-        else:
-            p.mul_(1 - decay)
-        p.add_(update.to(p.dtype), alpha=-group["lr"] * scale)
+        state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["momentum_buffer"], momentum)
 
     def _decay_cautiously(self, group: dict[str, Any]) -> None:
         """Decay the weights of an AdamW group that its first moment moves towards 0."""
@@ -100,6 +113,20 @@ class MuonAdamW(torch.optim.AdamW):
             for p in group["params"]:
                 if p.grad is not None:
                     p.sub_(p * (p * self.state[p]["exp_avg"] > 0), alpha=group["lr"] * group["decay"])
+
+
+def _batches(parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Split parameters into batches whose matrices have one shape and together at most `_BATCH` elements, if several.
+
+    A batch needs as few operations as a single parameter, and no more memory than a large one.
+    """
+    batches: dict[torch.Size, list[list[torch.Tensor]]] = {}
+    for p in parameters:
+        alike = batches.setdefault(p.shape[-2:], [[]])
+        if alike[-1] and sum(other.numel() for other in alike[-1]) + p.numel() > _BATCH:
+            alike.append([])
+        alike[-1].append(p)
+    return [batch for alike in batches.values() for batch in alike]
 
 
 def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None = None) -> list[dict]:
