@@ -34,6 +34,33 @@ def test_config_json_relaunches_the_run(run):
     assert [p.name for p in run.path.iterdir()] == ["config.json"]
 
 
+def test_a_config_of_an_earlier_release_keeps_its_recipe(run):
+    """It lacks the options that came later, whose defaults would change the run."""
+    run.create(config(run, optim=OptimConfig(kind="muon", lr=4e-3, weight_decay=0.2)), resume=False)
+    values = json.loads(run.config.read_text())
+    del values["zero_init"]
+    values["optim"] = {
+        name: values["optim"][name] for name in ("kind", "lr", "betas", "eps", "weight_decay", "clip", "z_loss")
+    }
+    run.config.write_text(json.dumps(values))
+    restored = run.read_config()
+    assert not restored.zero_init
+    assert restored.optim == OptimConfig(
+        kind="muon",
+        lr=4e-3,
+        embedding_factor=1.0,
+        head_factor=1.0,
+        vector_factor=1.0,
+        momentum=0.95,
+        momentum_warmup=0,
+        update_scale="rms",
+        weight_decay=0.2,
+        embedding_decay=0.0,
+        head_decay=0.2,
+        cautious_decay=False,
+    )
+
+
 def test_checkpoints_come_newest_first(run):
     for name in ("step-000900", "step-1000000", "step-000100", ".tmp-step-000999", "step-x", "step-000950.bak"):
         (run.checkpoints / name).mkdir(parents=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from smolseek import console
-from smolseek.config import TrainConfig, differences, from_dict, parse_json, to_dict
+from smolseek.config import TrainConfig, differences, from_dict, parse_json, to_dict, with_earlier_defaults
 from smolseek.errors import SmolseekError
 from smolseek.files import FolderLock, write_atomically
 
@@ -76,7 +76,7 @@ class RunFolder:
             ) from None
         if not isinstance(values, dict) or "model" not in values or "run" not in values:
             raise SmolseekError(f"{self.config} is not a training configuration: choose another --run")
-        return from_dict(TrainConfig, values, str(self.config))
+        return from_dict(TrainConfig, with_earlier_defaults(values), str(self.config))
 
     def check(self, config: TrainConfig, resume: bool) -> None:
         """Raise SmolseekError if the run cannot be started or resumed in this folder. Nothing is written.

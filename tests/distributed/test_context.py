@@ -70,7 +70,7 @@ def train(distributed: SingleProcess, run: RunFolder, steps: int, kind: str, res
     """Train for `steps` steps, from the checkpoint `resume` if it is given, save, and return the measurements."""
     model = distributed.build_model(MODEL, 3, torch.device("cpu"))
     trained = distributed.optimizer_parameters(model)
-    optimizer = make_optimizer(model, OptimConfig(kind=kind), trained)
+    optimizer = make_optimizer(model, OptimConfig(kind=kind, lr=1e-3), trained)
     balancer = Balancer(model, 0.01)
     stream = distributed.share_stream(RandomSequences() if distributed.is_main else None)
     state = TrainState(model, optimizer, balancer, stream, Guard(CONFIG.guard), distributed)
@@ -109,7 +109,7 @@ def train_float16(distributed: SingleProcess, steps: int) -> dict:
         out = losses(*arguments, **options)
         return out._replace(total=out.total * math.inf) if overflows else out
 
-    optimizer = make_optimizer(model, OptimConfig(), distributed.optimizer_parameters(model))
+    optimizer = make_optimizer(model, OptimConfig(kind="adamw"), distributed.optimizer_parameters(model))
     loss_scale, context = LossScale(CPU), autocast("float16", CPU)
     forward_backward = ForwardBackward(
         model, objective, context, grad_accum=2, accumulate=distributed.accumulates, scale=loss_scale.tensor

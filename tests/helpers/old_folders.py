@@ -1,10 +1,14 @@
 """Folders as smolseek wrote them before it wrote them for other engines."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from smolseek.model.transformer import CausalLM
+from smolseek.storage.hf_folder import read_config
 from smolseek.storage.manifest import MANIFEST, TRAINING, manifest_entry, manifest_text
 
 
@@ -29,12 +33,49 @@ def make_old_folder(folder: Path) -> None:
 def make_old_checkpoint(checkpoint: Path) -> None:
     """Move the training state and the manifest of a checkpoint beside the model's files, and write the manifest again.
 
-    The model folder gets its old form, too.
+    The model folder gets its old form, and the tensors of the optimizer's state get their old names, too.
     """
     for file in (checkpoint / TRAINING).iterdir():
         file.rename(checkpoint / file.name)
     (checkpoint / TRAINING).rmdir()
     (checkpoint / MANIFEST).unlink()
+    number_state(checkpoint)
     make_old_folder(checkpoint)
     files = {file.name: manifest_entry(file) for file in sorted(checkpoint.iterdir())}
     (checkpoint / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
+
+
+def number_state(checkpoint: Path) -> None:
+    """Give the tensors of the optimizer's state the numbers of their parameters in place of the names."""
+    files = {file: load_file(file) for file in checkpoint.glob("training_state*.safetensors")}
+    optimized = {name.rpartition(".")[0] for state in files.values() for name in state if name.startswith("optimizer.")}
+    if not optimized:
+        return
+    with torch.device("meta"):
+        model = CausalLM(read_config(checkpoint))
+    numbers = {name: number for number, name in enumerate(old_order(model, is_muon(files.values())))}
+    assert optimized == {f"optimizer.{name}" for name in numbers}
+    for file, state in files.items():
+        numbered = {}
+        for name, tensor in state.items():
+            parameter, _, key = name.removeprefix("optimizer.").rpartition(".")
+            numbered[f"optimizer.{numbers[parameter]}.{key}" if parameter in numbers else name] = tensor
+        save_file(numbered, file)
+
+
+def old_order(model: CausalLM, muon: bool) -> list[str]:
+    """Return the parameters in the order of the old groups: decayed matrices, no decay, single and double matrices."""
+    decayed, plain, single, double = [], [], [], []
+    for name, p in model.named_parameters():
+        if p.ndim == 1 or "embed_tokens" in name or name.endswith("_bias"):
+            plain.append(name)
+        elif muon and "lm_head" not in name and not name.endswith("mlp.gate.weight"):
+            (double if "gate_up_proj" in name else single).append(name)
+        else:
+            decayed.append(name)
+    return [*decayed, *plain, *single, *double]
+
+
+def is_muon(states: Iterable[dict[str, torch.Tensor]]) -> bool:
+    """Return whether Muon has updated some of the parameters."""
+    return any("momentum_buffer" in name for state in states for name in state)

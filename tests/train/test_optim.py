@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from old_folders import old_order
 
 from smolseek.config import OptimConfig, ScheduleConfig
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
-from smolseek.train.optim import load_state_tensors, make_optimizer, parameter_groups, state_tensors
+from smolseek.train.optim import earlier_order, load_state_tensors, make_optimizer, parameter_groups, state_tensors
 from smolseek.train.schedule import Schedule
 
 CONFIG = replace(preset("tiny"), num_hidden_layers=1, vocab_size=64)
@@ -67,22 +68,32 @@ def test_warm_up_takes_at_most_a_tenth_of_a_short_run():
     assert Schedule(config=ScheduleConfig(warmup_steps=100), steps=20).lr(1) == 1.0
 
 
+@pytest.mark.parametrize("numbered", [False, True], ids=["names", "numbers of earlier releases"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_state_goes_through_flat_tensors_unchanged(kind):
+@pytest.mark.parametrize("name", ["tiny", "seed_159m"])
+def test_state_goes_through_flat_tensors_unchanged(kind, name, numbered):
     def advance(model, optimizer):
-        for p in model.parameters():
-            p.grad = torch.ones_like(p) * 0.01
+        for number, p in enumerate(model.parameters()):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(number))
         optimizer.step()
 
-    model = new_model(CONFIG)
+    config = replace(preset(name), num_hidden_layers=1, vocab_size=64, moe_intermediate_size=8)
+    model = new_model(config)
     optimizer = make_optimizer(model, OptimConfig(kind=kind))
     advance(model, optimizer)
     tensors = {name: t.clone() for name, t in state_tensors(optimizer).items()}
+    assert {name.removeprefix("optimizer.").rpartition(".")[0] for name in tensors} == dict(
+        model.named_parameters()
+    ).keys()
+    if numbered:
+        for number, parameter in enumerate(old_order(model, kind == "muon")):
+            for key in [key for key in tensors if key.startswith(f"optimizer.{parameter}.")]:
+                tensors[f"optimizer.{number}.{key.rpartition('.')[2]}"] = tensors.pop(key)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     advance(model, optimizer)
-    other = new_model(CONFIG, seed=9)
+    other = new_model(config, seed=9)
     other.load_state_dict(weights, strict=False)
     fresh = make_optimizer(other, OptimConfig(kind=kind))
-    load_state_tensors(fresh, tensors)
+    load_state_tensors(fresh, tensors, earlier_order(other, fresh))
     advance(other, fresh)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))

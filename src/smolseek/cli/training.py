@@ -117,8 +117,13 @@ def _defaults(name: str | None, options: Sequence[str]) -> tuple[TrainConfig, Ru
     if init is not None:
         if name is not None:
             raise SmolseekError(f"--init {init} already defines the model: leave out {name}")
-        return _from_model(init, option_value(options, "--tokenizer")), begun
+        config = _from_model(init, option_value(options, "--tokenizer"))
+        if begun is not None:
+            config = dataclasses.replace(begun.read_config(), model=config.model, run=config.run, init=init)
+        return config, begun
     if name is not None:
+        if begun is not None:
+            return dataclasses.replace(begun.read_config(), model=preset(name), run=f"runs/{name}"), begun
         return TrainConfig(model=preset(name), run=f"runs/{name}"), begun
     if run is not None and resume == "yes":
         return RunFolder(run).read_config(), None
@@ -214,6 +219,9 @@ def heal(argv: Sequence[str]) -> None:
         raise SmolseekError(
             f"{args.model} has no eos_token_id, which separates documents: set eos_token_id in its config.json"
         )
+    if begun is not None:  # the other settings of the optimizer may be those of an earlier release
+        optim = dataclasses.replace(begun.optim, lr=config.optim.lr)
+        config = dataclasses.replace(config, optim=optim, zero_init=begun.zero_init)
     data = dataclasses.replace(config.data, val_sources=_held_out(args, config, begun))
     config = dataclasses.replace(config, data=data)
     run.check(config, resume)
@@ -238,8 +246,9 @@ def _heal_config(args: HealArgs, run: Path, teacher: str) -> TrainConfig:
         run=str(run),
         data=DataConfig(sources=sources, text_column=args.text_column),
         distill=DistillConfig(teacher=teacher, attention_only=True),
-        optim=OptimConfig(kind="adamw", lr=args.lr, weight_decay=0.0),
-        schedule=ScheduleConfig(kind="cosine", warmup_steps=10),
+        optim=OptimConfig(kind="adamw", lr=args.lr, weight_decay=0.0).resolved(),
+        schedule=ScheduleConfig(kind="cosine", warmup_steps=10, final_factor=0.0),
+        zero_init=False,
         balance=BalanceConfig(gamma=0.0),  # equal loads would undo the fitted gate of a sparse model
         steps=steps,
         **{field.name: getattr(args, field.name) for field in fields(StepConfig)},

@@ -25,4 +25,5 @@ from smolseek.config.training import (
     ScheduleConfig,
     StepConfig,
     TrainConfig,
+    with_earlier_defaults,
 )

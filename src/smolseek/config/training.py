@@ -1,6 +1,6 @@
 """Every setting of a training run. This module does not import torch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -306,3 +306,17 @@ class TrainConfig(StepConfig):
                 f"keep-every {self.keep_every} needs keep-last above 0, since 0 keeps all checkpoints: add --keep-last "
                 "3"
             )
+
+
+def with_earlier_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a run's config.json, completed so that a run of an earlier release continues unchanged.
+
+    The first releases had AdamW by default, one learning rate, and none of the options that are added here.
+    """
+    optim = values.get("optim", {})
+    if "zero_init" in values or not isinstance(optim, Mapping):
+        return values
+    factors = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
+    decays = {"embedding_decay": 0.0, "head_decay": optim.get("weight_decay", 0.1), "cautious_decay": False}
+    muon = {"kind": "adamw", "momentum": 0.95, "momentum_warmup": 0, "update_scale": "rms"}
+    return {"zero_init": False, **values, "optim": {**factors, **decays, **muon, **optim}}

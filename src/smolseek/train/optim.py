@@ -180,21 +180,56 @@ def make_optimizer(model: CausalLM, config: OptimConfig, named: Named | None = N
     return MuonAdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
+def parameter_names(optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of the optimizer's parameters, in the order of its groups."""
+    return [name for group in optimizer.param_groups for name in group["names"]]
+
+
 def state_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state for a checkpoint: a flat dictionary with the parameter's number in each name."""
-    state = optimizer.state_dict()["state"]
+    """Return the optimizer's state for a checkpoint: a flat dictionary of `optimizer.PARAMETER.KEY`."""
+    names = parameter_names(optimizer)
     return {
-        f"optimizer.{number}.{key}": torch.as_tensor(value)
-        for number, entries in state.items()
+        f"optimizer.{names[number]}.{key}": torch.as_tensor(value)
+        for number, entries in optimizer.state_dict()["state"].items()
         for key, value in entries.items()
     }
 
 
-def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Restore what `state_tensors` returned."""
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], numbered: Sequence[str] = ()
+) -> None:
+    """Restore what `state_tensors` returned; `numbered` is passed to `split_state_name`."""
+    numbers = {name: number for number, name in enumerate(parameter_names(optimizer))}
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".", 2)
-            state.setdefault(int(number), {})[key] = value
+        parameter, key = split_state_name(name, numbered)
+        state.setdefault(numbers[parameter], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def split_state_name(name: str, numbered: Sequence[str] = ()) -> tuple[str, str]:
+    """Return the parameter and the key of a state tensor `optimizer.PARAMETER.KEY`.
+
+    Checkpoints of earlier releases have a number in place of the parameter, its index in `numbered`.
+    """
+    parameter, key = name.removeprefix("optimizer.").rsplit(".", 1)
+    return (numbered[int(parameter)] if parameter.isdecimal() else parameter), key
+
+
+def earlier_order(model: CausalLM, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Return the names of the optimizer's parameters in the order in which earlier releases numbered them.
+
+    Their groups were matrices with weight decay, all parameters without it, and for Muon single and double matrices.
+    """
+    trained = set(parameter_names(optimizer))
+    muon = any("matrices" in group for group in optimizer.param_groups)
+
+    def group(name: str, parameter: torch.Tensor) -> int:
+        if parameter.ndim < 2 or "embed_tokens" in name or name.endswith("_bias"):
+            return 1
+        if not muon or "lm_head" in name or name.endswith("mlp.gate.weight"):
+            return 0
+        return 3 if "gate_up_proj" in name else 2
+
+    named = [(name, p) for name, p in model.named_parameters() if name in trained]
+    return [name for name, _ in sorted(named, key=lambda pair: group(*pair))]

@@ -19,7 +19,13 @@ from smolseek.storage.target import resolve
 from smolseek.train.balance import Balancer
 from smolseek.train.guard import Guard
 from smolseek.train.loss_scale import FIRST, LossScale
-from smolseek.train.optim import load_state_tensors, state_tensors
+from smolseek.train.optim import (
+    earlier_order,
+    load_state_tensors,
+    parameter_names,
+    split_state_name,
+    state_tensors,
+)
 
 
 @dataclasses.dataclass
@@ -106,12 +112,13 @@ class TrainState:
         if self.loss_scale is not None:
             state["loss_scale"] = self.loss_scale.state_dict()
         tensors, shards = {}, self.distributed.local_shards(self.model)
+        numbers = {name: number for number, name in enumerate(parameter_names(self.optimizer))}
         for name, value in state_tensors(self.optimizer).items():
-            number, parameter = self._parameter(name)
+            parameter, _ = split_state_name(name)
             if value.ndim == 0:
                 if self.distributed.is_main:
                     tensors[name] = value
-            elif self.distributed.writes_shard(parameter, number):
+            elif self.distributed.writes_shard(parameter, numbers[parameter]):
                 tensors[state_name(name, shards[parameter]._replace(tensor=value))] = value
         return tensors, state
 
@@ -122,16 +129,17 @@ class TrainState:
         so the run does not read the same data again.
         """
         shards, folder = self.distributed.local_shards(self.model), training_folder(path)
+        numbered = earlier_order(self.model, self.optimizer)
         with report_damage(folder / STATE_TENSORS, "use an older checkpoint"):
-            tensors, saved = load_state(path, lambda name: shards[self._parameter(name)[1]].slice)
+            tensors, saved = load_state(path, lambda name: shards[split_state_name(name, numbered)[0]].slice)
         self.load_weights(path)
         device = self.model.lm_head.weight.device
         with report_damage(folder / STATE_TENSORS, "use an older checkpoint"):
             for name, value in tensors.items():
-                shape = shards[self._parameter(name)[1]].tensor.shape
+                shape = shards[split_state_name(name, numbered)[0]].tensor.shape
                 if value.ndim and value.shape != shape:
                     raise ValueError(f"{name} has shape {list(value.shape)}, and its parameter {list(shape)}")
-            load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()})
+            load_state_tensors(self.optimizer, {name: value.to(device) for name, value in tensors.items()}, numbered)
         with report_damage(folder / STATE_JSON, "use an older checkpoint"):
             self.progress = progress_of(saved, path)
             if self.loss_scale is not None and "loss_scale" in saved:  # else the run had another precision before
@@ -140,8 +148,3 @@ class TrainState:
                 self.stream.load_state_dict(saved["data"])
                 self.guard.load_state_dict(saved["guard"])
         return saved
-
-    def _parameter(self, name: str) -> tuple[int, str]:
-        """Return the number and the name of the parameter to which the state tensor `name` belongs."""
-        number = int(name.split(".")[1])
-        return number, [name for group in self.optimizer.param_groups for name in group["names"]][number]
