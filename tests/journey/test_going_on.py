@@ -194,7 +194,7 @@ def test_a_run_among_its_own_data(run_cli, here, monkeypatch):
 
 def test_more_steps_for_a_run_that_has_ended(run_cli, here):
     """With a constant learning rate, the extended run equals a run of this length from the start."""
-    constant = ["--schedule.kind", "constant", "--precision", "float32", "--sample-tokens", "1"]
+    constant = ["--schedule.kind", "constant", "--optim.lr", "1e-3", "--precision", "float32", "--sample-tokens", "1"]
     begin(run_cli, "whole", "--steps", "6", "--eval-every", "3", *constant)
     begin(run_cli, "run", "--steps", "3", *constant)
     code, out, _ = run_cli("train", "--run", "run", "--resume")
@@ -214,10 +214,49 @@ def test_more_steps_for_a_run_that_has_ended(run_cli, here):
     assert "The run is complete: 6 of 6" in run_cli("train", "--run", "run", "--resume").out
 
 
-def test_a_decayed_learning_rate_is_said(run_cli, here):
-    begin(run_cli, "run", "--steps", "3")
-    code, out, _ = run_cli("train", "--run", "run", "--resume", "--steps", "6")
-    assert code == 0 and "schedule (cosine) of a run of 6 steps from here on: 3.25e-04 in step 4, after 1.00e-04" in out
+def test_more_steps_before_the_decay_has_begun(run_cli, here):
+    """Neither the learning rate nor the momentum of Muon jumps."""
+    stable = ["--schedule.kind", "wsd", "--schedule.decay-fraction", "0.25", "--schedule.warmup-steps", "0"]
+    stable += ["--optim.kind", "muon", "--optim.momentum-warmup", "5"]
+    begin(run_cli, "whole", "--steps", "12", *stable)
+    begin(run_cli, "run", "--steps", "8", "--save-every", "4", *stable)
+    interrupted("run", 4)
+    code, _, err = run_cli("train", "--run", "run", "--resume", "--steps", "12")
+    assert code == 0, err
+    assert final("run") == final("whole")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "saved", "share"),
+    [
+        ("wsd", 10, "0% of the peak (wsd)"),
+        ("wsd", 6, "40% of the peak (wsd)"),
+        ("cosine", 6, "35% of the peak (cosine)"),
+    ],
+)
+def test_a_decayed_schedule_is_not_extended(run_cli, here, schedule, saved, share):
+    decayed = ["--schedule.kind", schedule, "--schedule.decay-fraction", "1", "--schedule.final-factor", "0"]
+    begin(run_cli, "run", "--steps", "10", "--save-every", "6", *decayed, "--schedule.warmup-steps", "0")
+    interrupted("run", saved)
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    code, _, err = run_cli("train", "--run", "run", "--resume", "--steps", "20")
+    assert code == 2 and err.count("\n") == 1, err
+    assert f"run has decayed its learning rate to {share}, and a decayed schedule cannot be extended" in err
+    assert "--init RUN --run OTHER" in err and "--schedule.kind constant" in err
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+    code, out, err = run_cli("train", "--run", "run", "--resume", "--steps", "12", "--schedule.kind", "constant")
+    assert code == 0, err
+    assert "follows the schedule (constant) of a run of 12 steps from here on" in out
+
+
+def test_a_small_jump_of_the_learning_rate_is_said(run_cli, here):
+    rate = ["--schedule.kind", "cosine", "--schedule.final-factor", "0", "--schedule.warmup-steps", "0"]
+    begin(run_cli, "run", "--steps", "20", "--save-every", "2", "--optim.lr", "1e-3", *rate)
+    interrupted("run", 2)
+    code, out, _ = run_cli("train", "--run", "run", "--resume", "--steps", "21")
+    assert (
+        code == 0 and "schedule (cosine) of a run of 21 steps from here on: 9.50e-04 in step 3, after 9.76e-04" in out
+    )
 
 
 def test_a_preset_beside_resume_changes_nothing_that_was_not_said(run_cli, here):

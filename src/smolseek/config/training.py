@@ -66,7 +66,7 @@ class OptimConfig:
     momentum: float = option(0.95, change="resume", least=0)
     """Muon: momentum (Nesterov)."""
     momentum_warmup: int = option(300, change="resume", least=0)
-    """Muon: steps in which the momentum rises linearly from 0.85 to its value, limited to a fifth of the run."""
+    """Muon: number of first steps in which the momentum rises linearly from 0.85 to its value."""
     update_scale: Literal["spectral", "rms"] = "spectral"
     """Muon: scale of an update [R, C]. spectral: sqrt(max(1, R / C)), so that one learning rate fits all widths
     (2310.17813); rms: 0.2 sqrt(max(R, C)), so that a learning rate for AdamW fits (2502.16982, section 2.2)."""

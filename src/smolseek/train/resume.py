@@ -78,6 +78,8 @@ def find_start(
         steps = progress_of(saved, checkpoint).step
         if steps > config.steps:
             raise SmolseekError(f"{run.path} has done {steps} steps, but --steps is {config.steps}: raise --steps")
+        if previous is not None:
+            _check_extension(run, previous, config, steps)
         if steps == config.steps and distributed.broadcast_object(lambda: is_complete(run.read_metrics(), steps)):
             return Start(config, resume, previous, checkpoint, saved, is_complete=True)
     if resume and previous is not None:
@@ -86,6 +88,25 @@ def find_start(
         if checkpoint is None:
             console.warn(f"{run.path} has no checkpoint yet: starting at step 0")
     return Start(config, resume, previous, checkpoint, saved, tokenizer_copy=tokenizer_copy)
+
+
+def _check_extension(run: RunFolder, previous: TrainConfig, config: TrainConfig, step: int) -> None:
+    """Raise SmolseekError if `config` has more steps than `previous`, which has already decayed the learning rate.
+
+    After `step` steps, the learning rate would jump up to its value on the longer schedule. Jumps of up to 5% are
+    allowed, and so is every change that an option for the learning rate asks for.
+    """
+    requested = any(key == "optim.lr" or key.startswith("schedule.") for key in differences(previous, config))
+    if step == 0 or config.steps <= previous.steps or requested:
+        return
+    before, after = Schedule.of(previous).decay(step - 1), Schedule.of(config).decay(step)
+    if before < 1 and after > 1.05 * before:
+        raise SmolseekError(
+            f"{run.path} has decayed its learning rate to {before:.0%} of the peak ({config.schedule.kind}), and a "
+            f"decayed schedule cannot be extended (--steps {config.steps} would raise it to {after:.0%}): start a new "
+            "run from these weights (--init RUN --run OTHER), or choose the schedule of the remaining steps (for "
+            "example --schedule.kind constant)"
+        )
 
 
 def _pinned(config: TrainConfig, previous: TrainConfig | None) -> TrainConfig:

@@ -28,6 +28,11 @@ class Schedule:
         steps = config.steps - config.balance.calibration_steps
         return cls(config=config.schedule, steps=steps, peak_lr=optim.lr, optim=optim)
 
+    @property
+    def warmup(self) -> int:
+        """Number of steps in which the learning rate rises."""
+        return min(self.config.warmup_steps, self.steps // 10)
+
     def is_frozen(self, step: int) -> bool:
         """Return whether step `step` (from 0) only tunes the router biases."""
         return step >= self.steps
@@ -40,11 +45,14 @@ class Schedule:
         """
         if self.is_frozen(step):
             return 0.0
-        return self.peak_lr * ((step + 1) / self._warmup if step < self._warmup else self._decay(step))
+        return self.peak_lr * ((step + 1) / self.warmup if step < self.warmup else self.decay(step))
 
     def momentum(self, step: int) -> float:
-        """Return Muon's momentum in step `step`, which rises linearly at the beginning of the run."""
-        final, steps = self.optim.momentum, min(self.optim.momentum_warmup, self.steps // 5)
+        """Return Muon's momentum in step `step`, which rises linearly at the beginning of the run.
+
+        It does not depend on the number of steps, so that it is the same in a run that gets more steps.
+        """
+        final, steps = self.optim.momentum, self.optim.momentum_warmup
         first = min(_FIRST_MOMENTUM, final)
         return final if step >= steps else first + (final - first) * step / steps
 
@@ -55,18 +63,14 @@ class Schedule:
         ends its training with gamma 0 (section 4.2). While the weights are frozen, the factor starts at 10 and decays
         as 1 / (1 + t / 5), so that the proportional updates average over all steps.
         """
-        return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self._decay(step)
+        return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self.decay(step)
 
-    @property
-    def _warmup(self) -> int:
-        return min(self.config.warmup_steps, self.steps // 10)
-
-    def _decay(self, step: int) -> float:
+    def decay(self, step: int) -> float:
         """Return the learning rate as a share of the peak, which is 1 before the decay; the warm-up is ignored."""
         config = self.config
         if config.kind == "constant":
             return 1.0
-        begin = self._warmup
+        begin = self.warmup
         if config.kind == "wsd":
             begin = max(begin, self.steps - max(1, round(config.decay_fraction * self.steps)))
         done = min(1.0, max(0.0, (step - begin + 1) / max(1, self.steps - begin)))
