@@ -59,7 +59,7 @@ def test_help_of_train_leaves_the_model_to_help_model(run_cli):
 
 
 def test_help_texts_have_no_line_breaks_of_the_source(run_cli, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("COLUMNS", "1000")
     assert "`--resume` alone means yes; auto resumes a run that exists" in run_cli("train", "--help").out
 
 
