@@ -10,10 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, TrainConfig
 from smolseek.memory import free_bytes, peak_resident_bytes
 from smolseek.model import summary
 from smolseek.run_folder import RunFolder
+from smolseek.train.schedule import Schedule
 from smolseek.train.state import Progress
 
 
@@ -47,6 +48,38 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_bytes()
+
+
+def recipe_lines(config: TrainConfig) -> list[str]:
+    """Return the optimizers with their peak learning rates, the schedule and the weight decay as two lines of text."""
+    model, optim, schedule = config.model, config.optim.resolved(), config.schedule
+    assert optim.lr is not None
+    factors = {
+        "embedding and tied head" if model.tie_word_embeddings else "embedding": optim.embedding_factor,
+        **({} if model.tie_word_embeddings else {"head": optim.head_factor}),
+        "norms, biases and routers" if model.n_moe_layers else "norms and biases": optim.vector_factor,
+    }
+    shown = {name: factor for name, factor in factors.items() if optim.kind == "muon" or factor != 1}
+    rates = ", ".join(f"{name} {optim.lr * (factor or 0.0):.3g}" for name, factor in shown.items())
+    if config.distill.attention_only:
+        rates = ""
+    kind = {"muon": "Muon", "adamw": "AdamW"}[optim.kind]
+    among = "AdamW for " if optim.kind == "muon" else ""
+    final = f"{schedule.final_factor:.0%} of the peak" if schedule.final_factor else "0"
+    decay = {
+        "wsd": f"linear decay to {final} over {schedule.decay_fraction:.0%} of the run",
+        "cosine": f"cosine decay to {final}",
+        "constant": "constant learning rate",
+    }
+    decays = f"{'cautious ' if optim.cautious_decay else ''}weight decay {optim.weight_decay:g}"
+    if optim.head_decay != optim.weight_decay and not model.tie_word_embeddings:
+        decays += f", head {optim.head_decay:g}"
+    if optim.embedding_decay:
+        decays += f", embedding {optim.embedding_decay:g}"
+    return [
+        f"Recipe: {kind} {optim.lr:.3g}" + (f", {among}{rates}" if rates else ""),
+        f"  warm-up {Schedule.of(config).warmup} steps, {decay[schedule.kind]}; {decays}",
+    ]
 
 
 def train_line(record: dict, steps: int) -> str:

@@ -20,7 +20,7 @@ from smolseek.train.audits import audit_end, audit_start
 from smolseek.train.device import choose_device, init_distributed
 from smolseek.train.evaluate import evaluate
 from smolseek.train.guard import StopRequest
-from smolseek.train.logging import describe, memory, train_line, training_summary, validation_line
+from smolseek.train.logging import describe, memory, recipe_lines, train_line, training_summary, validation_line
 from smolseek.train.resume import Start, changes, find_start
 from smolseek.train.samples import write_samples
 from smolseek.train.setup import Training, set_up
@@ -80,6 +80,8 @@ def _begin(t: Training, start: Start) -> None:
     run.append_metrics(record | ({} if start.checkpoint is None else {"resumed": start.checkpoint.name}))
     if start.checkpoint is None:
         for line in summary.parameter_lines(config.model)[:2] + summary.architecture(config.model):
+            t.log.say(line)
+        for line in recipe_lines(config):
             t.log.say(line)
         if t.datasets:
             data, where = t.datasets.corpus.summary(), t.distributed.describe(t.device)
