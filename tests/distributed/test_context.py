@@ -17,6 +17,7 @@ from smolseek.config import MeshConfig, OptimConfig, TrainConfig
 from smolseek.distributed.context import DistributedContext
 from smolseek.distributed.mesh import choose
 from smolseek.distributed.single_process import SingleProcess
+from smolseek.model.transformer import zero_outputs
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage.checkpoint import load_state
@@ -133,6 +134,21 @@ def train_float16(distributed: SingleProcess, steps: int) -> dict:
     return {"losses": step_losses, "norms": norms, "scale": loss_scale.value}
 
 
+def start_from_zero(distributed: SingleProcess) -> dict:
+    """Set the outputs to zero, as a new run does, then draw all weights again; return the norms of local shards."""
+    model = distributed.build_model(MODEL, 3, CPU)
+    zero_outputs(model)
+    norms = {name: float(shard.tensor.norm()) for name, shard in distributed.local_shards(model).items()}
+    optimizer = make_optimizer(model, OptimConfig(kind="adamw"), distributed.optimizer_parameters(model))
+    stream = distributed.share_stream(RandomSequences() if distributed.is_main else None)
+    state = TrainState(model, optimizer, Balancer(model, 0.01), stream, Guard(CONFIG.guard), distributed)
+    state.reset(4, None, False)
+    drawn = {name: float(shard.tensor.norm()) for name, shard in distributed.local_shards(model).items()}
+    state.reset(3, None, True)
+    again = {name: float(shard.tensor.norm()) for name, shard in distributed.local_shards(model).items()}
+    return {"norms": norms, "drawn": drawn, "again": again}
+
+
 def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: int, kind: str, resume: int) -> None:
     """Train in one of several processes, and write the results to a file."""
     torch.set_num_threads(1)
@@ -142,7 +158,9 @@ def work(rank: int, size: int, port: int, mesh: MeshConfig, folder: str, steps: 
         if size == 1
         else DistributedContext(choose(mesh, MODEL, size), torch.device("cpu"), 60.0) as distributed
     ):
-        if kind == "float16":
+        if kind == "zero":
+            results = start_from_zero(distributed)
+        elif kind == "float16":
             results = train_float16(distributed, steps)
         else:
             results = train(distributed, RunFolder(folder, writes=distributed.is_main), steps, kind, resume)
@@ -243,6 +261,15 @@ def test_muon_steps_whole_matrices_in_every_process(tmp_path):
     expected = run_processes(1, tmp_path / "single", 3, kind="muon")[0]
     for each in run_processes(2, tmp_path / "run", 3, kind="muon", expert=2):
         assert each["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+
+def test_the_outputs_start_at_zero_in_every_process(tmp_path):
+    for each in run_processes(2, tmp_path / "run", 0, kind="zero", shard=2, expert=2):
+        assert each["again"] == each["norms"]
+        for name, norm in each["norms"].items():
+            output = "o_proj" in name or "down_proj" in name
+            assert (norm == 0) == (output or name.endswith("bias")), name
+            assert (each["drawn"][name] == 0) == name.endswith("bias"), name
 
 
 def test_in_float16_all_processes_have_one_scale(tmp_path):

@@ -217,7 +217,7 @@ def test_more_steps_for_a_run_that_has_ended(run_cli, here):
 def test_more_steps_before_the_decay_has_begun(run_cli, here):
     """Neither the learning rate nor the momentum of Muon jumps."""
     stable = ["--schedule.kind", "wsd", "--schedule.decay-fraction", "0.25", "--schedule.warmup-steps", "0"]
-    stable += ["--optim.kind", "muon", "--optim.momentum-warmup", "5"]
+    stable += ["--optim.kind", "muon", "--optim.momentum-warmup", "5", "--optim.update-scale", "rms"]
     begin(run_cli, "whole", "--steps", "12", *stable)
     begin(run_cli, "run", "--steps", "8", "--save-every", "4", *stable)
     interrupted("run", 4)

@@ -17,8 +17,10 @@ STEPS = 12
 def command(run, data, *extra: str) -> list[str]:
     small = "--model.num-hidden-layers 2 --model.hidden-size 32 --seq-len 32 --batch-size 2 --grad-accum 3"
     often = f"--steps {STEPS} --log-every 1 --save-every 2 --eval-every 5 --eval-tokens 64 --sample-tokens 0"
+    # A kill must change nothing in the parts of the recipe that are off by default, either.
+    recipe = "--optim.cautious-decay --optim.embedding-decay 0.1 --optim.momentum-warmup 8"
     train = ["-m", "smolseek", "train", "tiny", "--data", str(data), "--run", str(run)]
-    return [*train, *small.split(), *often.split(), "--data.val-fraction", "0.2", *extra]
+    return [*train, *small.split(), *often.split(), *recipe.split(), "--data.val-fraction", "0.2", *extra]
 
 
 @pytest.fixture(scope="module")

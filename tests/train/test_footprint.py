@@ -25,7 +25,7 @@ def test_peaks_of_runs_are_predicted(name):
     _, model, sizes, how = name.split()
     batch, length, accumulation = map(int, sizes.split("x"))
     options = {"batch_size": batch, "seq_len": length, "grad_accum": accumulation, "grad_checkpointing": how}
-    sizes = footprint(preset(model), Run(precision="float32", **options))
+    sizes = footprint(preset(model), Run(precision="float32", optimizer="adamw", **options))
     measured = RESULTS[name]["bytes"] + RESULTS[name]["program_bytes"]
     assert sum(sizes.values()) == pytest.approx(measured, rel=0.15)
 
@@ -35,7 +35,7 @@ def test_peaks_of_runs_are_predicted(name):
     [("deepseek_159m", 4, 4, 4.0e9), ("seed_159m", 4, 4, 4.0e9), ("deepseek_159m", 16, 1, 4.73e9)],
 )
 def test_peaks_on_a_gpu_are_predicted(name, batch, accumulation, measured):
-    sizes = footprint(preset(name), Run(batch_size=batch, grad_accum=accumulation, cuda=True))
+    sizes = footprint(preset(name), Run(batch_size=batch, grad_accum=accumulation, optimizer="adamw", cuda=True))
     assert sum(sizes.values()) - sizes["evaluation"] == pytest.approx(measured, rel=0.15)
 
 
@@ -70,7 +70,7 @@ def test_the_optimizers_state_is_exact(kind):
 
 
 def test_a_gpu_has_no_copy_of_the_checkpoint_and_keeps_the_first_gradients():
-    one, two = (footprint(preset("deepseek_159m"), Run(cuda=True, grad_accum=n)) for n in (1, 2))
+    one, two = (footprint(preset("deepseek_159m"), Run(optimizer="adamw", cuda=True, grad_accum=n)) for n in (1, 2))
     assert two["gradients"] == 2 * one["gradients"] == one["optimizer"]
     assert {name for name in one if one[name] != two[name]} == {"gradients"}
     assert {"checkpoint copy", "program", "fragmentation"}.isdisjoint(one)
@@ -89,4 +89,4 @@ def test_a_planned_run_has_the_precision_that_training_will_take(device, can, pr
     stand_in(device, can)
     run = Run.planned(device=device, precision=precision)
     assert run.precision == planned and run.bytes_per_number == (4 if planned == "float32" else 2)
-    assert f", {planned}, adamw: " in lines(preset("tiny"), run)[0]
+    assert f", {planned}, {OptimConfig().kind}: " in lines(preset("tiny"), run)[0]

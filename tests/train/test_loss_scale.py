@@ -12,7 +12,7 @@ import torch
 from texts import write_words
 
 from smolseek.cli import main
-from smolseek.config import DataConfig, DistillConfig, OptimConfig, TrainConfig
+from smolseek.config import DataConfig, DistillConfig, OptimConfig, ScheduleConfig, TrainConfig
 from smolseek.errors import SmolseekError, Stopped
 from smolseek.model.transformer import new_model
 from smolseek.presets import preset
@@ -119,7 +119,10 @@ def test_a_resumed_run_changes_no_bit(text, tmp_path, monkeypatch):
     """The scale grows after 3 good steps, until gradients overflow. In the resumed run the count goes on."""
     for module in (loss_scale, step):
         monkeypatch.setattr(module, "GROWTH_STEPS", 3)
-    whole = loop.train(config(tmp_path / "whole", text))
+    # The steps in which the gradients overflow are those of this recipe.
+    adamw = {"optim": OptimConfig(kind="adamw", lr=1e-3), "zero_init": False}
+    adamw["schedule"] = ScheduleConfig(kind="cosine", final_factor=0.1)
+    whole = loop.train(config(tmp_path / "whole", text, **adamw))
     real, left = Guard.passed, [5]
 
     def passed(self, step, *arguments):
@@ -130,8 +133,8 @@ def test_a_resumed_run_changes_no_bit(text, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Guard, "passed", passed)
     with pytest.raises(Stopped):
-        loop.train(config(tmp_path / "run", text))
-    resumed = loop.train(config(tmp_path / "run", text), resume=True)
+        loop.train(config(tmp_path / "run", text, **adamw))
+    resumed = loop.train(config(tmp_path / "run", text, **adamw), resume=True)
     assert saved(resumed) == saved(whole) and records(tmp_path / "run") == records(tmp_path / "whole")
     assert load_state(resumed)[1]["loss_scale"] == {"value": 2 * FIRST, "good_steps": 2}
     lines = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if line.startswith("Scale: ")]
@@ -168,12 +171,12 @@ def test_a_loss_that_is_not_finite_is_a_bad_step_and_leaves_the_scale(text, tmp_
 
 def test_another_precision_on_a_resume(text, tmp_path):
     """A run in float32 goes on in float16 with the first scale, and back in float32 without one."""
-    run = tmp_path / "run"
-    loop.train(config(run, text, steps=2, precision="float32"))
+    run, constant = tmp_path / "run", ScheduleConfig(kind="constant")
+    loop.train(config(run, text, steps=2, precision="float32", schedule=constant))
     assert "loss_scale" not in load_state(run / "checkpoints" / "step-000002")[1]
-    last = loop.train(config(run, text, steps=4), resume=True)
+    last = loop.train(config(run, text, steps=4, schedule=constant), resume=True)
     assert load_state(last)[1]["loss_scale"] == {"value": FIRST, "good_steps": 2}
-    last = loop.train(config(run, text, steps=6, precision="float32"), resume=True)
+    last = loop.train(config(run, text, steps=6, precision="float32", schedule=constant), resume=True)
     assert "loss_scale" not in load_state(last)[1]
 
 

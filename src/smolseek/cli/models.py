@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from smolseek import console
 from smolseek.cli.arguments import parse
-from smolseek.config import MeshConfig, StepConfig, option
+from smolseek.config import MeshConfig, OptimConfig, StepConfig, option
 from smolseek.convert.conversion import Conversion
 from smolseek.errors import SmolseekError
 from smolseek.presets import PRESETS, preset
@@ -20,7 +20,7 @@ from smolseek.presets import PRESETS, preset
 class InspectOptim:
     """The optimizer."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["muon", "adamw"] = OptimConfig.kind
     """Optimizer. adamw stores two numbers per weight, and muon one per weight of hidden matrices."""
 
 
@@ -57,15 +57,11 @@ def inspect(argv: Sequence[str]) -> None:
             console.say(line)
     parts = (args.mesh.data, args.mesh.shard, args.mesh.expert)
     if parts != (0, 1, 1):
-        from smolseek.distributed.mesh import choose
+        from smolseek.distributed.mesh import check_optimizer, choose
         from smolseek.train import footprint, scale
 
         mesh = choose(args.mesh, config, None)
-        if args.optim.kind != "adamw":
-            raise SmolseekError(
-                f"--optim.kind {args.optim.kind} does not support the --mesh options, whose memory is estimated only "
-                "for adamw: leave out --optim.kind or the --mesh options"
-            )
+        check_optimizer(mesh, args.optim.kind)
         if args.batch_size < mesh.size:
             console.say(
                 f"Assuming a batch size of {mesh.size} instead of {args.batch_size}, because each of "

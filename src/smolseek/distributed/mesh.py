@@ -79,6 +79,15 @@ def choose(config: MeshConfig, model: ModelConfig, size: int | None, batch_size:
     return Mesh(size, config.expert, config.shard)
 
 
+def check_optimizer(mesh: Mesh, kind: str) -> None:
+    """Raise SmolseekError if `mesh` shards the matrices that the optimizer `kind` needs as a whole."""
+    if mesh.shard > 1 and kind == "muon":
+        raise SmolseekError(
+            f"optim.kind muon, the default, does not support mesh.shard {mesh.shard}, because Muon needs full "
+            "matrices, not shards: use --optim.kind adamw or --mesh.shard 1"
+        )
+
+
 def _either(numbers: list[int]) -> str:
     *first, last = map(str, numbers)
     return f"{', '.join(first)} or {last}" if first else last

@@ -7,7 +7,7 @@ import torch
 from smolseek import launch
 from smolseek.config import TrainConfig
 from smolseek.device import capability, select
-from smolseek.distributed.mesh import choose
+from smolseek.distributed.mesh import check_optimizer, choose
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.errors import SmolseekError
 
@@ -48,11 +48,7 @@ def init_distributed(config: TrainConfig, device: torch.device) -> SingleProcess
     """
     size = launch.world_size()
     mesh = choose(config.mesh, config.model, size, config.batch_size)
-    if mesh.shard > 1 and config.optim.kind == "muon":
-        raise SmolseekError(
-            f"optim.kind muon does not support mesh.shard {mesh.shard}, because it needs full matrices, not shards: "
-            "use --mesh.shard 1 or --optim.kind adamw"
-        )
+    check_optimizer(mesh, config.optim.kind)
     if size == 1:
         return SingleProcess()
     options = {

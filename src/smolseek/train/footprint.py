@@ -31,7 +31,7 @@ class Run:
     grad_checkpointing: Checkpointing = "none"
     precision: Precision = "bfloat16"
     """Number format of matrix multiplications."""
-    optimizer: str = "adamw"
+    optimizer: str = OptimConfig.kind
     cuda: bool = False
 
     @classmethod
@@ -70,15 +70,13 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
     with torch.device("meta"):
         model = CausalLM(config)
     size, tokens = sum(p.numel() for p in model.parameters()), run.batch_size * run.seq_len
-    # Muon keeps one moment, and AdamW two.
-    groups = parameter_groups(model, OptimConfig(kind=run.optimizer))  # type: ignore[arg-type]
-    moments = sum(p.numel() * (1 if group.get("matrices") else 2) for group in groups for p in group["params"])
+    numbers = moments(model, run.optimizer)
     logits = logits_bytes(tokens, config.vocab_size, number_bytes=run.bytes_per_number, cuda=run.cuda)
     head = logits + 4 * config.vocab_size * config.hidden_size  # plus the head's gradient before it is added
     sizes = {
         "weights": 4 * size + sum(b.numel() * b.element_size() for b in model.buffers()),
         "gradients": 4 * size,
-        "optimizer": 4 * moments,
+        "optimizer": 4 * sum(numbers[name] * p.numel() for name, p in model.named_parameters() if name in numbers),
         "activations": tokens * activation_bytes(model, run),
         "head": head,
     }
@@ -88,6 +86,12 @@ def footprint(config: ModelConfig, run: Run) -> dict[str, int]:
         return sizes | {"evaluation": logits}
     # malloc rarely reuses the memory of the previous step for the head's buffers.
     return sizes | {"fragmentation": head, "checkpoint copy": sizes["weights"] + sizes["optimizer"], "program": PROGRAM}
+
+
+def moments(model: CausalLM, optimizer: str) -> dict[str, int]:
+    """Return how many numbers the optimizer stores for each weight, by parameter: one with Muon, two with AdamW."""
+    groups = parameter_groups(model, OptimConfig(kind=optimizer))  # type: ignore[arg-type]
+    return {name: 1 if group.get("matrices") else 2 for group in groups for name in group["names"]}
 
 
 def activation_bytes(model: CausalLM, run: Run) -> int:

@@ -12,13 +12,15 @@ process sends:
 `bench/scale.py` compares these formulas with measurements of small runs.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from smolseek.config import ModelConfig
 from smolseek.distributed.mesh import Mesh
 from smolseek.model import summary
 from smolseek.model.transformer import CausalLM
-from smolseek.train.footprint import Run, activation_bytes
+from smolseek.train.footprint import Run, activation_bytes, moments
 
 INTERCONNECTS = {"nvlink": 450e9, "infiniband": 50e9, "ethernet": 12.5e9}
 """Bytes per second that one GPU can send over an H100's NVLink (900 GB/s both ways), InfiniBand NDR, 100 Gb/s
@@ -37,13 +39,7 @@ def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str
         model = CausalLM(config)
     A, M = run.grad_accum, mesh.expert
     parameters, sent = 0, {"all-gather": 0.0, "reduce-scatter": 0.0, "all-reduce": 0.0, "all-to-all": 0.0}
-    for name, p in model.named_parameters():
-        if p.numel() == 0:
-            continue
-        length, shards, replicas = len(p), mesh.shard, mesh.replicas
-        if M > 1 and ".mlp.experts." in name:
-            length, shards, replicas = len(p) // M, mesh.expert_shard, mesh.expert_replicas
-        shard = -(-length // shards) * p[0].numel()
+    for name, shard, shards, replicas in _shards(model, mesh):
         parameters += shard
         gathers = 2 if name.startswith("model.layers.") else 1
         sent["all-gather"] += gathers * A * 4 * shard * (shards - 1)
@@ -57,6 +53,17 @@ def shard_cost(config: ModelConfig, mesh: Mesh, run: Run) -> tuple[int, dict[str
     return parameters, {name: round(n) for name, n in sent.items()}
 
 
+def _shards(model: CausalLM, mesh: Mesh) -> Iterator[tuple[str, int, int, int]]:
+    """Yield, for each parameter, its name, the numbers in its largest shard, and the counts of shards and replicas."""
+    for name, p in model.named_parameters():
+        if p.numel() == 0:
+            continue
+        length, shards, replicas = len(p), mesh.shard, mesh.replicas
+        if mesh.expert > 1 and ".mlp.experts." in name:
+            length, shards, replicas = len(p) // mesh.expert, mesh.expert_shard, mesh.expert_replicas
+        yield name, -(-length // shards) * p[0].numel(), shards, replicas
+
+
 def lines(config: ModelConfig, mesh: Mesh, run: Run, interconnect: str) -> list[str]:
     """Return the cost as text; the share of communication assumes no overlap with computation."""
     text, bandwidth = summary.size_text, INTERCONNECTS[interconnect]
@@ -66,10 +73,11 @@ def lines(config: ModelConfig, mesh: Mesh, run: Run, interconnect: str) -> list[
     tokens = run.batch_size * run.seq_len / mesh.size
     computing = 3 * summary.flops_per_token(config, run.seq_len) * tokens * run.grad_accum / FLOPS
     sending = sum(sent.values()) / bandwidth
+    numbers = moments(model, run.optimizer)
     figures = {
         "parameters": f"{parameters:,} ({text(4 * parameters)} in float32)",
         "gradients": text(4 * parameters),
-        "optimizer": text(8 * parameters),
+        "optimizer": text(4 * sum(numbers[name] * shard for name, shard, _, _ in _shards(model, mesh))),
         "activations": text(tokens * activation_bytes(model, run)),
         "cache": f"{text(2 * config.num_hidden_layers * config.cache_features)} a token",
         **{name: f"{text(n)} sent a step" for name, n in sent.items() if n},
