@@ -27,7 +27,7 @@ import precisions
 import torch
 from machine import describe, seconds
 
-from smolseek.config import TrainConfig
+from smolseek.config import OptimConfig, TrainConfig
 from smolseek.distributed.single_process import SingleProcess
 from smolseek.model.summary import flops_per_token
 from smolseek.model.transformer import call_block, new_model
@@ -65,6 +65,7 @@ class Trainer:
         steps = 10_000 if mode == "auto" else 100
         config = TrainConfig(
             model=model, run="none", batch_size=batch, grad_accum=accum, seq_len=256, steps=steps,
+            optim=OptimConfig(kind="adamw"),
             compile="off" if mode in ("plain", "recompute") else "auto",
             grad_checkpointing="full" if mode == "recompute" else "none",
         )  # fmt: skip

@@ -133,7 +133,7 @@ def model(sources: list[str], seconds: float) -> None:
 
     keep_freed_memory()
     net = new_model(preset("deepseek_159m"), 0)
-    optimizer = make_optimizer(net, OptimConfig())
+    optimizer = make_optimizer(net, OptimConfig(kind="adamw"))
     fixed = torch.randint(net.config.vocab_size, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     streams = {source: open_stream(source) for source in sources}
 

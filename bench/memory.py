@@ -106,7 +106,7 @@ def layers_memory(name: str, batch: int, length: int, how: str) -> dict:
 def layers_time(name: str, batch: int, length: int, rounds: str) -> dict:
     config = preset(name)
     model = new_model(config, device=DEVICE)
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-9))
+    optimizer = make_optimizer(model, OptimConfig(kind="adamw", lr=1e-9))
     sequences = random_sequences(config.vocab_size, batch, length)
     seconds: dict[str, list[float]] = {how: [] for how in HOWS}
     gradients: dict[str, list[torch.Tensor]] = {}
@@ -185,6 +185,7 @@ def run_memory(name: str, batch: str, accumulation: str, how: str) -> dict:
                 seq_len=LENGTH,
                 eval_tokens=4096,
                 sample_tokens=0,
+                optim=OptimConfig(kind="adamw"),  # which needs more memory than Muon
             )
         )
     peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else resident("VmHWM")
@@ -248,6 +249,7 @@ def run(name: str, batch: int, accumulation: int, how: str) -> dict:
         grad_accum=accumulation,
         seq_len=LENGTH,
         grad_checkpointing=how,
+        optimizer="adamw",
     )
     predicted_parts = footprint(preset(name), planned)
     predicted = sum(predicted_parts.values()) - predicted_parts.get("program", 0)

@@ -25,7 +25,7 @@ ARGUMENTS = (
     "--model.num-hidden-layers 2 --model.hidden-size 64 --log-every 1 "
     f"--seq-len {LENGTH} --batch-size {ROWS} --grad-accum {ACCUM} "
     "--save-every 25 --eval-every 25 --eval-tokens 640 --sample-tokens 0 --precision float32 --device cpu "
-    "--optim.lr 3e-4"
+    "--optim.kind adamw --optim.lr 3e-4"
 )
 CASES = {
     "data 2": (2, ""),

@@ -73,7 +73,7 @@ class Contender:
             if self.device == "cpu":
                 keep_freed_memory()
             self.model = load_model(folder, device=self.device).model.train()
-            self.decoder, params = self.model.model, make_optimizer(self.model, OptimConfig())
+            self.decoder, params = self.model.model, make_optimizer(self.model, OptimConfig(kind="adamw"))
         elif kind in PEERS:
             self.model, self.peer_loss = open_peer(
                 kind, load_model(folder).config, self.device, LENGTH, number_format(self.precision, self.device)

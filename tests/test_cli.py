@@ -214,6 +214,12 @@ def test_inspect_says_when_processes_need_a_larger_batch(run_cli):
         "sequence" in run_cli(*arguments, "4").out
     )
     assert "batch size" not in run_cli(*arguments, "8").out
+    optimizer = [
+        re.findall(r"optimizer +(.*)", run_cli(*arguments, "8", "--optim.kind", k).out) for k in ("muon", "adamw")
+    ]
+    assert optimizer == [["58.3 MB"], ["66.1 MB"]]
+    code, _, err = run_cli(*arguments, "8", "--mesh.shard", "2")
+    assert code == 2 and "use --optim.kind adamw" in err and err.count("\n") == 1
     assert run_cli("inspect", "tiny", "--mesh.timeout", "9").out == run_cli("inspect", "tiny").out
 
 

@@ -74,4 +74,7 @@ def test_sizes_that_do_not_fit_are_refused_in_one_line(data, tmp_path, monkeypat
     arguments = ["train", "tiny", "--data", str(data), "--run", str(tmp_path / "run"), "--mesh.shard", "3"]
     assert main(arguments) == 2
     assert "use --mesh.shard 1 or 2" in capsys.readouterr().err
+    assert main([*arguments[:-1], "2"]) == 2
+    error = capsys.readouterr().err
+    assert "does not support mesh.shard 2" in error and "use --optim.kind adamw" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 SMALL = (
     "--model.num-hidden-layers 2 --model.hidden-size 32 --model.vocab-size 49152 --seq-len 16 --batch-size 4 "
     "--grad-accum 2 --eval-every 3 --eval-tokens 96 --sample-tokens 0 --log-every 1 --data.val-fraction 0.2 "
-    "--precision float32 --device cpu --optim.lr 3e-4 --balance.alpha 1e-3"
+    "--precision float32 --device cpu --optim.kind adamw --optim.lr 3e-4 --balance.alpha 1e-3"
 )
 
 STOPPER = Path(__file__).with_name("stopper.py")

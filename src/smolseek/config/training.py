@@ -182,7 +182,8 @@ class MeshConfig:
     expert: int = option(1, change="always", least=1)
     """Number of processes over which the routed experts are partitioned; tokens are sent to their experts."""
     shard: int = option(1, change="always", least=1)
-    """Number of processes over which weights, gradients and optimizer state are sharded; 1 gives each a full copy."""
+    """Number of processes over which weights, gradients and optimizer state are sharded; 1 gives each a full copy, and
+    more need --optim.kind adamw."""
     timeout: float = option(600.0, change="always", above=0)
     """Seconds that a process waits for the other processes before it gives up."""
 
