@@ -82,7 +82,7 @@ def training(text, run, *, steps: int = 2, save_every: int = 500, **balance: flo
         run=str(run),
         data=DataConfig(sources=(str(text),), val_fraction=0.5),
         schedule=ScheduleConfig(final_factor=0.0),
-        balance=BalanceConfig(gamma=0.25, **balance),
+        balance=BalanceConfig(**{"gamma": 0.25, "averaging_fraction": 0.0, **balance}),
         steps=steps,
         batch_size=1,
         seq_len=32,
@@ -130,10 +130,15 @@ def test_a_line_is_logged_where_the_weights_are_frozen(text, tmp_path):
     assert ("tokens", number(3 * tokens)) in tiles(read_run(str(tmp_path / "run")))
 
 
-def test_over_frozen_weights_gamma_begins_with_ten_and_falls_with_the_number_of_steps(text):
-    config = training(text, "runs/none", steps=43, calibration_steps=41)
-    factors = [Schedule.of(config).bias_factor(step) for step in (0, 1, 2, 7, 42)]
-    assert factors == pytest.approx([0.5, 0.0, 10, 5, 10 / 9])
+def test_the_bias_updates_average_the_load_in_the_last_steps_and_while_the_weights_are_frozen(text):
+    config = training(text, "runs/none", steps=60, calibration_steps=40, averaging_fraction=0.3)
+    updates = [Schedule.of(config).bias_update(step) for step in (0, 9, 13, 14, 15, 19, 20, 54)]
+    assert [proportional for _, proportional in updates] == [False, False, False, *[True] * 5]
+    factors = [factor for factor, _ in updates]
+    assert factors == pytest.approx([1, 0.5, 0.3, 4, 4 / 1.1, 4 / 1.5, 4 / 1.6, 4 / 5], abs=0.06)
+    stable = replace(config, schedule=ScheduleConfig(kind="wsd", decay_fraction=0.1))
+    assert not Schedule.of(stable).bias_update(17)[1]  # the averaging begins with the decay
+    assert Schedule.of(stable).bias_update(18)[1]
 
 
 def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full():
@@ -145,12 +150,12 @@ def test_calibration_is_in_proportion_so_that_rare_but_heavy_loads_count_in_full
     burst[:, 1:5] = 1
     assert (3 * some + burst).unique().tolist() == [16]
     moved = {}
-    for calibrate in (False, True):
+    for proportional in (False, True):
         balancer = Balancer(model, gamma=0.5)
         for load in (some, some, some, burst):
             balancer.add(load)
-            assert len(balancer.step(0.25, calibrate=calibrate)) == 2
-        moved[calibrate] = model.routers[1].e_score_correction_bias.clone()
+            assert len(balancer.step(0.25, proportional=proportional)) == 2
+        moved[proportional] = model.routers[1].e_score_correction_bias.clone()
         for router in model.routers:
             router.e_score_correction_bias.zero_()
     assert moved[False][0] == 0.25  # the bias rises, although the expert has its share
@@ -176,7 +181,7 @@ def test_calibration_evens_out_the_loads():
         before = violation()
         for step in range(100, 500):
             balancer.add(losses(model, sequences(step)).load_LE)
-            balancer.step(Schedule.of(config).bias_factor(step), calibrate=True)
+            balancer.step(Schedule.of(config).bias_update(step)[0], proportional=True)
         assert violation() < 0.1 * before
 
 

@@ -131,8 +131,12 @@ class ScheduleConfig:
 class BalanceConfig:
     """Balancing of the experts (2408.15664; DeepSeek-V3, section 2.1.2)."""
 
-    gamma: float = option(1e-3, least=0)
+    gamma: float = option(5e-3, least=0)
     """Step size of the loss-free bias update, which decays with the learning rate; 0 disables it."""
+    averaging_fraction: float = option(0.3, least=0, most=1)
+    """Share of the last steps in which the bias updates average the load of the experts, for equal loads: they are
+    proportional to the imbalance, and their size falls as 1/t. The averaging begins at the earliest when the learning
+    rate decays."""
     alpha: float = option(0.0, least=0)
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
     calibration_steps: int = option(0, least=0, old_name="settle_steps")
@@ -320,4 +324,5 @@ def with_earlier_defaults(values: dict[str, Any]) -> dict[str, Any]:
     factors = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
     decays = {"embedding_decay": 0.0, "head_decay": optim.get("weight_decay", 0.1), "cautious_decay": False}
     muon = {"kind": "adamw", "momentum": 0.95, "momentum_warmup": 0, "update_scale": "rms"}
-    return {"zero_init": False, **values, "optim": {**factors, **decays, **muon, **optim}}
+    balance = {"averaging_fraction": 0.0, **values.get("balance", {})}
+    return {"zero_init": False, **values, "optim": {**factors, **decays, **muon, **optim}, "balance": balance}

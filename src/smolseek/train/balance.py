@@ -45,14 +45,14 @@ class Balancer:
         factor: float = 1.0,
         all_reduce: Callable[[torch.Tensor], torch.Tensor] = lambda load_LE: load_LE,
         *,
-        calibrate: bool = False,
+        proportional: bool = False,
     ) -> torch.Tensor:
         """Update the biases from the load of the step, scaled by `factor` * gamma, and reset the load.
 
         `all_reduce` sums the loads of all processes. Returns the MaxVio of each layer [L] as a tensor on the load's
         device, so the host does not wait for the GPU.
 
-        With `calibrate` the update is proportional: b_i += factor * gamma * (1 - load_i / mean load). The sign update
+        With `proportional`, the update is b_i += factor * gamma * (1 - load_i / mean load). The sign update
         balances an expert's median load over the steps, and not its mean load. Median and mean differ if a step has few
         tokens: an expert that serves only a few documents, but all of their tokens, has a small median and a large
         mean.
@@ -64,7 +64,7 @@ class Balancer:
         if self.gamma:
             load = _double(load_LE)
             missing_LE = 1 - load / load.mean(dim=1, keepdim=True)
-            moves_LE = factor * self.gamma * (missing_LE if calibrate else missing_LE.sign()).to(torch.float32)
+            moves_LE = factor * self.gamma * (missing_LE if proportional else missing_LE.sign()).to(torch.float32)
             moves_LE = moves_LE.to(load_LE.device)
             torch._foreach_add_([router.e_score_correction_bias for router in self.routers], moves_LE.unbind())
         return maxvio(load_LE)

@@ -19,6 +19,7 @@ class Schedule:
     steps: int
     peak_lr: float = 1.0
     optim: OptimConfig = field(default_factory=OptimConfig)
+    averaging_fraction: float = 0.0
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Schedule":
@@ -26,7 +27,8 @@ class Schedule:
         optim = config.optim.resolved()
         assert optim.lr is not None
         steps = config.steps - config.balance.calibration_steps
-        return cls(config=config.schedule, steps=steps, peak_lr=optim.lr, optim=optim)
+        averaging = config.balance.averaging_fraction
+        return cls(config=config.schedule, steps=steps, peak_lr=optim.lr, optim=optim, averaging_fraction=averaging)
 
     @property
     def warmup(self) -> int:
@@ -56,23 +58,32 @@ class Schedule:
         first = min(_FIRST_MOMENTUM, final)
         return final if step >= steps else first + (final - first) * step / steps
 
-    def bias_factor(self, step: int) -> float:
-        """Return the factor that multiplies gamma after step `step`.
+    def bias_update(self, step: int) -> tuple[float, bool]:
+        """Return the factor that multiplies gamma after step `step`, and whether the update is proportional.
 
-        The factor decays with the learning rate, because sign updates of constant size never converge. DeepSeek-V3 also
-        ends its training with gamma 0 (section 4.2). While the weights are frozen, the factor starts at 10 and decays
-        as 1 / (1 + t / 5), so that the proportional updates average over all steps.
+        Updates by the sign decay with the learning rate, because sign updates of constant size never converge.
+        DeepSeek-V3 also ends its training with gamma 0 (section 4.2). In the last `averaging_fraction` of the steps,
+        and while the weights are frozen, updates are proportional. After t such steps, their factor is
+        4 / (1 + t / 10), which averages over these steps.
         """
-        return 10 / (1 + (step - self.steps) / 5) if self.is_frozen(step) else self.decay(step)
+        begin = max(self._decay_begin, self.steps - round(self.averaging_fraction * self.steps))
+        return (self.decay(step), False) if step < begin else (4 / (1 + (step - begin) / 10), True)
+
+    @property
+    def _decay_begin(self) -> int:
+        """First step with a lower learning rate than its predecessor's."""
+        if self.config.kind == "constant":
+            return self.steps
+        if self.config.kind == "cosine":
+            return self.warmup
+        return max(self.warmup, self.steps - max(1, round(self.config.decay_fraction * self.steps)))
 
     def decay(self, step: int) -> float:
         """Return the learning rate as a share of the peak, which is 1 before the decay; the warm-up is ignored."""
         config = self.config
         if config.kind == "constant":
             return 1.0
-        begin = self.warmup
-        if config.kind == "wsd":
-            begin = max(begin, self.steps - max(1, round(config.decay_fraction * self.steps)))
+        begin = self._decay_begin
         done = min(1.0, max(0.0, (step - begin + 1) / max(1, self.steps - begin)))
         share = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
         return config.final_factor + (1 - config.final_factor) * share

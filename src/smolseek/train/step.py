@@ -48,8 +48,8 @@ def train_step(
                 group["momentum"] = t.schedule.momentum(progress.step)
         t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
-    factor = t.schedule.bias_factor(progress.step)
-    maxvio_L = t.balancer.step(factor, t.distributed.all_reduce, calibrate=frozen)
+    factor, proportional = t.schedule.bias_update(progress.step)
+    maxvio_L = t.balancer.step(factor, t.distributed.all_reduce, proportional=proportional)
     progress.step += 1
     progress.tokens += config.step_tokens
     progress.interval.append(loss)
