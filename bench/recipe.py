@@ -85,8 +85,12 @@ def wide() -> ModelConfig:
 SHAPES = {"moe": moe, "seed": seed, "dense": dense, "wide": wide}
 
 ONE_RATE = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
-COSINE = {"schedule": {"kind": "cosine", "final_factor": 0.1}, "zero_init": False}
-"""The schedule and the first weights of the defaults before this recipe."""
+BEFORE = {
+    "schedule": {"kind": "cosine", "final_factor": 0.1},
+    "balance": {"gamma": 1e-3, "averaging_fraction": 0.0},
+    "zero_init": False,
+}
+"""The defaults before this recipe, besides the optimizer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +106,9 @@ class Arm:
 
 
 ARMS = {
-    "AdamW, one rate": Arm(options={"optim": {"kind": "adamw", **ONE_RATE}, **COSINE}, rates=(2e-3, 4e-3, 8e-3)),
+    "AdamW, one rate": Arm(options={"optim": {"kind": "adamw", **ONE_RATE}, **BEFORE}, rates=(2e-3, 4e-3, 8e-3)),
     "Muon, one rate": Arm(
-        options={"optim": {"kind": "muon", "update_scale": "rms", "momentum_warmup": 0, **ONE_RATE}, **COSINE},
+        options={"optim": {"kind": "muon", "update_scale": "rms", "momentum_warmup": 0, **ONE_RATE}, **BEFORE},
         rates=(4e-3, 8e-3, 16e-3),
     ),
     "default": Arm(rates=(15e-3, 30e-3, 60e-3)),
@@ -132,8 +136,9 @@ class Run:
     def config(self, data: str, validation: str, folder: str) -> TrainConfig:
         arm = ARMS[self.arm]
         options = dict(arm.options)
-        optim, schedule = options.pop("optim", {}), options.pop("schedule", {})
-        balance = {} if self.gamma is None else {"gamma": self.gamma}
+        optim, schedule, balance = (options.pop(part, {}) for part in ("optim", "schedule", "balance"))
+        if self.gamma is not None:
+            balance = balance | {"gamma": self.gamma}
         return TrainConfig(
             model=SHAPES[arm.shape](),
             run=f"{folder}/run",
@@ -168,16 +173,20 @@ def execute(run: Run, data: str, validation: str, threads: int) -> dict:
         config = run.config(data, validation, folder)
         model = load_model(str(train(config))).model
         records = RunFolder(Path(config.run)).read_metrics()
-    datasets = open_datasets(replace(config, eval_tokens=LOAD_TOKENS))
-    context = autocast("auto", torch.device("cpu"))
-    of_all = evaluate(model, datasets.val_sequences, datasets.val_bytes, 4, context)
-    assert of_all is not None
+    more = {}
+    if run.seed in REPORTED:
+        datasets = open_datasets(replace(config, eval_tokens=LOAD_TOKENS))
+        context = autocast("auto", torch.device("cpu"))
+        record = evaluate(model, datasets.val_sequences, datasets.val_bytes, 4, context)
+        assert record is not None
+        record |= {"tokens": datasets.val_sequences[:, 1:].numel()}
+        more["all"] = {key: value for key, value in record.items() if key != "val_load"}
     logged = [r for r in records if "tokens_per_second" in r]
     return {
         **vars(run),
         "validation": [(r["tokens"], r["val_loss"]) for r in records if "val_loss" in r],
         "training": [(r["tokens"], r["loss"]) for r in logged],
-        "all": {"tokens": datasets.val_sequences[:, 1:].numel()} | {k: of_all[k] for k in of_all if k != "val_load"},
+        **more,
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in logged),
         "threads": threads,
         **describe(),
