@@ -82,7 +82,7 @@ MISTAKES = [
     (["generate", "smollm2", "-"], "the prompt is empty"),
     (["generate", "smollm2", "a", "b"], "unexpected 'b'"),
     (["generate", "smollm2", "a", "--temperature", "warm"], "--temperature: 'warm' is not a number"),
-    (["generate", "smollm2", "a", "--top-k", "many"], "--top-k: 'many' is not of type INT"),
+    (["generate", "smollm2", "a", "--top-k", "many"], "--top-k: 'many' is not a whole number"),
     (["generate", "smollm2", "a", "--top-k", "0"], "top_k 0 must be 1 or more"),
     (
         ["generate", "smollm2", "a", "--dtype", "int"],

@@ -109,6 +109,8 @@ def _error_line(box: str, verb: str) -> str:
             return problem  # the message of our own check, which names its values
         for pattern, text in (
             (r"invalid literal for int\(\) with base 10: (['\"].*['\"])", r"\1 is not a whole number"),
+            (r"no type matching {None}\|INT could be .* from \[(.*)\]\.", r"\1 is not a whole number"),
+            (r"no type matching {None}\|FLOAT could be .* from \[(.*)\]\.", r"\1 is not a number"),
             (r"no type matching (?:{None}\|)?(\S+) could be .* from \[(.*)\]\.", r"\2 is not of type \1"),
             (r"could not convert string to float: (['\"].*['\"])", r"\1 is not a number"),
         ):
