@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from old_folders import make_old_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -269,6 +270,30 @@ def test_a_preset_beside_resume_changes_nothing_that_was_not_said(run_cli, here)
     assert config.steps == 4 and config.optim.lr == 5e-4 and config.data.sources == ("a.jsonl",)
     code, _, err = run_cli("train", "tiny", *same)
     assert code == 2 and "model.hidden_size 16, not 128" in err and "another --run" in err
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_run_of_an_earlier_release_keeps_its_recipe(run_cli, here, kind):
+    """Its config.json lacks the newer options, and its checkpoints number the parameters."""
+    factors = [f"--optim.{name}-factor=1" for name in ("embedding", "head", "vector")]
+    recipe = ["--optim.kind", kind, "--optim.lr", "2e-3", "--optim.momentum", "0.95", "--optim.momentum-warmup", "0"]
+    recipe += ["--optim.update-scale", "rms", "--no-zero-init", "--schedule.kind", "cosine", *factors]
+    begin(run_cli, "whole", "--steps", "4", *recipe)
+    begin(run_cli, "run", "--steps", "4", "--save-every", "2", *recipe)
+    interrupted("run", 2)
+    make_old_checkpoint(RunFolder("run").checkpoint_path(2))
+    values = json.loads((here / "run" / "config.json").read_text())
+    del values["zero_init"]
+    for name in ("momentum", "momentum_warmup", "update_scale", "head_decay", "embedding_decay", "cautious_decay"):
+        del values["optim"][name]
+    for name in ("embedding_factor", "head_factor", "vector_factor"):
+        del values["optim"][name]
+    (here / "run" / "config.json").write_text(json.dumps(values))
+    code, out, err = run_cli("train", *TINY, "--run", "run", "--resume", "auto", *SIZES)
+    assert code == 0 and "Changed" not in out, err
+    assert final("run") == final("whole")
+    assert run_cli("train", "run/config.json", "--run", "again").code == 0
+    assert final("again") == final("whole")
 
 
 def test_one_command_begins_and_goes_on(run_cli, here, llama):

@@ -47,7 +47,7 @@ class TrainArgs(TrainConfig, Resumable):
 
     Continue from weights: smolseek train --init MODEL --run RUN
 
-    With --init, the shape and the tokenizer are those of MODEL, and --optim.lr is 1e-4 by default.
+    With --init, the shape and the tokenizer are those of MODEL, and AdamW trains by default, with --optim.lr 1e-4.
 
     Options of the model are --model.NAME: see smolseek train PRESET --help-model.
     """
