@@ -194,7 +194,7 @@ def site(tmp_path, monkeypatch):
 
 def test_the_site_has_all_pages_and_the_references(site):
     options = (site.STAGED / "reference" / "options.md").read_text(encoding="utf-8")
-    assert re.search(r"^\| `--optim.lr FLOAT` \| `0.001` \| .* \| yes \|$", options, re.MULTILINE)
+    assert re.search(r"^\| `--optim.lr {None}\\\|FLOAT` \| `None` \| .* \| yes \|$", options, re.MULTILINE)
     assert re.search(r"^\| `--seed INT` \| `0` \| .* \| no \|$", options, re.MULTILINE)
     assert "| `--model.kv-lora-rank " in options and "<!-- generated" not in options
     python = (site.STAGED / "reference" / "python.md").read_text(encoding="utf-8")

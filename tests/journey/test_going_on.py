@@ -278,12 +278,13 @@ def test_a_run_of_an_earlier_release_keeps_its_recipe(run_cli, here, kind):
     factors = [f"--optim.{name}-factor=1" for name in ("embedding", "head", "vector")]
     recipe = ["--optim.kind", kind, "--optim.lr", "2e-3", "--optim.momentum", "0.95", "--optim.momentum-warmup", "0"]
     recipe += ["--optim.update-scale", "rms", "--no-zero-init", "--schedule.kind", "cosine", *factors]
+    recipe += ["--balance.averaging-fraction", "0"]
     begin(run_cli, "whole", "--steps", "4", *recipe)
     begin(run_cli, "run", "--steps", "4", "--save-every", "2", *recipe)
     interrupted("run", 2)
     make_old_checkpoint(RunFolder("run").checkpoint_path(2))
     values = json.loads((here / "run" / "config.json").read_text())
-    del values["zero_init"]
+    del values["zero_init"], values["balance"]["averaging_fraction"]
     for name in ("momentum", "momentum_warmup", "update_scale", "head_decay", "embedding_decay", "cautious_decay"):
         del values["optim"][name]
     for name in ("embedding_factor", "head_factor", "vector_factor"):

@@ -318,11 +318,11 @@ def with_earlier_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
     The first releases had AdamW by default, one learning rate, and none of the options that are added here.
     """
-    optim = values.get("optim", {})
-    if "zero_init" in values or not isinstance(optim, Mapping):
+    optim, balance = values.get("optim", {}), values.get("balance", {})
+    if "zero_init" in values or not isinstance(optim, Mapping) or not isinstance(balance, Mapping):
         return values
     factors = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
     decays = {"embedding_decay": 0.0, "head_decay": optim.get("weight_decay", 0.1), "cautious_decay": False}
     muon = {"kind": "adamw", "momentum": 0.95, "momentum_warmup": 0, "update_scale": "rms"}
-    balance = {"averaging_fraction": 0.0, **values.get("balance", {})}
-    return {"zero_init": False, **values, "optim": {**factors, **decays, **muon, **optim}, "balance": balance}
+    optim, balance = {**factors, **decays, **muon, **optim}, {"averaging_fraction": 0.0, **balance}
+    return {"zero_init": False, **values, "optim": optim, "balance": balance}
