@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from old_folders import make_old_checkpoint
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from smolseek.config import ModelConfig
+from smolseek.config import ModelConfig, TrainConfig
 from smolseek.files import LOCK, FolderLock
 from smolseek.model.transformer import new_model
+from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import read_config, save_folder
 
@@ -295,6 +297,19 @@ def test_a_run_of_an_earlier_release_keeps_its_recipe(run_cli, here, kind):
     assert final("run") == final("whole")
     assert run_cli("train", "run/config.json", "--run", "again").code == 0
     assert final("again") == final("whole")
+
+
+def test_a_preset_beside_resume_and_a_longer_context(run_cli, here, monkeypatch):
+    """The run's sequences are longer than the preset's context, which an option of the same command raises."""
+    from smolseek.train import loop
+
+    model = replace(preset("tiny"), max_position_embeddings=4096)
+    RunFolder("run").create(TrainConfig(model=model, run="run", seq_len=2048, eval_tokens=4096), resume=False)
+    configs = []
+    monkeypatch.setattr(loop, "train", lambda config, resume: configs.append((config, resume)))
+    command = ["train", "tiny", "--model.max-position-embeddings", "4096", "--run", "run", "--resume", "auto"]
+    assert run_cli(*command, "--seq-len", "2048").code == 0 and run_cli(*command).code == 0
+    assert configs == [(RunFolder("run").read_config(), "auto")] * 2
 
 
 def test_one_command_begins_and_goes_on(run_cli, here, llama):

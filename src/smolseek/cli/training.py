@@ -90,8 +90,10 @@ def train(argv: Sequence[str]) -> None:
 
     chosen = parsed(config)
     if begun is not None:
-        begun.check(chosen, resume=True)
-        chosen = parsed(dataclasses.replace(begun.read_config(), run=chosen.run))
+        previous, is_run = begun.read_config(), Path(name or "").name == "config.json"
+        # A preset and --init determine the model. Their other defaults may differ from those of an earlier release.
+        begun.check(chosen if is_run else dataclasses.replace(previous, model=chosen.model), resume=True)
+        chosen = parsed(dataclasses.replace(previous, run=chosen.run))
     from smolseek.train import loop
 
     resume = option_value(options, "--resume")
@@ -117,13 +119,8 @@ def _defaults(name: str | None, options: Sequence[str]) -> tuple[TrainConfig, Ru
     if init is not None:
         if name is not None:
             raise SmolseekError(f"--init {init} already defines the model: leave out {name}")
-        config = _from_model(init, option_value(options, "--tokenizer"))
-        if begun is not None:
-            config = dataclasses.replace(begun.read_config(), model=config.model, run=config.run, init=init)
-        return config, begun
+        return _from_model(init, option_value(options, "--tokenizer")), begun
     if name is not None:
-        if begun is not None:
-            return dataclasses.replace(begun.read_config(), model=preset(name), run=f"runs/{name}"), begun
         return TrainConfig(model=preset(name), run=f"runs/{name}"), begun
     if run is not None and resume == "yes":
         return RunFolder(run).read_config(), None
