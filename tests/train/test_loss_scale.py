@@ -183,7 +183,7 @@ def test_another_precision_on_a_resume(text, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"optim": OptimConfig(kind="muon", z_loss=1e-3), "grad_checkpointing": "full"},
+        {"optim": OptimConfig(kind="muon", lr=1e-3, z_loss=1e-3), "grad_checkpointing": "full"},
         {"grad_accum": 1, "grad_checkpointing": "selective"},
         {"distill": "teacher"},
     ],
@@ -193,6 +193,7 @@ def test_losses_stay_near_those_of_float32(text, tmp_path, options):
     if "distill" in options:
         save_folder(new_model(MODEL, seed=5), tmp_path / "teacher")
         options = {"distill": DistillConfig(teacher=str(tmp_path / "teacher"))}
+    options = {"optim": OptimConfig(lr=1e-3)} | options  # at a high rate, the paths diverge within the four steps
     losses = {}
     for precision in ("float16", "float32"):
         loop.train(config(tmp_path / precision, text, steps=4, precision=precision, **options))
