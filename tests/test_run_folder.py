@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from old_folders import make_old_config
 
 from smolseek.config import OptimConfig, TrainConfig, from_dict
 from smolseek.errors import SmolseekError
@@ -37,12 +38,7 @@ def test_config_json_relaunches_the_run(run):
 def test_a_config_of_an_earlier_release_keeps_its_recipe(run):
     """It lacks the options that came later, whose defaults would change the run."""
     run.create(config(run, optim=OptimConfig(kind="muon", lr=4e-3, weight_decay=0.2)), resume=False)
-    values = json.loads(run.config.read_text())
-    del values["zero_init"], values["balance"]["averaging_fraction"]
-    values["optim"] = {
-        name: values["optim"][name] for name in ("kind", "lr", "betas", "eps", "weight_decay", "clip", "z_loss")
-    }
-    run.config.write_text(json.dumps(values))
+    make_old_config(run.config)
     restored = run.read_config()
     assert not restored.zero_init and restored.balance.averaging_fraction == 0.0
     assert restored.optim == OptimConfig(

@@ -45,6 +45,15 @@ def make_old_checkpoint(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(manifest_text(files), encoding="utf-8")
 
 
+def make_old_config(file: Path) -> None:
+    """Delete the options of the recipe that the config.json of an old run does not have."""
+    values = json.loads(file.read_text(encoding="utf-8"))
+    del values["zero_init"], values["balance"]["averaging_fraction"]
+    old = ("kind", "lr", "betas", "eps", "weight_decay", "clip", "z_loss")
+    values["optim"] = {name: values["optim"][name] for name in old}
+    file.write_text(json.dumps(values), encoding="utf-8")
+
+
 def number_state(checkpoint: Path) -> None:
     """Give the tensors of the optimizer's state the numbers of their parameters in place of the names."""
     files = {file: load_file(file) for file in checkpoint.glob("training_state*.safetensors")}

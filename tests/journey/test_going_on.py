@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from old_folders import make_old_checkpoint
+from old_folders import make_old_checkpoint, make_old_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -285,13 +285,7 @@ def test_a_run_of_an_earlier_release_keeps_its_recipe(run_cli, here, kind):
     begin(run_cli, "run", "--steps", "4", "--save-every", "2", *recipe)
     interrupted("run", 2)
     make_old_checkpoint(RunFolder("run").checkpoint_path(2))
-    values = json.loads((here / "run" / "config.json").read_text())
-    del values["zero_init"], values["balance"]["averaging_fraction"]
-    for name in ("momentum", "momentum_warmup", "update_scale", "head_decay", "embedding_decay", "cautious_decay"):
-        del values["optim"][name]
-    for name in ("embedding_factor", "head_factor", "vector_factor"):
-        del values["optim"][name]
-    (here / "run" / "config.json").write_text(json.dumps(values))
+    make_old_config(here / "run" / "config.json")
     code, out, err = run_cli("train", *TINY, "--run", "run", "--resume", "auto", *SIZES)
     assert code == 0 and "Changed" not in out, err
     assert final("run") == final("whole")

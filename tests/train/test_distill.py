@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from old_folders import make_old_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -175,6 +176,7 @@ def test_heal_logs_its_progress_and_a_resumed_one_has_the_same_weights(compresse
         patch.setattr(Schedule, "lr", stop)
         assert run_heal(compressed, "parts") == 130
     assert run_heal(compressed, "parts") == 2
+    make_old_config(compressed / "parts" / "config.json")  # a run of an earlier release is resumed alike
     assert run_heal(compressed, "parts", "--resume") == 0
     one, two = (load_model(compressed / name).model.state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
