@@ -53,14 +53,14 @@ class OptimConfig:
     """Peak learning rate of the hidden matrices; all other learning rates are multiples of it. None is 0.03 for muon
     and 0.001 for adamw."""
     embedding_factor: float | None = option(None, change="resume", least=0)
-    """Learning rate of the embedding, and of a head that is tied to it, as a multiple of lr. For this factor and the
-    next two, None is 1/3 for muon and 1 for adamw."""
+    """Learning rate of the embedding, and of a head that is tied to it, as a multiple of lr. None is 1."""
     head_factor: float | None = option(None, change="resume", least=0)
-    """Learning rate of an untied head, as a multiple of lr."""
+    """Learning rate of an untied head, as a multiple of lr. None is 1/3 for muon and 1 for adamw."""
     vector_factor: float | None = option(None, change="resume", least=0)
-    """Learning rate of norms, biases and routers, as a multiple of lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW: decay rates of the two moments."""
+    """Learning rate of norms, biases and routers, as a multiple of lr. None is 1/3 for muon and 1 for adamw."""
+    betas: tuple[float, float] | None = None
+    """AdamW: decay rates of the two moments. None is 0.9 and 0.99 for muon, whose AdamW trains mostly embeddings, and
+    0.9 and 0.95 for adamw."""
     eps: float = option(1e-8, least=0)
     """AdamW: term added to the square root of the second moment."""
     momentum: float = option(0.95, change="resume", least=0)
@@ -85,22 +85,21 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
-        if not all(0 <= number < 1 for number in (*self.betas, self.momentum)):
+        if not all(0 <= number < 1 for number in (*(self.betas or ()), self.momentum)):
             raise SmolseekError(
                 f"optim.betas {self.betas} and optim.momentum {self.momentum} must be at least 0 and below 1"
             )
 
     def resolved(self) -> "OptimConfig":
-        """Return the configuration with the learning rates of `kind` in place of None."""
-        missing: dict[str, Any] = {
-            name: rate for name, rate in _RATES[self.kind].items() if getattr(self, name) is None
-        }
+        """Return the configuration with the values for `kind` in place of None."""
+        missing = {name: value for name, value in _DEFAULTS[self.kind].items() if getattr(self, name) is None}
         return replace(self, **missing)
 
 
-_RATES = {
-    "muon": {"lr": 0.03, "embedding_factor": 1 / 3, "head_factor": 1 / 3, "vector_factor": 1 / 3},
-    "adamw": {"lr": 1e-3, "embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0},
+_ADAMW: dict[str, Any] = {"lr": 1e-3, "embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "muon": {**_ADAMW, "lr": 0.03, "head_factor": 1 / 3, "vector_factor": 1 / 3, "betas": (0.9, 0.99)},
+    "adamw": {**_ADAMW, "betas": (0.9, 0.95)},
 }
 
 

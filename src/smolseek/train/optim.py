@@ -176,9 +176,11 @@ def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None =
 
 def make_optimizer(model: CausalLM, config: OptimConfig, named: Named | None = None) -> MuonAdamW:
     """Return the optimizer that `config` describes; `named` is passed to `parameter_groups`."""
-    groups = parameter_groups(model, config, named)
+    config, groups = config.resolved(), parameter_groups(model, config, named)
+    assert config.lr is not None
+    assert config.betas is not None
     for group in groups:
-        group["lr"] = config.resolved().lr * group["factor"]
+        group["lr"] = config.lr * group["factor"]
     return MuonAdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
