@@ -41,7 +41,7 @@ def test_the_demo_runs_its_commands_and_prints_them(run_cli, monkeypatch, tmp_pa
     ]
     assert calls[3][calls[3].index("--run") + 1] == trained
     assert f"$ smolseek convert smollm2 '{converted}'\n" in result.out
-    assert "--steps 40 --balance.calibration-steps 10 " in result.out and "\x1b" not in result.out
+    assert "--steps 40 --eval-every 10 " in result.out and "\x1b" not in result.out
     command = next(line for line in result.out.splitlines() if line.startswith("$ smolseek train"))
     assert not set(command.split()) & {"--help"} and command.count("--") > 5
 

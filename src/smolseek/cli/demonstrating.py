@@ -27,7 +27,7 @@ class DemoArgs:
     out: str = "smolseek-demo"
     """Folder for the two models: OUT/smollm2-deepseek and OUT/demo, which must not exist."""
     steps: int = option(400, least=4)
-    """Training steps of the small model. The router biases are calibrated in the last quarter."""
+    """Training steps of the small model."""
 
 
 def demo(argv: Sequence[str]) -> None:
@@ -42,8 +42,7 @@ def demo(argv: Sequence[str]) -> None:
     quarter = args.steps // 4
     options = (
         f"--data builtin --data.val-fraction 0.05 --run {shlex.quote(trained)} --steps {args.steps} "
-        f"--balance.calibration-steps {quarter} --eval-every {quarter} --log-every {max(1, quarter // 4)} "
-        "--balance.gamma 3e-3"
+        f"--eval-every {quarter} --log-every {max(1, quarter // 4)}"
     )
     console.say("== SmolLM2-135M-Instruct's weights become a DeepSeek-V3 model, with nothing lost")
     _run(models.convert, "convert", "smollm2", converted)
