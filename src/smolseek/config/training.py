@@ -59,7 +59,7 @@ class OptimConfig:
     vector_factor: float | None = option(None, change="resume", least=0)
     """Learning rate of norms, biases and routers, as a multiple of lr. None is 1/3 for muon and 1 for adamw."""
     betas: tuple[float, float] | None = None
-    """AdamW: decay rates of the two moments. None is 0.9 and 0.995 for muon, whose AdamW trains mostly embeddings, and
+    """AdamW: decay rates of the two moments. None is 0.8 and 0.995 for muon, whose AdamW trains mostly embeddings, and
     0.9 and 0.95 for adamw."""
     eps: float = option(1e-8, least=0)
     """AdamW: term added to the square root of the second moment."""
@@ -98,7 +98,7 @@ class OptimConfig:
 
 _ADAMW: dict[str, Any] = {"lr": 1e-3, "embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "muon": {**_ADAMW, "lr": 0.03, "head_factor": 1 / 3, "vector_factor": 1 / 3, "betas": (0.9, 0.995)},
+    "muon": {**_ADAMW, "lr": 0.03, "head_factor": 1 / 3, "vector_factor": 1 / 3, "betas": (0.8, 0.995)},
     "adamw": {**_ADAMW, "betas": (0.9, 0.95)},
 }
 
