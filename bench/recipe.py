@@ -111,10 +111,10 @@ ARMS = {
         options={"optim": {"kind": "muon", "update_scale": "rms", "momentum_warmup": 0, **ONE_RATE}, **BEFORE},
         rates=(4e-3, 8e-3, 16e-3),
     ),
-    "default": Arm(rates=(15e-3, 30e-3, 60e-3)),
-    "dense": Arm(shape="dense", rates=(15e-3, 30e-3, 60e-3)),
+    "default": Arm(rates=(15e-3, 30e-3, 60e-3), steps=STEPS // 3),
+    "dense": Arm(shape="dense", rates=(15e-3, 30e-3, 60e-3), steps=STEPS // 3),
     "wide": Arm(shape="wide", rates=(15e-3, 30e-3, 60e-3), steps=STEPS // 3),
-    "seed": Arm(shape="seed", rates=(15e-3, 30e-3, 60e-3)),
+    "seed": Arm(shape="seed", rates=(15e-3, 30e-3, 60e-3), steps=STEPS // 3),
 }
 
 
