@@ -246,9 +246,8 @@ def _heal_config(args: HealArgs, run: Path, teacher: str) -> TrainConfig:
         optim=OptimConfig(kind="adamw", lr=args.lr, weight_decay=0.0).resolved(),
         schedule=ScheduleConfig(kind="cosine", warmup_steps=10, final_factor=0.0),
         zero_init=False,
-        balance=BalanceConfig(
-            gamma=0.0, averaging_fraction=0.0
-        ),  # equal loads would undo the fitted gate of a sparse model
+        # Equal loads would undo the fitted gate of a sparse model.
+        balance=BalanceConfig(gamma=0.0, averaging_fraction=0.0),
         steps=steps,
         **{field.name: getattr(args, field.name) for field in fields(StepConfig)},
         seed=args.seed,
