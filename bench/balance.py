@@ -21,7 +21,7 @@ from smolseek.train.loop import train
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--gamma", type=float, default=3e-3, help="300 steps are too few for the published 1e-3")
+    parser.add_argument("--gamma", type=float, default=BalanceConfig.gamma)
     parser.add_argument("--out", type=Path, default=Path("docs/results/balance.json"))
     args = parser.parse_args()
     runs = []
