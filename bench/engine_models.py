@@ -74,7 +74,7 @@ def trained(folder: Path, steps: int, *options: str) -> None:
     smolseek("train", "tiny", "--data", "builtin", "--run", str(folder), *length, *options)
 
 
-WIDER = ("--model.kv-lora-rank", "64", "--model.qk-nope-head-dim", "32", "--balance.gamma", "3e-3")
+WIDER = ("--model.kv-lora-rank", "64", "--model.qk-nope-head-dim", "32")
 
 
 def half_cache(folder: Path) -> None:

@@ -29,7 +29,7 @@ import torch
 from machine import describe, seconds
 
 from smolseek.cli import main as smolseek
-from smolseek.config import DataConfig, TrainConfig
+from smolseek.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from smolseek.ops.grouped_experts import Weights, batched, grouped_experts, reference
 from smolseek.presets import preset
 from smolseek.train import audits, loop, setup
@@ -40,6 +40,8 @@ WINDOW = 10  # steps whose mean loss is compared
 
 def config(folder: str, **options) -> TrainConfig:
     sizes = {"batch_size": 4, "seq_len": 64, "eval_tokens": 8192, "eval_every": 100, "save_every": 1000}
+    recipe = {"optim": OptimConfig(kind="adamw"), "schedule": ScheduleConfig(kind="cosine", final_factor=0.1)}
+    options = {"zero_init": False, **recipe, **options}
     options = {"model": preset("tiny"), "data": DataConfig(), "sample_tokens": 0, "log_every": 1, **sizes, **options}
     return TrainConfig(run=folder, device="cpu", **options)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from smolseek import device
-from smolseek.config import DataConfig, TrainConfig
+from smolseek.config import DataConfig, OptimConfig, ScheduleConfig, TrainConfig
 from smolseek.ops.grouped_experts import batched
 from smolseek.presets import preset
 from smolseek.train import audits, loop
@@ -64,6 +64,7 @@ def measure(args: Namespace, model: str, size: str, variant: str) -> dict:
         settings = TrainConfig(
             model=preset(model), run=f"{folder}/run", data=DataConfig(sources=tuple(args.data)), steps=args.steps,
             batch_size=batch, grad_accum=accum, seq_len=256, precision=precision, device=args.device, sample_tokens=0,
+            optim=OptimConfig(kind="adamw"), schedule=ScheduleConfig(kind="cosine", final_factor=0.1), zero_init=False,
             eval_every=args.steps, save_every=args.steps, log_every=max(1, args.steps // 20),
         )  # fmt: skip
         loop.train(settings)

@@ -8,11 +8,11 @@
     python bench/recipe.py speed                              tokens/s of the arms, alternating
     python bench/recipe.py show                               the tables of all plans
 
-An arm is a model with a recipe. Its learning rate is chosen in a sweep with seed 100 and then reported with the seeds
-1, 2 and 3. A best rate at the edge of its sweep is not accepted: the program names the rate that must be added to
-`ARMS`. TOKENS is a folder that `smolseek prepare` wrote, FILE is validation text. Each run is written to
-docs/results/recipe.json when it ends, and is not repeated, so that an interrupted series can continue. With `--jobs 2`
-two models are trained at a time, with one thread each.
+An arm is a model with a recipe. Its learning rate is chosen in a sweep with seed 100, of 1,500 steps for the earlier
+recipes and of 500 for the default, and then reported with the seeds 1, 2 and 3. A best rate at the edge of its sweep is
+not accepted: the program names the rate that must be added to `ARMS`. TOKENS is a folder that `smolseek prepare` wrote,
+FILE is validation text. Each run is written to docs/results/recipe.json when it ends, and is not repeated, so that an
+interrupted series can continue. With `--jobs 2` two models are trained at a time, with one thread each.
 """
 
 import argparse
@@ -24,14 +24,14 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from machine import describe, seconds
 
-from smolseek.config import BalanceConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig
+from smolseek.config import BalanceConfig, DataConfig, ModelConfig, OptimConfig, ScheduleConfig, TrainConfig, to_dict
 from smolseek.model import summary
 from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
@@ -108,7 +108,10 @@ class Arm:
 ARMS = {
     "AdamW, one rate": Arm(options={"optim": {"kind": "adamw", **ONE_RATE}, **BEFORE}, rates=(2e-3, 4e-3, 8e-3)),
     "Muon, one rate": Arm(
-        options={"optim": {"kind": "muon", "update_scale": "rms", "momentum_warmup": 0, **ONE_RATE}, **BEFORE},
+        options={
+            "optim": {"kind": "muon", "update_scale": "rms", "momentum_warmup": 0, "betas": (0.9, 0.95), **ONE_RATE},
+            **BEFORE,
+        },
         rates=(4e-3, 8e-3, 16e-3),
     ),
     "default": Arm(rates=(15e-3, 30e-3, 60e-3), steps=STEPS // 3),
@@ -133,6 +136,11 @@ class Run:
         gamma = "" if self.gamma is None else f", gamma {self.gamma:g}"
         return f"{self.arm}, rate {self.lr:g}, seed {self.seed}, {self.steps} steps{gamma}"
 
+    def settings(self) -> dict:
+        """Return the configuration without its paths, in JSON types."""
+        settings = json.loads(json.dumps(to_dict(self.config("", "", ""))))
+        return {key: value for key, value in settings.items() if key not in ("run", "data")}
+
     def config(self, data: str, validation: str, folder: str) -> TrainConfig:
         arm = ARMS[self.arm]
         options = dict(arm.options)
@@ -143,7 +151,7 @@ class Run:
             model=SHAPES[arm.shape](),
             run=f"{folder}/run",
             data=DataConfig(sources=(data,), val_sources=(validation,)),
-            optim=OptimConfig(**optim, lr=self.lr),
+            optim=OptimConfig(**optim, lr=self.lr).resolved(),
             schedule=ScheduleConfig(**{"warmup_steps": 100, **schedule}),
             balance=BalanceConfig(**balance),
             steps=self.steps,
@@ -169,6 +177,7 @@ def execute(run: Run, data: str, validation: str, threads: int) -> dict:
     from smolseek.train.setup import open_datasets
 
     torch.set_num_threads(threads)
+    about = describe()  # the commit whose code is imported
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(data, validation, folder)
         model = load_model(str(train(config))).model
@@ -189,11 +198,12 @@ def execute(run: Run, data: str, validation: str, threads: int) -> dict:
         **more,
         "tokens_per_second": statistics.median(r["tokens_per_second"] for r in logged),
         "threads": threads,
-        **describe(),
+        "settings": run.settings(),
+        **about,
     }
 
 
-def speed(rounds: int = 7, steps: int = 3, grad_accum: int = 4) -> dict:
+def speed(grad_accum: int, rounds: int = 7, steps: int = 3) -> dict[str, list[float]]:
     """Return tokens/s of the arms, whose steps of `grad_accum` x 4 x 256 tokens alternate."""
     import torch
 
@@ -226,9 +236,7 @@ def speed(rounds: int = 7, steps: int = 3, grad_accum: int = 4) -> dict:
 
             spent[name].append(seconds(some))
     tokens = steps * grad_accum * BATCH_SIZE * 256
-    rates = {name: sorted(tokens / one for one in times[1:]) for name, times in spent.items()}
-    result = {"tokens_per_second": rates, "grad_accum": grad_accum, "threads": torch.get_num_threads()}
-    return {**result, "load": os.getloadavg(), **describe()}
+    return {name: sorted(tokens / one for one in times[1:]) for name, times in spent.items()}
 
 
 class Series:
@@ -239,18 +247,33 @@ class Series:
         self.results = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else {"runs": {}}
 
     def do(self, wanted: Iterable[Run]) -> list[dict]:
-        """Train the missing runs, and return all runs."""
+        """Train the missing runs, and return all runs.
+
+        A run that fails, because it diverges for example, does not stop the others.
+        """
         wanted = list(wanted)
         missing = [run for run in wanted if run.name not in self.results["runs"]]
+        for run in wanted:
+            stored = self.results["runs"].get(run.name)
+            if stored is not None and stored["settings"] != run.settings():
+                raise SystemExit(f"{run.name}: was run with other settings; delete it from {self.args.out}")
         if missing and self.args.data is None:
             raise SystemExit(f"{missing[0].name}: has not been run; give --data and --val")
         threads = max(1, (multiprocessing.cpu_count() or 1) // self.args.jobs)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.args.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
-            running = {pool.submit(execute, run, self.args.data, self.args.val, threads): run for run in missing}
+            running: dict[Future, Run] = {
+                pool.submit(execute, run, self.args.data, self.args.val, threads): run for run in missing
+            }
+            failures = []
             for done in as_completed(running):
+                if error := done.exception():
+                    failures.append(f"{running[done].name}: {error}")
+                    continue
                 self.results["runs"][running[done].name] = done.result()
                 self.write()
+        if failures:
+            raise SystemExit("\n".join(failures))
         return [self.results["runs"][run.name] for run in wanted]
 
     def write(self) -> None:
@@ -258,6 +281,13 @@ class Series:
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(run)}" for key, run in self.results["runs"].items())
         rate = json.dumps(self.results.get("speed"))
         self.args.out.write_text(f'{{"speed": {rate}, "runs": {{\n{lines}\n}}}}\n', encoding="utf-8")
+
+    def time_of_a_step(self, name: str, grad_accum: int) -> float:
+        """Return the median time of a step of an arm, in seconds for 1,024 tokens."""
+        rates = (self.results.get("speed") or {}).get(f"accumulation {grad_accum}", {})
+        if name not in rates:
+            raise SystemExit("the speeds have not been measured: run the plan `speed` first")
+        return 1024 / statistics.median(rates[name])
 
     def best(self, name: str) -> float:
         """Return the rate of an arm with the lowest loss in its sweep.
@@ -328,6 +358,9 @@ def difference(title: str, ours: list[dict], theirs: list[dict], key: Any = fina
 
 
 def recipe(series: Series) -> None:
+    for grad_accum in (1, 4):
+        ratio = series.time_of_a_step("default", grad_accum) / series.time_of_a_step("AdamW, one rate", grad_accum)
+        print(f"  time of a step of {grad_accum} x 4 x 256 tokens, default over AdamW: {ratio:.3f}")
     arms = {name: series.report(name) for name in ("AdamW, one rate", "Muon, one rate", "default")}
     for title, runs in arms.items():
         show(title, runs)
@@ -338,15 +371,15 @@ def recipe(series: Series) -> None:
             reached = tokens_to(new["validation"], loss)
             ratios.append(tokens / reached if reached else 0.0)
         print(f"  tokens to the final loss of {other}, its own over those of the default (0: not reached): ")
-        print(f"    {spread(ratios, 2)}")
+        print(f"    {spread(ratios, 2) if all(ratios) else ratios}")
         shorter = series.report("default", steps=round(STEPS / ratio))
         show(f"default, {ratio} times fewer tokens", shorter)
         difference(f"default with {ratio} times fewer tokens minus {other}", shorter, arms[other])
 
 
 def against_dense(series: Series) -> None:
-    rates = series.results["speed"]["tokens_per_second"]
-    ratio = statistics.median(rates["dense"]) / statistics.median(rates["default"])
+    # The runs make an optimizer step after each micro-batch.
+    ratio = series.time_of_a_step("default", 1) / series.time_of_a_step("dense", 1)
     ours, equal = series.report("default"), series.report("dense")
     longer = series.report("dense", steps=round(STEPS * ratio))
     show("experts", ours)
@@ -392,17 +425,22 @@ def main() -> None:
     args = parser.parse_args()
     if args.data is not None and args.val is None:
         parser.error("--data needs --val")
-    series = Series(args)
+    series, failed = Series(args), False
     for name in PLANS if "show" in args.plans else args.plans:
         if name == "speed":
-            series.results["speed"] = speed()
+            rates = {f"accumulation {grad_accum}": speed(grad_accum) for grad_accum in (1, 4)}
+            series.results["speed"] = rates | {"load": os.getloadavg(), **describe()}
             series.write()
+            print(json.dumps(rates))
             continue
         print(f"\n== {name}")
         try:
             PLANS[name](series)
         except SystemExit as error:
+            failed = True
             print(error, file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

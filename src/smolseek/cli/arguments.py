@@ -111,6 +111,7 @@ def _error_line(box: str, verb: str) -> str:
             (r"invalid literal for int\(\) with base 10: (['\"].*['\"])", r"\1 is not a whole number"),
             (r"no type matching {None}\|INT could be .* from \[(.*)\]\.", r"\1 is not a whole number"),
             (r"no type matching {None}\|FLOAT could be .* from \[(.*)\]\.", r"\1 is not a number"),
+            (r"no type matching {None}\|{FLOAT FLOAT} could be .*", "two numbers are needed"),
             (r"no type matching (?:{None}\|)?(\S+) could be .* from \[(.*)\]\.", r"\2 is not of type \1"),
             (r"could not convert string to float: (['\"].*['\"])", r"\1 is not a number"),
         ):

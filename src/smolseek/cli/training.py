@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -79,6 +79,11 @@ def train(argv: Sequence[str]) -> None:
         config, begun = _defaults(name, [] if is_help else options)
     if "--help-model" in options:
         parse(ModelHelp, "train PRESET", ["--help"], ModelHelp(model=config.model))
+
+    optimizer = option_value(options, "--optim.kind")
+    if optimizer is not None and optimizer != config.optim.kind:  # the rates of one optimizer are wrong for the other
+        factors: dict[str, Any] = {"embedding_factor": None, "head_factor": None, "vector_factor": None}
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=None, betas=None, **factors))
 
     def parsed(config: TrainConfig) -> TrainConfig:
         kind = TrainHelp if is_help else TrainArgs

@@ -74,8 +74,8 @@ class OptimConfig:
     """Weight decay of hidden matrices and routers; norms and biases have none."""
     embedding_decay: float = option(0.0, change="resume", least=0)
     """Weight decay of the embedding, and of a head that is tied to it."""
-    head_decay: float = option(0.1, change="resume", least=0)
-    """Weight decay of an untied head."""
+    head_decay: float | None = option(None, change="resume", least=0)
+    """Weight decay of an untied head. None is weight_decay."""
     cautious_decay: bool = option(False, change="resume")
     """Decay only the weights that the update moves towards 0 (2510.12402)."""
     clip: float = option(1.0, change="resume", least=0)
@@ -85,14 +85,15 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "optim.")
-        if not all(0 <= number < 1 for number in (*(self.betas or ()), self.momentum)):
-            raise SmolseekError(
-                f"optim.betas {self.betas} and optim.momentum {self.momentum} must be at least 0 and below 1"
-            )
+        if self.betas is not None and not all(0 <= beta < 1 for beta in self.betas):
+            raise SmolseekError(f"optim.betas {self.betas} must be at least 0 and below 1")
+        if not self.momentum < 1:
+            raise SmolseekError(f"optim.momentum {self.momentum} must be below 1")
 
     def resolved(self) -> "OptimConfig":
         """Return the configuration with the values for `kind` in place of None."""
-        missing = {name: value for name, value in _DEFAULTS[self.kind].items() if getattr(self, name) is None}
+        defaults = {**_DEFAULTS[self.kind], "head_decay": self.weight_decay}
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return replace(self, **missing)
 
 
@@ -135,7 +136,7 @@ class BalanceConfig:
     averaging_fraction: float = option(0.3, least=0, most=1)
     """Share of the last steps in which the bias updates average the load of the experts, for equal loads: they are
     proportional to the imbalance, and their size falls as 1/t. The averaging begins at the earliest when the learning
-    rate decays."""
+    rate decays, so never with a constant learning rate."""
     alpha: float = option(0.0, least=0)
     """Weight of the sequence-wise balance loss (1e-4 in DeepSeek-V3)."""
     calibration_steps: int = option(0, least=0, old_name="settle_steps")
@@ -303,6 +304,10 @@ class TrainConfig(StepConfig):
             yield f"--balance.calibration-steps {calibration} needs a model with experts: leave out this option"
         if self.distill.teacher is not None and self.optim.z_loss:
             yield f"optim.z_loss {self.optim.z_loss} has no effect with a teacher: leave out --optim.z-loss"
+        if self.distill.attention_only and self.init is None:
+            yield (
+                "distill.attention_only freezes everything but attention, which needs trained weights: add --init MODEL"
+            )
         if self.sample_every and not self.sample_tokens:
             yield f"sample-every {self.sample_every} needs sample-tokens above 0: raise --sample-tokens"
         if self.keep_every and not self.keep_last:
@@ -317,11 +322,11 @@ def with_earlier_defaults(values: dict[str, Any]) -> dict[str, Any]:
 
     The first releases had AdamW by default, one learning rate, and none of the options that are added here.
     """
-    optim, balance = values.get("optim", {}), values.get("balance", {})
+    optim, balance = values.get("optim"), values.get("balance", {})
     if "zero_init" in values or not isinstance(optim, Mapping) or not isinstance(balance, Mapping):
         return values
     factors = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
-    decays = {"embedding_decay": 0.0, "head_decay": optim.get("weight_decay", 0.1), "cautious_decay": False}
+    decays = {"embedding_decay": 0.0, "cautious_decay": False}
     muon = {"kind": "adamw", "momentum": 0.95, "momentum_warmup": 0, "update_scale": "rms"}
     optim, balance = {**factors, **decays, **muon, **optim}, {"averaging_fraction": 0.0, **balance}
     return {"zero_init": False, **values, "optim": optim, "balance": balance}

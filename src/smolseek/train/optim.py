@@ -110,7 +110,10 @@ class MuonAdamW(torch.optim.AdamW):
         return p.grad.lerp(state["momentum_buffer"], momentum)
 
     def _decay_cautiously(self, group: dict[str, Any]) -> None:
-        """Decay the weights of an AdamW group that its first moment moves towards 0."""
+        """Decay the weights of an AdamW group that its first moment moves towards 0.
+
+        AdamW updates all of a group at once, so the decay sees the weights after the update.
+        """
         if group["decay"]:
             for p in group["params"]:
                 if p.grad is not None:
@@ -144,7 +147,7 @@ def parameter_groups(model: CausalLM, config: OptimConfig, named: Named | None =
         named = [(name, p) for name, p in model.named_parameters() if p.numel() and p.requires_grad]
     config = config.resolved()
 
-    def group(factor: float | None, decay: float, **options: Any) -> dict:
+    def group(factor: float | None, decay: float | None, **options: Any) -> dict:
         cautious = config.cautious_decay
         weight_decay = 0.0 if cautious else decay  # what AdamW itself decays
         common = {"factor": factor, "decay": decay, "weight_decay": weight_decay, "cautious_decay": cautious}

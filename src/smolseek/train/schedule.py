@@ -10,7 +10,7 @@ _FIRST_MOMENTUM = 0.85
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate and router-bias factor of a run that trains its weights in the first `steps` steps.
+    """Learning rate, momentum and router-bias factor of a run that trains its weights in the first `steps` steps.
 
     In all later steps the weights are frozen, and only the router biases are tuned.
     """
@@ -64,9 +64,10 @@ class Schedule:
         Updates by the sign decay with the learning rate, because sign updates of constant size never converge.
         DeepSeek-V3 also ends its training with gamma 0 (section 4.2). In the last `averaging_fraction` of the steps,
         and while the weights are frozen, updates are proportional. After t such steps, their factor is
-        4 / (1 + t / 10), which averages over these steps.
+        4 / (1 + t / 10), which averages over these steps. The average starts again when the weights are frozen.
         """
         begin = max(self._decay_begin, self.steps - round(self.averaging_fraction * self.steps))
+        begin = self.steps if self.is_frozen(step) else begin
         return (self.decay(step), False) if step < begin else (4 / (1 + (step - begin) / 10), True)
 
     @property
@@ -84,6 +85,9 @@ class Schedule:
         if config.kind == "constant":
             return 1.0
         begin = self._decay_begin
-        done = min(1.0, max(0.0, (step - begin + 1) / max(1, self.steps - begin)))
+        steps = self.steps - begin
+        if config.kind == "wsd" and config.final_factor == 0:
+            steps += 1  # the learning rate is 0 after the last step, not in it
+        done = min(1.0, max(0.0, (step - begin + 1) / max(1, steps)))
         share = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
         return config.final_factor + (1 - config.final_factor) * share
