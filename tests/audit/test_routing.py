@@ -30,13 +30,20 @@ def test_the_router_without_gradient_is_found() -> None:
     assert "routing: router gradient" in failed(check_routing(Subject(model=model, vocab=512)))
 
 
-def test_new_experts_of_zeros_are_skipped() -> None:
+def test_experts_that_start_at_zero_are_checked_with_random_weights() -> None:
     model = new_model(replace(tiny(), **SMALL))
     check = "routing: router gradient"
     with torch.no_grad():
         for block in model.model.layers:
             block.mlp.experts.down_proj.zero_()
-    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.name == check] == ["skip"]
+    assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.name == check] == ["pass"]
+    hooks = [
+        router.register_forward_hook(lambda _, __, out: out._replace(weights_NK=out.weights_NK.detach()))
+        for router in model.routers
+    ]
+    assert check in failed(check_routing(Subject(model=model, vocab=256)))
+    for hook in hooks:
+        hook.remove()
     with torch.no_grad():
         model.model.layers[0].mlp.experts.down_proj.normal_()
     assert [f.status for f in check_routing(Subject(model=model, vocab=256)) if f.name == check] == ["pass"]
