@@ -13,9 +13,10 @@ import torch
 
 from smolseek import __version__, cli
 from smolseek.cli.arguments import option_value, renamed, without_flag
-from smolseek.config import ALIASES, TrainConfig, to_dict
+from smolseek.config import ALIASES, OptimConfig, TrainConfig, to_dict
 from smolseek.errors import SmolseekError
 from smolseek.presets import tiny
+from smolseek.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -261,3 +262,27 @@ def test_generate_writes_the_prompt_and_what_follows(run_cli, small_model):
     greedy = run_cli("generate", "small", "Water is", *arguments, "--greedy", "--dtype", "float32").out
     assert greedy == run_cli("generate", "small", "Water is", *arguments, "--temperature", "0").out != out
     assert small_model == [("small", "auto")] * 4 + [("small", "float32"), ("small", "auto")]
+
+
+def test_another_optimizer_than_that_of_a_config_gets_rates_of_its_own(run_cli, trained, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    run.create(TrainConfig(model=tiny(), run=str(run.path), optim=OptimConfig().resolved()), resume=False)
+    assert run_cli("train", run.config, "--run", tmp_path / "a", "--optim.kind", "adamw").code == 0
+    assert run_cli("train", run.config, "--run", tmp_path / "b").code == 0
+    (adamw, _), (muon, _) = trained
+    assert adamw.optim.resolved() == OptimConfig(kind="adamw").resolved()
+    assert muon.optim == OptimConfig().resolved()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--optim.betas 0.9", "--optim.betas: two numbers are needed"),
+        ("--optim.momentum 1.5", "optim.momentum 1.5 must be below 1"),
+        ("--distill.attention-only", "which needs trained weights: add --init MODEL"),
+    ],
+)
+def test_options_of_the_recipe_that_cannot_be_are_refused(run_cli, tmp_path, arguments, message):
+    result = run_cli("train", "tiny", "--run", tmp_path / "run", *arguments.split())
+    assert result.code == 2 and message in result.err and result.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
