@@ -26,7 +26,7 @@ class DemoArgs:
 
     out: str = "smolseek-demo"
     """Folder for the two models: OUT/smollm2-deepseek and OUT/demo, which must not exist."""
-    steps: int = option(400, least=4)
+    steps: int = option(300, least=4)
     """Training steps of the small model."""
 
 
