@@ -243,3 +243,9 @@ def test_the_audit_leaves_random_numbers_alone() -> None:
     torch.manual_seed(5)
     audit_model(Subject(model=model, vocab=512, context=64, loss=leak("right").loss))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_of_a_few_steps_is_not_judged_for_copying(finished_run: Path) -> None:
+    records = {r["audit"]: r for r in RunFolder(finished_run).read_metrics() if "audit" in r}
+    skipped = {f["check"] for f in records["end"]["audit_findings"] if f["status"] == "skip"}
+    assert "copying" in skipped

@@ -232,8 +232,8 @@ def test_more_steps_before_the_decay_has_begun(run_cli, here):
 @pytest.mark.parametrize(
     ("schedule", "saved", "share"),
     [
-        ("wsd", 10, "0% of the peak (wsd)"),
-        ("wsd", 6, "40% of the peak (wsd)"),
+        ("wsd", 10, "9% of the peak (wsd)"),
+        ("wsd", 6, "45% of the peak (wsd)"),
         ("cosine", 6, "35% of the peak (cosine)"),
     ],
 )

@@ -28,6 +28,11 @@ TRAIN_CHARACTERS, TEST_CHARACTERS = 4_000_000, 200_000
 """Text for the plausibility baselines: about a million training tokens and fifty thousand validation tokens."""
 
 
+FEW_STEPS = 100
+"""A run from random weights with fewer steps is not judged for copying: it knows the frequencies of the tokens, but a
+tied head still repeats rare tokens."""
+
+
 def audit_model(subject: Subject, *, thorough: bool = True) -> list[Check]:
     """Check a model and its loss: causality, target, copying, routing, decoding.
 
@@ -75,6 +80,8 @@ def audit(
     checkpoints = run.checkpoint_paths() if run is not None else []
     if config is not None and checkpoints and config.balance.alpha == 0 and config.balance.gamma > 0:
         subject = replace(subject, balanced_steps=step_of(checkpoints[0]))
+    if config is not None and config.init is None and checkpoints and step_of(checkpoints[0]) < FEW_STEPS:
+        subject = replace(subject, trained=False)
     documents = documents if corpus is None else corpus.validation
     if documents and encode is not None:
         subject = replace(subject, sequences=text_sequences(documents, encode, subject.vocab, subject.context))

@@ -326,7 +326,7 @@ def with_earlier_defaults(values: dict[str, Any]) -> dict[str, Any]:
     if "zero_init" in values or not isinstance(optim, Mapping) or not isinstance(balance, Mapping):
         return values
     factors = {"embedding_factor": 1.0, "head_factor": 1.0, "vector_factor": 1.0}
-    decays = {"embedding_decay": 0.0, "cautious_decay": False}
+    decays = {"embedding_decay": 0.0, "head_decay": optim.get("weight_decay", 0.1), "cautious_decay": False}
     muon = {"kind": "adamw", "momentum": 0.95, "momentum_warmup": 0, "update_scale": "rms"}
     optim, balance = {**factors, **decays, **muon, **optim}, {"averaging_fraction": 0.0, **balance}
     return {"zero_init": False, **values, "optim": optim, "balance": balance}
