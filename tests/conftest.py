@@ -117,3 +117,16 @@ def use_backend(monkeypatch: pytest.MonkeyPatch, _emulated: str) -> Iterator[Cal
 def bf16_products(use_backend: Callable[..., None]) -> None:
     """Use the C files with bfloat16 dot products."""
     use_backend("cpu", bfloat16=True)
+
+
+@pytest.fixture
+def quick_training(monkeypatch):
+    """Train with one thread, which is faster for small models, and without audits, because other tests cover them."""
+    from smolseek.train import audits
+
+    monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
+    monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

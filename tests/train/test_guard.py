@@ -34,15 +34,7 @@ STEP_TOKENS = SEQ * BATCH * ACCUM
 real_losses = setup.losses
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Use one thread, which is faster for small models, and no audits, because other tests cover them."""
-    monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from smolseek.model.transformer import new_model
 from smolseek.presets import preset
 from smolseek.storage.checkpoint import load_state
 from smolseek.storage.hf_folder import save_folder
-from smolseek.train import audits, loop, loss_scale, setup, step
+from smolseek.train import loop, loss_scale, setup, step
 from smolseek.train.guard import Guard
 from smolseek.train.loss_scale import FIRST, LEAST, MOST, LossScale
 
@@ -29,15 +29,7 @@ MODEL = replace(
 real_losses = setup.losses
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Use one thread, which is faster for small models, and no audits, because other tests cover them."""
-    monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 @pytest.fixture(scope="module")

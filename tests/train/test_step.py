@@ -12,21 +12,13 @@ from smolseek.presets import preset
 from smolseek.run_folder import RunFolder
 from smolseek.storage.hf_folder import save_folder
 from smolseek.tokenizer import load_tokenizer
-from smolseek.train import audits, loop, setup
+from smolseek.train import loop, setup
 from smolseek.train.schedule import Schedule
 
 MODEL = replace(preset("tiny"), num_hidden_layers=1, hidden_size=16, max_position_embeddings=32)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Use one thread, which is faster for small models, and no audits, because other tests cover them."""
-    monkeypatch.setattr(audits, "audit", lambda *_, **__: [])
-    monkeypatch.setattr(audits, "audit_model", lambda *_, **__: [])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick_training")
 
 
 @pytest.fixture
